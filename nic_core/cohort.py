@@ -1,0 +1,346 @@
+"""The user's file: which slides, which patch tasks, which encoders, which targets.
+
+One ``cohort.yaml`` describes a study. :func:`load_cohort` validates it and turns every
+relative path into an absolute one (relative to the file), so the rest of the library never
+asks where the file stood. An error names the file, the line and the field.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal, Protocol, Self, TypeVar
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
+
+COHORT_VARIABLE = "NIC_COHORT"
+DEFAULT_COHORT = Path("data/demo/cohort.yaml")
+
+
+class CohortError(ValueError):
+    """The cohort file, or a table that it names, cannot be used as it is."""
+
+
+def _resolve(path: Path, info: ValidationInfo) -> Path:
+    base: Path = (info.context or {}).get("base", Path.cwd())
+    path = path.expanduser()
+    return path if path.is_absolute() else (base / path).resolve()
+
+
+def _check_name(name: str) -> str:
+    if not name or not all(c.isalnum() or c in "-_." for c in name) or name[0] in ".-":
+        raise ValueError(
+            "a name becomes a folder and a partition key: use letters, digits, '-', '_' and '.'"
+        )
+    return name
+
+
+UserPath = Annotated[Path, AfterValidator(_resolve)]
+Name = Annotated[str, AfterValidator(_check_name)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class _NamedItem(Protocol):
+    @property
+    def name(self) -> str: ...
+
+
+_Named = TypeVar("_Named", bound=_NamedItem)
+
+
+class SlideFolder(_Model):
+    """Every file of a folder that matches a pattern is a slide, named by its stem."""
+
+    path: UserPath
+    pattern: str = "**/*.tif"
+    patient: str | None = Field(
+        default=None,
+        description="regular expression on the stem; its group 'patient' is the patient. "
+        "Without it each slide is a patient of its own.",
+    )
+
+
+class Slides(_Model):
+    """Where the slides are: folders with patterns, a table, or both.
+
+    The table (CSV or parquet) has the columns ``slide``, ``path``, ``patient`` and, where
+    known, ``mpp`` (um/px at level 0, overrides the file's), ``mask`` (a ready tissue mask),
+    ``truth`` (a label image for scoring maps) and ``split`` (``cv`` or ``test``).
+    """
+
+    folders: tuple[SlideFolder, ...] = ()
+    table: UserPath | None = None
+
+    @model_validator(mode="after")
+    def _some_source(self) -> Self:
+        if not self.folders and self.table is None:
+            raise ValueError("name at least one folder under 'folders' or a 'table'")
+        return self
+
+
+class PatchTask(_Model):
+    """A labelled set of patches that encoders train on.
+
+    Exactly one source: ``table`` (CSV or parquet, image paths relative to the table) or
+    ``folder`` (one sub-folder a class). ``mpp`` is declared, never guessed.
+    """
+
+    name: Name
+    organ: str
+    mpp: PositiveFloat = Field(description="um/px of the stored images")
+    table: UserPath | None = None
+    folder: UserPath | None = None
+    path_column: str = "path"
+    label_column: str = "label"
+    group_column: str | None = Field(
+        default="group", description="patient; rows without one are a group each"
+    )
+    where: dict[str, str] = Field(default={}, description="keep the table's rows with these values")
+    test_groups: tuple[str, ...] = Field(
+        default=(), description="groups that are always held out, whatever the seed"
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.table is None) == (self.folder is None):
+            raise ValueError(f"patch task '{self.name}': give either 'table' or 'folder'")
+        return self
+
+
+class EncoderSpec(_Model):
+    """An encoder to train: its objective, the patch tasks it sees and the seed.
+
+    ``patches_seen`` counts patches through the network over the whole training and is the
+    quantity to hold equal when encoders are compared [choice].
+    """
+
+    name: Name
+    objective: Literal["mean_rgb", "mtl"]
+    tasks: tuple[str, ...] = ()
+    seed: int = 0
+    patches_seen: PositiveInt = 200_000
+    batch: PositiveInt = 64
+    learning_rate: PositiveFloat = 1e-2
+
+    @model_validator(mode="after")
+    def _tasks_fit_objective(self) -> Self:
+        if self.objective == "mtl" and not self.tasks:
+            raise ValueError(f"encoder '{self.name}': objective 'mtl' needs at least one task")
+        if self.objective == "mean_rgb" and self.tasks:
+            raise ValueError(f"encoder '{self.name}': 'mean_rgb' is not trained and takes no tasks")
+        return self
+
+
+class _TargetBase(_Model):
+    name: Name
+    level: Literal["slide", "patient"] = "slide"
+
+
+class RegressionTarget(_TargetBase):
+    """A number a slide or patient; trained with MSE, scored by Spearman's rho."""
+
+    kind: Literal["regression"]
+    column: str
+
+
+class ClassificationTarget(_TargetBase):
+    """A class a slide or patient; cross-entropy, ROC AUC.
+
+    Of two classes the second is the positive one.
+    """
+
+    kind: Literal["classification"]
+    column: str
+    classes: tuple[str, ...] = Field(min_length=2)
+
+
+class SurvivalTarget(_TargetBase):
+    """Time to event with right censoring; Cox partial likelihood, C-index."""
+
+    kind: Literal["survival"]
+    time: str
+    event: str = Field(description="column: 1 the event was seen, 0 censored")
+    unit: Literal["days", "weeks", "months", "years"]
+
+
+Target = Annotated[
+    RegressionTarget | ClassificationTarget | SurvivalTarget, Field(discriminator="kind")
+]
+
+
+class ProbabilityMap(_Model):
+    """A per-cell probability of one class, read from an MTL encoder's own head.
+
+    Where the slide table has a ``truth`` image (one pixel a region, stretched over the
+    slide), the map is scored by AUC: ``positive`` values against the rest, ``ignore`` left out.
+    """
+
+    name: Name
+    encoder: str
+    task: str
+    label: str
+    positive: tuple[int, ...] = (1,)
+    ignore: tuple[int, ...] = (255,)
+
+
+class ModelSettings(_Model):
+    """How slide models are trained; the defaults are the paper's (section 5 of the reference)."""
+
+    network: Literal["published", "small"] = "published"
+    crop: PositiveInt = Field(default=400, description="cells a side; smaller grids are padded")
+    folds: int = Field(default=4, ge=3)
+    epochs: PositiveInt = 60
+    batch: PositiveInt = 16
+    learning_rate: PositiveFloat = 1e-2
+    crops_at_test: PositiveInt = 10
+    bootstrap: PositiveInt = 1000
+    seed: int = 0
+
+
+class Settings(_Model):
+    """Constants of the method; every default is the paper's."""
+
+    patch: PositiveInt = Field(default=128, description="px a side, at `mpp`")
+    mpp: PositiveFloat = Field(default=0.5, description="um/px")
+    code: PositiveInt = Field(default=128, description="numbers a patch")
+    tissue: Fraction = Field(default=0.6, description="a cell is kept above this tissue fraction")
+    models: ModelSettings = ModelSettings()
+
+
+class Cohort(_Model):
+    """A validated ``cohort.yaml``; see ``docs/cohort.md`` for a commented example."""
+
+    name: Name
+    slides: Slides
+    labels: UserPath | None = Field(
+        default=None, description="CSV or parquet keyed by `slide` or `patient`"
+    )
+    patch_tasks: tuple[PatchTask, ...] = ()
+    encoders: tuple[EncoderSpec, ...] = Field(min_length=1)
+    targets: tuple[Target, ...] = ()
+    maps: tuple[ProbabilityMap, ...] = ()
+    settings: Settings = Settings()
+
+    @model_validator(mode="after")
+    def _names_agree(self) -> Self:
+        for field in ("patch_tasks", "encoders", "targets", "maps"):
+            _no_duplicates(field, [item.name for item in getattr(self, field)])
+        tasks = [task.name for task in self.patch_tasks]
+        for encoder in self.encoders:
+            for task in encoder.tasks:
+                _known(f"encoder '{encoder.name}': patch task", task, tasks)
+        encoders = {encoder.name: encoder for encoder in self.encoders}
+        for m in self.maps:
+            _known(f"map '{m.name}': encoder", m.encoder, list(encoders))
+            _known(
+                f"map '{m.name}': task of encoder '{m.encoder}'", m.task, encoders[m.encoder].tasks
+            )
+        if self.targets and self.labels is None:
+            raise ValueError("targets need a 'labels' table")
+        return self
+
+    def encoder(self, name: str) -> EncoderSpec:
+        """The encoder of that name; raises :class:`CohortError` with the known ones."""
+        return _pick("encoder", name, self.encoders)
+
+    def patch_task(self, name: str) -> PatchTask:
+        return _pick("patch task", name, self.patch_tasks)
+
+    def target(self, name: str) -> Target:
+        return _pick("target", name, self.targets)
+
+    def probability_map(self, name: str) -> ProbabilityMap:
+        return _pick("map", name, self.maps)
+
+
+def cohort_path() -> Path:
+    """The cohort file in force: ``$NIC_COHORT``, else ``data/demo/cohort.yaml``."""
+    return Path(os.environ.get(COHORT_VARIABLE) or DEFAULT_COHORT)
+
+
+def load_cohort(path: Path | None = None) -> Cohort:
+    """Read and validate a cohort file (default: :func:`cohort_path`).
+
+    Raises
+    ------
+    CohortError
+        The file is missing, is no YAML, or a field is wrong; one line a problem, each as
+        ``file:line: field: what is wrong``.
+    """
+    path = cohort_path() if path is None else path
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise CohortError(
+            f"{path}: cannot read the cohort file ({error.strerror}); "
+            f"set {COHORT_VARIABLE} to yours, or run `make demo` for the demo cohort"
+        ) from error
+    try:
+        tree = yaml.compose(text, Loader=yaml.SafeLoader)
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise CohortError(f"{path}: not valid YAML: {error}") from error
+    try:
+        return Cohort.model_validate(data, context={"base": path.resolve().parent})
+    except ValidationError as error:
+        lines = [
+            f"{path}:{_line(tree, problem['loc'])}: {_field(problem['loc'])}: "
+            f"{problem['msg'].removeprefix('Value error, ')}"
+            for problem in error.errors()
+        ]
+        raise CohortError("\n".join(lines)) from error
+
+
+def _line(node: yaml.Node | None, location: Sequence[int | str]) -> int:
+    """The line of the deepest YAML node on the way to a pydantic error location."""
+    line = 1
+    for step in location:
+        if isinstance(node, yaml.MappingNode):
+            pair = next(((k, v) for k, v in node.value if k.value == step), None)
+            # a discriminated union adds its tag to the location: it has no node of its own
+            if pair is None:
+                continue
+            line, node = pair[0].start_mark.line + 1, pair[1]
+        elif isinstance(node, yaml.SequenceNode) and isinstance(step, int):
+            node = node.value[step]
+            line = node.start_mark.line + 1
+    return line
+
+
+def _field(location: Sequence[int | str]) -> str:
+    return ".".join(str(step) for step in location) or "cohort"
+
+
+def _no_duplicates(field: str, names: Sequence[str]) -> None:
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"{field}: name {twice} stands more than once")
+
+
+def _known(what: str, name: str, known: Sequence[str]) -> None:
+    if name not in known:
+        raise ValueError(f"{what} '{name}' is not defined; known: {', '.join(known) or 'none'}")
+
+
+def _pick(what: str, name: str, items: Sequence[_Named]) -> _Named:
+    for item in items:
+        if item.name == name:
+            return item
+    known = ", ".join(item.name for item in items) or "none"
+    raise CohortError(f"no {what} '{name}' in the cohort; known: {known}")
