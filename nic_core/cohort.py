@@ -232,7 +232,7 @@ class Cohort(_Model):
         default=None, description="CSV or parquet keyed by `slide` or `patient`"
     )
     patch_tasks: tuple[PatchTask, ...] = ()
-    encoders: tuple[EncoderSpec, ...] = Field(min_length=1)
+    encoders: tuple[EncoderSpec, ...]
     targets: tuple[Target, ...] = ()
     maps: tuple[ProbabilityMap, ...] = ()
     settings: Settings = Settings()
@@ -241,6 +241,8 @@ class Cohort(_Model):
     def _names_agree(self) -> Self:
         for field in ("patch_tasks", "encoders", "targets", "maps"):
             _no_duplicates(field, [item.name for item in getattr(self, field)])
+        if not self.encoders:
+            raise ValueError("name at least one encoder under 'encoders'")
         tasks = [task.name for task in self.patch_tasks]
         for encoder in self.encoders:
             for task in encoder.tasks:

@@ -1,0 +1,1 @@
+"""The assets, one module a layer: slides, encoders, grids, models, reports."""

@@ -1,0 +1,108 @@
+"""Compressed slides: a grid for every slide and encoder, and the cohort they make."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+
+import dagster as dg
+
+from nic_assets import checks
+from nic_assets.batches import Product, materialize_each
+from nic_assets.executors import CPU_TAGS, GPU_POOL, GPU_TAGS
+from nic_assets.inputs import SLIDE_FILE
+from nic_assets.metadata import OWNERS, code_version, digest, picture, table
+from nic_assets.partitions import Partitions
+from nic_assets.inputs import LOOKS_TAG
+from nic_core import steps
+from nic_core.cohort import Cohort
+from nic_core.encoders import load_encoder
+from nic_core.slides import SlideError
+from nic_core.store import Store
+
+
+def grid_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
+    """The assets of this layer, for one cohort."""
+
+    @dg.asset(
+        partitions_def=partitions.grids,
+        backfill_policy=dg.BackfillPolicy.single_run(),
+        deps=[SLIDE_FILE, "patch_table", "encoder"],
+        group_name="grids",
+        kinds={"zarr", "pytorch"},
+        owners=OWNERS,
+        pool=GPU_POOL,
+        op_tags=GPU_TAGS,
+        code_version=code_version(1),
+        output_required=False,
+        check_specs=[
+            dg.AssetCheckSpec("covers_patch_table", asset="grid"),
+            dg.AssetCheckSpec("codes_finite", asset="grid"),
+            dg.AssetCheckSpec("codes_not_collapsed", asset="grid"),
+        ],
+    )
+    def grid(
+        context: dg.AssetExecutionContext,
+        cohort: dg.ResourceParam[Cohort],
+        store: dg.ResourceParam[Store],
+    ) -> Iterator[dg.MaterializeResult | dg.AssetCheckResult]:
+        """A compressed slide: the code of every kept patch, at its place."""
+        load = cache(lambda name: load_encoder(store.encoder(name)))
+
+        def work(key: str) -> Product:
+            encoder, slide = key.split("|")
+            made, preview = steps.compress(cohort, store, load(encoder), slide)
+            channels, rows, columns = made.codes.shape
+            return Product(
+                version=steps.grid_version(made),
+                metadata={
+                    "preview": picture(preview, f"{slide} in the colours of its codes"),
+                    "code": channels,
+                    "rows": rows,
+                    "columns": columns,
+                    "cells": int(made.valid.sum()),
+                    "numbers_saved": steps.compression_ratio(made),
+                    "store": dg.MetadataValue.path(store.grid(encoder, slide)),
+                },
+                checks={
+                    "covers_patch_table": checks.covers_patch_table(made, store, slide),
+                    "codes_finite": checks.codes_finite(made),
+                    "codes_not_collapsed": checks.codes_not_collapsed(made),
+                },
+            )
+
+        yield from materialize_each(context, work, expected=(SlideError,))
+
+    @dg.asset(
+        partitions_def=partitions.encoders,
+        backfill_policy=dg.BackfillPolicy.single_run(),
+        deps=["grid"],
+        group_name="grids",
+        kinds={"polars", "parquet"},
+        owners=OWNERS,
+        tags={LOOKS_TAG: "layer"},
+        op_tags=CPU_TAGS,
+        code_version=code_version(1),
+        output_required=False,
+    )
+    def encoded_cohort(
+        context: dg.AssetExecutionContext,
+        cohort: dg.ResourceParam[Cohort],
+        store: dg.ResourceParam[Store],
+    ) -> Iterator[dg.MaterializeResult | dg.AssetCheckResult]:
+        """All grids of one encoder, by their content: what models on them depend on."""
+
+        def work(key: str) -> Product:
+            grids = steps.gather_grids(cohort, store, key)
+            return Product(
+                version=digest(grids.rows()),
+                metadata={
+                    "dagster/row_count": grids.height,
+                    "slides_without_grid": steps.slides_without_grid(store, grids),
+                    "grids": table(grids.head(20)),
+                },
+            )
+
+        yield from materialize_each(context, work, expected=())
+
+    return [grid, encoded_cohort]

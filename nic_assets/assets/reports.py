@@ -1,0 +1,109 @@
+"""What a study found: probability maps with their scores, and the evaluation report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import dagster as dg
+
+from nic_assets.batches import Product, materialize_each
+from nic_assets.executors import CPU_TAGS
+from nic_assets.inputs import LOOKS_TAG
+from nic_assets.metadata import OWNERS, code_version, digest, figure, picture, table
+from nic_assets.partitions import Partitions
+from nic_core import steps
+from nic_core.cohort import Cohort, CohortError
+from nic_core.slides import SlideError
+from nic_core.store import Store
+
+
+def report_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
+    """The assets of this layer, for one cohort."""
+    cohort = partitions.cohort
+    maps = _map_assets(partitions) if cohort.maps else []
+
+    @dg.asset(
+        deps=["encoder", *(["task_model"] if cohort.targets else []), *maps[1:]],
+        group_name="reports",
+        kinds={"polars", "parquet"},
+        owners=OWNERS,
+        op_tags=CPU_TAGS,
+        code_version=code_version(1, cohort.name),
+    )
+    def evaluation_report(
+        cohort: dg.ResourceParam[Cohort], store: dg.ResourceParam[Store]
+    ) -> dg.MaterializeResult:
+        """Every figure of the study in one table: target, encoder, metric, interval."""
+        report = steps.write_report(cohort, store)
+        return dg.MaterializeResult(
+            data_version=dg.DataVersion(digest(report.results.rows())),
+            metadata={
+                "results": table(report.results),
+                **{name: figure(drawing, name) for name, drawing in report.figures.items()},
+                "folder": dg.MetadataValue.path(store.reports),
+                "dagster/row_count": report.results.height,
+            },
+        )
+
+    return [*maps, evaluation_report]
+
+
+def _map_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
+    @dg.asset(
+        partitions_def=partitions.slide_maps,
+        backfill_policy=dg.BackfillPolicy.single_run(),
+        deps=[dg.AssetDep("grid", partition_mapping=partitions.grids_of_maps)],
+        group_name="reports",
+        kinds={"pytorch", "image"},
+        owners=OWNERS,
+        op_tags=CPU_TAGS,
+        code_version=code_version(1, partitions.cohort.maps),
+        output_required=False,
+    )
+    def probability_map(
+        context: dg.AssetExecutionContext,
+        cohort: dg.ResourceParam[Cohort],
+        store: dg.ResourceParam[Store],
+    ) -> Iterator[dg.MaterializeResult | dg.AssetCheckResult]:
+        """The probability of one class in every cell of a slide, from an encoder's own head."""
+
+        def work(key: str) -> Product:
+            name, slide = key.split("|")
+            cells, overlay = steps.map_slide(cohort, store, name, slide)
+            return Product(
+                version=digest(cells.rows()),
+                metadata={
+                    "overlay": picture(overlay, f"{name} on {slide}"),
+                    "dagster/row_count": cells.height,
+                    "file": dg.MetadataValue.path(store.map(name, slide)),
+                },
+            )
+
+        yield from materialize_each(context, work, expected=(SlideError, CohortError))
+
+    @dg.asset(
+        partitions_def=partitions.maps,
+        backfill_policy=dg.BackfillPolicy.single_run(),
+        deps=[probability_map],
+        group_name="reports",
+        kinds={"polars", "parquet"},
+        owners=OWNERS,
+        tags={LOOKS_TAG: "layer"},
+        op_tags=CPU_TAGS,
+        code_version=code_version(1, partitions.cohort.maps),
+        output_required=False,
+    )
+    def map_scores(
+        context: dg.AssetExecutionContext,
+        cohort: dg.ResourceParam[Cohort],
+        store: dg.ResourceParam[Store],
+    ) -> Iterator[dg.MaterializeResult | dg.AssetCheckResult]:
+        """Per-cell AUC of a map against the truth images of the slides that have one."""
+
+        def work(key: str) -> Product:
+            scores = steps.score_map(cohort, store, key)
+            return Product(version=digest(scores.rows()), metadata={"scores": table(scores)})
+
+        yield from materialize_each(context, work, expected=(CohortError,))
+
+    return [probability_map, map_scores]

@@ -1,0 +1,151 @@
+"""Many slides in one run, each with a materialization of its own.
+
+A run costs seconds, a slide milliseconds, so a run takes a batch of partition keys. Three
+things are then ours to do, since Dagster gives one data version and one outcome to all
+partitions of a run:
+
+* each partition gets its own data version and provenance, so that a slide whose product did
+  not change makes nothing downstream stale;
+* a bad slide fails itself, not its batch: the good ones are recorded, the bad ones listed, the
+  run fails, and a retry has only the bad ones left to do;
+* a partition is recorded as soon as it is done, so a killed run loses one slide at most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import dagster as dg
+from dagster._core.definitions.data_version import (
+    CODE_VERSION_TAG,
+    DATA_VERSION_IS_USER_PROVIDED_TAG,
+    DATA_VERSION_TAG,
+    get_input_data_version_tag,
+    get_input_event_pointer_tag,
+)
+from dagster._core.storage.tags import get_multidimensional_partition_tag
+
+
+@dataclass(frozen=True)
+class Product:
+    """What one partition's work made: its content's version, and what a person wants to see.
+
+    ``checks`` maps a check's name to what is wrong, or to None where it passes.
+    """
+
+    version: str
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    checks: Mapping[str, str | None] = field(default_factory=dict)
+
+
+def materialize_each(
+    context: dg.AssetExecutionContext,
+    work: Callable[[str], Product],
+    *,
+    expected: tuple[type[Exception], ...],
+) -> Iterator[dg.MaterializeResult | dg.AssetCheckResult]:
+    """Do ``work`` for every partition key of the run; yield the checks' results.
+
+    The asset must be declared with ``output_required=False``. An exception of the ``expected``
+    types fails its partition alone; any other is a fault of ours and stops the run at once.
+
+    Raises
+    ------
+    dagster.Failure
+        After all keys, when some failed; its metadata lists each with its reason.
+    """
+    provenance = _provenance(context)
+    failed: dict[str, str] = {}
+    done: list[dg.AssetMaterialization] = []
+    found: dict[str, dict[str, str]] = {check.name: {} for check in _check_specs(context)}
+    # a step that yields no output makes the run skip its children, see below
+    children_run = _children_run(context)
+    keys = sorted(context.partition_keys)
+    for number, key in enumerate(keys, start=1):
+        context.log.info(f"{context.asset_key.to_user_string()} {number}/{len(keys)}: {key}")
+        try:
+            product = work(key)
+        except expected as error:
+            failed[key] = str(error)
+            context.log.error(f"{key}: {error}")
+            continue
+        for check, problem in product.checks.items():
+            if problem is not None:
+                found[check][key] = problem
+        event = dg.AssetMaterialization(
+            context.asset_key,
+            partition=key,
+            metadata=dict(product.metadata),
+            tags={**provenance, **_dimension_tags(context, key), DATA_VERSION_TAG: product.version},
+        )
+        if children_run:
+            done.append(event)
+        else:
+            context.log_event(event)
+    yield from _check_results(context, found)
+    if children_run and not failed:
+        # Yielding the output lets the children go on, but also records every partition with
+        # the batch's version. Our own events must be the later ones.
+        yield dg.MaterializeResult()
+    for event in done:
+        context.log_event(event)
+    if failed:
+        raise dg.Failure(
+            f"{len(failed)} of {len(keys)} failed: "
+            + "; ".join(f"{key}: {reason}" for key, reason in list(failed.items())[:5]),
+            metadata={"failed": dg.MetadataValue.json(failed)},
+            allow_retries=False,
+        )
+
+
+def _provenance(context: dg.AssetExecutionContext) -> dict[str, str]:
+    """The tags by which Dagster judges staleness, as of now: before any input is read."""
+    tags = {DATA_VERSION_IS_USER_PROVIDED_TAG: "true"}
+    code_version = context.assets_def.code_versions_by_key[context.asset_key]
+    if code_version is not None:
+        tags[CODE_VERSION_TAG] = code_version
+    for dependency in context.assets_def.asset_deps[context.asset_key]:
+        records = context.instance.fetch_materializations(dependency, limit=1).records
+        materialization = records[0].asset_materialization if records else None
+        version = (materialization.tags or {}).get(DATA_VERSION_TAG) if materialization else None
+        tags[get_input_data_version_tag(dependency)] = version or "INITIAL"
+        tags[get_input_event_pointer_tag(dependency)] = (
+            str(records[0].storage_id) if records else "NULL"
+        )
+    return tags
+
+
+def _dimension_tags(context: dg.AssetExecutionContext, key: str) -> dict[str, str]:
+    definition = context.assets_def.partitions_def
+    if not isinstance(definition, dg.MultiPartitionsDefinition):
+        return {}
+    by_dimension = definition.get_partition_key_from_str(key).keys_by_dimension
+    return {get_multidimensional_partition_tag(name): part for name, part in by_dimension.items()}
+
+
+def _children_run(context: dg.AssetExecutionContext) -> bool:
+    selected = context.run.asset_selection
+    children = context.repository_def.asset_graph.get(context.asset_key).child_keys
+    return bool(children if selected is None else children & selected)
+
+
+def _check_specs(context: dg.AssetExecutionContext) -> Sequence[dg.AssetCheckSpec]:
+    return [
+        spec
+        for spec in context.assets_def.check_specs
+        if spec.key in context.selected_asset_check_keys
+    ]
+
+
+def _check_results(
+    context: dg.AssetExecutionContext, found: Mapping[str, Mapping[str, str]]
+) -> Iterator[dg.AssetCheckResult]:
+    for name, problems in found.items():
+        yield dg.AssetCheckResult(
+            check_name=name,
+            passed=not problems,
+            severity=dg.AssetCheckSeverity.WARN,
+            metadata={"checked": len(context.partition_keys), "problems": dict(problems)},
+        )

@@ -1,0 +1,173 @@
+"""Bring a study up to date: ``python -m nic_assets.refresh``.
+
+Asks Dagster which partitions are missing or stale, layer by layer from the slides to the
+report, and materializes just those, in this process and in as few runs as their ranges allow.
+A failure stops what depends on it and nothing else; the exit status tells.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import polars as pl
+from dagster._core.definitions.data_version import CachingStaleStatusResolver, StaleStatus
+from dagster._core.definitions.partitions.context import partition_loading_context
+from dagster._core.loader import LoadingContext
+from dagster._core.storage.tags import (
+    ASSET_PARTITION_RANGE_END_TAG,
+    ASSET_PARTITION_RANGE_START_TAG,
+)
+from dotenv import dotenv_values
+from rich.console import Console
+
+from nic_assets.inputs import LOOKS_TAG
+from nic_core.cohort import CohortError
+from nic_core.reports import results_table
+from nic_core.store import Store
+
+@dataclass
+class _Lookups(LoadingContext):
+    """What Dagster's staleness wants of a request: an instance and a cache."""
+
+    dagster_instance: dg.DagsterInstance
+    cache: dict[type, Any] = field(default_factory=dict)
+
+    @property
+    def instance(self) -> dg.DagsterInstance:
+        return self.dagster_instance
+
+    @property
+    def loaders(self) -> dict[type, Any]:
+        return self.cache
+
+
+def refresh(defs: dg.Definitions, instance: dg.DagsterInstance, console: Console) -> list[str]:
+    """Materialize whatever is missing or stale; returns what failed, one line each."""
+    problems: list[str] = []
+    graph = defs.resolve_asset_graph()
+    for keys in graph.toposorted_asset_keys_by_level:
+        for key in sorted(keys & graph.materializable_asset_keys):
+            problems += _refresh_asset(defs, instance, key, console)
+    return problems
+
+
+def _refresh_asset(
+    defs: dg.Definitions, instance: dg.DagsterInstance, key: dg.AssetKey, console: Console
+) -> list[str]:
+    name = key.to_user_string()
+    due, blocked = _due(defs, instance, key)
+    problems = [f"{name} {partition or ''}: an input is missing" for partition in blocked]
+    if not due:
+        console.print(f"[dim]{name}: up to date[/dim]")
+        return problems
+    started = time.monotonic()
+    console.print(f"[bold]{name}[/bold]: {len(due)} to do" if due != [None] else f"[bold]{name}[/]")
+    for tags in _run_tags(defs, instance, key, due):
+        job = defs.resolve_implicit_global_asset_job_def()
+        result = job.execute_in_process(
+            instance=instance, asset_selection=[key], tags=tags, raise_on_error=False
+        )
+        if not result.success:
+            problems += [
+                f"{name}: {event.step_failure_data.error_display_string.splitlines()[0]}"
+                for event in result.get_step_failure_events()
+            ]
+    console.print(f"{name}: {time.monotonic() - started:.1f} s")
+    return problems
+
+
+def _due(
+    defs: dg.Definitions, instance: dg.DagsterInstance, key: dg.AssetKey
+) -> tuple[list[str | None], list[str | None]]:
+    """The partitions to materialize, and those that wait for a missing input."""
+    graph = defs.resolve_asset_graph()
+    # a resolver caches what it reads, so each layer needs one that has seen nothing yet
+    resolver = CachingStaleStatusResolver(instance, graph, _Lookups(instance))
+    definition = graph.get(key).partitions_def
+    partitions: Sequence[str | None] = (
+        definition.get_partition_keys(dynamic_partitions_store=instance) if definition else [None]
+    )
+    looks = LOOKS_TAG in graph.get(key).tags
+    due: list[str | None] = []
+    blocked: list[str | None] = []
+    with partition_loading_context(dynamic_partitions_store=instance):
+        for partition in partitions:
+            if not looks and resolver.get_status(key, partition) is StaleStatus.FRESH:
+                continue
+            (due if _inputs_exist(resolver, key, partition) else blocked).append(partition)
+    return due, blocked
+
+
+def _inputs_exist(
+    resolver: CachingStaleStatusResolver, key: dg.AssetKey, partition: str | None
+) -> bool:
+    """Whether every parent has something for this partition.
+
+    A product of many slides goes on without those that failed: one partition is enough.
+    """
+    exists = dict.fromkeys(resolver.asset_graph.get(key).parent_keys, False)
+    for parent in resolver.asset_graph.get_parents_partitions(key, partition).parent_partitions:
+        if not exists[parent.asset_key]:
+            status = resolver.get_status(parent.asset_key, parent.partition_key)
+            exists[parent.asset_key] = status is not StaleStatus.MISSING
+    return all(exists.values())
+
+
+def _run_tags(
+    defs: dg.Definitions, instance: dg.DagsterInstance, key: dg.AssetKey, due: list[str | None]
+) -> Iterator[dict[str, str]]:
+    """One run a range: neighbouring partitions that share all dimensions but the last."""
+    definition = defs.resolve_asset_graph().get(key).partitions_def
+    if definition is None:
+        yield {}
+        return
+    order = definition.get_partition_keys(dynamic_partitions_store=instance)
+    place = {partition: number for number, partition in enumerate(order)}
+    ranges: list[list[str]] = []
+    for partition in sorted((p for p in due if p is not None), key=place.__getitem__):
+        last = ranges[-1][-1] if ranges else None
+        if (
+            last is not None
+            and place[partition] == place[last] + 1
+            and partition.rpartition("|")[0] == last.rpartition("|")[0]
+        ):
+            ranges[-1].append(partition)
+        else:
+            ranges.append([partition])
+    for keys in ranges:
+        yield {
+            ASSET_PARTITION_RANGE_START_TAG: keys[0],
+            ASSET_PARTITION_RANGE_END_TAG: keys[-1],
+        }
+
+
+def main() -> int:
+    """Refresh the cohort and store that the environment names; print the report's table."""
+    console = Console(stderr=True)
+    for name, value in dotenv_values(".env").items():
+        os.environ.setdefault(name, value or "")
+    os.environ.setdefault("DAGSTER_HOME", str(Path.cwd()))
+    try:
+        from nic_assets.definitions import defs  # the environment decides what they declare
+    except CohortError as error:
+        console.print(f"[red]{error}[/red]")
+        return 2
+    with dg.DagsterInstance.get() as instance:
+        problems = refresh(defs, instance, console)
+    table = Store.from_environment().reports / "results.parquet"
+    if table.exists():
+        Console().print(results_table(pl.read_parquet(table)))
+    for problem in problems:
+        console.print(f"[red]{problem}[/red]")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

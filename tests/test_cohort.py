@@ -1,0 +1,91 @@
+from pathlib import Path
+
+import pytest
+
+from nic_core.cohort import CohortError, load_cohort
+
+MINIMAL = """\
+name: study
+slides:
+  table: slides.csv
+encoders:
+  - name: mean-rgb
+    objective: mean_rgb
+"""
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "cohort.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_defaults_are_those_of_the_paper(tmp_path):
+    settings = load_cohort(write(tmp_path, MINIMAL)).settings
+    assert (settings.patch, settings.mpp, settings.code, settings.tissue) == (128, 0.5, 128, 0.6)
+    assert (settings.models.crop, settings.models.folds) == (400, 4)
+
+
+def test_relative_paths_start_at_the_file_not_at_the_working_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir("/")
+    assert load_cohort(write(tmp_path, MINIMAL)).slides.table == tmp_path / "slides.csv"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "field", "reason"),
+    [
+        ("objective: mean_rgb", "objective: magic", 6, "encoders.0.objective", "'mean_rgb'"),
+        ("  table: slides.csv", "  patern: x", 3, "slides.patern", "Extra inputs"),
+        ("name: mean-rgb", "name: mean/rgb", 5, "encoders.0.name", "partition key"),
+        ("name: study\n", "name: study\nsettings: {patch: -1}\n", 2, "settings.patch", "greater"),
+        (
+            "objective: mean_rgb",
+            "objective: mtl",
+            5,
+            "encoders.0",
+            "needs at least one task",
+        ),
+    ],
+)
+def test_an_error_names_the_line_and_the_field(tmp_path, old, new, line, field, reason):
+    path = write(tmp_path, MINIMAL.replace(old, new))
+    with pytest.raises(CohortError) as error:
+        load_cohort(path)
+    assert str(error.value).startswith(f"{path}:{line}: {field}: ")
+    assert reason in str(error.value)
+
+
+def test_every_problem_is_reported_at_once(tmp_path):
+    text = MINIMAL.replace("table: slides.csv", "tabel: x").replace("mean_rgb", "magic")
+    with pytest.raises(CohortError) as error:
+        load_cohort(write(tmp_path, text))
+    assert len(str(error.value).splitlines()) == 2
+
+
+def test_an_encoder_with_an_unknown_task_lists_the_known_ones(tmp_path):
+    text = MINIMAL.replace("objective: mean_rgb", "objective: mtl\n    tasks: [liver]")
+    text += "patch_tasks:\n  - {name: colon, organ: colon, mpp: 0.5, table: colon.csv}\n"
+    with pytest.raises(CohortError, match="'liver' is not defined; known: colon"):
+        load_cohort(write(tmp_path, text))
+
+
+def test_a_name_given_twice_is_refused(tmp_path):
+    text = MINIMAL + "  - name: mean-rgb\n    objective: mean_rgb\n"
+    with pytest.raises(CohortError, match="mean-rgb.*more than once"):
+        load_cohort(write(tmp_path, text))
+
+
+def test_a_missing_file_says_how_to_get_one(tmp_path):
+    with pytest.raises(CohortError, match="make demo"):
+        load_cohort(tmp_path / "cohort.yaml")
+
+
+def test_broken_yaml_is_reported_with_its_place(tmp_path):
+    with pytest.raises(CohortError, match="line 3"):
+        load_cohort(write(tmp_path, "name: study\nslides: [\n"))
+
+
+@pytest.mark.parametrize("text", ["", "just words", "- a\n- list"])
+def test_a_file_that_is_no_mapping_is_refused(tmp_path, text):
+    with pytest.raises(CohortError):
+        load_cohort(write(tmp_path, text))
