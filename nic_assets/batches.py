@@ -126,9 +126,8 @@ def _dimension_tags(context: dg.AssetExecutionContext, key: str) -> dict[str, st
 
 
 def _children_run(context: dg.AssetExecutionContext) -> bool:
-    selected = context.run.asset_selection
-    children = context.repository_def.asset_graph.get(context.asset_key).child_keys
-    return bool(children if selected is None else children & selected)
+    layer = context.job_def.asset_layer
+    return bool(layer.asset_graph.get(context.asset_key).child_keys & layer.selected_asset_keys)
 
 
 def _check_specs(context: dg.AssetExecutionContext) -> Sequence[dg.AssetCheckSpec]:

@@ -71,11 +71,11 @@ def report_versions(
     known = _known_versions(instance, asset, list(versions))
     changed = sorted(key for key, version in versions.items() if known.get(key) != version)
     for key in changed:
-        instance.report_runless_asset_event(
-            dg.AssetMaterialization(
-                asset, partition=key, tags={DATA_VERSION_TAG: versions[key]}
-            )
-        )
+        tags = {DATA_VERSION_TAG: versions[key]}
+        # The UI's staleness reads an external asset's observations, automation conditions read
+        # its materializations. Provenance points at the latter, so they must be the later ones.
+        for event in (dg.AssetObservation, dg.AssetMaterialization):
+            instance.report_runless_asset_event(event(asset, partition=key, tags=tags))
     return changed
 
 

@@ -44,8 +44,12 @@ class Store:
         """``$NIC_STORE``, else ``data/store``."""
         return cls(Path(os.environ.get(STORE_VARIABLE) or DEFAULT_STORE).resolve())
 
+    @property
+    def slides(self) -> Path:
+        return self.root / "slides"
+
     def slide(self, slide: str) -> Path:
-        return self.root / "slides" / slide
+        return self.slides / slide
 
     def patch_table(self, slide: str) -> Path:
         return self.root / "patch_tables" / f"{slide}.parquet"

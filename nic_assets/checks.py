@@ -1,0 +1,99 @@
+"""What is checked of each product; every check says what is wrong, or None.
+
+The results travel with the asset's own step (``check_specs``), so a batch of a thousand slides
+costs no step more, and a check sees the product that was just made.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import polars as pl
+
+from nic_core.cohort import Settings
+from nic_core.encoders import EncoderCard, PatchDataset
+from nic_core.grids import Grid
+from nic_core.patches import PatchTableError, read_patch_table
+from nic_core.steps import SlideRecord
+from nic_core.store import Store
+
+# a slide may be scanned a little coarser than asked: 0.5021 um/px serves 0.5
+FINE_ENOUGH = 1.02
+# of all codes of a slide, the share that may equal the commonest one
+COLLAPSED = 0.5
+
+
+def resolution_suffices(record: SlideRecord, settings: Settings) -> str | None:
+    """The slide holds the detail that the study asks for; else pixels are interpolated."""
+    if record.mpp <= settings.mpp * FINE_ENOUGH:
+        return None
+    return f"{record.mpp:.3f} um/px is coarser than the study's {settings.mpp:.3f}: interpolated"
+
+
+def tissue_found(record: SlideRecord) -> str | None:
+    """There is something to compress."""
+    return None if record.tissue_mm2 > 0 else "no tissue: its grid will be empty"
+
+
+def patch_table_valid(store: Store, slide: str) -> str | None:
+    """The file as it lies in the store has the schema, one row a cell, and whole rows."""
+    try:
+        read_patch_table(store.patch_table(slide))
+    except PatchTableError as error:
+        return str(error)
+    return None
+
+
+def splits_disjoint(dataset: PatchDataset) -> str | None:
+    """No patient's patches are in two splits."""
+    torn = (
+        dataset.table.group_by("group")
+        .agg(pl.col("split").n_unique())
+        .filter(pl.col("split") > 1)["group"]
+        .sort()
+    )
+    return f"patients in more than one split: {torn.to_list()[:5]}" if len(torn) else None
+
+
+def beats_chance(card: EncoderCard) -> str | None:
+    """On every task's test patients the heads do better than guessing."""
+    weak = {
+        task: round(scores.balanced_accuracy, 3)
+        for task, scores in card.scores.items()
+        if scores.balanced_accuracy <= 1 / len(card.tasks[task])
+    }
+    return f"balanced accuracy at or below chance: {weak}" if weak else None
+
+
+def covers_patch_table(grid: Grid, cells: pl.DataFrame) -> str | None:
+    """A code at each kept cell of the patch table, and nowhere else."""
+    kept = np.zeros(grid.valid.shape, bool)
+    rows = cells.filter("kept")
+    kept[rows["row"].to_numpy(), rows["column"].to_numpy()] = True
+    missing, extra = int((kept & ~grid.valid).sum()), int((grid.valid & ~kept).sum())
+    if missing or extra:
+        return f"{missing} kept cells without a code, {extra} codes outside the kept cells"
+    return None
+
+
+def codes_finite(grid: Grid) -> str | None:
+    """No code is NaN or beyond float16."""
+    bad = int((~np.isfinite(np.asarray(grid.codes[:]))).any(0).sum())
+    return f"{bad} cells with a code that is no finite number" if bad else None
+
+
+def codes_not_collapsed(grid: Grid) -> str | None:
+    """The encoder tells patches apart: no single code takes most of the slide."""
+    codes = np.asarray(grid.codes[:])[:, grid.valid].T
+    if len(codes) < 2:
+        return None
+    _, counts = np.unique(codes, axis=0, return_counts=True)
+    share = counts.max() / len(codes)
+    return f"one code in {share:.0%} of the cells" if share > COLLAPSED else None
+
+
+def folds_disjoint(folds: pl.DataFrame) -> str | None:
+    """Each patient is in one fold only."""
+    torn = (
+        folds.group_by("patient").agg(pl.col("fold").n_unique()).filter(pl.col("fold") > 1)
+    )["patient"]
+    return f"patients in more than one fold: {torn.sort().to_list()[:5]}" if len(torn) else None

@@ -1,0 +1,274 @@
+"""The steps of a study, each from the store to the store.
+
+A step reads what earlier steps left in the :class:`~nic_core.store.Store`, calls the module
+that does the work and writes its product whole. An orchestrator calls them partition by
+partition; a script can call them in the order in which they stand here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+from matplotlib.image import imsave
+from pydantic import BaseModel, ConfigDict
+
+from nic_core.cohort import Cohort, CohortError
+from nic_core.compression import compress_slide
+from nic_core.encoders import (
+    Encoder,
+    PatchDataset,
+    Trained,
+    build_patch_task,
+    load_patch_task,
+    save_encoder,
+    save_patch_task,
+    train_encoder,
+)
+from nic_core.grids import Grid, grid_hash, open_grid, write_grid
+from nic_core.patches import patch_table, read_patch_table, write_patch_table
+from nic_core.slides import Level, Slide, content_identity, open_slide
+from nic_core.slides.index import slide_index
+from nic_core.store import Store, whole_file, whole_folder
+from nic_core.tissue import TissueMask, read_mask, tissue_mask, tissue_outline
+from nic_core.tracker import Tracker
+
+INDEX = "index.parquet"
+RECORD, THUMBNAIL, TISSUE = "slide.json", "thumbnail.jpg", "tissue.png"
+THUMBNAIL_SIDE = 1024  # px
+
+Pixels = npt.NDArray[np.uint8]
+
+
+class SlideRecord(BaseModel):
+    """What is known of an opened slide; ``slide.json`` in the slide's folder."""
+
+    model_config = ConfigDict(frozen=True)
+
+    slide: str
+    identity: str  # of the file's content
+    engine: str  # library that reads it
+    width: int  # level-0 px
+    height: int
+    mpp: float  # um/px at level 0
+    levels: tuple[Level, ...]  # finest first
+    tissue_mpp: float  # um/px of tissue.png
+    tissue_mm2: float
+
+
+# --- what the user provides ------------------------------------------------------------------
+
+
+def index_slides(cohort: Cohort, store: Store) -> pl.DataFrame:
+    """Find the cohort's slides; writes and returns the slide index."""
+    index = slide_index(cohort)
+    with whole_file(store.slides / INDEX) as path:
+        index.write_parquet(path)
+    return index
+
+
+def read_index(store: Store) -> pl.DataFrame:
+    """The slide index that :func:`index_slides` wrote.
+
+    Raises
+    ------
+    CohortError
+        There is none yet.
+    """
+    path = store.slides / INDEX
+    if not path.exists():
+        raise CohortError(f"{path} is missing; materialize 'slide_index' first")
+    return pl.read_parquet(path)
+
+
+def slide_versions(index: pl.DataFrame) -> dict[str, str]:
+    """A version for every slide: its file's content, and what the slide table says of it."""
+    return {
+        row["slide"]: digest(
+            content_identity(Path(row["path"])),
+            row["mpp"],
+            content_identity(Path(row["mask"])) if row["mask"] else None,
+        )
+        for row in index.iter_rows(named=True)
+    }
+
+
+def patch_task_versions(cohort: Cohort) -> dict[str, str]:
+    """A version for every patch task: its entry, its table, and the files of its folder."""
+    return {
+        task.name: digest(
+            task,
+            content_identity(task.table) if task.table is not None else None,
+            _listing(task.folder) if task.folder is not None else None,
+        )
+        for task in cohort.patch_tasks
+    }
+
+
+def encoder_versions(cohort: Cohort) -> dict[str, str]:
+    """A version for every encoder's entry in the cohort file."""
+    return {encoder.name: digest(encoder) for encoder in cohort.encoders}
+
+
+def target_versions(cohort: Cohort, index: pl.DataFrame) -> dict[str, str]:
+    """A version for every target: its entry, and the labels and splits that it reads."""
+    return {
+        target.name: digest(target, target_table(cohort, target, index).rows())
+        for target in cohort.targets
+    }
+
+
+# --- slides and patch tables -----------------------------------------------------------------
+
+
+def prepare_slide(store: Store, slide: str) -> tuple[SlideRecord, Pixels]:
+    """Open a slide, find its tissue, draw a thumbnail.
+
+    Returns the record, and the thumbnail with the tissue outlined, uint8 (H, W, 3).
+    """
+    with _open(store, slide) as opened:
+        ready = _index_row(store, slide)["mask"]
+        mask = read_mask(Path(ready), opened) if ready else tissue_mask(opened)
+        record = SlideRecord(
+            slide=slide,
+            identity=content_identity(opened.path),
+            engine=opened.engine,
+            width=opened.width,
+            height=opened.height,
+            mpp=opened.mpp,
+            levels=opened.levels,
+            tissue_mpp=mask.mpp,
+            tissue_mm2=float(mask.array.sum()) * (mask.mpp / 1000) ** 2,
+        )
+        with whole_folder(store.slide(slide)) as folder:
+            (folder / RECORD).write_text(record.model_dump_json(indent=2) + "\n")
+            imsave(folder / THUMBNAIL, opened.thumbnail(THUMBNAIL_SIDE))
+            mask.save(folder / TISSUE)
+        return record, tissue_outline(opened, mask, side=320)
+
+
+def read_record(store: Store, slide: str) -> SlideRecord:
+    """The record that :func:`prepare_slide` wrote."""
+    return SlideRecord.model_validate_json((store.slide(slide) / RECORD).read_bytes())
+
+
+def tabulate_patches(cohort: Cohort, store: Store, slide: str) -> pl.DataFrame:
+    """Lay the cohort's grid over a slide; writes and returns the patch table."""
+    settings = cohort.settings
+    mask = TissueMask.load(store.slide(slide) / TISSUE, read_record(store, slide).tissue_mpp)
+    with _open(store, slide) as opened:
+        cells = patch_table(
+            slide,
+            opened,
+            mask,
+            patch=settings.patch,
+            mpp=settings.mpp,
+            tissue=settings.tissue,
+        )
+    write_patch_table(store.patch_table(slide), cells)
+    return cells
+
+
+# --- patch tasks and encoders ----------------------------------------------------------------
+
+
+def make_patch_task(cohort: Cohort, store: Store, task: str) -> PatchDataset:
+    """Read a patch task's images; writes and returns the dataset."""
+    settings = cohort.settings
+    dataset = build_patch_task(
+        cohort.patch_task(task), patch=settings.patch, mpp=settings.mpp, seed=0
+    )
+    with whole_folder(store.patch_task(task)) as folder:
+        save_patch_task(folder, dataset)
+    return dataset
+
+
+def make_encoder(
+    cohort: Cohort,
+    store: Store,
+    encoder: str,
+    tracker: Tracker | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Trained:
+    """Train an encoder on its patch tasks; writes and returns it."""
+    spec, settings = cohort.encoder(encoder), cohort.settings
+    trained = train_encoder(
+        spec,
+        [load_patch_task(store.patch_task(task)) for task in spec.tasks],
+        patch=settings.patch,
+        mpp=settings.mpp,
+        code=settings.code,
+        tracker=tracker,
+        progress=progress,
+    )
+    with whole_folder(store.encoder(encoder)) as folder:
+        save_encoder(folder, trained.encoder)
+        trained.history.write_parquet(folder / "history.parquet")
+    return trained
+
+
+# --- grids -----------------------------------------------------------------------------------
+
+
+def compress(store: Store, encoder: Encoder, slide: str) -> Grid:
+    """Compress a slide with an encoder; writes and returns the grid."""
+    cells = read_patch_table(store.patch_table(slide))
+    with _open(store, slide) as opened:
+        grid = compress_slide(
+            opened,
+            cells,
+            encoder,
+            slide_id=slide,
+            slide_identity=content_identity(opened.path),
+        )
+    write_grid(store.grid(encoder.card.name, slide), grid)
+    return grid
+
+
+def gather_grids(store: Store, encoder: str) -> pl.DataFrame:
+    """Every grid of an encoder: slide, content hash (null: no grid) and cells."""
+    rows: list[tuple[str, str | None, int]] = []
+    for slide in read_index(store)["slide"]:
+        path = store.grid(encoder, slide)
+        if path.exists():
+            grid = open_grid(path)
+            rows.append((slide, grid_hash(grid), int(grid.valid.sum())))
+        else:
+            rows.append((slide, None, 0))
+    return pl.DataFrame(
+        rows, schema={"slide": pl.String, "hash": pl.String, "cells": pl.Int64}, orient="row"
+    )
+
+
+# --- helpers ---------------------------------------------------------------------------------
+
+
+def digest(*parts: object) -> str:
+    """A short stable digest of anything with a faithful ``repr``."""
+    return hashlib.sha256("\n".join(map(repr, parts)).encode()).hexdigest()[:16]
+
+
+def _index_row(store: Store, slide: str) -> dict[str, Any]:
+    rows = read_index(store).filter(pl.col("slide") == slide)
+    if rows.is_empty():
+        raise CohortError(f"slide '{slide}' is not in the cohort; materialize 'slide_index' again")
+    return rows.row(0, named=True)
+
+
+def _open(store: Store, slide: str) -> Slide:
+    row = _index_row(store, slide)
+    return open_slide(Path(row["path"]), mpp=row["mpp"])
+
+
+def _listing(folder: Path) -> list[tuple[str, int, int]]:
+    """Names, sizes and times of a folder's files: thousands of images are not read for this."""
+    return sorted(
+        (str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns)
+        for path in folder.rglob("*")
+        if path.is_file()
+    )
