@@ -67,10 +67,18 @@ class Tumour:
     apoptotic: float = 40.0
 
 
-def populate(scene: Scene, rng: np.random.Generator, tumour: Tumour) -> tuple[Floats, Floats]:
-    """Add the cells of every tissue but glands to ``scene``; return the mitoses' centres, px."""
+def populate(
+    scene: Scene,
+    rng: np.random.Generator,
+    tumour: Tumour,
+    taken: tuple[Floats, Floats] | None = None,
+) -> tuple[Floats, Floats]:
+    """Add the cells of every tissue but glands to ``scene``; return the mitoses' centres, px.
+
+    Tumour nuclei keep away from the points ``taken``.
+    """
     tissue = scene.tissue
-    mitoses = _tumour_cells(scene, rng, tumour)
+    mitoses = _tumour_cells(scene, rng, tumour, taken)
     for kind, spacing, keep in (
         (Tissue.STROMA, 30.0, 0.62),
         (Tissue.RIM, 30.0, 0.60),
@@ -112,26 +120,18 @@ def add_figures(
     scene.cells.append(Nuclei(kind, x, y))
 
 
-def fill_tumour(
-    scene: Scene, rng: np.random.Generator, grade: float, taken: tuple[Floats, Floats]
-) -> None:
-    """Tumour nuclei of a grade over TUMOUR, with room left around the points ``taken``."""
-    x, y = scatter(rng, scene.tissue == Tissue.TUMOUR, TUMOUR_SPACING, 0.96)
-    x, y = away_from(x, y, taken, 15.0)
-    # a grade between two is a mixture of both
-    lower = int(np.clip(np.floor(grade), 1, 2))
-    upper = rng.random(len(x)) < np.clip(grade - lower, 0, 1)
-    scene.cells.append(Nuclei(TUMOUR_GRADES[lower - 1], x[~upper], y[~upper]))
-    scene.cells.append(Nuclei(TUMOUR_GRADES[lower], x[upper], y[upper]))
-
-
 def _tumour_cells(
-    scene: Scene, rng: np.random.Generator, tumour: Tumour
+    scene: Scene,
+    rng: np.random.Generator,
+    tumour: Tumour,
+    taken: tuple[Floats, Floats] | None,
 ) -> tuple[Floats, Floats]:
     where = scene.tissue == Tissue.TUMOUR
     # 0.5 um/px: a raster point is RASTER**2 / 4e6 mm2
     area = where.sum() * RASTER**2 / 4e6
     x, y = scatter(rng, where, 3 * TUMOUR_SPACING)
+    if taken is not None:
+        x, y = away_from(x, y, taken, 2 * TUMOUR_SPACING)
     order = rng.permutation(len(x))
     figures = {}
     start = 0
@@ -144,8 +144,15 @@ def _tumour_cells(
         start += len(chosen)
         figures[kind] = x[chosen], y[chosen]
         add_figures(scene, rng, kind, *figures[kind])
-    taken = tuple(np.concatenate(a) for a in zip(*figures.values(), strict=True))
-    fill_tumour(scene, rng, tumour.grade, (taken[0], taken[1]))
+    keep_out = [*figures.values(), *([] if taken is None else [taken])]
+    around_x, around_y = (np.concatenate(a) for a in zip(*keep_out, strict=True))
+    x, y = scatter(rng, where, TUMOUR_SPACING, 0.96)
+    x, y = away_from(x, y, (around_x, around_y), 15.0)
+    # a grade between two is a mixture of both
+    lower = int(np.clip(np.floor(tumour.grade), 1, 2))
+    upper = rng.random(len(x)) < tumour.grade - lower
+    scene.cells.append(Nuclei(TUMOUR_GRADES[lower - 1], x[~upper], y[~upper]))
+    scene.cells.append(Nuclei(TUMOUR_GRADES[lower], x[upper], y[upper]))
     return figures[Nucleus.MITOSIS]
 
 

@@ -185,7 +185,9 @@ def _necrosis(
         region[nests[nest] + noise < depth] = Tissue.NECROSIS
 
 
-def _materials(rng: np.random.Generator, region: NDArray[np.uint8], unit: float) -> NDArray[np.uint8]:
+def _materials(
+    rng: np.random.Generator, region: NDArray[np.uint8], unit: float
+) -> NDArray[np.uint8]:
     """What is painted: the regions with septa and lumens in tumour, and vessels in stroma."""
     tissue = region.copy()
     tissue[region == Tissue.GLAND] = Tissue.STROMA
