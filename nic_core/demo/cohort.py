@@ -1,0 +1,279 @@
+"""The whole demo cohort on disk: patch tasks, slides, labels and ``cohort.yaml``."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pyvips
+import yaml
+
+from nic_core.demo.layout import plant_slide
+from nic_core.demo.painter import paint
+from nic_core.demo.patches import TASKS, DemoTask
+from nic_core.demo.plan import GROWTH, PlannedSlide, plan_cohort
+from nic_core.demo.tissues import Tissue
+from nic_core.store import whole_file, whole_folder
+
+SLIDES = 48
+PATCHES_PER_TASK = 1500
+SIDE = 3072
+SMALLEST_SIDE = 768
+MPP = 0.5
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """What a demo cohort was made from; kept beside it, so that it is made once."""
+
+    seed: int
+    slides: int
+    patches_per_task: int
+    side: int
+    version: int = 1  # of the generator: raise it when the pixels or labels change
+
+
+def make_demo(
+    root: Path,
+    *,
+    seed: int = 0,
+    slides: int = SLIDES,
+    patches_per_task: int = PATCHES_PER_TASK,
+    side: int = SIDE,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Write a demo cohort and return its ``cohort.yaml``.
+
+    Nothing is done where a whole cohort of the same recipe stands. The same recipe gives the
+    same pixels and tables, whatever the number of workers.
+
+    Parameters
+    ----------
+    root
+        Folder of the cohort; what stands there of another recipe is replaced.
+    slides
+        At least 2. About a sixth become the external test set.
+    patches_per_task
+        Patches of each of the four tasks, balanced over classes.
+    side
+        Px of a slide's side at 0.5 um/px, at least 768.
+    workers
+        Processes; default: the number of cores.
+    progress
+        Called with (steps done, steps in all, what was done) after every step.
+
+    Raises
+    ------
+    ValueError
+        A size is too small.
+    FileExistsError
+        ``root`` holds something that is no demo cohort.
+    """
+    recipe = _Recipe(seed, slides, patches_per_task, side)
+    if slides < 2 or side < SMALLEST_SIDE or patches_per_task < len(TASKS[-1].classes):
+        raise ValueError(
+            f"a demo cohort needs slides >= 2, side >= {SMALLEST_SIDE} px and patches per task "
+            f">= {len(TASKS[-1].classes)}; got {slides}, {side}, {patches_per_task}"
+        )
+    cohort = root / "cohort.yaml"
+    stamp = root / "recipe.json"
+    if cohort.exists() and stamp.exists() and json.loads(stamp.read_text()) == vars(recipe):
+        return cohort
+    if root.exists() and any(root.iterdir()) and not stamp.exists():
+        raise FileExistsError(f"{root} holds files but no demo cohort; name an empty folder")
+    with whole_folder(root) as folder:
+        _write(folder, recipe, workers or os.cpu_count() or 1, progress)
+    return cohort
+
+
+def _write(folder: Path, recipe: _Recipe, workers: int, progress: Progress | None) -> None:
+    planned, labels = plan_cohort(recipe.seed, recipe.slides)
+    patients = int(np.clip(recipe.patches_per_task // 27, 4, 25))
+    for name in ("slides", "truth"):
+        (folder / name).mkdir()
+    for task in TASKS:
+        for label in task.classes:
+            (folder / "patch_tasks" / task.name / label).mkdir(parents=True)
+    with _pool(workers) as pool:
+        jobs: dict[Future[object], str] = {}
+        for slide in planned:
+            job = pool.submit(_make_slide, folder, slide, recipe.side)
+            jobs[job] = f"slide {slide.slide}"
+        for t, task in enumerate(TASKS):
+            edges = np.linspace(0, recipe.patches_per_task, patients * len(task.classes) + 1)
+            counts = np.diff(edges.round().astype(int)).reshape(patients, len(task.classes))
+            for p in range(patients):
+                job = pool.submit(
+                    _make_patches, folder, task.name, p, tuple(counts[p]), (recipe.seed, 3, t, p)
+                )
+                jobs[job] = f"patches of {task.name}, patient {p + 1}"
+        pending = set(jobs)
+        while pending:
+            done, pending = wait(pending, return_when=FIRST_COMPLETED)
+            for job in done:
+                job.result()
+                if progress is not None:
+                    progress(len(jobs) - len(pending), len(jobs), jobs[job])
+        results = {what: job.result() for job, what in jobs.items()}
+    mitoses = [results[f"slide {s.slide}"] for s in planned]
+    pl.DataFrame(
+        [(s.slide, x, y) for s, found in zip(planned, mitoses, strict=True) for x, y in found],  # type: ignore[attr-defined]
+        schema={"slide": pl.String, "x": pl.Float64, "y": pl.Float64},
+        orient="row",
+    ).write_csv(folder / "truth" / "mitoses.csv")
+    for task in TASKS:
+        rows = [
+            row
+            for p in range(patients)
+            for row in results[f"patches of {task.name}, patient {p + 1}"]  # type: ignore[attr-defined]
+        ]
+        pl.DataFrame(rows, schema=["path", "label", "group"], orient="row").write_parquet(
+            folder / "patch_tasks" / f"{task.name}.parquet"
+        )
+    pl.DataFrame(
+        {
+            "slide": [s.slide for s in planned],
+            "path": [f"slides/{s.slide}.tif" for s in planned],
+            "patient": [s.patient for s in planned],
+            "truth": [f"truth/{s.slide}.png" for s in planned],
+            "split": [s.split for s in planned],
+        }
+    ).write_csv(folder / "slides.csv")
+    causes = ("mitoses", "grade", "signal", "risk")
+    labels.drop("split", *causes).write_csv(folder / "labels.csv")
+    labels.select("slide", *causes).write_csv(folder / "truth" / "causes.csv")
+    (folder / "truth" / "codes.csv").write_text(
+        "code,tissue\n" + "".join(f"{t.value},{t.name.lower()}\n" for t in Tissue)
+    )
+    (folder / "cohort.yaml").write_text(_cohort_yaml())
+    (folder / "recipe.json").write_text(json.dumps(vars(recipe)))
+
+
+@contextmanager
+def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes of one thread each: the machine's cores are the workers'."""
+    single = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "VIPS_CONCURRENCY": "1"}
+    before = {name: os.environ.get(name) for name in single}
+    os.environ.update(single)
+    try:
+        # spawned, so that the settings hold: the libraries read them when they are loaded
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+            try:
+                yield pool
+            except BaseException:
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _make_slide(folder: Path, planned: PlannedSlide, side: int) -> list[tuple[float, float]]:
+    """Paint a slide; returns its mitoses' centres, level-0 px."""
+    rng = np.random.default_rng(planned.seed)
+    slide = plant_slide(rng, side, planned.tumour, planned.capsules)
+    pixels = paint(slide.scene, planned.stain, rng)[:side, :side]
+    with whole_file(folder / "slides" / f"{planned.slide}.tif") as path:
+        pyvips.Image.new_from_array(np.ascontiguousarray(pixels)).tiffsave(
+            str(path),
+            pyramid=True,
+            tile=True,
+            tile_width=256,
+            tile_height=256,
+            compression="jpeg",
+            Q=85,
+            resunit="cm",
+            xres=1000 / MPP,  # px a mm
+            yres=1000 / MPP,
+        )
+    with whole_file(folder / "truth" / f"{planned.slide}.png") as path:
+        pyvips.Image.new_from_array(slide.truth).pngsave(str(path))
+    x, y = slide.mitoses
+    return [(round(float(a), 1), round(float(b), 1)) for a, b in zip(x, y, strict=True)]
+
+
+def _make_patches(
+    folder: Path, name: str, patient: int, counts: tuple[int, ...], seed: tuple[int, ...]
+) -> list[tuple[str, str, str]]:
+    """Paint and cut one patient's patches; returns (path, label, group) rows."""
+    task = _task(name)
+    rows = []
+    patches = task.cut(np.random.default_rng(seed), counts)
+    for number, (label, pixels) in enumerate(patches):
+        of_class = task.classes[label]
+        path = f"{name}/{of_class}/p{patient + 1:02d}-{number:04d}.jpg"
+        image = pyvips.Image.new_from_array(np.ascontiguousarray(pixels))
+        image.jpegsave(str(folder / "patch_tasks" / path), Q=88)
+        rows.append((path, of_class, f"{name}-{patient + 1:02d}"))
+    return rows
+
+
+def _task(name: str) -> DemoTask:
+    return next(task for task in TASKS if task.name == name)
+
+
+def _cohort_yaml() -> str:
+    names = [task.name for task in TASKS]
+    cohort = {
+        "name": "demo",
+        "slides": {"table": "slides.csv"},
+        "labels": "labels.csv",
+        "patch_tasks": [
+            {
+                "name": task.name,
+                "organ": task.organ,
+                "mpp": MPP,
+                "table": f"patch_tasks/{task.name}.parquet",
+            }
+            for task in TASKS
+        ],
+        "encoders": [
+            {"name": "mean-rgb", "objective": "mean_rgb"},
+            {"name": "mtl-4", "objective": "mtl", "tasks": names, "patches_seen": 50_000},
+        ],
+        "targets": [
+            {"name": "proliferation", "kind": "regression", "column": "score"},
+            {
+                "name": "growth",
+                "kind": "classification",
+                "column": "growth",
+                "classes": list(GROWTH),
+            },
+            {
+                "name": "survival",
+                "kind": "survival",
+                "level": "patient",
+                "time": "time",
+                "event": "event",
+                "unit": "days",
+            },
+        ],
+        "maps": [
+            {
+                "name": "tumour",
+                "encoder": "mtl-4",
+                "task": "lymph_node",
+                "label": "tumor",
+                "positive": [int(Tissue.TUMOUR)],
+                # the map asks tumour or not; dead tumour and empty slide are neither
+                "ignore": [int(Tissue.NECROSIS), int(Tissue.BACKGROUND)],
+            }
+        ],
+        "settings": {"models": {"network": "small", "crop": 24, "folds": 4, "epochs": 40}},
+    }
+    head = "# A synthetic cohort: see docs/demo-cohort.md. Paths are relative to this file.\n"
+    return head + yaml.safe_dump(cohort, sort_keys=False, allow_unicode=True)

@@ -1,0 +1,227 @@
+"""Where a slide's structures lie: tumour nests, capsules or bands, islands of other tissue.
+
+Lengths are in units of the slide's side / 24, one cell of the compressed grid on a 3072 px
+slide. The growth pattern is arrangement alone. Every slide has one budget of dense stroma, the
+area of a capsule round each of its nests. What is not spent on capsules lies as bands as thick
+as a capsule, away from all nests. All other tissue keeps out of the capsules' zone in either
+case, so both patterns have the same areas of everything.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from nic_core.demo.cells import COLON, Bools, Tumour, add_glands, populate
+from nic_core.demo.painter import RASTER, Floats, Scene, smooth_noise
+from nic_core.demo.tissues import Tissue
+
+UNITS = 24  # a side
+NESTS = 4
+NEST_RADIUS = 2.65  # root mean square
+CAPSULE = 1.2
+GAP = 0.15  # between a capsule's zone and anything else
+TRUTH = 64  # px a side of a point of the truth image
+
+# islands and the share of the slide's tissue that each kind takes, on average
+ISLANDS = (
+    (Tissue.GLAND, 0.055),
+    (Tissue.LYMPHOCYTES, 0.040),
+    (Tissue.FAT, 0.035),
+    (Tissue.MUSCLE, 0.030),
+    (Tissue.MUCUS, 0.015),
+    (Tissue.BLOOD, 0.006),
+)
+
+
+@dataclass(frozen=True)
+class PlantedSlide:
+    """A scene to paint and what is true of it.
+
+    Attributes
+    ----------
+    truth
+        uint8, one point for TRUTH x TRUTH px, values of :class:`Tissue`.
+    mitoses
+        Centres in px, x and y.
+    """
+
+    scene: Scene
+    truth: NDArray[np.uint8]
+    mitoses: tuple[Floats, Floats]
+
+
+def plant_slide(
+    rng: np.random.Generator, side: int, tumour: Tumour, capsules: tuple[bool, ...]
+) -> PlantedSlide:
+    """Lay out a slide of ``side`` px whose nest *i* has a capsule if ``capsules[i]``."""
+    n = -(-side // RASTER)
+    unit = n / UNITS  # raster points
+    y, x = np.indices((n, n), dtype=np.float32)
+    blob = _outline(rng, x, y, unit)
+    nests = _nests(rng, x, y, unit, blob, len(capsules))
+    nearest = nests.min(0)
+    thickness = CAPSULE * unit * (1 + 0.15 * smooth_noise(rng, (n, n), 2 * unit))
+    rings = (nests > 0) & (nests < thickness) & (nests == nearest)
+    region = np.where(blob, Tissue.STROMA, Tissue.BACKGROUND).astype(np.uint8)
+    region[nearest <= 0] = Tissue.TUMOUR
+    free = blob & (nearest > (CAPSULE + GAP) * unit * 1.15)
+    for kind, share in ISLANDS:
+        area = int(share * blob.sum() * np.exp(rng.normal(0, 0.2)))
+        island = _grow(rng, free, area, unit)
+        region[island] = kind
+        free &= ~island
+    waves = 3.0 * smooth_noise(rng, (n, n), 1.5 * unit) + 0.6 * smooth_noise(rng, (n, n), 12)
+    direction = rng.uniform(0, np.pi)
+    fibres = y * np.cos(direction) - x * np.sin(direction) + 1.5 * waves
+    around = np.isin(np.arange(len(capsules)), np.flatnonzero(capsules))
+    capsule = rings[around].any(0) & blob
+    region[capsule] = Tissue.RIM
+    fibres = np.where(capsule, nearest + 0.4 * waves, fibres)
+    budget = int((rings.any(0) & blob).sum() - capsule.sum())
+    if budget > 0:
+        band, across = _bands(rng, x, y, unit, free, budget)
+        region[band] = Tissue.RIM
+        fibres = np.where(band, across + 0.4 * waves, fibres)
+    _necrosis(rng, region, nests, unit)
+    scene = Scene(_materials(rng, region, unit), (fibres * RASTER).astype(np.float32))
+    add_glands(scene, rng, region == Tissue.GLAND, COLON)
+    mitoses = populate(scene, rng, tumour)
+    step = TRUTH // RASTER
+    return PlantedSlide(scene, region[step // 2 :: step, step // 2 :: step].copy(), mitoses)
+
+
+def _outline(rng: np.random.Generator, x: Floats, y: Floats, unit: float) -> Bools:
+    """An irregular piece of tissue that covers about three quarters of the slide."""
+    middle = UNITS * unit / 2
+    distance = ((abs(x - middle) / unit) ** 3 + (abs(y - middle) / unit) ** 3) ** (1 / 3)
+    distance += 0.35 * smooth_noise(rng, x.shape, 3.5 * unit) + 0.06 * smooth_noise(
+        rng, x.shape, 0.6 * unit
+    )
+    edge = np.quantile(distance, rng.uniform(0.76, 0.80))
+    return np.asarray(distance < min(float(edge), UNITS / 2 - 0.4))
+
+
+def _nests(
+    rng: np.random.Generator, x: Floats, y: Floats, unit: float, blob: Bools, count: int
+) -> Floats:
+    """Distances in raster points to the borders of nests, (count, rows, columns), < 0 inside."""
+    radii = rng.uniform(0.88, 1.12, count)
+    radii *= NEST_RADIUS * unit / np.sqrt((radii**2).mean())
+    room = ndimage.distance_transform_edt(blob)
+    zone = (CAPSULE + GAP) * unit
+    candidates = np.argwhere(room > radii.min() + zone)
+    while True:
+        centres: list[tuple[float, float]] = []
+        for radius in radii:
+            for cy, cx in candidates[rng.integers(0, len(candidates), 60)]:
+                clear = all(
+                    np.hypot(cy - b, cx - a) > radius + r + 2 * zone
+                    for (b, a), r in zip(centres, radii, strict=False)
+                )
+                if clear and room[cy, cx] > radius + zone:
+                    centres.append((cy, cx))
+                    break
+        if len(centres) == count:
+            break
+    nests = []
+    for (cy, cx), radius in zip(centres, radii, strict=True):
+        polar = np.arctan2(y - cy, x - cx)
+        waves = sum(
+            rng.normal(0, 0.05) * np.cos(k * polar + rng.uniform(0, 2 * np.pi)) for k in (2, 3, 4)
+        )
+        nests.append(np.hypot(x - cx, y - cy) - radius * (1 + waves))
+    return np.asarray(nests, np.float32)
+
+
+def _grow(rng: np.random.Generator, free: Bools, area: int, unit: float) -> Bools:
+    """A rounded island of ``area`` raster points within ``free`` (fewer if there are none)."""
+    room = ndimage.distance_transform_edt(free)
+    inner = np.argwhere(room > 0.7 * room.max())
+    island = np.zeros_like(free)
+    if len(inner) == 0 or area == 0:
+        return island
+    cy, cx = inner[rng.integers(len(inner))]
+    y, x = np.indices(free.shape, dtype=np.float32)
+    cost = np.hypot(x - cx, y - cy) + 0.25 * unit * smooth_noise(rng, free.shape, unit)
+    reach = np.partition(cost[free], min(area, int(free.sum()) - 1))[min(area, int(free.sum()) - 1)]
+    return np.asarray(free & (cost < reach))
+
+
+def _bands(
+    rng: np.random.Generator, x: Floats, y: Floats, unit: float, free: Bools, area: int
+) -> tuple[Bools, Floats]:
+    """Curved bands of ``area`` raster points in ``free``, and their fibres' potential.
+
+    Arcs are added until bands no thicker than a capsule hold the area.
+    """
+    cost = np.full(free.shape, np.inf, np.float32)
+    across = np.zeros(free.shape, np.float32)
+    free_area = int(free.sum())
+    area = min(area, free_area - 1)
+    places = np.argwhere(free)
+    while True:
+        py, px = places[rng.integers(len(places))]
+        radius, turn = rng.uniform(4, 12) * unit, rng.uniform(0, 2 * np.pi)
+        arc = np.hypot(x - px - radius * np.cos(turn), y - py - radius * np.sin(turn)) - radius
+        nearer = abs(arc) < cost
+        cost = np.where(nearer, abs(arc), cost).astype(np.float32)
+        across = np.where(nearer, arc, across).astype(np.float32)
+        reach = np.partition(cost[free], area)[area]
+        if reach <= CAPSULE * unit / 2 or area > 0.9 * free_area:
+            return np.asarray(free & (cost < reach)), across
+
+
+def _necrosis(
+    rng: np.random.Generator, region: NDArray[np.uint8], nests: Floats, unit: float
+) -> None:
+    """Dead middles of one or two nests."""
+    noise = 0.3 * unit * smooth_noise(rng, region.shape, 0.8 * unit)
+    for nest in rng.permutation(len(nests))[: rng.integers(1, 3)]:
+        depth = rng.uniform(0.45, 0.65) * nests[nest].min()
+        region[nests[nest] + noise < depth] = Tissue.NECROSIS
+
+
+def _materials(
+    rng: np.random.Generator, region: NDArray[np.uint8], unit: float
+) -> NDArray[np.uint8]:
+    """What is painted: the regions with septa and lumens in tumour, and vessels in stroma."""
+    tissue = region.copy()
+    tissue[region == Tissue.GLAND] = Tissue.STROMA
+    add_tumour_detail(rng, tissue)
+    vessels = scatter_vessels(rng, tissue == Tissue.STROMA)
+    tissue[vessels[0]] = Tissue.MUSCLE
+    tissue[vessels[1]] = Tissue.BLOOD
+    return tissue
+
+
+def add_tumour_detail(rng: np.random.Generator, tissue: NDArray[np.uint8]) -> None:
+    """Thin stromal septa and small lumens within TUMOUR, in place."""
+    tumour = tissue == Tissue.TUMOUR
+    septa = abs(smooth_noise(rng, tissue.shape, 170 / RASTER)) < 0.035
+    lumens = smooth_noise(rng, tissue.shape, 60 / RASTER) > 2.25
+    tissue[tumour & septa] = Tissue.STROMA
+    tissue[tumour & lumens] = Tissue.LUMEN
+
+
+def scatter_vessels(rng: np.random.Generator, where: Bools) -> tuple[Bools, Bools]:
+    """Walls and lumens of small vessels, one for about 0.1 mm2."""
+    walls, lumens = np.zeros_like(where), np.zeros_like(where)
+    room = ndimage.distance_transform_edt(np.pad(where, 1))[1:-1, 1:-1] * RASTER
+    places = np.argwhere(room > 50)
+    if len(places) == 0:
+        return walls, lumens
+    y, x = np.indices(where.shape, dtype=np.float32) * RASTER
+    for cy, cx in places[rng.integers(0, len(places), round(where.sum() * RASTER**2 / 4e5))]:
+        radius = rng.uniform(18, 36)
+        a, turn = rng.uniform(1, 1.7), rng.uniform(0, np.pi)
+        dx, dy = x - cx * RASTER, y - cy * RASTER
+        u = (dx * np.cos(turn) + dy * np.sin(turn)) / a
+        v = (dy * np.cos(turn) - dx * np.sin(turn)) * a**0.5
+        distance = np.hypot(u, v)
+        walls |= (distance < radius) & where
+        lumens |= (distance < 0.62 * radius) & where
+    return walls, lumens

@@ -1,0 +1,289 @@
+"""From a scene (which tissue and which nuclei stand where) to pixels.
+
+Concentrations of haematoxylin, eosin and blood pigment are laid down first; light goes through
+them by Beer-Lambert's law; then come blur and sensor noise. A 3072 px slide takes about 2 s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyvips
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from nic_core.demo import textures
+from nic_core.demo.nuclei import ANGLES, VARIANTS, Nucleus, bank
+from nic_core.demo.tissues import Tissue
+
+RASTER = 4  # px a side of one raster point of a scene
+STRIP = 256  # px rows at a time through the optics, to stay in the cache
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Stain:
+    """How a slide was stained and scanned.
+
+    Attributes
+    ----------
+    vectors
+        float32 (3, 3): optical density in R, G, B of haematoxylin, eosin and blood pigment.
+    haematoxylin, eosin
+        Strengths, 1 = ordinary.
+    white
+        float32 (3,): the light of an empty slide, 0..255.
+    blur
+        Standard deviation in px.
+    noise
+        Standard deviation of the sensor's noise in grey levels.
+    unevenness
+        Relative variation of section thickness across the slide.
+    """
+
+    vectors: Floats
+    haematoxylin: float
+    eosin: float
+    white: Floats
+    blur: float
+    noise: float
+    unevenness: float
+
+
+# after Macenko's reference vectors; erythrocytes are more orange than eosin
+_VECTORS = np.array([(0.57, 0.73, 0.38), (0.17, 0.84, 0.46), (0.10, 0.78, 0.66)], np.float32)
+
+
+def ordinary_stain() -> Stain:
+    return Stain(_VECTORS, 1.0, 1.0, np.array([244, 242, 244], np.float32), 0.6, 1.5, 0.10)
+
+
+def random_stain(rng: np.random.Generator) -> Stain:
+    """A laboratory's stain and scanner."""
+    return Stain(
+        vectors=(_VECTORS * np.exp(rng.normal(0, 0.07, (3, 3)))).astype(np.float32),
+        haematoxylin=float(np.exp(rng.normal(0, 0.17))),
+        eosin=float(np.exp(rng.normal(0, 0.17))),
+        white=(rng.uniform(232, 250) + rng.normal(0, 2.5, 3)).clip(225, 252).astype(np.float32),
+        blur=float(rng.uniform(0.45, 0.85)),
+        noise=float(rng.uniform(0.8, 2.5)),
+        unevenness=float(rng.uniform(0.06, 0.14)),
+    )
+
+
+@dataclass(frozen=True)
+class Nuclei:
+    """Nuclei of one kind: centres in px; ``angle`` in radians, none = any."""
+
+    kind: Nucleus
+    x: Floats
+    y: Floats
+    angle: Floats | None = None
+
+
+@dataclass(frozen=True)
+class Discs:
+    """Soft pale discs (vacuoles, halos of mitoses): centres and radii in px.
+
+    ``clear`` is the share of cytoplasm's stain that they take away.
+    """
+
+    x: Floats
+    y: Floats
+    radius: Floats
+    clear: float
+
+
+@dataclass
+class Scene:
+    """What is to be painted.
+
+    Attributes
+    ----------
+    tissue
+        uint8 (rows, columns) of :class:`Tissue`, one point for RASTER x RASTER px.
+    fibres
+        float32, same shape: a potential in px whose level sets are the fibres.
+    cells, discs
+        Nuclei, and the pale discs under them.
+    """
+
+    tissue: NDArray[np.uint8]
+    fibres: Floats
+    cells: list[Nuclei] = field(default_factory=list)
+    discs: list[Discs] = field(default_factory=list)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Height and width in px."""
+        return self.tissue.shape[0] * RASTER, self.tissue.shape[1] * RASTER
+
+
+def paint(scene: Scene, stain: Stain, rng: np.random.Generator) -> NDArray[np.uint8]:
+    """Pixels of a scene, uint8 (height, width, 3) at 0.5 um/px."""
+    eosin, haematoxylin = _ground(scene, rng)
+    _clear(scene.discs, eosin, haematoxylin)
+    nuclear = np.zeros_like(eosin)
+    blood = np.zeros_like(eosin)
+    for cells in scene.cells:
+        _stamp(blood if cells.kind is Nucleus.ERYTHROCYTE else nuclear, cells, rng)
+    thickness = 1 + stain.unevenness * smooth_noise(rng, scene.tissue.shape, 300 / RASTER)
+    vectors = stain.vectors * np.array([[stain.haematoxylin], [stain.eosin], [stain.eosin]])
+    vectors = vectors.astype(np.float32)
+    grain, cytoplasm = _Tiled(textures.grain_table(), rng), _Tiled(textures.grain_table(), rng)
+    picture = np.empty((*scene.shape, 3), np.uint8)
+    for strip in _strips(scene.shape[0]):
+        n, b = nuclear[strip], blood[strip]
+        thick = enlarge(thickness, strip)
+        h = (haematoxylin[strip] + n) * thick
+        thick *= 1 + cytoplasm.part(strip, thick.shape[1]) * np.float32(0.09 / 16)
+        # chromatin displaces cytoplasm
+        e = eosin[strip] * thick * (1 - 0.45 * np.minimum(n, 1))
+        noise = grain.part(strip, thick.shape[1]) * np.float32(stain.noise / 16)
+        for c in range(3):
+            light = np.exp(-(h * vectors[0, c] + e * vectors[1, c] + b * vectors[2, c]))
+            light *= stain.white[c]
+            light += noise
+            np.clip(light, 0, 255, out=light)
+            picture[strip, :, c] = light
+    return blurred(picture, stain.blur)
+
+
+def smooth_noise(rng: np.random.Generator, shape: tuple[int, ...], period: float) -> Floats:
+    """Gaussian noise of unit variance over ``shape``, smooth over ``period`` points."""
+    rows, columns = (int(np.ceil(n / period)) + 3 for n in shape)
+    coarse = rng.standard_normal((rows, columns), dtype=np.float32)
+    y = np.arange(shape[0], dtype=np.float32) / period + 1
+    x = np.arange(shape[1], dtype=np.float32) / period + 1
+    grid = np.meshgrid(y, x, indexing="ij")
+    # cubic B-splines over white noise have variance (0.479)^2 in two dimensions
+    out = ndimage.map_coordinates(coarse, grid, order=3, prefilter=False, mode="nearest")
+    return np.asarray(out / 0.479, np.float32)
+
+
+def enlarge(raster: Floats, rows: slice) -> Floats:
+    """The px ``rows`` of ``raster`` at RASTER times the size, linear between point centres.
+
+    ``rows`` starts and stops at multiples of RASTER.
+    """
+    start, stop = rows.start // RASTER, rows.stop // RASTER
+    halo = np.arange(start - 1, stop + 1).clip(0, raster.shape[0] - 1)
+    tall = _enlarge_rows(raster[halo])[RASTER:-RASTER]
+    return _enlarge_rows(tall.T).T
+
+
+def _enlarge_rows(a: Floats) -> Floats:
+    before = np.concatenate([a[:1], a[:-1]])
+    after = np.concatenate([a[1:], a[-1:]])
+    out = np.empty((a.shape[0] * RASTER, *a.shape[1:]), np.float32)
+    for k in range(RASTER):
+        t = (k + 0.5) / RASTER - 0.5
+        out[k::RASTER] = a + abs(t) * ((after if t > 0 else before) - a)
+    return out
+
+
+def blurred(picture: NDArray[np.uint8], sigma: float) -> NDArray[np.uint8]:
+    image = pyvips.Image.new_from_array(np.ascontiguousarray(picture))
+    return np.ascontiguousarray(image.gaussblur(sigma, min_ampl=0.05).numpy(), np.uint8)
+
+
+def _ground(scene: Scene, rng: np.random.Generator) -> tuple[Floats, Floats]:
+    """Concentrations of eosin and haematoxylin without nuclei."""
+    tables = textures.stain_tables()
+    height, width = scene.shape
+    shift = rng.integers(0, textures.SIDE, 2)
+    # along the fibres, on the whole: across the mean gradient of their potential
+    turn = np.arctan2(np.diff(scene.fibres, axis=0).mean(), np.diff(scene.fibres).mean())
+    turn += np.pi / 2
+    y, x = (RASTER * a.astype(np.float32) for a in np.indices(scene.tissue.shape))
+    # isotropic tissues: by place, displaced so that the tile's repetition does not show
+    rows = y + 30 * smooth_noise(rng, scene.tissue.shape, 260 / RASTER)
+    columns = x + 30 * smooth_noise(rng, scene.tissue.shape, 260 / RASTER)
+    across = scene.fibres * textures.ACROSS
+    along = (x * np.cos(turn) + y * np.sin(turn)) * textures.ALONG
+    along += 20 * smooth_noise(rng, scene.tissue.shape, 200 / RASTER)
+    down, aside = _Tiled(textures.ragged_table(), rng), _Tiled(textures.ragged_table(), rng)
+    mask = textures.SIDE - 1
+    is_fibrous = np.zeros(len(Tissue), bool)
+    is_fibrous[list(textures.FIBROUS)] = True
+    eosin = np.empty((height, width), np.float32)
+    haematoxylin = np.empty((height, width), np.float32)
+    for strip in _strips(height):
+        ys = np.arange(strip.start, strip.stop)[:, None] + down.part(strip, width).astype(np.intp)
+        xs = np.arange(width)[None, :] + aside.part(strip, width).astype(np.intp)
+        tissue = scene.tissue[
+            np.clip(ys, 0, height - 1) // RASTER, np.clip(xs, 0, width - 1) // RASTER
+        ]
+        fibrous = is_fibrous[tissue]
+        i = np.where(fibrous, enlarge(across, strip), enlarge(rows, strip)).astype(np.int32)
+        j = np.where(fibrous, enlarge(along, strip), enlarge(columns, strip)).astype(np.int32)
+        i = (i + shift[0]) & mask
+        j = (j + shift[1]) & mask
+        index = (tissue.astype(np.int32) * textures.SIDE + i) * textures.SIDE + j
+        eosin[strip] = tables[0].ravel()[index]
+        haematoxylin[strip] = tables[1].ravel()[index]
+    eosin /= textures.SCALE
+    haematoxylin /= textures.SCALE
+    return eosin, haematoxylin
+
+
+def _clear(discs: list[Discs], eosin: Floats, haematoxylin: Floats) -> None:
+    height, width = eosin.shape
+    for group in discs:
+        for x, y, radius in zip(group.x, group.y, group.radius, strict=True):
+            reach = int(radius + 4)
+            top, left = max(int(y) - reach, 0), max(int(x) - reach, 0)
+            bottom, right = min(int(y) + reach, height), min(int(x) + reach, width)
+            if top >= bottom or left >= right:
+                continue
+            dy = np.arange(top, bottom, dtype=np.float32)[:, None] - y
+            dx = np.arange(left, right, dtype=np.float32)[None, :] - x
+            share = group.clear * np.clip((radius - np.hypot(dx, dy)) / 2.5 + 0.5, 0, 1)
+            eosin[top:bottom, left:right] *= 1 - share
+            haematoxylin[top:bottom, left:right] *= 1 - 0.8 * share
+
+
+def _stamp(layer: Floats, cells: Nuclei, rng: np.random.Generator) -> None:
+    """Stamp sprites into ``layer`` by maximum; what reaches over the border is cut off."""
+    sprites = bank(cells.kind)
+    side = sprites.shape[-1]
+    height, width = layer.shape
+    n = len(cells.x)
+    if cells.angle is None:
+        turns = rng.integers(0, ANGLES, n)
+    else:
+        turns = np.rint(cells.angle / np.pi * ANGLES).astype(int) % ANGLES
+    variants = rng.integers(0, VARIANTS, n)
+    lefts = np.rint(cells.x - side / 2).astype(int)
+    tops = np.rint(cells.y - side / 2).astype(int)
+    for left, top, turn, variant in zip(
+        lefts.tolist(), tops.tolist(), turns.tolist(), variants.tolist(), strict=True
+    ):
+        sprite = sprites[turn, variant]
+        x0, y0 = max(left, 0), max(top, 0)
+        x1, y1 = min(left + side, width), min(top + side, height)
+        if x0 >= x1 or y0 >= y1:
+            continue
+        place = layer[y0:y1, x0:x1]
+        np.maximum(place, sprite[y0 - top : y1 - top, x0 - left : x1 - left], out=place)
+
+
+def _strips(height: int) -> Iterator[slice]:
+    for top in range(0, height, STRIP):
+        yield slice(top, min(top + STRIP, height))
+
+
+class _Tiled:
+    """A table repeated over the plane from a random start."""
+
+    def __init__(self, table: NDArray[np.int8], rng: np.random.Generator) -> None:
+        self._table = table
+        self._start = rng.integers(0, textures.SIDE, 2)
+
+    def part(self, rows: slice, width: int) -> NDArray[np.int8]:
+        i = (self._start[0] + np.arange(rows.start, rows.stop)) & (textures.SIDE - 1)
+        j = (self._start[1] + np.arange(width)) & (textures.SIDE - 1)
+        return self._table[np.ix_(i, j)]

@@ -1,0 +1,206 @@
+"""Patch tasks: painted sheets, one a patient, cut into labelled patches.
+
+The tasks are modelled on the paper's four (A, section 3); what they show is invented.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nic_core.demo.cells import (
+    COLON,
+    PROSTATE,
+    Bools,
+    GlandStyle,
+    Tumour,
+    add_figures,
+    add_glands,
+    populate,
+)
+from nic_core.demo.layout import add_tumour_detail, scatter_vessels
+from nic_core.demo.nuclei import Nucleus
+from nic_core.demo.painter import RASTER, Floats, Scene, paint, random_stain, smooth_noise
+from nic_core.demo.tissues import Tissue
+
+PATCH = 128  # px a side, 0.5 um/px
+_CELL = PATCH // RASTER  # raster points a patch
+
+COLORECTAL = ("ADI", "BACK", "DEB", "LYM", "MUC", "MUS", "NORM", "STR", "TUM")
+
+
+@dataclass(frozen=True)
+class DemoTask:
+    """``cut`` paints one patient's sheet: (rng, patches of each class) -> [(class, pixels)]."""
+
+    name: str
+    organ: str
+    classes: tuple[str, ...]
+    cut: Callable[[np.random.Generator, tuple[int, ...]], list[tuple[int, NDArray[np.uint8]]]]
+
+
+def _fibres(rng: np.random.Generator, shape: tuple[int, int]) -> Floats:
+    y, x = (RASTER * a.astype(np.float32) for a in np.indices(shape))
+    turn = rng.uniform(0, np.pi)
+    bend = rng.uniform(20, 70) * smooth_noise(rng, shape, 280 / RASTER)
+    return np.asarray(y * np.cos(turn) - x * np.sin(turn) + bend, np.float32)
+
+
+def _empty(rng: np.random.Generator, cells: int, ground: Tissue) -> Scene:
+    shape = (cells * _CELL, cells * _CELL)
+    return Scene(np.full(shape, ground, np.uint8), _fibres(rng, shape))
+
+
+def _share(where: Bools) -> Floats:
+    """Share of each cell that ``where`` covers, float32 (cells, cells)."""
+    cells = where.shape[0] // _CELL
+    return where.reshape(cells, _CELL, cells, _CELL).mean((1, 3), dtype=np.float32)
+
+
+def _choose(rng: np.random.Generator, fitness: Floats, count: int, good: float) -> NDArray[np.intp]:
+    """``count`` cells, (count, 2): at random among those fitter than ``good``, else the fittest."""
+    flat = fitness.ravel() + rng.uniform(0, 1e-6, fitness.size)
+    order = np.argsort(-np.where(flat > good, 1 + rng.random(flat.size), flat))
+    return np.column_stack(np.unravel_index(order[:count], fitness.shape))
+
+
+def _cut(
+    sheet: NDArray[np.uint8], label: int, cells: NDArray[np.intp]
+) -> list[tuple[int, NDArray[np.uint8]]]:
+    return [
+        (label, sheet[i * PATCH : (i + 1) * PATCH, j * PATCH : (j + 1) * PATCH]) for i, j in cells
+    ]
+
+
+def _lymph_node(
+    rng: np.random.Generator, counts: tuple[int, ...]
+) -> list[tuple[int, NDArray[np.uint8]]]:
+    """Lymphoid tissue with capsule, stroma and fat; metastases in it."""
+    cells = max(3, int(np.ceil((2.2 * sum(counts)) ** 0.5)))
+    scene = _empty(rng, cells, Tissue.LYMPHOCYTES)
+    shape = scene.tissue.shape
+    other = smooth_noise(rng, shape, 1.6 * _CELL)
+    for kind, low, high in (
+        (Tissue.STROMA, 0.70, 0.88),
+        (Tissue.RIM, 0.88, 0.95),
+        (Tissue.FAT, 0.95, 1.0),
+    ):
+        between = (other > np.quantile(other, low)) & (other <= np.quantile(other, high))
+        scene.tissue[between] = kind
+    field = smooth_noise(rng, shape, 2.2 * _CELL)
+    metastasis = field > np.quantile(field, 0.45)
+    scene.tissue[metastasis] = Tissue.TUMOUR
+    add_tumour_detail(rng, scene.tissue)
+    populate(scene, rng, Tumour(rng.uniform(1, 3), float(np.exp(rng.uniform(1.5, 5)))))
+    sheet = paint(scene, random_stain(rng), rng)
+    share = _share(metastasis)
+    return _cut(sheet, 0, _choose(rng, 1 - share, counts[0], 0.99)) + _cut(
+        sheet, 1, _choose(rng, share, counts[1], 0.75)
+    )
+
+
+def _breast_mitosis(
+    rng: np.random.Generator, counts: tuple[int, ...]
+) -> list[tuple[int, NDArray[np.uint8]]]:
+    """Tumour of the patient's grade; half of the negatives hold a mimic of a mitosis."""
+    cells = max(2, int(np.ceil(sum(counts) ** 0.5)))
+    scene = _empty(rng, cells, Tissue.TUMOUR)
+    add_tumour_detail(rng, scene.tissue)
+    chosen = rng.permutation(cells * cells)[: sum(counts)]
+    places = np.column_stack(np.unravel_index(chosen, (cells, cells)))
+    centres = (places + 0.5) * PATCH + rng.uniform(-22, 22, places.shape)
+    y, x = centres.astype(np.float32).T
+    mimic = rng.choice(4, len(chosen), p=(0.5, 0.17, 0.16, 0.17))
+    kinds = np.where(np.arange(len(chosen)) < counts[0], mimic, 4)
+    for k, kind in enumerate(
+        (Nucleus.PYKNOTIC, Nucleus.HYPERCHROMATIC, Nucleus.APOPTOTIC, Nucleus.MITOSIS), start=1
+    ):
+        add_figures(scene, rng, kind, x[kinds == k], y[kinds == k])
+    taken = x[kinds > 0], y[kinds > 0]
+    populate(scene, rng, Tumour(rng.uniform(1, 3), 0.0), taken)
+    sheet = paint(scene, random_stain(rng), rng)
+    return _cut(sheet, 0, places[: counts[0]]) + _cut(sheet, 1, places[counts[0] :])
+
+
+def _prostate_epithelium(
+    rng: np.random.Generator, counts: tuple[int, ...]
+) -> list[tuple[int, NDArray[np.uint8]]]:
+    """Glands, benign or small and crowded, in muscular stroma with a few lymphocytes."""
+    cells = max(3, int(np.ceil((2.6 * sum(counts)) ** 0.5)))
+    scene = _empty(rng, cells, Tissue.STROMA)
+    shape = scene.tissue.shape
+    other = smooth_noise(rng, shape, 1.8 * _CELL)
+    scene.tissue[other > np.quantile(other, 0.55)] = Tissue.MUSCLE
+    scene.tissue[other < np.quantile(other, 0.05)] = Tissue.LYMPHOCYTES
+    walls, lumens = scatter_vessels(rng, scene.tissue == Tissue.STROMA)
+    scene.tissue[walls] = Tissue.MUSCLE
+    scene.tissue[lumens] = Tissue.BLOOD
+    field = smooth_noise(rng, shape, 2.5 * _CELL)
+    crowded = rng.uniform(0, 1)
+    style = GlandStyle(
+        radius=PROSTATE.radius * (1 - 0.45 * crowded),
+        lumen=PROSTATE.lumen * (1 - 0.35 * crowded),
+        goblets=0.0,
+        wobble=PROSTATE.wobble,
+        spacing=PROSTATE.spacing * (1 - 0.45 * crowded),
+    )
+    add_glands(scene, rng, field > np.quantile(field, 0.45), style)
+    populate(scene, rng, Tumour(1, 0))
+    sheet = paint(scene, random_stain(rng), rng)
+    gland = _share(scene.tissue == Tissue.GLAND)
+    lumen = _share(scene.tissue == Tissue.LUMEN)
+    return _cut(sheet, 0, _choose(rng, 1 - gland - lumen, counts[0], 0.985)) + _cut(
+        sheet, 1, _choose(rng, gland, counts[1], 0.30)
+    )
+
+
+_ZONES = {
+    "ADI": Tissue.FAT,
+    "BACK": Tissue.BACKGROUND,
+    "DEB": Tissue.NECROSIS,
+    "LYM": Tissue.LYMPHOCYTES,
+    "MUC": Tissue.MUCUS,
+    "MUS": Tissue.MUSCLE,
+    "NORM": Tissue.STROMA,
+    "STR": Tissue.RIM,
+    "TUM": Tissue.TUMOUR,
+}
+
+
+def _colorectal(
+    rng: np.random.Generator, counts: tuple[int, ...]
+) -> list[tuple[int, NDArray[np.uint8]]]:
+    """Nine square zones, one a class."""
+    side = max(1, int(np.ceil(max(counts) ** 0.5)))
+    scene = _empty(rng, 3 * side, Tissue.STROMA)
+    zones = rng.permutation(9)
+    normal = np.zeros(scene.tissue.shape, bool)
+    for zone, name in zip(zones, COLORECTAL, strict=True):
+        i, j = (k * side * _CELL for k in divmod(int(zone), 3))
+        window = (slice(i, i + side * _CELL), slice(j, j + side * _CELL))
+        scene.tissue[window] = _ZONES[name]
+        normal[window] = name == "NORM"
+    # between crypts: lamina propria, with lymphocytes
+    lamina = smooth_noise(rng, normal.shape, 90 / RASTER) > 0.9
+    scene.tissue[normal & lamina] = Tissue.LYMPHOCYTES
+    add_tumour_detail(rng, scene.tissue)
+    add_glands(scene, rng, normal, COLON)
+    populate(scene, rng, Tumour(rng.uniform(1, 3), float(np.exp(rng.uniform(1.5, 5)))))
+    sheet = paint(scene, random_stain(rng), rng)
+    out = []
+    for label, (zone, count) in enumerate(zip(zones, counts, strict=True)):
+        i, j = divmod(int(zone), 3)
+        cells = np.argwhere(np.ones((side, side), bool)) + (i * side, j * side)
+        out += _cut(sheet, label, rng.permutation(cells)[:count])
+    return out
+
+
+TASKS = (
+    DemoTask("lymph_node", "lymph node", ("normal", "tumor"), _lymph_node),
+    DemoTask("breast_mitosis", "breast", ("non_mitosis", "mitosis"), _breast_mitosis),
+    DemoTask("prostate_epithelium", "prostate", ("other", "epithelium"), _prostate_epithelium),
+    DemoTask("colorectal", "colon", COLORECTAL, _colorectal),
+)

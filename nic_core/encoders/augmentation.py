@@ -1,0 +1,124 @@
+"""Augmentation of a batch of patches, in torch, on the batch's device.
+
+The kinds are the paper's (B: rotation, colour, brightness, contrast, zoom, elastic
+deformation, Gaussian noise; heavy colour augmentation helps, A); ranges, the stain-space
+jitter and their order are [choice].
+
+It works on *pooled* patches (64 px at 1.0 um/px for a 128 px patch) [choice]: the encoder
+pools anyway, so this costs a quarter. All spatial changes of a patch are one resampling, all
+colour changes two 3 x 3 matrices, one in optical density and one in RGB.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+# Ruifrok & Johnston 2001: optical densities (R, G, B) of haematoxylin, eosin, residual
+STAINS = ((0.65, 0.70, 0.29), (0.07, 0.99, 0.11), (0.27, 0.57, 0.78))
+LUMA = (0.299, 0.587, 0.114)
+
+
+@dataclass(frozen=True)
+class Strength:
+    """Ranges of the random changes; every value is drawn for each patch."""
+
+    rotation: float = math.radians(15)  # uniform +-, rad, besides the 8 orientations
+    zoom: float = 0.12  # scale uniform in 1 +- zoom
+    elastic: float = 1.5  # standard deviation of the displacement, px of the pooled patch
+    elastic_nodes: int = 6  # nodes a side of the displacement field
+    stain: float = 0.20  # H and E multiplied by uniform 1 +- stain
+    stain_shift: float = 0.03  # added to H and E, uniform +-
+    hue: float = 0.12  # turn about the grey axis, uniform +-, rad
+    saturation: float = 0.20  # uniform 1 +- saturation
+    brightness: float = 0.08  # added, uniform +-, of the full range
+    contrast: float = 0.20  # uniform 1 +- contrast about the patch's mean
+    noise: float = 0.02  # largest standard deviation of Gaussian noise, of the full range
+
+
+HEAVY = Strength()
+
+
+def augment(pooled: Tensor, generator: torch.Generator, strength: Strength = HEAVY) -> Tensor:
+    """A random variant of each patch: float (B, 3, S, S) in [0, 1] to the same.
+
+    ``generator`` lives on the batch's device and is the only source of chance.
+    """
+    warped = functional.grid_sample(
+        pooled,
+        _sampling_grid(pooled, generator, strength),
+        padding_mode="reflection",
+        align_corners=False,
+    )
+    coloured = _jitter_colour(warped, generator, strength)
+    size = coloured.shape[0]
+    sigma = torch.rand(size, 1, 1, 1, generator=generator, device=pooled.device) * strength.noise
+    noise = torch.randn(
+        coloured.permute(0, 2, 3, 1).shape, generator=generator, device=pooled.device
+    )
+    return coloured.addcmul_(noise.permute(0, 3, 1, 2), sigma).clamp_(0, 1)
+
+
+def _sampling_grid(pooled: Tensor, generator: torch.Generator, strength: Strength) -> Tensor:
+    """Where each output pixel looks, (B, S, S, 2) in [-1, 1]: orientation, turn, zoom, warp."""
+    size, side, device = len(pooled), pooled.shape[-1], pooled.device
+
+    def uniform(extent: float) -> Tensor:
+        return torch.empty(size, device=device).uniform_(-extent, extent, generator=generator)
+
+    quarter = torch.randint(4, (size,), generator=generator, device=device) * (math.pi / 2)
+    flip = torch.randint(2, (size,), generator=generator, device=device) * 2.0 - 1
+    angle, zoom = quarter + uniform(strength.rotation), 1 + uniform(strength.zoom)
+    cos, sin, zero = torch.cos(angle) * zoom, torch.sin(angle) * zoom, torch.zeros_like(angle)
+    affine = torch.stack([cos * flip, -sin, zero, sin * flip, cos, zero], 1).view(size, 2, 3)
+    grid = functional.affine_grid(affine, [size, 1, side, side], align_corners=False)
+    nodes = torch.randn(
+        size, 2, strength.elastic_nodes, strength.elastic_nodes, generator=generator, device=device
+    )
+    field = functional.interpolate(nodes, size=(side, side), mode="bicubic", align_corners=True)
+    return grid.add_(field.permute(0, 2, 3, 1), alpha=strength.elastic * 2 / side)
+
+
+def _jitter_colour(pixels: Tensor, generator: torch.Generator, strength: Strength) -> Tensor:
+    size, device = len(pixels), pixels.device
+
+    def uniform(extent: float, *shape: int) -> Tensor:
+        return torch.empty(size, *shape, device=device).uniform_(
+            -extent, extent, generator=generator
+        )
+
+    # optical density = stains @ matrix; only haematoxylin and eosin are touched
+    matrix = functional.normalize(torch.tensor(STAINS, device=device), dim=1)
+    amounts = torch.ones(size, 3, device=device)
+    amounts[:, :2] += uniform(strength.stain, 2)
+    shifts = torch.zeros(size, 1, 3, device=device)
+    shifts[:, 0, :2] = uniform(strength.stain_shift, 2)
+    stain = matrix.inverse() @ (amounts[:, :, None] * matrix)
+    flat = pixels.permute(0, 2, 3, 1).reshape(size, -1, 3)
+    density = flat.clamp(min=1 / 255).log_().neg_()
+    flat = torch.baddbmm(shifts @ matrix, density, stain).neg_().exp_()
+
+    luma = torch.tensor(LUMA, device=device).view(1, 3, 1)
+    grey = luma.expand(size, 3, 3)
+    amount = 1 + uniform(strength.saturation, 1, 1)
+    saturate = amount * torch.eye(3, device=device) + (1 - amount) * grey
+    gain = 1 + uniform(strength.contrast, 1, 1)
+    colour = _hue_turn(uniform(strength.hue)) @ saturate * gain
+    mean = flat.mean(1, keepdim=True) @ luma
+    offset = (1 - gain) * mean + uniform(strength.brightness, 1, 1)
+    flat = torch.baddbmm(offset, flat, colour)
+    return flat.view(size, pixels.shape[2], pixels.shape[3], 3).permute(0, 3, 1, 2)
+
+
+def _hue_turn(angle: Tensor) -> Tensor:
+    """Rotations (B, 3, 3) of RGB about the grey axis (Rodrigues' formula)."""
+    axis = 1 / math.sqrt(3)
+    cross = torch.tensor([[0, -axis, axis], [axis, 0, -axis], [-axis, axis, 0]])
+    cross = cross.to(angle.device)
+    along = torch.full((3, 3), 1 / 3, device=angle.device)
+    cos, sin = torch.cos(angle).view(-1, 1, 1), torch.sin(angle).view(-1, 1, 1)
+    return cos * torch.eye(3, device=angle.device) + (1 - cos) * along + sin * cross

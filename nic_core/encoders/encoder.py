@@ -1,0 +1,173 @@
+"""An encoder with its card: what the rest of the library passes around."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+
+from nic_core.encoders.networks import (
+    ClassHead,
+    FoldedEncoder,
+    MeanRGB,
+    PatchEncoder,
+    TellezEncoder,
+    pooled_side,
+)
+from nic_core.encoders.scores import TaskScores
+
+Architecture = Literal["mean_rgb", "tellez2020"]
+
+# a chunk whose feature maps stay in the cache encodes faster than a large one
+CHUNK = 32
+
+
+class EncoderError(ValueError):
+    """An encoder cannot be trained, read or used as asked; the message names it."""
+
+
+class EncoderCard(BaseModel):
+    """All that is known of an encoder except its weights; stored as ``card.json``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    architecture: Architecture
+    objective: str
+    tasks: dict[str, tuple[str, ...]] = {}  # of the heads: name -> classes, in logit order
+    patch: PositiveInt  # px a side
+    mpp: PositiveFloat  # um/px
+    code: PositiveInt  # numbers a patch
+    pixels: Literal["uint8 RGB / 255 * 2 - 1"] = "uint8 RGB / 255 * 2 - 1"
+    weights_hash: str
+    training: dict[str, int | float | str] = {}
+    data: dict[str, str] = {}  # patch task -> content hash of the data set trained on
+    scores: dict[str, TaskScores] = {}  # on each task's test split
+    software: dict[str, str] = {}
+    source: str | None = None  # where the weights come from, if not trained here
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A frozen network that maps patches to codes, its heads and its card.
+
+    ``module`` maps uint8 (B, 3, P, P) to float32 (B, C) and holds pixel scaling and pooling;
+    ``heads`` map codes (B, C) to logits, one a task (none for mean-RGB).
+    """
+
+    card: EncoderCard
+    module: nn.Module
+    heads: Mapping[str, nn.Module] = field(default_factory=dict)
+
+    def inference_module(self, device: str = "auto") -> nn.Module:
+        """The fastest module of the same function on ``device``, for many patches.
+
+        BatchNorms are folded into the layers after them and weights lie channels-last: give
+        it channels-last batches (an H x W x 3 image permuted, not copied).
+        """
+        module = (
+            FoldedEncoder(self.module) if isinstance(self.module, PatchEncoder) else self.module
+        )
+        return module.eval().to(resolve_device(device))
+
+    def embed(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Codes of patches: uint8 (B, P, P, 3) to float32 (B, C).
+
+        Raises
+        ------
+        EncoderError
+            Wrong dtype or shape.
+        """
+        side = self.card.patch
+        if pixels.dtype != np.uint8 or pixels.shape[1:] != (side, side, 3):
+            raise EncoderError(
+                f"encoder '{self.card.name}' takes uint8 patches (B, {side}, {side}, 3), "
+                f"not {pixels.dtype} {pixels.shape}"
+            )
+        module, device = self._embedder
+        codes = np.empty((len(pixels), self.card.code), np.float32)
+        with torch.inference_mode():
+            for start in range(0, len(pixels), CHUNK):
+                part = torch.tensor(pixels[start : start + CHUNK], device=device)
+                codes[start : start + CHUNK] = module(part.permute(0, 3, 1, 2)).cpu().numpy()
+        return codes
+
+    @cached_property
+    def _embedder(self) -> tuple[nn.Module, torch.device]:
+        return self.inference_module(), resolve_device("auto")
+
+
+def task_probabilities(
+    encoder: Encoder, task: str, codes: NDArray[np.floating]
+) -> NDArray[np.float32]:
+    """Class probabilities (N, classes) that the encoder's own head gives codes (N, C).
+
+    Columns are in the order of ``encoder.card.tasks[task]``.
+
+    Raises
+    ------
+    EncoderError
+        The encoder has no head for ``task``, or the codes are of another size.
+    """
+    if task not in encoder.heads:
+        known = ", ".join(encoder.heads) or "none"
+        raise EncoderError(
+            f"encoder '{encoder.card.name}' has no head for task '{task}'; it has: {known}"
+        )
+    if codes.ndim != 2 or codes.shape[1] != encoder.card.code:
+        raise EncoderError(
+            f"encoder '{encoder.card.name}' has codes (N, {encoder.card.code}), not {codes.shape}"
+        )
+    head = encoder.heads[task].eval()
+    device = next(head.parameters()).device
+    with torch.inference_mode():
+        logits = head(torch.as_tensor(codes.astype(np.float32), device=device))
+        probabilities: NDArray[np.float32] = logits.softmax(1).cpu().numpy()
+    return probabilities
+
+
+def build_module(architecture: Architecture, *, patch: int, code: int) -> nn.Module:
+    """A module of that architecture with initial weights; patches of ``patch`` px a side."""
+    if architecture == "mean_rgb":
+        return MeanRGB()
+    return PatchEncoder(TellezEncoder(code, pooled_side(patch)))
+
+
+def build_heads(tasks: Mapping[str, tuple[str, ...]], code: int) -> dict[str, nn.Module]:
+    """A classification head with initial weights for each task."""
+    return {task: ClassHead(code, len(classes)) for task, classes in tasks.items()}
+
+
+def encoder_tensors(module: nn.Module, heads: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """Every tensor of an encoder by name (``encoder.*``, ``heads.<task>.*``), on the CPU."""
+    parts = {"encoder": module, **{f"heads.{task}": head for task, head in heads.items()}}
+    return {
+        f"{part}.{name}": tensor.detach().cpu().contiguous()
+        for part, owner in parts.items()
+        for name, tensor in owner.state_dict().items()
+    }
+
+
+def weights_hash(architecture: str, tensors: Mapping[str, Tensor]) -> str:
+    """sha256 of the architecture's name and of names, shapes, dtypes and bytes of the tensors."""
+    digest = hashlib.sha256(architecture.encode())
+    for name in sorted(tensors):
+        array = tensors[name].numpy()
+        digest.update(f"{name}{array.shape}{array.dtype}".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def resolve_device(device: str) -> torch.device:
+    """``auto``: the CUDA device if there is one, else the CPU."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(device)

@@ -1,0 +1,205 @@
+"""The encoder networks: from patches to codes.
+
+The architecture is the one inside the released multitask and BiGAN encoders (Tellez et al.,
+MIDL 2020): 4 strided 3x3 convolutions with **valid** padding, LeakyReLU *before* BatchNorm,
+flatten in height, width, channel order, one linear layer. Keras' BatchNorm momentum 0.8 is
+PyTorch's 0.2.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+FILTERS = 128
+CONVOLUTIONS = 4
+POOLING = 2
+SLOPE = 0.2
+BN_EPSILON = 1e-3
+BN_MOMENTUM = 0.2
+
+
+def scale_pixels(pixels: Tensor) -> Tensor:
+    """uint8 [0, 255] to float32 [-1, 1]: ``x / 255 * 2 - 1`` (released scripts)."""
+    return pixels.float().mul_(2 / 255).sub_(1)
+
+
+def pool_patches(pixels: Tensor) -> Tensor:
+    """uint8 (B, 3, P, P) to float32 (B, 3, P/2, P/2) in [0, 255] by the mean of 2 x 2 pixels."""
+    return functional.avg_pool2d(pixels.float(), POOLING)
+
+
+def flatten_hwc(maps: Tensor) -> Tensor:
+    """(B, C, H, W) to (B, H*W*C), the order in which Keras flattens."""
+    return maps.permute(0, 2, 3, 1).flatten(1)
+
+
+def channels_last(module: nn.Module) -> None:
+    """Lay the module's convolution weights out channels-last, the faster order on CPUs."""
+    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def convolved_side(side: int) -> int:
+    """Side of the last feature map for an input of ``side`` px: 64 -> 31 -> 15 -> 7 -> 3."""
+    for _ in range(CONVOLUTIONS):
+        side = (side - 3) // 2 + 1
+    return side
+
+
+def initialise_as_keras(module: nn.Module) -> None:
+    """Initial weights as configured in the released encoders.
+
+    Convolutions: He-uniform; dense layers: Glorot-uniform; biases 0.
+    """
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_uniform_(layer.weight, nonlinearity="relu")
+        elif isinstance(layer, nn.Linear):
+            nn.init.xavier_uniform_(layer.weight)
+        if isinstance(layer, nn.Conv2d | nn.Linear) and layer.bias is not None:
+            nn.init.zeros_(layer.bias)
+
+
+class TellezEncoder(nn.Module):
+    """Pooled patch in [-1, 1], float32 (B, 3, side, side), to code, float32 (B, code).
+
+    595,968 parameters at the published size (``side`` 64, ``code`` 128). Other sides are
+    [choice]; only the dense layer depends on them.
+
+    Raises
+    ------
+    ValueError
+        ``side`` is too small for 4 valid convolutions (less than 31 px).
+    """
+
+    def __init__(self, code: int = 128, side: int = 64) -> None:
+        super().__init__()
+        last = convolved_side(side)
+        if last < 1:
+            raise ValueError(f"a pooled patch of {side} px is too small: 31 px or more are needed")
+        self.code = code
+        self.side = side
+        layers: list[nn.Module] = []
+        for channels in (3, *[FILTERS] * (CONVOLUTIONS - 1)):
+            layers += [
+                nn.Conv2d(channels, FILTERS, kernel_size=3, stride=2),
+                nn.LeakyReLU(SLOPE, inplace=True),
+                nn.BatchNorm2d(FILTERS, eps=BN_EPSILON, momentum=BN_MOMENTUM),
+            ]
+        self.convolutions = nn.Sequential(*layers)
+        self.dense = nn.Linear(last * last * FILTERS, code)
+        initialise_as_keras(self)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        maps: Tensor = self.convolutions(pooled)
+        codes: Tensor = self.dense(flatten_hwc(maps))
+        return codes
+
+
+class PatchEncoder(nn.Module):
+    """uint8 (B, 3, P, P) to code, float32 (B, C): pools 2 x 2, scales to [-1, 1], encodes.
+
+    Everything between stored pixels and the code is inside, so the module exports as
+    exactly that function.
+    """
+
+    def __init__(self, network: TellezEncoder) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        pooled = pool_patches(pixels).mul_(2 / 255).sub_(1)
+        codes: Tensor = self.network(pooled)
+        return codes
+
+
+class MeanRGB(nn.Module):
+    """uint8 (B, 3, P, P) to the mean of each channel in [-1, 1], float32 (B, 3)."""
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return pixels.float().mean(dim=(2, 3)).mul_(2 / 255).sub_(1)
+
+
+class ClassHead(nn.Module):
+    """Code (B, C) to logits (B, classes): dense 256, BatchNorm, LeakyReLU, dense (paper B).
+
+    Conv layers of the released encoders put LeakyReLU before BatchNorm; for the head the
+    paper's text says "BN + LeakyReLU".
+    """
+
+    HIDDEN = 256
+
+    def __init__(self, code: int, classes: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(code, self.HIDDEN),
+            nn.BatchNorm1d(self.HIDDEN, eps=BN_EPSILON, momentum=BN_MOMENTUM),
+            nn.LeakyReLU(SLOPE),
+            nn.Linear(self.HIDDEN, classes),
+        )
+        initialise_as_keras(self)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        logits: Tensor = self.layers(codes)
+        return logits
+
+
+def pooled_side(patch: int) -> int:
+    """Side of the pooled patch, px; ``patch`` must be even."""
+    if patch % POOLING:
+        raise ValueError(f"patch size {patch} px is odd: the encoder pools {POOLING} x {POOLING}")
+    return patch // POOLING
+
+
+class FoldedEncoder(nn.Module):
+    """The same function as a :class:`PatchEncoder` in evaluation, with fewer operations.
+
+    Each BatchNorm stands after LeakyReLU and before a layer that is linear and pads nothing,
+    so its scale and shift move exactly into that layer's weights; so does the pixel scaling.
+    """
+
+    def __init__(self, encoder: PatchEncoder) -> None:
+        super().__init__()
+        network = encoder.network
+        # what the input of the next linear layer must be multiplied with and shifted by
+        scale = torch.full((3,), 2 / 255, dtype=torch.float64)
+        shift = torch.full((3,), -1.0, dtype=torch.float64)
+        layers: list[nn.Module] = []
+        for layer in network.convolutions:
+            if isinstance(layer, nn.Conv2d):
+                folded = nn.Conv2d(layer.in_channels, layer.out_channels, 3, stride=2)
+                _fold(layer, folded, scale.view(1, -1, 1, 1), shift.view(1, -1, 1, 1))
+                layers += [folded, nn.LeakyReLU(SLOPE, inplace=True)]
+            elif isinstance(layer, nn.BatchNorm2d):
+                scale, shift = _affine_of(layer)
+        self.convolutions = nn.Sequential(*layers)
+        dense = network.dense
+        self.dense = nn.Linear(dense.in_features, dense.out_features)
+        positions = dense.in_features // FILTERS
+        _fold(dense, self.dense, scale.repeat(positions), shift.repeat(positions))
+        channels_last(self.eval().requires_grad_(False))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        maps: Tensor = self.convolutions(pool_patches(pixels))
+        codes: Tensor = self.dense(flatten_hwc(maps))
+        return codes
+
+
+def _affine_of(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+    return scale, norm.bias.double() - norm.running_mean.double() * scale
+
+
+@torch.no_grad()
+def _fold(
+    source: nn.Conv2d | nn.Linear, target: nn.Conv2d | nn.Linear, scale: Tensor, shift: Tensor
+) -> None:
+    """Set ``target(x) = source(x * scale + shift)``; ``scale`` broadcasts with the weights."""
+    assert source.bias is not None
+    assert target.bias is not None
+    weight = source.weight.double()
+    target.weight.copy_(weight * scale)
+    target.bias.copy_(source.bias.double() + (weight * shift).flatten(1).sum(1))

@@ -1,0 +1,135 @@
+"""Supervised multitask learning (paper A): one shared encoder, one head a task.
+
+The paper gives the shared encoder, a head a task and one combined loss. Heads and schedule
+are those of paper B's supervised encoder; equal task weights, task-balanced batches, batches
+balanced by class within a task and selection by the mean balanced accuracy are [choice].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+
+from nic_core.encoders.augmentation import augment
+from nic_core.encoders.networks import ClassHead, PatchEncoder, pool_patches
+from nic_core.encoders.objectives.base import Selection
+from nic_core.encoders.patch_tasks import PatchDataset
+from nic_core.encoders.scores import score_task
+
+CHUNK = 128
+
+
+@dataclass(frozen=True)
+class MultitaskBatch:
+    """Augmented network input (B, 3, S, S) in [-1, 1]; task ``t`` owns ``len(labels[t])`` rows."""
+
+    inputs: Tensor
+    labels: tuple[Tensor, ...]
+
+
+class Multitask:
+    """The objective of T supervised tasks; with one task, paper B's supervised encoder."""
+
+    selection = Selection("validation/balanced_accuracy", "max")
+
+    def __init__(
+        self,
+        encoder: PatchEncoder,
+        tasks: Sequence[PatchDataset],
+        *,
+        batch: int,
+        validation: int,
+        seed: int,
+    ) -> None:
+        """``batch`` is shared equally by the tasks; ``validation``: most patches a task there."""
+        device = next(encoder.parameters()).device
+        self.encoder = encoder
+        self.tasks = tuple(tasks)
+        code = encoder.network.code
+        self.heads = nn.ModuleDict(
+            {task.name: ClassHead(code, len(task.classes)) for task in tasks}
+        ).to(device)
+        self.networks = nn.ModuleDict({"encoder": encoder, "heads": self.heads})
+        # BatchNorm needs two rows of a task
+        self.share = max(2, batch // len(self.tasks))
+        self.patches_a_step = self.share * len(self.tasks)
+        self.train_rows = [task.rows("train") for task in self.tasks]
+        self.weights = [
+            _class_balance(t, r) for t, r in zip(self.tasks, self.train_rows, strict=True)
+        ]
+        rng = np.random.default_rng(seed)
+        self.validation_rows = [
+            np.sort(rng.permutation(task.rows("validation"))[:validation]) for task in self.tasks
+        ]
+        self.device = device
+
+    def batch(self, generator: torch.Generator) -> MultitaskBatch:
+        pooled, labels = [], []
+        for task, rows, weights in zip(self.tasks, self.train_rows, self.weights, strict=True):
+            drawn = torch.multinomial(
+                weights.to(self.device), self.share, replacement=True, generator=generator
+            )
+            chosen = rows[drawn.cpu().numpy()]
+            pooled.append(pool_patches(patch_tensor(task, chosen, self.device)))
+            labels.append(torch.as_tensor(task.labels[chosen], device=self.device))
+        variants = augment(torch.cat(pooled).div_(255), generator)
+        return MultitaskBatch(variants.mul_(2).sub_(1), tuple(labels))
+
+    def losses(self, batch: MultitaskBatch) -> dict[str, Tensor]:
+        codes = self.encoder.network(batch.inputs)
+        parts = codes.split([len(labels) for labels in batch.labels])
+        losses = {
+            f"loss/{task.name}": functional.cross_entropy(self.heads[task.name](part), labels)
+            for task, part, labels in zip(self.tasks, parts, batch.labels, strict=True)
+        }
+        return {"loss": torch.stack(list(losses.values())).mean(), **losses}
+
+    def validate(self) -> dict[str, float]:
+        values: dict[str, float] = {}
+        accuracies = []
+        for task, rows in zip(self.tasks, self.validation_rows, strict=True):
+            scores = score_task(
+                task.labels[rows],
+                class_probabilities(self.encoder, self.heads[task.name], task, rows, self.device),
+            )
+            accuracies.append(scores.balanced_accuracy)
+            values[f"validation/{task.name}/balanced_accuracy"] = scores.balanced_accuracy
+            if scores.auc is not None:
+                values[f"validation/{task.name}/auc"] = scores.auc
+        values[self.selection.value] = float(np.mean(accuracies))
+        return values
+
+
+def patch_tensor(task: PatchDataset, rows: NDArray[np.int64], device: torch.device) -> Tensor:
+    """Patches as uint8 (B, 3, P, P) in channels-last layout, without a copy but the gathering."""
+    return torch.from_numpy(task.patches[rows]).to(device).permute(0, 3, 1, 2)
+
+
+@torch.inference_mode()
+def class_probabilities(
+    encoder: nn.Module,
+    head: nn.Module,
+    task: PatchDataset,
+    rows: NDArray[np.int64],
+    device: torch.device,
+) -> NDArray[np.float32]:
+    """Class probabilities (N, classes) of a task's patches; modules in evaluation mode."""
+    parts = [
+        head(encoder(patch_tensor(task, rows[start : start + CHUNK], device))).softmax(1).cpu()
+        for start in range(0, len(rows), CHUNK)
+    ]
+    probabilities: NDArray[np.float32] = torch.cat(parts).numpy()
+    return probabilities
+
+
+def _class_balance(task: PatchDataset, rows: NDArray[np.int64]) -> Tensor:
+    """Weight of each row such that every class is drawn equally often."""
+    labels = task.labels[rows]
+    counts = np.bincount(labels, minlength=len(task.classes))
+    return torch.from_numpy(1 / counts[labels])

@@ -1,0 +1,102 @@
+"""Pictures of patch tasks and of encoder training, as matplotlib figures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import polars as pl
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+
+from nic_core.encoders.augmentation import augment
+from nic_core.encoders.networks import pool_patches
+from nic_core.encoders.patch_tasks import PatchDataset
+from nic_core.encoders.scores import TaskScores
+
+
+def training_curves(history: pl.DataFrame) -> Figure:
+    """Losses and validation values against patches seen; learning-rate steps as lines."""
+    figure = _figure(10, 3.6)
+    left, right = figure.subplots(1, 2)
+    patches = history["patches"].to_numpy()
+    for column in history.columns:
+        *group, name = column.split("/")
+        label = "/".join([*group[1:], name]) if group else "mean"
+        if column.startswith("loss"):
+            label = name if group else "all tasks"
+            left.plot(patches, history[column], label=label, lw=1 if group else 2.5)
+        elif column.startswith("validation/"):
+            whole = len(group) == 1
+            right.plot(
+                patches,
+                history[column],
+                label=label.replace("_", " "),
+                lw=2.5 if whole else 1,
+                ls=":" if name == "auc" else "-",
+                color="black" if whole else None,
+            )
+    rates = history["learning_rate"].to_numpy()
+    for axes, title in ((left, "training loss"), (right, "validation")):
+        for change in np.flatnonzero(np.diff(rates)) + 1:
+            axes.axvline(patches[change - 1], color="0.8", lw=1, zorder=0)
+        axes.set(title=title, xlabel="patches seen")
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n / 1000:g}k"))
+        axes.legend(fontsize=7, frameon=False)
+        axes.spines[["top", "right"]].set_visible(False)
+    left.set_yscale("log")
+    return figure
+
+
+def confusion_picture(task: str, classes: Sequence[str], scores: TaskScores) -> Figure:
+    """Confusion matrix: colour by share of the true class, numbers are patches."""
+    counts = np.array(scores.confusion)
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    side = 2.2 + 0.5 * len(classes)
+    figure = _figure(side + 0.6, side)
+    axes = figure.subplots()
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    for (row, column), count in np.ndenumerate(counts):
+        colour = "white" if shares[row, column] > 0.6 else "black"
+        axes.text(column, row, f"{count}", ha="center", va="center", color=colour, fontsize=8)
+    ticks = range(len(classes))
+    axes.set_xticks(ticks, classes, rotation=45, ha="right", fontsize=8)
+    axes.set_yticks(ticks, classes, fontsize=8)
+    auc = "none" if scores.auc is None else f"{scores.auc:.3f}"
+    axes.set(xlabel="predicted", ylabel="true")
+    axes.set_title(
+        f"{task}, test: balanced accuracy {scores.balanced_accuracy:.3f}, AUC {auc}", fontsize=9
+    )
+    return figure
+
+
+def augmentation_sheet(
+    tasks: Sequence[PatchDataset], *, seed: int = 0, patches: int = 2, variants: int = 7
+) -> Figure:
+    """Training patches as the network sees them: first column as stored, then variants."""
+    generator = torch.Generator().manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    chosen = [
+        (task, rows)
+        for task in tasks
+        for rows in rng.choice(task.rows("train"), patches, replace=False)
+    ]
+    figure = _figure(1.1 * (variants + 1), 1.15 * len(chosen))
+    axes = figure.subplots(len(chosen), variants + 1, squeeze=False)
+    for line, (task, row) in zip(axes, chosen, strict=True):
+        pixels = torch.from_numpy(np.array(task.patches[row])).permute(2, 0, 1)[None]
+        pooled = pool_patches(pixels) / 255
+        images = torch.cat([pooled, augment(pooled.repeat(variants, 1, 1, 1), generator)])
+        for place, image in zip(line, images, strict=True):
+            place.imshow(image.permute(1, 2, 0).numpy())
+            place.set_axis_off()
+        line[0].set_title(f"{task.name}: {task.classes[task.labels[row]]}", fontsize=7, loc="left")
+    return figure
+
+
+def _figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure

@@ -1,0 +1,123 @@
+"""Area resampling of pixel blocks to an exact, possibly fractional, scale.
+
+An output pixel is the mean of the source area that it covers, border pixels counted by the
+fraction covered. Every output pixel depends only on its own position, so a block cut into
+pieces gives the same pixels as the block in one.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from scipy import sparse
+
+Pixels = NDArray[np.uint8]
+
+# Below a hundredth of a pixel a scale is the rounding of the file's own um/px: 2.00001 is 2.
+_SCALE_ROUNDING = 1e-5
+_START_ROUNDING = 1e-2
+# Rows resampled at once: two bands of float32 stay within a core's cache.
+_BAND = 16
+
+
+def coverage(start: float, scale: float, count: int, length: int) -> sparse.csr_matrix:
+    """Weights of the source pixels of one axis in each output pixel.
+
+    Output ``i`` covers the source interval ``[start + i*scale, start + (i+1)*scale)``; a weight
+    is the fraction of that interval within the source pixel. What lies outside ``[0, length)``
+    has no weight, so rows sum to 1 inside and to less across the border.
+
+    Returns
+    -------
+    scipy.sparse.csr_matrix
+        float32, (count, length).
+    """
+    low = start + scale * np.arange(count)
+    first = np.floor(low).astype(np.int64)
+    index = first[:, None] + np.arange(int(np.ceil(scale)) + 1)
+    covered = np.minimum(low[:, None] + scale, index + 1) - np.maximum(low[:, None], index)
+    return _matrix(index, covered / scale, length)
+
+
+def _interpolation(start: float, scale: float, count: int, length: int) -> sparse.csr_matrix:
+    """Linear interpolation between source pixel centres, for ``scale`` < 1; ends are repeated."""
+    centre = start + scale * (np.arange(count) + 0.5) - 0.5
+    first = np.floor(centre).astype(np.int64)
+    after = centre - first
+    index = np.clip(np.stack([first, first + 1], axis=1), 0, length - 1)
+    return _matrix(index, np.stack([1 - after, after], axis=1), length)
+
+
+def _matrix(
+    index: NDArray[np.int64], weight: NDArray[np.float64], length: int
+) -> sparse.csr_matrix:
+    keep = (weight > 1e-9) & (index >= 0) & (index < length)
+    rows = np.broadcast_to(np.arange(len(index))[:, None], index.shape)[keep]
+    return sparse.csr_matrix(
+        (weight[keep].astype(np.float32), (rows, index[keep])), shape=(len(index), length)
+    )
+
+
+def settle(start: float, scale: float) -> tuple[float, float]:
+    """Round a start and a scale that are whole but for the rounding of the file's um/px."""
+    if abs(scale - round(scale)) <= _SCALE_ROUNDING * scale:
+        scale = float(round(scale))
+        if abs(start - round(start)) <= _START_ROUNDING:
+            start = float(round(start))
+    return start, scale
+
+
+def is_whole(start: float, scale: float) -> bool:
+    return scale >= 1 and scale == int(scale) and start == int(start)
+
+
+def resample(
+    pixels: Pixels,
+    start: tuple[float, float],
+    scale: float,
+    size: tuple[int, int],
+) -> Pixels:
+    """Resample a block of pixels.
+
+    Parameters
+    ----------
+    pixels : uint8 (H, W, 3)
+        Source block; covers all that the output needs.
+    start : (x, y)
+        Top-left corner of the output, in source px relative to the block.
+    scale : float
+        Source px per output px. From 0.99 up: area mean. Below: linear interpolation.
+    size : (width, height)
+        Of the output, px.
+
+    Returns
+    -------
+    uint8 (height, width, 3)
+        Means rounded half up.
+    """
+    width, height = size
+    if is_whole(start[0], scale) and is_whole(start[1], scale):
+        step, x, y = int(scale), int(start[0]), int(start[1])
+        block = pixels[y : y + height * step, x : x + width * step]
+        if step == 1:
+            return np.ascontiguousarray(block)
+        return np.asarray(Image.fromarray(block).reduce(step))
+    weights = coverage if scale >= 0.99 else _interpolation
+    across = weights(start[0], scale, width, pixels.shape[1])
+    down = weights(start[1], scale, height, pixels.shape[0])
+    # scipy's products run on the calling thread alone: several readers do not fight over cores
+    result = np.empty((height, width, 3), np.uint8)
+    for top in range(0, height, _BAND):
+        rows = down[top : top + _BAND]
+        used = rows.indices
+        low, high = int(used.min()), int(used.max()) + 1
+        band = pixels[low:high].reshape(high - low, -1).astype(np.float32)
+        part = (rows[:, low:high] @ band).reshape(rows.shape[0], -1, 3)
+        turned = np.ascontiguousarray(part.transpose(1, 0, 2)).reshape(pixels.shape[1], -1)
+        done = across @ turned
+        done += 0.5
+        result[top : top + _BAND] = (
+            done.astype(np.uint8).reshape(width, rows.shape[0], 3).transpose(1, 0, 2)
+        )
+    return result

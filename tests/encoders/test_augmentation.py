@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from skimage.color import hed2rgb, rgb2hed
+
+from nic_core.encoders.augmentation import HEAVY, Strength, augment
+
+NOTHING = Strength(
+    **{f.name: 0.0 for f in dataclasses.fields(Strength) if f.name != "elastic_nodes"}
+)
+
+
+def patches(count: int = 4, side: int = 32) -> torch.Tensor:
+    return torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(1))
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_the_generator_is_the_only_source_of_chance():
+    first, again, other = (augment(patches(), generator(seed)) for seed in (3, 3, 4))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_variants_are_pixels_in_range_and_of_the_same_shape():
+    variants = augment(patches(64), generator())
+    assert variants.shape == (64, 3, 32, 32)
+    assert variants.isfinite().all()
+    assert variants.min() >= 0
+    assert variants.max() <= 1
+
+
+def test_at_no_strength_only_the_eight_orientations_remain():
+    patch = patches(1) * 0.9 + 0.05
+    variants = augment(patch.repeat(64, 1, 1, 1), generator(), NOTHING)
+    orientations = [
+        torch.rot90(flip, k, (1, 2)) for flip in (patch[0], patch[0].flip(2)) for k in range(4)
+    ]
+    nearest = [
+        min(range(8), key=lambda k: (variant - orientations[k]).abs().max()) for variant in variants
+    ]
+    errors = [(v - orientations[k]).abs().max() for v, k in zip(variants, nearest, strict=True)]
+    assert max(errors) < 1e-4
+    assert set(nearest) == set(range(8))
+
+
+def test_stain_jitter_scales_haematoxylin_and_eosin_as_scikit_image_does():
+    rgb = patches(1) * 0.8 + 0.1
+    variant = augment(rgb, generator(5), dataclasses.replace(NOTHING, stain=0.2))[0]
+    stains = rgb2hed(rgb[0].permute(1, 2, 0).numpy().astype(float))
+    jittered = rgb2hed(variant.permute(1, 2, 0).numpy().astype(float))
+    for stain in (0, 1):
+        before, after = np.sort(stains[..., stain].ravel()), np.sort(jittered[..., stain].ravel())
+        ratio = after[before > 0.05] / before[before > 0.05]
+        assert 0.75 < np.median(ratio) < 1.25
+        assert np.quantile(np.abs(ratio - np.median(ratio)), 0.9) < 0.03
+    assert hed2rgb(jittered).shape == (32, 32, 3)
+
+
+def test_grey_has_no_hue_to_turn_and_no_saturation():
+    grey = torch.full((8, 3, 16, 16), 0.5)
+    variants = augment(grey, generator(), dataclasses.replace(NOTHING, hue=0.5, saturation=0.5))
+    assert torch.allclose(variants, grey, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["rotation", "zoom", "elastic", "stain", "hue", "brightness",
+                                  "contrast", "saturation", "noise", "stain_shift"])  # fmt: skip
+def test_every_kind_changes_the_patch(name: str):
+    change = dataclasses.replace(NOTHING, **{name: getattr(HEAVY, name)})
+    plain, varied = (augment(patches(), generator(), strength) for strength in (NOTHING, change))
+    assert (plain - varied).abs().max() > 1e-3

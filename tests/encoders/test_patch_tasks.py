@@ -1,0 +1,288 @@
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nic_core.cohort import CohortError, PatchTask
+from nic_core.encoders.patch_tasks import (
+    TABLE_SCHEMA,
+    build_patch_task,
+    cut_patches,
+    load_patch_task,
+    read_image,
+    save_patch_task,
+)
+
+from .conftest import make_dataset, write_image
+
+
+def noise(seed: int, height: int = 64, width: int = 64) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    """12 patients, each with an image of class a and one of class b; some rows of another task."""
+    rows = []
+    for patient in range(12):
+        for number, label in enumerate("ab"):
+            path = f"images/{patient}{label}.png"
+            write_image(tmp_path / path, noise(2 * patient + number))
+            rows.append((path, label, f"p{patient}", "mine"))
+    rows.append(("missing.png", "c", "p0", "other"))
+    frame = pl.DataFrame(rows, schema=["path", "label", "group", "task"], orient="row")
+    frame.write_csv(tmp_path / "table.csv")
+    return tmp_path / "table.csv"
+
+
+def task_of(table: Path, **changes: object) -> PatchTask:
+    values = {"where": {"task": "mine"}, "mpp": 0.5} | changes
+    return PatchTask(name="mine", organ="breast", table=table, **values)
+
+
+def build(task: PatchTask, patch: int = 32, mpp: float = 0.5, seed: int = 0):
+    return build_patch_task(task, patch=patch, mpp=mpp, seed=seed)
+
+
+def rewrite(table: Path, *expressions: pl.Expr) -> None:
+    pl.read_csv(table).with_columns(*expressions).write_csv(table)
+
+
+def test_a_table_becomes_patches_with_their_rows(table: Path):
+    dataset = build(task_of(table))
+    assert dataset.classes == ("a", "b")
+    assert dataset.patches.shape == (24 * 4, 32, 32, 3)
+    assert dataset.table.schema == pl.Schema(TABLE_SCHEMA)
+    row = dataset.table.row(5, named=True)
+    image = read_image(Path(row["source"]), 1.0)
+    crop = image[row["y"] : row["y"] + 32, row["x"] : row["x"] + 32]
+    assert np.array_equal(dataset.patches[5], crop)
+    assert (dataset.table["label"] == dataset.table["class"].replace_strict({0: "a", 1: "b"})).all()
+
+
+def test_patches_of_a_patient_stay_in_one_split(table: Path):
+    frame = build(task_of(table)).table
+    assert frame.group_by("group").agg(pl.col("split").n_unique())["split"].max() == 1
+    assert frame["split"].n_unique() == 3
+
+
+def test_the_seed_decides_the_split(table: Path):
+    splits = [build(task_of(table), seed=seed).table["split"] for seed in (0, 0, 1)]
+    assert splits[0].equals(splits[1])
+    assert not splits[0].equals(splits[2])
+
+
+def test_named_groups_are_tested_on(table: Path):
+    frame = build(task_of(table, test_groups=("p4", "p5"))).table
+    assert set(frame.filter(pl.col("split") == "test")["group"]) == {"p4", "p5"}
+
+
+def test_a_folder_per_class_needs_no_table(table: Path):
+    for number in range(10):
+        write_image(table.parent / "f" / "ab"[number % 2] / f"{number}.jpg", noise(number))
+    dataset = build(
+        PatchTask(name="f", organ="colon", mpp=0.5, folder=table.parent / "f"), patch=64
+    )
+    assert dataset.classes == ("a", "b")
+    assert len(dataset.patches) == 10
+    assert dataset.table["group"].n_unique() == 10
+
+
+def test_rows_without_a_group_are_groups_of_their_own(table: Path):
+    rewrite(table, pl.when(pl.col("group") == "p1").then(None).otherwise("group").alias("group"))
+    frame = build(task_of(table)).table
+    assert frame["group"].n_unique() == 11 + 2
+
+
+def test_a_split_column_is_taken_as_it_is(table: Path):
+    number = pl.col("group").str.slice(1).cast(pl.Int64)
+    given = (
+        pl.when(number < 6).then(pl.lit("train"))
+        .when(number < 9).then(pl.lit("validation"))
+        .otherwise(pl.lit("test"))
+    )  # fmt: skip
+    rewrite(table, given.alias("split"))
+    frame = build(task_of(table)).table
+    assert set(frame.filter(pl.col("split") == "validation")["group"]) == {"p6", "p7", "p8"}
+
+
+@pytest.mark.parametrize(
+    ("split", "message"),
+    [
+        (pl.lit("train"), "must hold train, validation, test"),
+        (
+            pl.int_range(pl.len()) % 3,
+            "must hold train, validation, test",
+        ),
+        (
+            (pl.int_range(pl.len()) % 3).replace_strict(
+                {0: "train", 1: "validation", 2: "test"}, return_dtype=pl.String
+            ),
+            "tears group 'p0' apart",
+        ),
+        (
+            pl.when(pl.col("label") == "b").then(pl.lit("test"))
+            .when(pl.col("group").is_in(["p1", "p2"])).then(pl.lit("validation"))
+            .otherwise(pl.lit("train")),
+            "tears group|no image of",
+        ),
+    ],
+)  # fmt: skip
+def test_a_split_column_that_cannot_be_is_refused(table: Path, split: pl.Expr, message: str):
+    rewrite(table, split.alias("split"))
+    with pytest.raises(CohortError, match=message):
+        build(task_of(table))
+
+
+def test_another_resolution_is_resampled(table: Path):
+    assert build(task_of(table), patch=16, mpp=1.0).patches.shape == (24 * 4, 16, 16, 3)
+    assert build(task_of(table), patch=128, mpp=0.25).patches.shape == (24, 128, 128, 3)
+
+
+def test_halving_the_resolution_is_the_mean_of_two_by_two(tmp_path: Path):
+    pixels = noise(3)
+    path = write_image(tmp_path / "i.png", pixels)
+    means = pixels.reshape(32, 2, 32, 2, 3).mean((1, 3))
+    assert np.abs(read_image(path, 0.5) - means).max() <= 1
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(5, 90), st.integers(5, 90), st.integers(4, 40).map(lambda n: 2 * n))
+def test_crops_do_not_overlap_and_lie_centred(height: int, width: int, patch: int):
+    image = np.arange(height * width * 3, dtype=np.uint32).reshape(height, width, 3)
+    crops = list(cut_patches(image, patch))
+    assert len(crops) == max(1, height // patch) * max(1, width // patch)
+    assert {crop.shape for _, _, crop in crops} == {(patch, patch, 3)}
+    if height >= patch and width >= patch:
+        pixels = np.concatenate([crop[..., 0].ravel() for _, _, crop in crops])
+        assert len(np.unique(pixels)) == len(pixels)
+        x0, y0, _ = crops[0]
+        x1, y1, _ = crops[-1]
+        assert abs(x0 - (width - x1 - patch)) <= 1
+        assert abs(y0 - (height - y1 - patch)) <= 1
+
+
+def test_a_small_image_is_mirrored_to_a_patch():
+    image = noise(0, 50, 50)
+    ((x, y, patch),) = cut_patches(image, 128)
+    assert (x, y) == (-39, -39)
+    assert np.array_equal(patch[39:89, 39:89], image)
+    assert np.array_equal(patch[38], patch[39])
+    assert np.array_equal(patch[:, 89], patch[:, 88])
+
+
+def test_identical_images_with_different_labels_are_named(table: Path):
+    write_image(table.parent / "images" / "3b.png", noise(0))  # the pixels of 0a
+    with pytest.raises(CohortError, match=r"0a\.png.*3b\.png.*identical") as caught:
+        build(task_of(table))
+    assert "'mine'" in str(caught.value)
+
+
+def test_a_copy_with_the_same_label_is_left_out(table: Path, caplog: pytest.LogCaptureFixture):
+    write_image(table.parent / "images" / "3a.png", noise(0))
+    with caplog.at_level(logging.WARNING):
+        dataset = build(task_of(table))
+    assert len(dataset.patches) == 23 * 4
+    assert "1 copies" in caplog.text
+
+
+def test_a_missing_image_is_named(table: Path):
+    (table.parent / "images" / "5a.png").unlink()
+    with pytest.raises(CohortError, match=r"patch task 'mine': image .*5a\.png does not exist"):
+        build(task_of(table))
+
+
+def test_an_unreadable_image_is_named(table: Path):
+    whole = (table.parent / "images" / "5a.png").read_bytes()
+    (table.parent / "images" / "5a.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CohortError, match=r"5a\.png cannot be read"):
+        build(task_of(table))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"where": {"task": "nobody"}}, "no rows where"),
+        ({"label_column": "class"}, "no column 'class'"),
+        ({"group_column": "patient"}, "no column 'patient'"),
+        ({"where": {"task": "other"}}, "class \\['c'\\] alone"),
+        ({"test_groups": ("p99",)}, "p99"),
+    ],
+)
+def test_a_table_that_does_not_fit_the_task_is_refused(table: Path, changes, message):
+    with pytest.raises(CohortError, match=message):
+        build(task_of(table, **changes))
+
+
+def test_a_row_without_a_label_is_refused(table: Path):
+    rewrite(table, pl.when(pl.col("group") == "p2").then(None).otherwise("label").alias("label"))
+    with pytest.raises(
+        CohortError, match="2 kept rows have an empty 'label', the first is number 5"
+    ):
+        build(task_of(table))
+
+
+def test_missing_sources_are_named(tmp_path: Path):
+    with pytest.raises(CohortError, match=r"none\.csv cannot be read"):
+        build(task_of(tmp_path / "none.csv"))
+    with pytest.raises(CohortError, match="none does not exist"):
+        build(PatchTask(name="f", organ="x", mpp=0.5, folder=tmp_path / "none"))
+    (tmp_path / "f" / "empty").mkdir(parents=True)
+    with pytest.raises(CohortError, match="class 'empty' has no image"):
+        build(PatchTask(name="f", organ="x", mpp=0.5, folder=tmp_path / "f"))
+
+
+def test_a_saved_task_comes_back_and_stays_on_disk(tmp_path: Path):
+    dataset = make_dataset(each=10)
+    save_patch_task(tmp_path / "t", dataset)
+    loaded = load_patch_task(tmp_path / "t")
+    assert isinstance(loaded.patches, np.memmap)
+    assert np.array_equal(loaded.patches, dataset.patches)
+    assert loaded.table.equals(dataset.table)
+    assert (loaded.name, loaded.organ, loaded.classes, loaded.mpp) == (
+        dataset.name,
+        dataset.organ,
+        dataset.classes,
+        dataset.mpp,
+    )
+    assert loaded.identity == dataset.identity
+
+
+def test_identity_changes_with_pixels_and_with_splits():
+    dataset = make_dataset(each=10)
+    pixels = dataset.patches.copy()
+    pixels[3, 0, 0, 0] ^= 1
+    table = dataset.table.with_columns(split=pl.lit("train"))
+    parts = (dataset.name, dataset.organ, dataset.classes, dataset.mpp)
+    others = [
+        type(dataset)(*parts, pixels, dataset.table),
+        type(dataset)(*parts, dataset.patches, table),
+    ]
+    assert len({dataset.identity, *(other.identity for other in others)}) == 3
+
+
+def test_a_table_without_its_patches_is_refused(tmp_path: Path):
+    save_patch_task(tmp_path, make_dataset(each=10))
+    np.save(tmp_path / "patches.npy", np.zeros((3, 8, 8, 3), np.uint8))
+    with pytest.raises(ValueError, match="3 patches but 20 rows"):
+        load_patch_task(tmp_path)
+
+
+def test_real_patches_split_by_patient(real_data: Path):
+    task = PatchTask(
+        name="nct_crc",
+        organ="colon",
+        mpp=0.5,
+        table=real_data / "MANIFEST.csv",
+        where={"task": "nct_crc"},
+    )
+    dataset = build(task, patch=128)
+    assert len(dataset.classes) == 9
+    assert dataset.patches.shape[1:] == (128, 128, 3)
+    assert dataset.table.group_by("group").agg(pl.col("split").n_unique())["split"].max() == 1
