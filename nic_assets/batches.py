@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import dagster as dg
 from dagster._core.definitions.data_version import (
@@ -26,6 +26,9 @@ from dagster._core.definitions.data_version import (
     get_input_event_pointer_tag,
 )
 from dagster._core.storage.tags import get_multidimensional_partition_tag
+
+Events: TypeAlias = Iterator[dg.MaterializeResult[None] | dg.AssetCheckResult]
+"""What the body of an asset of many partitions yields."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ def materialize_each(
     work: Callable[[str], Product],
     *,
     expected: tuple[type[Exception], ...],
-) -> Iterator[dg.MaterializeResult | dg.AssetCheckResult]:
+) -> Events:
     """Do ``work`` for every partition key of the run; yield the checks' results.
 
     The asset must be declared with ``output_required=False``. An exception of the ``expected``

@@ -65,11 +65,12 @@ def beats_chance(card: EncoderCard) -> str | None:
 
 
 def covers_patch_table(grid: Grid, cells: pl.DataFrame) -> str | None:
-    """A code at each kept cell of the patch table, and nowhere else."""
+    """A code at each kept cell of the patch table that could be read, and nowhere else."""
     kept = np.zeros(grid.valid.shape, bool)
     rows = cells.filter("kept")
     kept[rows["row"].to_numpy(), rows["column"].to_numpy()] = True
-    missing, extra = int((kept & ~grid.valid).sum()), int((grid.valid & ~kept).sum())
+    missing = int((kept & ~grid.valid).sum()) - grid.provenance.unreadable
+    extra = int((grid.valid & ~kept).sum())
     if missing or extra:
         return f"{missing} kept cells without a code, {extra} codes outside the kept cells"
     return None
@@ -93,7 +94,7 @@ def codes_not_collapsed(grid: Grid) -> str | None:
 
 def folds_disjoint(folds: pl.DataFrame) -> str | None:
     """Each patient is in one fold only."""
-    torn = (
-        folds.group_by("patient").agg(pl.col("fold").n_unique()).filter(pl.col("fold") > 1)
-    )["patient"]
+    torn = (folds.group_by("patient").agg(pl.col("fold").n_unique()).filter(pl.col("fold") > 1))[
+        "patient"
+    ]
     return f"patients in more than one fold: {torn.sort().to_list()[:5]}" if len(torn) else None

@@ -6,12 +6,14 @@ import dagster as dg
 
 from nic_assets.assets.encoders import encoder_assets
 from nic_assets.assets.grids import grid_assets
-from nic_assets.assets.models import model_assets
+
+# from nic_assets.assets.models import model_assets
 from nic_assets.assets.reports import report_assets
 from nic_assets.assets.slides import slide_assets
 from nic_assets.executors import local_executor
 from nic_assets.inputs import external_assets
 from nic_assets.jobs import study_jobs
+from nic_assets.logs import brief_logger
 from nic_assets.partitions import Partitions
 from nic_assets.tracking import Tracking
 from nic_core.cohort import Cohort, load_cohort
@@ -27,13 +29,13 @@ def build_defs(cohort: Cohort, store: Store) -> dg.Definitions:
             *slide_assets(partitions),
             *encoder_assets(partitions),
             *grid_assets(partitions),
-            *model_assets(partitions),
+            #            *model_assets(partitions),
             *report_assets(partitions),
         ],
         jobs=study_jobs(partitions),
         resources={"cohort": cohort, "store": store, "tracking": Tracking.in_store(store)},
         executor=local_executor(),
-        loggers={"console": dg.colored_console_logger.configured({"log_level": "INFO"})},
+        loggers={"console": brief_logger},
     )
 
 

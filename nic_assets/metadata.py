@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 import io
+from collections.abc import Callable
 from typing import Any
 
 import dagster as dg
@@ -14,12 +14,9 @@ import polars as pl
 from matplotlib.figure import Figure
 from matplotlib.image import imsave
 
+from nic_core.steps import digest
+
 OWNERS = ["team:pathology"]
-
-
-def digest(*parts: object) -> str:
-    """A short stable digest of anything with a faithful ``repr``."""
-    return hashlib.sha256("\n".join(map(repr, parts)).encode()).hexdigest()[:16]
 
 
 def code_version(number: int, *settings: object) -> str:
@@ -45,6 +42,20 @@ def _image(data: bytes, alt: str, kind: str = "png") -> dg.MarkdownMetadataValue
     return dg.MetadataValue.md(
         f"![{alt}](data:image/{kind};base64,{base64.b64encode(data).decode()})"
     )
+
+
+def log_progress(context: dg.AssetExecutionContext) -> Callable[[int, int], None]:
+    """A progress callback that writes ten lines to the run's log, whatever the number of steps."""
+    logged = 0
+
+    def show(done: int, total: int) -> None:
+        nonlocal logged
+        tenths = 10 * done // total
+        if tenths > logged:
+            logged = tenths
+            context.log.info(f"{done:,} of {total:,}")
+
+    return show
 
 
 def table(frame: pl.DataFrame) -> dg.TableMetadataValue:

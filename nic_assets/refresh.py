@@ -19,6 +19,7 @@ import dagster as dg
 import polars as pl
 from dagster._core.definitions.data_version import CachingStaleStatusResolver, StaleStatus
 from dagster._core.definitions.partitions.context import partition_loading_context
+from dagster._core.execution.plan.objects import StepFailureData
 from dagster._core.loader import LoadingContext
 from dagster._core.storage.tags import (
     ASSET_PARTITION_RANGE_END_TAG,
@@ -30,7 +31,9 @@ from rich.console import Console
 from nic_assets.inputs import LOOKS_TAG
 from nic_core.cohort import CohortError
 from nic_core.reports import results_table
+from nic_core.steps import RESULTS
 from nic_core.store import Store
+
 
 @dataclass
 class _Lookups(LoadingContext):
@@ -63,22 +66,29 @@ def _refresh_asset(
 ) -> list[str]:
     name = key.to_user_string()
     due, blocked = _due(defs, instance, key)
-    problems = [f"{name} {partition or ''}: an input is missing" for partition in blocked]
+    problems = []
+    if blocked:
+        keys = ", ".join(partition for partition in blocked[:3] if partition is not None)
+        more = f" and {len(blocked) - 3} more" if len(blocked) > 3 else ""
+        problems.append(f"{name}: waits for a missing input: {keys or 'all'}{more}")
     if not due:
-        console.print(f"[dim]{name}: up to date[/dim]")
+        console.print(f"[dim]{name}: {'waits' if blocked else 'up to date'}[/dim]")
         return problems
     started = time.monotonic()
-    console.print(f"[bold]{name}[/bold]: {len(due)} to do" if due != [None] else f"[bold]{name}[/]")
+    console.print(f"[bold]{name}[/bold]" + ("" if due == [None] else f": {len(due)} to do"))
     for tags in _run_tags(defs, instance, key, due):
         job = defs.resolve_implicit_global_asset_job_def()
         result = job.execute_in_process(
-            instance=instance, asset_selection=[key], tags=tags, raise_on_error=False
+            instance=instance,
+            asset_selection=[key],
+            tags=tags,
+            run_config={"loggers": {"console": {}}},
+            raise_on_error=False,
         )
-        if not result.success:
-            problems += [
-                f"{name}: {event.step_failure_data.error_display_string.splitlines()[0]}"
-                for event in result.get_step_failure_events()
-            ]
+        problems += [
+            f"{name}: {_reason(event.step_failure_data)}"
+            for event in result.get_step_failure_events()
+        ]
     console.print(f"{name}: {time.monotonic() - started:.1f} s")
     return problems
 
@@ -148,6 +158,16 @@ def _run_tags(
         }
 
 
+def _reason(failure: StepFailureData) -> str:
+    """What went wrong, in the words of whoever raised it."""
+    if failure.user_failure_data is not None:
+        return str(failure.user_failure_data.description)
+    error = failure.error
+    while error is not None and error.cause is not None:
+        error = error.cause
+    return error.message.strip() if error is not None else "failed"
+
+
 def main() -> int:
     """Refresh the cohort and store that the environment names; print the report's table."""
     console = Console(stderr=True)
@@ -161,7 +181,7 @@ def main() -> int:
         return 2
     with dg.DagsterInstance.get() as instance:
         problems = refresh(defs, instance, console)
-    table = Store.from_environment().reports / "results.parquet"
+    table = Store.from_environment().reports / RESULTS
     if table.exists():
         Console().print(results_table(pl.read_parquet(table)))
     for problem in problems:

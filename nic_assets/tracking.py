@@ -11,7 +11,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,6 @@ class Tracking:
         *,
         partition: str,
         experiment: str,
-        params: Mapping[str, Any],
     ) -> Iterator[TrackedRun]:
         """An MLflow run for one partition of the asset that ``context`` materializes."""
         if self.uri.startswith("sqlite:///"):
@@ -75,29 +74,34 @@ class Tracking:
             "dagster/asset_key": context.asset_key.to_user_string(),
             "dagster/partition": partition,
         }
-        with mlflow.start_run(
-            experiment_id=identifier, run_name=partition, tags=tags
-        ) as active:
-            mlflow.log_params(dict(params))
+        with mlflow.start_run(experiment_id=identifier, run_name=partition, tags=tags) as active:
             yield TrackedRun(
-                identifier=active.info.run_id,
                 url=f"{self.ui}/#/experiments/{identifier}/runs/{active.info.run_id}",
+                models_url=f"{self.ui}/#/models",
                 tags=tags,
             )
 
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """A live MLflow run; the library's :class:`~nic_core.tracker.Tracker` in MLflow's terms."""
+    """A live MLflow run; the library's :class:`~nic_core.tracker.Tracker` in MLflow's terms.
 
-    identifier: str
+    ``figures`` keeps what was drawn, so that an asset can show the same pictures.
+    """
+
     url: str
+    models_url: str
     tags: Mapping[str, str]
+    figures: dict[str, Figure] = field(default_factory=dict)
+
+    def params(self, values: Mapping[str, str | int | float]) -> None:
+        mlflow.log_params(dict(values))
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         mlflow.log_metrics(dict(values), step=step)
 
     def figure(self, name: str, figure: Figure) -> None:
+        self.figures[name] = figure
         mlflow.log_figure(figure, f"{name}.png")
 
     def card(self, card: Mapping[str, Any]) -> None:
@@ -113,7 +117,7 @@ class TrackedRun:
         description: str,
         tags: Mapping[str, str],
     ) -> str:
-        """Register ``module`` under ``name``; returns the new version's number.
+        """Register ``module`` under ``name``; returns the new version's page.
 
         ``example`` fixes the signature: its first axis is the batch, the others are constant.
         """
@@ -133,7 +137,7 @@ class TrackedRun:
         for key, value in {**self.tags, **tags}.items():
             client.set_model_version_tag(name, number, key, value)
         client.set_registered_model_alias(name, CANDIDATE, number)
-        return number
+        return f"{self.models_url}/{name}/versions/{number}"
 
 
 def _array(tensor: torch.Tensor) -> np.ndarray[Any, Any]:

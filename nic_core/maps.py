@@ -76,7 +76,13 @@ def probability_map(
 
 
 def truth_of_cells(
-    path: Path, item: ProbabilityMap, *, width: int, height: int, cell: float, shape: tuple[int, int]
+    path: Path,
+    item: ProbabilityMap,
+    *,
+    width: int,
+    height: int,
+    cell: float,
+    shape: tuple[int, int],
 ) -> npt.NDArray[np.int8]:
     """What a label image says of every cell, by the majority of the cell's area.
 
@@ -139,10 +145,10 @@ def overlay(
 
     ``width`` and ``height`` are the slide's and ``cell`` a cell's side, level-0 px.
     """
-    rows = int(cells["row"].max() or 0) + 1  # type: ignore[call-overload]
-    columns = int(cells["column"].max() or 0) + 1  # type: ignore[call-overload]
+    row, column = cells["row"].to_numpy(), cells["column"].to_numpy()
+    rows, columns = max(row, default=0) + 1, max(column, default=0) + 1
     values = np.full((rows, columns), np.nan)
-    values[cells["row"].to_numpy(), cells["column"].to_numpy()] = cells["probability"].to_numpy()
+    values[row, column] = cells["probability"].to_numpy()
     y = ((np.arange(thumbnail.shape[0]) + 0.5) * height / thumbnail.shape[0] / cell).astype(int)
     x = ((np.arange(thumbnail.shape[1]) + 0.5) * width / thumbnail.shape[1] / cell).astype(int)
     inside = np.ix_(y < rows, x < columns)
@@ -158,4 +164,5 @@ def _overlap(pixels: int, length: int, cell: float, cells: int) -> npt.NDArray[n
     edges = np.arange(pixels + 1) * length / pixels
     start = np.arange(cells)[:, None] * cell
     covered = np.minimum(edges[1:], start + cell) - np.maximum(edges[:-1], start)
-    return np.clip(covered, 0, None) / cell
+    share: npt.NDArray[np.float64] = np.clip(covered, 0, None) / cell
+    return share

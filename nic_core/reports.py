@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import polars as pl
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from rich.table import Table
+
+from nic_core.encoders import EncoderCard
 
 RESULT_SCHEMA = pl.Schema(
     {
@@ -41,3 +47,57 @@ def results_table(results: pl.DataFrame) -> Table:
             str(row["n"]),
         )
     return table
+
+
+def encoder_results(card: EncoderCard) -> pl.DataFrame:
+    """How an encoder's heads do on their tasks' test patients (:data:`RESULT_SCHEMA`)."""
+    rows = [
+        (task, card.name, "patch head", "test", metric, value, None, None, scores.n)
+        for task, scores in card.scores.items()
+        for metric, value in (
+            ("balanced accuracy", scores.balanced_accuracy),
+            ("AUC", scores.auc),
+            ("F1", scores.f1),
+        )
+        if value is not None
+    ]
+    return pl.DataFrame(rows, schema=RESULT_SCHEMA, orient="row")
+
+
+def map_results(name: str, encoder: str, scores: pl.DataFrame) -> pl.DataFrame:
+    """The AUC of each scored slide of a map (:data:`RESULT_SCHEMA`); no interval: one slide."""
+    rows = [
+        (name, encoder, "patch head", row["slide"], "AUC", row["auc"], None, None, row["cells"])
+        for row in scores.iter_rows(named=True)
+    ]
+    return pl.DataFrame(rows, schema=RESULT_SCHEMA, orient="row")
+
+
+@dataclass(frozen=True)
+class Report:
+    """The study's results (:data:`RESULT_SCHEMA`) and the figures drawn from them."""
+
+    results: pl.DataFrame
+    figures: dict[str, Figure]
+
+
+def results_figure(results: pl.DataFrame) -> Figure:
+    """Value and interval of each target's first metric, a panel a target, cross-validated."""
+    targets = results.filter(pl.col("low").is_not_null()).unique(
+        ["about", "encoder", "model", "part"], keep="first", maintain_order=True
+    )
+    panels = targets.partition_by("about", maintain_order=True)
+    figure = Figure(figsize=(4.2 * max(1, len(panels)), 3), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, panel in zip(figure.subplots(1, max(1, len(panels)), squeeze=False)[0], panels):
+        names = [f"{r['encoder']}: {r['model']}" for r in panel.iter_rows(named=True)]
+        value = panel["value"].to_numpy()
+        errors = abs(panel.select("low", "high").to_numpy().T - value)
+        colours = ["C0" if part == "cross-validated" else "C1" for part in panel["part"]]
+        axes.errorbar(value, range(len(names)), xerr=errors, fmt="none", ecolor=colours, capsize=3)
+        axes.scatter(value, range(len(names)), c=colours, zorder=3)
+        axes.set_yticks(range(len(names)), names, fontsize=7)
+        axes.invert_yaxis()
+        axes.set_title(f"{panel['about'][0]}: {panel['metric'][0]}", fontsize=9)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure

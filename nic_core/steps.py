@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import polars as pl
-from matplotlib.image import imsave
+from matplotlib.image import imread, imsave
 from pydantic import BaseModel, ConfigDict
 
 from nic_core.cohort import Cohort, CohortError
@@ -25,21 +25,25 @@ from nic_core.encoders import (
     PatchDataset,
     Trained,
     build_patch_task,
+    load_encoder,
     load_patch_task,
     save_encoder,
     save_patch_task,
     train_encoder,
 )
 from nic_core.grids import Grid, grid_hash, open_grid, write_grid
+from nic_core.maps import overlay, probability_map, score_maps, truth_of_cells
 from nic_core.patches import patch_table, read_patch_table, write_patch_table
+from nic_core.reports import Report, encoder_results, map_results, results_figure
 from nic_core.slides import Level, Slide, content_identity, open_slide
-from nic_core.slides.index import slide_index
 from nic_core.store import Store, whole_file, whole_folder
 from nic_core.tissue import TissueMask, read_mask, tissue_mask, tissue_outline
 from nic_core.tracker import Tracker
 
 INDEX = "index.parquet"
 RECORD, THUMBNAIL, TISSUE = "slide.json", "thumbnail.jpg", "tissue.png"
+METRICS, RESULTS = "metrics.parquet", "results.parquet"
+CELLS = "cells.parquet"
 THUMBNAIL_SIDE = 1024  # px
 
 Pixels = npt.NDArray[np.uint8]
@@ -64,16 +68,14 @@ class SlideRecord(BaseModel):
 # --- what the user provides ------------------------------------------------------------------
 
 
-def index_slides(cohort: Cohort, store: Store) -> pl.DataFrame:
-    """Find the cohort's slides; writes and returns the slide index."""
-    index = slide_index(cohort)
+def write_index(store: Store, index: pl.DataFrame) -> None:
+    """Leave the slide index (:func:`nic_core.slides.index.slide_index`) in the store."""
     with whole_file(store.slides / INDEX) as path:
         index.write_parquet(path)
-    return index
 
 
 def read_index(store: Store) -> pl.DataFrame:
-    """The slide index that :func:`index_slides` wrote.
+    """The slide index that :func:`write_index` left.
 
     Raises
     ------
@@ -243,6 +245,71 @@ def gather_grids(store: Store, encoder: str) -> pl.DataFrame:
     return pl.DataFrame(
         rows, schema={"slide": pl.String, "hash": pl.String, "cells": pl.Int64}, orient="row"
     )
+
+
+# --- probability maps ------------------------------------------------------------------------
+
+
+def map_slide(cohort: Cohort, store: Store, name: str, slide: str) -> tuple[pl.DataFrame, Pixels]:
+    """Read a probability map off a grid; writes its cells and returns them with an overlay."""
+    item = cohort.probability_map(name)
+    encoder = load_encoder(store.encoder(item.encoder))
+    grid = open_grid(store.grid(item.encoder, slide))
+    record, row = read_record(store, slide), _index_row(store, slide)
+    cell = cohort.settings.patch * cohort.settings.mpp / record.mpp
+    truth = (
+        truth_of_cells(
+            Path(row["truth"]),
+            item,
+            width=record.width,
+            height=record.height,
+            cell=cell,
+            shape=grid.valid.shape,
+        )
+        if row["truth"]
+        else None
+    )
+    cells = probability_map(grid, encoder, item, truth)
+    picture = overlay(
+        imread(store.slide(slide) / THUMBNAIL),
+        cells,
+        width=record.width,
+        height=record.height,
+        cell=cell,
+    )
+    with whole_folder(store.map(name, slide)) as folder:
+        cells.write_parquet(folder / CELLS)
+        imsave(folder / "overlay.jpg", picture)
+    return cells, picture
+
+
+def score_map(store: Store, name: str) -> pl.DataFrame:
+    """Score a map on every slide with a truth image; see :func:`nic_core.maps.score_maps`."""
+    found = [store.map(name, slide) / CELLS for slide in read_index(store)["slide"]]
+    return score_maps(pl.concat([pl.read_parquet(path) for path in found if path.exists()]))
+
+
+# --- report ----------------------------------------------------------------------------------
+
+
+def write_report(cohort: Cohort, store: Store) -> Report:
+    """Gather every figure of the study; writes ``results.parquet`` and ``results.png``."""
+    parts = [
+        pl.read_parquet(path)
+        for target in cohort.targets
+        for encoder in cohort.encoders
+        if (path := store.model(target.name, encoder.name) / METRICS).exists()
+    ]
+    for encoder in cohort.encoders:
+        if store.encoder(encoder.name).exists():
+            parts.append(encoder_results(load_encoder(store.encoder(encoder.name)).card))
+    parts += [map_results(m.name, m.encoder, score_map(store, m.name)) for m in cohort.maps]
+    results = pl.concat(parts)
+    figure = results_figure(results)
+    with whole_folder(store.reports) as folder:
+        results.write_parquet(folder / RESULTS)
+        figure.savefig(folder / "results.png", dpi=150)
+    return Report(results, {"results": figure})
 
 
 # --- helpers ---------------------------------------------------------------------------------

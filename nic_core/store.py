@@ -8,7 +8,7 @@
       patch_tasks/<task>/       patches.npy, patches.parquet
       encoders/<encoder>/       weights.safetensors, card.json, history.parquet
       grids/<encoder>/<slide>.zarr
-      maps/<map>/<slide>.parquet, <slide>.png
+      maps/<map>/<slide>/       cells.parquet, overlay.jpg
       models/<target>/folds.parquet
       models/<target>/<encoder>/  fold-*.safetensors, card.json, predictions.parquet
       reports/

@@ -45,9 +45,7 @@ def main() -> None:
     for task in TASKS:
         patches = manifest.filter(
             (pl.col("task") == task) & ~pl.col("label").is_in(TOO_RARE.get(task, ()))
-        ).select(
-            path=pl.format("{}/{}", pl.lit(str(folder)), "path"), label="label", group="group"
-        )
+        ).select(path=pl.format("{}/{}", pl.lit(str(folder)), "path"), label="label", group="group")
         patches.write_csv(out / f"{task}.csv")
     _slide_table(manifest, folder).write_csv(out / "slides.csv")
     (out / "cohort.yaml").write_text(yaml.safe_dump(_cohort(arguments.hold_out), sort_keys=False))
@@ -74,7 +72,9 @@ def _slide_table(manifest: pl.DataFrame, folder: Path) -> pl.DataFrame:
             "truth": None,
         }
     )
-    return pl.DataFrame(rows, schema=dict.fromkeys(("slide", "path", "patient", "truth"), pl.String))
+    return pl.DataFrame(
+        rows, schema=dict.fromkeys(("slide", "path", "patient", "truth"), pl.String)
+    )
 
 
 def _cohort(held_out: str) -> dict[str, object]:

@@ -1,20 +1,20 @@
 """Patch-task datasets, and the encoders trained on them."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator
-
 import dagster as dg
+import torch
 
 from nic_assets import checks
-from nic_assets.batches import Product, materialize_each
+from nic_assets.batches import Events, Product, materialize_each
 from nic_assets.executors import CPU_TAGS, GPU_POOL, GPU_TAGS
 from nic_assets.inputs import ENCODER_ENTRY, PATCH_TASK_SOURCE
-from nic_assets.metadata import OWNERS, code_version, figure, picture, table
+from nic_assets.metadata import OWNERS, code_version, figure, log_progress, table
 from nic_assets.partitions import Partitions
 from nic_assets.tracking import Tracking
 from nic_core import steps
 from nic_core.cohort import Cohort, CohortError
+from nic_core.encoders import EncoderError
+from nic_core.encoders.pictures import patch_examples
+from nic_core.reports import encoder_results
 from nic_core.store import Store
 
 
@@ -38,18 +38,18 @@ def encoder_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         context: dg.AssetExecutionContext,
         cohort: dg.ResourceParam[Cohort],
         store: dg.ResourceParam[Store],
-    ) -> Iterator[dg.MaterializeResult | dg.AssetCheckResult]:
+    ) -> Events:
         """A patch task's patches at the study's size and resolution, split by patient."""
 
         def work(key: str) -> Product:
-            dataset = steps.build_patch_task(cohort, store, key)
+            dataset = steps.make_patch_task(cohort, store, key)
             return Product(
-                version=dataset.version,
+                version=dataset.identity[:16],
                 metadata={
                     "dagster/row_count": dataset.table.height,
                     "organ": dataset.organ,
-                    "examples": picture(steps.patch_examples(dataset), f"patches of {key}"),
-                    "classes": table(steps.class_counts(dataset)),
+                    "examples": figure(patch_examples(dataset), f"patches of {key}"),
+                    "classes": table(dataset.counts()),
                     "folder": dg.MetadataValue.path(store.patch_task(key)),
                 },
                 checks={"splits_disjoint_by_group": checks.splits_disjoint(dataset)},
@@ -82,30 +82,38 @@ def encoder_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         cohort: dg.ResourceParam[Cohort],
         store: dg.ResourceParam[Store],
         tracking: dg.ResourceParam[Tracking],
-    ) -> Iterator[dg.MaterializeResult | dg.AssetCheckResult]:
-        """A trained encoder: patch -> code, with the heads of the tasks that taught it."""
+    ) -> Events:
+        """A trained encoder: patch to code, with the heads of the tasks that taught it."""
 
         def work(key: str) -> Product:
-            spec = cohort.encoder(key)
-            with tracking.run(
-                context, partition=key, experiment="encoders", params=spec.model_dump()
-            ) as run:
-                trained = steps.train_encoder(cohort, store, key, run, context.log.info)
-                for name, drawing in trained.figures.items():
-                    run.figure(name, drawing)
-                version = run.register_encoder(trained.encoder, cohort.name)
+            with tracking.run(context, partition=key, experiment="encoders") as run:
+                encoder = steps.make_encoder(cohort, store, key, run, log_progress(context)).encoder
+                card = encoder.card
+                page = run.register(
+                    encoder.module,
+                    torch.zeros((2, 3, card.patch, card.patch), dtype=torch.uint8),
+                    name=f"encoder-{key}",
+                    description=f"{card.objective}: patch of {card.patch} px at {card.mpp:g} um/px "
+                    f"to code of {card.code}",
+                    tags={
+                        "cohort": cohort.name,
+                        "tasks": ", ".join(card.tasks),
+                        "weights_hash": card.weights_hash,
+                    },
+                )
+                run.card(card.model_dump(mode="json"))
             return Product(
-                version=trained.encoder.card.weights_hash[:16],
+                version=card.weights_hash[:16],
                 metadata={
-                    **{name: figure(drawing, name) for name, drawing in trained.figures.items()},
-                    **({"test": table(trained.scores)} if trained.scores.height else {}),
+                    **{name: figure(drawing, name) for name, drawing in run.figures.items()},
+                    "test_scores": table(encoder_results(card)),
                     "folder": dg.MetadataValue.path(store.encoder(key)),
                     "mlflow_run": dg.MetadataValue.url(run.url),
-                    "mlflow_model": dg.MetadataValue.url(version.url),
+                    "mlflow_model": dg.MetadataValue.url(page),
                 },
-                checks={"beats_chance": checks.beats_chance(trained.scores)},
+                checks={"beats_chance": checks.beats_chance(card)},
             )
 
-        yield from materialize_each(context, work, expected=(CohortError, steps.TrainingError))
+        yield from materialize_each(context, work, expected=(EncoderError,))
 
     return [*([patch_task] if partitions.cohort.patch_tasks else []), encoder]

@@ -1,22 +1,20 @@
 """Compressed slides: a grid for every slide and encoder, and the cohort they make."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator
 from functools import cache
 
 import dagster as dg
+import polars as pl
 
 from nic_assets import checks
-from nic_assets.batches import Product, materialize_each
+from nic_assets.batches import Events, Product, materialize_each
 from nic_assets.executors import CPU_TAGS, GPU_POOL, GPU_TAGS
-from nic_assets.inputs import SLIDE_FILE
-from nic_assets.metadata import OWNERS, code_version, digest, picture, table
+from nic_assets.inputs import LOOKS_TAG, SLIDE_FILE
+from nic_assets.metadata import OWNERS, code_version, picture, table
 from nic_assets.partitions import Partitions
-from nic_assets.inputs import LOOKS_TAG
 from nic_core import steps
-from nic_core.cohort import Cohort
 from nic_core.encoders import load_encoder
+from nic_core.grids import grid_hash, grid_preview
+from nic_core.patches import read_patch_table
 from nic_core.slides import SlideError
 from nic_core.store import Store
 
@@ -43,29 +41,30 @@ def grid_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
     )
     def grid(
         context: dg.AssetExecutionContext,
-        cohort: dg.ResourceParam[Cohort],
         store: dg.ResourceParam[Store],
-    ) -> Iterator[dg.MaterializeResult | dg.AssetCheckResult]:
+    ) -> Events:
         """A compressed slide: the code of every kept patch, at its place."""
         load = cache(lambda name: load_encoder(store.encoder(name)))
 
         def work(key: str) -> Product:
             encoder, slide = key.split("|")
-            made, preview = steps.compress(cohort, store, load(encoder), slide)
-            channels, rows, columns = made.codes.shape
+            made = steps.compress(store, load(encoder), slide)
+            channels, rows, columns = made.shape
             return Product(
-                version=steps.grid_version(made),
+                version=grid_hash(made),
                 metadata={
-                    "preview": picture(preview, f"{slide} in the colours of its codes"),
+                    "preview": picture(grid_preview(made, cell=8), f"{slide}, colours by code"),
                     "code": channels,
                     "rows": rows,
                     "columns": columns,
                     "cells": int(made.valid.sum()),
-                    "numbers_saved": steps.compression_ratio(made),
+                    "unreadable": made.provenance.unreadable,
                     "store": dg.MetadataValue.path(store.grid(encoder, slide)),
                 },
                 checks={
-                    "covers_patch_table": checks.covers_patch_table(made, store, slide),
+                    "covers_patch_table": checks.covers_patch_table(
+                        made, read_patch_table(store.patch_table(slide))
+                    ),
                     "codes_finite": checks.codes_finite(made),
                     "codes_not_collapsed": checks.codes_not_collapsed(made),
                 },
@@ -87,18 +86,17 @@ def grid_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
     )
     def encoded_cohort(
         context: dg.AssetExecutionContext,
-        cohort: dg.ResourceParam[Cohort],
         store: dg.ResourceParam[Store],
-    ) -> Iterator[dg.MaterializeResult | dg.AssetCheckResult]:
+    ) -> Events:
         """All grids of one encoder, by their content: what models on them depend on."""
 
         def work(key: str) -> Product:
-            grids = steps.gather_grids(cohort, store, key)
+            grids = steps.gather_grids(store, key)
             return Product(
-                version=digest(grids.rows()),
+                version=steps.digest(grids.rows()),
                 metadata={
                     "dagster/row_count": grids.height,
-                    "slides_without_grid": steps.slides_without_grid(store, grids),
+                    "without_grid": grids.filter(pl.col("hash").is_null())["slide"].to_list(),
                     "grids": table(grids.head(20)),
                 },
             )

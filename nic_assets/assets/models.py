@@ -1,16 +1,12 @@
 """Slide- and patient-level models on grids, one for each encoder and target."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator
-
 import dagster as dg
 
 from nic_assets import checks
-from nic_assets.batches import Product, materialize_each
+from nic_assets.batches import Events, Product, materialize_each
 from nic_assets.executors import CPU_TAGS, GPU_POOL, GPU_TAGS
 from nic_assets.inputs import TARGET_ENTRY
-from nic_assets.metadata import OWNERS, code_version, digest, figure, table
+from nic_assets.metadata import OWNERS, code_version, figure, table
 from nic_assets.partitions import Partitions
 from nic_assets.tracking import Tracking
 from nic_core import steps
@@ -40,13 +36,13 @@ def model_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         context: dg.AssetExecutionContext,
         cohort: dg.ResourceParam[Cohort],
         store: dg.ResourceParam[Store],
-    ) -> Iterator[dg.MaterializeResult | dg.AssetCheckResult]:
+    ) -> Events:
         """A target's labelled units in folds by patient, shared by all encoders."""
 
         def work(key: str) -> Product:
             folds = steps.divide(cohort, store, key)
             return Product(
-                version=digest(folds.rows()),
+                version=steps.digest(folds.rows()),
                 metadata={
                     "dagster/row_count": folds.height,
                     "folds": table(steps.fold_counts(folds)),
@@ -75,7 +71,7 @@ def model_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         cohort: dg.ResourceParam[Cohort],
         store: dg.ResourceParam[Store],
         tracking: dg.ResourceParam[Tracking],
-    ) -> Iterator[dg.MaterializeResult | dg.AssetCheckResult]:
+    ) -> Events:
         """Cross-validated networks from grid to target, their predictions and figures."""
 
         def work(key: str) -> Product:
@@ -86,14 +82,12 @@ def model_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
                 experiment=f"target {target}",
                 params={"encoder": encoder, "target": target, **settings.model_dump()},
             ) as run:
-                model = steps.model_target(
-                    cohort, store, encoder, target, run, context.log.info
-                )
+                model = steps.model_target(cohort, store, encoder, target, run, context.log.info)
                 for name, drawing in model.figures.items():
                     run.figure(name, drawing)
                 version = run.register_model(model, cohort.name)
             return Product(
-                version=digest(model.predictions.rows()),
+                version=steps.digest(model.predictions.rows()),
                 metadata={
                     "metrics": table(model.metrics),
                     **{name: figure(drawing, name) for name, drawing in model.figures.items()},

@@ -1,15 +1,11 @@
 """What a study found: probability maps with their scores, and the evaluation report."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator
-
 import dagster as dg
 
-from nic_assets.batches import Product, materialize_each
+from nic_assets.batches import Events, Product, materialize_each
 from nic_assets.executors import CPU_TAGS
 from nic_assets.inputs import LOOKS_TAG
-from nic_assets.metadata import OWNERS, code_version, digest, figure, picture, table
+from nic_assets.metadata import OWNERS, code_version, figure, picture, table
 from nic_assets.partitions import Partitions
 from nic_core import steps
 from nic_core.cohort import Cohort, CohortError
@@ -32,11 +28,11 @@ def report_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
     )
     def evaluation_report(
         cohort: dg.ResourceParam[Cohort], store: dg.ResourceParam[Store]
-    ) -> dg.MaterializeResult:
+    ) -> dg.MaterializeResult[None]:
         """Every figure of the study in one table: target, encoder, metric, interval."""
         report = steps.write_report(cohort, store)
         return dg.MaterializeResult(
-            data_version=dg.DataVersion(digest(report.results.rows())),
+            data_version=dg.DataVersion(steps.digest(report.results.rows())),
             metadata={
                 "results": table(report.results),
                 **{name: figure(drawing, name) for name, drawing in report.figures.items()},
@@ -64,14 +60,14 @@ def _map_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         context: dg.AssetExecutionContext,
         cohort: dg.ResourceParam[Cohort],
         store: dg.ResourceParam[Store],
-    ) -> Iterator[dg.MaterializeResult | dg.AssetCheckResult]:
+    ) -> Events:
         """The probability of one class in every cell of a slide, from an encoder's own head."""
 
         def work(key: str) -> Product:
             name, slide = key.split("|")
             cells, overlay = steps.map_slide(cohort, store, name, slide)
             return Product(
-                version=digest(cells.rows()),
+                version=steps.digest(cells.rows()),
                 metadata={
                     "overlay": picture(overlay, f"{name} on {slide}"),
                     "dagster/row_count": cells.height,
@@ -95,14 +91,13 @@ def _map_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
     )
     def map_scores(
         context: dg.AssetExecutionContext,
-        cohort: dg.ResourceParam[Cohort],
         store: dg.ResourceParam[Store],
-    ) -> Iterator[dg.MaterializeResult | dg.AssetCheckResult]:
+    ) -> Events:
         """Per-cell AUC of a map against the truth images of the slides that have one."""
 
         def work(key: str) -> Product:
-            scores = steps.score_map(cohort, store, key)
-            return Product(version=digest(scores.rows()), metadata={"scores": table(scores)})
+            scores = steps.score_map(store, key)
+            return Product(version=steps.digest(scores.rows()), metadata={"scores": table(scores)})
 
         yield from materialize_each(context, work, expected=(CohortError,))
 

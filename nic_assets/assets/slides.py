@@ -1,15 +1,14 @@
 """From files to patch tables: the slide index, the opened slide, the patch table."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator
-
 import dagster as dg
+import polars as pl
 
-from nic_assets.batches import Product, materialize_each
+from nic_assets import checks
+from nic_assets.batches import Events, Product, materialize_each
 from nic_assets.executors import CPU_TAGS
 from nic_assets.inputs import (
     ENCODER_ENTRY,
+    LOOKS_TAG,
     PATCH_TASK_SOURCE,
     SLIDE_FILE,
     TARGET_ENTRY,
@@ -17,13 +16,13 @@ from nic_assets.inputs import (
     drop_slides,
     report_versions,
 )
-from nic_assets.metadata import OWNERS, code_version, column_schema, digest, picture, table
+from nic_assets.metadata import OWNERS, code_version, column_schema, picture, table
 from nic_assets.partitions import Partitions
-from nic_assets.inputs import LOOKS_TAG
 from nic_core import steps
 from nic_core.cohort import Cohort
 from nic_core.patches import PATCH_SCHEMA
 from nic_core.slides import SlideError
+from nic_core.slides.index import slide_index as find_slides
 from nic_core.store import Store
 
 
@@ -40,30 +39,33 @@ def slide_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         code_version=code_version(1),
     )
     def slide_index(
-        context: dg.AssetExecutionContext, cohort: dg.ResourceParam[Cohort],
+        context: dg.AssetExecutionContext,
+        cohort: dg.ResourceParam[Cohort],
         store: dg.ResourceParam[Store],
-    ) -> dg.MaterializeResult:
+    ) -> dg.MaterializeResult[None]:
         """Every slide of the cohort: path, patient, split. Finds new and changed inputs."""
-        index = steps.index_slides(cohort, store)
+        index = find_slides(cohort)
+        versions = {
+            SLIDE_FILE: steps.slide_versions(index),
+            PATCH_TASK_SOURCE: steps.patch_task_versions(cohort),
+            ENCODER_ENTRY: steps.encoder_versions(cohort),
+            TARGET_ENTRY: steps.target_versions(cohort, index),
+        }
+        steps.write_index(store, index)
         new = add_slides(context.instance, index["slide"].to_list())
         gone = drop_slides(context.instance, index["slide"].to_list())
         changed = {
-            asset: report_versions(context.instance, asset, versions)
-            for asset, versions in (
-                (SLIDE_FILE, steps.slide_versions(index)),
-                (PATCH_TASK_SOURCE, steps.patch_task_versions(cohort)),
-                (ENCODER_ENTRY, steps.encoder_versions(cohort)),
-                (TARGET_ENTRY, steps.target_versions(cohort, index)),
-            )
+            asset.to_user_string(): report_versions(context.instance, asset, found)
+            for asset, found in versions.items()
         }
         return dg.MaterializeResult(
-            data_version=dg.DataVersion(digest(index.rows())),
+            data_version=dg.DataVersion(steps.digest(index.rows())),
             metadata={
                 "slides": index.height,
                 "patients": index["patient"].n_unique(),
                 "new": new,
                 "gone": gone,
-                "changed": {asset.to_user_string(): keys for asset, keys in changed.items()},
+                "changed": changed,
                 "preview": table(index.head(20).drop("path")),
                 "dagster/column_schema": column_schema(index.schema),
                 "dagster/row_count": index.height,
@@ -81,20 +83,20 @@ def slide_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         code_version=code_version(1),
         output_required=False,
         check_specs=[
-            dg.AssetCheckSpec("mpp_known", asset="slide"),
+            dg.AssetCheckSpec("resolution_suffices", asset="slide"),
             dg.AssetCheckSpec("tissue_found", asset="slide"),
         ],
     )
     def slide(
-        context: dg.AssetExecutionContext, cohort: dg.ResourceParam[Cohort],
+        context: dg.AssetExecutionContext,
         store: dg.ResourceParam[Store],
-    ) -> Iterator[dg.MaterializeResult | dg.AssetCheckResult]:
+    ) -> Events:
         """An opened slide: metadata, thumbnail and tissue mask."""
 
         def work(key: str) -> Product:
-            record, outline = steps.prepare_slide(cohort, store, key)
+            record, outline = steps.prepare_slide(store, key)
             return Product(
-                version=record.version,
+                version=steps.digest(record, outline.tobytes()),
                 metadata={
                     "thumbnail": picture(outline, f"{key} with its tissue outlined"),
                     "engine": record.engine,
@@ -106,8 +108,8 @@ def slide_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
                     "folder": dg.MetadataValue.path(store.slide(key)),
                 },
                 checks={
-                    "mpp_known": steps.check_mpp(record),
-                    "tissue_found": steps.check_tissue(record),
+                    "resolution_suffices": checks.resolution_suffices(record, settings),
+                    "tissue_found": checks.tissue_found(record),
                 },
             )
 
@@ -123,27 +125,28 @@ def slide_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         op_tags=CPU_TAGS,
         code_version=code_version(1, settings.patch, settings.mpp, settings.tissue),
         output_required=False,
-        metadata={"dagster/column_schema": column_schema(PATCH_SCHEMA)},
+        metadata={"dagster/column_schema": column_schema(pl.Schema(PATCH_SCHEMA))},
         check_specs=[dg.AssetCheckSpec("schema_valid", asset="patch_table")],
     )
     def patch_table(
-        context: dg.AssetExecutionContext, cohort: dg.ResourceParam[Cohort],
+        context: dg.AssetExecutionContext,
+        cohort: dg.ResourceParam[Cohort],
         store: dg.ResourceParam[Store],
-    ) -> Iterator[dg.MaterializeResult | dg.AssetCheckResult]:
+    ) -> Events:
         """One row a grid cell: place, tissue fraction, kept or not."""
 
         def work(key: str) -> Product:
             cells = steps.tabulate_patches(cohort, store, key)
             return Product(
-                version=digest(cells.rows()),
+                version=steps.digest(cells.rows()),
                 metadata={
                     "dagster/row_count": cells.height,
                     "kept": int(cells["kept"].sum()),
-                    "rows": int(cells["row"].max()) + 1,
-                    "columns": int(cells["column"].max()) + 1,
+                    "rows": cells["row"].n_unique(),
+                    "columns": cells["column"].n_unique(),
                     "file": dg.MetadataValue.path(store.patch_table(key)),
                 },
-                checks={"schema_valid": steps.check_patch_table(store, key)},
+                checks={"schema_valid": checks.patch_table_valid(store, key)},
             )
 
         yield from materialize_each(context, work, expected=(SlideError,))

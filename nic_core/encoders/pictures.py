@@ -96,6 +96,21 @@ def augmentation_sheet(
     return figure
 
 
+def patch_examples(task: PatchDataset, *, seed: int = 0, patches: int = 6) -> Figure:
+    """Stored patches of a task, a line a class, drawn at random."""
+    rng = np.random.default_rng(seed)
+    figure = _figure(0.9 * patches, 1.0 * len(task.classes))
+    axes = figure.subplots(len(task.classes), patches, squeeze=False)
+    for line, number in zip(axes, range(len(task.classes)), strict=True):
+        members = np.flatnonzero(task.labels == number)
+        for place, row in zip(line, rng.permutation(members)[:patches], strict=False):
+            place.imshow(task.patches[row])
+        for place in line:
+            place.set_axis_off()
+        line[0].set_title(task.classes[number], fontsize=7, loc="left")
+    return figure
+
+
 def _figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)

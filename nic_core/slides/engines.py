@@ -284,7 +284,7 @@ class TifffileEngine:
         try:
             decoded, _, shape = page.decode(data, index, **tables)
         # the codecs of imagecodecs each have an error class of their own
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             raise ReadError(f"tile {index}: {error}") from error
         if decoded is None:  # not stored: glass
             decoded = np.full((*shape[1:3], 3), 255, np.uint8)

@@ -44,7 +44,9 @@ class World:
             "code_version": "1",
         }
 
-        @dg.asset(deps=[SLIDE_FILE], check_specs=[dg.AssetCheckSpec("tidy", asset="mask")], **common)
+        @dg.asset(
+            deps=[SLIDE_FILE], check_specs=[dg.AssetCheckSpec("tidy", asset="mask")], **common
+        )
         def mask(
             context: dg.AssetExecutionContext,
         ) -> Iterator[dg.MaterializeResult | dg.AssetCheckResult]:
@@ -68,9 +70,7 @@ class World:
 
             yield from materialize_each(context, work, expected=(BadSlideError,))
 
-        return dg.Definitions(
-            assets=[dg.AssetSpec(SLIDE_FILE, partitions_def=SLIDES), mask, grid]
-        )
+        return dg.Definitions(assets=[dg.AssetSpec(SLIDE_FILE, partitions_def=SLIDES), mask, grid])
 
     def run(self, *assets: str) -> dg.ExecuteInProcessResult:
         return (
@@ -164,7 +164,7 @@ def test_refresh_names_the_bad_slide_and_goes_on_with_the_others(world):
     problems = world.refresh()
     assert len(problems) == 2
     assert "s2 is cut short" in problems[0]
-    assert problems[1] == "grid s2: an input is missing"
+    assert problems[1] == "grid: waits for a missing input: s2"
     assert world.instance.get_materialized_partitions(dg.AssetKey("grid")) == {"s1", "s3", "s4"}
 
 
