@@ -262,9 +262,9 @@ def _list_table(task: PatchTask) -> pl.DataFrame:
             raise _error(
                 task, f"table {task.table} has no column '{column}'; it has {table.columns}"
             )
-    table = table.cast(pl.String).filter(
-        [pl.col(column) == value for column, value in task.where.items()]
-    )
+    table = table.cast(pl.String)
+    for column, value in task.where.items():
+        table = table.filter(pl.col(column) == value)
     if table.is_empty():
         raise _error(task, f"table {task.table} has no rows where {task.where}")
     for column in (task.path_column, task.label_column):

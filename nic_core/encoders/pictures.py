@@ -18,35 +18,39 @@ from nic_core.encoders.scores import TaskScores
 
 
 def training_curves(history: pl.DataFrame) -> Figure:
-    """Losses and validation values against patches seen; learning-rate steps as lines."""
+    """Losses and validation values against patches seen; grey lines: the learning rate fell."""
     figure = _figure(10, 3.6)
-    left, right = figure.subplots(1, 2)
+    losses, values = figure.subplots(1, 2)
     patches = history["patches"].to_numpy()
-    for column in history.columns:
-        *group, name = column.split("/")
-        label = "/".join([*group[1:], name]) if group else "mean"
-        if column.startswith("loss"):
-            label = name if group else "all tasks"
-            left.plot(patches, history[column], label=label, lw=1 if group else 2.5)
-        elif column.startswith("validation/"):
-            whole = len(group) == 1
-            right.plot(
-                patches,
-                history[column],
-                label=label.replace("_", " "),
-                lw=2.5 if whole else 1,
-                ls=":" if name == "auc" else "-",
-                color="black" if whole else None,
-            )
-    rates = history["learning_rate"].to_numpy()
-    for axes, title in ((left, "training loss"), (right, "validation")):
-        for change in np.flatnonzero(np.diff(rates)) + 1:
-            axes.axvline(patches[change - 1], color="0.8", lw=1, zorder=0)
+    parts = [name.split("/") for name in history.columns]
+    tasks = list(dict.fromkeys(p[1] for p in parts if len(p) == 3))
+    colours = {task: f"C{number}" for number, task in enumerate(tasks)}
+    for column, (place, *rest) in zip(history.columns, parts, strict=True):
+        task = rest[0] if rest and rest[0] in colours else None
+        if place == "loss":
+            label = "/".join(rest) or "all"
+            axes, line = losses, "-"
+        elif place == "validation":
+            label = " ".join(rest).replace("_", " ")
+            axes, line = values, ":" if rest[-1] == "auc" else "-"
+        else:
+            continue
+        axes.plot(
+            patches,
+            history[column],
+            line,
+            label=label,
+            color=colours[task] if task else "black",
+            lw=1 if task else 2.5,
+        )
+    drops = np.flatnonzero(np.diff(history["learning_rate"].to_numpy()))
+    for axes, title in ((losses, "training loss"), (values, "validation")):
+        for drop in drops:
+            axes.axvline(patches[drop], color="0.85", lw=1, zorder=0)
         axes.set(title=title, xlabel="patches seen")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n / 1000:g}k"))
         axes.legend(fontsize=7, frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
-    left.set_yscale("log")
     return figure
 
 

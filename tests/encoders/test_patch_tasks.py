@@ -66,6 +66,12 @@ def test_a_table_becomes_patches_with_their_rows(table: Path):
     assert (dataset.table["label"] == dataset.table["class"].replace_strict({0: "a", 1: "b"})).all()
 
 
+def test_a_parquet_table_of_one_task_needs_no_filter(table: Path):
+    path = table.with_suffix(".parquet")
+    pl.read_csv(table).filter(pl.col("task") == "mine").write_parquet(path)
+    assert build(task_of(path, where={})).table.equals(build(task_of(table)).table)
+
+
 def test_patches_of_a_patient_stay_in_one_split(table: Path):
     frame = build(task_of(table)).table
     assert frame.group_by("group").agg(pl.col("split").n_unique())["split"].max() == 1

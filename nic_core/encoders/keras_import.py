@@ -1,0 +1,201 @@
+"""Import of the encoders that the authors released as Keras 2 HDF5 files.
+
+Read with h5py alone: the layer configuration is checked layer by layer against the network
+here, and weights are carried over by name. Keras' convolution kernels are (height, width,
+in, out), its dense kernels (in, out), and it flattens in height, width, channel order, as
+:class:`TellezEncoder` does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import h5py
+import torch
+from torch import Tensor, nn
+
+from nic_core.encoders.encoder import (
+    Architecture,
+    Encoder,
+    EncoderCard,
+    EncoderError,
+    build_module,
+    encoder_tensors,
+    weights_hash,
+)
+from nic_core.encoders.networks import (
+    BN_EPSILON,
+    CONVOLUTIONS,
+    FILTERS,
+    POOLING,
+    SLOPE,
+    PatchEncoder,
+    TellezEncoder,
+)
+from nic_core.encoders.objectives.mean_rgb import CODE
+
+PATCH = 128
+MPP = 0.5
+
+Layer = dict[str, Any]
+
+
+def import_keras_encoder(path: Path, name: str) -> Encoder:
+    """The encoder in a released Keras HDF5 file, under ``name``, without heads.
+
+    Works for the multitask and BiGAN encoders (``tellez2020``) and for mean-RGB. Patches are
+    128 px at 0.5 um/px; HDF5 files hold no trace of the training, so the card's objective is
+    ``imported`` and its source the file's name and sha256.
+
+    Raises
+    ------
+    EncoderError
+        Not an HDF5 file, not a Keras model, or a model of another architecture; the message
+        says at which layer.
+    """
+    try:
+        with h5py.File(path) as file:
+            layers = _layers(path, file)
+            weights = _weights(file)
+    except OSError as error:
+        raise EncoderError(f"{path}: not a readable HDF5 file ({error})") from error
+
+    kinds = [layer["class_name"] for layer in layers]
+    if kinds == ["InputLayer", "GlobalAveragePooling2D"]:
+        architecture: Architecture = "mean_rgb"
+        module, code = build_module(architecture, patch=PATCH, code=CODE), CODE
+    else:
+        architecture = "tellez2020"
+        code = _check_architecture(path, layers)
+        module = build_module(architecture, patch=PATCH, code=code)
+        assert isinstance(module, PatchEncoder)
+        _copy_weights(path, layers, weights, module.network)
+    module.eval().requires_grad_(False)
+    card = EncoderCard(
+        name=name,
+        architecture=architecture,
+        objective="imported",
+        patch=PATCH,
+        mpp=MPP,
+        code=code,
+        weights_hash=weights_hash(architecture, encoder_tensors(module, {})),
+        source=f"{path.name} sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}",
+    )
+    return Encoder(card, module)
+
+
+def _layers(path: Path, file: h5py.File) -> list[Layer]:
+    """The model's layers in order, nested Sequential models opened."""
+    config = file.attrs.get("model_config")
+    if config is None:
+        raise EncoderError(
+            f"{path}: no Keras model in this HDF5 file (attribute 'model_config' is missing); "
+            "save the whole model, not its weights alone"
+        )
+    return list(_flat(json.loads(config)))
+
+
+def _flat(model: Layer) -> Iterator[Layer]:
+    if model["class_name"] not in ("Model", "Functional", "Sequential"):
+        yield model
+        return
+    config = model["config"]
+    for layer in config["layers"] if isinstance(config, dict) else config:
+        yield from _flat(layer)
+
+
+def _weights(file: h5py.File) -> dict[str, Tensor]:
+    """Arrays by ``<layer>/<weight>``, whatever models they are nested in."""
+    found: dict[str, Tensor] = {}
+
+    def visit(name: str, item: object) -> None:
+        if isinstance(item, h5py.Dataset):
+            key = "/".join(name.removesuffix(":0").split("/")[-2:])
+            found[key] = torch.from_numpy(item[()])
+
+    file["model_weights"].visititems(visit)
+    return found
+
+
+def _check_architecture(path: Path, layers: list[Layer]) -> int:
+    """Raise unless the layers are exactly those of the published encoder; its code size."""
+    side = PATCH // POOLING
+    convolution = {
+        "filters": FILTERS,
+        "kernel_size": [3, 3],
+        "strides": [2, 2],
+        "padding": "valid",
+        "data_format": "channels_last",
+        "dilation_rate": [1, 1],
+        "activation": "linear",
+        "use_bias": True,
+    }
+    norm = {"axis": -1, "epsilon": BN_EPSILON, "center": True, "scale": True}
+    block: list[tuple[str, Layer]] = [
+        ("Conv2D", convolution),
+        ("LeakyReLU", {"alpha": SLOPE}),
+        ("BatchNormalization", norm),
+    ]
+    expected = [
+        ("InputLayer", {"batch_input_shape": [None, side, side, 3]}),
+        *block * CONVOLUTIONS,
+        ("Flatten", {}),
+        ("Dense", {"activation": "linear", "use_bias": True}),
+    ]
+    for number, (layer, (kind, settings)) in enumerate(zip(layers, expected, strict=False)):
+        if layer["class_name"] != kind:
+            raise _refusal(path, f"layer {number} is {layer['class_name']}, not {kind}")
+        for setting, wanted in settings.items():
+            value = layer["config"].get(setting)
+            same = (
+                abs(value - wanted) < 1e-6
+                if isinstance(wanted, float) and isinstance(value, float)
+                else value == wanted
+            )
+            if not same:
+                raise _refusal(path, f"layer {number} ({kind}) has {setting} {value}, not {wanted}")
+    if len(layers) != len(expected):
+        raise _refusal(path, f"it has {len(layers)} layers, not {len(expected)}")
+    code: int = layers[-1]["config"]["units"]
+    return code
+
+
+def _copy_weights(
+    path: Path, layers: list[Layer], weights: dict[str, Tensor], network: TellezEncoder
+) -> None:
+    targets = [*network.convolutions, nn.Flatten(), network.dense]
+    for layer, target in zip(layers[1:], targets, strict=True):
+        name = layer["config"]["name"]
+        arrays: dict[str, Tensor | None]
+        match target:
+            case nn.Conv2d():
+                arrays = {"kernel": target.weight.permute(2, 3, 1, 0), "bias": target.bias}
+            case nn.Linear():
+                arrays = {"kernel": target.weight.T, "bias": target.bias}
+            case nn.BatchNorm2d():
+                arrays = {
+                    "gamma": target.weight,
+                    "beta": target.bias,
+                    "moving_mean": target.running_mean,
+                    "moving_variance": target.running_var,
+                }
+            case _:
+                arrays = {}
+        for weight, view in arrays.items():
+            assert view is not None
+            array = weights.get(f"{name}/{weight}")
+            if array is None:
+                raise _refusal(path, f"weights {name}/{weight} are missing")
+            if array.shape != view.shape:
+                found, wanted = tuple(array.shape), tuple(view.shape)
+                raise _refusal(path, f"weights {name}/{weight} are {found}, not {wanted}")
+            with torch.no_grad():
+                view.copy_(array)
+
+
+def _refusal(path: Path, problem: str) -> EncoderError:
+    return EncoderError(f"{path}: not a released encoder: {problem}")

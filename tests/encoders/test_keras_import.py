@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+from nic_core.encoders import EncoderError, load_encoder, save_encoder
+from nic_core.encoders.keras_import import import_keras_encoder
+from nic_core.encoders.patch_tasks import read_image
+
+
+@pytest.fixture(scope="module")
+def published(real_data: Path) -> Path:
+    folder = real_data.parent / "published-encoders"
+    if not folder.is_dir():
+        pytest.skip(f"no released encoders at {folder}")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["multitask-4", "bigan"])
+def test_released_encoders_give_their_reference_embedding(published: Path, name: str, tmp_path):
+    reference = json.loads((published / "reference_embeddings.json").read_text())
+    expected = np.array(reference["outputs"][name]["embedding"])
+    pixels = read_image(published / "example_128.jpg", 1.0)[None]
+    encoder = import_keras_encoder(published / f"encoder_{name}.h5", name)
+    with torch.inference_mode():
+        plain = encoder.module(torch.from_numpy(pixels).permute(0, 3, 1, 2)).numpy()
+    assert np.abs(plain[0] - expected).max() < 1e-4
+    assert np.abs(encoder.embed(pixels)[0] - expected).max() < 1e-4
+    save_encoder(tmp_path, encoder)
+    assert np.array_equal(load_encoder(tmp_path).embed(pixels), encoder.embed(pixels))
+
+
+def test_released_mean_rgb_is_the_mean_of_scaled_pixels(published: Path):
+    pixels = read_image(published / "example_128.jpg", 1.0)[None]
+    encoder = import_keras_encoder(published / "encoder_mean-rgb.h5", "mean-rgb")
+    assert encoder.card.code == 3
+    assert np.allclose(encoder.embed(pixels), pixels.mean((1, 2)) / 255 * 2 - 1, atol=1e-6)
+
+
+def test_a_model_of_another_architecture_is_refused_by_its_layer(published: Path, tmp_path):
+    path = tmp_path / "other.h5"
+    shutil.copyfile(published / "encoder_multitask-4.h5", path)
+    with h5py.File(path, "r+") as file:
+        config = file.attrs["model_config"].replace('"padding": "valid"', '"padding": "same"')
+        file.attrs["model_config"] = config
+    with pytest.raises(EncoderError, match=r"layer 1 \(Conv2D\) has padding same, not valid"):
+        import_keras_encoder(path, "x")
+
+
+def test_weights_of_another_shape_are_refused(published: Path, tmp_path):
+    path = tmp_path / "other.h5"
+    shutil.copyfile(published / "encoder_multitask-4.h5", path)
+    with h5py.File(path, "r+") as file:
+        del file["model_weights/encoded/encoded/kernel:0"]
+        file["model_weights/encoded/encoded/kernel:0"] = np.zeros((1152, 64), np.float32)
+    with pytest.raises(EncoderError, match=r"encoded/kernel are \(1152, 64\)"):
+        import_keras_encoder(path, "x")
+
+
+def test_other_files_are_refused(tmp_path: Path):
+    with pytest.raises(EncoderError, match="not a readable HDF5"):
+        import_keras_encoder(tmp_path / "none.h5", "x")
+    (tmp_path / "text.h5").write_text("no")
+    with pytest.raises(EncoderError, match="not a readable HDF5"):
+        import_keras_encoder(tmp_path / "text.h5", "x")
+    with h5py.File(tmp_path / "data.h5", "w") as file:
+        file["x"] = np.zeros(3)
+    with pytest.raises(EncoderError, match="no Keras model"):
+        import_keras_encoder(tmp_path / "data.h5", "x")
+
+
+def test_a_small_keras_model_is_refused_without_the_released_files(tmp_path: Path):
+    layers = [{"class_name": "Dense", "config": {"name": "dense", "units": 3}}]
+    with h5py.File(tmp_path / "m.h5", "w") as file:
+        model = {"class_name": "Sequential", "config": layers}
+        file.attrs["model_config"] = json.dumps(model)
+        file.create_group("model_weights")
+    with pytest.raises(EncoderError, match="layer 0 is Dense, not InputLayer"):
+        import_keras_encoder(tmp_path / "m.h5", "x")
