@@ -231,7 +231,8 @@ def add_glands(scene: Scene, rng: np.random.Generator, where: Bools, style: Glan
             depth = size * (0.86 - style.lumen)
             x, y, angle = ring((0.80 + style.lumen) / 2, 15.0, 0.07)
             has = rng.random(len(x)) < style.goblets
-            goblets.append((x[has], y[has], (depth * rng.uniform(0.20, 0.28, len(x)))[has]))
+            vacuole = (depth * rng.uniform(0.20, 0.28, len(x))).astype(np.float32)
+            goblets.append((x[has], y[has], vacuole[has]))
         else:
             nuclei.append(ring((0.87 + style.lumen) / 2 + 0.02, 15.0, 0.05))
     if not nuclei:
@@ -242,9 +243,7 @@ def add_glands(scene: Scene, rng: np.random.Generator, where: Bools, style: Glan
     if goblets:
         x, y, radius = (np.concatenate(a) for a in zip(*goblets, strict=True))
         inside = _on(scene, x, y, Tissue.GLAND)
-        scene.discs.append(
-            Discs(x[inside], y[inside], radius[inside].astype(np.float32), clear=0.78)
-        )
+        scene.discs.append(Discs(x[inside], y[inside], radius[inside], clear=0.78))
 
 
 def _on(scene: Scene, x: Floats, y: Floats, kind: Tissue) -> Bools:

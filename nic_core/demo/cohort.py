@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -106,41 +107,40 @@ def _write(folder: Path, recipe: _Recipe, workers: int, progress: Progress | Non
         for label in task.classes:
             (folder / "patch_tasks" / task.name / label).mkdir(parents=True)
     with _pool(workers) as pool:
-        jobs: dict[Future[object], str] = {}
-        for slide in planned:
-            job = pool.submit(_make_slide, folder, slide, recipe.side)
-            jobs[job] = f"slide {slide.slide}"
-        for t, task in enumerate(TASKS):
-            edges = np.linspace(0, recipe.patches_per_task, patients * len(task.classes) + 1)
-            counts = np.diff(edges.round().astype(int)).reshape(patients, len(task.classes))
-            for p in range(patients):
-                job = pool.submit(
-                    _make_patches, folder, task.name, p, tuple(counts[p]), (recipe.seed, 3, t, p)
+        slide_jobs = [pool.submit(_make_slide, folder, s, recipe.side) for s in planned]
+        task_jobs = {
+            task: [
+                pool.submit(_make_patches, folder, task.name, p, counts, (recipe.seed, 3, t, p))
+                for p, counts in enumerate(
+                    _deal(recipe.patches_per_task, patients, len(task.classes))
                 )
-                jobs[job] = f"patches of {task.name}, patient {p + 1}"
-        pending = set(jobs)
-        while pending:
-            done, pending = wait(pending, return_when=FIRST_COMPLETED)
-            for job in done:
-                job.result()
-                if progress is not None:
-                    progress(len(jobs) - len(pending), len(jobs), jobs[job])
-        results = {what: job.result() for job, what in jobs.items()}
-    mitoses = [results[f"slide {s.slide}"] for s in planned]
+            ]
+            for t, task in enumerate(TASKS)
+        }
+        what: dict[Future[Any], str] = {
+            job: f"slide {s.slide}" for job, s in zip(slide_jobs, planned, strict=True)
+        }
+        for task, jobs in task_jobs.items():
+            what |= dict.fromkeys(jobs, f"patches of {task.name}")
+        for done, job in enumerate(as_completed(what), start=1):
+            job.result()
+            if progress is not None:
+                progress(done, len(what), what[job])
     pl.DataFrame(
-        [(s.slide, x, y) for s, found in zip(planned, mitoses, strict=True) for x, y in found],  # type: ignore[attr-defined]
+        [
+            (s.slide, x, y)
+            for s, job in zip(planned, slide_jobs, strict=True)
+            for x, y in job.result()
+        ],
         schema={"slide": pl.String, "x": pl.Float64, "y": pl.Float64},
         orient="row",
     ).write_csv(folder / "truth" / "mitoses.csv")
-    for task in TASKS:
-        rows = [
-            row
-            for p in range(patients)
-            for row in results[f"patches of {task.name}, patient {p + 1}"]  # type: ignore[attr-defined]
-        ]
-        pl.DataFrame(rows, schema=["path", "label", "group"], orient="row").write_parquet(
-            folder / "patch_tasks" / f"{task.name}.parquet"
-        )
+    for task, jobs in task_jobs.items():
+        pl.DataFrame(
+            [row for job in jobs for row in job.result()],
+            schema=["path", "label", "group"],
+            orient="row",
+        ).write_parquet(folder / "patch_tasks" / f"{task.name}.parquet")
     pl.DataFrame(
         {
             "slide": [s.slide for s in planned],
@@ -220,6 +220,16 @@ def _make_patches(
         image.jpegsave(str(folder / "patch_tasks" / path), Q=88)
         rows.append((path, of_class, f"{name}-{patient + 1:02d}"))
     return rows
+
+
+def _deal(patches: int, patients: int, classes: int) -> list[tuple[int, ...]]:
+    """How many patches of each class (inner) each patient gives: even over both."""
+    counts = []
+    for c in range(classes):
+        of_class = patches // classes + (c < patches % classes)
+        edges = np.linspace(0, of_class, patients + 1) + c / classes
+        counts.append(np.diff(np.floor(edges).astype(int)).tolist())
+    return list(zip(*counts, strict=True))
 
 
 def _task(name: str) -> DemoTask:

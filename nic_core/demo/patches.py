@@ -28,6 +28,7 @@ from nic_core.demo.tissues import Tissue
 
 PATCH = 128  # px a side, 0.5 um/px
 _CELL = PATCH // RASTER  # raster points a patch
+_MARGIN = 5  # raster points around a zone, over which the neighbour's cells may reach
 
 COLORECTAL = ("ADI", "BACK", "DEB", "LYM", "MUC", "MUS", "NORM", "STR", "TUM")
 
@@ -57,7 +58,7 @@ def _empty(rng: np.random.Generator, cells: int, ground: Tissue) -> Scene:
 def _share(where: Bools) -> Floats:
     """Share of each cell that ``where`` covers, float32 (cells, cells)."""
     cells = where.shape[0] // _CELL
-    return where.reshape(cells, _CELL, cells, _CELL).mean((1, 3), dtype=np.float32)
+    return np.asarray(where.reshape(cells, _CELL, cells, _CELL).mean((1, 3)), np.float32)
 
 
 def _choose(rng: np.random.Generator, fitness: Floats, count: int, good: float) -> NDArray[np.intp]:
@@ -70,9 +71,13 @@ def _choose(rng: np.random.Generator, fitness: Floats, count: int, good: float) 
 def _cut(
     sheet: NDArray[np.uint8], label: int, cells: NDArray[np.intp]
 ) -> list[tuple[int, NDArray[np.uint8]]]:
-    return [
-        (label, sheet[i * PATCH : (i + 1) * PATCH, j * PATCH : (j + 1) * PATCH]) for i, j in cells
-    ]
+    return [_patch(sheet, label, i * PATCH, j * PATCH) for i, j in cells]
+
+
+def _patch(
+    sheet: NDArray[np.uint8], label: int, top: int, left: int
+) -> tuple[int, NDArray[np.uint8]]:
+    return label, sheet[top : top + PATCH, left : left + PATCH]
 
 
 def _lymph_node(
@@ -175,26 +180,32 @@ def _colorectal(
 ) -> list[tuple[int, NDArray[np.uint8]]]:
     """Nine square zones, one a class."""
     side = max(1, int(np.ceil(max(counts) ** 0.5)))
-    scene = _empty(rng, 3 * side, Tissue.STROMA)
-    zones = rng.permutation(9)
-    normal = np.zeros(scene.tissue.shape, bool)
-    for zone, name in zip(zones, COLORECTAL, strict=True):
-        i, j = (k * side * _CELL for k in divmod(int(zone), 3))
-        window = (slice(i, i + side * _CELL), slice(j, j + side * _CELL))
+    pitch = side * _CELL + 2 * _MARGIN
+    shape = (3 * pitch, 3 * pitch)
+    scene = Scene(np.full(shape, Tissue.STROMA, np.uint8), _fibres(rng, shape))
+    corners = [(pitch * i, pitch * j) for i, j in np.argwhere(np.ones((3, 3)))]
+    zones = rng.permutation(corners)
+    normal = np.zeros(shape, bool)
+    for (i, j), name in zip(zones, COLORECTAL, strict=True):
+        window = (slice(i, i + pitch), slice(j, j + pitch))
         scene.tissue[window] = _ZONES[name]
         normal[window] = name == "NORM"
     # between crypts: lamina propria, with lymphocytes
-    lamina = smooth_noise(rng, normal.shape, 90 / RASTER) > 0.9
+    lamina = smooth_noise(rng, shape, 90 / RASTER) > 0.9
     scene.tissue[normal & lamina] = Tissue.LYMPHOCYTES
     add_tumour_detail(rng, scene.tissue)
     add_glands(scene, rng, normal, COLON)
     populate(scene, rng, Tumour(rng.uniform(1, 3), float(np.exp(rng.uniform(1.5, 5)))))
     sheet = paint(scene, random_stain(rng), rng)
     out = []
-    for label, (zone, count) in enumerate(zip(zones, counts, strict=True)):
-        i, j = divmod(int(zone), 3)
-        cells = np.argwhere(np.ones((side, side), bool)) + (i * side, j * side)
-        out += _cut(sheet, label, rng.permutation(cells)[:count])
+    for label, ((i, j), count) in enumerate(zip(zones, counts, strict=True)):
+        for cell in rng.permutation(side * side)[:count]:
+            row, column = divmod(int(cell), side)
+            top, left = (
+                (i + _MARGIN) * RASTER + row * PATCH,
+                (j + _MARGIN) * RASTER + column * PATCH,
+            )
+            out.append(_patch(sheet, label, top, left))
     return out
 
 

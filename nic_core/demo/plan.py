@@ -1,7 +1,7 @@
 """Who is in the cohort: patients, slides, latent causes and targets, drawn before any paint.
 
-Latents are stratified and the stains dealt out so that they correlate with no target: a small
-cohort then has the difficulty it was designed to have, whatever the seed.
+Latents are stratified, and stains dealt out so that they correlate little with any target: a
+small cohort then has the difficulty it was designed to have, whatever the seed.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
+from scipy import stats
 
 from nic_core.demo.cells import Tumour
 from nic_core.demo.layout import NESTS
@@ -110,8 +111,6 @@ def _quantiles(rng: np.random.Generator, n: int) -> Doubles:
 
 
 def _normal_quantiles(n: int) -> Doubles:
-    from scipy import stats
-
     return np.asarray(stats.norm.ppf((np.arange(n) + 0.5) / n))
 
 
@@ -134,7 +133,11 @@ def _survival(rng: np.random.Generator, risk: Doubles) -> tuple[Doubles, NDArray
 
 
 def _balanced_stains(rng: np.random.Generator, causes: Doubles) -> list[Stain]:
-    """One stain a patient, dealt out so that none of its properties follows a cause."""
+    """One stain a patient, dealt out so that none of its properties follows a cause closely.
+
+    The best of a few deals: it takes chance's worst away. A perfect balance would be unlike
+    chance, too: held-out predictions would then run against the truth.
+    """
     n = len(causes)
     stains = [random_stain(rng) for _ in range(n)]
     looks = np.array(
@@ -151,6 +154,6 @@ def _balanced_stains(rng: np.random.Generator, causes: Doubles) -> list[Stain]:
     )
     looks = (looks - looks.mean(0)) / looks.std(0)
     causes = (causes - causes.mean(0)) / np.where(causes.std(0) > 0, causes.std(0), 1)
-    deals = [rng.permutation(n) for _ in range(1000)]
+    deals = [rng.permutation(n) for _ in range(30)]
     worst = [np.abs(looks[deal].T @ causes).max() for deal in deals]
     return [stains[i] for i in deals[int(np.argmin(worst))]]
