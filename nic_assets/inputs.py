@@ -17,6 +17,10 @@ from nic_assets.partitions import SLIDES, Partitions
 LOOKS_TAG = "nic/looks"
 """Marks assets that look at the outside or at a whole layer: cheap, and refreshed every time."""
 
+INPUTS_TAG = "nic/inputs"
+SOME_INPUTS = {INPUTS_TAG: "some"}
+"""Marks assets that gather a layer: they go on without the partitions that failed."""
+
 SLIDE_FILE = dg.AssetKey("slide_file")
 PATCH_TASK_SOURCE = dg.AssetKey("patch_task_source")
 ENCODER_ENTRY = dg.AssetKey("encoder_entry")

@@ -28,7 +28,7 @@ from dagster._core.storage.tags import (
 from dotenv import dotenv_values
 from rich.console import Console
 
-from nic_assets.inputs import LOOKS_TAG
+from nic_assets.inputs import INPUTS_TAG, LOOKS_TAG
 from nic_core.cohort import CohortError
 from nic_core.reports import results_table
 from nic_core.steps import RESULTS
@@ -118,16 +118,17 @@ def _due(
 def _inputs_exist(
     resolver: CachingStaleStatusResolver, key: dg.AssetKey, partition: str | None
 ) -> bool:
-    """Whether every parent has something for this partition.
+    """Whether everything that this partition needs is there.
 
-    A product of many slides goes on without those that failed: one partition is enough.
+    An asset that gathers a layer needs one partition of each parent, any other needs all.
     """
-    exists = dict.fromkeys(resolver.asset_graph.get(key).parent_keys, False)
-    for parent in resolver.asset_graph.get_parents_partitions(key, partition).parent_partitions:
-        if not exists[parent.asset_key]:
-            status = resolver.get_status(parent.asset_key, parent.partition_key)
-            exists[parent.asset_key] = status is not StaleStatus.MISSING
-    return all(exists.values())
+    graph = resolver.asset_graph
+    found: dict[dg.AssetKey, list[bool]] = {}
+    for parent in graph.get_parents_partitions(key, partition).parent_partitions:
+        status = resolver.get_status(parent.asset_key, parent.partition_key)
+        found.setdefault(parent.asset_key, []).append(status is not StaleStatus.MISSING)
+    enough = any if INPUTS_TAG in graph.get(key).tags else all
+    return all(enough(statuses) for statuses in found.values())
 
 
 def _run_tags(

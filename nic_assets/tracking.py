@@ -28,8 +28,9 @@ from nic_core.store import Store
 DEFAULT_UI = "http://127.0.0.1:5000"
 CANDIDATE = "candidate"
 
-# schema migrations of a new database are no news to a user
-logging.getLogger("alembic").setLevel(logging.WARNING)
+# that a new database gets its tables is no news to a user
+for _name in ("alembic", "mlflow.store.db.utils"):
+    logging.getLogger(_name).setLevel(logging.WARNING)
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,8 @@ TASKS = {
     "nct_crc": ("colon", 0.5),
     "osteosarcoma": ("bone", 1.0),
 }
+# two patients only: this task is split by tissue block, named in the file
+BLOCK = r"((?:Case-4-[A-Z]|P9-[A-Z])\d+)"
 # one image each: nothing to train on
 TOO_RARE = {"nct_crc": ("BACK", "DEB")}
 
@@ -45,7 +47,11 @@ def main() -> None:
     for task in TASKS:
         patches = manifest.filter(
             (pl.col("task") == task) & ~pl.col("label").is_in(TOO_RARE.get(task, ()))
-        ).select(path=pl.format("{}/{}", pl.lit(str(folder)), "path"), label="label", group="group")
+        ).select(
+            path=pl.format("{}/{}", pl.lit(str(folder)), "path"),
+            label="label",
+            group=pl.col("path").str.extract(BLOCK) if task == "osteosarcoma" else "group",
+        )
         patches.write_csv(out / f"{task}.csv")
     _slide_table(manifest, folder).write_csv(out / "slides.csv")
     (out / "cohort.yaml").write_text(yaml.safe_dump(_cohort(arguments.hold_out), sort_keys=False))

@@ -8,7 +8,7 @@ import polars as pl
 from nic_assets import checks
 from nic_assets.batches import Events, Product, materialize_each
 from nic_assets.executors import CPU_TAGS, GPU_POOL, GPU_TAGS
-from nic_assets.inputs import LOOKS_TAG, SLIDE_FILE
+from nic_assets.inputs import LOOKS_TAG, SLIDE_FILE, SOME_INPUTS
 from nic_assets.metadata import OWNERS, code_version, picture, table
 from nic_assets.partitions import Partitions
 from nic_core import steps
@@ -79,7 +79,7 @@ def grid_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         group_name="grids",
         kinds={"polars", "parquet"},
         owners=OWNERS,
-        tags={LOOKS_TAG: "layer"},
+        tags={LOOKS_TAG: "layer", **SOME_INPUTS},
         op_tags=CPU_TAGS,
         code_version=code_version(1),
         output_required=False,

@@ -4,7 +4,7 @@ import dagster as dg
 
 from nic_assets.batches import Events, Product, materialize_each
 from nic_assets.executors import CPU_TAGS
-from nic_assets.inputs import LOOKS_TAG
+from nic_assets.inputs import LOOKS_TAG, SOME_INPUTS
 from nic_assets.metadata import OWNERS, code_version, figure, picture, table
 from nic_assets.partitions import Partitions
 from nic_core import steps
@@ -23,6 +23,7 @@ def report_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         group_name="reports",
         kinds={"polars", "parquet"},
         owners=OWNERS,
+        tags=SOME_INPUTS,
         op_tags=CPU_TAGS,
         code_version=code_version(1, cohort.name),
     )
@@ -84,7 +85,7 @@ def _map_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         group_name="reports",
         kinds={"polars", "parquet"},
         owners=OWNERS,
-        tags={LOOKS_TAG: "layer"},
+        tags={LOOKS_TAG: "layer", **SOME_INPUTS},
         op_tags=CPU_TAGS,
         code_version=code_version(1, partitions.cohort.maps),
         output_required=False,
