@@ -208,16 +208,13 @@ class OpenSlideEngine:
         self._path = path
         self._slide = openslide.OpenSlide(path)
         self._lock = threading.Lock()
-        sizes = list(self._slide.level_dimensions)
-        factors = self._slide.level_downsamples
-        self.levels = tuple(
-            Level(w, h, float(round(f)) if abs(f - round(f)) < 0.01 else f)
-            for (w, h), f in zip(sizes, factors, strict=True)
-        )
+        # OpenSlide places a level by the ratio of its rounded sizes
+        self._factors = self._slide.level_downsamples
+        self.levels = _levels(list(self._slide.level_dimensions))
         self.mpp = openslide_mpp(self._slide.properties)
 
     def region(self, level: int, x: int, y: int, width: int, height: int) -> Pixels:
-        slide, factor = self._slide, self.levels[level].downsample
+        slide, factor = self._slide, self._factors[level]
         try:
             image = slide.read_region(
                 (round(x * factor), round(y * factor)), level, (width, height)
@@ -284,7 +281,7 @@ class TifffileEngine:
         try:
             decoded, _, shape = page.decode(data, index, **tables)
         # the codecs of imagecodecs each have an error class of their own
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             raise ReadError(f"tile {index}: {error}") from error
         if decoded is None:  # not stored: glass
             decoded = np.full((*shape[1:3], 3), 255, np.uint8)

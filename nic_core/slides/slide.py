@@ -9,7 +9,7 @@ from typing import Self
 
 import numpy as np
 
-from nic_core.slides.engines import Engine, Level, naming, open_engine
+from nic_core.slides.engines import Engine, naming, open_engine
 from nic_core.slides.errors import SlideError
 from nic_core.slides.metadata import BRIGHTFIELD_REMEDY, settle_mpp
 from nic_core.slides.resample import Pixels, resample, settle

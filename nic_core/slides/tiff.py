@@ -67,7 +67,7 @@ def tiff_scan(path: Path) -> TiffScan:
             path, "damaged TIFF structure (impossible sizes)", DAMAGED_REMEDY
         ) from error
     # a damaged structure surfaces in tifffile as whatever its bytes lead to: any of a dozen types
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         raise SlideError(path, f"damaged TIFF structure ({error})", DAMAGED_REMEDY) from error
 
 
