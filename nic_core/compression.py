@@ -137,7 +137,7 @@ def compress_slide(
         for cells, pixels in _batches(stream, batch):
             # (B, P, P, 3) seen as channels-last (B, 3, P, P): nothing is copied
             part = torch.from_numpy(pixels).to(at, non_blocking=True).permute(0, 3, 1, 2)
-            codes[:, cells[:, 0], cells[:, 1]] = module(part).T.cpu().numpy()
+            codes[:, cells[:, 0], cells[:, 1]] = module(part).T.half().cpu().numpy()
             valid[cells[:, 0], cells[:, 1]] = True
             done += len(cells)
             if progress is not None:

@@ -180,7 +180,7 @@ def grid_preview(grid: Grid, *, cell: int = 4) -> NDArray[np.uint8]:
     picture = np.full((*grid.valid.shape, 3), 255, np.uint8)
     if len(codes) > 1:
         centred = codes - codes.mean(axis=0)
-        _, vectors = np.linalg.eigh(np.cov(centred.T))
+        _, vectors = np.linalg.eigh(centred.T @ centred)
         axes = vectors[:, ::-1][:, :3]
         axes = axes * np.sign(axes[np.abs(axes).argmax(axis=0), np.arange(axes.shape[1])])
         values = centred @ axes

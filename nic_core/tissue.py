@@ -133,7 +133,7 @@ def _optical_density(pixels: NDArray[np.uint8]) -> Floats:
 def _glass(pixels: NDArray[np.uint8]) -> Floats:
     """Colour of the empty glass: the commonest bright, nearly grey one; else white."""
     low, high = pixels.min(axis=2), pixels.max(axis=2)
-    empty = pixels[(low > 190) & (high - low < 15)]
+    empty = pixels[(low > 195) & (high - low < 20)]
     if len(empty) < 0.002 * low.size:
         return np.full(3, 255, np.float32)
     return np.array(

@@ -106,7 +106,7 @@ def resample(
             return np.asarray(Image.fromarray(block).reduce(step))
         sums = block.reshape(height, step, -1).sum(axis=1, dtype=np.uint32)
         sums = sums.reshape(height, width, step, 3).sum(axis=2, dtype=np.uint32)
-        return ((2 * sums + step**2) // (2 * step**2)).astype(np.uint8)
+        return np.asarray((2 * sums + step**2) // (2 * step**2), np.uint8)
     weights = coverage if scale >= 0.99 else _interpolation
     across = weights(start[0], scale, width, pixels.shape[1])
     down = weights(start[1], scale, height, pixels.shape[0])
