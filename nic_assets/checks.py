@@ -12,6 +12,9 @@ import polars as pl
 from nic_core.cohort import Settings
 from nic_core.encoders import EncoderCard, PatchDataset
 from nic_core.grids import Grid
+from nic_core.models.labels import shuffle_labels
+from nic_core.models.training import primary_metric
+from nic_core.models.validation import NETWORK, Evaluated, prediction_array
 from nic_core.patches import PatchTableError, read_patch_table
 from nic_core.steps import SlideRecord
 from nic_core.store import Store
@@ -20,6 +23,7 @@ from nic_core.store import Store
 FINE_ENOUGH = 1.02
 # of all codes of a slide, the share that may equal the commonest one
 COLLAPSED = 0.5
+PERMUTATIONS = 200
 
 
 def resolution_suffices(record: SlideRecord, settings: Settings) -> str | None:
@@ -90,6 +94,29 @@ def codes_not_collapsed(grid: Grid) -> str | None:
     _, counts = np.unique(codes, axis=0, return_counts=True)
     share = counts.max() / len(codes)
     return f"one code in {share:.0%} of the cells" if share > COLLAPSED else None
+
+
+def above_permutation(evaluated: Evaluated) -> str | None:
+    """The network's cross-validated figure is better than with patients' labels exchanged.
+
+    A permutation test of the predictions; the full control, which trains on exchanged labels,
+    is :func:`nic_core.models.validation.cross_validate`'s ``permutation``.
+    """
+    target = evaluated.target
+    rows = evaluated.predictions.filter(model=NETWORK, split="cv").sort("unit")
+    prediction = prediction_array(target, rows)
+    labels = rows.select(
+        "unit", "patient", "split", *(("time", "event") if target.kind == "survival" else ("y",))
+    )
+    value = primary_metric(target, rows, prediction)
+    control = [
+        primary_metric(target, shuffle_labels(labels, seed=seed), prediction)
+        for seed in range(PERMUTATIONS)
+    ]
+    bar = float(np.nanquantile(control, 0.95))
+    if value > bar:
+        return None
+    return f"{value:.3f} is within what exchanged labels give (95 % of them below {bar:.3f})"
 
 
 def folds_disjoint(folds: pl.DataFrame) -> str | None:

@@ -8,6 +8,7 @@ registered in PyTorch's exported format (``pt2``: no pickle, no project code nee
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from typing import Any
 import dagster as dg
 import mlflow
 import numpy as np
+import polars as pl
 import torch
 from matplotlib.figure import Figure
 from mlflow.models import infer_signature
@@ -105,6 +107,16 @@ class TrackedRun:
         self.figures[name] = figure
         mlflow.log_figure(figure, f"{name}.png")
 
+    def summary(self, results: pl.DataFrame) -> None:
+        """Final figures (:data:`nic_core.reports.RESULT_SCHEMA`): values, bounds and the table."""
+        for row in results.iter_rows(named=True):
+            name = "/".join(_metric_name(row[part]) for part in ("part", "model", "metric"))
+            for suffix in ("value", "low", "high"):
+                value = row[suffix]
+                if value is not None and math.isfinite(value):
+                    mlflow.log_metric(name if suffix == "value" else f"{name}/{suffix}", value)
+        mlflow.log_table(results.to_dict(as_series=False), "results.json")
+
     def card(self, card: Mapping[str, Any]) -> None:
         """The product's JSON card, as it lies in the store."""
         mlflow.log_dict(dict(card), "card.json")
@@ -143,6 +155,10 @@ class TrackedRun:
 
 def _array(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
     return tensor.detach().cpu().numpy()
+
+
+def _metric_name(text: str) -> str:
+    return text.replace(" ", "_")
 
 
 def _public(package: str) -> str:

@@ -10,6 +10,8 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from nic_core.encoders import EncoderCard
+from nic_core.models.files import ModelCard
+from nic_core.models.validation import NETWORK
 
 RESULT_SCHEMA = pl.Schema(
     {
@@ -60,6 +62,26 @@ def encoder_results(card: EncoderCard) -> pl.DataFrame:
             ("F1", scores.f1),
         )
         if value is not None
+    ]
+    return pl.DataFrame(rows, schema=RESULT_SCHEMA, orient="row")
+
+
+def model_results(card: ModelCard) -> pl.DataFrame:
+    """A slide model's and its baselines' metrics (:data:`RESULT_SCHEMA`)."""
+    network = f"{card.settings.network} grid CNN"
+    rows = [
+        (
+            card.target.name,
+            card.encoder,
+            network if row.model == NETWORK else row.model,
+            "test" if row.split == "test" else "cross-validated",
+            row.metric,
+            row.value,
+            row.low,
+            row.high,
+            row.units,
+        )
+        for row in card.metrics
     ]
     return pl.DataFrame(rows, schema=RESULT_SCHEMA, orient="row")
 

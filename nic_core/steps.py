@@ -33,8 +33,12 @@ from nic_core.encoders import (
 )
 from nic_core.grids import Grid, grid_hash, open_grid, write_grid
 from nic_core.maps import overlay, probability_map, score_maps, truth_of_cells
+from nic_core.models.files import ModelCard, save_model
+from nic_core.models.folds import make_folds
+from nic_core.models.labels import target_table
+from nic_core.models.validation import Evaluated, cross_validate
 from nic_core.patches import patch_table, read_patch_table, write_patch_table
-from nic_core.reports import Report, encoder_results, map_results, results_figure
+from nic_core.reports import Report, encoder_results, map_results, model_results, results_figure
 from nic_core.slides import Level, Slide, content_identity, open_slide
 from nic_core.store import Store, whole_file, whole_folder
 from nic_core.tissue import TissueMask, read_mask, tissue_mask, tissue_outline
@@ -42,7 +46,7 @@ from nic_core.tracker import Tracker
 
 INDEX = "index.parquet"
 RECORD, THUMBNAIL, TISSUE = "slide.json", "thumbnail.jpg", "tissue.png"
-METRICS, RESULTS = "metrics.parquet", "results.parquet"
+PREDICTIONS, METRICS, RESULTS = "predictions.parquet", "metrics.parquet", "results.parquet"
 CELLS = "cells.parquet"
 THUMBNAIL_SIDE = 1024  # px
 
@@ -247,6 +251,62 @@ def gather_grids(store: Store, encoder: str) -> pl.DataFrame:
     )
 
 
+# --- slide models ----------------------------------------------------------------------------
+
+
+def divide(cohort: Cohort, store: Store, target: str) -> pl.DataFrame:
+    """Deal a target's patients into folds; writes and returns the table of folds.
+
+    The table is that of :func:`~nic_core.models.labels.target_table` with the column ``fold``
+    (null in split ``test``); every encoder's model on this target uses it.
+    """
+    kind, settings = cohort.target(target), cohort.settings.models
+    units = target_table(cohort, kind, read_index(store))
+    folds = make_folds(units, target=kind, folds=settings.folds, seed=settings.seed)
+    table = units.join(folds, on="patient", how="left").sort("unit")
+    with whole_file(store.folds(target)) as path:
+        table.write_parquet(path)
+    return table
+
+
+def make_model(
+    cohort: Cohort,
+    store: Store,
+    encoder: str,
+    target: str,
+    tracker: Tracker | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Evaluated, ModelCard]:
+    """Cross-validate a target's networks on an encoder's grids; writes them and their figures.
+
+    Slides whose grid could not be made are left out.
+    """
+    settings = cohort.settings
+    table = _with_grids(pl.read_parquet(store.folds(target)), gather_grids(store, encoder))
+    evaluated = cross_validate(
+        cohort.target(target),
+        table.drop("fold"),
+        table.filter(pl.col("split") == "cv").select("patient", "fold").unique().sort("patient"),
+        lambda slide: open_grid(store.grid(encoder, slide)),
+        settings.models,
+        tracker=tracker,
+        progress=progress,
+    )
+    with whole_folder(store.model(target, encoder)) as folder:
+        card = save_model(
+            folder,
+            evaluated,
+            encoder=encoder,
+            weights_hash=load_encoder(store.encoder(encoder)).card.weights_hash,
+            patch=settings.patch,
+            mpp=settings.mpp,
+        )
+        evaluated.predictions.write_parquet(folder / PREDICTIONS)
+        evaluated.history.write_parquet(folder / "history.parquet")
+        model_results(card).write_parquet(folder / METRICS)
+    return evaluated, card
+
+
 # --- probability maps ------------------------------------------------------------------------
 
 
@@ -330,6 +390,14 @@ def _index_row(store: Store, slide: str) -> dict[str, Any]:
 def _open(store: Store, slide: str) -> Slide:
     row = _index_row(store, slide)
     return open_slide(Path(row["path"]), mpp=row["mpp"])
+
+
+def _with_grids(table: pl.DataFrame, grids: pl.DataFrame) -> pl.DataFrame:
+    """The units of a target with just the slides that have a grid; none left: no unit."""
+    made = grids.filter(pl.col("hash").is_not_null())["slide"].implode()
+    return table.with_columns(
+        pl.col("slides").list.eval(pl.element().filter(pl.element().is_in(made)))
+    ).filter(pl.col("slides").list.len() > 0)
 
 
 def _listing(folder: Path) -> list[tuple[str, int, int]]:

@@ -115,7 +115,9 @@ def find_tissue(pixels: NDArray[np.uint8], mpp: float) -> Mask:
     ink = _ink(density, mpp)
     low, high = COLOUR_RANGE
     seen = colour[~ink]
-    threshold = filters.threshold_otsu(seen) if seen.size and np.ptp(seen) > 0 else high
+    threshold = high
+    if seen.size and np.ptp(seen) > 0:
+        threshold = float(filters.threshold_otsu(seen))  # type: ignore[no-untyped-call]
     tissue = (colour > np.clip(threshold, low, high)) & ~ink
     tissue = morphology.remove_small_objects(tissue, max_size=int(MIN_AREA / mpp**2))
     filled = morphology.remove_small_holes(tissue, max_size=int(MAX_HOLE / mpp**2))
@@ -131,7 +133,7 @@ def _optical_density(pixels: NDArray[np.uint8]) -> Floats:
 def _glass(pixels: NDArray[np.uint8]) -> Floats:
     """Colour of the empty glass: the commonest bright, nearly grey one; else white."""
     low, high = pixels.min(axis=2), pixels.max(axis=2)
-    empty = pixels[(low > 190) & (high - low < 15)]
+    empty = pixels[(low > 195) & (high - low < 20)]
     if len(empty) < 0.002 * low.size:
         return np.full(3, 255, np.float32)
     return np.array(

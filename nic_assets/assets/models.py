@@ -1,16 +1,22 @@
 """Slide- and patient-level models on grids, one for each encoder and target."""
 
 import dagster as dg
+import polars as pl
+import torch
+from nic_core.models.pictures import model_figures
 
 from nic_assets import checks
 from nic_assets.batches import Events, Product, materialize_each
 from nic_assets.executors import CPU_TAGS, GPU_POOL, GPU_TAGS
 from nic_assets.inputs import TARGET_ENTRY
-from nic_assets.metadata import OWNERS, code_version, figure, table
+from nic_assets.metadata import OWNERS, code_version, figure, log_progress, table
 from nic_assets.partitions import Partitions
 from nic_assets.tracking import Tracking
 from nic_core import steps
 from nic_core.cohort import Cohort, CohortError
+from nic_core.models.files import ensemble_module
+from nic_core.models.training import TrainingError
+from nic_core.reports import model_results
 from nic_core.store import Store
 
 
@@ -42,10 +48,14 @@ def model_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         def work(key: str) -> Product:
             folds = steps.divide(cohort, store, key)
             return Product(
-                version=steps.digest(folds.rows()),
+                version=steps.digest(folds.to_dicts()),
                 metadata={
                     "dagster/row_count": folds.height,
-                    "folds": table(steps.fold_counts(folds)),
+                    "folds": table(
+                        folds.group_by("split", "fold")
+                        .agg(units=pl.len(), patients=pl.col("patient").n_unique())
+                        .sort("split", "fold")
+                    ),
                     "file": dg.MetadataValue.path(store.folds(key)),
                 },
                 checks={"folds_disjoint_by_patient": checks.folds_disjoint(folds)},
@@ -76,28 +86,40 @@ def model_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
 
         def work(key: str) -> Product:
             encoder, target = key.split("|")
-            with tracking.run(
-                context,
-                partition=key,
-                experiment=f"target {target}",
-                params={"encoder": encoder, "target": target, **settings.model_dump()},
-            ) as run:
-                model = steps.model_target(cohort, store, encoder, target, run, context.log.info)
-                for name, drawing in model.figures.items():
+            with tracking.run(context, partition=key, experiment=f"target-{target}") as run:
+                run.params({"encoder": encoder, "target": target, **settings.model_dump()})
+                evaluated, card = steps.make_model(
+                    cohort, store, encoder, target, run, log_progress(context)
+                )
+                for name, drawing in model_figures(evaluated).items():
                     run.figure(name, drawing)
-                version = run.register_model(model, cohort.name)
+                run.summary(model_results(card))
+                page = run.register(
+                    ensemble_module(evaluated.networks),
+                    torch.zeros((2, card.code, settings.crop, settings.crop)),
+                    name=f"model-{target}-{encoder}",
+                    description=f"{card.target.kind}: crop of {settings.crop} x {settings.crop} "
+                    f"cells of encoder {encoder} to {target}, mean of {settings.folds} folds",
+                    tags={
+                        "cohort": cohort.name,
+                        "target": target,
+                        "encoder": encoder,
+                        "weights_hash": card.weights_hash,
+                    },
+                )
+                run.card(card.model_dump(mode="json"))
             return Product(
-                version=steps.digest(model.predictions.rows()),
+                version=steps.digest(evaluated.predictions.rows()),
                 metadata={
-                    "metrics": table(model.metrics),
-                    **{name: figure(drawing, name) for name, drawing in model.figures.items()},
+                    "metrics": table(evaluated.metrics),
+                    **{name: figure(drawing, name) for name, drawing in run.figures.items()},
                     "folder": dg.MetadataValue.path(store.model(target, encoder)),
                     "mlflow_run": dg.MetadataValue.url(run.url),
-                    "mlflow_model": dg.MetadataValue.url(version.url),
+                    "mlflow_model": dg.MetadataValue.url(page),
                 },
-                checks={"above_permutation_control": checks.above_permutation(model)},
+                checks={"above_permutation_control": checks.above_permutation(evaluated)},
             )
 
-        yield from materialize_each(context, work, expected=(CohortError, steps.TrainingError))
+        yield from materialize_each(context, work, expected=(CohortError, TrainingError))
 
     return [target_folds, task_model]

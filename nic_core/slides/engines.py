@@ -2,18 +2,18 @@
 
 :func:`open_engine` alone decides which of them reads a file:
 
-=========================================  =========
-file                                       engine
-=========================================  =========
-TIFF, OME-TIFF, Aperio SVS                 libvips
-same, compression or colours libvips       tifffile
-does not know (JPEG 2000 without OpenJPEG,
-JFIF tiles tagged as RGB)
-Hamamatsu NDPI, Leica SCN, Philips TIFF,   OpenSlide
-Ventana BIF, Trestle
-DICOM, MIRAX, Sakura, Zeiss and others     OpenSlide
-PNG, JPEG                                  libvips
-=========================================  =========
+==============================================  =========================================
+file                                            engine
+==============================================  =========================================
+TIFF, OME-TIFF, Aperio SVS                      ``tifffile``: tiles by their offsets; JPEG by
+                                                libjpeg-turbo, other codecs by imagecodecs
+Hamamatsu NDPI, Leica SCN, Philips TIFF,        ``openslide``
+Ventana BIF, DICOM, MIRAX, and other vendors'
+PNG, JPEG                                       ``libvips``, whole into memory
+==============================================  =========================================
+
+libvips reads TIFF too, about as fast, but after one undecodable tile it paints that tile and
+good ones beside it black without an error, and passes JPEG data damaged within a tile.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from typing import Any, Protocol
 import numpy as np
 import openslide
 import pyvips
+import simplejpeg
 import tifffile
 
 from nic_core.slides.errors import SlideError
@@ -40,6 +41,8 @@ _NOT_A_SLIDE = "give a whole-slide image (SVS, TIFF, NDPI, MIRAX, SCN, DICOM), a
 
 _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _PLAIN_MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
+_ADOBE_RGB = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x00"  # marker APP14: no transform
+_TILE_CACHE = 64 * 1024 * 1024  # bytes of decoded tiles kept: what neighbouring reads share
 
 
 class ReadError(Exception):
@@ -81,7 +84,7 @@ def open_engine(path: Path) -> Engine:
     if magic.startswith(_TIFF_MAGIC):
         return _open_tiff(path)
     if magic.startswith(_PLAIN_MAGIC) and path.suffix.lower() != ".mrxs":
-        return VipsEngine.plain(path)
+        return VipsEngine(path)
     return _open_with_openslide(path)
 
 
@@ -100,9 +103,7 @@ def _magic(path: Path) -> bytes:
 
 def _open_tiff(path: Path) -> Engine:
     scan = tiff_scan(path)
-    if not scan.vendor:
-        return VipsEngine.tiff(path, scan) if scan.libvips else TifffileEngine(path, scan)
-    return _open_with_openslide(path)
+    return _open_with_openslide(path) if scan.vendor else TiffEngine(path, scan)
 
 
 def _open_with_openslide(path: Path) -> Engine:
@@ -137,66 +138,34 @@ def _levels(sizes: list[tuple[int, int]]) -> tuple[Level, ...]:
 
 
 class VipsEngine:
-    """libvips: each level an image of its own, each thread a region of its own on it."""
+    """libvips: a PNG or JPEG, whole in memory. Its dpi is that of a print: no um/px."""
 
     name = "libvips"
+    mpp: tuple[float, float] | None = None
 
-    def __init__(self, images: list[pyvips.Image], mpp: tuple[float, float] | None) -> None:
-        self._images = images
-        self._local = threading.local()
-        self.levels = _levels([(image.width, image.height) for image in images])
-        self.mpp = mpp
-
-    @classmethod
-    def tiff(cls, path: Path, scan: TiffScan) -> VipsEngine:
-        images = []
-        for level in scan.levels:
-            part = {} if level.subifd is None else {"subifd": level.subifd}
-            try:
-                image = pyvips.Image.tiffload(
-                    str(path), page=level.page, fail_on="error", revalidate=True, **part
-                )
-            except pyvips.Error as error:
-                raise SlideError(path, f"damaged: {error}", DAMAGED_REMEDY) from error
-            images.append(_rgb(path, image))
-        return cls(images, scan.mpp)
-
-    @classmethod
-    def plain(cls, path: Path) -> VipsEngine:
-        """A PNG or JPEG; its dpi is that of a print, so it has no um/px."""
+    def __init__(self, path: Path) -> None:
         try:
             image = pyvips.Image.new_from_file(str(path), fail_on="warning", revalidate=True)
-            return cls([_rgb(path, image)], None)
+            if image.bands < 3 or image.format != "uchar":
+                raise SlideError(
+                    path,
+                    f"not an 8-bit RGB image: {image.bands} bands of {image.format}",
+                    BRIGHTFIELD_REMEDY,
+                )
+            if image.interpretation not in ("srgb", "rgb"):
+                image = image.colourspace("srgb")
+            if image.hasalpha():
+                image = image.flatten(background=255)
+            self._pixels: Pixels = image.numpy()
         except pyvips.Error as error:
             raise SlideError(path, f"damaged: {error}", DAMAGED_REMEDY) from error
+        self.levels = _levels([(image.width, image.height)])
 
     def region(self, level: int, x: int, y: int, width: int, height: int) -> Pixels:
-        regions = self._local.__dict__.setdefault("regions", {})
-        try:
-            if level not in regions:
-                regions[level] = pyvips.Region.new(self._images[level])
-            data = regions[level].fetch(x, y, width, height)
-        except pyvips.Error as error:
-            raise ReadError(str(error)) from error
-        return np.frombuffer(data, np.uint8).reshape(height, width, 3)
+        return self._pixels[y : y + height, x : x + width]
 
     def close(self) -> None:
-        self._images = []
-        self._local = threading.local()
-
-
-def _rgb(path: Path, image: pyvips.Image) -> pyvips.Image:
-    if image.bands < 3 or image.format != "uchar":
-        raise SlideError(
-            path,
-            f"not an 8-bit RGB image: {image.bands} bands of {image.format}",
-            BRIGHTFIELD_REMEDY,
-        )
-    if image.interpretation not in ("srgb", "rgb"):
-        image = image.colourspace("srgb")
-    if image.hasalpha():
-        image = image.flatten(background=255)
-    return image
+        self._pixels = np.empty((0, 0, 3), np.uint8)
 
 
 class OpenSlideEngine:
@@ -208,16 +177,17 @@ class OpenSlideEngine:
         self._path = path
         self._slide = openslide.OpenSlide(path)
         self._lock = threading.Lock()
-        sizes = list(self._slide.level_dimensions)
-        factors = self._slide.level_downsamples
+        self._factors = self._slide.level_downsamples
+        sizes = self._slide.level_dimensions
+        # a whole factor is the format's own word; any other is the ratio of rounded sizes
         self.levels = tuple(
-            Level(w, h, float(round(f)) if abs(f - round(f)) < 0.01 else f)
-            for (w, h), f in zip(sizes, factors, strict=True)
+            Level(w, h, factor if factor == round(factor) else downsample(*sizes[0], w, h))
+            for (w, h), factor in zip(sizes, self._factors, strict=True)
         )
         self.mpp = openslide_mpp(self._slide.properties)
 
     def region(self, level: int, x: int, y: int, width: int, height: int) -> Pixels:
-        slide, factor = self._slide, self.levels[level].downsample
+        slide, factor = self._slide, self._factors[level]
         try:
             image = slide.read_region(
                 (round(x * factor), round(y * factor)), level, (width, height)
@@ -241,17 +211,22 @@ class OpenSlideEngine:
         self._slide.close()
 
 
-class TifffileEngine:
-    """tifffile with imagecodecs: TIFF that libvips cannot read, tile by tile."""
+class TiffEngine:
+    """Tiles (or strips) of a TIFF by their offsets, each decoded once while it is near.
+
+    JPEG goes through libjpeg-turbo with its warnings as errors: damaged data is reported, not
+    guessed at.
+    """
 
     name = "tifffile"
-    _CACHE = 64  # decoded tiles kept: a row of a few blocks
 
     def __init__(self, path: Path, scan: TiffScan) -> None:
         self._tiff = tifffile.TiffFile(path)
         self._pages = [level.keyframe for level in self._tiff.series[scan.series].levels]
+        self._jpeg = [_jpeg_header(page) for page in self._pages]
         self._lock = threading.Lock()
         self._cache: OrderedDict[tuple[int, int], Pixels] = OrderedDict()
+        self._cached = 0
         self.levels = _levels([(page.imagewidth, page.imagelength) for page in self._pages])
         self.mpp = scan.mpp
 
@@ -260,43 +235,80 @@ class TifffileEngine:
         tile_w = page.tilewidth if page.is_tiled else page.imagewidth
         tile_h = page.tilelength if page.is_tiled else page.rowsperstrip
         across = -(-page.imagewidth // tile_w)
-        result = np.full((height, width, 3), 255, np.uint8)
+        result = np.empty((height, width, 3), np.uint8)
         for row in range(y // tile_h, -(-(y + height) // tile_h)):
+            top = row * tile_h
+            y0, y1 = max(y, top), min(y + height, top + tile_h)
             for column in range(x // tile_w, -(-(x + width) // tile_w)):
+                left = column * tile_w
+                x0, x1 = max(x, left), min(x + width, left + tile_w)
                 tile = self._tile(level, row * across + column)
-                top, left = row * tile_h - y, column * tile_w - x
-                part = tile[max(-top, 0) : height - top, max(-left, 0) : width - left]
-                rows, columns = slice(max(top, 0), None), slice(max(left, 0), None)
-                target = result[rows, columns][: part.shape[0], : part.shape[1]]
-                target[:] = part[: target.shape[0], : target.shape[1]]
+                part = tile[y0 - top : y1 - top, x0 - left : x1 - left]
+                if part.shape[:2] != (y1 - y0, x1 - x0):
+                    raise ReadError(f"tile {row * across + column} is too small")
+                result[y0 - y : y1 - y, x0 - x : x1 - x] = part
         return result
 
     def _tile(self, level: int, index: int) -> Pixels:
-        page = self._pages[level]
+        page, key = self._pages[level], (level, index)
         with self._lock:
-            if (level, index) in self._cache:
-                self._cache.move_to_end((level, index))
-                return self._cache[level, index]
+            if key in self._cache:
+                self._cache.move_to_end(key)
+                return self._cache[key]
             handle = page.parent.filehandle
             handle.seek(page.dataoffsets[index])
             data = handle.read(page.databytecounts[index])
-        tables: dict[str, Any] = {"jpegtables": page.jpegtables} if page.jpegtables else {}
+        tile = self._decode(level, index, data)
+        with self._lock:
+            if key not in self._cache:
+                self._cache[key] = tile
+                self._cached += tile.nbytes
+            while self._cached > _TILE_CACHE and len(self._cache) > 1:
+                self._cached -= self._cache.popitem(last=False)[1].nbytes
+        return tile
+
+    def _decode(self, level: int, index: int, data: bytes) -> Pixels:
+        page, header = self._pages[level], self._jpeg[level]
+        if not data:  # never written: glass
+            side = (page.tilelength, page.tilewidth) if page.is_tiled else (page.rowsperstrip, -1)
+            return np.full((side[0], max(side[1], page.imagewidth), 3), 255, np.uint8)
+        if header is not None:
+            try:
+                return np.asarray(simplejpeg.decode_jpeg(header.complete(data)))
+            except ValueError as error:
+                raise ReadError(f"tile {index}: {error}") from error
         try:
-            decoded, _, shape = page.decode(data, index, **tables)
-        # the codecs of imagecodecs each have an error class of their own
+            decoded: Any = page.decode(data, index)[0]
+        # every codec of imagecodecs has an error class of its own
         except Exception as error:
             raise ReadError(f"tile {index}: {error}") from error
-        if decoded is None:  # not stored: glass
-            decoded = np.full((*shape[1:3], 3), 255, np.uint8)
-        tile = np.ascontiguousarray(decoded.reshape(decoded.shape[-3:])[..., :3])
-        with self._lock:
-            self._cache[level, index] = tile
-            if len(self._cache) > self._CACHE:
-                self._cache.popitem(last=False)
-        return tile
+        return np.ascontiguousarray(decoded.reshape(decoded.shape[-3:])[..., :3])
 
     def close(self) -> None:
         self._tiff.close()
+        self._cache.clear()
+
+
+@dataclass(frozen=True)
+class _JpegHeader:
+    """What the tiles of a page leave out: shared tables, and the colours they are in."""
+
+    tables: bytes
+    rgb: bool
+
+    def complete(self, tile: bytes) -> bytes:
+        """A tile as a JPEG file of its own."""
+        # without a marker decoders take three components for YCbCr; in JFIF they always are
+        colours = _ADOBE_RGB if self.rgb and tile[6:10] != b"JFIF" else b""
+        return tile[:2] + colours + self.tables + tile[2:]
+
+
+def _jpeg_header(page: tifffile.TiffPage) -> _JpegHeader | None:
+    if page.compression != tifffile.COMPRESSION.JPEG:
+        return None
+    tables = page.jpegtables or b""
+    # a stream of its own: leave its start and end marks
+    return _JpegHeader(tables[2:-2], page.photometric == tifffile.PHOTOMETRIC.RGB)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from scipy import sparse
 
 Pixels = NDArray[np.uint8]
@@ -17,11 +16,13 @@ Pixels = NDArray[np.uint8]
 # Below a hundredth of a pixel a scale is the rounding of the file's own um/px: 2.00001 is 2.
 _SCALE_ROUNDING = 1e-5
 _START_ROUNDING = 1e-2
-# Rows resampled at once: two bands of float32 stay within a core's cache.
-_BAND = 16
+# Output rows made at once: what they need stays within a core's cache.
+_BAND = 32
 
 
-def coverage(start: float, scale: float, count: int, length: int) -> sparse.csr_matrix:
+def coverage(
+    start: float, scale: float, count: int, length: int, channels: int = 1
+) -> sparse.csr_matrix:
     """Weights of the source pixels of one axis in each output pixel.
 
     Output ``i`` covers the source interval ``[start + i*scale, start + (i+1)*scale)``; a weight
@@ -31,32 +32,35 @@ def coverage(start: float, scale: float, count: int, length: int) -> sparse.csr_
     Returns
     -------
     scipy.sparse.csr_matrix
-        float32, (count, length).
+        float32, (count * channels, length * channels), for axes of px with interleaved channels.
     """
     low = start + scale * np.arange(count)
     first = np.floor(low).astype(np.int64)
     index = first[:, None] + np.arange(int(np.ceil(scale)) + 1)
     covered = np.minimum(low[:, None] + scale, index + 1) - np.maximum(low[:, None], index)
-    return _matrix(index, covered / scale, length)
+    return _matrix(index, covered / scale, length, channels)
 
 
-def _interpolation(start: float, scale: float, count: int, length: int) -> sparse.csr_matrix:
+def _interpolation(
+    start: float, scale: float, count: int, length: int, channels: int = 1
+) -> sparse.csr_matrix:
     """Linear interpolation between source pixel centres, for ``scale`` < 1; ends are repeated."""
     centre = start + scale * (np.arange(count) + 0.5) - 0.5
     first = np.floor(centre).astype(np.int64)
     after = centre - first
     index = np.clip(np.stack([first, first + 1], axis=1), 0, length - 1)
-    return _matrix(index, np.stack([1 - after, after], axis=1), length)
+    return _matrix(index, np.stack([1 - after, after], axis=1), length, channels)
 
 
 def _matrix(
-    index: NDArray[np.int64], weight: NDArray[np.float64], length: int
+    index: NDArray[np.int64], weight: NDArray[np.float64], length: int, channels: int
 ) -> sparse.csr_matrix:
     keep = (weight > 1e-9) & (index >= 0) & (index < length)
     rows = np.broadcast_to(np.arange(len(index))[:, None], index.shape)[keep]
-    return sparse.csr_matrix(
-        (weight[keep].astype(np.float32), (rows, index[keep])), shape=(len(index), length)
-    )
+    channel = np.arange(channels)[:, None]
+    places = (rows * channels + channel).ravel(), (index[keep] * channels + channel).ravel()
+    values = np.tile(weight[keep].astype(np.float32), channels)
+    return sparse.csr_matrix((values, places), shape=(len(index) * channels, length * channels))
 
 
 def settle(start: float, scale: float) -> tuple[float, float]:
@@ -96,28 +100,50 @@ def resample(
     uint8 (height, width, 3)
         Means rounded half up.
     """
-    width, height = size
     if is_whole(start[0], scale) and is_whole(start[1], scale):
-        step, x, y = int(scale), int(start[0]), int(start[1])
-        block = pixels[y : y + height * step, x : x + width * step]
-        if step == 1:
-            return np.ascontiguousarray(block)
-        return np.asarray(Image.fromarray(block).reduce(step))
+        x, y, step = int(start[0]), int(start[1]), int(scale)
+        width, height = size
+        return _block_means(pixels[y : y + height * step, x : x + width * step], step)
+    return _weighted_means(pixels, start, scale, size)
+
+
+def _block_means(pixels: Pixels, step: int) -> Pixels:
+    """Means of ``step`` x ``step`` px, in whole numbers."""
+    if step == 1:
+        return np.ascontiguousarray(pixels)
+    height, width = pixels.shape[0] // step, pixels.shape[1] // step
+    pixels = pixels.reshape(height * step, -1)
+    result = np.empty((height, width * 3), np.uint8)
+    kind = np.uint16 if 256 * step**2 <= 1 << 16 else np.uint32
+    for top in range(0, height, _BAND):
+        rows = pixels[top * step : (top + _BAND) * step]
+        down = rows[::step].astype(kind)
+        for i in range(1, step):
+            down += rows[i::step]
+        for channel in range(3):  # long strided runs; (..., step, 3) would be runs of three
+            sums = down[:, channel :: 3 * step].copy()
+            for i in range(1, step):
+                sums += down[:, channel + 3 * i :: 3 * step]
+            sums += step**2 // 2
+            sums //= step**2
+            result[top : top + _BAND, channel::3] = sums
+    return result.reshape(height, width, 3)
+
+
+def _weighted_means(
+    pixels: Pixels, start: tuple[float, float], scale: float, size: tuple[int, int]
+) -> Pixels:
+    width, height = size
     weights = coverage if scale >= 0.99 else _interpolation
-    across = weights(start[0], scale, width, pixels.shape[1])
+    across = weights(start[0], scale, width, pixels.shape[1], channels=3)
     down = weights(start[1], scale, height, pixels.shape[0])
+    result = np.empty((height, width * 3), np.uint8)
     # scipy's products run on the calling thread alone: several readers do not fight over cores
-    result = np.empty((height, width, 3), np.uint8)
     for top in range(0, height, _BAND):
         rows = down[top : top + _BAND]
-        used = rows.indices
-        low, high = int(used.min()), int(used.max()) + 1
+        low, high = int(rows.indices.min()), int(rows.indices.max()) + 1
         band = pixels[low:high].reshape(high - low, -1).astype(np.float32)
-        part = (rows[:, low:high] @ band).reshape(rows.shape[0], -1, 3)
-        turned = np.ascontiguousarray(part.transpose(1, 0, 2)).reshape(pixels.shape[1], -1)
-        done = across @ turned
-        done += 0.5
-        result[top : top + _BAND] = (
-            done.astype(np.uint8).reshape(width, rows.shape[0], 3).transpose(1, 0, 2)
-        )
-    return result
+        turned = across @ np.ascontiguousarray((rows[:, low:high] @ band).T)
+        turned += 0.5
+        result[top : top + _BAND] = turned.astype(np.uint8).T
+    return result.reshape(height, width, 3)

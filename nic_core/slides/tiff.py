@@ -1,27 +1,27 @@
-"""What is in a TIFF slide: which image is the scan, its levels, and who can decode it."""
+"""What is in a TIFF slide: which image is the scan, whether it is whole and brightfield."""
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
+from operator import add
 from pathlib import Path
 
 import numpy as np
-import pyvips
 import tifffile
 
 from nic_core.slides.errors import SlideError
-from nic_core.slides.metadata import BRIGHTFIELD_REMEDY, DAMAGED_REMEDY, fluorescence_filter
-from nic_core.slides.metadata import tiff_mpp as _tiff_mpp
+from nic_core.slides.metadata import (
+    BRIGHTFIELD_REMEDY,
+    DAMAGED_REMEDY,
+    fluorescence_filter,
+    tiff_mpp,
+)
 
 _VENDORS = ("is_ndpi", "is_scn", "is_philips", "is_bif")
-
-
-@dataclass(frozen=True)
-class TiffLevel:
-    """Where a level lies: the page, and which of the page's sub-IFDs if it is one."""
-
-    page: int
-    subifd: int | None
+_SUBIFDS = 330
+# TIFF data types by number: the size of one value
+_VALUE_FORMATS = tifffile.TIFF.DATA_FORMATS
 
 
 @dataclass(frozen=True)
@@ -32,20 +32,14 @@ class TiffScan:
     ----------
     series : int
         Its index among tifffile's series.
-    levels : tuple of TiffLevel
-        Finest first.
     vendor : bool
         A vendor's dialect, with a layout of its own behind the TIFF tags.
-    libvips : bool
-        libvips decodes its pixels, in the right colours.
     mpp : (x, y) or None
         um/px at level 0.
     """
 
     series: int
-    levels: tuple[TiffLevel, ...]
     vendor: bool
-    libvips: bool
     mpp: tuple[float, float] | None
 
 
@@ -87,57 +81,63 @@ def _scan(path: Path, tiff: tifffile.TiffFile) -> TiffScan:
             BRIGHTFIELD_REMEDY,
         )
     _check_whole(path, tiff, series)
-    parts = list(page.subifds or ())
-    levels = tuple(
-        TiffLevel(page.index, parts.index(level.keyframe.offset))
-        if level.keyframe.offset in parts
-        else TiffLevel(level.keyframe.index, None)
-        for level in series.levels
-    )
     return TiffScan(
         series=number,
-        levels=levels,
         vendor=any(getattr(tiff, kind) for kind in _VENDORS),
-        libvips=_libvips_reads(page),
-        mpp=_tiff_mpp(tiff, page),
+        mpp=tiff_mpp(tiff, page),
     )
 
 
 def _check_whole(path: Path, tiff: tifffile.TiffFile, series: tifffile.TiffPageSeries) -> None:
     """A file cut short still opens, and some libraries give white for what is gone."""
+    end = max(
+        max(map(add, level.keyframe.dataoffsets, level.keyframe.databytecounts), default=0)
+        for level in series.levels
+    )
+    # NDPI has directories of its own kind
+    end = max(end, 0 if tiff.is_ndpi else _directories_end(tiff))
     size = tiff.filehandle.size
-    for level in series.levels:
-        page = level.keyframe
-        ends = np.asarray(page.dataoffsets, np.int64) + np.asarray(page.databytecounts, np.int64)
-        if len(ends) and ends.max() > size:
-            raise SlideError(
-                path,
-                f"cut short: {size:,} bytes, but pixels lie up to byte {ends.max():,}",
-                DAMAGED_REMEDY,
+    if end > size:
+        raise SlideError(
+            path, f"cut short: {size:,} bytes, but its parts reach byte {end:,}", DAMAGED_REMEDY
+        )
+
+
+def _directories_end(tiff: tifffile.TiffFile) -> int:
+    """Where the image directories and their values end, as far as they can be followed.
+
+    Coarse levels often lie last: a file cut there would pass for one without them.
+    """
+    file, form = tiff.filehandle, tiff.tiff
+    width, order, letter = form.offsetsize, form.offsetformat[0], form.offsetformat[1]
+    end, seen, waiting = 0, set(), [tiff.pages.first.offset]
+    while waiting and end <= file.size:
+        start = waiting.pop()
+        if start == 0 or start in seen:
+            continue
+        seen.add(start)
+        end = max(end, start + form.tagnosize)
+        if end > file.size:
+            break
+        file.seek(start)
+        (count,) = struct.unpack(form.tagnoformat, file.read(form.tagnosize))
+        end = max(end, file.tell() + count * form.tagsize + width)
+        if end > file.size:
+            break
+        tags, following = file.read(count * form.tagsize), file.read(width)
+        waiting += struct.unpack(form.offsetformat, following)
+        for at in range(0, len(tags), form.tagsize):
+            code, kind = struct.unpack_from(form.tagformat1, tags, at)
+            number, value = struct.unpack_from(
+                form.offsetformat[0] + 2 * form.offsetformat[1], tags, at + 4
             )
-
-
-def _libvips_reads(page: tifffile.TiffPage) -> bool:
-    compression = tifffile.COMPRESSION(page.compression)
-    if compression == tifffile.COMPRESSION.JPEG:
-        # Tagged RGB but in a JFIF stream, which is YCbCr by definition: libvips trusts the tag
-        return not (page.photometric == tifffile.PHOTOMETRIC.RGB and _is_jfif(page))
-    if compression in _JPEG_2000:
-        return bool(pyvips.type_find("VipsOperation", "jp2kload"))
-    return compression.name in {"NONE", "LZW", "ADOBE_DEFLATE", "DEFLATE", "PACKBITS"}
-
-
-_JPEG_2000 = {
-    tifffile.COMPRESSION.APERIO_JP2000_YCBC,
-    tifffile.COMPRESSION.APERIO_JP2000_RGB,
-    tifffile.COMPRESSION.JPEG2000,
-}
-
-
-def _is_jfif(page: tifffile.TiffPage) -> bool:
-    stored = next((i for i, count in enumerate(page.databytecounts) if count), None)
-    if stored is None:
-        return False
-    file = page.parent.filehandle
-    file.seek(page.dataoffsets[stored])
-    return bool(file.read(10)[6:10] == b"JFIF")
+            length = number * struct.calcsize(_VALUE_FORMATS.get(kind, "B"))
+            if length > width:
+                end = max(end, value + length)
+            if code == _SUBIFDS and end <= file.size:
+                if length <= width:
+                    waiting.append(value)
+                else:
+                    file.seek(value)
+                    waiting += struct.unpack(f"{order}{number}{letter}", file.read(length))
+    return end

@@ -1,0 +1,277 @@
+"""From a slide to its grid: read, encode, put back in place.
+
+A stream of bounded memory whatever the slide's size: reader threads decode blocks of
+neighbouring cells, each stored tile once, a few blocks ahead of the encoder, which runs on the
+calling thread. No patch touches the disk.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import chain
+from typing import Protocol
+
+import numpy as np
+import polars as pl
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from nic_core.grids import Grid, GridProvenance
+from nic_core.patches import PatchTableError, check_patch_table
+from nic_core.slides.errors import SlideError
+from nic_core.slides.resample import Pixels
+from nic_core.slides.slide import Slide
+
+BLOCK = 8  # cells a side that are read at once
+MAX_UNREADABLE = 0.05  # share of kept cells [choice]: above it a slide is damaged, not scratched
+_CPU_BATCH, _GPU_BATCH = 32, 512  # on CPUs a batch whose feature maps stay in the caches is fastest
+
+
+class _Card(Protocol):
+    @property
+    def name(self) -> str: ...
+    @property
+    def patch(self) -> int: ...
+    @property
+    def mpp(self) -> float: ...
+    @property
+    def code(self) -> int: ...
+    @property
+    def weights_hash(self) -> str: ...
+
+
+class PatchEncoder(Protocol):
+    """What compression needs of an encoder."""
+
+    @property
+    def card(self) -> _Card: ...
+
+    def inference_module(self, device: str = "auto") -> nn.Module:
+        """uint8 (B, 3, P, P) to float32 (B, C), ready on its device."""
+        ...
+
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Block:
+    """Neighbouring kept cells, read in one go.
+
+    Attributes
+    ----------
+    row, column : int
+        Top-left cell of the read.
+    shape : (rows, columns)
+        Cells read.
+    cells : int64 (n, 2)
+        Row and column in the grid of the kept ones.
+    """
+
+    row: int
+    column: int
+    shape: tuple[int, int]
+    cells: NDArray[np.int64]
+
+
+def compress_slide(
+    slide: Slide,
+    table: pl.DataFrame,
+    encoder: PatchEncoder,
+    *,
+    slide_id: str,
+    slide_identity: str,
+    device: str = "auto",
+    readers: int | None = None,
+    max_unreadable: float = MAX_UNREADABLE,
+    progress: Progress | None = None,
+) -> Grid:
+    """Encode the kept cells of a slide.
+
+    Parameters
+    ----------
+    table : polars.DataFrame
+        The slide's patch table, of the encoder's patch size and um/px.
+    device : str
+        ``auto``, ``cpu`` or ``cuda``.
+    readers : int, optional
+        Reader threads; default: one a core, 8 at most.
+    max_unreadable : float
+        Share of the kept cells that may be undecodable. Those are left empty (not valid).
+    progress : callable, optional
+        Called with (cells done, cells in all) after every batch.
+
+    Returns
+    -------
+    Grid
+        Codes float16 (C, rows, columns) in memory; nothing kept gives a grid of no valid cell.
+
+    Raises
+    ------
+    SlideError
+        More of the slide is undecodable than allowed.
+    PatchTableError
+        The table is of another slide, patch size or um/px.
+    """
+    card = encoder.card
+    _check_fits(slide, table, card, slide_id)
+    rows, columns = _max(table, "row") + 1, _max(table, "column") + 1
+    codes = np.zeros((card.code, rows, columns), np.float16)
+    valid = np.zeros((rows, columns), np.bool_)
+    total, done = int(table["kept"].sum()), 0
+
+    module = encoder.inference_module(device)
+    at = next(chain(module.parameters(), module.buffers()), torch.empty(0)).device
+    batch = _CPU_BATCH if at.type == "cpu" else _GPU_BATCH
+
+    def read(block: Block) -> tuple[NDArray[np.int64], Pixels]:
+        return read_block(slide, block, patch=card.patch, mpp=card.mpp)
+
+    stream = _read_ahead(plan_blocks(table), read, readers or min(8, os.cpu_count() or 1))
+    with torch.inference_mode():
+        for cells, pixels in _batches(stream, batch):
+            # (B, P, P, 3) seen as channels-last (B, 3, P, P): nothing is copied
+            part = torch.from_numpy(pixels).to(at, non_blocking=True).permute(0, 3, 1, 2)
+            codes[:, cells[:, 0], cells[:, 1]] = module(part).T.half().cpu().numpy()
+            valid[cells[:, 0], cells[:, 1]] = True
+            done += len(cells)
+            if progress is not None:
+                progress(done, total)
+    unreadable = total - done
+    if unreadable > max_unreadable * total:
+        raise SlideError(
+            slide.path,
+            f"{unreadable} of {total} patches cannot be decoded (allowed: {max_unreadable:.0%})",
+            "copy the file again from its source",
+        )
+    if not np.isfinite(codes).all():
+        raise SlideError(
+            slide.path,
+            f"encoder '{card.name}' gives codes that are not finite numbers of float16",
+            "train it again",
+        )
+    provenance = GridProvenance(
+        slide=slide_id,
+        slide_identity=slide_identity,
+        slide_mpp=slide.mpp,
+        encoder=card.name,
+        weights_hash=card.weights_hash,
+        mpp=card.mpp,
+        patch=card.patch,
+        unreadable=unreadable,
+    )
+    return Grid(codes, valid, provenance)
+
+
+def plan_blocks(table: pl.DataFrame, *, side: int = BLOCK) -> list[Block]:
+    """Group the kept cells into blocks of ``side`` x ``side`` cells, trimmed to what is kept.
+
+    A block of 128 px cells at 0.5 um/px is a whole number of the usual tiles (240, 256, 512 or
+    1024 px) or ends within a tile that the engine still holds for the next block.
+    """
+    kept = table.filter("kept").select("row", "column").to_numpy().astype(np.int64)
+    blocks = []
+    keys, member = np.unique(kept // side, axis=0, return_inverse=True)
+    order = np.argsort(member.ravel(), kind="stable")
+    ends = np.cumsum(np.bincount(member.ravel(), minlength=len(keys)))
+    for cells in np.split(kept[order], ends[:-1]) if len(keys) else []:
+        (top, left), (bottom, right) = cells.min(axis=0), cells.max(axis=0) + 1
+        blocks.append(Block(int(top), int(left), (int(bottom - top), int(right - left)), cells))
+    return blocks
+
+
+def read_block(
+    slide: Slide, block: Block, *, patch: int, mpp: float
+) -> tuple[NDArray[np.int64], Pixels]:
+    """Cells of a block that can be decoded, and their pixels.
+
+    Returns
+    -------
+    cells : int64 (n, 2)
+        Row and column in the grid.
+    pixels : uint8 (n, patch, patch, 3)
+    """
+    step = patch * mpp / slide.mpp  # level-0 px a cell
+    rows, columns = block.shape
+    try:
+        pixels = slide.read(
+            block.column * step, block.row * step, columns * patch, rows * patch, mpp
+        )
+    except SlideError:
+        return _read_cells(slide, block.cells, step, patch, mpp)
+    # a patch is a view in the block until the kept ones are copied out
+    cells = pixels.reshape(rows, patch, columns, patch, 3).swapaxes(1, 2)
+    return block.cells, cells[block.cells[:, 0] - block.row, block.cells[:, 1] - block.column]
+
+
+def _read_cells(
+    slide: Slide, cells: NDArray[np.int64], step: float, patch: int, mpp: float
+) -> tuple[NDArray[np.int64], Pixels]:
+    """Cell by cell, where a part of a block is undecodable."""
+    good, pixels = [], []
+    for row, column in cells:
+        try:
+            pixels.append(slide.read(column * step, row * step, patch, patch, mpp))
+        except SlideError:
+            continue
+        good.append((row, column))
+    return (
+        np.array(good, np.int64).reshape(-1, 2),
+        np.array(pixels, np.uint8).reshape(-1, patch, patch, 3),
+    )
+
+
+def _read_ahead(
+    blocks: Iterable[Block],
+    read: Callable[[Block], tuple[NDArray[np.int64], Pixels]],
+    readers: int,
+) -> Iterator[tuple[NDArray[np.int64], Pixels]]:
+    """Blocks in order, read by threads at most two blocks each ahead of the consumer."""
+    pending: deque[Future[tuple[NDArray[np.int64], Pixels]]] = deque()
+    with ThreadPoolExecutor(readers, thread_name_prefix="read") as pool:
+        try:
+            for block in blocks:
+                if len(pending) >= 2 * readers:
+                    yield pending.popleft().result()
+                pending.append(pool.submit(read, block))
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+def _batches(
+    blocks: Iterable[tuple[NDArray[np.int64], Pixels]], size: int
+) -> Iterator[tuple[NDArray[np.int64], Pixels]]:
+    """Cut a stream of blocks into batches of ``size`` patches; the last may be smaller."""
+    rest: tuple[NDArray[np.int64], Pixels] | None = None
+    for cells, pixels in blocks:
+        if rest is not None:
+            cells, pixels = np.concatenate([rest[0], cells]), np.concatenate([rest[1], pixels])
+        whole = len(cells) // size * size
+        for start in range(0, whole, size):
+            yield cells[start : start + size], pixels[start : start + size]
+        rest = (cells[whole:], pixels[whole:])
+    if rest is not None and len(rest[0]):
+        yield rest
+
+
+def _check_fits(slide: Slide, table: pl.DataFrame, card: _Card, slide_id: str) -> None:
+    check_patch_table(table, f"patch table of '{slide_id}'")
+    found = table["slide"][0], table["mpp"][0], table["size"][0] * slide.mpp / table["mpp"][0]
+    if found[0] != slide_id or found[1] != card.mpp or abs(found[2] - card.patch) > 1e-6:
+        raise PatchTableError(
+            f"patch table of '{found[0]}' with patches of {found[2]:g} px at {found[1]:g} um/px "
+            f"does not fit slide '{slide_id}' and encoder '{card.name}' "
+            f"({card.patch} px at {card.mpp:g} um/px): make it again"
+        )
+
+
+def _max(table: pl.DataFrame, column: str) -> int:
+    return int(table[column].to_numpy().max())

@@ -1,0 +1,117 @@
+"""Small slides to read: drawn once a session, in every container that can be written here."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import pyvips
+import tifffile
+from scipy import ndimage
+
+GLASS = (242, 241, 243)
+
+
+def paint(height: int, width: int, seed: int = 0) -> np.ndarray:
+    """Noise of several scales in the colours of H&E: every pixel tells where it is."""
+    rng = np.random.default_rng(seed)
+    fine, coarse = rng.random((2, height, width))
+    field = ndimage.gaussian_filter(fine, 1.0) + 4 * ndimage.gaussian_filter(coarse, 6.0)
+    field = (field - field.min()) / np.ptp(field)
+    pink, purple = np.array([235, 170, 205]), np.array([95, 55, 130])
+    return np.rint(pink + field[..., None] * (purple - pink)).astype(np.uint8)
+
+
+def vips(pixels: np.ndarray) -> pyvips.Image:
+    return pyvips.Image.new_from_array(pixels, interpretation="srgb")
+
+
+def write_tiff(path: Path, pixels: np.ndarray, *, mpp: float, **options: object) -> Path:
+    """A tiled pyramidal TIFF; lossless unless told."""
+    settings = {
+        "tile": True,
+        "tile_width": 128,
+        "tile_height": 128,
+        "pyramid": True,
+        "compression": "deflate",
+    } | options
+    vips(pixels).tiffsave(str(path), xres=1000 / mpp, yres=1000 / mpp, **settings)
+    return path
+
+
+@pytest.fixture(scope="session")
+def pixels() -> np.ndarray:
+    return paint(700, 900)
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory: pytest.TempPathFactory, pixels: np.ndarray) -> dict[str, Path]:
+    """The same image as several kinds of slide, 0.25 um/px, lossless."""
+    folder = tmp_path_factory.mktemp("slides")
+    made = {
+        "tiff": write_tiff(folder / "tiff.tif", pixels, mpp=0.25),
+        "bigtiff": write_tiff(folder / "bigtiff.tif", pixels, mpp=0.25, bigtiff=True),
+        "subifd": write_tiff(folder / "subifd.tif", pixels, mpp=0.25, subifd=True),
+        "strips": write_tiff(folder / "strips.tif", pixels, mpp=0.25, tile=False, pyramid=False),
+        "single": write_tiff(folder / "single.tif", pixels, mpp=0.25, pyramid=False),
+    }
+    description = "Aperio Image Library v11\n900x700 (128x128) RGB|AppMag = 40|MPP = 0.2500"
+    made["svs"] = folder / "aperio.svs"
+    tifffile.imwrite(made["svs"], pixels, tile=(128, 128), description=description, metadata=None)
+    made["ome"] = folder / "image.ome.tif"
+    physical = {f"PhysicalSize{axis}": 0.25 for axis in "XY"}
+    with tifffile.TiffWriter(made["ome"]) as writer:
+        options = {"tile": (128, 128), "photometric": "rgb", "compression": "zlib"}
+        writer.write(pixels, subifds=1, metadata={"axes": "YXS", **physical}, **options)
+        writer.write(reduced(pixels, 2), subfiletype=1, **options)
+    made["jpeg2000"] = folder / "jpeg2000.tif"
+    tifffile.imwrite(
+        made["jpeg2000"],
+        pixels,
+        tile=(128, 128),
+        photometric="rgb",
+        compression="jpeg2000",
+        resolution=(40_000, 40_000),
+        resolutionunit="CENTIMETER",
+    )
+    made["png"] = folder / "region.png"
+    vips(pixels).pngsave(str(made["png"]))
+    return made
+
+
+def reduced(pixels: np.ndarray, factor: int) -> np.ndarray:
+    """Block means, rounded half up; what does not fill a block is cut off."""
+    height, width = (length // factor for length in pixels.shape[:2])
+    blocks = pixels[: height * factor, : width * factor].astype(np.int64)
+    sums = blocks.reshape(height, factor, width, factor, 3).sum(axis=(1, 3))
+    return ((2 * sums + factor**2) // (2 * factor**2)).astype(np.uint8)
+
+
+def area_mean(
+    level: np.ndarray, x: float, y: float, width: int, height: int, scale: float
+) -> np.ndarray:
+    """Plain reference: area means of a whole level (white outside), before rounding."""
+
+    def weights(start: float, count: int, length: int) -> np.ndarray:
+        edges = start + scale * np.arange(count + 1)
+        index = np.arange(length)
+        low = np.maximum(edges[:-1, None], index)
+        high = np.minimum(edges[1:, None], index + 1)
+        return np.clip(high - low, 0, None) / scale
+
+    down = weights(y, height, level.shape[0])
+    across = weights(x, width, level.shape[1])
+    inside = np.einsum("ry,yxc,sx->rsc", down, level.astype(np.float64), across, optimize=True)
+    return inside + 255 * (1 - np.outer(down.sum(axis=1), across.sum(axis=1)))[..., None]
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """Folder with real slides; not part of the project."""
+    default = Path(__file__).parents[3] / "shared" / "real-data"
+    folder = Path(os.environ.get("NIC_REAL_DATA") or default)
+    if not folder.is_dir():
+        pytest.skip(f"no real slides at {folder} (set NIC_REAL_DATA)")
+    return folder

@@ -1,0 +1,236 @@
+"""Pixels of every engine against a plain reference."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import openslide
+import pytest
+import tifffile
+from conftest import area_mean, paint, reduced, write_tiff
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from nic_core.slides import open_slide
+from nic_core.slides.engines import OpenSlideEngine, downsample
+from nic_core.slides.resample import coverage
+from nic_core.slides.slide import Slide
+
+ENGINES = {
+    "tiff": "tifffile",
+    "bigtiff": "tifffile",
+    "subifd": "tifffile",
+    "strips": "tifffile",
+    "single": "tifffile",
+    "svs": "tifffile",
+    "ome": "tifffile",
+    "jpeg2000": "tifffile",
+    "png": "libvips",
+}
+
+
+@pytest.mark.parametrize("kind", ENGINES)
+def test_every_container_gives_the_pixels_that_were_written(kind, files, pixels):
+    mpp = 0.25 if kind == "png" else None
+    with open_slide(files[kind], mpp=mpp) as slide:
+        assert slide.engine == ENGINES[kind]
+        assert (slide.width, slide.height) == (900, 700)
+        assert slide.mpp == pytest.approx(0.25)
+        read = slide.read(0, 0, 900, 700, slide.mpp)
+    if kind == "jpeg2000":
+        assert np.abs(read.astype(int) - pixels).mean() < 2
+    else:
+        np.testing.assert_array_equal(read, pixels)
+    assert read.flags.c_contiguous
+    assert read.dtype == np.uint8
+
+
+@pytest.mark.parametrize("kind", ["tiff", "subifd", "ome"])
+def test_levels_are_those_of_the_pyramid(kind, files, pixels):
+    with open_slide(files[kind]) as slide:
+        assert [level.downsample for level in slide.levels][:2] == [1.0, 2.0]
+        assert (slide.levels[1].width, slide.levels[1].height) == (450, 350)
+
+
+@settings(
+    max_examples=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    x=st.floats(-60, 920),
+    y=st.floats(-60, 720),
+    width=st.integers(1, 90),
+    height=st.integers(1, 70),
+    mpp=st.floats(0.25, 3.0),
+    kind=st.sampled_from(["single", "tiff"]),
+)
+def test_a_read_is_the_area_mean_of_the_nearest_finer_level(
+    x, y, width, height, mpp, kind, files, pixels
+):
+    with open_slide(files[kind]) as slide:
+        index = slide.level_for(mpp)
+        level = slide.levels[index]
+        assert level.downsample <= mpp / slide.mpp * 1.01
+        whole = slide._engine.region(index, 0, 0, level.width, level.height)
+        read = slide.read(x, y, width, height, mpp)
+        scale = mpp / slide.mpp / level.downsample
+        expected = area_mean(
+            whole, x / level.downsample, y / level.downsample, width, height, scale
+        )
+    # starts within a hundredth of a pixel of a whole one are taken as whole
+    assert np.abs(read - expected).max() <= 0.5 + 3e-3 + (2.0 if scale == int(scale) else 0)
+
+
+@pytest.mark.parametrize("factor", [1, 2, 3, 4, 7])
+def test_whole_downsamples_are_exact_block_means(factor, files, pixels):
+    with open_slide(files["single"]) as slide:
+        read = slide.read(0, 0, 900 // factor, 700 // factor, 0.25 * factor)
+    np.testing.assert_array_equal(read, reduced(pixels, factor))
+
+
+def test_patches_read_alone_and_in_a_block_are_equal(files):
+    with open_slide(files["single"], mpp=0.2498) as slide:
+        step = 64 * 0.5 / slide.mpp
+        block = slide.read(step, 2 * step, 4 * 64, 64, 0.5)
+        for i in range(4):
+            alone = slide.read((1 + i) * step, 2 * step, 64, 64, 0.5)
+            difference = np.abs(alone.astype(int) - block[:, 64 * i : 64 * (i + 1)])
+            assert difference.max() <= 1  # half-way cases of float32
+            assert (difference > 0).mean() < 1e-3
+
+
+def test_outside_is_white(files, pixels):
+    with open_slide(files["tiff"]) as slide:
+        read = slide.read(-10, -20, 30, 40, slide.mpp)
+        np.testing.assert_array_equal(read[20:, 10:], pixels[:20, :20])
+        assert (read[:20] == 255).all()
+        assert (read[:, :10] == 255).all()
+        assert (slide.read(5000, 0, 8, 8, 1.0) == 255).all()
+
+
+def test_a_finer_resolution_than_stored_is_interpolated(files, pixels):
+    with open_slide(files["single"], mpp=1.0) as slide:
+        read = slide.read(100, 100, 200, 200, 0.5)
+    expected = np.asarray(Image.fromarray(pixels).resize((1800, 1400), Image.Resampling.BILINEAR))
+    difference = np.abs(read.astype(int) - expected[200:400, 200:400])
+    assert difference.max() <= 1
+
+
+def test_a_wide_read_comes_in_bands_and_is_the_same(files, monkeypatch):
+    with open_slide(files["single"]) as slide:
+        whole = slide.read(3.3, 4.4, 300, 200, 0.67)
+        monkeypatch.setattr("nic_core.slides.slide._SOURCE_PIXELS", 20_000)
+        banded = slide.read(3.3, 4.4, 300, 200, 0.67)
+    assert np.abs(whole.astype(int) - banded).max() <= 1
+
+
+def test_thumbnail_has_the_shape_of_the_slide(files):
+    with open_slide(files["tiff"]) as slide:
+        assert slide.thumbnail(300).shape == (233, 300, 3)
+        assert slide.thumbnail(5000).shape == (700, 900, 3)
+
+
+@pytest.mark.parametrize("kind", ["tiff", "jpeg2000"])
+def test_threads_share_a_slide(kind, files):
+    with open_slide(files[kind]) as slide:
+        places = [(x, y) for x in range(0, 800, 90) for y in range(0, 600, 80)]
+        alone = [slide.read(x, y, 50, 50, 0.6) for x, y in places]
+        gate = threading.Barrier(4)
+
+        def read(part: int) -> list[np.ndarray]:
+            gate.wait()
+            return [slide.read(x, y, 50, 50, 0.6) for x, y in places[part::4]]
+
+        with ThreadPoolExecutor(4) as pool:
+            for part, reads in enumerate(pool.map(read, range(4))):
+                np.testing.assert_array_equal(np.stack(reads), np.stack(alone[part::4]))
+
+
+def test_openslide_and_tifffile_agree(tmp_path):
+    path = write_tiff(tmp_path / "slide.tif", paint(500, 600), mpp=0.25)
+    engine = OpenSlideEngine(path)
+    by_openslide = Slide(path, engine, 0.25)
+    with open_slide(path) as by_tifffile, by_openslide:
+        assert by_openslide.levels == by_tifffile.levels
+        for args in [(0, 0, 300, 250, 0.5), (33, 21, 77, 66, 0.61), (-9, 480, 50, 50, 1.3)]:
+            difference = by_openslide.read(*args).astype(int) - by_tifffile.read(*args)
+            assert np.abs(difference).max() <= 1
+
+
+def test_jfif_tiles_that_are_tagged_rgb_come_in_true_colours(real_data):
+    with open_slide(real_data / "slides" / "OS-1-detail.ome.tif") as slide:
+        mean = slide.thumbnail(256).mean(axis=(0, 1))
+    # H&E absorbs green the most; taken as RGB, the stored YCbCr is greenest
+    assert mean[1] == mean.min()
+
+
+def test_real_slides_open_with_their_size_and_scale(real_data):
+    known = {
+        "CMU-1-Small-Region.svs": ("tifffile", 2220, 2967, 0.499),
+        "OS-1-detail.ome.tif": ("tifffile", 1101, 1101, 0.2271),
+        "camelyon_multiframe_lowres.dcm": ("openslide", 1152, 700, 28.9685),
+        "idc_8863.tif": ("tifffile", 2800, 2350, 4.0),
+    }
+    for name, (engine, width, height, mpp) in known.items():
+        with open_slide(real_data / "slides" / name) as slide:
+            assert (slide.engine, slide.width, slide.height) == (engine, width, height), name
+            assert slide.mpp == pytest.approx(mpp, rel=1e-3)
+            assert slide.thumbnail(64).shape[1] <= 64
+
+
+def test_an_aperio_slide_reads_the_same_through_openslide(real_data):
+    path = real_data / "slides" / "CMU-1-Small-Region.svs"
+    reference = np.asarray(openslide.OpenSlide(path).read_region((700, 800), 0, (256, 256)))
+    with open_slide(path) as slide:
+        read = slide.read(700, 800, 256, 256, slide.mpp)
+    # two JPEG decoders may differ in rounding
+    assert np.abs(read.astype(int) - reference[..., :3]).max() <= 3
+
+
+@given(
+    width=st.integers(50, 5000), height=st.integers(50, 5000), factor=st.sampled_from([2, 4, 16])
+)
+def test_a_whole_downsample_is_found_behind_rounded_sizes(width, height, factor):
+    for rounded in (np.floor, np.ceil, np.round):
+        w, h = int(rounded(width / factor)), int(rounded(height / factor))
+        if w > 2 * factor and h > 2 * factor:
+            assert downsample(width, height, w, h) == factor
+
+
+@given(start=st.floats(-20, 50), scale=st.floats(0.2, 9), count=st.integers(1, 20))
+def test_coverage_sums_to_one_inside(start, scale, count):
+    weights = coverage(start, scale, count, 60)
+    sums = np.asarray(weights.sum(axis=1)).ravel()
+    low = start + scale * np.arange(count)
+    inside = (low >= 0) & (low + scale <= 60)
+    np.testing.assert_allclose(sums[inside], 1, atol=1e-5)
+    assert (sums <= 1 + 1e-5).all()
+
+
+def test_tifffile_engine_pads_edge_tiles(tmp_path):
+    image = paint(150, 170)
+    path = tmp_path / "edge.tif"
+    tifffile.imwrite(
+        path,
+        image,
+        tile=(64, 64),
+        photometric="rgb",
+        compression="lzma",
+        resolution=(40_000, 40_000),
+        resolutionunit="CENTIMETER",
+    )
+    with open_slide(path) as slide:
+        assert slide.engine == "tifffile"
+        np.testing.assert_array_equal(slide.read(0, 0, 170, 150, slide.mpp), image)
+        np.testing.assert_array_equal(slide.read(61, 60, 20, 30, slide.mpp), image[60:90, 61:81])
+
+
+def test_paths_may_be_strings_with_spaces(tmp_path):
+    path = write_tiff(tmp_path / "a slide [1].tif", paint(100, 100), mpp=0.5)
+    with open_slide(Path(path)) as slide:
+        assert slide.width == 100

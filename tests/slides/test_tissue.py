@@ -1,0 +1,160 @@
+"""Tissue masks: on drawn slides whose tissue is known, and on real ones."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from conftest import GLASS, paint, vips, write_tiff
+from PIL import Image
+from scipy import ndimage
+
+from nic_core.slides import SlideError, open_slide
+from nic_core.tissue import TissueMask, find_tissue, read_mask, tissue_mask, tissue_outline
+
+MPP = 8.0
+
+
+def glass(height: int = 250, width: int = 300, colour: tuple[int, int, int] = GLASS) -> np.ndarray:
+    noise = np.random.default_rng(1).normal(0, 1.5, (height, width, 1))
+    return np.clip(np.array(colour) + noise, 0, 255).astype(np.uint8)
+
+
+def disc(shape: tuple[int, int], row: float, column: float, radius: float) -> np.ndarray:
+    rows, columns = np.ogrid[: shape[0], : shape[1]]
+    return (rows - row) ** 2 + (columns - column) ** 2 <= radius**2
+
+
+def with_tissue(pixels: np.ndarray, where: np.ndarray) -> np.ndarray:
+    return np.where(where[..., None], paint(*pixels.shape[:2], seed=3), pixels)
+
+
+def overlap(a: np.ndarray, b: np.ndarray) -> float:
+    return (a & b).sum() / (a | b).sum()
+
+
+def test_a_section_on_glass_is_found():
+    where = disc((250, 300), 120, 150, 80)
+    assert overlap(find_tissue(with_tissue(glass(), where), MPP), where) > 0.95
+
+
+@pytest.mark.parametrize("lamp", [(250, 250, 250), (225, 222, 215), (232, 215, 228)])
+def test_the_colour_of_the_lamp_is_no_stain(lamp):
+    where = disc((250, 300), 120, 150, 60)
+    assert overlap(find_tissue(with_tissue(glass(colour=lamp), where), MPP), where) > 0.95
+    assert not find_tissue(glass(colour=lamp), MPP).any()
+
+
+def test_empty_glass_has_no_tissue():
+    assert not find_tissue(glass(), MPP).any()
+    assert not find_tissue(np.full((20, 20, 3), 255, np.uint8), MPP).any()
+
+
+def test_a_slide_full_of_tissue_is_all_tissue():
+    assert find_tissue(paint(250, 300), MPP).all()
+
+
+def test_a_small_biopsy_on_much_glass_is_found():
+    where = disc((800, 800), 400, 400, 12)
+    assert overlap(find_tissue(with_tissue(glass(800, 800), where), MPP), where) > 0.7
+
+
+def test_specks_go_and_small_holes_close():
+    where = disc((250, 300), 120, 150, 80)
+    hole, speck = disc(where.shape, 120, 150, 6), disc(where.shape, 20, 20, 3)
+    found = find_tissue(with_tissue(glass(), (where & ~hole) | speck), MPP)
+    assert found[120, 150]
+    assert not found[:40, :40].any()
+
+
+@pytest.mark.parametrize(
+    "ink",
+    [(40, 150, 130), (50, 70, 190), (215, 40, 55), (15, 15, 18)],
+    ids=["green", "blue", "red", "black"],
+)
+def test_pen_is_no_tissue(ink):
+    where = disc((250, 300), 120, 90, 60)
+    stroke = ndimage.gaussian_filter(disc(where.shape, 120, 230, 35).astype(float), 4)[..., None]
+    pixels = with_tissue(glass(), where)
+    drawn = (pixels * (1 - stroke) + np.array(ink) * stroke).astype(np.uint8)
+    found = find_tissue(drawn, MPP)
+    assert overlap(found, where) > 0.9
+    assert not found[:, 190:].any()
+
+
+def test_a_black_border_is_no_tissue():
+    where = disc((250, 300), 120, 150, 60)
+    pixels = with_tissue(glass(), where)
+    pixels[:20] = pixels[:, -25:] = 0
+    found = find_tissue(pixels, MPP)
+    assert overlap(found, where) > 0.95
+
+
+def test_the_mask_covers_the_slide_at_its_scale(tmp_path):
+    image = np.kron(with_tissue(glass(), disc((250, 300), 120, 150, 80)), np.ones((4, 4, 1)))
+    path = write_tiff(tmp_path / "slide.tif", image.astype(np.uint8), mpp=2.0)
+    with open_slide(path) as slide:
+        mask = tissue_mask(slide)
+        assert mask.mpp == 8.0
+        assert mask.array.shape == (250, 300)
+        assert tissue_outline(slide, mask, side=200).shape == (167, 200, 3)
+        # a coarser slide is looked at as it is
+    with open_slide(path, mpp=20.0) as slide:
+        assert tissue_mask(slide).array.shape == (1000, 1200)
+    mask.save(tmp_path / "tissue.png")
+    again = TissueMask.load(tmp_path / "tissue.png", mask.mpp)
+    np.testing.assert_array_equal(again.array, mask.array)
+
+
+@pytest.mark.parametrize("value", [1, 255])
+def test_a_ready_mask_is_stretched_over_the_slide(tmp_path, files, value):
+    image = np.zeros((70, 90), np.uint8)
+    image[:35] = value
+    path = tmp_path / "mask.png"
+    vips(image[..., None]).pngsave(str(path))
+    with open_slide(files["tiff"]) as slide:  # 900 x 700 px of 0.25 um: 225 x 175 um
+        mask = read_mask(path, slide, mpp=1.0)
+    assert mask.array.shape == (175, 225)
+    assert mask.array[:87].all()
+    assert not mask.array[89:].any()
+
+
+def test_a_mask_of_another_shape_or_none_is_refused(tmp_path, files):
+    path = tmp_path / "mask.png"
+    vips(np.zeros((90, 70, 1), np.uint8)).pngsave(str(path))
+    with open_slide(files["tiff"]) as slide:
+        with pytest.raises(SlideError, match="another shape"):
+            read_mask(path, slide)
+        with pytest.raises(SlideError, match=r"mask .*gone.png"):
+            read_mask(tmp_path / "gone.png", slide)
+
+
+def test_real_slides_have_plausible_shares_of_tissue(real_data):
+    shares = {
+        "CMU-1-Small-Region.svs": (0.3, 0.5),
+        "OS-1-detail.ome.tif": (0.99, 1.0),
+        "idc_8863.tif": (0.2, 0.35),
+        "idc_8865.tif": (0.06, 0.2),
+        "camelyon_multiframe_lowres.dcm": (0.15, 0.3),
+    }
+    for name, (low, high) in shares.items():
+        with open_slide(real_data / "slides" / name) as slide:
+            share = tissue_mask(slide, mpp=max(8.0, 2 * slide.mpp)).array.mean()
+        assert low <= share <= high, (name, share)
+
+
+def test_real_quality_patches_are_told_apart(real_data):
+    # um/px as their names tell; reduced to 8 um/px
+    known = {
+        "almost-white-1": (0.5, 0.0, 0.01),
+        "no-tissue": (0.5, 0.0, 0.01),
+        "no-tissue-green-pen": (2.0, 0.0, 0.01),
+        "very-low-nuclei-score-red-pen-level1": (2.0, 0.0, 0.1),
+        "medium-nuclei-score-level1-2": (0.5, 0.99, 1.0),
+        "high-nuclei-score-level0": (0.5, 0.99, 1.0),
+        "tissue-level0-7352-11762-7864-12274": (0.5, 0.85, 1.0),
+        "tissue-level2-4640-4649-8736-8746": (2.0, 0.7, 0.85),
+    }
+    for name, (mpp, low, high) in known.items():
+        image = Image.open(real_data / "patches" / "qc_histolab" / f"{name}.png").convert("RGB")
+        share = find_tissue(np.asarray(image.reduce(round(MPP / mpp))), MPP).mean()
+        assert low <= share <= high, (name, share)
