@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,12 +20,14 @@ from nic_core.encoders.networks import (
     FoldedEncoder,
     MeanRGB,
     PatchEncoder,
+    StridedEncoder,
     TellezEncoder,
+    channels_last,
     pooled_side,
 )
 from nic_core.encoders.scores import TaskScores
 
-Architecture = Literal["mean_rgb", "tellez2020"]
+Architecture = Literal["mean_rgb", "tellez2020", "tellez2019"]
 
 # a chunk whose feature maps stay in the cache encodes faster than a large one
 CHUNK = 32
@@ -70,12 +73,13 @@ class Encoder:
     def inference_module(self, device: str = "auto") -> nn.Module:
         """The fastest module of the same function on ``device``, for many patches.
 
-        BatchNorms are folded into the layers after them and weights lie channels-last: give
-        it channels-last batches (an H x W x 3 image permuted, not copied).
+        A ``tellez2020`` encoder's BatchNorms are folded into the layers after them. Weights lie
+        channels-last: give it channels-last batches (H x W x 3 images permuted, not copied).
         """
-        module = (
-            FoldedEncoder(self.module) if isinstance(self.module, PatchEncoder) else self.module
-        )
+        module = copy.deepcopy(self.module)
+        if isinstance(module, PatchEncoder) and isinstance(module.network, TellezEncoder):
+            module = FoldedEncoder(module.network)
+        channels_last(module)
         return module.eval().to(resolve_device(device))
 
     def embed(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -138,6 +142,8 @@ def build_module(architecture: Architecture, *, patch: int, code: int) -> nn.Mod
     """A module of that architecture with initial weights; patches of ``patch`` px a side."""
     if architecture == "mean_rgb":
         return MeanRGB()
+    if architecture == "tellez2019":
+        return PatchEncoder(StridedEncoder(code, patch))
     return PatchEncoder(TellezEncoder(code, pooled_side(patch)))
 
 

@@ -23,7 +23,6 @@ from nic_core.encoders.encoder import (
     Encoder,
     EncoderCard,
     EncoderError,
-    build_module,
     encoder_tensors,
     weights_hash,
 )
@@ -36,7 +35,7 @@ from nic_core.encoders.networks import (
     PatchEncoder,
     TellezEncoder,
 )
-from nic_core.encoders.objectives.mean_rgb import CODE
+from nic_core.encoders.objectives.mean_rgb import CODE, mean_rgb_module
 
 PATCH = 128
 MPP = 0.5
@@ -67,13 +66,14 @@ def import_keras_encoder(path: Path, name: str) -> Encoder:
     kinds = [layer["class_name"] for layer in layers]
     if kinds == ["InputLayer", "GlobalAveragePooling2D"]:
         architecture: Architecture = "mean_rgb"
-        module, code = build_module(architecture, patch=PATCH, code=CODE), CODE
+        module: nn.Module = mean_rgb_module()
+        code = CODE
     else:
         architecture = "tellez2020"
         code = _check_architecture(path, layers)
-        module = build_module(architecture, patch=PATCH, code=code)
-        assert isinstance(module, PatchEncoder)
-        _copy_weights(path, layers, weights, module.network)
+        network = TellezEncoder(code, PATCH // POOLING)
+        _copy_weights(path, layers, weights, network)
+        module = PatchEncoder(network)
     module.eval().requires_grad_(False)
     card = EncoderCard(
         name=name,

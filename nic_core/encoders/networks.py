@@ -1,9 +1,10 @@
 """The encoder networks: from patches to codes.
 
-The architecture is the one inside the released multitask and BiGAN encoders (Tellez et al.,
-MIDL 2020): 4 strided 3x3 convolutions with **valid** padding, LeakyReLU *before* BatchNorm,
-flatten in height, width, channel order, one linear layer. Keras' BatchNorm momentum 0.8 is
-PyTorch's 0.2.
+:class:`TellezEncoder` is the architecture inside the released multitask and BiGAN encoders
+(Tellez et al., MIDL 2020): 4 strided 3x3 convolutions with **valid** padding, LeakyReLU
+*before* BatchNorm, flatten in height, width, channel order, one linear layer.
+:class:`StridedEncoder` is the one of the VAE and of contrastive training (Tellez et al., TPAMI
+2019). Keras' BatchNorm momentum 0.8 is PyTorch's 0.2.
 """
 
 from __future__ import annotations
@@ -20,14 +21,10 @@ BN_EPSILON = 1e-3
 BN_MOMENTUM = 0.2
 
 
-def scale_pixels(pixels: Tensor) -> Tensor:
-    """uint8 [0, 255] to float32 [-1, 1]: ``x / 255 * 2 - 1`` (released scripts)."""
-    return pixels.float().mul_(2 / 255).sub_(1)
-
-
-def pool_patches(pixels: Tensor) -> Tensor:
-    """uint8 (B, 3, P, P) to float32 (B, 3, P/2, P/2) in [0, 255] by the mean of 2 x 2 pixels."""
-    return functional.avg_pool2d(pixels.float(), POOLING)
+def pool_patches(pixels: Tensor, pooling: int = POOLING) -> Tensor:
+    """uint8 or float (B, 3, P, P) to float32 (B, 3, P/p, P/p) by the mean of p x p pixels."""
+    pixels = pixels.float()
+    return pixels if pooling == 1 else functional.avg_pool2d(pixels, pooling)
 
 
 def flatten_hwc(maps: Tensor) -> Tensor:
@@ -91,25 +88,88 @@ class TellezEncoder(nn.Module):
         self.dense = nn.Linear(last * last * FILTERS, code)
         initialise_as_keras(self)
 
+    @property
+    def pooling(self) -> int:
+        """Pixels a side whose mean is one pixel of the network's input."""
+        return POOLING
+
+    def features(self, pooled: Tensor) -> Tensor:
+        """What the linear layer to the code sees, float32 (B, features)."""
+        return flatten_hwc(self.convolutions(pooled))
+
     def forward(self, pooled: Tensor) -> Tensor:
-        maps: Tensor = self.convolutions(pooled)
-        codes: Tensor = self.dense(flatten_hwc(maps))
+        codes: Tensor = self.dense(self.features(pooled))
+        return codes
+
+
+class StridedEncoder(nn.Module):
+    """Patch in [-1, 1], float32 (B, 3, side, side), to code, float32 (B, code) (paper B).
+
+    5 convolutions 3x3 with stride 2 and 32, 64, 128, 256, 512 filters, each with BatchNorm and
+    LeakyReLU; dense 512; a linear layer to the code. Padding of 1 px (side 128 ends at 4 x 4,
+    where the paper's decoder begins), LeakyReLU 0.2 and BatchNorm and LeakyReLU after the
+    dense layer are [choice].
+
+    Raises
+    ------
+    ValueError
+        ``side`` is no multiple of 32.
+    """
+
+    FILTERS = (32, 64, 128, 256, 512)
+    HIDDEN = 512
+
+    def __init__(self, code: int = 128, side: int = 128) -> None:
+        super().__init__()
+        if side % 2 ** len(self.FILTERS):
+            raise ValueError(f"a patch of {side} px does not halve {len(self.FILTERS)} times")
+        self.code = code
+        self.side = side
+        layers: list[nn.Module] = []
+        for channels, filters in zip((3, *self.FILTERS), self.FILTERS, strict=False):
+            layers += [
+                nn.Conv2d(channels, filters, kernel_size=3, stride=2, padding=1),
+                nn.BatchNorm2d(filters, eps=BN_EPSILON, momentum=BN_MOMENTUM),
+                nn.LeakyReLU(SLOPE, inplace=True),
+            ]
+        self.convolutions = nn.Sequential(*layers)
+        last = side // 2 ** len(self.FILTERS)
+        self.hidden = nn.Sequential(
+            nn.Linear(last * last * self.FILTERS[-1], self.HIDDEN),
+            nn.BatchNorm1d(self.HIDDEN, eps=BN_EPSILON, momentum=BN_MOMENTUM),
+            nn.LeakyReLU(SLOPE),
+        )
+        self.dense = nn.Linear(self.HIDDEN, code)
+        initialise_as_keras(self)
+
+    @property
+    def pooling(self) -> int:
+        """The network sees the patch's own pixels."""
+        return 1
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """What the linear layer to the code sees, float32 (B, 512)."""
+        features: Tensor = self.hidden(flatten_hwc(self.convolutions(pixels)))
+        return features
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        codes: Tensor = self.dense(self.features(pixels))
         return codes
 
 
 class PatchEncoder(nn.Module):
-    """uint8 (B, 3, P, P) to code, float32 (B, C): pools 2 x 2, scales to [-1, 1], encodes.
+    """uint8 (B, 3, P, P) to code, float32 (B, C): pools, scales to [-1, 1], encodes.
 
     Everything between stored pixels and the code is inside, so the module exports as
     exactly that function.
     """
 
-    def __init__(self, network: TellezEncoder) -> None:
+    def __init__(self, network: TellezEncoder | StridedEncoder) -> None:
         super().__init__()
         self.network = network
 
     def forward(self, pixels: Tensor) -> Tensor:
-        pooled = pool_patches(pixels).mul_(2 / 255).sub_(1)
+        pooled = pool_patches(pixels, self.network.pooling).mul(2 / 255).sub_(1)
         codes: Tensor = self.network(pooled)
         return codes
 
@@ -153,15 +213,14 @@ def pooled_side(patch: int) -> int:
 
 
 class FoldedEncoder(nn.Module):
-    """The same function as a :class:`PatchEncoder` in evaluation, with fewer operations.
+    """The same function as a :class:`TellezEncoder` patch encoder, with fewer operations.
 
     Each BatchNorm stands after LeakyReLU and before a layer that is linear and pads nothing,
     so its scale and shift move exactly into that layer's weights; so does the pixel scaling.
     """
 
-    def __init__(self, encoder: PatchEncoder) -> None:
+    def __init__(self, network: TellezEncoder) -> None:
         super().__init__()
-        network = encoder.network
         # what the input of the next linear layer must be multiplied with and shifted by
         scale = torch.full((3,), 2 / 255, dtype=torch.float64)
         shift = torch.full((3,), -1.0, dtype=torch.float64)

@@ -1,17 +1,11 @@
-"""Training of encoders: one loop for every objective.
-
-Schedule (paper B): Adam, learning rate divided by 10 on a plateau of the validation value
-down to 1e-5, weights with the best validation value kept. What is an epoch, the patience and
-the early stop at the floor are [choice]: the budget is a number of patches, not of passes
-over data sets that differ in size, and an epoch is a fixed share of it.
-"""
+"""Training of encoders: from a spec and patch tasks to a scored encoder with its card."""
 
 from __future__ import annotations
 
-import copy
-import math
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import polars as pl
 import torch
@@ -26,18 +20,13 @@ from nic_core.encoders.encoder import (
     resolve_device,
     weights_hash,
 )
+from nic_core.encoders.loop import EPOCHS, fit
 from nic_core.encoders.networks import PatchEncoder, TellezEncoder, channels_last, pooled_side
-from nic_core.encoders.objectives.base import Objective
 from nic_core.encoders.objectives.mean_rgb import CODE, mean_rgb_module
 from nic_core.encoders.objectives.mtl import Multitask, class_probabilities
 from nic_core.encoders.patch_tasks import PatchDataset
 from nic_core.encoders.scores import TaskScores, score_task
 from nic_core.tracker import Tracker
-
-EPOCHS = 24
-PATIENCE = 2
-REDUCTION = 0.1
-LOWEST_RATE = 1e-5
 
 
 @dataclass(frozen=True)
@@ -60,6 +49,7 @@ def train_encoder(
     mpp: float,
     code: int,
     device: str = "auto",
+    checkpoint: Path | None = None,
     tracker: Tracker | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Trained:
@@ -73,6 +63,9 @@ def train_encoder(
         Data sets of ``spec.tasks``, cut at ``patch`` px and ``mpp`` um/px.
     code
         Numbers a patch; mean-RGB always has 3.
+    checkpoint
+        File to go on from after a kill; written after each epoch, removed at the end. One of
+        another spec, data, version of torch or device is not used.
     progress
         Called with (patches seen, patches in all) after each step.
 
@@ -97,6 +90,14 @@ def train_encoder(
         return Trained(Encoder(card, module), pl.DataFrame())
 
     target = resolve_device(device)
+    facts = _training_facts(spec)
+    data = {task.name: task.identity for task in tasks}
+    software = _software()
+    if tracker is not None:
+        tracker.params(
+            {"encoder": spec.name, "objective": spec.objective, "tasks": ",".join(spec.tasks)}
+            | facts
+        )
     with torch.random.fork_rng():
         torch.manual_seed(spec.seed)
         encoder = PatchEncoder(TellezEncoder(code, pooled_side(patch))).to(target)
@@ -109,12 +110,15 @@ def train_encoder(
             validation=max(64, spec.patches_seen // EPOCHS // 2 // len(tasks)),
             seed=spec.seed,
         )
-    if tracker is not None:
-        tracker.params(
-            {"encoder": spec.name, "objective": spec.objective, "tasks": ",".join(spec.tasks)}
-            | _training_facts(spec)
+        setting = repr((spec, patch, mpp, code, data, software, str(target)))
+        history = fit(
+            objective,
+            spec,
+            checkpoint=checkpoint,
+            fingerprint=hashlib.sha256(setting.encode()).hexdigest(),
+            tracker=tracker,
+            progress=progress,
         )
-    history = _fit(spec, objective, target, tracker, progress)
 
     scores = {task.name: _test_scores(objective, task, target) for task in tasks}
     encoder = encoder.cpu().requires_grad_(False)
@@ -128,87 +132,14 @@ def train_encoder(
         mpp=mpp,
         code=code,
         weights_hash=weights_hash("tellez2020", encoder_tensors(encoder, heads)),
-        training=_training_facts(spec),
-        data={task.name: task.identity for task in tasks},
+        training=facts,
+        data=data,
         scores=scores,
-        software=_software(),
+        software=software,
     )
     if tracker is not None:
         _draw(tracker, history, card, tasks)
     return Trained(Encoder(card, encoder, heads), history)
-
-
-def _fit(
-    spec: EncoderSpec,
-    objective: Objective,
-    device: torch.device,
-    tracker: Tracker | None,
-    progress: Callable[[int, int], None] | None,
-) -> pl.DataFrame:
-    """Train ``objective.networks`` in place; leaves the selected weights, evaluation mode."""
-    networks = objective.networks
-    generator = torch.Generator(device).manual_seed(spec.seed)
-    optimizer = torch.optim.Adam(networks.parameters(), lr=spec.learning_rate, fused=True)
-    selection = objective.selection
-    plateau = None
-    if selection is not None:
-        plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
-            optimizer, selection.mode, REDUCTION, PATIENCE, threshold=0.0, min_lr=LOWEST_RATE
-        )
-    steps = math.ceil(spec.patches_seen / objective.patches_a_step)
-    steps_an_epoch = math.ceil(steps / EPOCHS)
-    total = steps * objective.patches_a_step
-    best, kept, stale = -math.inf, networks.state_dict(), 0
-    rows: list[dict[str, float]] = []
-
-    for epoch in range(1, math.ceil(steps / steps_an_epoch) + 1):
-        networks.train()
-        first = (epoch - 1) * steps_an_epoch
-        sums: dict[str, float] = {}
-        last = min(first + steps_an_epoch, steps)
-        for step in range(first + 1, last + 1):
-            losses = objective.losses(objective.batch(generator))
-            optimizer.zero_grad(set_to_none=True)
-            torch.autograd.backward(losses["loss"])
-            optimizer.step()
-            seen = step * objective.patches_a_step
-            for name, loss in losses.items():
-                value = loss.item()
-                if not math.isfinite(value):
-                    raise EncoderError(
-                        f"encoder '{spec.name}': {name} became {value} after {seen} patches; "
-                        f"lower its learning_rate (now {spec.learning_rate})"
-                    )
-                sums[name] = sums.get(name, 0.0) + value
-            if progress is not None:
-                progress(seen, total)
-
-        networks.eval()
-        row = {
-            "epoch": epoch,
-            "patches": seen,
-            "learning_rate": optimizer.param_groups[0]["lr"],
-            **{name: value / (last - first) for name, value in sums.items()},
-            **objective.validate(),
-        }
-        rows.append(row)
-        if tracker is not None:
-            tracker.metrics({k: v for k, v in row.items() if k != "epoch"}, step=epoch)
-        if selection is None or plateau is None:
-            continue
-        value = row[selection.value]
-        plateau.step(value)
-        score = value if selection.mode == "max" else -value
-        stale += 1
-        if score > best:
-            best, kept, stale = score, copy.deepcopy(networks.state_dict()), 0
-        if row["learning_rate"] <= LOWEST_RATE and stale > PATIENCE:
-            break
-
-    if selection is not None:
-        networks.load_state_dict(kept)
-    networks.eval()
-    return pl.DataFrame(rows)
 
 
 def _test_scores(objective: Multitask, task: PatchDataset, device: torch.device) -> TaskScores:

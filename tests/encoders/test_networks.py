@@ -72,6 +72,8 @@ def test_flatten_follows_height_width_channel():
 
 def test_pixels_are_pooled_by_mean_and_scaled_to_minus_one_to_one():
     class Probe(nn.Module):
+        pooling = 2
+
         def forward(self, pooled: torch.Tensor) -> torch.Tensor:
             return pooled
 
@@ -93,7 +95,7 @@ def test_folding_batch_norms_keeps_the_function(patch: int, seed: int):
     encoder = with_random_statistics(PatchEncoder(TellezEncoder(16, pooled_side(patch))), seed)
     pixels = random_patches(3, patch, seed)
     with torch.inference_mode():
-        expected, folded = encoder.double(), FoldedEncoder(encoder)
+        expected, folded = encoder.double(), FoldedEncoder(encoder.network)
         # the plain network in float64 is the reference for both
         pooled = pool_patches(pixels).double() / 255 * 2 - 1
         exact = expected.network(pooled)

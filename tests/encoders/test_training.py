@@ -116,6 +116,47 @@ def test_training_repeats_bit_by_bit_and_the_seed_matters(tasks):
     assert first != weights(1)
 
 
+class Killed(Exception):
+    pass
+
+
+def test_a_killed_training_resumes_to_the_same_result(tasks, tmp_path):
+    small = spec(patches_seen=960)
+    whole = train_encoder(small, tasks, **SIZES, device="cpu")
+
+    def kill(done: int, _: int) -> None:
+        if done > 500:
+            raise Killed
+
+    checkpoint = tmp_path / "training.pt"
+    with pytest.raises(Killed):
+        train_encoder(small, tasks, **SIZES, device="cpu", checkpoint=checkpoint, progress=kill)
+    assert checkpoint.exists()
+    first = []
+    resumed = train_encoder(
+        small, tasks, **SIZES, device="cpu", checkpoint=checkpoint,
+        progress=lambda done, _: first.append(done),
+    )  # fmt: skip
+    assert first[0] > 400
+    assert resumed.encoder.card == whole.encoder.card
+    assert resumed.history.equals(whole.history)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_of_another_training_is_not_used(tasks, tmp_path, caplog):
+    def kill(done: int, _: int) -> None:
+        if done > 200:
+            raise Killed
+
+    checkpoint = tmp_path / "training.pt"
+    with pytest.raises(Killed):
+        train_encoder(spec(), tasks, **SIZES, checkpoint=checkpoint, progress=kill)
+    other = spec(patches_seen=128, seed=5)
+    result = train_encoder(other, tasks, **SIZES, checkpoint=checkpoint)
+    assert "starting anew" in caplog.text
+    assert result.encoder.card == train_encoder(other, tasks, **SIZES).encoder.card
+
+
 def test_the_best_validated_weights_are_kept(trained, tasks):
     result, _, _ = trained
     best = result.history["validation/balanced_accuracy"].max()

@@ -19,6 +19,7 @@ from torch.nn import functional
 from nic_core.encoders.augmentation import augment
 from nic_core.encoders.networks import ClassHead, PatchEncoder, pool_patches
 from nic_core.encoders.objectives.base import Selection
+from nic_core.encoders.objectives.sampling import Sampler, patch_tensor, validation_rows
 from nic_core.encoders.patch_tasks import PatchDataset
 from nic_core.encoders.scores import score_task
 
@@ -59,25 +60,16 @@ class Multitask:
         # BatchNorm needs two rows of a task
         self.share = max(2, batch // len(self.tasks))
         self.patches_a_step = self.share * len(self.tasks)
-        self.train_rows = [task.rows("train") for task in self.tasks]
-        self.weights = [
-            _class_balance(t, r) for t, r in zip(self.tasks, self.train_rows, strict=True)
-        ]
-        rng = np.random.default_rng(seed)
-        self.validation_rows = [
-            np.sort(rng.permutation(task.rows("validation"))[:validation]) for task in self.tasks
-        ]
+        self.sampler = Sampler(self.tasks, self.share, by_class=True, device=device)
+        self.validation_rows = validation_rows(self.tasks, validation, seed)
         self.device = device
 
     def batch(self, generator: torch.Generator) -> MultitaskBatch:
         pooled, labels = [], []
-        for task, rows, weights in zip(self.tasks, self.train_rows, self.weights, strict=True):
-            drawn = torch.multinomial(
-                weights.to(self.device), self.share, replacement=True, generator=generator
-            )
-            chosen = rows[drawn.cpu().numpy()]
-            pooled.append(pool_patches(patch_tensor(task, chosen, self.device)))
-            labels.append(torch.as_tensor(task.labels[chosen], device=self.device))
+        for task, rows in zip(self.tasks, self.sampler.draw(generator), strict=True):
+            patches = patch_tensor(task, rows, self.device)
+            pooled.append(pool_patches(patches, self.encoder.network.pooling))
+            labels.append(torch.as_tensor(task.labels[rows], device=self.device))
         variants = augment(torch.cat(pooled).div_(255), generator)
         return MultitaskBatch(variants.mul_(2).sub_(1), tuple(labels))
 
@@ -106,11 +98,6 @@ class Multitask:
         return values
 
 
-def patch_tensor(task: PatchDataset, rows: NDArray[np.int64], device: torch.device) -> Tensor:
-    """Patches as uint8 (B, 3, P, P) in channels-last layout, without a copy but the gathering."""
-    return torch.from_numpy(task.patches[rows]).to(device).permute(0, 3, 1, 2)
-
-
 @torch.inference_mode()
 def class_probabilities(
     encoder: nn.Module,
@@ -126,10 +113,3 @@ def class_probabilities(
     ]
     probabilities: NDArray[np.float32] = torch.cat(parts).numpy()
     return probabilities
-
-
-def _class_balance(task: PatchDataset, rows: NDArray[np.int64]) -> Tensor:
-    """Weight of each row such that every class is drawn equally often."""
-    labels = task.labels[rows]
-    counts = np.bincount(labels, minlength=len(task.classes))
-    return torch.from_numpy(1 / counts[labels])
