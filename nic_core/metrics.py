@@ -1,0 +1,258 @@
+"""Metrics of slide models, each with a bootstrap interval over patients.
+
+A metric here is a function of *counts*: how often each unit stands in a resample, (B, n) for B
+resamples at once; a row of ones is the sample itself. Written so, a thousand resamples are a few
+matrix products. Values equal those of SciPy, scikit-learn and scikit-survival on the sample that
+the counts describe (tested), undefined ones are NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from sksurv.compare import compare_survival
+from sksurv.nonparametric import CensoringDistributionEstimator
+from sksurv.util import Surv
+
+Floats = NDArray[np.float64]
+Metric = Callable[[Floats], Floats]  # counts (B, n) -> values (B,)
+
+PRIMARY = {"regression": "spearman", "classification": "auc", "survival": "harrell_c"}
+CHANCE = {"spearman": 0.0, "pearson": 0.0, "auc": 0.5, "harrell_c": 0.5, "uno_c": 0.5}
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A metric's value and its percentile bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def regression_metrics(truth: ArrayLike, prediction: ArrayLike) -> dict[str, Metric]:
+    """``spearman``, ``pearson``, ``r2`` and ``mae`` of numbers (n,)."""
+    y, p = _numbers(truth), _numbers(prediction)
+    y_rank, p_rank = _Ranks(y), _Ranks(p)
+
+    def r2(w: Floats) -> Floats:
+        mean = _ratio(w @ y, w.sum(1))
+        spread = (w * (y - mean[:, None]) ** 2).sum(1)
+        return 1 - _ratio(w @ (y - p) ** 2, spread)
+
+    return {
+        "spearman": lambda w: _correlation(y_rank(w), p_rank(w), w),
+        "pearson": lambda w: _correlation(y[None], p[None], w),
+        "r2": r2,
+        "mae": lambda w: _ratio(w @ np.abs(y - p), w.sum(1)),
+    }
+
+
+def classification_metrics(truth: ArrayLike, probability: ArrayLike) -> dict[str, Metric]:
+    """``auc``, ``average_precision`` and ``balanced_accuracy``.
+
+    Of two classes the second is the positive one. Of more, ``auc`` and ``average_precision`` are
+    the unweighted means of one class against the rest.
+
+    Parameters
+    ----------
+    truth : int (n,)
+    probability : float (n, classes)
+    """
+    y = np.asarray(truth, np.int64)
+    p = np.asarray(probability, np.float64)
+    classes = p.shape[1]
+    scored = [1] if classes == 2 else list(range(classes))
+    aucs = [_auc(y == c, p[:, c]) for c in scored]
+    precisions = [_average_precision(y == c, p[:, c]) for c in scored]
+    hit = p.argmax(1) == y
+
+    def balanced_accuracy(w: Floats) -> Floats:
+        recalls = [_ratio(w @ (hit & (y == c)), w @ (y == c)) for c in range(classes)]
+        # as scikit-learn: a class that is absent does not count
+        present = np.array([(w @ (y == c)) > 0 for c in range(classes)])
+        return _ratio(np.where(present, recalls, 0).sum(0), present.sum(0))
+
+    return {
+        "auc": lambda w: np.mean([auc(w) for auc in aucs], 0),
+        "average_precision": lambda w: np.mean([ap(w) for ap in precisions], 0),
+        "balanced_accuracy": balanced_accuracy,
+    }
+
+
+def survival_metrics(time: ArrayLike, event: ArrayLike, risk: ArrayLike) -> dict[str, Metric]:
+    """``harrell_c`` and ``uno_c``: a higher risk should mean an earlier event.
+
+    Uno's inverse censoring weights are estimated once, from these units as they are, and held in
+    the resamples; units whose weight would be infinite get none.
+
+    Parameters
+    ----------
+    time, risk : float (n,)
+    event : bool (n,)
+    """
+    t, e, r = _numbers(time), np.asarray(event, bool), _numbers(risk)
+    # a death is comparable to everyone who outlived it, the censored of the same time included
+    later = (t[:, None] < t[None, :]) | ((t[:, None] == t[None, :]) & ~e[None, :])
+    comparable = (e[:, None] & later).astype(np.float64)
+    concordant = comparable * _order(r[:, None] - r[None, :], tolerance=1e-8)
+    weight = _censoring_weights(t, e)
+
+    def index(w: Floats, v: Floats) -> Floats:
+        deaths = w * v
+        return _ratio(((deaths @ concordant) * w).sum(1), ((deaths @ comparable) * w).sum(1))
+
+    return {
+        "harrell_c": lambda w: index(w, np.ones_like(t)),
+        "uno_c": lambda w: index(w, weight),
+    }
+
+
+def score(
+    metrics: Mapping[str, Metric],
+    patients: Sequence[str],
+    *,
+    resamples: int,
+    seed: int,
+    level: float = 0.95,
+) -> dict[str, Interval]:
+    """Every metric with its percentile bootstrap interval over patients.
+
+    Patients are drawn with replacement, all units of a patient together. Resamples in which a
+    metric is undefined (one class only, no pair to compare) are left out of its interval.
+
+    Parameters
+    ----------
+    patients
+        The patient of each unit (n,).
+    """
+    _, patient = np.unique(np.asarray(patients), return_inverse=True)
+    counts = bootstrap_counts(patient, resamples=resamples, seed=seed)
+    once = np.ones((1, len(patient)))
+    tails = [50 * (1 - level), 50 * (1 + level)]
+    result = {}
+    for name, metric in metrics.items():
+        value = float(metric(once)[0])
+        values = metric(counts)
+        values = values[np.isfinite(values)]
+        low, high = np.percentile(values, tails) if len(values) else (np.nan, np.nan)
+        result[name] = Interval(value, float(low), float(high))
+    return result
+
+
+def bootstrap_counts(patient: NDArray[np.int64], *, resamples: int, seed: int) -> Floats:
+    """How often each unit stands in each resample of patients: (resamples, n).
+
+    The same patients and seed give the same resamples, so two models can be compared in pairs.
+    """
+    people = int(patient.max()) + 1
+    random = np.random.default_rng(seed)
+    drawn = random.multinomial(people, np.full(people, 1 / people), size=resamples)
+    return drawn[:, patient].astype(np.float64)
+
+
+def log_rank(time: ArrayLike, event: ArrayLike, risk: ArrayLike) -> float:
+    """p of the log-rank test between units above and not above the median risk (A).
+
+    NaN where all risks are equal, so that there is one group only.
+    """
+    group = high_risk(risk)
+    if group.all() or not group.any():
+        return float("nan")
+    y = Surv.from_arrays(np.asarray(event, bool), _numbers(time))
+    return float(compare_survival(y, group)[1])
+
+
+def high_risk(risk: ArrayLike) -> NDArray[np.bool_]:
+    """Units above the median risk."""
+    r = _numbers(risk)
+    above: NDArray[np.bool_] = r > np.median(r)
+    return above
+
+
+def confusion(truth: ArrayLike, probability: ArrayLike) -> NDArray[np.int64]:
+    """Counts (classes, classes): rows the truth, columns the most probable class."""
+    p = np.asarray(probability)
+    matrix = np.zeros((p.shape[1], p.shape[1]), np.int64)
+    np.add.at(matrix, (np.asarray(truth, np.int64), p.argmax(1)), 1)
+    return matrix
+
+
+class _Ranks:
+    """Average ranks in every resample at once."""
+
+    def __init__(self, values: Floats) -> None:
+        _, self.code = np.unique(values, return_inverse=True)
+        self.distinct = np.eye(int(self.code.max()) + 1)[self.code]  # (n, distinct values)
+
+    def __call__(self, w: Floats) -> Floats:
+        mass = w @ self.distinct
+        ranks: Floats = (np.cumsum(mass, axis=1) - (mass - 1) / 2)[:, self.code]
+        return ranks
+
+
+def _correlation(x: Floats, y: Floats, w: Floats) -> Floats:
+    total = w.sum(1, keepdims=True)
+    x = x - (w * x).sum(1, keepdims=True) / total
+    y = y - (w * y).sum(1, keepdims=True) / total
+    xx, yy = (w * x * x).sum(1), (w * y * y).sum(1)
+    # differences that are only rounding are no spread
+    tiny = 1e-24 * total[:, 0]
+    spread = np.where((xx > tiny) & (yy > tiny), np.sqrt(xx * yy), 0)
+    return _ratio((w * x * y).sum(1), spread)
+
+
+def _auc(positive: NDArray[np.bool_], p: Floats) -> Metric:
+    wins = _order(p[positive][:, None] - p[~positive][None, :])
+
+    def auc(w: Floats) -> Floats:
+        a, b = w[:, positive], w[:, ~positive]
+        return _ratio(((a @ wins) * b).sum(1), a.sum(1) * b.sum(1))
+
+    return auc
+
+
+def _average_precision(positive: NDArray[np.bool_], p: Floats) -> Metric:
+    order = np.argsort(-p, kind="stable")
+    last = np.flatnonzero(np.append(np.diff(p[order]) != 0, True))  # the end of each tie
+
+    def average_precision(w: Floats) -> Floats:
+        w = w[:, order]
+        hits = np.cumsum(w * positive[order], axis=1)[:, last]
+        seen = np.cumsum(w, axis=1)[:, last]
+        gained = np.diff(hits, axis=1, prepend=0)
+        precision = np.divide(hits, seen, out=np.zeros_like(hits), where=seen > 0)
+        return _ratio((gained * precision).sum(1), hits[:, -1])
+
+    return average_precision
+
+
+def _censoring_weights(time: Floats, event: NDArray[np.bool_]) -> Floats:
+    """1 / G(t)^2 for deaths, G the Kaplan-Meier estimate of being uncensored; else 0."""
+    weights = np.zeros_like(time)
+    if event.any():
+        censoring = CensoringDistributionEstimator().fit(Surv.from_arrays(event, time))
+        uncensored = np.asarray(censoring.predict_proba(time[event]))
+        weights[event] = np.divide(
+            1, uncensored**2, out=np.zeros_like(uncensored), where=uncensored > 0
+        )
+    return weights
+
+
+def _order(difference: Floats, tolerance: float = 0.0) -> Floats:
+    """1 where positive, 1/2 where tied, else 0."""
+    tied = np.abs(difference) <= tolerance
+    return np.where(tied, 0.5, (difference > 0).astype(np.float64))
+
+
+def _ratio(a: Any, b: Any) -> Floats:
+    a, b = np.broadcast_arrays(np.asarray(a, np.float64), np.asarray(b, np.float64))
+    return np.divide(a, b, out=np.full(a.shape, np.nan), where=b != 0)
+
+
+def _numbers(values: ArrayLike) -> Floats:
+    return np.asarray(values, np.float64)

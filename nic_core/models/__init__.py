@@ -1,0 +1,1 @@
+"""Slide- and patient-level models on compressed slides."""

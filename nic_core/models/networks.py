@@ -1,0 +1,189 @@
+"""Convolutional networks on grids of patch codes.
+
+A :class:`FoldModel` is what one fold learns: it takes a raw crop of a grid and gives a
+prediction in the target's own terms, so normalisation can neither be forgotten nor differ
+between training and use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from nic_core.cohort import CohortError
+
+PUBLISHED_STRIDES = (2, 2, 2, 2, 2, 2, 1, 1)
+PUBLISHED_CROPS = (383, 446)  # cells a side that the eight layers bring to exactly 1 x 1
+SMALL_COMPONENTS = 8
+Kind = Literal["regression", "classification", "survival"]
+
+
+class PublishedGridCNN(nn.Module):
+    """The grid CNN of B (reference section 5).
+
+    Eight depthwise-separable 3 x 3 convolutions with 128 filters and valid padding, each with
+    batch normalisation, LeakyReLU and feature-wise dropout of 0.2; stride 2 except in layers 7
+    and 8, so 400 cells become 199, 99, 49, 24, 11, 5, 3, 1. Then dense 128 with batch
+    normalisation and LeakyReLU, and the output. Slope 0.2 and no dropout after the dense layer
+    are [choice].
+
+    Input float (B, channels, side, side) with 0 for background and a side of 383 to 446;
+    output float (B, outputs).
+    """
+
+    def __init__(self, channels: int, outputs: int) -> None:
+        super().__init__()
+        width = 128
+        layers: list[nn.Module] = []
+        for i, stride in enumerate(PUBLISHED_STRIDES):
+            inputs = channels if i == 0 else width
+            layers.append(
+                nn.Sequential(
+                    nn.Conv2d(inputs, inputs, 3, stride, groups=inputs, bias=False),
+                    nn.Conv2d(inputs, width, 1),
+                    nn.BatchNorm2d(width),
+                    nn.LeakyReLU(0.2),
+                    nn.Dropout2d(0.2),
+                )
+            )
+        self.convolutions = nn.Sequential(*layers)
+        self.dense = nn.Sequential(
+            nn.Flatten(), nn.Linear(width, width), nn.BatchNorm1d(width), nn.LeakyReLU(0.2)
+        )
+        self.output = nn.Linear(width, outputs)
+
+    def forward(self, grid: Tensor) -> Tensor:
+        out: Tensor = self.output(self.dense(self.convolutions(grid)))
+        return out
+
+
+class SmallGridCNN(nn.Module):
+    """A network for small grids and cohorts of some dozens [choice].
+
+    Two 3 x 3 convolutions with batch normalisation, LeakyReLU and feature-wise dropout see a
+    neighbourhood of 5 x 5 cells; the mean over tissue cells says how much of the slide looks
+    like what each filter found; a linear output. It is meant for few input channels:
+    see :class:`Normalise` with a projection.
+
+    Input float (B, channels, rows, columns) with 0 for background; output float (B, outputs).
+    """
+
+    def __init__(
+        self, channels: int, outputs: int, *, width: int = 16, dropout: float = 0.2
+    ) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for inputs in (channels, width):
+            layers += [
+                nn.Conv2d(inputs, width, 3, padding=1, bias=False),
+                nn.BatchNorm2d(width),
+                nn.LeakyReLU(0.2),
+                nn.Dropout2d(dropout),
+            ]
+        self.convolutions = nn.Sequential(*layers)
+        self.output = nn.Linear(width, outputs)
+
+    def forward(self, grid: Tensor) -> Tensor:
+        tissue = occupied(grid)
+        maps = self.convolutions(grid) * tissue
+        pooled = maps.sum((2, 3)) / tissue.sum((2, 3)).clamp(min=1)
+        out: Tensor = self.output(pooled)
+        return out
+
+
+class Normalise(nn.Module):
+    """Codes to network features; background stays 0 (B: normalisation comes before filling).
+
+    ``weight`` (C,) scales each centred code, ``weight`` (k, C) projects them.
+    """
+
+    mean: Tensor
+    weight: Tensor
+
+    def __init__(self, mean: Tensor, weight: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mean", mean)
+        self.register_buffer("weight", weight)
+
+    @property
+    def channels(self) -> int:
+        """Number of features that come out."""
+        return self.weight.shape[0]
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """Codes float (B, C, H, W), 0 in all C where background, to features (B, k, H, W)."""
+        centred = codes - self.mean[:, None, None]
+        if self.weight.ndim == 1:
+            features = centred * self.weight[:, None, None]
+        else:
+            features = torch.einsum("kc,bchw->bkhw", self.weight, centred)
+        return features * occupied(codes)
+
+
+class FoldModel(nn.Module):
+    """Normalisation, network and output scale of one fold.
+
+    ``forward`` maps raw crops float (B, C, side, side) to predictions float (B, outputs):
+    values in the target's unit (regression), class probabilities (classification), or a risk
+    of which a higher value means an earlier event (survival).
+    """
+
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(self, normalise: Normalise, network: nn.Module, kind: Kind) -> None:
+        super().__init__()
+        self.normalise = normalise
+        self.network = network
+        self.kind = kind
+        self.register_buffer("shift", torch.zeros(()))
+        self.register_buffer("scale", torch.ones(()))
+
+    def predict(self, features: Tensor) -> Tensor:
+        """Predictions from features that are already normalised."""
+        return self.finish(self.network(features))
+
+    def finish(self, raw: Tensor) -> Tensor:
+        """Network outputs as predictions."""
+        if self.kind == "classification":
+            return raw.softmax(1)
+        return raw * self.scale + self.shift
+
+    def forward(self, codes: Tensor) -> Tensor:
+        return self.predict(self.normalise(codes))
+
+
+class Ensemble(nn.Module):
+    """Mean of the folds' predictions: raw crops float (B, C, side, side) to (B, outputs)."""
+
+    def __init__(self, models: Sequence[FoldModel]) -> None:
+        super().__init__()
+        self.models = nn.ModuleList(models)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        return torch.stack([model(codes) for model in self.models]).mean(0)
+
+
+def occupied(grid: Tensor) -> Tensor:
+    """1 where a cell (B, C, H, W) has any nonzero number, else 0; float (B, 1, H, W)."""
+    return (grid != 0).any(1, keepdim=True).to(grid.dtype)
+
+
+def build_network(name: Literal["published", "small"], channels: int, outputs: int) -> nn.Module:
+    """The network of that name for features of so many channels."""
+    if name == "published":
+        return PublishedGridCNN(channels, outputs)
+    return SmallGridCNN(channels, outputs)
+
+
+def check_crop(name: Literal["published", "small"], crop: int) -> None:
+    """Raise ``CohortError`` if the network cannot take crops of that many cells a side."""
+    low, high = PUBLISHED_CROPS
+    if name == "published" and not low <= crop <= high:
+        raise CohortError(
+            f"settings.models: network 'published' takes crops of {low} to {high} cells a side, "
+            f"not {crop}; use network 'small' for small grids"
+        )
