@@ -25,7 +25,7 @@ from dagster._core.definitions.data_version import (
     get_input_data_version_tag,
     get_input_event_pointer_tag,
 )
-from dagster._core.storage.tags import get_multidimensional_partition_tag
+from dagster._core.storage.tags import MULTIDIMENSIONAL_PARTITION_PREFIX
 
 Events: TypeAlias = Iterator[dg.MaterializeResult[None] | dg.AssetCheckResult]
 """What the body of an asset of many partitions yields."""
@@ -125,7 +125,7 @@ def _dimension_tags(context: dg.AssetExecutionContext, key: str) -> dict[str, st
     if not isinstance(definition, dg.MultiPartitionsDefinition):
         return {}
     by_dimension = definition.get_partition_key_from_str(key).keys_by_dimension
-    return {get_multidimensional_partition_tag(name): part for name, part in by_dimension.items()}
+    return {MULTIDIMENSIONAL_PARTITION_PREFIX + name: part for name, part in by_dimension.items()}
 
 
 def _children_run(context: dg.AssetExecutionContext) -> bool:

@@ -17,11 +17,14 @@ class _Brief(logging.Formatter):
         return f"{step}: {text}" if step and not text.startswith(step) else text
 
 
-@dg.logger(description="Short lines for a person at a terminal.")
-def brief_logger(_: dg.InitLoggerContext) -> logging.Logger:
-    """Messages of assets and failures; Dagster's own events stay in its event log."""
+def _brief_logger(_: dg.InitLoggerContext) -> logging.Logger:
     handler = RichHandler(show_path=False, show_level=False, rich_tracebacks=False)
     handler.setFormatter(_Brief())
     logger = logging.Logger("nic", level=logging.INFO)
     logger.addHandler(handler)
     return logger
+
+
+brief_logger = dg.LoggerDefinition(
+    _brief_logger, description="Messages of assets and failures; events stay in the event log."
+)

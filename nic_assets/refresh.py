@@ -58,6 +58,8 @@ def refresh(defs: dg.Definitions, instance: dg.DagsterInstance, console: Console
     for keys in graph.toposorted_asset_keys_by_level:
         for key in sorted(keys & graph.materializable_asset_keys):
             problems += _refresh_asset(defs, instance, key, console)
+            if problems and graph.get(key).tags.get(LOOKS_TAG) == "outside":
+                return problems  # without knowing the inputs nothing can be called up to date
     return problems
 
 
@@ -123,10 +125,10 @@ def _inputs_exist(
     An asset that gathers a layer needs one partition of each parent, any other needs all.
     """
     graph = resolver.asset_graph
-    found: dict[dg.AssetKey, list[bool]] = {}
+    found: dict[dg.AssetKey, list[bool]] = {parent: [] for parent in graph.get(key).parent_keys}
     for parent in graph.get_parents_partitions(key, partition).parent_partitions:
         status = resolver.get_status(parent.asset_key, parent.partition_key)
-        found.setdefault(parent.asset_key, []).append(status is not StaleStatus.MISSING)
+        found[parent.asset_key].append(status is not StaleStatus.MISSING)
     enough = any if INPUTS_TAG in graph.get(key).tags else all
     return all(enough(statuses) for statuses in found.values())
 
@@ -184,7 +186,7 @@ def main() -> int:
         problems = refresh(defs, instance, console)
     table = Store.from_environment().reports / RESULTS
     if table.exists():
-        Console().print(results_table(pl.read_parquet(table)))
+        Console(width=max(100, console.width)).print(results_table(pl.read_parquet(table)))
     for problem in problems:
         console.print(f"[red]{problem}[/red]")
     return 1 if problems else 0

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -136,6 +137,8 @@ class TrackedRun:
         """
         with torch.no_grad():
             output = module(example)
+        # torch's own remark on tensors that share memory, about an archive it writes correctly
+        warnings.filterwarnings("ignore", message="No complete tensor found in the group")
         info = mlflow.pytorch.log_model(
             module,
             name="model",

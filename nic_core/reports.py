@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import polars as pl
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from nic_core.encoders import EncoderCard
@@ -15,7 +16,8 @@ from nic_core.models.validation import NETWORK
 
 RESULT_SCHEMA = pl.Schema(
     {
-        "about": pl.String(),  # the target, patch task or map
+        "kind": pl.String(),  # target, patch task or map
+        "about": pl.String(),  # its name
         "encoder": pl.String(),
         "model": pl.String(),  # grid network, baseline or patch head
         "part": pl.String(),  # cross-validated, test, or the slide of a map
@@ -29,32 +31,30 @@ RESULT_SCHEMA = pl.Schema(
 
 
 def results_table(results: pl.DataFrame) -> Table:
-    """The results (:data:`RESULT_SCHEMA`) as a table for the terminal."""
-    table = Table(title="Results")
-    for column in ("about", "encoder", "model", "part", "metric"):
+    """The results (:data:`RESULT_SCHEMA`) for the terminal: each model's first metric."""
+    table = Table(title="Results", box=SIMPLE_HEAD)
+    for column in ("about", "encoder", "model", "scored on", "metric"):
         table.add_column(column)
-    table.add_column("value", justify="right")
-    table.add_column("95 % interval", justify="right")
-    table.add_column("n", justify="right")
-    previous = None
-    for row in results.iter_rows(named=True):
-        if previous is not None and row["about"] != previous:
-            table.add_section()
-        previous = row["about"]
-        interval = "" if row["low"] is None else f"{row['low']:.3f} to {row['high']:.3f}"
-        table.add_row(
-            *(row[name] for name in ("about", "encoder", "model", "part", "metric")),
-            f"{row['value']:.3f}",
-            interval,
-            str(row["n"]),
-        )
+    for column in ("value", "95 % interval", "n"):
+        table.add_column(column, justify="right")
+    for about in results.partition_by("about", "kind", maintain_order=True):
+        first = about.unique(["encoder", "model", "part"], keep="first", maintain_order=True)
+        for row in first.iter_rows(named=True):
+            interval = "" if row["low"] is None else f"{row['low']:.3f} to {row['high']:.3f}"
+            table.add_row(
+                *(row[name] for name in ("about", "encoder", "model", "part", "metric")),
+                f"{row['value']:.3f}",
+                interval,
+                str(row["n"]),
+            )
+        table.add_section()
     return table
 
 
 def encoder_results(card: EncoderCard) -> pl.DataFrame:
     """How an encoder's heads do on their tasks' test patients (:data:`RESULT_SCHEMA`)."""
     rows = [
-        (task, card.name, "patch head", "test", metric, value, None, None, scores.n)
+        ("patch task", task, card.name, "patch head", "test", metric, value, None, None, scores.n)
         for task, scores in card.scores.items()
         for metric, value in (
             ("balanced accuracy", scores.balanced_accuracy),
@@ -71,6 +71,7 @@ def model_results(card: ModelCard) -> pl.DataFrame:
     network = f"{card.settings.network} grid CNN"
     rows = [
         (
+            "target",
             card.target.name,
             card.encoder,
             network if row.model == NETWORK else row.model,
@@ -89,8 +90,9 @@ def model_results(card: ModelCard) -> pl.DataFrame:
 def map_results(name: str, encoder: str, scores: pl.DataFrame) -> pl.DataFrame:
     """The AUC of each scored slide of a map (:data:`RESULT_SCHEMA`); no interval: one slide."""
     rows = [
-        (name, encoder, "patch head", row["slide"], "AUC", row["auc"], None, None, row["cells"])
+        ("map", name, encoder, "patch head", part, "AUC", row["auc"], None, None, row["cells"])
         for row in scores.iter_rows(named=True)
+        for part in [f"{row['slide']}{' (patient in training)' if row['seen'] else ''}"]
     ]
     return pl.DataFrame(rows, schema=RESULT_SCHEMA, orient="row")
 
@@ -105,13 +107,15 @@ class Report:
 
 def results_figure(results: pl.DataFrame) -> Figure:
     """Value and interval of each target's first metric, a panel a target, cross-validated."""
-    targets = results.filter(pl.col("low").is_not_null()).unique(
+    targets = results.filter(kind="target").unique(
         ["about", "encoder", "model", "part"], keep="first", maintain_order=True
     )
     panels = targets.partition_by("about", maintain_order=True)
     figure = Figure(figsize=(4.2 * max(1, len(panels)), 3), layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, panel in zip(figure.subplots(1, max(1, len(panels)), squeeze=False)[0], panels):
+    for axes, panel in zip(
+        figure.subplots(1, max(1, len(panels)), squeeze=False)[0], panels, strict=False
+    ):
         names = [f"{r['encoder']}: {r['model']}" for r in panel.iter_rows(named=True)]
         value = panel["value"].to_numpy()
         errors = abs(panel.select("low", "high").to_numpy().T - value)

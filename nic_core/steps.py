@@ -343,10 +343,19 @@ def map_slide(cohort: Cohort, store: Store, name: str, slide: str) -> tuple[pl.D
     return cells, picture
 
 
-def score_map(store: Store, name: str) -> pl.DataFrame:
-    """Score a map on every slide with a truth image; see :func:`nic_core.maps.score_maps`."""
-    found = [store.map(name, slide) / CELLS for slide in read_index(store)["slide"]]
-    return score_maps(pl.concat([pl.read_parquet(path) for path in found if path.exists()]))
+def score_map(cohort: Cohort, store: Store, name: str) -> pl.DataFrame:
+    """Score a map on every slide with a truth image; see :func:`nic_core.maps.score_maps`.
+
+    The column ``seen`` tells whether the encoder trained on patches of the slide's patient: then
+    the figure says little about others.
+    """
+    index = read_index(store)
+    found = [store.map(name, slide) / CELLS for slide in index["slide"]]
+    scores = score_maps(pl.concat([pl.read_parquet(path) for path in found if path.exists()]))
+    patches = load_patch_task(store.patch_task(cohort.probability_map(name).task)).table
+    trained_on = patches.filter(pl.col("split") != "test")["group"].unique()
+    seen = index.select("slide", seen=pl.col("patient").is_in(trained_on.implode()))
+    return scores.join(seen, on="slide", maintain_order="left")
 
 
 # --- report ----------------------------------------------------------------------------------
@@ -363,7 +372,7 @@ def write_report(cohort: Cohort, store: Store) -> Report:
     for encoder in cohort.encoders:
         if store.encoder(encoder.name).exists():
             parts.append(encoder_results(load_encoder(store.encoder(encoder.name)).card))
-    parts += [map_results(m.name, m.encoder, score_map(store, m.name)) for m in cohort.maps]
+    parts += [map_results(m.name, m.encoder, score_map(cohort, store, m.name)) for m in cohort.maps]
     results = pl.concat(parts)
     figure = results_figure(results)
     with whole_folder(store.reports) as folder:

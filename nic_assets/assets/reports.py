@@ -92,12 +92,13 @@ def _map_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
     )
     def map_scores(
         context: dg.AssetExecutionContext,
+        cohort: dg.ResourceParam[Cohort],
         store: dg.ResourceParam[Store],
     ) -> Events:
         """Per-cell AUC of a map against the truth images of the slides that have one."""
 
         def work(key: str) -> Product:
-            scores = steps.score_map(store, key)
+            scores = steps.score_map(cohort, store, key)
             return Product(version=steps.digest(scores.rows()), metadata={"scores": table(scores)})
 
         yield from materialize_each(context, work, expected=(CohortError,))
