@@ -6,8 +6,7 @@ import dagster as dg
 
 from nic_assets.assets.encoders import encoder_assets
 from nic_assets.assets.grids import grid_assets
-
-# from nic_assets.assets.models import model_assets
+from nic_assets.assets.models import model_assets
 from nic_assets.assets.reports import report_assets
 from nic_assets.assets.slides import slide_assets
 from nic_assets.executors import local_executor
@@ -29,7 +28,7 @@ def build_defs(cohort: Cohort, store: Store) -> dg.Definitions:
             *slide_assets(partitions),
             *encoder_assets(partitions),
             *grid_assets(partitions),
-            #            *model_assets(partitions),
+            *model_assets(partitions),
             *report_assets(partitions),
         ],
         jobs=study_jobs(partitions),

@@ -10,7 +10,9 @@ from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from nic_core.cohort import ProbabilityMap
 from nic_core.encoders import EncoderCard
+from nic_core.metrics import score
 from nic_core.models.files import ModelCard
 from nic_core.models.validation import NETWORK
 
@@ -87,13 +89,27 @@ def model_results(card: ModelCard) -> pl.DataFrame:
     return pl.DataFrame(rows, schema=RESULT_SCHEMA, orient="row")
 
 
-def map_results(name: str, encoder: str, scores: pl.DataFrame) -> pl.DataFrame:
-    """The AUC of each scored slide of a map (:data:`RESULT_SCHEMA`); no interval: one slide."""
-    rows = [
-        ("map", name, encoder, "patch head", part, "AUC", row["auc"], None, None, row["cells"])
-        for row in scores.iter_rows(named=True)
-        for part in [f"{row['slide']}{' (patient in training)' if row['seen'] else ''}"]
-    ]
+def map_results(item: ProbabilityMap, scores: pl.DataFrame, *, resamples: int) -> pl.DataFrame:
+    """The mean AUC of a map over slides (:data:`RESULT_SCHEMA`), held-out patients apart.
+
+    Parameters
+    ----------
+    scores
+        From :func:`nic_core.steps.score_map`.
+    resamples
+        Of the patients, for the interval; a single patient gives none.
+    """
+    rows = []
+    for seen, part in ((False, "held-out patients"), (True, "patients in training")):
+        slides = scores.filter(seen=seen)
+        if slides.is_empty():
+            continue
+        auc = slides["auc"].to_numpy()
+        metrics = {"auc": lambda w, auc=auc: w @ auc / w.sum(1)}
+        interval = score(metrics, slides["patient"].to_list(), resamples=resamples, seed=0)["auc"]
+        bounds = (interval.low, interval.high) if slides["patient"].n_unique() > 1 else (None, None)
+        row = ("map", item.name, item.encoder, "patch head", part, "AUC of cells")
+        rows.append((*row, interval.value, *bounds, slides.height))
     return pl.DataFrame(rows, schema=RESULT_SCHEMA, orient="row")
 
 

@@ -346,7 +346,7 @@ def map_slide(cohort: Cohort, store: Store, name: str, slide: str) -> tuple[pl.D
 def score_map(cohort: Cohort, store: Store, name: str) -> pl.DataFrame:
     """Score a map on every slide with a truth image; see :func:`nic_core.maps.score_maps`.
 
-    The column ``seen`` tells whether the encoder trained on patches of the slide's patient: then
+    Adds ``patient``, and ``seen``: whether the encoder trained on patches of that patient, so that
     the figure says little about others.
     """
     index = read_index(store)
@@ -354,8 +354,8 @@ def score_map(cohort: Cohort, store: Store, name: str) -> pl.DataFrame:
     scores = score_maps(pl.concat([pl.read_parquet(path) for path in found if path.exists()]))
     patches = load_patch_task(store.patch_task(cohort.probability_map(name).task)).table
     trained_on = patches.filter(pl.col("split") != "test")["group"].unique()
-    seen = index.select("slide", seen=pl.col("patient").is_in(trained_on.implode()))
-    return scores.join(seen, on="slide", maintain_order="left")
+    about = index.select("slide", "patient", seen=pl.col("patient").is_in(trained_on.implode()))
+    return scores.join(about, on="slide", maintain_order="left")
 
 
 # --- report ----------------------------------------------------------------------------------
@@ -372,7 +372,9 @@ def write_report(cohort: Cohort, store: Store) -> Report:
     for encoder in cohort.encoders:
         if store.encoder(encoder.name).exists():
             parts.append(encoder_results(load_encoder(store.encoder(encoder.name)).card))
-    parts += [map_results(m.name, m.encoder, score_map(cohort, store, m.name)) for m in cohort.maps]
+    for item in cohort.maps:
+        scores = score_map(cohort, store, item.name)
+        parts.append(map_results(item, scores, resamples=cohort.settings.models.bootstrap))
     results = pl.concat(parts)
     figure = results_figure(results)
     with whole_folder(store.reports) as folder:
