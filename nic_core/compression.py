@@ -1,8 +1,9 @@
 """From a slide to its grid: read, encode, put back in place.
 
-A stream of bounded memory whatever the slide's size: reader threads decode blocks of
-neighbouring cells, each stored tile once, a few blocks ahead of the encoder, which runs on the
-calling thread. No patch touches the disk.
+A stream of bounded memory whatever the slide's size: one worker a core takes blocks of
+neighbouring cells, decodes each stored tile once and encodes the patches it cut, on that core
+alone. Decoding and encoding so share the cores in the ratio that they need, and no thread waits
+for another at every layer. No patch touches the disk.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import polars as pl
@@ -27,9 +29,9 @@ from nic_core.slides.errors import SlideError
 from nic_core.slides.resample import Pixels
 from nic_core.slides.slide import Slide
 
-BLOCK = 8  # cells a side that are read at once
+BLOCK, GPU_BLOCK = 8, 16  # cells a side that are read at once
 MAX_UNREADABLE = 0.05  # share of kept cells [choice]: above it a slide is damaged, not scratched
-_CPU_BATCH, _GPU_BATCH = 32, 512  # on CPUs a batch whose feature maps stay in the caches is fastest
+_CPU_BATCH = 32  # patches whose feature maps stay in a core's cache: faster than more
 
 
 class _Card(Protocol):
@@ -57,6 +59,7 @@ class PatchEncoder(Protocol):
 
 
 Progress = Callable[[int, int], None]
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ def compress_slide(
     slide_id: str,
     slide_identity: str,
     device: str = "auto",
-    readers: int | None = None,
+    workers: int | None = None,
     max_unreadable: float = MAX_UNREADABLE,
     progress: Progress | None = None,
 ) -> Grid:
@@ -99,12 +102,12 @@ def compress_slide(
         The slide's patch table, of the encoder's patch size and um/px.
     device : str
         ``auto``, ``cpu`` or ``cuda``.
-    readers : int, optional
-        Reader threads; default: one a core, 8 at most.
+    workers : int, optional
+        Threads; default: one a core.
     max_unreadable : float
         Share of the kept cells that may be undecodable. Those are left empty (not valid).
     progress : callable, optional
-        Called with (cells done, cells in all) after every batch.
+        Called with (cells done, cells in all) after every block.
 
     Returns
     -------
@@ -127,21 +130,19 @@ def compress_slide(
 
     module = encoder.inference_module(device)
     at = next(chain(module.parameters(), module.buffers()), torch.empty(0)).device
-    batch = _CPU_BATCH if at.type == "cpu" else _GPU_BATCH
+    on_cpu = at.type == "cpu"
 
-    def read(block: Block) -> tuple[NDArray[np.int64], Pixels]:
-        return read_block(slide, block, patch=card.patch, mpp=card.mpp)
+    def work(block: Block) -> tuple[NDArray[np.int64], NDArray[np.float16]]:
+        cells, pixels = read_block(slide, block, patch=card.patch, mpp=card.mpp)
+        return cells, _encode(module, pixels, at, _CPU_BATCH if on_cpu else len(pixels), card.code)
 
-    stream = _read_ahead(plan_blocks(table), read, readers or min(8, os.cpu_count() or 1))
-    with torch.inference_mode():
-        for cells, pixels in _batches(stream, batch):
-            # (B, P, P, 3) seen as channels-last (B, 3, P, P): nothing is copied
-            part = torch.from_numpy(pixels).to(at, non_blocking=True).permute(0, 3, 1, 2)
-            codes[:, cells[:, 0], cells[:, 1]] = module(part).T.half().cpu().numpy()
-            valid[cells[:, 0], cells[:, 1]] = True
-            done += len(cells)
-            if progress is not None:
-                progress(done, total)
+    blocks = plan_blocks(table, side=BLOCK if on_cpu else GPU_BLOCK)
+    for cells, found in _in_order(blocks, work, workers or _cores()):
+        codes[:, cells[:, 0], cells[:, 1]] = found.T
+        valid[cells[:, 0], cells[:, 1]] = True
+        done += len(cells)
+        if progress is not None:
+            progress(done, total)
     unreadable = total - done
     if unreadable > max_unreadable * total:
         raise SlideError(
@@ -226,19 +227,30 @@ def _read_cells(
     )
 
 
-def _read_ahead(
-    blocks: Iterable[Block],
-    read: Callable[[Block], tuple[NDArray[np.int64], Pixels]],
-    readers: int,
-) -> Iterator[tuple[NDArray[np.int64], Pixels]]:
-    """Blocks in order, read by threads at most two blocks each ahead of the consumer."""
-    pending: deque[Future[tuple[NDArray[np.int64], Pixels]]] = deque()
-    with ThreadPoolExecutor(readers, thread_name_prefix="read") as pool:
+def _encode(
+    module: nn.Module, pixels: Pixels, device: torch.device, batch: int, code: int
+) -> NDArray[np.float16]:
+    """uint8 (n, P, P, 3) to float16 (n, C)."""
+    codes = np.empty((len(pixels), code), np.float16)
+    with torch.inference_mode():
+        for start in range(0, len(pixels), batch or 1):
+            # (B, P, P, 3) seen as channels-last (B, 3, P, P): nothing is copied
+            part = torch.from_numpy(pixels[start : start + batch]).to(device).permute(0, 3, 1, 2)
+            codes[start : start + batch] = module(part).half().cpu().numpy()
+    return codes
+
+
+def _in_order(
+    blocks: Iterable[Block], work: Callable[[Block], _Result], workers: int
+) -> Iterator[_Result]:
+    """Results of blocks in their order, at most two blocks a worker ahead of the consumer."""
+    pending: deque[Future[_Result]] = deque()
+    with _one_thread_each(), ThreadPoolExecutor(workers, thread_name_prefix="compress") as pool:
         try:
             for block in blocks:
-                if len(pending) >= 2 * readers:
+                if len(pending) >= 2 * workers:
                     yield pending.popleft().result()
-                pending.append(pool.submit(read, block))
+                pending.append(pool.submit(work, block))
             while pending:
                 yield pending.popleft().result()
         finally:
@@ -246,20 +258,26 @@ def _read_ahead(
                 future.cancel()
 
 
-def _batches(
-    blocks: Iterable[tuple[NDArray[np.int64], Pixels]], size: int
-) -> Iterator[tuple[NDArray[np.int64], Pixels]]:
-    """Cut a stream of blocks into batches of ``size`` patches; the last may be smaller."""
-    rest: tuple[NDArray[np.int64], Pixels] | None = None
-    for cells, pixels in blocks:
-        if rest is not None:
-            cells, pixels = np.concatenate([rest[0], cells]), np.concatenate([rest[1], pixels])
-        whole = len(cells) // size * size
-        for start in range(0, whole, size):
-            yield cells[start : start + size], pixels[start : start + size]
-        rest = (cells[whole:], pixels[whole:])
-    if rest is not None and len(rest[0]):
-        yield rest
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """PyTorch on one core in every thread that starts in this block.
+
+    Its own threads wait for each other by spinning; where cores are shared with anything, two
+    of them encode slower than one.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _check_fits(slide: Slide, table: pl.DataFrame, card: _Card, slide_id: str) -> None:

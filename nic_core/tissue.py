@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from skimage import filters, morphology
 
+from nic_core.slides.annotations import ANNOTATION_SUFFIXES, read_annotations, region_mask
 from nic_core.slides.errors import SlideError
 from nic_core.slides.slide import Slide
 
@@ -79,13 +80,24 @@ def tissue_mask(slide: Slide, *, mpp: float = TISSUE_MPP) -> TissueMask:
 
 
 def read_mask(path: Path, slide: Slide, *, mpp: float = TISSUE_MPP) -> TissueMask:
-    """A ready-made mask image (0 is background, all else tissue), stretched over the slide.
+    """A ready-made mask instead of the rule's.
+
+    Parameters
+    ----------
+    path : Path
+        An image of the whole slide (0 is background, all else tissue), stretched over it, or
+        annotated regions (QuPath GeoJSON, ASAP XML) that are the tissue.
 
     Raises
     ------
     SlideError
-        The image cannot be read, or its shape is not the slide's.
+        The file cannot be read, or the image's shape is not the slide's.
     """
+    mpp = max(mpp, slide.mpp)
+    width, height = _mask_size(slide, mpp)
+    if path.suffix.lower() in ANNOTATION_SUFFIXES:
+        regions = read_annotations(path)
+        return TissueMask(region_mask(regions, slide, (height, width), mpp), mpp)
     remedy = "give an image of the whole slide in the column `mask` of the slide table"
     try:
         image = pyvips.Image.new_from_file(str(path), fail_on="error").extract_band(0)
@@ -96,8 +108,6 @@ def read_mask(path: Path, slide: Slide, *, mpp: float = TISSUE_MPP) -> TissueMas
                 f"another shape than the slide's {slide.width} x {slide.height}",
                 remedy,
             )
-        mpp = max(mpp, slide.mpp)
-        width, height = _mask_size(slide, mpp)
         # the slide's own size need not be a whole number of mask px: scale by um, then cut or pad
         across = slide.width * slide.mpp / mpp / image.width
         down = slide.height * slide.mpp / mpp / image.height

@@ -7,6 +7,8 @@ pieces gives the same pixels as the block in one.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
@@ -114,10 +116,10 @@ def _block_means(pixels: Pixels, step: int) -> Pixels:
     height, width = pixels.shape[0] // step, pixels.shape[1] // step
     pixels = pixels.reshape(height * step, -1)
     result = np.empty((height, width * 3), np.uint8)
-    kind = np.uint16 if 256 * step**2 <= 1 << 16 else np.uint32
+    kind = np.dtype(np.uint16 if 256 * step**2 <= 1 << 16 else np.uint32)
     for top in range(0, height, _BAND):
         rows = pixels[top * step : (top + _BAND) * step]
-        down = rows[::step].astype(kind)
+        down: NDArray[np.unsignedinteger[Any]] = rows[::step].astype(kind)
         for i in range(1, step):
             down += rows[i::step]
         for channel in range(3):  # long strided runs; (..., step, 3) would be runs of three

@@ -20,6 +20,7 @@ from nic_core.slides.metadata import (
 
 _VENDORS = ("is_ndpi", "is_scn", "is_philips", "is_bif")
 _SUBIFDS = 330
+_MAX_TILE = 1 << 28  # px
 # TIFF data types by number: the size of one value
 _VALUE_FORMATS = tifffile.TIFF.DATA_FORMATS
 
@@ -80,12 +81,31 @@ def _scan(path: Path, tiff: tifffile.TiffFile) -> TiffScan:
             f"not an 8-bit RGB image: axes {series.axes}, shape {series.shape}, {series.dtype}",
             BRIGHTFIELD_REMEDY,
         )
+    for level in series.levels:
+        _check_tiles(path, level.keyframe)
     _check_whole(path, tiff, series)
     return TiffScan(
         series=number,
         vendor=any(getattr(tiff, kind) for kind in _VENDORS),
         mpp=tiff_mpp(tiff, page),
     )
+
+
+def _check_tiles(path: Path, page: tifffile.TiffPage) -> None:
+    """Sizes, offsets and byte counts must tell the same number of tiles of a possible size."""
+    side = (page.tilewidth, page.tilelength)
+    if not page.is_tiled:
+        side = (page.imagewidth, min(page.rowsperstrip, page.imagelength))
+    if min(side) < 1 or side[0] * side[1] > _MAX_TILE:
+        raise SlideError(path, f"damaged: tiles of {side[0]} x {side[1]} px", DAMAGED_REMEDY)
+    if page.planarconfig != tifffile.PLANARCONFIG.CONTIG:
+        raise SlideError(path, "its colours are stored as separate planes", "save it as RGB pixels")
+    count = -(-page.imagewidth // side[0]) * -(-page.imagelength // side[1])
+    stored = len(page.dataoffsets), len(page.databytecounts)
+    if stored != (count, count):
+        raise SlideError(
+            path, f"damaged: {count} tiles by its size, {stored[0]} stored", DAMAGED_REMEDY
+        )
 
 
 def _check_whole(path: Path, tiff: tifffile.TiffFile, series: tifffile.TiffPageSeries) -> None:

@@ -69,7 +69,7 @@ def compress(slide, table, encoder=None, **options):
 def test_a_grid_is_every_kept_patch_at_its_place(kind, mpp, files):
     with open_slide(files[kind], mpp=mpp) as slide:
         table = table_of(slide)
-        grid = compress(slide, table, readers=3)
+        grid = compress(slide, table, workers=3)
         assert 0 < table["kept"].sum() < len(table)
         for row in table.iter_rows(named=True):
             place = row["row"], row["column"]
@@ -86,9 +86,11 @@ def test_a_grid_is_every_kept_patch_at_its_place(kind, mpp, files):
 def test_the_result_depends_neither_on_threads_nor_on_blocks(files, monkeypatch):
     with open_slide(files["tiff"]) as slide:
         table = table_of(slide)
-        first = compress(slide, table, readers=1)
-        monkeypatch.setattr("nic_core.compression.plan_blocks", lambda t: plan_blocks(t, side=3))
-        second = compress(slide, table, readers=4)
+        first = compress(slide, table, workers=1)
+        monkeypatch.setattr(
+            "nic_core.compression.plan_blocks", lambda t, side: plan_blocks(t, side=3)
+        )
+        second = compress(slide, table, workers=4)
     np.testing.assert_array_equal(first.valid, second.valid)
     np.testing.assert_allclose(first.codes, second.codes, rtol=2e-3)
 
@@ -189,7 +191,7 @@ def test_too_many_undecodable_tiles_fail_the_slide(scratched):
             compress(slide, table)
 
 
-def test_a_failing_encoder_ends_the_readers(files):
+def test_a_failing_encoder_ends_the_workers(files):
     class Broken(Stub):
         def inference_module(self, device: str = "auto") -> nn.Module:
             class Raises(nn.Module):
@@ -198,10 +200,11 @@ def test_a_failing_encoder_ends_the_readers(files):
 
             return Raises()
 
-    before = threading.active_count()
+    before, torch_threads = threading.active_count(), torch.get_num_threads()
     with open_slide(files["tiff"]) as slide, pytest.raises(RuntimeError, match="no memory"):
         compress(slide, table_of(slide), Broken())
     assert threading.active_count() == before
+    assert torch.get_num_threads() == torch_threads
 
 
 def test_codes_that_float16_cannot_hold_are_an_error(files):

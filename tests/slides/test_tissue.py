@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from conftest import GLASS, paint, vips, write_tiff
@@ -116,6 +118,16 @@ def test_a_ready_mask_is_stretched_over_the_slide(tmp_path, files, value):
     assert mask.array.shape == (175, 225)
     assert mask.array[:87].all()
     assert not mask.array[89:].any()
+
+
+def test_annotated_regions_may_be_the_mask(tmp_path, files):
+    corners = [[0, 0], [450, 0], [450, 700], [0, 700], [0, 0]]
+    path = tmp_path / "tissue.geojson"
+    path.write_text(json.dumps([{"geometry": {"type": "Polygon", "coordinates": [corners]}}]))
+    with open_slide(files["tiff"]) as slide:
+        mask = read_mask(path, slide, mpp=1.0)
+    assert mask.array[:, :112].all()
+    assert not mask.array[:, 113:].any()
 
 
 def test_a_mask_of_another_shape_or_none_is_refused(tmp_path, files):

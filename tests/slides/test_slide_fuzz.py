@@ -1,0 +1,50 @@
+"""Openers on mutated files: one error at most, no crash, no hang."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import paint, vips, write_tiff
+
+MUTATIONS = int(os.environ.get("NIC_FUZZ", "150"))
+
+
+def fuzz(sources: list[Path]) -> None:
+    script = Path(__file__).with_name("fuzz_open.py")
+    done = subprocess.run(
+        [sys.executable, str(script), "0", str(MUTATIONS), *map(str, sources)],
+        capture_output=True,
+        text=True,
+        timeout=60 + MUTATIONS,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, f"{done.stdout[-40:]}\n{done.stderr[-2000:]}"
+    assert f" of {MUTATIONS}" in done.stdout
+
+
+def test_mutated_files_are_opened_or_refused(tmp_path):
+    image = paint(300, 300)
+    jpeg, png = tmp_path / "region.jpg", tmp_path / "region.png"
+    vips(image).write_to_file(str(jpeg))
+    vips(image).write_to_file(str(png))
+    pyramid = write_tiff(tmp_path / "pyramid.tif", image, mpp=0.5, compression="jpeg")
+    parts = write_tiff(tmp_path / "parts.tif", image, mpp=0.5, subifd=True, bigtiff=True)
+    fuzz([jpeg, png, pyramid, parts])
+
+
+@pytest.mark.skipif("NIC_FUZZ" not in os.environ, reason="long; set NIC_FUZZ to a number of files")
+def test_mutated_real_slides_are_opened_or_refused(real_data):
+    names = [
+        "OS-1-detail.ome.tif",
+        "camelyon_multiframe_lowres.dcm",
+        "idc_8913.tif",
+        "unreadable.svs",
+        "CMU-1-Small-Region.svs",
+        "stritt_test3_DAPI.ndpi",
+    ]
+    fuzz([real_data / "slides" / name for name in names])
