@@ -127,21 +127,42 @@ class EncoderSpec(_Model):
     """An encoder to train: its objective, the patch tasks it sees and the seed.
 
     ``patches_seen`` counts patches through the network over the whole training and is the
-    quantity to hold equal when encoders are compared [choice].
+    quantity to hold equal when encoders are compared [choice]. ``supervised`` is ``mtl`` with
+    one task; ``vae``, ``contrastive`` and ``bigan`` use the tasks' patches without labels.
     """
 
     name: Name
-    objective: Literal["mean_rgb", "mtl"]
+    objective: Literal["mean_rgb", "mtl", "supervised", "vae", "contrastive", "bigan"]
     tasks: tuple[str, ...] = ()
     seed: int = 0
     patches_seen: PositiveInt = 200_000
     batch: PositiveInt = 64
-    learning_rate: PositiveFloat = 1e-2
+    learning_rate: PositiveFloat | None = Field(
+        default=None,
+        description="default: the published one of the objective, 1e-3 for vae, 2e-4 for bigan, "
+        "1e-2 for the others",
+    )
+    architecture: Literal["tellez2020", "tellez2019"] = Field(
+        default="tellez2020",
+        description="tellez2019 is the network published for vae and contrastive; the default "
+        "compares objectives at equal architecture [choice]",
+    )
 
     @model_validator(mode="after")
     def _tasks_fit_objective(self) -> Self:
-        if self.objective == "mtl" and not self.tasks:
-            raise ValueError(f"encoder '{self.name}': objective 'mtl' needs at least one task")
+        if self.objective != "mean_rgb" and not self.tasks:
+            raise ValueError(
+                f"encoder '{self.name}': objective '{self.objective}' needs at least one task"
+            )
+        if self.objective == "supervised" and len(self.tasks) > 1:
+            raise ValueError(
+                f"encoder '{self.name}': objective 'supervised' takes one task; "
+                "'mtl' is the objective of several"
+            )
+        if self.architecture == "tellez2019" and self.objective not in ("vae", "contrastive"):
+            raise ValueError(
+                f"encoder '{self.name}': architecture 'tellez2019' is for vae and contrastive"
+            )
         if self.objective == "mean_rgb" and self.tasks:
             raise ValueError(f"encoder '{self.name}': 'mean_rgb' is not trained and takes no tasks")
         return self

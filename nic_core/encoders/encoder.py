@@ -138,13 +138,18 @@ def task_probabilities(
     return probabilities
 
 
-def build_module(architecture: Architecture, *, patch: int, code: int) -> nn.Module:
-    """A module of that architecture with initial weights; patches of ``patch`` px a side."""
-    if architecture == "mean_rgb":
-        return MeanRGB()
+def build_encoder(architecture: str, *, patch: int, code: int) -> PatchEncoder:
+    """An encoder network with initial weights for patches of ``patch`` px a side."""
     if architecture == "tellez2019":
         return PatchEncoder(StridedEncoder(code, patch))
     return PatchEncoder(TellezEncoder(code, pooled_side(patch)))
+
+
+def build_module(card: EncoderCard) -> nn.Module:
+    """A module of the card's architecture with initial weights."""
+    if card.architecture == "mean_rgb":
+        return MeanRGB()
+    return build_encoder(card.architecture, patch=card.patch, code=card.code)
 
 
 def build_heads(tasks: Mapping[str, tuple[str, ...]], code: int) -> dict[str, nn.Module]:

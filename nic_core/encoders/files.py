@@ -51,7 +51,7 @@ def load_encoder(folder: Path) -> Encoder:
             f"{folder}: the weights are not those of the card (hash differs); "
             "restore both files from one source, or train again"
         )
-    module = build_module(card.architecture, patch=card.patch, code=card.code)
+    module = build_module(card)
     heads = build_heads(card.tasks, card.code)
     try:
         _load(module, "encoder.", tensors)

@@ -37,6 +37,7 @@ def fit(
     objective: Objective,
     spec: EncoderSpec,
     *,
+    learning_rate: float,
     checkpoint: Path | None = None,
     fingerprint: str = "",
     tracker: Tracker | None = None,
@@ -63,7 +64,7 @@ def fit(
     EncoderError
         A loss became NaN or infinite.
     """
-    run = _Run(objective, spec)
+    run = _Run(objective, spec, learning_rate)
     if checkpoint is not None and checkpoint.exists():
         run.restore(checkpoint, fingerprint)
     if tracker is not None:
@@ -84,15 +85,13 @@ def fit(
 class _Run:
     """The state of one training: all that a checkpoint must hold."""
 
-    def __init__(self, objective: Objective, spec: EncoderSpec) -> None:
+    def __init__(self, objective: Objective, spec: EncoderSpec, learning_rate: float) -> None:
         self.objective = objective
         self.spec = spec
         self.networks = objective.networks
         device = next(self.networks.parameters()).device
         self.generator = torch.Generator(device).manual_seed(spec.seed)
-        self.optimizer = torch.optim.Adam(
-            self.networks.parameters(), lr=spec.learning_rate, fused=True
-        )
+        self.optimizer = torch.optim.Adam(self.networks.parameters(), lr=learning_rate, fused=True)
         self.plateau = None
         if objective.selection is not None:
             self.plateau = ReduceLROnPlateau(
@@ -151,7 +150,7 @@ class _Run:
         if not math.isfinite(value):
             raise EncoderError(
                 f"encoder '{self.spec.name}': {name} became {value} after {self.seen} patches; "
-                f"lower its learning_rate (now {self.spec.learning_rate})"
+                f"lower its learning_rate (now {self.optimizer.param_groups[0]['lr']:g})"
             )
         return value
 

@@ -16,17 +16,37 @@ from nic_core.encoders.encoder import (
     Encoder,
     EncoderCard,
     EncoderError,
+    build_encoder,
     encoder_tensors,
     resolve_device,
     weights_hash,
 )
 from nic_core.encoders.loop import EPOCHS, fit
-from nic_core.encoders.networks import PatchEncoder, TellezEncoder, channels_last, pooled_side
+from nic_core.encoders.networks import channels_last
+from nic_core.encoders.objectives.base import Objective
+from nic_core.encoders.objectives.bigan import BidirectionalGAN
+from nic_core.encoders.objectives.contrastive import Contrastive
 from nic_core.encoders.objectives.mean_rgb import CODE, mean_rgb_module
 from nic_core.encoders.objectives.mtl import Multitask, class_probabilities
+from nic_core.encoders.objectives.vae import VariationalAutoencoder
 from nic_core.encoders.patch_tasks import PatchDataset
 from nic_core.encoders.scores import TaskScores, score_task
 from nic_core.tracker import Tracker
+
+OBJECTIVES: dict[str, type[Multitask | VariationalAutoencoder | Contrastive | BidirectionalGAN]] = {
+    "mtl": Multitask,
+    "supervised": Multitask,
+    "vae": VariationalAutoencoder,
+    "contrastive": Contrastive,
+    "bigan": BidirectionalGAN,
+}
+PUBLISHED_RATES = {
+    "mtl": 1e-2,
+    "supervised": 1e-2,
+    "vae": 1e-3,
+    "contrastive": 1e-2,
+    "bigan": 2e-4,
+}
 
 
 @dataclass(frozen=True)
@@ -90,7 +110,13 @@ def train_encoder(
         return Trained(Encoder(card, module), pl.DataFrame())
 
     target = resolve_device(device)
-    facts = _training_facts(spec)
+    rate = spec.learning_rate or PUBLISHED_RATES[spec.objective]
+    facts: dict[str, int | float | str] = {
+        "seed": spec.seed,
+        "patches_seen": spec.patches_seen,
+        "batch": spec.batch,
+        "learning_rate": rate,
+    }
     data = {task.name: task.identity for task in tasks}
     software = _software()
     if tracker is not None:
@@ -100,9 +126,9 @@ def train_encoder(
         )
     with torch.random.fork_rng():
         torch.manual_seed(spec.seed)
-        encoder = PatchEncoder(TellezEncoder(code, pooled_side(patch))).to(target)
+        encoder = build_encoder(spec.architecture, patch=patch, code=code).to(target)
         channels_last(encoder)
-        objective = Multitask(
+        objective = OBJECTIVES[spec.objective](
             encoder,
             tasks,
             batch=spec.batch,
@@ -114,24 +140,29 @@ def train_encoder(
         history = fit(
             objective,
             spec,
+            learning_rate=rate,
             checkpoint=checkpoint,
             fingerprint=hashlib.sha256(setting.encode()).hexdigest(),
             tracker=tracker,
             progress=progress,
         )
 
-    scores = {task.name: _test_scores(objective, task, target) for task in tasks}
+    scores = {
+        task.name: _test_scores(objective, task, target)
+        for task in tasks
+        if task.name in objective.heads
+    }
     encoder = encoder.cpu().requires_grad_(False)
     heads = {name: head.cpu().requires_grad_(False) for name, head in objective.heads.items()}
     card = EncoderCard(
         name=spec.name,
-        architecture="tellez2020",
+        architecture=spec.architecture,
         objective=spec.objective,
-        tasks={task.name: task.classes for task in tasks},
+        tasks={task.name: task.classes for task in tasks if task.name in heads},
         patch=patch,
         mpp=mpp,
         code=code,
-        weights_hash=weights_hash("tellez2020", encoder_tensors(encoder, heads)),
+        weights_hash=weights_hash(spec.architecture, encoder_tensors(encoder, heads)),
         training=facts,
         data=data,
         scores=scores,
@@ -142,7 +173,7 @@ def train_encoder(
     return Trained(Encoder(card, encoder, heads), history)
 
 
-def _test_scores(objective: Multitask, task: PatchDataset, device: torch.device) -> TaskScores:
+def _test_scores(objective: Objective, task: PatchDataset, device: torch.device) -> TaskScores:
     rows = task.rows("test")
     head = objective.heads[task.name]
     return score_task(
@@ -168,10 +199,6 @@ def _matching_tasks(
     return [by_name[name] for name in spec.tasks]
 
 
-def _training_facts(spec: EncoderSpec) -> dict[str, int | float | str]:
-    return spec.model_dump(include={"seed", "patches_seen", "batch", "learning_rate"})
-
-
 def _software() -> dict[str, str]:
     return {"torch": torch.__version__}
 
@@ -181,6 +208,8 @@ def _draw(
 ) -> None:
     tracker.figure("training_curves", pictures.training_curves(history))
     for task in tasks:
+        if task.name not in card.scores:
+            continue
         tracker.figure(
             f"confusion_{task.name}",
             pictures.confusion_picture(task.name, task.classes, card.scores[task.name]),

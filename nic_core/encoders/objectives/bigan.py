@@ -1,0 +1,168 @@
+"""Bidirectional GAN (paper B): encoder and generator fool a discriminator of pairs.
+
+The discriminator tells (patch, E(patch)) from (G(z), z), z ~ N(0, 1)^C. Fixed learning rate,
+last weights. One step trains all three networks: the discriminator's loss sees the codes and
+patches without their gradient, the others' loss the discriminator without its own. Real and
+generated pairs pass the discriminator as two batches [choice].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional
+
+from nic_core.encoders.augmentation import augment
+from nic_core.encoders.networks import (
+    SLOPE,
+    PatchEncoder,
+    TellezEncoder,
+    initialise_as_keras,
+    pool_patches,
+)
+from nic_core.encoders.objectives.sampling import Sampler, patch_tensor, validation_rows
+from nic_core.encoders.objectives.vae import upsampling_block
+from nic_core.encoders.patch_tasks import PatchDataset
+
+
+class Generator(nn.Module):
+    """z (B, C) to pooled patch in [-1, 1], float32 (B, 3, side, side).
+
+    Dense 1024 to 4 x 4 x 64 (for 64 px), 4 x (nearest upsampling, convolution 128, BatchNorm,
+    LeakyReLU), convolution 3, tanh.
+    """
+
+    FIRST = 64
+    FILTERS = 128
+    STAGES = 4
+
+    def __init__(self, code: int, side: int) -> None:
+        super().__init__()
+        self.start = side // 2**self.STAGES
+        if self.start * 2**self.STAGES != side:
+            raise ValueError(f"a pooled patch of {side} px does not halve {self.STAGES} times")
+        self.dense = nn.Linear(code, self.start**2 * self.FIRST)
+        layers: list[nn.Module] = []
+        for channels in (self.FIRST, *[self.FILTERS] * (self.STAGES - 1)):
+            layers += upsampling_block(channels, self.FILTERS)
+        self.layers = nn.Sequential(
+            *layers, nn.Conv2d(self.FILTERS, 3, kernel_size=3, padding=1), nn.Tanh()
+        )
+        initialise_as_keras(self)
+
+    def forward(self, z: Tensor) -> Tensor:
+        maps = self.dense(z).view(-1, self.FIRST, self.start, self.start)
+        patches: Tensor = self.layers(maps)
+        return patches
+
+
+class Discriminator(nn.Module):
+    """(pooled patch, z) to the logit (B,) that the pair is (patch, E(patch)).
+
+    Image branch like the encoder with its own weights, concatenated with z, 2 x (dense 1024,
+    LeakyReLU, dropout 0.5), one output.
+    """
+
+    HIDDEN = 1024
+
+    def __init__(self, code: int, side: int) -> None:
+        super().__init__()
+        self.image = TellezEncoder(code, side)
+        self.pair = nn.Sequential(
+            nn.Linear(2 * code, self.HIDDEN),
+            nn.LeakyReLU(SLOPE),
+            nn.Dropout(0.5),
+            nn.Linear(self.HIDDEN, self.HIDDEN),
+            nn.LeakyReLU(SLOPE),
+            nn.Dropout(0.5),
+            nn.Linear(self.HIDDEN, 1),
+        )
+        initialise_as_keras(self)
+
+    def forward(self, patches: Tensor, z: Tensor) -> Tensor:
+        logits: Tensor = self.pair(torch.cat([self.image(patches), z], 1))
+        return logits[:, 0]
+
+
+class BidirectionalGAN:
+    """The BiGAN objective."""
+
+    selection = None
+
+    def __init__(
+        self,
+        encoder: PatchEncoder,
+        tasks: Sequence[PatchDataset],
+        *,
+        batch: int,
+        validation: int,
+        seed: int,
+    ) -> None:
+        """Patches come from the tasks in equal numbers, labels unused."""
+        self.encoder = encoder
+        self.tasks = tuple(tasks)
+        self.device = next(encoder.parameters()).device
+        network = encoder.network
+        self.generator = Generator(network.code, network.side).to(self.device)
+        self.discriminator = Discriminator(network.code, network.side).to(self.device)
+        self.heads = nn.ModuleDict()
+        self.networks = nn.ModuleDict(
+            {"encoder": encoder, "generator": self.generator, "discriminator": self.discriminator}
+        )
+        share = max(2, batch // len(self.tasks))
+        self.patches_a_step = share * len(self.tasks)
+        self.sampler = Sampler(self.tasks, share, by_class=False, device=self.device)
+        self.validation_rows = validation_rows(self.tasks, validation, seed)
+
+    def batch(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Augmented pooled patches (B, 3, S, S) in [-1, 1] and z (B, C)."""
+        network = self.encoder.network
+        pooled = torch.cat(
+            [
+                pool_patches(patch_tensor(task, rows, self.device), network.pooling)
+                for task, rows in zip(self.tasks, self.sampler.draw(generator), strict=True)
+            ]
+        )
+        patches = augment(pooled.div_(255), generator).mul_(2).sub_(1)
+        z = torch.randn(len(patches), network.code, generator=generator, device=self.device)
+        return patches, z
+
+    def losses(self, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        patches, z = batch
+        codes, generated = self.encoder.network(patches), self.generator(z)
+        discriminator = _pair_loss(
+            self.discriminator(patches, codes.detach()),
+            self.discriminator(generated.detach(), z),
+        )
+        frozen = {name: p.detach() for name, p in self.discriminator.named_parameters()}
+        fooling = _pair_loss(
+            functional_call(self.discriminator, frozen, (generated, z)),
+            functional_call(self.discriminator, frozen, (patches, codes)),
+        )
+        return {
+            "loss": discriminator + fooling,
+            "loss/discriminator": discriminator,
+            "loss/encoder_generator": fooling,
+        }
+
+    @torch.inference_mode()
+    def validate(self) -> dict[str, float]:
+        """How well G(E(patch)) is the patch: mean squared error in [-1, 1] units."""
+        error, count = 0.0, 0
+        network = self.encoder.network
+        for task, rows in zip(self.tasks, self.validation_rows, strict=True):
+            for start in range(0, len(rows), 64):
+                pixels = patch_tensor(task, rows[start : start + 64], self.device)
+                patches = pool_patches(pixels, network.pooling).mul(2 / 255).sub_(1)
+                rebuilt = self.generator(network(patches))
+                error += functional.mse_loss(rebuilt, patches).item() * len(patches)
+                count += len(patches)
+        return {"validation/reconstruction": error / count}
+
+
+def _pair_loss(called_real: Tensor, called_generated: Tensor) -> Tensor:
+    """Binary cross-entropy of logits that should be 1 for the first and 0 for the second."""
+    return functional.softplus(-called_real).mean() + functional.softplus(called_generated).mean()

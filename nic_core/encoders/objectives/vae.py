@@ -1,0 +1,152 @@
+"""Variational autoencoder (paper B).
+
+Encoder to mu and sigma, decoder from the code to the patch, MSE + 5e-5 * KL with the KL
+divergence positive. Augmented patches as input and target, log-variance for sigma, the KL
+summed over the code's numbers and the MSE averaged over pixels are [choice].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from nic_core.encoders.augmentation import augment
+from nic_core.encoders.networks import (
+    BN_EPSILON,
+    BN_MOMENTUM,
+    SLOPE,
+    PatchEncoder,
+    initialise_as_keras,
+    pool_patches,
+)
+from nic_core.encoders.objectives.base import Selection
+from nic_core.encoders.objectives.sampling import Sampler, patch_tensor, validation_rows
+from nic_core.encoders.patch_tasks import PatchDataset
+
+KL_WEIGHT = 5e-5
+
+
+def upsampling_block(channels: int, filters: int) -> list[nn.Module]:
+    """Nearest-neighbour doubling, 3x3 convolution, BatchNorm, LeakyReLU."""
+    return [
+        nn.Upsample(scale_factor=2, mode="nearest"),
+        nn.Conv2d(channels, filters, kernel_size=3, padding=1),
+        nn.BatchNorm2d(filters, eps=BN_EPSILON, momentum=BN_MOMENTUM),
+        nn.LeakyReLU(SLOPE),
+    ]
+
+
+class Decoder(nn.Module):
+    """Code (B, C) to patch in [-1, 1], float32 (B, 3, side, side).
+
+    Dense 8192 to 4 x 4 x 512 (for 128 px), 5 x (nearest upsampling, convolution with 256, 128,
+    64, 32, 16 filters), convolution with 3, tanh. BatchNorm and LeakyReLU are [choice].
+    """
+
+    FILTERS = (256, 128, 64, 32, 16)
+    FIRST = 512
+
+    def __init__(self, code: int, side: int) -> None:
+        super().__init__()
+        self.start = side // 2 ** len(self.FILTERS)
+        if self.start * 2 ** len(self.FILTERS) != side:
+            raise ValueError(f"a patch of {side} px does not halve {len(self.FILTERS)} times")
+        self.dense = nn.Linear(code, self.start**2 * self.FIRST)
+        layers: list[nn.Module] = []
+        for channels, filters in zip((self.FIRST, *self.FILTERS), self.FILTERS, strict=False):
+            layers += upsampling_block(channels, filters)
+        self.layers = nn.Sequential(
+            *layers, nn.Conv2d(self.FILTERS[-1], 3, kernel_size=3, padding=1), nn.Tanh()
+        )
+        initialise_as_keras(self)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        maps = self.dense(codes).view(-1, self.FIRST, self.start, self.start)
+        patches: Tensor = self.layers(maps)
+        return patches
+
+
+def kl_divergence(mu: Tensor, log_variance: Tensor) -> Tensor:
+    """KL of N(mu, sigma^2) from N(0, 1), summed over the code, mean over the batch; >= 0."""
+    return 0.5 * (mu.square() + log_variance.exp() - 1 - log_variance).sum(1).mean()
+
+
+class VariationalAutoencoder:
+    """The VAE objective; the code that is kept is mu."""
+
+    selection = Selection("validation/loss", "min")
+
+    def __init__(
+        self,
+        encoder: PatchEncoder,
+        tasks: Sequence[PatchDataset],
+        *,
+        batch: int,
+        validation: int,
+        seed: int,
+    ) -> None:
+        """Patches come from the tasks in equal numbers, labels unused."""
+        self.encoder = encoder
+        self.tasks = tuple(tasks)
+        self.device = next(encoder.parameters()).device
+        network = encoder.network
+        self.decoder = Decoder(network.code, network.side * network.pooling).to(self.device)
+        self.log_variance = nn.Linear(network.dense.in_features, network.code).to(self.device)
+        initialise_as_keras(self.log_variance)
+        self.heads = nn.ModuleDict()
+        self.networks = nn.ModuleDict(
+            {"encoder": encoder, "log_variance": self.log_variance, "decoder": self.decoder}
+        )
+        share = max(2, batch // len(self.tasks))
+        self.patches_a_step = share * len(self.tasks)
+        self.sampler = Sampler(self.tasks, share, by_class=False, device=self.device)
+        self.validation_rows = validation_rows(self.tasks, validation, seed)
+
+    def batch(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Augmented patches (B, 3, P, P) in [-1, 1] and the noise (B, C) of the code."""
+        pixels = torch.cat(
+            [
+                patch_tensor(task, rows, self.device)
+                for task, rows in zip(self.tasks, self.sampler.draw(generator), strict=True)
+            ]
+        )
+        patches = augment(pixels.float().div_(255), generator).mul_(2).sub_(1)
+        noise = torch.randn(
+            len(patches), self.encoder.network.code, generator=generator, device=self.device
+        )
+        return patches, noise
+
+    def losses(self, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        patches, noise = batch
+        mu, log_variance = self._posterior(patches)
+        codes = mu + noise * (0.5 * log_variance).exp()
+        mse = functional.mse_loss(self.decoder(codes), patches)
+        kl = kl_divergence(mu, log_variance)
+        return {"loss": mse + KL_WEIGHT * kl, "loss/mse": mse, "loss/kl": kl}
+
+    def _posterior(self, patches: Tensor) -> tuple[Tensor, Tensor]:
+        network = self.encoder.network
+        features = network.features(pool_patches(patches, network.pooling))
+        return network.dense(features), self.log_variance(features)
+
+    @torch.inference_mode()
+    def validate(self) -> dict[str, float]:
+        """The loss without chance: unaugmented patches, decoded from mu."""
+        sums = torch.zeros(3, dtype=torch.float64)
+        for task, rows in zip(self.tasks, self.validation_rows, strict=True):
+            for start in range(0, len(rows), 64):
+                pixels = patch_tensor(task, rows[start : start + 64], self.device)
+                patches = pixels.float().mul_(2 / 255).sub_(1)
+                mu, log_variance = self._posterior(patches)
+                mse = functional.mse_loss(self.decoder(mu), patches)
+                kl = kl_divergence(mu, log_variance)
+                sums += len(patches) * torch.tensor([mse.item(), kl.item(), 1.0])
+        mse, kl = (sums[:2] / sums[2]).tolist()
+        return {
+            "validation/loss": mse + KL_WEIGHT * kl,
+            "validation/mse": mse,
+            "validation/kl": kl,
+        }

@@ -1,0 +1,201 @@
+from __future__ import annotations
+
+import dataclasses
+from itertools import pairwise
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import nn
+from torch.distributions import Normal, kl_divergence
+
+from nic_core.cohort import EncoderSpec
+from nic_core.encoders import EncoderError, load_encoder, save_encoder, train_encoder
+from nic_core.encoders.networks import PatchEncoder, StridedEncoder, TellezEncoder
+from nic_core.encoders.objectives import vae
+from nic_core.encoders.objectives.bigan import BidirectionalGAN, Discriminator, Generator
+from nic_core.encoders.objectives.contrastive import Contrastive
+from nic_core.encoders.objectives.vae import Decoder, VariationalAutoencoder
+
+from .conftest import make_dataset
+
+
+def convolution(inputs: int, outputs: int) -> int:
+    return 9 * inputs * outputs + outputs
+
+
+def dense(inputs: int, outputs: int) -> int:
+    return inputs * outputs + outputs
+
+
+def norm(channels: int) -> int:
+    return 4 * channels  # with running statistics, as Keras counts
+
+
+def count(*modules: nn.Module) -> int:
+    return sum(
+        tensor.numel()
+        for module in modules
+        for name, tensor in module.state_dict().items()
+        if "num_batches" not in name
+    )
+
+
+def stack(*channels: int) -> int:
+    return sum(convolution(a, b) + norm(b) for a, b in pairwise(channels))
+
+
+@pytest.fixture(scope="module")
+def tasks():
+    return [make_dataset(side=64, each=30), make_dataset("other", side=64, each=30, seed=3)]
+
+
+@pytest.fixture(scope="module")
+def neighbours():
+    """Patches that lie two by two in their images."""
+    dataset = make_dataset(side=64, each=80)
+    table = dataset.table.sort("split", "group").with_columns(
+        index=pl.int_range(pl.len(), dtype=pl.Int64)
+    )
+    place = pl.int_range(pl.len()).over("split", "group")
+    table = table.with_columns(
+        source=pl.format("{}-{}", "group", place // 4),
+        x=place % 2 * 64,
+        y=place // 2 % 2 * 64,
+    )
+    return dataclasses.replace(dataset, table=table)
+
+
+def test_vae_has_the_published_layers():
+    encoder, decoder = StridedEncoder(128, 128), Decoder(128, 128)
+    assert encoder.convolutions(torch.zeros(2, 3, 128, 128)).shape == (2, 512, 4, 4)
+    assert decoder.dense.out_features == 8192
+    assert decoder(torch.zeros(2, 128)).shape == (2, 3, 128, 128)
+    published = stack(3, 32, 64, 128, 256, 512) + dense(8192, 512) + norm(512) + dense(512, 128)
+    assert count(encoder) == published == 5_835_072
+    assert count(decoder) == (
+        dense(128, 8192) + stack(512, 256, 128, 64, 32, 16) + convolution(16, 3)
+    )
+
+
+def test_bigan_has_the_published_layers():
+    generator, discriminator = Generator(128, 64), Discriminator(128, 64)
+    assert generator.dense.out_features == 1024
+    assert generator(torch.zeros(2, 128)).shape == (2, 3, 64, 64)
+    assert count(generator) == (
+        dense(128, 1024) + stack(64, 128, 128, 128, 128) + convolution(128, 3)
+    )
+    assert count(discriminator) == (595_968 + dense(256, 1024) + dense(1024, 1024) + dense(1024, 1))
+    assert [layer.p for layer in discriminator.pair if isinstance(layer, nn.Dropout)] == [0.5, 0.5]
+
+
+def test_kl_is_positive_and_that_of_torch():
+    mu, log_variance = torch.randn(5, 7), torch.randn(5, 7)
+    reference = kl_divergence(Normal(mu, (0.5 * log_variance).exp()), Normal(0.0, 1.0)).sum(1)
+    assert torch.allclose(vae.kl_divergence(mu, log_variance), reference.mean(), atol=1e-5)
+    assert vae.kl_divergence(mu, log_variance) > 0
+    assert vae.kl_divergence(torch.zeros(2, 3), torch.zeros(2, 3)) == 0
+
+
+def test_bigan_losses_move_only_their_own_networks(tasks):
+    objective = BidirectionalGAN(
+        PatchEncoder(TellezEncoder(16, 32)), tasks, batch=8, validation=8, seed=0
+    )
+    objective.networks.train()
+    batch = objective.batch(torch.Generator().manual_seed(0))
+
+    def moved(loss: str) -> set[str]:
+        objective.networks.zero_grad()
+        objective.losses(batch)[loss].backward()
+        return {
+            name
+            for name, network in objective.networks.items()
+            if any(p.grad is not None and p.grad.abs().sum() > 0 for p in network.parameters())
+        }
+
+    assert moved("loss/discriminator") == {"discriminator"}
+    assert moved("loss/encoder_generator") == {"encoder", "generator"}
+
+
+def test_contrastive_pairs_are_half_same_and_of_the_others_three_quarters_adjacent(neighbours):
+    objective = Contrastive(
+        PatchEncoder(TellezEncoder(16, 32)), [neighbours], batch=16, validation=16, seed=0
+    )
+    pairs, same = objective.training_pairs[0].draw(4000, torch.Generator().manual_seed(0))
+    assert abs(same.mean() - 0.5) < 0.03
+    assert (pairs[same, 0] == pairs[same, 1]).all()
+    first, second = (neighbours.table[pairs[~same, column]] for column in (0, 1))
+    together = (first["source"] == second["source"]).to_numpy()
+    assert abs(together.mean() - 0.75) < 0.04
+    step = (first["x"] - second["x"]).abs() + (first["y"] - second["y"]).abs()
+    assert set(step.to_numpy()[together]) == {64}
+    assert (first["group"] != second["group"]).to_numpy()[~together].all()
+    assert set(neighbours.table[pairs.ravel()]["split"]) == {"train"}
+
+
+def test_contrastive_needs_adjacent_patches(tasks):
+    with pytest.raises(EncoderError, match="needs adjacent patches"):
+        Contrastive(PatchEncoder(TellezEncoder(16, 32)), tasks, batch=16, validation=16, seed=0)
+
+
+@pytest.mark.parametrize("architecture", ["tellez2020", "tellez2019"])
+def test_vae_learns_to_rebuild_patches_and_is_saved(tasks, tmp_path, architecture):
+    spec = EncoderSpec(
+        name="vae", objective="vae", tasks=("stripes", "other"), patches_seen=192, batch=16,
+        architecture=architecture,
+    )  # fmt: skip
+    result = train_encoder(spec, tasks, patch=64, mpp=0.5, code=16, device="cpu")
+    history = result.history
+    assert history["loss/mse"][-1] < 0.9 * history["loss/mse"][0]
+    assert result.encoder.card.training["learning_rate"] == 1e-3
+    assert result.encoder.heads == {}
+    save_encoder(tmp_path, result.encoder)
+    pixels = tasks[0].patches[:9]
+    loaded = load_encoder(tmp_path)
+    assert np.array_equal(loaded.embed(pixels), result.encoder.embed(pixels))
+    with torch.inference_mode():
+        plain = loaded.module(torch.from_numpy(pixels).permute(0, 3, 1, 2)).numpy()
+    assert np.allclose(plain, loaded.embed(pixels), atol=1e-4 * np.abs(plain).max())
+
+
+def test_bigan_trains_at_a_fixed_rate_and_keeps_the_last_weights(tasks):
+    spec = EncoderSpec(
+        name="bigan", objective="bigan", tasks=("stripes", "other"), patches_seen=48, batch=16
+    )
+    first, again = (
+        train_encoder(spec, tasks, patch=64, mpp=0.5, code=16, device="cpu") for _ in range(2)
+    )
+    assert set(first.history["learning_rate"]) == {2e-4}
+    assert first.encoder.card == again.encoder.card  # dropout too comes from the seed
+
+
+def test_contrastive_training_reports_pair_accuracy(neighbours):
+    spec = EncoderSpec(
+        name="c", objective="contrastive", tasks=("stripes",), patches_seen=320, batch=16
+    )
+    result = train_encoder(spec, [neighbours], patch=64, mpp=0.5, code=16, device="cpu")
+    assert 0 <= result.history["validation/accuracy"].min() <= 1
+    assert result.encoder.card.scores == {}
+
+
+def test_vae_loss_is_mse_plus_weighted_kl(tasks):
+    objective = VariationalAutoencoder(
+        PatchEncoder(TellezEncoder(16, 32)), tasks, batch=8, validation=8, seed=0
+    )
+    losses = objective.losses(objective.batch(torch.Generator().manual_seed(0)))
+    assert torch.isclose(losses["loss"], losses["loss/mse"] + 5e-5 * losses["loss/kl"])
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"objective": "vae"}, "needs at least one task"),
+        ({"objective": "supervised", "tasks": ("a", "b")}, "takes one task"),
+        ({"objective": "mtl", "tasks": ("a",), "architecture": "tellez2019"}, "is for vae and"),
+    ],
+)
+def test_specs_that_cannot_be_are_refused(values, message):
+    with pytest.raises(ValidationError, match=message):
+        EncoderSpec(name="x", **values)
