@@ -251,7 +251,8 @@ def _order(difference: Floats, tolerance: float = 0.0) -> Floats:
 
 def _ratio(a: Any, b: Any) -> Floats:
     a, b = np.broadcast_arrays(np.asarray(a, np.float64), np.asarray(b, np.float64))
-    return np.divide(a, b, out=np.full(a.shape, np.nan), where=b != 0)
+    ratio: Floats = np.divide(a, b, out=np.full(a.shape, np.nan), where=b != 0)
+    return ratio
 
 
 def _numbers(values: ArrayLike) -> Floats:

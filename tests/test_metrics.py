@@ -57,9 +57,7 @@ def test_binary_metrics_equal_sklearn_on_a_resample_with_ties(seed):
     y = random.integers(0, 2, 40)
     p = np.round(random.random(40), 1)
     w, i = resample(random, 40)
-    ours = {
-        k: m(w)[0] for k, m in classification_metrics(y, np.stack([0.99 - p, p], 1)).items()
-    }
+    ours = {k: m(w)[0] for k, m in classification_metrics(y, np.stack([0.99 - p, p], 1)).items()}
     assert ours == pytest.approx(
         {
             "auc": roc_auc_score(y[i], p[i]),
@@ -156,9 +154,7 @@ def test_a_thousand_resamples_of_every_metric_take_less_than_two_seconds():
     start = time.process_time()
     score(survival_metrics(t, e, r), patients, resamples=1000, seed=0)
     score(regression_metrics(t, r), patients, resamples=1000, seed=0)
-    score(
-        classification_metrics(e, np.stack([-r, r], 1)), patients, resamples=1000, seed=0
-    )
+    score(classification_metrics(e, np.stack([-r, r], 1)), patients, resamples=1000, seed=0)
     assert time.process_time() - start < 2 * 9  # nine metrics
 
 

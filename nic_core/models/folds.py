@@ -60,7 +60,7 @@ def make_folds(table: pl.DataFrame, *, target: Target, folds: int, seed: int) ->
     in_stratum: Counter[tuple[float, int]] = Counter()
     for stratum in strata:
         tie = random.permutation(folds)
-        fold = min(range(folds), key=lambda f: (in_stratum[stratum, f], everyone[f], tie[f]))  # noqa: B023
+        fold = min(range(folds), key=lambda f: (in_stratum[stratum, f], everyone[f], tie[f]))
         in_stratum[stratum, fold] += 1
         everyone[fold] += 1
         dealt.append(fold)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import polars as pl
 
 from nic_core.cohort import (
@@ -85,6 +86,27 @@ def unlabelled(table: pl.DataFrame, index: pl.DataFrame) -> list[str]:
     return sorted(slide for slide in index["slide"] if slide not in used)
 
 
+def shuffle_labels(table: pl.DataFrame, *, seed: int) -> pl.DataFrame:
+    """Labels exchanged between patients, within each split: the permutation control.
+
+    Each patient takes over the labels of another; where the two have different numbers of
+    units, the other's are repeated in order or cut.
+    """
+    random = np.random.default_rng(seed)
+    values = [c for c in table.columns if c not in ("unit", "patient", "slides", "split")]
+    parts = []
+    for _, part in sorted(table.group_by("split"), key=lambda pair: str(pair[0])):
+        part = part.sort("unit")
+        rows = {p[0]: r[values] for p, r in part.group_by("patient")}
+        patients = sorted(rows)
+        donors = dict(zip(patients, random.permutation(patients), strict=True))
+        for patient, own in sorted(part.group_by("patient"), key=lambda pair: str(pair[0])):
+            labels = rows[donors[patient[0]]]
+            taken = labels[[i % labels.height for i in range(own.height)]]
+            parts.append(own.drop(values).hstack(taken))
+    return pl.concat(parts).select(table.columns).sort("unit")
+
+
 def _read_labels(cohort: Cohort, target: Target) -> tuple[pl.DataFrame, _Key]:
     path = cohort.labels
     if path is None:
@@ -102,9 +124,7 @@ def _read_labels(cohort: Cohort, target: Target) -> tuple[pl.DataFrame, _Key]:
     columns = _label_columns(target)
     for column in columns:
         if column not in table.columns:
-            raise _error(
-                target, column, f"not in {path}; the table has {', '.join(table.columns)}"
-            )
+            raise _error(target, column, f"not in {path}; the table has {', '.join(table.columns)}")
     table = table.select(pl.col(key).cast(pl.String), *columns).drop_nulls(key)
     twice = table.filter(pl.col(key).is_duplicated())
     if twice.height:
@@ -202,9 +222,7 @@ def _check_enough(target: Target, table: pl.DataFrame, folds: int) -> None:
     cv = table.filter(pl.col("split") == "cv")
     patients = cv["patient"].n_unique()
     if patients < folds:
-        raise _error(
-            target, column, f"{patients} patients are labelled, too few for {folds} folds"
-        )
+        raise _error(target, column, f"{patients} patients are labelled, too few for {folds} folds")
     if isinstance(target, ClassificationTarget):
         for code, name in enumerate(target.classes):
             count = cv.filter(pl.col("y") == code)["patient"].n_unique()

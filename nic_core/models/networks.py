@@ -63,25 +63,23 @@ class PublishedGridCNN(nn.Module):
 class SmallGridCNN(nn.Module):
     """A network for small grids and cohorts of some dozens [choice].
 
-    Two 3 x 3 convolutions with batch normalisation, LeakyReLU and feature-wise dropout see a
-    neighbourhood of 5 x 5 cells; the mean over tissue cells says how much of the slide looks
-    like what each filter found; a linear output. It is meant for few input channels:
-    see :class:`Normalise` with a projection.
+    Two 3 x 3 convolutions with batch normalisation and LeakyReLU see a neighbourhood of 5 x 5
+    cells; the mean over tissue cells says how much of the slide looks like what each filter
+    found; a linear output. No dropout: with so few filters it costs more than it saves. Meant
+    for few input channels: see :class:`Normalise` with a projection.
 
     Input float (B, channels, rows, columns) with 0 for background; output float (B, outputs).
     """
 
-    def __init__(
-        self, channels: int, outputs: int, *, width: int = 16, dropout: float = 0.2
-    ) -> None:
+    def __init__(self, channels: int, outputs: int) -> None:
         super().__init__()
+        width = 16
         layers: list[nn.Module] = []
         for inputs in (channels, width):
             layers += [
                 nn.Conv2d(inputs, width, 3, padding=1, bias=False),
                 nn.BatchNorm2d(width),
                 nn.LeakyReLU(0.2),
-                nn.Dropout2d(dropout),
             ]
         self.convolutions = nn.Sequential(*layers)
         self.output = nn.Linear(width, outputs)
