@@ -1,0 +1,38 @@
+"""The definitions of a study: the assets of one cohort, their resources and executor."""
+
+from __future__ import annotations
+
+import dagster as dg
+
+from nic_assets.assets.encoders import encoder_assets
+from nic_assets.assets.grids import grid_assets
+from nic_assets.assets.models import model_assets
+from nic_assets.assets.reports import report_assets
+from nic_assets.assets.slides import slide_assets
+from nic_assets.executors import local_executor
+from nic_assets.inputs import external_assets
+from nic_assets.jobs import study_jobs
+from nic_assets.logs import brief_logger
+from nic_assets.partitions import Partitions
+from nic_assets.tracking import Tracking
+from nic_core.cohort import Cohort
+from nic_core.store import Store
+
+
+def build_defs(cohort: Cohort, store: Store) -> dg.Definitions:
+    """The definitions of a study; tests build theirs on a cohort and a store of their own."""
+    partitions = Partitions(cohort)
+    return dg.Definitions(
+        assets=[
+            *external_assets(partitions),
+            *slide_assets(partitions),
+            *encoder_assets(partitions),
+            *grid_assets(partitions),
+            *model_assets(partitions),
+            *report_assets(partitions),
+        ],
+        jobs=study_jobs(partitions),
+        resources={"cohort": cohort, "store": store, "tracking": Tracking.in_store(store)},
+        executor=local_executor(),
+        loggers={"console": brief_logger},
+    )

@@ -1,0 +1,279 @@
+"""A whole study on a tiny cohort, through Dagster's own API and command line."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import dagster as dg
+import mlflow
+import numpy as np
+import polars as pl
+import pytest
+import torch
+import yaml
+from rich.console import Console
+
+from nic_assets.build import build_defs
+from nic_assets.inputs import SLIDE_FILE
+from nic_assets.refresh import refresh
+from nic_core.cohort import load_cohort
+from nic_core.grids import open_grid
+from nic_core.models.files import ensemble_module, load_model
+from nic_core.reports import RESULT_SCHEMA
+from nic_core.store import Store
+
+LAYERS = {
+    "encoders": {"patch_task_source", "encoder_entry", "patch_task", "encoder"},
+    "grids": {"grid", "encoded_cohort"},
+    "models": {"target_entry", "target_folds", "task_model"},
+    "reports": {"probability_map", "map_scores", "evaluation_report"},
+    "slides": {"slide_file", "slide_index", "slide", "patch_table"},
+}
+
+
+class Study:
+    """Definitions, store and instance of a cohort."""
+
+    def __init__(self, cohort: Path, root: Path) -> None:
+        self.cohort = load_cohort(cohort)
+        self.store = Store(root / "store")
+        self.defs = build_defs(self.cohort, self.store)
+        (root / "dagster").mkdir()
+        self.instance = dg.DagsterInstance.local_temp(str(root / "dagster"))
+
+    def refresh(self) -> list[str]:
+        return refresh(self.defs, self.instance, Console(quiet=True))
+
+    def runs(self) -> int:
+        return self.instance.get_runs_count()
+
+
+@pytest.fixture(scope="module")
+def study(tiny_cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> Study:
+    study = Study(tiny_cohort, tmp_path_factory.mktemp("study"))
+    assert study.refresh() == []
+    return study
+
+
+def test_every_layer_declares_its_assets(study):
+    graph = study.defs.resolve_asset_graph()
+    groups: dict[str, set[str]] = {}
+    for key in graph.get_all_asset_keys():
+        groups.setdefault(graph.get(key).group_name, set()).add(key.to_user_string())
+    assert groups == LAYERS
+
+
+def test_every_asset_says_what_it_is_and_whose(study):
+    graph = study.defs.resolve_asset_graph()
+    for key in graph.materializable_asset_keys:
+        node = graph.get(key)
+        assert node.description, key
+        assert node.owners, key
+        assert node.code_version, key
+
+
+def test_gpu_bound_work_is_tagged_and_takes_turns(study):
+    graph = study.defs.resolve_asset_graph()
+    for name in ("encoder", "grid", "task_model"):
+        definition = graph.get(dg.AssetKey(name)).assets_def
+        assert definition.op.tags["nic/device"] == "gpu"
+        assert definition.op.pool == "gpu"
+
+
+def test_every_partition_of_every_asset_is_materialized(study):
+    graph = study.defs.resolve_asset_graph()
+    for key in graph.materializable_asset_keys:
+        definition = graph.get(key).partitions_def
+        if definition is None:
+            assert study.instance.get_latest_materialization_event(key) is not None
+        else:
+            expected = set(
+                definition.get_partition_keys(dynamic_partitions_store=study.instance)
+            )
+            assert study.instance.get_materialized_partitions(key) == expected, key
+
+
+def test_a_grid_has_a_code_at_every_kept_cell(study):
+    for slide in study.instance.get_dynamic_partitions("slides"):
+        cells = pl.read_parquet(study.store.patch_table(slide)).filter("kept")
+        grid = open_grid(study.store.grid("mtl-4", slide))
+        assert grid.shape[0] == 128
+        assert int(grid.valid.sum()) == cells.height > 0
+
+
+def test_the_report_holds_every_target_encoder_and_task(study):
+    results = pl.read_parquet(study.store.reports / "results.parquet")
+    assert results.schema == RESULT_SCHEMA
+    models = results.filter(kind="target").select("about", "encoder").unique()
+    assert models.height == 6
+    assert set(results.filter(kind="patch task")["about"]) == {
+        task.name for task in study.cohort.patch_tasks
+    }
+    assert results.filter(kind="map").height == 1
+    assert set(results["part"]) >= {"cross-validated", "test"}
+
+
+def test_mlflow_holds_a_version_of_every_encoder_and_model_with_its_origin(study):
+    mlflow.set_tracking_uri(f"sqlite:///{study.store.mlflow / 'mlflow.db'}")
+    client = mlflow.MlflowClient()
+    names = {model.name for model in client.search_registered_models()}
+    assert names == {"encoder-mean-rgb", "encoder-mtl-4"} | {
+        f"model-{target.name}-{encoder.name}"
+        for target in study.cohort.targets
+        for encoder in study.cohort.encoders
+    }
+    version = client.get_model_version_by_alias("encoder-mtl-4", "candidate")
+    assert version.tags["dagster/asset_key"] == "encoder"
+    assert version.tags["dagster/partition"] == "mtl-4"
+    assert study.instance.get_run_by_id(version.tags["dagster/run_id"]) is not None
+    run = client.get_run(version.run_id)
+    assert run.data.params["patches_seen"] == "256"
+    assert {"training_curves.png", "card.json"} <= {
+        item.path for item in client.list_artifacts(version.run_id)
+    }
+
+
+def test_a_registered_model_gives_the_numbers_of_the_one_in_the_store(study):
+    mlflow.set_tracking_uri(f"sqlite:///{study.store.mlflow / 'mlflow.db'}")
+    registered = mlflow.pytorch.load_model("models:/model-survival-mtl-4@candidate")
+    model = load_model(study.store.model("survival", "mtl-4"))
+    crops = torch.randn(3, 128, 8, 8)
+    torch.testing.assert_close(registered(crops), ensemble_module(model.networks)(crops))
+
+
+def test_a_second_refresh_only_looks(study):
+    before = study.runs()
+    events = len(study.instance.all_logs(study.instance.get_runs()[0].run_id))
+    assert events > 0
+    assert study.refresh() == []
+    # the index of slides, the grids of each encoder, the map's scores: they look every time
+    looked = {run.asset_selection for run in study.instance.get_runs(limit=study.runs() - before)}
+    assert looked == {
+        frozenset({dg.AssetKey(name)}) for name in ("slide_index", "encoded_cohort", "map_scores")
+    }
+
+
+def test_a_changed_slide_is_compressed_again_and_no_other(
+    study, tiny_cohort, tmp_path, monkeypatch
+):
+    shutil.copytree(tiny_cohort.parent, tmp_path / "demo")
+    shutil.copytree(study.store.root, tmp_path / "store")
+    changed = Study(tmp_path / "demo" / "cohort.yaml", tmp_path)
+    first, second = sorted((tmp_path / "demo" / "slides").iterdir())[:2]
+    changed.refresh()
+    before = {p.name: p.stat().st_ino for p in (tmp_path / "store/grids/mtl-4").iterdir()}
+    shutil.copy(second, first)
+    assert changed.refresh() == []
+    after = {p.name: p.stat().st_ino for p in (tmp_path / "store/grids/mtl-4").iterdir()}
+    assert [name for name in before if before[name] != after[name]] == [f"{first.stem}.zarr"]
+    grids = [open_grid(changed.store.grid("mtl-4", s.stem)) for s in (first, second)]
+    np.testing.assert_array_equal(grids[0].codes[:], grids[1].codes[:])
+    assert changed.instance.get_materialized_partitions(SLIDE_FILE)
+
+
+# --- the command line ------------------------------------------------------------------------
+
+
+def materialize(cohort: Path, root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`dagster asset materialize` as a CI job calls it."""
+    home = root / "home"
+    home.mkdir(exist_ok=True)
+    return subprocess.run(
+        [sys.executable, "-m", "dagster", "asset", "materialize"]
+        + ["-m", "nic_assets.definitions", "--select", *arguments],
+        env=os.environ
+        | {
+            "NIC_COHORT": str(cohort),
+            "NIC_STORE": str(root / "store"),
+            "DAGSTER_HOME": str(home),
+            "DAGSTER_TELEMETRY_ENABLED": "false",
+        },
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def edited(cohort: Path, root: Path, edit: dict[str, object]) -> Path:
+    """The cohort file with some fields replaced, beside a link to nothing else."""
+    data = yaml.safe_load(cohort.read_text())
+    for name in ("labels",):
+        data[name] = str(cohort.parent / data[name])
+    data["slides"] = {"table": str(cohort.parent / "slides.csv")}
+    for task in data["patch_tasks"]:
+        task["table"] = str(cohort.parent / task["table"])
+    path = root / "cohort.yaml"
+    path.write_text(yaml.safe_dump(data | edit))
+    return path
+
+
+def test_the_command_line_materializes_a_partition_and_a_range(tiny_cohort, tmp_path):
+    assert materialize(tiny_cohort, tmp_path, "slide_index").returncode == 0
+    one = materialize(tiny_cohort, tmp_path, "slide,patch_table", "--partition", "demo-01-1")
+    assert one.returncode == 0, one.stderr
+    tables = tmp_path / "store" / "patch_tables"
+    assert [path.stem for path in tables.iterdir()] == ["demo-01-1"]
+    some = materialize(
+        tiny_cohort, tmp_path, "slide,patch_table", "--partition-range", "demo-02-1...demo-03-1"
+    )
+    assert some.returncode == 0, some.stderr
+    assert len(list(tables.iterdir())) > 2
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (
+            {"slides": {"folders": [{"path": "/nowhere"}]}},
+            "/nowhere is no folder",
+        ),
+        ({"labels": "/nowhere/labels.csv"}, "cannot be read"),
+        ({"encoders": [{"name": "x", "objective": "magic"}]}, "encoders.0.objective"),
+    ],
+)
+def test_a_wrong_cohort_fails_with_one_clear_error_and_writes_nothing(
+    tiny_cohort, tmp_path, edit, message
+):
+    result = materialize(edited(tiny_cohort, tmp_path, edit), tmp_path, "slide_index")
+    assert result.returncode != 0
+    assert message in result.stdout + result.stderr
+    assert not (tmp_path / "store" / "slides").exists()
+
+
+def test_a_missing_slide_file_is_named(tiny_cohort, tmp_path):
+    table = pl.read_csv(tiny_cohort.parent / "slides.csv", infer_schema=False)
+    gone = table.with_columns(
+        pl.when(pl.int_range(pl.len()) == 0)
+        .then(pl.lit("gone.tif"))
+        .otherwise(pl.lit(f"{tiny_cohort.parent}/") + pl.col("path"))
+        .alias("path"),
+        truth=pl.lit(None, pl.String),
+    )
+    gone.write_csv(tmp_path / "slides.csv")
+    cohort = edited(tiny_cohort, tmp_path, {"slides": {"table": "slides.csv"}})
+    result = materialize(cohort, tmp_path, "slide_index")
+    assert result.returncode != 0
+    assert "gone.tif does not exist" in result.stdout + result.stderr
+
+
+def test_an_unknown_partition_fails(tiny_cohort, tmp_path):
+    result = materialize(tiny_cohort, tmp_path, "encoder", "--partition", "no-such-encoder")
+    assert result.returncode != 0
+    assert "no-such-encoder" in result.stdout + result.stderr
+
+
+def test_the_definitions_validate(tiny_cohort, tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-m", "dagster", "definitions", "validate", "-m", "nic_assets.definitions"],
+        env=os.environ | {"NIC_COHORT": str(tiny_cohort), "NIC_STORE": str(tmp_path / "store")},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
