@@ -81,7 +81,7 @@ def populate(
     mitoses = _tumour_cells(scene, rng, tumour, taken)
     for kind, spacing, keep in (
         (Tissue.STROMA, 30.0, 0.62),
-        (Tissue.RIM, 30.0, 0.60),
+        (Tissue.RIM, 30.0, 0.62),
         (Tissue.MUSCLE, 34.0, 0.8),
         (Tissue.MUCUS, 70.0, 0.4),
     ):
@@ -91,7 +91,7 @@ def populate(
         scene.cells.append(Nuclei(nucleus, x, y, angle))
     lymphocytes = [
         scatter(rng, tissue == Tissue.LYMPHOCYTES, 13.6, 0.94),
-        scatter(rng, tissue == Tissue.STROMA, 60.0, 0.35),
+        scatter(rng, np.isin(tissue, (Tissue.STROMA, Tissue.RIM)), 60.0, 0.35),
         scatter(rng, tissue == Tissue.TUMOUR, 70.0, 0.25),
         scatter(rng, tissue == Tissue.MUCUS, 90.0, 0.3),
     ]

@@ -188,11 +188,11 @@ def _necrosis(
 def _materials(
     rng: np.random.Generator, region: NDArray[np.uint8], unit: float
 ) -> NDArray[np.uint8]:
-    """What is painted: the regions with septa and lumens in tumour, and vessels in stroma."""
+    """What is painted: the regions, with septa and lumens in tumour and vessels in all stroma."""
     tissue = region.copy()
     tissue[region == Tissue.GLAND] = Tissue.STROMA
     add_tumour_detail(rng, tissue)
-    vessels = scatter_vessels(rng, tissue == Tissue.STROMA)
+    vessels = scatter_vessels(rng, np.isin(tissue, (Tissue.STROMA, Tissue.RIM)))
     tissue[vessels[0]] = Tissue.MUSCLE
     tissue[vessels[1]] = Tissue.BLOOD
     return tissue

@@ -39,8 +39,11 @@ class Stain:
         Standard deviation in px.
     noise
         Standard deviation of the sensor's noise in grey levels.
+    shading
+        Relative variation across the slide of each channel's light.
     unevenness
-        Relative variation of section thickness across the slide.
+        Relative variation across the slide of section thickness, and half as much of the
+        uptake of eosin against haematoxylin.
     """
 
     vectors: Floats
@@ -49,6 +52,7 @@ class Stain:
     white: Floats
     blur: float
     noise: float
+    shading: float
     unevenness: float
 
 
@@ -57,7 +61,7 @@ _VECTORS = np.array([(0.57, 0.73, 0.38), (0.17, 0.84, 0.46), (0.10, 0.78, 0.66)]
 
 
 def ordinary_stain() -> Stain:
-    return Stain(_VECTORS, 1.0, 1.0, np.array([244, 242, 244], np.float32), 0.6, 1.5, 0.10)
+    return Stain(_VECTORS, 1.0, 1.0, np.array([244, 242, 244], np.float32), 0.6, 1.5, 0.005, 0.10)
 
 
 def random_stain(rng: np.random.Generator) -> Stain:
@@ -69,6 +73,7 @@ def random_stain(rng: np.random.Generator) -> Stain:
         white=(rng.uniform(232, 250) + rng.normal(0, 2.5, 3)).clip(225, 252).astype(np.float32),
         blur=float(rng.uniform(0.45, 0.85)),
         noise=float(rng.uniform(0.8, 2.5)),
+        shading=float(rng.uniform(0.006, 0.010)),
         unevenness=float(rng.uniform(0.10, 0.18)),
     )
 
@@ -130,6 +135,11 @@ def paint(scene: Scene, stain: Stain, rng: np.random.Generator) -> NDArray[np.ui
     for cells in scene.cells:
         _stamp(blood if cells.kind is Nucleus.ERYTHROCYTE else nuclear, cells, rng)
     thickness = 1 + stain.unevenness * smooth_noise(rng, scene.tissue.shape, 300 / RASTER)
+    uptake = 1 + stain.unevenness / 2 * smooth_noise(rng, scene.tissue.shape, 300 / RASTER)
+    white = [
+        w * (1 + stain.shading * smooth_noise(rng, scene.tissue.shape, 300 / RASTER))
+        for w in stain.white
+    ]
     vectors = stain.vectors * np.array([[stain.haematoxylin], [stain.eosin], [stain.eosin]])
     vectors = vectors.astype(np.float32)
     grain, cytoplasm = _Tiled(textures.grain_table(), rng), _Tiled(textures.grain_table(), rng)
@@ -138,13 +148,14 @@ def paint(scene: Scene, stain: Stain, rng: np.random.Generator) -> NDArray[np.ui
         n, b = nuclear[strip], blood[strip]
         thick = enlarge(thickness, strip)
         h = (haematoxylin[strip] + n) * thick
+        thick *= enlarge(uptake, strip)
         thick *= 1 + cytoplasm.part(strip, thick.shape[1]) * np.float32(0.09 / 16)
         # chromatin displaces cytoplasm
         e = eosin[strip] * thick * (1 - 0.45 * np.minimum(n, 1))
         noise = grain.part(strip, thick.shape[1]) * np.float32(stain.noise / 16)
         for c in range(3):
             light = np.exp(-(h * vectors[0, c] + e * vectors[1, c] + b * vectors[2, c]))
-            light *= stain.white[c]
+            light *= enlarge(white[c], strip)
             light += noise
             np.clip(light, 0, 255, out=light)
             picture[strip, :, c] = light

@@ -1,0 +1,49 @@
+"""Pictures of a demo cohort, to look at what was painted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pyvips
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from nic_core.demo.patches import PATCH, TASKS
+
+
+def contact_sheet(root: Path, *, columns: int = 12, seed: int = 0) -> Figure:
+    """Random patches of every task and class of the demo cohort at ``root``, a class a row."""
+    rng = np.random.default_rng(seed)
+    rows: list[tuple[str, NDArray[np.uint8]]] = []
+    for task in TASKS:
+        folder = root / "patch_tasks"
+        table = pl.read_parquet(folder / f"{task.name}.parquet")
+        for label in task.classes:
+            paths = table.filter(pl.col("label") == label)["path"].to_list()
+            chosen = rng.permutation(paths)[:columns]
+            row = [pyvips.Image.new_from_file(str(folder / path)).numpy() for path in chosen]
+            row += [np.full((PATCH, PATCH, 3), 255, np.uint8)] * (columns - len(row))
+            rows.append((f"{task.name}\n{label}", np.hstack(row)))
+    figure = Figure(figsize=(columns * 0.75 + 1.6, len(rows) * 0.78), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (name, picture) in zip(
+        figure.subplots(len(rows), 1, squeeze=False)[:, 0], rows, strict=True
+    ):
+        axes.imshow(picture)
+        axes.set_xticks([])
+        axes.set_yticks([])
+        axes.set_frame_on(False)
+        axes.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=7)
+    return figure
+
+
+def slide_sheet(root: Path, slides: tuple[str, ...], *, side: int = 640) -> NDArray[np.uint8]:
+    """Thumbnails of slides beside one another, uint8 (side, side * slides, 3)."""
+    thumbnails = [
+        pyvips.Image.thumbnail(str(root / "slides" / f"{slide}.tif"), side).numpy()
+        for slide in slides
+    ]
+    return np.ascontiguousarray(np.hstack(thumbnails), np.uint8)

@@ -1,0 +1,196 @@
+"""The cohort on disk: what is written, that it is the same again, and that colour is no clue."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+import pyvips
+from scipy.stats import spearmanr
+from sklearn.linear_model import LogisticRegression, RidgeCV
+from sklearn.metrics import roc_auc_score
+from sklearn.model_selection import GroupKFold, cross_val_predict
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sksurv.metrics import concordance_index_censored
+
+from nic_core.cohort import load_cohort
+from nic_core.demo import make_demo
+from nic_core.demo.__main__ import main
+from nic_core.demo.pictures import contact_sheet, slide_sheet
+from nic_core.demo.plan import plan_cohort
+from nic_core.demo.tissues import Tissue
+
+SLIDES, PATCHES, SIDE = 40, 60, 768
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("demo") / "cohort"
+    seen: list[tuple[int, int, str]] = []
+    make_demo(
+        folder,
+        slides=SLIDES,
+        patches_per_task=PATCHES,
+        side=SIDE,
+        workers=2,
+        progress=lambda *step: seen.append(step),
+    )
+    assert [done for done, _, _ in seen] == list(range(1, len(seen) + 1))
+    assert seen[-1][0] == seen[-1][1]
+    return folder
+
+
+def _small(folder: Path, workers: int, seed: int = 0) -> Path:
+    make_demo(folder, seed=seed, slides=2, patches_per_task=9, side=SIDE, workers=workers)
+    return folder
+
+
+def test_cohort_file_is_accepted_and_names_what_was_written(root: Path) -> None:
+    cohort = load_cohort(root / "cohort.yaml")
+    assert [t.name for t in cohort.patch_tasks] == [
+        "lymph_node",
+        "breast_mitosis",
+        "prostate_epithelium",
+        "colorectal",
+    ]
+    assert {t.kind for t in cohort.targets} == {"regression", "classification", "survival"}
+    for task in cohort.patch_tasks:
+        assert task.table is not None
+        table = pl.read_parquet(task.table)
+        assert len(table) == PATCHES
+        counts = table["label"].value_counts()["count"]
+        assert counts.max() - counts.min() <= 1
+        assert table["group"].n_unique() == 4
+        for path in table["path"]:
+            image = pyvips.Image.new_from_file(str(task.table.parent / path))
+            assert (image.width, image.height, image.bands) == (128, 128, 3)
+
+
+def test_slides_are_tiled_pyramids_with_their_scale(root: Path) -> None:
+    table = pl.read_csv(root / "slides.csv")
+    assert table.columns == ["slide", "path", "patient", "truth", "split"]
+    assert len(table) == SLIDES
+    for row in table.head(3).iter_rows(named=True):
+        image = pyvips.Image.new_from_file(str(root / row["path"]))
+        assert (image.width, image.height) == (SIDE, SIDE)
+        assert 1000 / image.xres == pytest.approx(0.5)  # um/px
+        assert 1000 / image.yres == pytest.approx(0.5)
+        assert image.get("n-pages") >= 2
+        half = pyvips.Image.new_from_file(str(root / row["path"]), page=1)
+        assert half.width == SIDE // 2
+        truth = pyvips.Image.new_from_file(str(root / row["truth"])).numpy()
+        assert truth.shape[:2] == (SIDE // 64, SIDE // 64)
+        assert set(np.unique(truth)) <= {int(t) for t in Tissue}
+        pixels = image.numpy()
+        corners = pixels[[0, 0, -1, -1], [0, -1, 0, -1]]
+        assert corners.min() > 200  # empty slide
+
+
+def test_labels_fit_the_slides(root: Path) -> None:
+    slides, labels = pl.read_csv(root / "slides.csv"), pl.read_csv(root / "labels.csv")
+    assert labels.columns == ["slide", "patient", "score", "growth", "time", "event"]
+    assert labels["slide"].to_list() == slides["slide"].to_list()
+    by_patient = labels.group_by("patient").agg(pl.col("time", "event").n_unique())
+    assert (by_patient["time"] == 1).all()
+    assert (by_patient["event"] == 1).all()
+    split = slides.group_by("patient").agg(pl.col("split").n_unique())
+    assert (split["split"] == 1).all()
+    assert slides["patient"].n_unique() < SLIDES
+    mitoses = pl.read_csv(root / "truth" / "mitoses.csv")
+    assert set(mitoses["slide"]) <= set(slides["slide"])
+    assert mitoses.select(pl.col("x", "y").max()).max_horizontal().item() < SIDE
+
+
+def test_mean_colour_of_tissue_gives_no_target_away(root: Path) -> None:
+    labels = pl.read_csv(root / "labels.csv").join(
+        pl.read_csv(root / "truth" / "causes.csv"), on="slide"
+    )
+    colours = []
+    for slide in labels["slide"]:
+        image = pyvips.Image.new_from_file(str(root / "slides" / f"{slide}.tif")).shrink(64, 64)
+        truth = pyvips.Image.new_from_file(str(root / "truth" / f"{slide}.png")).numpy()
+        tissue = truth.reshape(image.height, image.width) != Tissue.BACKGROUND
+        pixels = image.numpy()[tissue]
+        colours.append(np.concatenate([pixels.mean(0), pixels.std(0), [tissue.mean()]]))
+    features = np.array(colours)
+    groups = labels["patient"].to_numpy()
+    folds = GroupKFold(4, shuffle=True, random_state=0)
+    ridge = make_pipeline(StandardScaler(), RidgeCV(np.logspace(-1, 3, 9)))
+    logistic = make_pipeline(StandardScaler(), LogisticRegression(C=0.3))
+    growth = (labels["growth"] == "desmoplastic").to_numpy()
+    for name in ("score", "risk"):
+        values = labels[name].to_numpy()
+        held_out = cross_val_predict(ridge, features, values, cv=folds, groups=groups)
+        assert spearmanr(held_out, values).statistic < 0.35, name
+    held_out = cross_val_predict(
+        logistic, features, growth, cv=folds, groups=groups, method="predict_proba"
+    )
+    assert roc_auc_score(growth, held_out[:, 1]) < 0.70
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_targets_are_as_hard_as_designed(seed: int) -> None:
+    planned, labels = plan_cohort(seed, 48)
+    assert 0.85 < spearmanr(labels["signal"], labels["score"]).statistic < 0.95
+    patients = labels.unique("patient", maintain_order=True)
+    assert len(patients) == 40
+    assert patients["event"].mean() == pytest.approx(0.65, abs=0.03)
+    oracle = concordance_index_censored(
+        patients["event"].to_numpy().astype(bool),
+        patients["time"].to_numpy(),
+        patients["risk"].to_numpy(),
+    )[0]
+    assert 0.72 < oracle < 0.9
+    share = np.array([np.mean(s.capsules) for s in planned])
+    desmoplastic = (labels["growth"] == "desmoplastic").to_numpy()
+    assert roc_auc_score(desmoplastic, share) > 0.95
+    for split in ("cv", "test"):
+        part = labels.filter(pl.col("split") == split)
+        assert part["growth"].n_unique() == 2
+
+
+def test_one_recipe_is_painted_once_and_always_the_same(tmp_path: Path) -> None:
+    one, two = _small(tmp_path / "one", 1), _small(tmp_path / "two", 2)
+    files = sorted(p.relative_to(one) for p in one.rglob("*") if p.is_file())
+    assert files == sorted(p.relative_to(two) for p in two.rglob("*") if p.is_file())
+    before = {file: (one / file).read_bytes() for file in files}
+    for file in files:
+        assert before[file] == (two / file).read_bytes(), file
+    stamp = (one / "labels.csv").stat().st_mtime_ns
+    _small(one, 2)
+    assert (one / "labels.csv").stat().st_mtime_ns == stamp
+    _small(one, 2, seed=7)
+    for file in (Path("slides/demo-01-1.tif"), Path("labels.csv")):
+        assert (one / file).read_bytes() != before[file]
+    assert sorted(tmp_path.iterdir()) == [one, two]  # nothing half-written beside them
+
+
+def test_a_folder_with_other_files_is_not_touched(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("precious")
+    with pytest.raises(FileExistsError, match="no demo cohort"):
+        _small(tmp_path, 1)
+    assert (tmp_path / "thesis.txt").read_text() == "precious"
+
+
+@pytest.mark.parametrize("wrong", [{"slides": 1}, {"side": 100}, {"patches_per_task": 3}])
+def test_sizes_that_make_no_cohort_are_refused(tmp_path: Path, wrong: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="a demo cohort needs"):
+        make_demo(tmp_path / "demo", **wrong)
+    assert not (tmp_path / "demo").exists()
+
+
+def test_command_says_where_the_cohort_is(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = f"--slides {SLIDES} --patches {PATCHES} --side {SIDE}".split()
+    monkeypatch.setattr("sys.argv", ["demo", str(root), *sizes])
+    main()
+    assert capsys.readouterr().out.strip().endswith("cohort.yaml")
+
+
+def test_pictures_show_every_class(root: Path) -> None:
+    assert len(contact_sheet(root, columns=4).axes) == 15
+    assert slide_sheet(root, ("demo-01-1", "demo-02-1"), side=100).shape == (100, 200, 3)
