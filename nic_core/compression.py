@@ -15,6 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -23,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from nic_core.grids import Grid, GridProvenance
+from nic_core.grids import Grid, GridError, GridProvenance, open_grid
 from nic_core.patches import PatchTableError, check_patch_table
 from nic_core.slides.errors import SlideError
 from nic_core.slides.resample import Pixels
@@ -167,6 +168,31 @@ def compress_slide(
         unreadable=unreadable,
     )
     return Grid(codes, valid, provenance)
+
+
+def up_to_date(
+    store: Path,
+    slide: Slide,
+    table: pl.DataFrame,
+    encoder: PatchEncoder,
+    *,
+    slide_identity: str,
+) -> bool:
+    """Whether a store already holds what compressing would give: the same slide, weights, scale
+    and cells. A missing or damaged store is not."""
+    try:
+        grid = open_grid(store)
+    except GridError:
+        return False
+    about, card = grid.provenance, encoder.card
+    found = (about.slide_identity, about.weights_hash, about.mpp, about.patch, about.slide_mpp)
+    if found != (slide_identity, card.weights_hash, card.mpp, card.patch, slide.mpp):
+        return False
+    rows, columns = _max(table, "row") + 1, _max(table, "column") + 1
+    kept = table["kept"].to_numpy().reshape(rows, columns)
+    if grid.valid.shape != kept.shape or (grid.valid & ~kept).any():
+        return False
+    return int((kept & ~grid.valid).sum()) == about.unreadable
 
 
 def plan_blocks(table: pl.DataFrame, *, side: int = BLOCK) -> list[Block]:

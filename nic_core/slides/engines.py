@@ -24,7 +24,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import openslide
@@ -36,6 +36,8 @@ from nic_core.slides.errors import SlideError
 from nic_core.slides.metadata import BRIGHTFIELD_REMEDY, DAMAGED_REMEDY, openslide_mpp
 from nic_core.slides.resample import Pixels
 from nic_core.slides.tiff import TiffScan, tiff_scan
+
+EngineName = Literal["tifffile", "openslide", "libvips"]
 
 _NOT_A_SLIDE = "give a whole-slide image (SVS, TIFF, NDPI, MIRAX, SCN, DICOM), a PNG or a JPEG"
 
@@ -61,7 +63,7 @@ class Level:
 class Engine(Protocol):
     """What a decoding library does for a slide. ``region`` may be called from several threads."""
 
-    name: str
+    name: EngineName
     levels: tuple[Level, ...]
     mpp: tuple[float, float] | None
 
@@ -72,20 +74,37 @@ class Engine(Protocol):
     def close(self) -> None: ...
 
 
-def open_engine(path: Path) -> Engine:
-    """Open a slide file with the engine for it.
+def open_engine(path: Path, name: EngineName | None = None) -> Engine:
+    """Open a slide file with the engine for it, or with the one asked for.
 
     Raises
     ------
     SlideError
-        The file is missing, damaged, no image or not an RGB brightfield one.
+        The file is missing, damaged, no image or not an RGB brightfield one, or not one for the
+        engine asked for.
     """
     magic = _magic(path)
     if magic.startswith(_TIFF_MAGIC):
-        return _open_tiff(path)
-    if magic.startswith(_PLAIN_MAGIC) and path.suffix.lower() != ".mrxs":
-        return VipsEngine(path)
-    return _open_with_openslide(path)
+        scan = tiff_scan(path)
+        name = name or ("openslide" if scan.vendor else "tifffile")
+        if name == "tifffile":
+            return TiffEngine(path, scan)
+    elif magic.startswith(_PLAIN_MAGIC) and path.suffix.lower() != ".mrxs":
+        name = name or "libvips"
+        if name == "libvips":
+            return VipsEngine(path)
+    if name in (None, "openslide"):
+        return _open_with_openslide(path)
+    raise SlideError(path, f"engine '{name}' does not read this file", "leave the engine open")
+
+
+def _open_with_openslide(path: Path) -> Engine:
+    try:
+        return OpenSlideEngine(path)
+    except openslide.OpenSlideUnsupportedFormatError as error:
+        raise SlideError(path, "not an image of a known format", _NOT_A_SLIDE) from error
+    except openslide.OpenSlideError as error:
+        raise SlideError(path, f"damaged: {error}", DAMAGED_REMEDY) from error
 
 
 def _magic(path: Path) -> bytes:
@@ -99,20 +118,6 @@ def _magic(path: Path) -> bytes:
     if not magic:
         raise SlideError(path, "the file is empty", DAMAGED_REMEDY)
     return magic
-
-
-def _open_tiff(path: Path) -> Engine:
-    scan = tiff_scan(path)
-    return _open_with_openslide(path) if scan.vendor else TiffEngine(path, scan)
-
-
-def _open_with_openslide(path: Path) -> Engine:
-    try:
-        return OpenSlideEngine(path)
-    except openslide.OpenSlideUnsupportedFormatError as error:
-        raise SlideError(path, "not an image of a known format", _NOT_A_SLIDE) from error
-    except openslide.OpenSlideError as error:
-        raise SlideError(path, f"damaged: {error}", DAMAGED_REMEDY) from error
 
 
 def downsample(width: int, height: int, level_width: int, level_height: int) -> float:
@@ -140,7 +145,7 @@ def _levels(sizes: list[tuple[int, int]]) -> tuple[Level, ...]:
 class VipsEngine:
     """libvips: a PNG or JPEG, whole in memory. Its dpi is that of a print: no um/px."""
 
-    name = "libvips"
+    name: EngineName = "libvips"
     mpp: tuple[float, float] | None = None
 
     def __init__(self, path: Path) -> None:
@@ -171,7 +176,7 @@ class VipsEngine:
 class OpenSlideEngine:
     """OpenSlide: the vendors' formats."""
 
-    name = "openslide"
+    name: EngineName = "openslide"
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -218,7 +223,7 @@ class TiffEngine:
     guessed at.
     """
 
-    name = "tifffile"
+    name: EngineName = "tifffile"
 
     def __init__(self, path: Path, scan: TiffScan) -> None:
         self._tiff = tifffile.TiffFile(path)

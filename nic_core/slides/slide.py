@@ -9,7 +9,7 @@ from typing import Self
 
 import numpy as np
 
-from nic_core.slides.engines import Engine, naming, open_engine
+from nic_core.slides.engines import Engine, EngineName, naming, open_engine
 from nic_core.slides.errors import SlideError
 from nic_core.slides.metadata import BRIGHTFIELD_REMEDY, settle_mpp
 from nic_core.slides.resample import Pixels, resample, settle
@@ -168,7 +168,7 @@ class Slide:
         )
 
 
-def open_slide(path: Path, *, mpp: float | None = None) -> Slide:
+def open_slide(path: Path, *, mpp: float | None = None, engine: EngineName | None = None) -> Slide:
     """Open a slide.
 
     Parameters
@@ -177,6 +177,8 @@ def open_slide(path: Path, *, mpp: float | None = None) -> Slide:
         SVS, TIFF, OME-TIFF, NDPI, MIRAX, SCN, Philips TIFF, BIF, DICOM, PNG or JPEG.
     mpp : float, optional
         um/px at level 0; overrides the file's.
+    engine : str, optional
+        Library to read it with; default: the one for its format.
 
     Raises
     ------
@@ -185,11 +187,11 @@ def open_slide(path: Path, *, mpp: float | None = None) -> Slide:
         um/px is unknown or impossible.
     """
     path = Path(path)
-    engine = open_engine(path)
+    opened = open_engine(path, engine)
     try:
-        slide = Slide(path, engine, settle_mpp(path, mpp, engine.mpp))
+        slide = Slide(path, opened, settle_mpp(path, mpp, opened.mpp))
         slide._probe()
     except SlideError:
-        engine.close()
+        opened.close()
         raise
     return slide

@@ -15,10 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from nic_core.slides import open_slide
-from nic_core.slides.engines import OpenSlideEngine, downsample
+from nic_core.slides import SlideError, open_slide
+from nic_core.slides.engines import downsample
 from nic_core.slides.resample import coverage
-from nic_core.slides.slide import Slide
 
 ENGINES = {
     "tiff": "tifffile",
@@ -153,9 +152,8 @@ def test_threads_share_a_slide(kind, files):
 
 def test_openslide_and_tifffile_agree(tmp_path):
     path = write_tiff(tmp_path / "slide.tif", paint(500, 600), mpp=0.25)
-    engine = OpenSlideEngine(path)
-    by_openslide = Slide(path, engine, 0.25)
-    with open_slide(path) as by_tifffile, by_openslide:
+    with open_slide(path) as by_tifffile, open_slide(path, engine="openslide") as by_openslide:
+        assert (by_tifffile.engine, by_openslide.engine) == ("tifffile", "openslide")
         assert by_openslide.levels == by_tifffile.levels
         for args in [(0, 0, 300, 250, 0.5), (33, 21, 77, 66, 0.61), (-9, 480, 50, 50, 1.3)]:
             difference = by_openslide.read(*args).astype(int) - by_tifffile.read(*args)
@@ -234,3 +232,9 @@ def test_paths_may_be_strings_with_spaces(tmp_path):
     path = write_tiff(tmp_path / "a slide [1].tif", paint(100, 100), mpp=0.5)
     with open_slide(Path(path)) as slide:
         assert slide.width == 100
+
+
+@pytest.mark.parametrize(("kind", "engine"), [("tiff", "libvips"), ("png", "tifffile")])
+def test_an_engine_that_does_not_read_a_file_is_named(kind, engine, files):
+    with pytest.raises(SlideError, match=f"engine '{engine}' does not read"):
+        open_slide(files[kind], mpp=0.5, engine=engine)

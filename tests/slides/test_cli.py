@@ -1,0 +1,103 @@
+"""The ``nic`` command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import GLASS, paint, write_tiff
+from PIL import Image
+from typer.testing import CliRunner
+
+from nic_core.cli import app
+
+run = CliRunner().invoke
+
+
+@pytest.fixture
+def section(tmp_path) -> Path:
+    """A slide of 1.2 x 1.2 mm, its left half tissue."""
+    image = np.full((1200, 1200, 3), GLASS, np.uint8)
+    image[:, :600] = paint(1200, 600)
+    return write_tiff(tmp_path / "section.tif", image, mpp=1.0)
+
+
+def test_inspect_tells_what_a_slide_is(section):
+    result = run(app, ["inspect", str(section)])
+    assert result.exit_code == 0
+    for text in ("tifffile", "1200 x 1200 px", "1 um/px", "1.44 mm2", "level 2", "1/4"):
+        assert text in result.stdout
+    assert "0.5 um/px" in run(app, ["inspect", str(section), "--mpp", "0.5"]).stdout
+
+
+def test_a_bad_slide_is_one_line_and_status_1(tmp_path):
+    (tmp_path / "text.svs").write_text("no slide")
+    for command in (["inspect"], ["tissue", "--out", str(tmp_path / "x.png")]):
+        result = run(app, [*command, str(tmp_path / "text.svs")])
+        assert result.exit_code == 1
+        assert "known format" in result.stdout
+        assert "Traceback" not in result.stdout
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_tissue_draws_the_outline(section, tmp_path):
+    out = tmp_path / "pictures" / "tissue.png"
+    result = run(app, ["tissue", str(section), "--out", str(out)])
+    assert result.exit_code == 0
+    assert "50." in result.stdout or "49." in result.stdout
+    assert Image.open(out).size == (1200, 1200)
+
+
+def test_what_is_no_grid_is_one_line_and_status_1(tmp_path):
+    for command in (["info"], ["preview", "--out", str(tmp_path / "x.png")]):
+        result = run(app, ["grid", *command, str(tmp_path / "gone.zarr")])
+        assert result.exit_code == 1
+        assert "no grid store" in result.stdout
+
+
+@pytest.fixture
+def encoder(tmp_path) -> Path:
+    pytest.importorskip("nic_core.encoders.files")
+    from nic_core.encoders.files import save_encoder
+    from nic_core.encoders.training import train_encoder
+
+    from nic_core.cohort import EncoderSpec
+
+    spec = EncoderSpec(name="mean", objective="mean_rgb")
+    trained = train_encoder(spec, [], patch=64, mpp=1.0, code=3, tracker=None)
+    save_encoder(tmp_path / "mean", trained.encoder)
+    return tmp_path / "mean"
+
+
+def test_compress_goes_on_past_a_bad_slide_and_skips_what_is_done(section, encoder, tmp_path):
+    (tmp_path / "text.svs").write_text("no slide")
+    command = ["compress", "--encoder", str(encoder), "--out", str(tmp_path / "grids")]
+    first = run(app, [*command, str(tmp_path / "text.svs"), str(section)])
+    assert first.exit_code == 1
+    assert "1 compressed, 0 up to date, 1 failed" in first.stdout
+    assert "text.svs" in first.stdout
+    second = run(app, [*command, str(section)])
+    assert second.exit_code == 0
+    assert "0 compressed, 1 up to date" in second.stdout
+    changed = run(app, [*command, "--mpp", "0.9", str(section)])
+    assert "1 compressed" in changed.stdout
+    stricter = run(app, [*command, "--mpp", "0.9", "--tissue", "0.99", str(section)])
+    assert "1 compressed" in stricter.stdout
+
+    store = tmp_path / "grids" / "section.zarr"
+    told = run(app, ["grid", "info", str(store)])
+    assert "3 numbers x" in told.stdout
+    picture = tmp_path / "preview.png"
+    assert run(app, ["grid", "preview", str(store), "--out", str(picture)]).exit_code == 0
+    assert Image.open(picture).mode == "RGB"
+
+
+def test_compress_refuses_a_missing_encoder_and_equal_names(section, encoder, tmp_path):
+    out = ["--out", str(tmp_path / "grids")]
+    missing = run(app, ["compress", "--encoder", str(tmp_path / "gone"), *out, str(section)])
+    assert missing.exit_code == 2
+    other = tmp_path / "other" / section.name
+    equal = run(app, ["compress", "--encoder", str(encoder), *out, str(section), str(other)])
+    assert equal.exit_code == 2
+    assert not (tmp_path / "grids").exists()
