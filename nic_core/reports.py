@@ -122,7 +122,7 @@ class Report:
 
 
 def results_figure(results: pl.DataFrame) -> Figure:
-    """Value and interval of each target's first metric, a panel a target, cross-validated."""
+    """First metric and interval of each target's models: cross-validated blue, test orange."""
     targets = results.filter(kind="target").unique(
         ["about", "encoder", "model", "part"], keep="first", maintain_order=True
     )
@@ -133,11 +133,10 @@ def results_figure(results: pl.DataFrame) -> Figure:
         figure.subplots(1, max(1, len(panels)), squeeze=False)[0], panels, strict=False
     ):
         names = [f"{r['encoder']}: {r['model']}" for r in panel.iter_rows(named=True)]
-        value = panel["value"].to_numpy()
-        errors = abs(panel.select("low", "high").to_numpy().T - value)
-        colours = ["C0" if part == "cross-validated" else "C1" for part in panel["part"]]
-        axes.errorbar(value, range(len(names)), xerr=errors, fmt="none", ecolor=colours, capsize=3)
-        axes.scatter(value, range(len(names)), c=colours, zorder=3)
+        for place, row in enumerate(panel.iter_rows(named=True)):
+            errors = [[row["value"] - row["low"]], [row["high"] - row["value"]]]
+            colour = "C0" if row["part"] == "cross-validated" else "C1"
+            axes.errorbar(row["value"], place, xerr=errors, fmt="o", color=colour, capsize=3)
         axes.set_yticks(range(len(names)), names, fontsize=7)
         axes.invert_yaxis()
         axes.set_title(f"{panel['about'][0]}: {panel['metric'][0]}", fontsize=9)

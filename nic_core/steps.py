@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import polars as pl
+from matplotlib.figure import Figure
 from matplotlib.image import imread, imsave
 from pydantic import BaseModel, ConfigDict
 
@@ -38,6 +39,7 @@ from nic_core.models.folds import make_folds
 from nic_core.models.labels import target_table
 from nic_core.models.validation import Evaluated, cross_validate
 from nic_core.patches import patch_table, read_patch_table, write_patch_table
+from nic_core.pictures import compressed_slide
 from nic_core.reports import Report, encoder_results, map_results, model_results, results_figure
 from nic_core.slides import Level, Slide, content_identity, open_slide
 from nic_core.store import Store, whole_file, whole_folder
@@ -47,7 +49,7 @@ from nic_core.tracker import Tracker
 INDEX = "index.parquet"
 RECORD, THUMBNAIL, TISSUE = "slide.json", "thumbnail.jpg", "tissue.png"
 PREDICTIONS, METRICS, RESULTS = "predictions.parquet", "metrics.parquet", "results.parquet"
-CELLS = "cells.parquet"
+CELLS, OVERLAY = "cells.parquet", "overlay.jpg"
 THUMBNAIL_SIDE = 1024  # px
 
 Pixels = npt.NDArray[np.uint8]
@@ -339,7 +341,7 @@ def map_slide(cohort: Cohort, store: Store, name: str, slide: str) -> tuple[pl.D
     )
     with whole_folder(store.map(name, slide)) as folder:
         cells.write_parquet(folder / CELLS)
-        imsave(folder / "overlay.jpg", picture)
+        imsave(folder / OVERLAY, picture)
     return cells, picture
 
 
@@ -376,11 +378,28 @@ def write_report(cohort: Cohort, store: Store) -> Report:
         scores = score_map(cohort, store, item.name)
         parts.append(map_results(item, scores, resamples=cohort.settings.models.bootstrap))
     results = pl.concat(parts)
-    figure = results_figure(results)
+    figures = {"results": results_figure(results)}
+    if (example := _first_compressed(cohort, store)) is not None:
+        figures["compressed_slide"] = draw_slide(cohort, store, example)
     with whole_folder(store.reports) as folder:
         results.write_parquet(folder / RESULTS)
-        figure.savefig(folder / "results.png", dpi=150)
-    return Report(results, {"results": figure})
+        for name, figure in figures.items():
+            figure.savefig(folder / f"{name}.png", dpi=110)
+    return Report(results, figures)
+
+
+def draw_slide(cohort: Cohort, store: Store, slide: str) -> Figure:
+    """A slide with everything that was made of it; see :mod:`nic_core.pictures`."""
+    paths = {encoder.name: store.grid(encoder.name, slide) for encoder in cohort.encoders}
+    overlays = {item.name: store.map(item.name, slide) / OVERLAY for item in cohort.maps}
+    mask = TissueMask.load(store.slide(slide) / TISSUE, read_record(store, slide).tissue_mpp)
+    with _open(store, slide) as opened:
+        return compressed_slide(
+            opened,
+            mask,
+            {name: open_grid(path) for name, path in paths.items() if path.exists()},
+            {f"{n} probability": imread(p) for n, p in overlays.items() if p.exists()},
+        )
 
 
 # --- helpers ---------------------------------------------------------------------------------
@@ -401,6 +420,14 @@ def _index_row(store: Store, slide: str) -> dict[str, Any]:
 def _open(store: Store, slide: str) -> Slide:
     row = _index_row(store, slide)
     return open_slide(Path(row["path"]), mpp=row["mpp"])
+
+
+def _first_compressed(cohort: Cohort, store: Store) -> str | None:
+    """A slide that every encoder has compressed."""
+    for slide in read_index(store)["slide"]:
+        if all(store.grid(encoder.name, slide).exists() for encoder in cohort.encoders):
+            return str(slide)
+    return None
 
 
 def _with_grids(table: pl.DataFrame, grids: pl.DataFrame) -> pl.DataFrame:

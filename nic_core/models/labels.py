@@ -55,7 +55,7 @@ def target_table(cohort: Cohort, target: Target, index: pl.DataFrame) -> pl.Data
     """
     labels, key = _read_labels(cohort, target)
     columns = [c for c in labels.columns if c != key]
-    units = _decode(labels, target, key).drop_nulls(columns)
+    units = _decode(labels, target, key).drop_nulls()
     slides = index.select("slide", "patient", "split").join(units, on=key, how="inner")
     if not slides.height:
         raise _error(

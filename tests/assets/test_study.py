@@ -91,9 +91,7 @@ def test_every_partition_of_every_asset_is_materialized(study):
         if definition is None:
             assert study.instance.get_latest_materialization_event(key) is not None
         else:
-            expected = set(
-                definition.get_partition_keys(dynamic_partitions_store=study.instance)
-            )
+            expected = set(definition.get_partition_keys(dynamic_partitions_store=study.instance))
             assert study.instance.get_materialized_partitions(key) == expected, key
 
 
@@ -269,7 +267,15 @@ def test_an_unknown_partition_fails(tiny_cohort, tmp_path):
 
 def test_the_definitions_validate(tiny_cohort, tmp_path):
     result = subprocess.run(
-        [sys.executable, "-m", "dagster", "definitions", "validate", "-m", "nic_assets.definitions"],
+        [
+            sys.executable,
+            "-m",
+            "dagster",
+            "definitions",
+            "validate",
+            "-m",
+            "nic_assets.definitions",
+        ],
         env=os.environ | {"NIC_COHORT": str(tiny_cohort), "NIC_STORE": str(tmp_path / "store")},
         cwd=tmp_path,
         capture_output=True,

@@ -1,0 +1,45 @@
+"""A compressed slide at a glance: what it looked like, and what each encoder made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from nic_core.grids import Grid, grid_preview
+from nic_core.slides import Slide
+from nic_core.tissue import TissueMask, tissue_outline
+
+Pixels = npt.NDArray[np.uint8]
+
+
+def compressed_slide(
+    slide: Slide, mask: TissueMask, grids: Mapping[str, Grid], maps: Mapping[str, Pixels]
+) -> Figure:
+    """Panels side by side: the slide with its tissue, its grids by encoder, its maps by name.
+
+    A grid shows the first three principal components of its codes as colours; the title counts
+    the numbers that were kept of the slide's.
+    """
+    panels: list[tuple[str, Pixels]] = [
+        (f"{slide.width} x {slide.height} px", tissue_outline(slide, mask, side=900))
+    ]
+    for name, grid in grids.items():
+        channels, rows, columns = grid.shape
+        # what the codes stand for is the slide at the encoder's resolution, three bytes a pixel
+        fewer = 3 * grid.provenance.patch**2 / channels
+        title = f"{name}: {rows} x {columns} x {channels}, {fewer:,.0f} times fewer numbers"
+        panels.append((title, grid_preview(grid, cell=16)))
+    panels += list(maps.items())
+    figure = Figure(figsize=(4 * len(panels), 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (title, picture) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
+    ):
+        axes.imshow(picture)
+        axes.set_title(title, fontsize=9)
+        axes.set_axis_off()
+    return figure
