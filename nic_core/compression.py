@@ -224,16 +224,32 @@ def read_block(
     pixels : uint8 (n, patch, patch, 3)
     """
     step = patch * mpp / slide.mpp  # level-0 px a cell
-    rows, columns = block.shape
     try:
-        pixels = slide.read(
-            block.column * step, block.row * step, columns * patch, rows * patch, mpp
-        )
+        parts = [
+            _cut(slide.read(left * step, top * step, columns * patch, rows * patch, mpp), patch)
+            for top, left, rows, columns in _rectangles(block)
+        ]
     except SlideError:
         return _read_cells(slide, block.cells, step, patch, mpp)
-    # a patch is a view in the block until the kept ones are copied out
+    return block.cells, parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def _rectangles(block: Block) -> list[tuple[int, int, int, int]]:
+    """Row, column, rows and columns of reads that hold the block's cells and no others: all of
+    it if it is full, else each run of neighbours in a row (their tiles stay in the engine)."""
+    if len(block.cells) == block.shape[0] * block.shape[1]:
+        return [(block.row, block.column, *block.shape)]
+    step = np.diff(block.cells, axis=0)
+    starts = np.flatnonzero((step[:, 0] != 0) | (step[:, 1] != 1)) + 1
+    runs = np.split(block.cells, starts)
+    return [(int(run[0, 0]), int(run[0, 1]), 1, len(run)) for run in runs]
+
+
+def _cut(pixels: Pixels, patch: int) -> Pixels:
+    """Cut a read into its patches, by row then column."""
+    rows, columns = pixels.shape[0] // patch, pixels.shape[1] // patch
     cells = pixels.reshape(rows, patch, columns, patch, 3).swapaxes(1, 2)
-    return block.cells, cells[block.cells[:, 0] - block.row, block.cells[:, 1] - block.column]
+    return cells.reshape(-1, patch, patch, 3)
 
 
 def _read_cells(
