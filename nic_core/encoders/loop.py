@@ -1,9 +1,11 @@
 """The training loop, the same for every objective; it can be killed and resumed.
 
 Schedule (paper B): Adam, learning rate divided by 10 on a plateau of the validation value
-down to 1e-5, weights with the best validation value kept. What is an epoch, the patience and
-the early stop at the floor are [choice]: the budget is a number of patches, not of passes
-over data sets that differ in size, and an epoch is a fixed share of it.
+down to 1e-5, weights with the best validation value kept. [choice]: the budget is a number
+of patches, not of passes over data sets that differ in size, and an epoch is a fixed share of
+it; the patience; the early stop at the floor; and that the rate falls by 60 % and by 85 % of
+the budget even without a plateau, because the noise of a high rate hides plateaus and a short
+training would end in it.
 """
 
 from __future__ import annotations
@@ -28,9 +30,11 @@ from nic_core.tracker import Tracker
 log = logging.getLogger(__name__)
 
 EPOCHS = 24
-PATIENCE = 2
+PATIENCE = 3
 REDUCTION = 0.1
 LOWEST_RATE = 1e-5
+# after this share of the budget the rate is at most this part of the first one
+CEILINGS = ((0.6, 1e-1), (0.85, 1e-2))
 
 
 def fit(
@@ -88,6 +92,7 @@ class _Run:
     def __init__(self, objective: Objective, spec: EncoderSpec, learning_rate: float) -> None:
         self.objective = objective
         self.spec = spec
+        self.first_rate = learning_rate
         self.networks = objective.networks
         device = next(self.networks.parameters()).device
         self.generator = torch.Generator(device).manual_seed(spec.seed)
@@ -161,6 +166,10 @@ class _Run:
             return
         value = row[selection.value]
         self.plateau.step(value)
+        for share, part in CEILINGS:
+            if self.done >= share * self.steps:
+                for group in self.optimizer.param_groups:
+                    group["lr"] = min(group["lr"], max(LOWEST_RATE, self.first_rate * part))
         score = value if selection.mode == "max" else -value
         self.stale += 1
         if score > self.best:

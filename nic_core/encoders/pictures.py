@@ -19,7 +19,7 @@ from nic_core.encoders.scores import TaskScores
 
 def training_curves(history: pl.DataFrame) -> Figure:
     """Losses and validation values against patches seen; grey lines: the learning rate fell."""
-    figure = _figure(10, 3.6)
+    figure = _figure(12, 3.6)
     losses, values = figure.subplots(1, 2)
     patches = history["patches"].to_numpy()
     parts = [name.split("/") for name in history.columns]
@@ -49,7 +49,7 @@ def training_curves(history: pl.DataFrame) -> Figure:
             axes.axvline(patches[drop], color="0.85", lw=1, zorder=0)
         axes.set(title=title, xlabel="patches seen")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n / 1000:g}k"))
-        axes.legend(fontsize=7, frameon=False)
+        axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
         axes.spines[["top", "right"]].set_visible(False)
     return figure
 

@@ -93,6 +93,15 @@ def test_history_has_losses_and_validation_values_of_each_epoch(trained):
     assert history["learning_rate"].is_sorted(descending=True)
 
 
+def test_the_learning_rate_falls_by_the_budget_even_without_a_plateau(trained):
+    history = trained[0].history
+    share = (history["patches"] / history["patches"].max()).to_numpy()
+    rate = history["learning_rate"].to_numpy() / 3e-3
+    # a rate in the history is that of the epoch, so the fall shows in the epoch after
+    assert (rate[1:][share[:-1] >= 0.6] <= 0.1 + 1e-9).all()
+    assert (rate[1:][share[:-1] >= 0.85] <= 0.01 + 1e-9).all()
+
+
 def test_tracker_and_progress_hear_of_the_whole_training(trained):
     result, recorder, seen = trained
     assert recorder.steps == result.history["epoch"].to_list()
