@@ -80,8 +80,8 @@ def populate(
     tissue = scene.tissue
     mitoses = _tumour_cells(scene, rng, tumour, taken)
     for kind, spacing, keep in (
-        (Tissue.STROMA, 30.0, 0.62),
-        (Tissue.RIM, 30.0, 0.62),
+        (Tissue.STROMA, 34.0, 0.6),
+        (Tissue.RIM, 24.0, 0.66),
         (Tissue.MUSCLE, 34.0, 0.8),
         (Tissue.MUCUS, 70.0, 0.4),
     ):
@@ -112,8 +112,8 @@ def add_figures(
 ) -> None:
     """Stamp mitoses or their mimics, each in a pale (mitosis) or shrunken cell."""
     if kind is Nucleus.MITOSIS:
-        radius = rng.uniform(11, 14, len(x)).astype(np.float32)
-        scene.discs.append(Discs(x, y, radius, 0.45))
+        radius = rng.uniform(11, 13.5, len(x)).astype(np.float32)
+        scene.discs.append(Discs(x, y, radius, 0.50))
     elif kind in (Nucleus.PYKNOTIC, Nucleus.APOPTOTIC):
         radius = rng.uniform(8, 11, len(x)).astype(np.float32)
         scene.discs.append(Discs(x, y, radius, 0.30))

@@ -20,9 +20,9 @@ from nic_core.demo.painter import RASTER, Floats, Scene, smooth_noise
 from nic_core.demo.tissues import Tissue
 
 UNITS = 24  # a side
-NESTS = 4
-NEST_RADIUS = 2.65  # root mean square
-CAPSULE = 1.2
+NESTS = 3
+NEST_RADIUS = 2.9  # root mean square
+CAPSULE = 1.45
 GAP = 0.15  # between a capsule's zone and anything else
 TRUTH = 64  # px a side of a point of the truth image
 

@@ -36,6 +36,9 @@ class Nucleus(StrEnum):
 
 
 TUMOUR_GRADES = (Nucleus.TUMOUR_1, Nucleus.TUMOUR_2, Nucleus.TUMOUR_3)
+# Sum of optical density over an average nucleus. Large nuclei hide more of one another, so they
+# get more: a tumour's mean colour must not tell its grade.
+TUMOUR_DOSE = dict(zip(TUMOUR_GRADES, (134.0, 136.0, 143.0), strict=True))
 
 
 @dataclass(frozen=True)
@@ -60,9 +63,9 @@ _SHAPES = {
     Nucleus.EPITHELIAL: _Shape(8.2, 5.6, 0.10, 0.85, 0.12, 0.22, 0.15, 0.16, 0.04, 1, 24),
     Nucleus.SPINDLE: _Shape(13.0, 2.7, 0.22, 1.00, 0.20, 0.10, 0.0, 0.15, 0.10, 0, 40),
     Nucleus.MUSCLE: _Shape(15.0, 3.3, 0.15, 0.75, 0.15, 0.15, 0.1, 0.12, 0.04, 0, 44),
-    Nucleus.TUMOUR_1: _Shape(9.2, 7.8, 0.08, 0.72, 0.10, 0.25, 0.20, 0.14, 0.04, 1, 32),
-    Nucleus.TUMOUR_2: _Shape(9.6, 7.9, 0.17, 0.70, 0.20, 0.36, 0.40, 0.20, 0.08, 2, 40),
-    Nucleus.TUMOUR_3: _Shape(9.8, 7.8, 0.28, 0.72, 0.30, 0.48, 0.55, 0.26, 0.14, 3, 48),
+    Nucleus.TUMOUR_1: _Shape(8.0, 6.9, 0.07, 0.80, 0.08, 0.15, 0.05, 0.12, 0.03, 0, 28),
+    Nucleus.TUMOUR_2: _Shape(9.4, 7.9, 0.16, 0.70, 0.18, 0.36, 0.40, 0.20, 0.07, 2, 40),
+    Nucleus.TUMOUR_3: _Shape(11.2, 8.8, 0.27, 0.62, 0.30, 0.55, 0.70, 0.28, 0.13, 4, 52),
     Nucleus.HYPERCHROMATIC: _Shape(9.5, 7.5, 0.12, 1.35, 0.10, 0.05, 0.0, 0.12, 0.06, 0, 36),
 }
 
@@ -86,13 +89,9 @@ def bank(kind: Nucleus) -> Floats:
                 sprites.append(special(rng, angle))
     side = sprites[0].shape[0]
     out = np.stack(sprites).reshape(ANGLES, VARIANTS, side, side)
-    if kind in TUMOUR_GRADES:
-        # one dose of haematoxylin a nucleus in every grade: colour must not tell the grade
-        out *= TUMOUR_DOSE / out.sum((2, 3)).mean()
+    if kind in TUMOUR_DOSE:
+        out *= TUMOUR_DOSE[kind] / out.sum((2, 3)).mean()
     return np.ascontiguousarray(out, np.float32)
-
-
-TUMOUR_DOSE = 135.0  # sum of optical density over an average tumour nucleus
 
 
 def _frame(side: int, angle: float) -> tuple[Floats, Floats]:
@@ -154,7 +153,7 @@ def _mitosis(rng: np.random.Generator, angle: float) -> Floats:
     else:
         radius = np.hypot(along / 7.5, across / 6.2)
         figure = _soft((1 - radius) * 8 + 2.0 * rough)
-    return np.asarray(1.75 * figure * (1 + 0.08 * rough), np.float32)
+    return np.asarray(2.1 * figure * (1 + 0.08 * rough), np.float32)
 
 
 def _pyknotic(rng: np.random.Generator, angle: float) -> Floats:

@@ -190,11 +190,12 @@ def _colorectal(
         window = (slice(i, i + pitch), slice(j, j + pitch))
         scene.tissue[window] = _ZONES[name]
         normal[window] = name == "NORM"
-    # between crypts: lamina propria, with lymphocytes
+    # between crypts: lamina propria, with lymphocytes; and submucosa, which has no crypts
     lamina = smooth_noise(rng, shape, 90 / RASTER) > 0.9
     scene.tissue[normal & lamina] = Tissue.LYMPHOCYTES
     add_tumour_detail(rng, scene.tissue)
-    add_glands(scene, rng, normal, COLON)
+    mucosa = smooth_noise(rng, shape, 1.5 * _CELL) > -0.55
+    add_glands(scene, rng, normal & mucosa, COLON)
     populate(scene, rng, Tumour(rng.uniform(1, 3), float(np.exp(rng.uniform(1.5, 5)))))
     sheet = paint(scene, random_stain(rng), rng)
     out = []

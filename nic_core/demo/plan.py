@@ -18,12 +18,12 @@ from nic_core.demo.layout import NESTS
 from nic_core.demo.painter import Stain, random_stain
 
 GROWTH = ("replacement", "desmoplastic")
-MITOSES = (8.0, 240.0)  # a mm2 of tumour, lowest and highest
+MITOSES = (10.0, 700.0)  # a mm2 of tumour, lowest and highest
 SCORE_NOISE = 0.40  # standard deviation, of the score's own causes = 1
 RISK = 1.6  # standard deviation of the log hazard
 CENSORED = 0.35
 MEDIAN_DAYS = 900.0
-FAITHFUL = 0.92  # a nest has a capsule (or none) as the slide's growth pattern says
+FAITHFUL = 0.94  # a nest has a capsule (or none) as the slide's growth pattern says
 
 Doubles = NDArray[np.float64]
 

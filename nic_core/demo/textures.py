@@ -102,7 +102,7 @@ def _stroma(rng: np.random.Generator) -> _Stains:
     clefts = noise(rng, 5, 18) + 0.4 * noise(rng, 12, 40)
     rows = 34 * noise(rng, 60, 22) + 9 * noise(rng, 30, 9)  # crimped collagen
     e = (0.62 + 0.13 * bundles + 0.15 * fibres) * (0.22 + 0.78 * _ramp(clefts, -1.8, -0.9))
-    h = 0.09 + 0.03 * noise(rng, 14) + 0.03 * bundles
+    h = 0.13 + 0.03 * noise(rng, 14) + 0.03 * bundles
     zero = np.zeros_like(e)
     return warp(e, rows, zero), warp(h, rows, zero)
 
@@ -113,8 +113,8 @@ def _rim(rng: np.random.Generator) -> _Stains:
     fibres = noise(rng, 1.6, 40)
     seams = 1 - _ramp(np.abs(noise(rng, 6, 70)), 0.0, 0.22)
     rows = 7 * noise(rng, 50, 30)
-    e = (0.600 + 0.07 * bundles + 0.12 * fibres) * (1 - 0.8 * seams)
-    h = 0.086 + 0.02 * fibres + 0.04 * seams
+    e = (0.625 + 0.07 * bundles + 0.12 * fibres) * (1 - 0.8 * seams)
+    h = 0.058 + 0.02 * fibres + 0.04 * seams
     zero = np.zeros_like(e)
     return warp(e, rows, zero), warp(h, rows, zero)
 
