@@ -16,7 +16,7 @@ def tiny_cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
     cohort = make_demo(root, slides=12, patches_per_task=60, side=1024, workers=1)
     text = cohort.read_text()
     for old, new in (
-        ("patches_seen: 50000", "patches_seen: 256\n  batch: 32"),
+        ("patches_seen: 32000", "patches_seen: 256\n  batch: 32"),
         ("crop: 24", "crop: 8"),
         ("epochs: 40", "epochs: 2\n    bootstrap: 50"),
     ):

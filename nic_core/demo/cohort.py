@@ -253,7 +253,13 @@ def _cohort_yaml() -> str:
         ],
         "encoders": [
             {"name": "mean-rgb", "objective": "mean_rgb"},
-            {"name": "mtl-4", "objective": "mtl", "tasks": names, "patches_seen": 50_000},
+            {
+                "name": "mtl-4",
+                "objective": "mtl",
+                "tasks": names,
+                "patches_seen": 32_000,
+                "learning_rate": 2e-3,
+            },
         ],
         "targets": [
             {"name": "proliferation", "kind": "regression", "column": "score"},
