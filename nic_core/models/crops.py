@@ -168,7 +168,10 @@ class Crops:
         return 4 * self._normalise.channels * self._crop**2
 
     def draw(self, slide: str, random: np.random.Generator) -> NDArray[np.float32]:
-        """A crop about a random centre in a random orientation."""
+        """A crop about a random centre in a random orientation.
+
+        A grid that fits into the crop along an axis is shifted in it but never cut.
+        """
         return self.at(slide, self._centre(slide, random), int(random.integers(ORIENTATIONS)))
 
     def fixed(self, slide: str, count: int, seed: int) -> list[tuple[int, int]]:
@@ -211,7 +214,18 @@ class Crops:
     def _centre(self, slide: str, random: np.random.Generator) -> tuple[int, int]:
         cumulative, columns = self._centres(slide)
         cell = int(np.searchsorted(cumulative, random.random() * cumulative[-1], side="right"))
-        return cell // columns, cell % columns
+        rows = len(cumulative) // columns
+        return (
+            _keep_whole(cell // columns, rows, self._crop),
+            _keep_whole(cell % columns, columns, self._crop),
+        )
+
+
+def _keep_whole(centre: int, length: int, crop: int) -> int:
+    """The centre, moved so far that an axis that fits into the crop is not cut [choice]."""
+    if length > crop:
+        return centre
+    return min(max(centre, length - crop + crop // 2), crop // 2)
 
 
 def all_moments(slides: Iterable[str], grids: GridSource) -> Mapping[str, GridMoments]:

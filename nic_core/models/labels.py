@@ -54,23 +54,20 @@ def target_table(cohort: Cohort, target: Target, index: pl.DataFrame) -> pl.Data
         too few patients are labelled to be divided into folds.
     """
     labels, key = _read_labels(cohort, target)
-    columns = [c for c in labels.columns if c != key]
-    units = _decode(labels, target, key).drop_nulls()
-    slides = index.select("slide", "patient", "split").join(units, on=key, how="inner")
+    decoded = _decode(labels, target, key)
+    slides = index.select("slide", "patient", "split").join(decoded, on=key, how="inner")
     if not slides.height:
         raise _error(
             target,
-            columns[0],
-            f"no {key} of the label table is among the slides that were found; "
+            _label_columns(target)[0],
+            f"no labelled {key} of the label table is among the slides that were found; "
             f"check the ids in column '{key}' of {cohort.labels}",
         )
     _check_splits(target, index)
     values = [c for c in slides.columns if c not in ("slide", "patient", "split")]
     if target.level == "patient":
         _check_agreement(target, slides, values)
-        table = slides.group_by("patient").agg(
-            pl.col("split", *values).first(),
-        )
+        table = slides.group_by("patient").agg(pl.col("split", *values).first())
         everything = index.group_by("patient").agg(pl.col("slide").sort().alias("slides"))
         table = table.join(everything, on="patient").with_columns(unit="patient")
     else:

@@ -40,9 +40,10 @@ def cox_loss(risk: Tensor, time: Tensor, event: Tensor, *, ties: Ties = "breslow
     if ties == "efron":
         tied = at[None, :] == at[:, None]
         earlier = torch.ones_like(tied).tril(-1)
-        share = (tied & earlier).sum(1) / tied.sum(1)  # 0, 1/d, ..., (d-1)/d for d tied deaths
+        # 0, 1/d, ..., (d-1)/d for d tied deaths; counted in the risks' own precision
+        share = (tied & earlier).sum(1, dtype=risk.dtype) / tied.sum(1, dtype=risk.dtype)
         tied_deaths = _masked_logsumexp(deaths, tied)
-        at_risk = at_risk + torch.log1p(-share.to(risk.dtype) * torch.exp(tied_deaths - at_risk))
+        at_risk = at_risk + torch.log1p(-share * torch.exp(tied_deaths - at_risk))
     return (at_risk - deaths).mean()
 
 

@@ -1,0 +1,104 @@
+"""Folds: by patient, stratified, seeded."""
+
+import numpy as np
+import polars as pl
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nic_core.cohort import ClassificationTarget, RegressionTarget, SurvivalTarget
+from nic_core.models.folds import check_folds, make_folds
+
+SCORE = RegressionTarget(name="score", kind="regression", column="y")
+GROWTH = ClassificationTarget(
+    name="growth", kind="classification", column="y", classes=("a", "b", "c")
+)
+DEATH = SurvivalTarget(name="death", kind="survival", time="time", event="event", unit="days")
+
+
+def units(**labels):
+    count = len(next(iter(labels.values())))
+    names = [f"{i:03d}" for i in range(count)]
+    return pl.DataFrame(
+        {
+            "unit": names,
+            "patient": names,
+            "slides": [[n] for n in names],
+            "split": ["cv"] * count,
+            **labels,
+        }
+    )
+
+
+@given(st.lists(st.integers(0, 2), min_size=5, max_size=60), st.integers(3, 5), st.integers(0, 9))
+@settings(max_examples=50, deadline=None)
+def test_classes_and_patients_are_spread_evenly(classes, folds, seed):
+    table = units(y=classes)
+    dealt = table.join(make_folds(table, target=GROWTH, folds=folds, seed=seed), on="patient")
+    per_fold = [dealt.filter(fold=f) for f in range(folds)]
+    sizes = [t.height for t in per_fold]
+    assert max(sizes) - min(sizes) <= 2
+    for c in set(classes):
+        counts = [t.filter(y=c).height for t in per_fold]
+        assert max(counts) - min(counts) <= 1
+
+
+@given(st.integers(0, 999))
+@settings(max_examples=20, deadline=None)
+def test_neighbours_in_value_go_to_different_folds(seed):
+    y = np.random.default_rng(seed).normal(size=40)
+    table = units(y=y)
+    dealt = table.join(make_folds(table, target=SCORE, folds=4, seed=seed), on="patient").sort("y")
+    for start in range(0, 40, 4):
+        assert sorted(dealt["fold"][start : start + 4]) == [0, 1, 2, 3]
+
+
+@given(st.integers(0, 999))
+@settings(max_examples=20, deadline=None)
+def test_events_and_their_times_are_spread(seed):
+    random = np.random.default_rng(seed)
+    table = units(time=random.exponential(size=41), event=random.random(41) < 0.4)
+    dealt = table.join(make_folds(table, target=DEATH, folds=4, seed=seed), on="patient")
+    for event in (True, False):
+        part = dealt.filter(event=event).sort("time")
+        counts = np.bincount(part["fold"], minlength=4)
+        assert counts.max() - counts.min() <= 1
+        for start in range(0, part.height - 3, 4):
+            assert len(set(part["fold"][start : start + 4])) == 4
+
+
+def test_slides_of_a_patient_share_a_fold_and_test_patients_have_none():
+    table = pl.DataFrame(
+        {
+            "unit": [f"s{i}" for i in range(20)],
+            "patient": [f"p{i // 2}" for i in range(20)],
+            "split": ["cv"] * 16 + ["test"] * 4,
+            "y": [float(i) for i in range(20)],
+        }
+    )
+    folds = make_folds(table, target=SCORE, folds=4, seed=0)
+    assert folds["patient"].to_list() == [f"p{i}" for i in range(8)]
+
+
+def test_a_seed_gives_its_folds_again_and_another_gives_others():
+    table = units(y=[i % 3 for i in range(30)])
+    first, again, other = (
+        make_folds(table, target=GROWTH, folds=4, seed=seed) for seed in (0, 0, 1)
+    )
+    assert first.equals(again)
+    assert not first.equals(other)
+    # the order of rows does not matter
+    assert first.equals(make_folds(table.reverse(), target=GROWTH, folds=4, seed=0))
+
+
+def test_overlapping_missing_and_foreign_patients_are_found():
+    table = units(y=[float(i) for i in range(8)])
+    folds = make_folds(table, target=SCORE, folds=4, seed=0)
+    with pytest.raises(ValueError, match="overlap: patient '000'"):
+        check_folds(pl.concat([folds, folds[:1]]), table)
+    with pytest.raises(ValueError, match="'000' is in no fold"):
+        check_folds(folds[1:], table)
+    with pytest.raises(ValueError, match="'007', who is not in split"):
+        check_folds(folds, table[:7])
+    with pytest.raises(ValueError, match="8 patients for 9 folds"):
+        make_folds(table, target=SCORE, folds=9, seed=0)

@@ -1,0 +1,199 @@
+"""The label table: what is accepted, and what is refused with which words."""
+
+import polars as pl
+import pytest
+
+from nic_core.cohort import (
+    ClassificationTarget,
+    Cohort,
+    CohortError,
+    RegressionTarget,
+    SurvivalTarget,
+)
+from nic_core.models.labels import shuffle_labels, target_table, unlabelled
+
+SCORE = RegressionTarget(name="score", kind="regression", column="score")
+GROWTH = ClassificationTarget(
+    name="growth", kind="classification", column="growth", classes=("pushing", "invading")
+)
+DEATH = SurvivalTarget(name="death", kind="survival", time="time", event="event", unit="days")
+
+
+@pytest.fixture
+def index():
+    """Eight patients with two slides each; the last two are the test split."""
+    return pl.DataFrame(
+        [
+            (f"{p}{s}", p, "test" if p in "gh" else "cv")
+            for p in "abcdefgh"
+            for s in (1, 2)
+        ],
+        schema=["slide", "patient", "split"],
+        orient="row",
+    )
+
+
+@pytest.fixture
+def labels(index):
+    patient = {p: i for i, p in enumerate("abcdefgh")}
+    return index.select(
+        "slide",
+        score=pl.col("patient").replace_strict(patient).cast(pl.String),
+        growth=pl.Series(["pushing", "pushing", "invading", "invading"] * 4),
+        time=pl.Series([str(10 * (i // 2 + 1)) for i in range(16)]),
+        event=pl.Series(["1"] * 12 + ["0"] * 4),
+    )
+
+
+@pytest.fixture
+def cohort(tmp_path):
+    def make(labels, folds=3):
+        labels.write_csv(tmp_path / "labels.csv")
+        return Cohort.model_validate(
+            {
+                "name": "c",
+                "slides": {"table": "slides.csv"},
+                "labels": "labels.csv",
+                "encoders": [{"name": "e", "objective": "mean_rgb"}],
+                "settings": {"models": {"folds": folds}},
+            },
+            context={"base": tmp_path},
+        )
+
+    return make
+
+
+def patient_level(target):
+    return target.model_copy(update={"level": "patient"})
+
+
+def change(labels, slide, column, value):
+    here = pl.col("slide") == slide
+    return labels.with_columns(pl.when(here).then(pl.lit(value)).otherwise(column).alias(column))
+
+
+def test_slide_level_has_one_unit_a_slide(cohort, labels, index):
+    table = target_table(cohort(labels), SCORE, index)
+    assert table["unit"].to_list() == index["slide"].to_list()
+    assert table["y"].to_list() == [float(i // 2) for i in range(16)]
+    assert table.filter(pl.col("split") == "test")["patient"].unique().sort().to_list() == ["g", "h"]
+
+
+def test_patient_level_gathers_the_slides_of_a_patient(cohort, labels, index):
+    table = target_table(cohort(labels), patient_level(GROWTH), index)
+    assert table["unit"].to_list() == list("abcdefgh")
+    assert table["slides"].to_list()[0] == ["a1", "a2"]
+    assert table["y"].to_list() == [0, 1] * 4
+
+
+def test_survival_has_time_and_event(cohort, labels, index):
+    table = target_table(cohort(labels), patient_level(DEATH), index)
+    assert table["time"].to_list() == [10.0 * i for i in range(1, 9)]
+    assert table["event"].to_list() == [True] * 6 + [False] * 2
+
+
+@pytest.mark.parametrize("level", ["slide", "patient"])
+def test_a_table_keyed_by_patient_serves_both_levels(cohort, labels, index, level):
+    by_patient = labels[::2].with_columns(patient=pl.col("slide").str.head(1)).drop("slide")
+    target = SCORE.model_copy(update={"level": level})
+    table = target_table(cohort(by_patient), target, index)
+    assert table.height == (16 if level == "slide" else 8)
+    assert table.filter(pl.col("patient") == "c")["y"].unique().to_list() == [2.0]
+
+
+def test_parquet_and_numbers_as_numbers_are_read_alike(cohort, labels, index, tmp_path):
+    made = cohort(labels)
+    labels.cast({"score": pl.Float64, "time": pl.Int64, "event": pl.Int8}).write_parquet(
+        tmp_path / "labels.parquet"
+    )
+    other = made.model_copy(update={"labels": tmp_path / "labels.parquet"})
+    for target in (SCORE, GROWTH, DEATH):
+        assert target_table(made, target, index).equals(target_table(other, target, index))
+
+
+@pytest.mark.parametrize("missing", ["", "NA", "nan", None])
+def test_units_without_a_label_are_left_out_and_named(cohort, labels, index, missing):
+    table = target_table(cohort(change(labels, "b1", "score", missing)), SCORE, index)
+    assert table.height == 15
+    assert unlabelled(table, index) == ["b1"]
+
+
+def test_a_patient_keeps_all_slides_when_only_one_of_them_is_labelled(cohort, labels, index):
+    changed = change(labels, "b1", "score", None)
+    table = target_table(cohort(changed), patient_level(SCORE), index)
+    assert table.filter(pl.col("unit") == "b")["slides"].to_list() == [["b1", "b2"]]
+    assert unlabelled(table, index) == []
+
+
+@pytest.mark.parametrize(
+    ("target", "slide", "column", "value", "words"),
+    [
+        (SCORE, "c1", "score", "high", ["score", "c1", "high", "no number"]),
+        (SCORE, "c1", "score", "inf", ["score", "c1", "inf"]),
+        (GROWTH, "c2", "growth", "mixed", ["growth", "c2", "mixed", "pushing, invading"]),
+        (DEATH, "d1", "time", "-3", ["time", "d1", "negative"]),
+        (DEATH, "d1", "event", "2", ["event", "d1", "neither 0 nor 1"]),
+        (DEATH, "d1", "event", "yes", ["event", "d1", "yes", "no number"]),
+        (DEATH, "d1", "time", None, ["time", "d1", "no time"]),
+        (DEATH, "d1", "event", None, ["event", "d1", "no event"]),
+    ],
+)
+def test_a_wrong_label_is_refused_by_name(
+    cohort, labels, index, target, slide, column, value, words
+):
+    with pytest.raises(CohortError) as caught:
+        target_table(cohort(change(labels, slide, column, value)), target, index)
+    for word in [target.name, *words]:
+        assert word in str(caught.value)
+
+
+def test_disagreeing_slides_of_a_patient_are_refused_at_patient_level(cohort, labels, index):
+    changed = change(labels, "c1", "growth", "invading")
+    assert target_table(cohort(changed), GROWTH, index).height == 16
+    with pytest.raises(CohortError, match=r"c1, c2 of patient 'c'"):
+        target_table(cohort(changed), patient_level(GROWTH), index)
+
+
+def test_a_class_with_fewer_patients_than_folds_is_refused(cohort, labels, index):
+    with pytest.raises(CohortError, match=r"class 'pushing' has 3 patients.*4 folds"):
+        target_table(cohort(labels, folds=4), GROWTH, index)
+
+
+def test_constant_labels_and_too_few_events_are_refused(cohort, labels, index):
+    with pytest.raises(CohortError, match="all labels are equal"):
+        target_table(cohort(labels.with_columns(score=pl.lit("1"))), SCORE, index)
+    with pytest.raises(CohortError, match=r"'event': 0 patients have an event"):
+        target_table(cohort(labels.with_columns(event=pl.lit("0"))), DEATH, index)
+
+
+def test_table_without_key_or_column_or_overlap_is_refused(cohort, labels, index):
+    with pytest.raises(CohortError, match=r"no column 'slide' or 'patient'"):
+        target_table(cohort(labels.rename({"slide": "id"})), SCORE, index)
+    with pytest.raises(CohortError, match=r"'score'.*not in"):
+        target_table(cohort(labels.drop("score")), SCORE, index)
+    with pytest.raises(CohortError, match="no labelled slide of the label table is among"):
+        target_table(cohort(labels.with_columns(pl.col("slide") + ".tif")), SCORE, index)
+    with pytest.raises(CohortError, match="'a1' stands more than once"):
+        target_table(cohort(pl.concat([labels, labels])), SCORE, index)
+
+
+def test_a_patient_in_both_splits_is_refused(cohort, labels, index):
+    mixed = index.with_columns(
+        split=pl.when(pl.col("slide") == "a1").then(pl.lit("test")).otherwise("split")
+    )
+    with pytest.raises(CohortError, match="patient 'a' has slides in both splits"):
+        target_table(cohort(labels), SCORE, mixed)
+
+
+def test_shuffled_labels_are_those_of_other_patients_in_the_same_split(cohort, labels, index):
+    table = target_table(cohort(labels), SCORE, index)
+    shuffled = shuffle_labels(table, seed=0)
+    assert shuffled.drop("y").equals(table.drop("y"))
+    assert not shuffled["y"].equals(table["y"])
+    for split in ("cv", "test"):
+        before, after = (
+            sorted(t.filter(pl.col("split") == split)["y"]) for t in (table, shuffled)
+        )
+        assert before == after
+    # slides of a patient, alike before, are alike after
+    assert shuffled.group_by("patient").agg(pl.col("y").n_unique())["y"].to_list() == [1] * 8

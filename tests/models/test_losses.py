@@ -1,0 +1,93 @@
+"""Cox's loss against a plain double loop and against scikit-survival's fits."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sksurv.datasets import load_gbsg2, load_veterans_lung_cancer, load_whas500
+from sksurv.linear_model import CoxPHSurvivalAnalysis
+from sksurv.linear_model.coxph import CoxPHOptimizer
+from sksurv.preprocessing import OneHotEncoder
+
+from nic_core.models.losses import cox_loss
+
+
+def reference(risk, time, event, ties):
+    """Value and gradient of the negative log partial likelihood, straight from its definition."""
+    value, gradient, n = 0.0, np.zeros(len(risk)), int(event.sum())
+    w = np.exp(risk)
+    for t in np.unique(time[event]):
+        at_risk = time >= t
+        dead = event & (time == t)
+        d = int(dead.sum())
+        for k in range(d):
+            share = k / d if ties == "efron" else 0.0
+            part = w * at_risk - share * w * dead
+            value += np.log(part.sum())
+            gradient += part / part.sum()
+        value -= risk[dead].sum()
+        gradient[dead] -= 1
+    return value / n, gradient / n
+
+
+@given(
+    st.integers(2, 25), st.integers(0, 2**31), st.sampled_from(["breslow", "efron"]), st.booleans()
+)
+@settings(max_examples=100, deadline=None)
+def test_value_and_gradient_equal_the_definition(n, seed, ties, many_ties):
+    random = np.random.default_rng(seed)
+    risk = random.normal(size=n) * 3
+    time = random.integers(1, 5, n).astype(float) if many_ties else random.random(n)
+    event = random.random(n) < 0.6
+    event[0] = True
+    x = torch.tensor(risk, requires_grad=True)
+    loss = cox_loss(x, torch.tensor(time), torch.tensor(event), ties=ties)
+    loss.backward()
+    value, gradient = reference(risk, time, event, ties)
+    assert loss.item() == pytest.approx(value, abs=1e-10)
+    np.testing.assert_allclose(x.grad.numpy(), gradient, atol=1e-10)
+
+
+@pytest.mark.parametrize("load", [load_veterans_lung_cancer, load_whas500, load_gbsg2])
+@pytest.mark.parametrize("ties", ["breslow", "efron"])
+def test_gradient_vanishes_and_likelihood_agrees_at_scikit_survivals_coefficients(load, ties):
+    frame, y = load()
+    x = OneHotEncoder().fit_transform(frame).to_numpy(np.float64)
+    x = (x - x.mean(0)) / x.std(0)
+    event, time = (np.ascontiguousarray(y[name]) for name in y.dtype.names)
+    fitted = CoxPHSurvivalAnalysis(ties=ties, tol=1e-14).fit(x, y)
+    beta = torch.tensor(fitted.coef_, requires_grad=True)
+    loss = cox_loss(
+        torch.tensor(x) @ beta, torch.tensor(time.astype(float)), torch.tensor(event), ties=ties
+    )
+    loss.backward()
+    assert beta.grad.abs().max().item() < 1e-6
+    theirs = CoxPHOptimizer(x, event, time, np.zeros(x.shape[1]), ties)
+    expected = theirs.nlog_likelihood(fitted.coef_) * len(event) / event.sum()
+    assert loss.item() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("ties", ["breslow", "efron"])
+def test_the_ratio_of_ties_changes_nothing_when_there_are_none(ties):
+    time, event = torch.arange(6.0), torch.tensor([1, 0, 1, 1, 0, 1])
+    risk = torch.randn(6, generator=torch.Generator().manual_seed(0))
+    assert cox_loss(risk, time, event, ties=ties).item() == pytest.approx(
+        cox_loss(risk, time, event).item()
+    )
+
+
+def test_a_constant_added_to_all_risks_changes_nothing_and_huge_risks_stay_finite():
+    time, event = torch.tensor([3.0, 1, 2, 2]), torch.tensor([True, True, False, True])
+    risk = torch.tensor([0.1, -2.0, 0.7, 1.0])
+    loss = cox_loss(risk, time, event)
+    assert cox_loss(risk + 5, time, event).item() == pytest.approx(loss.item(), abs=1e-5)
+    for ties in ("breslow", "efron"):
+        x = (risk * 500).requires_grad_()
+        cox_loss(x, time, event, ties=ties).backward()
+        assert torch.isfinite(x.grad).all()
+
+
+def test_a_batch_without_a_death_is_refused():
+    with pytest.raises(ValueError, match="no event"):
+        cox_loss(torch.zeros(3), torch.ones(3), torch.zeros(3))
