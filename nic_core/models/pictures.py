@@ -1,4 +1,4 @@
-"""Pictures of a cross-validated target, one set a kind: what a person judges a model by."""
+"""Figures of a cross-validated target."""
 
 from __future__ import annotations
 
@@ -11,138 +11,201 @@ from sklearn.metrics import roc_curve
 from sksurv.nonparametric import kaplan_meier_estimator
 
 from nic_core.cohort import ClassificationTarget, RegressionTarget, SurvivalTarget
-from nic_core.metrics import confusion, high_risk, log_rank
+from nic_core.metrics import PRIMARY, confusion, high_risk, log_rank
 from nic_core.models.validation import NETWORK, Evaluated, prediction_array
 
-COLOURS = ("C0", "C3")
+_BLUE, _RED, _GREY = "#3b6ea8", "#b8433f", "#9a9a9a"
+_NAMES = {
+    "spearman": "Spearman's ρ",
+    "auc": "AUC",
+    "harrell_c": "Harrell's C",
+    "network": "network",
+    "mean_code": "mean code, linear",
+    "tissue_area": "tissue area, linear",
+}
 
 
-def model_figures(evaluated: Evaluated) -> dict[str, Figure]:
-    """The network's hold-out predictions as pictures, and its training curves."""
+def evaluation_figure(evaluated: Evaluated, *, split: str = "cv") -> Figure:
+    """The picture of the target's kind, of the network's predictions in one split.
+
+    Regression: scatter. Classification: ROC curves with the baselines', and confusion matrix.
+    Survival: Kaplan-Meier curves either side of the median risk, with the numbers at risk.
+    """
     target = evaluated.target
-    rows = evaluated.predictions.filter(model=NETWORK, split="cv").sort("unit")
-    figures = {"training_curves": training_curves(evaluated)}
     if isinstance(target, RegressionTarget):
-        figures["scatter"] = scatter(target, rows)
-    elif isinstance(target, ClassificationTarget):
-        figures["roc"] = roc(target, rows)
-        figures["confusion"] = confusion_matrix(target, rows)
-    else:
-        figures["kaplan_meier"] = kaplan_meier(target, rows)
-    return figures
+        return _scatter(evaluated, target, split)
+    if isinstance(target, ClassificationTarget):
+        return _roc(evaluated, target, split)
+    return _kaplan_meier(evaluated, target, split)
 
 
-def training_curves(evaluated: Evaluated) -> Figure:
-    """Loss and validation metric of every fold against epochs; dots are the kept epochs."""
+def training_figure(evaluated: Evaluated) -> Figure:
+    """Loss of training and validation and the validation metric by epoch, a line a fold.
+
+    A dot marks the epoch that was kept.
+    """
     figure = _figure(9, 3.2)
-    left, right = figure.subplots(1, 2)
+    losses, metric = figure.subplots(1, 2)
     for fold, best in enumerate(evaluated.best_epochs):
-        history = evaluated.history.filter(fold=fold)
-        epoch = history["epoch"].to_numpy()
-        left.plot(epoch, history["loss"], color=f"C{fold}", label=f"fold {fold}")
-        left.plot(epoch, history["validation_loss"], color=f"C{fold}", ls=":")
-        right.plot(epoch, history["validation_metric"], color=f"C{fold}")
-        kept = history.filter(epoch=best)
-        right.plot(kept["epoch"], kept["validation_metric"], "o", color=f"C{fold}")
-    left.set(title="loss (dotted: validation)", xlabel="epoch")
-    left.legend(frameon=False, fontsize=8)
-    right.set(title="validation metric", xlabel="epoch")
+        rows = evaluated.history.filter(fold=fold)
+        epoch = rows["epoch"]
+        first = fold == 0
+        losses.plot(epoch, rows["loss"], color=_GREY, lw=1, label="training" if first else None)
+        losses.plot(
+            epoch,
+            rows["validation_loss"],
+            color=_BLUE,
+            lw=1,
+            label="validation" if first else None,
+        )
+        line = metric.plot(epoch, rows["validation_metric"], lw=1, label=f"fold {fold}")[0]
+        metric.plot(best, rows["validation_metric"][best], "o", color=line.get_color(), ms=5)
+    losses.set(xlabel="epoch", ylabel="loss")
+    losses.set_ylim(0, None)
+    metric.set(xlabel="epoch", ylabel=f"{_NAMES[PRIMARY[evaluated.target.kind]]}, validation")
+    for axes in (losses, metric):
+        _plain(axes)
+        axes.legend(frameon=False, fontsize=8)
+    figure.suptitle(evaluated.target.name, fontsize=10)
     return figure
 
 
-def scatter(target: RegressionTarget, rows: pl.DataFrame) -> Figure:
-    """Hold-out predictions against labels, with the line of equality."""
-    figure = _figure(4, 4)
+def metrics_figure(evaluated: Evaluated) -> Figure:
+    """The primary metric of network and baselines with intervals, in each split."""
+    primary = PRIMARY[evaluated.target.kind]
+    rows = evaluated.metrics.filter(metric=primary)
+    figure = _figure(5.5, 0.6 + 0.35 * rows.height)
     axes = figure.subplots()
-    label, predicted = rows["y"].to_numpy(), rows["prediction"].to_numpy()
-    ends = [min(label.min(), predicted.min()), max(label.max(), predicted.max())]
-    axes.plot(ends, ends, color="0.8", zorder=0)
-    for fold in rows["fold"].unique().sort():
-        at = (rows["fold"] == fold).to_numpy()
-        axes.scatter(label[at], predicted[at], s=16, color=f"C{fold}", label=f"fold {fold}")
-    axes.set(title=f"{target.name}: held-out units", xlabel="label", ylabel="prediction")
-    axes.legend(frameon=False, fontsize=8)
+    names = []
+    for i, row in enumerate(rows.iter_rows(named=True)):
+        colour = _RED if row["model"] == NETWORK else _GREY
+        axes.plot([row["low"], row["high"]], [i, i], color=colour, lw=2)
+        axes.plot(row["value"], i, "o", color=colour)
+        names.append(f"{_NAMES[row['model']]} ({row['split']}, n = {row['units']})")
+    axes.axvline(0.0 if primary == "spearman" else 0.5, color="k", lw=0.8, ls=":")
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel(f"{_NAMES[primary]}, 95 % interval over patients")
+    _plain(axes)
     return figure
 
 
-def roc(target: ClassificationTarget, rows: pl.DataFrame) -> Figure:
-    """ROC curves: of the second class of two, else of each class against the rest."""
-    figure = _figure(4, 4)
+def _scatter(evaluated: Evaluated, target: RegressionTarget, split: str) -> Figure:
+    rows = _rows(evaluated, NETWORK, split)
+    y, p = rows["y"].to_numpy(), prediction_array(target, rows)[:, 0]
+    figure = _figure(4.2, 4)
     axes = figure.subplots()
-    axes.plot([0, 1], [0, 1], color="0.8", zorder=0)
-    shown = [1] if len(target.classes) == 2 else range(len(target.classes))
-    probability = prediction_array(target, rows)
-    for number in shown:
-        false, true, _ = roc_curve(rows["y"].to_numpy() == number, probability[:, number])
-        axes.plot(false, true, label=target.classes[number])
-    axes.set(
-        title=f"{target.name}: held-out units",
-        xlabel="1 - specificity",
-        ylabel="sensitivity",
-        aspect="equal",
-    )
-    axes.legend(frameon=False, fontsize=8)
+    if split == "cv":
+        axes.scatter(y, p, c=rows["fold"].to_numpy(), cmap="tab10", vmin=0, vmax=9, s=22)
+    else:
+        axes.scatter(y, p, color=_BLUE, s=22)
+    ends = [min(y.min(), p.min()), max(y.max(), p.max())]
+    axes.plot(ends, ends, color=_GREY, lw=0.8, ls=":")
+    axes.set(xlabel=target.column, ylabel=f"predicted {target.column}")
+    axes.set_title(_title(evaluated, split), fontsize=9)
+    _plain(axes)
     return figure
 
 
-def confusion_matrix(target: ClassificationTarget, rows: pl.DataFrame) -> Figure:
-    """Units by true and predicted class."""
-    counts = confusion(rows["y"].to_numpy(), prediction_array(target, rows))
-    figure = _figure(2.4 + 0.5 * len(counts), 2.2 + 0.5 * len(counts))
-    axes = figure.subplots()
-    axes.imshow(counts / np.maximum(counts.sum(1, keepdims=True), 1), cmap="Blues", vmin=0, vmax=1)
-    for (true, predicted), count in np.ndenumerate(counts):
-        axes.text(predicted, true, f"{count}", ha="center", va="center")
-    ticks = range(len(target.classes))
-    axes.set_xticks(ticks, target.classes, rotation=30, ha="right")
-    axes.set_yticks(ticks, target.classes)
-    axes.set(xlabel="predicted", ylabel="true")
-    return figure
-
-
-def kaplan_meier(target: SurvivalTarget, rows: pl.DataFrame) -> Figure:
-    """Survival of the halves by median risk, with the log-rank p and the numbers at risk."""
-    time, event = rows["time"].to_numpy(), rows["event"].to_numpy()
-    high = high_risk(rows["risk"].to_numpy())
-    figure = _figure(5.5, 4.4)
-    axes = figure.subplots()
-    for group, name, colour in ((~high, "low risk", COLOURS[0]), (high, "high risk", COLOURS[1])):
-        at, alive = kaplan_meier_estimator(event[group], time[group])
-        axes.step([0, *at], [1, *alive], where="post", color=colour, label=name)
-        censored = time[group & ~event]
-        height = alive[np.searchsorted(at, censored)]  # every time of the group is in `at`
-        axes.plot(censored, height, "|", color=colour, ms=6)
-    p = log_rank(time, event, rows["risk"].to_numpy())
-    axes.set(
-        title=f"{target.name}: halves by median risk, log-rank p = {p:.2g}",
-        xlabel=target.unit,
-        ylabel="survival",
-        ylim=(0, 1.02),
-        xlim=(0, None),
-    )
-    axes.legend(frameon=False)
-    _at_risk(axes, time, high)
-    return figure
-
-
-def _at_risk(axes: Axes, time: np.ndarray, high: np.ndarray) -> None:
-    ticks = [tick for tick in axes.get_xticks() if 0 <= tick <= axes.get_xlim()[1]]
-    for line, (group, colour) in enumerate(((~high, COLOURS[0]), (high, COLOURS[1]))):
-        for tick in ticks:
-            axes.annotate(
-                str(int((time[group] >= tick).sum())),
-                (tick, 0),
-                xycoords=("data", "axes fraction"),
-                xytext=(0, -46 - 12 * line),
-                textcoords="offset points",
-                ha="center",
-                color=colour,
-                fontsize=8,
-                annotation_clip=False,
+def _roc(evaluated: Evaluated, target: ClassificationTarget, split: str) -> Figure:
+    figure = _figure(8.5, 4)
+    axes, table = figure.subplots(1, 2)
+    rows = _rows(evaluated, NETWORK, split)
+    y, p = rows["y"].to_numpy(), prediction_array(target, rows)
+    if len(target.classes) == 2:
+        for model in evaluated.predictions["model"].unique(maintain_order=True):
+            scored = _rows(evaluated, model, split)
+            fpr, tpr, _ = roc_curve(scored["y"], prediction_array(target, scored)[:, 1])
+            ours = model == NETWORK
+            axes.plot(
+                fpr,
+                tpr,
+                color=_RED if ours else _GREY,
+                ls="-" if ours else {"mean_code": "--"}.get(model, ":"),
+                lw=1.8 if ours else 1,
+                label=_NAMES[model],
             )
+    else:
+        for i, name in enumerate(target.classes):
+            fpr, tpr, _ = roc_curve(y == i, p[:, i])
+            axes.plot(fpr, tpr, label=f"{name} against the rest")
+    axes.plot([0, 1], [0, 1], color=_GREY, lw=0.5)
+    axes.set(xlabel="false positive rate", ylabel="true positive rate", aspect="equal")
+    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    axes.set_title(_title(evaluated, split), fontsize=9)
+    _plain(axes)
+    counts = confusion(y, p)
+    share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    table.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    for i, j in np.ndindex(*counts.shape):
+        table.text(
+            j, i, counts[i, j], ha="center", va="center", color="w" if share[i, j] > 0.6 else "k"
+        )
+    ticks = range(len(target.classes))
+    table.set_xticks(ticks, target.classes, fontsize=8)
+    table.set_yticks(ticks, target.classes, fontsize=8)
+    table.set(xlabel="predicted", ylabel="truth")
+    return figure
+
+
+def _kaplan_meier(evaluated: Evaluated, target: SurvivalTarget, split: str) -> Figure:
+    rows = _rows(evaluated, NETWORK, split)
+    time, event = rows["time"].to_numpy(), rows["event"].to_numpy()
+    risk = prediction_array(target, rows)[:, 0]
+    above = high_risk(risk)
+    figure = _figure(5.4, 4.6)
+    axes, numbers = figure.subplots(2, 1, height_ratios=[5, 1], sharex=True)
+    ticks = [t for t in axes.xaxis.get_major_locator().tick_values(0, time.max()) if t >= 0]
+    groups = (("high risk", above, _RED), ("low risk", ~above, _BLUE))
+    for line, (name, group, colour) in enumerate(groups):
+        if group.any():
+            t, s = kaplan_meier_estimator(event[group], time[group])
+            t, s = np.concatenate([[0], t]), np.concatenate([[1], s])
+            axes.step(t, s, where="post", color=colour, label=f"{name} (n = {group.sum()})")
+            gone = time[group & ~event]
+            at = s[np.searchsorted(t, gone, side="right") - 1]
+            axes.plot(gone, at, "|", color=colour, ms=6)
+        for tick in ticks:
+            count = int((time[group] >= tick).sum())
+            numbers.text(tick, 1 - line, str(count), ha="center", va="center", fontsize=8)
+    p = log_rank(time, event, risk)
+    axes.set(ylabel="surviving", ylim=(0, 1.02), xlim=(0, time.max() * 1.02))
+    axes.legend(frameon=False, fontsize=8)
+    axes.set_title(f"{_title(evaluated, split)}; log-rank p = {p:.2g}", fontsize=9)
+    numbers.set(ylim=(-0.6, 1.6), xlabel=f"time ({target.unit})", xticks=ticks)
+    numbers.set_xlim(0, time.max() * 1.02)
+    numbers.set_yticks([1, 0], [name for name, *_ in groups], fontsize=8)
+    numbers.set_title("at risk", fontsize=8, loc="left", pad=1)
+    numbers.tick_params(left=False)
+    for axis in (axes, numbers):
+        _plain(axis)
+    numbers.spines["left"].set_visible(False)
+    return figure
+
+
+def _rows(evaluated: Evaluated, model: str, split: str) -> pl.DataFrame:
+    return evaluated.predictions.filter(model=model, split=split)
+
+
+def _title(evaluated: Evaluated, split: str) -> str:
+    primary = PRIMARY[evaluated.target.kind]
+    row = evaluated.metrics.row(
+        by_predicate=(pl.col("model") == NETWORK)
+        & (pl.col("split") == split)
+        & (pl.col("metric") == primary),
+        named=True,
+    )
+    return (
+        f"{evaluated.target.name} ({split}): {_NAMES[primary]} "
+        f"{row['value']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
+    )
 
 
 def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def _plain(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,178 @@
+"""Crops: where they are, what surrounds them, how they are turned, what stays in memory."""
+
+import numpy as np
+import pytest
+import torch
+import zarr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import ndimage
+
+from nic_core.models.crops import (
+    Crops,
+    all_moments,
+    centre_weights,
+    cut,
+    fit_normalise,
+    grid_moments,
+    orient,
+)
+from nic_core.models.networks import Normalise
+
+from .conftest import ArrayGrid
+
+
+def identity(channels):
+    return Normalise(torch.zeros(channels), torch.ones(channels))
+
+
+def grid_of(codes, valid=None):
+    codes = np.asarray(codes, np.float16)
+    return ArrayGrid(codes, np.ones(codes.shape[1:], bool) if valid is None else valid)
+
+
+@given(
+    st.integers(1, 12),
+    st.integers(1, 12),
+    st.integers(1, 16),
+    st.integers(0, 11),
+    st.integers(0, 11),
+)
+@settings(max_examples=100, deadline=None)
+def test_a_crop_is_the_window_of_the_zero_padded_grid(rows, columns, crop, row, column):
+    row, column = row % rows, column % columns
+    codes = 1 + np.arange(rows * columns, dtype=np.float32).reshape(1, rows, columns)
+    padded = np.pad(codes, ((0, 0), (crop, crop), (crop, crop)))
+    top, left = row - crop // 2 + crop, column - crop // 2 + crop
+    crops = Crops(lambda _: grid_of(codes), identity(1), crop)
+    np.testing.assert_array_equal(
+        crops.at("s", (row, column), 0), padded[:, top : top + crop, left : left + crop]
+    )
+
+
+def test_centres_are_drawn_by_squared_distance_to_background():
+    valid = np.zeros((9, 9), bool)
+    valid[2:7, 1:8] = True
+    weights = centre_weights(valid)
+    distance = ndimage.distance_transform_edt(valid)
+    np.testing.assert_allclose(weights, distance**2 / (distance**2).sum())
+    # the crop is smaller than the grid: centres are where they were drawn
+    crops = Crops(lambda _: grid_of(np.ones((1, 9, 9)), valid), identity(1), 3)
+    drawn = np.zeros((9, 9))
+    for cell in crops.fixed("s", 20000, seed=0):
+        drawn[cell] += 1
+    np.testing.assert_allclose(drawn / 20000, weights, atol=0.01)
+
+
+def test_the_edge_of_a_grid_without_background_counts_as_background():
+    weights = centre_weights(np.ones((5, 5), bool))
+    assert weights[2, 2] == weights.max()
+    assert weights[0, 0] == weights.min() > 0
+
+
+def test_a_grid_that_fits_is_shifted_but_never_cut():
+    codes = np.random.default_rng(0).normal(size=(2, 7, 9)).astype(np.float32)
+    crops = Crops(lambda _: grid_of(codes), identity(2), 12)
+    places = set()
+    for centre in crops.fixed("s", 50, seed=0):
+        crop = crops.at("s", centre, 0)
+        assert np.count_nonzero(crop) == codes.size
+        places.add(tuple(np.argwhere(crop[0])[0]))
+    assert len(places) > 5
+
+
+def test_the_eight_orientations_are_all_different_and_keep_every_cell():
+    x = np.arange(18, dtype=np.float32).reshape(2, 3, 3)
+    turned = {orient(x, o).tobytes() for o in range(8)}
+    assert len(turned) == 8
+    np.testing.assert_array_equal(orient(x, 1), np.rot90(x, 1, (1, 2)))
+    np.testing.assert_array_equal(orient(x, 4), x[:, :, ::-1])
+    for o in range(8):
+        np.testing.assert_array_equal(np.sort(orient(x, o), None), np.sort(x, None))
+
+
+def test_fixed_centres_depend_on_slide_and_seed_alone():
+    grid = grid_of(np.ones((1, 30, 30)))
+    a, b = Crops(lambda _: grid, identity(1), 8), Crops(lambda _: grid, identity(1), 8)
+    b.fixed("another", 3, seed=0)
+    assert a.fixed("s", 5, seed=0) == b.fixed("s", 5, seed=0)
+    assert a.fixed("s", 5, seed=0) != a.fixed("s", 5, seed=1)
+    assert a.fixed("s", 5, seed=0) != a.fixed("t", 5, seed=0)
+
+
+def test_slides_beyond_the_cache_are_read_by_window_with_the_same_result(tmp_path):
+    codes = np.random.default_rng(0).normal(size=(3, 40, 40)).astype(np.float16)
+    array = zarr.create_array(tmp_path / "z", shape=codes.shape, dtype="f2", chunks=(3, 8, 8))
+    array[:] = codes
+
+    reads = []
+
+    class Watched:
+        shape = codes.shape
+
+        def __getitem__(self, key):
+            part = array[key]
+            reads.append(part.size)
+            return part
+
+    lazy = ArrayGrid(Watched(), np.ones((40, 40), bool))
+    normalise = Normalise(torch.ones(3), torch.full((3,), 2.0))
+    bounded = Crops(lambda _: lazy, normalise, 10, cache_bytes=1000)
+    cached = Crops(lambda _: grid_of(codes), normalise, 10)
+    for centre in ((0, 0), (20, 20), (39, 5)):
+        np.testing.assert_array_equal(bounded.at("s", centre, 3), cached.at("s", centre, 3))
+    assert max(reads) <= 3 * 10 * 10
+
+
+def test_cut_of_a_grid_beside_the_crop_is_empty_but_in_place():
+    window, place = cut(np.ones((1, 4, 4)), (0, 3), 2)
+    assert window.shape == (1, 1, 2)
+    assert place == (slice(1, 2), slice(0, 2))
+
+
+def test_standardised_codes_have_mean_0_and_deviation_1_over_tissue():
+    random = np.random.default_rng(0)
+    grids = {}
+    for s in "ab":
+        valid = random.random((20, 20)) < 0.5
+        codes = (random.normal(size=(4, 20, 20)) * [[[1]], [[2]], [[3]], [[0]]] + 5) * valid
+        grids[s] = grid_of(codes, valid)
+    moments = all_moments("ab", grids.__getitem__)
+    normalise = fit_normalise(moments.values(), components=None)
+    cells = np.concatenate(
+        [
+            normalise(torch.from_numpy(g.codes.astype(np.float32))[None])[0].numpy()[:, g.valid]
+            for g in grids.values()
+        ],
+        axis=1,
+    )
+    np.testing.assert_allclose(cells.mean(1), 0, atol=1e-3)
+    np.testing.assert_allclose(cells.std(1), [1, 1, 1, 0], atol=1e-3)
+    np.testing.assert_allclose(
+        moments["a"].mean, grids["a"].codes[:, grids["a"].valid].astype(float).mean(1)
+    )
+
+
+def test_components_follow_what_varies_within_slides_not_between():
+    random = np.random.default_rng(0)
+    grids = {}
+    for i in range(10):
+        codes = random.normal(size=(3, 15, 15)) * [[[3]], [[1]], [[0.1]]]
+        codes[2] += 50 * random.normal()  # a stain: large, but the same all over the slide
+        grids[str(i)] = grid_of(codes)
+    moments = all_moments(grids, grids.__getitem__)
+    weight = fit_normalise(moments.values(), components=2).weight.numpy()
+    assert weight.shape == (2, 3)
+    np.testing.assert_allclose(weight, [[1 / 3, 0, 0], [0, 1 / 3, 0]], atol=0.03)
+
+
+@pytest.mark.parametrize(
+    ("codes", "valid", "words"),
+    [
+        (np.zeros((1, 2, 2)), np.zeros((2, 2), bool), "slide 's'.*no tissue"),
+        (np.full((1, 2, 2), np.nan), np.ones((2, 2), bool), "slide 's'.*not finite"),
+    ],
+)
+def test_empty_and_broken_grids_are_named(codes, valid, words):
+    with pytest.raises(ValueError, match=words):
+        grid_moments("s", grid_of(codes, valid))

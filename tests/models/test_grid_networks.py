@@ -1,0 +1,100 @@
+"""Grid networks: published shapes, background, export."""
+
+import numpy as np
+import pytest
+import torch
+
+from nic_core.cohort import CohortError
+from nic_core.models.files import ensemble_module
+from nic_core.models.networks import (
+    FoldModel,
+    Normalise,
+    PublishedGridCNN,
+    SmallGridCNN,
+    build_network,
+    check_crop,
+)
+
+
+def test_published_network_has_the_published_shapes():
+    network = PublishedGridCNN(128, 1).eval()
+    sides, x = [400], torch.zeros(1, 128, 400, 400)
+    with torch.no_grad():
+        for layer in network.convolutions:
+            x = layer(x)
+            sides.append(x.shape[-1])
+        assert sides == [400, 199, 99, 49, 24, 11, 5, 3, 1]
+        assert network.output(network.dense(x)).shape == (1, 1)
+
+
+def test_published_network_has_eight_separable_layers_of_128_filters():
+    network = PublishedGridCNN(3, 2)
+    first = 3 * 9 + 3 * 128 + 128
+    others = 7 * (128 * 9 + 128 * 128 + 128)
+    norms = 9 * 2 * 128
+    dense = 128 * 128 + 128 + 128 * 2 + 2
+    assert sum(p.numel() for p in network.parameters()) == first + others + norms + dense
+
+
+@pytest.mark.parametrize("crop", [383, 446])
+def test_every_crop_that_is_let_through_ends_in_one_cell(crop):
+    check_crop("published", crop)
+    with torch.no_grad():
+        assert PublishedGridCNN(1, 1).eval()(torch.zeros(1, 1, crop, crop)).shape == (1, 1)
+
+
+@pytest.mark.parametrize("crop", [24, 382, 447])
+def test_other_crops_are_refused_with_the_remedy(crop):
+    with pytest.raises(CohortError, match="383 to 446.*use network 'small'"):
+        check_crop("published", crop)
+    check_crop("small", crop)
+
+
+def test_small_network_does_not_see_where_in_the_crop_the_grid_lies():
+    network = SmallGridCNN(4, 2).eval()
+    grid = torch.randn(1, 4, 9, 9)
+    crop = torch.zeros(1, 4, 24, 24)
+    one, other = crop.clone(), crop.clone()
+    one[:, :, 3:12, 4:13] = grid
+    other[:, :, 11:20, 8:17] = grid
+    torch.testing.assert_close(network(one), network(other))
+
+
+def test_background_is_zero_after_normalisation():
+    normalise = Normalise(torch.tensor([1.0, 2.0]), torch.tensor([[1.0, 0.5]]))
+    codes = torch.zeros(1, 2, 1, 2)
+    codes[0, :, 0, 1] = torch.tensor([3.0, 4.0])
+    assert normalise(codes)[0, 0, 0].tolist() == [0.0, 3.0]
+
+
+def make(kind, outputs, network="small", channels=6):
+    torch.manual_seed(0)
+    weight = torch.randn(4, channels) if network == "small" else torch.rand(channels) + 0.5
+    features = 4 if network == "small" else channels
+    model = FoldModel(
+        Normalise(torch.randn(channels), weight), build_network(network, features, outputs), kind
+    )
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    ("kind", "outputs"), [("regression", 1), ("classification", 3), ("survival", 1)]
+)
+def test_ensemble_is_the_mean_of_the_folds_and_exports_with_any_batch(kind, outputs):
+    models = [make(kind, outputs) for _ in range(3)]
+    models[0].scale.fill_(2.0)
+    module = ensemble_module(models)
+    example = torch.randn(2, 6, 24, 24)
+    example[:, :, :8] = 0
+    exported = torch.export.export(
+        module, (example,), dynamic_shapes={"codes": {0: torch.export.Dim("batch", min=1)}}
+    ).module()
+    for batch in (1, 5):
+        x = torch.randn(batch, 6, 24, 24)
+        x[:, :, :, 20:] = 0
+        with torch.no_grad():
+            expected = torch.stack([m(x) for m in models]).mean(0)
+            torch.testing.assert_close(module(x), expected)
+            torch.testing.assert_close(exported(x), expected)
+    if kind == "classification":
+        assert np.allclose(module(example).sum(1), 1)
