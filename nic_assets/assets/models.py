@@ -3,7 +3,6 @@
 import dagster as dg
 import polars as pl
 import torch
-from nic_core.models.pictures import model_figures
 
 from nic_assets import checks
 from nic_assets.batches import Events, Product, materialize_each
@@ -15,6 +14,7 @@ from nic_assets.tracking import Tracking
 from nic_core import steps
 from nic_core.cohort import Cohort, CohortError
 from nic_core.models.files import ensemble_module
+from nic_core.models.pictures import evaluation_figure, metrics_figure, training_figure
 from nic_core.models.training import TrainingError
 from nic_core.reports import model_results
 from nic_core.store import Store
@@ -91,8 +91,9 @@ def model_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
                 evaluated, card = steps.make_model(
                     cohort, store, encoder, target, run, log_progress(context)
                 )
-                for name, drawing in model_figures(evaluated).items():
-                    run.figure(name, drawing)
+                run.figure("predictions", evaluation_figure(evaluated))
+                run.figure("metrics", metrics_figure(evaluated))
+                run.figure("training_curves", training_figure(evaluated))
                 run.summary(model_results(card))
                 page = run.register(
                     ensemble_module(evaluated.networks),

@@ -210,9 +210,7 @@ def batches(
         yield rows[i::count]
 
 
-def _schedule(
-    optimiser: torch.optim.Optimizer, settings: ModelSettings
-) -> Callable[[float], None]:
+def _schedule(optimiser: torch.optim.Optimizer, settings: ModelSettings) -> Callable[[float], None]:
     """What is called with the validation metric after each epoch to set the next one's rate."""
     if settings.network == "published":
         plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(

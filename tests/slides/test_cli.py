@@ -6,11 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import GLASS, paint, write_tiff
 from PIL import Image
 from typer.testing import CliRunner
 
 from nic_core.cli import app
+from nic_core.cohort import EncoderSpec
+from nic_core.encoders.files import save_encoder
+from nic_core.encoders.training import train_encoder
+from tests.slides.conftest import GLASS, paint, write_tiff
 
 run = CliRunner().invoke
 
@@ -58,12 +61,6 @@ def test_what_is_no_grid_is_one_line_and_status_1(tmp_path):
 
 @pytest.fixture
 def encoder(tmp_path) -> Path:
-    pytest.importorskip("nic_core.encoders.files")
-    from nic_core.encoders.files import save_encoder
-    from nic_core.encoders.training import train_encoder
-
-    from nic_core.cohort import EncoderSpec
-
     spec = EncoderSpec(name="mean", objective="mean_rgb")
     trained = train_encoder(spec, [], patch=64, mpp=1.0, code=3, tracker=None)
     save_encoder(tmp_path / "mean", trained.encoder)

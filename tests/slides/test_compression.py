@@ -11,7 +11,6 @@ import polars as pl
 import pytest
 import tifffile
 import torch
-from conftest import paint, write_tiff
 from torch import nn
 
 from nic_core.compression import compress_slide, plan_blocks
@@ -19,6 +18,7 @@ from nic_core.grids import open_grid, write_grid
 from nic_core.patches import PatchTableError, patch_table
 from nic_core.slides import SlideError, content_identity, open_slide
 from nic_core.tissue import TissueMask
+from tests.slides.conftest import paint, write_tiff
 
 
 @dataclass(frozen=True)

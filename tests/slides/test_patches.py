@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import polars as pl
 import pytest
-from conftest import write_tiff
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,6 +17,7 @@ from nic_core.patches import (
 )
 from nic_core.slides import open_slide
 from nic_core.tissue import TissueMask
+from tests.slides.conftest import write_tiff
 
 
 class Plain:

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
-from conftest import paint, vips, write_tiff
 
 from nic_core.slides import SlideError, content_identity, open_slide
+from tests.slides.conftest import paint, vips, write_tiff
 
 
 def refused(path: Path, *words: str, mpp: float | None = None) -> None:

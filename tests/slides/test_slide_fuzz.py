@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import paint, vips, write_tiff
+
+from tests.slides.conftest import paint, vips, write_tiff
 
 MUTATIONS = int(os.environ.get("NIC_FUZZ", "150"))
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import tifffile
-from conftest import paint
 
 from nic_core.slides import open_slide
 from nic_core.slides.metadata import openslide_mpp
+from tests.slides.conftest import paint
 
 
 def aperio(folder: Path, fields: str) -> Path:

@@ -10,7 +10,6 @@ import numpy as np
 import openslide
 import pytest
 import tifffile
-from conftest import area_mean, paint, reduced, write_tiff
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -18,6 +17,7 @@ from PIL import Image
 from nic_core.slides import SlideError, open_slide
 from nic_core.slides.engines import downsample
 from nic_core.slides.resample import coverage
+from tests.slides.conftest import area_mean, paint, reduced, write_tiff
 
 ENGINES = {
     "tiff": "tifffile",

@@ -6,12 +6,12 @@ import json
 
 import numpy as np
 import pytest
-from conftest import GLASS, paint, vips, write_tiff
 from PIL import Image
 from scipy import ndimage
 
 from nic_core.slides import SlideError, open_slide
 from nic_core.tissue import TissueMask, find_tissue, read_mask, tissue_mask, tissue_outline
+from tests.slides.conftest import GLASS, paint, vips, write_tiff
 
 MPP = 8.0
 
