@@ -112,8 +112,9 @@ def truth_of_cells(
     across = _overlap(labels.shape[1], width, cell, shape[1])
     share_known = down @ known @ across.T
     share_positive = down @ (np.isin(labels, item.positive) & known) @ across.T
-    truth = np.where(share_positive > share_known / 2, 1, 0)
-    return np.where(share_known < 0.5, -1, truth).astype(np.int8)
+    # areas are sums of rounded numbers: half a cell exactly is no majority
+    truth = np.where(share_positive > share_known / 2 + 1e-9, 1, 0)
+    return np.where(share_known < 0.5 - 1e-9, -1, truth).astype(np.int8)
 
 
 def score_maps(cells: pl.DataFrame) -> pl.DataFrame:

@@ -1,0 +1,168 @@
+"""Each check finds what it is there for, and passes what is right."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from nic_assets import checks
+from nic_core.cohort import ModelSettings, RegressionTarget, Settings
+from nic_core.encoders import EncoderCard, PatchDataset
+from nic_core.encoders.scores import TaskScores
+from nic_core.grids import Grid, GridProvenance
+from nic_core.models.validation import Evaluated
+from nic_core.patches import PATCH_SCHEMA, write_patch_table
+from nic_core.steps import SlideRecord
+from nic_core.store import Store
+
+
+def record(**changes: object) -> SlideRecord:
+    values = {
+        "slide": "s",
+        "identity": "i",
+        "engine": "tifffile",
+        "width": 100,
+        "height": 100,
+        "mpp": 0.25,
+        "levels": (),
+        "tissue_mpp": 8.0,
+        "tissue_mm2": 1.0,
+    }
+    return SlideRecord.model_validate(values | changes)
+
+
+def grid(codes: np.ndarray, valid: np.ndarray, unreadable: int = 0) -> Grid:
+    about = GridProvenance(
+        slide="s",
+        slide_identity="i",
+        slide_mpp=0.5,
+        encoder="e",
+        weights_hash="w",
+        mpp=0.5,
+        patch=128,
+        unreadable=unreadable,
+    )
+    return Grid(codes.astype(np.float16), valid, about)
+
+
+def cells(kept: np.ndarray) -> pl.DataFrame:
+    rows, columns = kept.shape
+    row, column = np.divmod(np.arange(kept.size), columns)
+    table = {
+        "slide": ["s"] * kept.size,
+        "row": row,
+        "column": column,
+        "x": column * 128.0,
+        "y": row * 128.0,
+        "size": np.full(kept.size, 128.0),
+        "mpp": np.full(kept.size, 0.5),
+        "tissue": kept.ravel().astype(float),
+        "kept": kept.ravel(),
+    }
+    frame = pl.DataFrame(table)
+    return frame.select(pl.col(name).cast(kind) for name, kind in PATCH_SCHEMA.items())
+
+
+def test_a_slide_scanned_too_coarsely_is_found():
+    assert checks.resolution_suffices(record(mpp=0.503), Settings()) is None
+    assert "1.000" in str(checks.resolution_suffices(record(mpp=1.0), Settings()))
+
+
+def test_a_slide_without_tissue_is_found():
+    assert checks.tissue_found(record()) is None
+    assert checks.tissue_found(record(tissue_mm2=0.0)) is not None
+
+
+def test_a_damaged_patch_table_is_found(tmp_path):
+    store = Store(tmp_path)
+    table = cells(np.ones((2, 2), bool))
+    write_patch_table(store.patch_table("s"), table)
+    assert checks.patch_table_valid(store, "s") is None
+    Path(store.patch_table("s")).write_bytes(b"half")
+    assert checks.patch_table_valid(store, "s") is not None
+
+
+def test_a_patient_in_two_splits_is_found():
+    def dataset(groups: list[str]) -> PatchDataset:
+        table = pl.DataFrame({"group": groups, "split": ["train", "validation", "test"]})
+        return PatchDataset("t", "organ", ("a", "b"), 0.5, np.zeros((3, 8, 8, 3), np.uint8), table)
+
+    assert checks.splits_disjoint(dataset(["p", "q", "r"])) is None
+    assert "'p'" in str(checks.splits_disjoint(dataset(["p", "q", "p"])))
+
+
+def test_an_encoder_that_guesses_is_found():
+    def card(accuracy: float) -> EncoderCard:
+        scores = TaskScores(n=4, balanced_accuracy=accuracy, auc=None, f1=0.0, confusion=())
+        return EncoderCard(
+            name="e",
+            architecture="tellez2020",
+            objective="mtl",
+            tasks={"t": ("a", "b")},
+            patch=128,
+            mpp=0.5,
+            code=128,
+            weights_hash="w",
+            scores={"t": scores},
+        )
+
+    assert checks.beats_chance(card(0.6)) is None
+    assert "'t': 0.5" in str(checks.beats_chance(card(0.5)))
+
+
+def test_a_grid_that_misses_cells_is_found_but_unreadable_ones_may_be_missing():
+    kept = np.array([[True, True], [True, False]])
+    codes = np.ones((4, 2, 2))
+    assert checks.covers_patch_table(grid(codes, kept), cells(kept)) is None
+    fewer = kept & [[True, False], [True, True]]
+    assert "1 kept cells" in str(checks.covers_patch_table(grid(codes, fewer), cells(kept)))
+    assert checks.covers_patch_table(grid(codes, fewer, unreadable=1), cells(kept)) is None
+    assert "1 codes outside" in str(checks.covers_patch_table(grid(codes, ~fewer), cells(~kept)))
+
+
+def test_codes_that_are_no_numbers_are_found():
+    codes = np.ones((4, 2, 2))
+    assert checks.codes_finite(grid(codes, np.ones((2, 2), bool))) is None
+    codes[2, 1, 1] = np.nan
+    assert checks.codes_finite(grid(codes, np.ones((2, 2), bool))) is not None
+
+
+def test_an_encoder_with_one_answer_is_found():
+    valid = np.ones((3, 3), bool)
+    varied = np.random.default_rng(0).normal(size=(4, 3, 3))
+    assert checks.codes_not_collapsed(grid(varied, valid)) is None
+    assert "100%" in str(checks.codes_not_collapsed(grid(np.ones((4, 3, 3)), valid)))
+
+
+def test_a_patient_in_two_folds_is_found():
+    folds = pl.DataFrame({"patient": ["p", "p", "q", "r"], "fold": [0, 0, 1, None]})
+    assert checks.folds_disjoint(folds) is None
+    torn = pl.DataFrame({"patient": ["p", "p"], "fold": [0, 1]})
+    assert "'p'" in str(checks.folds_disjoint(torn))
+
+
+def evaluated(prediction: np.ndarray, label: np.ndarray) -> Evaluated:
+    units = [f"u{i:02}" for i in range(len(label))]
+    rows = pl.DataFrame(
+        {
+            "model": "network",
+            "split": "cv",
+            "unit": units,
+            "patient": units,
+            "y": label,
+            "prediction": prediction,
+        }
+    )
+    target = RegressionTarget(name="t", kind="regression", column="y")
+    nothing = pl.DataFrame()
+    return Evaluated(target, ModelSettings(), rows, nothing, (), nothing, ())
+
+
+def test_predictions_no_better_than_exchanged_labels_are_found():
+    label = np.arange(40.0)
+    random = np.random.default_rng(0)
+    assert checks.above_permutation(evaluated(label + random.normal(0, 5, 40), label)) is None
+    problem = checks.above_permutation(evaluated(random.permutation(label), label))
+    assert "exchanged labels" in str(problem)
