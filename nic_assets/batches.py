@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeAlias
 
 import dagster as dg
@@ -26,6 +27,17 @@ from dagster._core.definitions.data_version import (
     get_input_event_pointer_tag,
 )
 from dagster._core.storage.tags import MULTIDIMENSIONAL_PARTITION_PREFIX
+
+from nic_assets.metadata import OWNERS
+
+batch_asset = partial(
+    dg.asset,
+    backfill_policy=dg.BackfillPolicy.single_run(),
+    owners=OWNERS,
+    # the body records its own materializations
+    output_required=False,
+)
+"""``@dg.asset`` for an asset whose body is :func:`materialize_each`."""
 
 Events: TypeAlias = Iterator[dg.MaterializeResult[None] | dg.AssetCheckResult]
 """What the body of an asset of many partitions yields."""
@@ -51,7 +63,7 @@ def materialize_each(
 ) -> Events:
     """Do ``work`` for every partition key of the run; yield the checks' results.
 
-    The asset must be declared with ``output_required=False``. An exception of the ``expected``
+    The asset must be declared with :data:`batch_asset`. An exception of the ``expected``
     types fails its partition alone; any other is a fault of ours and stops the run at once.
 
     Raises

@@ -203,7 +203,10 @@ def make_encoder(
     tracker: Tracker | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Trained:
-    """Train an encoder on its patch tasks; writes and returns it."""
+    """Train an encoder on its patch tasks; writes and returns it.
+
+    A training that was killed goes on from its last epoch.
+    """
     spec, settings = cohort.encoder(encoder), cohort.settings
     trained = train_encoder(
         spec,
@@ -212,6 +215,7 @@ def make_encoder(
         mpp=settings.mpp,
         code=settings.code,
         tracker=tracker,
+        checkpoint=store.training(encoder),
         progress=progress,
     )
     with whole_folder(store.encoder(encoder)) as folder:

@@ -60,6 +60,10 @@ class Store:
     def encoder(self, encoder: str) -> Path:
         return self.root / "encoders" / encoder
 
+    def training(self, encoder: str) -> Path:
+        """Where an encoder's training keeps its state until it is done."""
+        return self.root / "encoders" / f".{encoder}.training.pt"
+
     def grid(self, encoder: str, slide: str) -> Path:
         return self.root / "grids" / encoder / f"{slide}.zarr"
 

@@ -4,10 +4,10 @@ import dagster as dg
 import torch
 
 from nic_assets import checks
-from nic_assets.batches import Events, Product, materialize_each
+from nic_assets.batches import Events, Product, batch_asset, materialize_each
 from nic_assets.executors import CPU_TAGS, GPU_POOL, GPU_TAGS
 from nic_assets.inputs import ENCODER_ENTRY, PATCH_TASK_SOURCE
-from nic_assets.metadata import OWNERS, code_version, figure, log_progress, table
+from nic_assets.metadata import code_version, figure, log_progress, table
 from nic_assets.partitions import Partitions
 from nic_assets.tracking import Tracking
 from nic_core import steps
@@ -22,16 +22,13 @@ def encoder_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
     """The assets of this layer, for one cohort."""
     settings = partitions.cohort.settings
 
-    @dg.asset(
+    @batch_asset(
         partitions_def=partitions.patch_tasks,
-        backfill_policy=dg.BackfillPolicy.single_run(),
         deps=[PATCH_TASK_SOURCE],
         group_name="encoders",
         kinds={"numpy", "parquet"},
-        owners=OWNERS,
         op_tags=CPU_TAGS,
         code_version=code_version(1, settings.patch, settings.mpp),
-        output_required=False,
         check_specs=[dg.AssetCheckSpec("splits_disjoint_by_group", asset="patch_task")],
     )
     def patch_task(
@@ -57,9 +54,8 @@ def encoder_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
 
         yield from materialize_each(context, work, expected=(CohortError,))
 
-    @dg.asset(
+    @batch_asset(
         partitions_def=partitions.encoders,
-        backfill_policy=dg.BackfillPolicy.single_run(),
         deps=[
             ENCODER_ENTRY,
             *(
@@ -70,11 +66,9 @@ def encoder_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         ],
         group_name="encoders",
         kinds={"pytorch", "mlflow"},
-        owners=OWNERS,
         pool=GPU_POOL,
         op_tags=GPU_TAGS,
         code_version=code_version(1, settings.patch, settings.mpp, settings.code),
-        output_required=False,
         check_specs=[dg.AssetCheckSpec("beats_chance", asset="encoder")],
     )
     def encoder(

@@ -6,10 +6,10 @@ import dagster as dg
 import polars as pl
 
 from nic_assets import checks
-from nic_assets.batches import Events, Product, materialize_each
+from nic_assets.batches import Events, Product, batch_asset, materialize_each
 from nic_assets.executors import CPU_TAGS, GPU_POOL, GPU_TAGS
 from nic_assets.inputs import LOOKS_TAG, SLIDE_FILE, SOME_INPUTS
-from nic_assets.metadata import OWNERS, code_version, picture, table
+from nic_assets.metadata import code_version, picture, table
 from nic_assets.partitions import Partitions
 from nic_core import steps
 from nic_core.encoders import load_encoder
@@ -22,17 +22,14 @@ from nic_core.store import Store
 def grid_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
     """The assets of this layer, for one cohort."""
 
-    @dg.asset(
+    @batch_asset(
         partitions_def=partitions.grids,
-        backfill_policy=dg.BackfillPolicy.single_run(),
         deps=[SLIDE_FILE, "patch_table", "encoder"],
         group_name="grids",
         kinds={"zarr", "pytorch"},
-        owners=OWNERS,
         pool=GPU_POOL,
         op_tags=GPU_TAGS,
         code_version=code_version(1),
-        output_required=False,
         check_specs=[
             dg.AssetCheckSpec("covers_patch_table", asset="grid"),
             dg.AssetCheckSpec("codes_finite", asset="grid"),
@@ -72,17 +69,14 @@ def grid_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
 
         yield from materialize_each(context, work, expected=(SlideError,))
 
-    @dg.asset(
+    @batch_asset(
         partitions_def=partitions.encoders,
-        backfill_policy=dg.BackfillPolicy.single_run(),
         deps=["grid"],
         group_name="grids",
         kinds={"polars", "parquet"},
-        owners=OWNERS,
         tags={LOOKS_TAG: "layer", **SOME_INPUTS},
         op_tags=CPU_TAGS,
         code_version=code_version(1),
-        output_required=False,
     )
     def encoded_cohort(
         context: dg.AssetExecutionContext,

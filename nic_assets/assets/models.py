@@ -5,10 +5,10 @@ import polars as pl
 import torch
 
 from nic_assets import checks
-from nic_assets.batches import Events, Product, materialize_each
+from nic_assets.batches import Events, Product, batch_asset, materialize_each
 from nic_assets.executors import CPU_TAGS, GPU_POOL, GPU_TAGS
 from nic_assets.inputs import TARGET_ENTRY
-from nic_assets.metadata import OWNERS, code_version, figure, log_progress, table
+from nic_assets.metadata import code_version, figure, log_progress, table
 from nic_assets.partitions import Partitions
 from nic_assets.tracking import Tracking
 from nic_core import steps
@@ -26,16 +26,13 @@ def model_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         return []
     settings = partitions.cohort.settings.models
 
-    @dg.asset(
+    @batch_asset(
         partitions_def=partitions.targets,
-        backfill_policy=dg.BackfillPolicy.single_run(),
         deps=[TARGET_ENTRY],
         group_name="models",
         kinds={"polars", "parquet"},
-        owners=OWNERS,
         op_tags=CPU_TAGS,
         code_version=code_version(1, settings.folds, settings.seed),
-        output_required=False,
         check_specs=[dg.AssetCheckSpec("folds_disjoint_by_patient", asset="target_folds")],
     )
     def target_folds(
@@ -63,17 +60,14 @@ def model_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
 
         yield from materialize_each(context, work, expected=(CohortError,))
 
-    @dg.asset(
+    @batch_asset(
         partitions_def=partitions.models,
-        backfill_policy=dg.BackfillPolicy.single_run(),
         deps=["encoded_cohort", target_folds],
         group_name="models",
         kinds={"pytorch", "mlflow"},
-        owners=OWNERS,
         pool=GPU_POOL,
         op_tags=GPU_TAGS,
         code_version=code_version(1, settings),
-        output_required=False,
         check_specs=[dg.AssetCheckSpec("above_permutation_control", asset="task_model")],
     )
     def task_model(

@@ -2,7 +2,7 @@
 
 import dagster as dg
 
-from nic_assets.batches import Events, Product, materialize_each
+from nic_assets.batches import Events, Product, batch_asset, materialize_each
 from nic_assets.executors import CPU_TAGS
 from nic_assets.inputs import LOOKS_TAG, SOME_INPUTS
 from nic_assets.metadata import OWNERS, code_version, figure, picture, table
@@ -46,16 +46,13 @@ def report_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
 
 
 def _map_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
-    @dg.asset(
+    @batch_asset(
         partitions_def=partitions.slide_maps,
-        backfill_policy=dg.BackfillPolicy.single_run(),
         deps=[dg.AssetDep("grid", partition_mapping=partitions.grids_of_maps)],
         group_name="reports",
         kinds={"pytorch", "image"},
-        owners=OWNERS,
         op_tags=CPU_TAGS,
         code_version=code_version(1, partitions.cohort.maps),
-        output_required=False,
     )
     def probability_map(
         context: dg.AssetExecutionContext,
@@ -78,17 +75,14 @@ def _map_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
 
         yield from materialize_each(context, work, expected=(SlideError, CohortError))
 
-    @dg.asset(
+    @batch_asset(
         partitions_def=partitions.maps,
-        backfill_policy=dg.BackfillPolicy.single_run(),
         deps=[probability_map],
         group_name="reports",
         kinds={"polars", "parquet"},
-        owners=OWNERS,
         tags={LOOKS_TAG: "layer", **SOME_INPUTS},
         op_tags=CPU_TAGS,
         code_version=code_version(1, partitions.cohort.maps),
-        output_required=False,
     )
     def map_scores(
         context: dg.AssetExecutionContext,

@@ -4,7 +4,7 @@ import dagster as dg
 import polars as pl
 
 from nic_assets import checks
-from nic_assets.batches import Events, Product, materialize_each
+from nic_assets.batches import Events, Product, batch_asset, materialize_each
 from nic_assets.executors import CPU_TAGS
 from nic_assets.inputs import (
     ENCODER_ENTRY,
@@ -72,16 +72,13 @@ def slide_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
             },
         )
 
-    @dg.asset(
+    @batch_asset(
         partitions_def=partitions.slides,
-        backfill_policy=dg.BackfillPolicy.single_run(),
         deps=[SLIDE_FILE],
         group_name="slides",
         kinds={"image"},
-        owners=OWNERS,
         op_tags=CPU_TAGS,
         code_version=code_version(1),
-        output_required=False,
         check_specs=[
             dg.AssetCheckSpec("resolution_suffices", asset="slide"),
             dg.AssetCheckSpec("tissue_found", asset="slide"),
@@ -115,16 +112,13 @@ def slide_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
 
         yield from materialize_each(context, work, expected=(SlideError,))
 
-    @dg.asset(
+    @batch_asset(
         partitions_def=partitions.slides,
-        backfill_policy=dg.BackfillPolicy.single_run(),
         deps=[slide],
         group_name="slides",
         kinds={"polars", "parquet"},
-        owners=OWNERS,
         op_tags=CPU_TAGS,
         code_version=code_version(1, settings.patch, settings.mpp, settings.tissue),
-        output_required=False,
         metadata={"dagster/column_schema": column_schema(pl.Schema(PATCH_SCHEMA))},
         check_specs=[dg.AssetCheckSpec("schema_valid", asset="patch_table")],
     )
