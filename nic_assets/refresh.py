@@ -186,7 +186,7 @@ def main() -> int:
         problems = refresh(defs, instance, console)
     table = Store.from_environment().reports / RESULTS
     if table.exists():
-        Console(width=max(100, console.width)).print(results_table(pl.read_parquet(table)))
+        Console(width=max(120, console.width)).print(results_table(pl.read_parquet(table)))
     for problem in problems:
         console.print(f"[red]{problem}[/red]")
     return 1 if problems else 0

@@ -32,16 +32,30 @@ RESULT_SCHEMA = pl.Schema(
 )
 
 
+CROSS_VALIDATED = "cross-validated"
+BASELINE_NAMES = {"mean_code": "mean code, linear", "tissue_area": "tissue area, linear"}
+METRIC_NAMES = {"spearman": "Spearman", "auc": "AUC", "harrell_c": "Harrell's C"}
+
+
 def results_table(results: pl.DataFrame) -> Table:
-    """The results (:data:`RESULT_SCHEMA`) for the terminal: each model's first metric."""
+    """The results (:data:`RESULT_SCHEMA`) for the terminal.
+
+    Each model's first metric. Baselines are shown cross-validated, and what does not depend on
+    the encoder once; the rest is in the table itself.
+    """
+    baseline = pl.col("model").is_in(list(BASELINE_NAMES.values()))
+    results = results.filter(~baseline | (pl.col("part") == CROSS_VALIDATED))
+    no_code = pl.col("model") == BASELINE_NAMES["tissue_area"]
+    results = results.with_columns(
+        encoder=pl.when(no_code).then(pl.lit("")).otherwise("encoder")
+    ).unique(["kind", "about", "encoder", "model", "part"], keep="first", maintain_order=True)
     table = Table(title="Results", box=SIMPLE_HEAD)
     for column in ("about", "encoder", "model", "scored on", "metric"):
-        table.add_column(column)
+        table.add_column(column, no_wrap=True)
     for column in ("value", "95 % interval", "n"):
-        table.add_column(column, justify="right")
-    for about in results.partition_by("about", "kind", maintain_order=True):
-        first = about.unique(["encoder", "model", "part"], keep="first", maintain_order=True)
-        for row in first.iter_rows(named=True):
+        table.add_column(column, justify="right", no_wrap=True)
+    for about in results.partition_by("kind", "about", maintain_order=True):
+        for row in about.iter_rows(named=True):
             interval = "" if row["low"] is None else f"{row['low']:.3f} to {row['high']:.3f}"
             table.add_row(
                 *(row[name] for name in ("about", "encoder", "model", "part", "metric")),
@@ -59,8 +73,8 @@ def encoder_results(card: EncoderCard) -> pl.DataFrame:
         ("patch task", task, card.name, "patch head", "test", metric, value, None, None, scores.n)
         for task, scores in card.scores.items()
         for metric, value in (
-            ("balanced accuracy", scores.balanced_accuracy),
             ("AUC", scores.auc),
+            ("balanced accuracy", scores.balanced_accuracy),
             ("F1", scores.f1),
         )
         if value is not None
@@ -76,9 +90,9 @@ def model_results(card: ModelCard) -> pl.DataFrame:
             "target",
             card.target.name,
             card.encoder,
-            network if row.model == NETWORK else row.model,
-            "test" if row.split == "test" else "cross-validated",
-            row.metric,
+            network if row.model == NETWORK else BASELINE_NAMES[row.model],
+            "test" if row.split == "test" else CROSS_VALIDATED,
+            METRIC_NAMES.get(row.metric, row.metric),
             row.value,
             row.low,
             row.high,
@@ -135,7 +149,7 @@ def results_figure(results: pl.DataFrame) -> Figure:
         names = [f"{r['encoder']}: {r['model']}" for r in panel.iter_rows(named=True)]
         for place, row in enumerate(panel.iter_rows(named=True)):
             errors = [[row["value"] - row["low"]], [row["high"] - row["value"]]]
-            colour = "C0" if row["part"] == "cross-validated" else "C1"
+            colour = "C0" if row["part"] == CROSS_VALIDATED else "C1"
             axes.errorbar(row["value"], place, xerr=errors, fmt="o", color=colour, capsize=3)
         axes.set_yticks(range(len(names)), names, fontsize=7)
         axes.invert_yaxis()
