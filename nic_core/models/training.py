@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -145,6 +146,17 @@ def fit_fold(
     return FittedFold(model, best[1], pl.DataFrame(history))
 
 
+@contextmanager
+def fitting_threads(settings: ModelSettings) -> Iterator[None]:
+    """One torch thread for the small network, whose layers are too short to be shared out."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if settings.network == "small" else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def output_count(target: Target) -> int:
     """Outputs of a network for the target: one, or one a class."""
     return len(target.classes) if target.kind == "classification" else 1
@@ -210,9 +222,7 @@ def batches(
         yield rows[i::count]
 
 
-def _schedule(
-    optimiser: torch.optim.Optimizer, settings: ModelSettings
-) -> Callable[[float], None]:
+def _schedule(optimiser: torch.optim.Optimizer, settings: ModelSettings) -> Callable[[float], None]:
     """What is called with the validation metric after each epoch to set the next one's rate."""
     if settings.network == "published":
         plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(

@@ -23,11 +23,7 @@ DEATH = SurvivalTarget(name="death", kind="survival", time="time", event="event"
 def index():
     """Eight patients with two slides each; the last two are the test split."""
     return pl.DataFrame(
-        [
-            (f"{p}{s}", p, "test" if p in "gh" else "cv")
-            for p in "abcdefgh"
-            for s in (1, 2)
-        ],
+        [(f"{p}{s}", p, "test" if p in "gh" else "cv") for p in "abcdefgh" for s in (1, 2)],
         schema=["slide", "patient", "split"],
         orient="row",
     )
@@ -76,7 +72,10 @@ def test_slide_level_has_one_unit_a_slide(cohort, labels, index):
     table = target_table(cohort(labels), SCORE, index)
     assert table["unit"].to_list() == index["slide"].to_list()
     assert table["y"].to_list() == [float(i // 2) for i in range(16)]
-    assert table.filter(pl.col("split") == "test")["patient"].unique().sort().to_list() == ["g", "h"]
+    assert table.filter(pl.col("split") == "test")["patient"].unique().sort().to_list() == [
+        "g",
+        "h",
+    ]
 
 
 def test_patient_level_gathers_the_slides_of_a_patient(cohort, labels, index):
@@ -191,9 +190,7 @@ def test_shuffled_labels_are_those_of_other_patients_in_the_same_split(cohort, l
     assert shuffled.drop("y").equals(table.drop("y"))
     assert not shuffled["y"].equals(table["y"])
     for split in ("cv", "test"):
-        before, after = (
-            sorted(t.filter(pl.col("split") == split)["y"]) for t in (table, shuffled)
-        )
+        before, after = (sorted(t.filter(pl.col("split") == split)["y"]) for t in (table, shuffled))
         assert before == after
     # slides of a patient, alike before, are alike after
     assert shuffled.group_by("patient").agg(pl.col("y").n_unique())["y"].to_list() == [1] * 8
