@@ -70,8 +70,9 @@ def fit_normalise(moments: Iterable[GridMoments], *, components: int | None) -> 
     Codes are centred by the mean over all tissue cells. Without ``components`` each is then
     divided by its standard deviation. With them, codes are projected on that many leading
     principal components of the covariance *within* slides, so that differences of stain between
-    slides do not lead, and all are divided by the first one's standard deviation: a common
-    scale leaves small components small.
+    slides do not lead; each is divided by the square root of its standard deviation (relative to
+    the first one's), half way between keeping their sizes and making them equal: a few rare
+    tissues own the largest components, and noise the smallest.
     """
     several = list(moments)
     cells = sum(m.cells for m in several)
@@ -88,7 +89,8 @@ def fit_normalise(moments: Iterable[GridMoments], *, components: int | None) -> 
         axes = vectors[:, order]
         # eigenvectors have no sign of their own: the largest entry is made positive
         axes *= np.sign(axes[np.abs(axes).argmax(0), np.arange(axes.shape[1])])
-        weight = axes.T / np.sqrt(max(values[order[0]], 1e-12))
+        deviation = np.sqrt(np.maximum(values[order], 1e-12))
+        weight = axes.T / np.sqrt(deviation * deviation[0])[:, None]
     return Normalise(
         torch.tensor(mean, dtype=torch.float32), torch.tensor(weight, dtype=torch.float32)
     )

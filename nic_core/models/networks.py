@@ -17,7 +17,7 @@ from nic_core.cohort import CohortError
 
 PUBLISHED_STRIDES = (2, 2, 2, 2, 2, 2, 1, 1)
 PUBLISHED_CROPS = (383, 446)  # cells a side that the eight layers bring to exactly 1 x 1
-SMALL_COMPONENTS = 8
+SMALL_COMPONENTS = 4
 Kind = Literal["regression", "classification", "survival"]
 
 
@@ -63,10 +63,12 @@ class PublishedGridCNN(nn.Module):
 class SmallGridCNN(nn.Module):
     """A network for small grids and cohorts of some dozens [choice].
 
-    Two 3 x 3 convolutions with batch normalisation and LeakyReLU see a neighbourhood of 5 x 5
-    cells; the mean over tissue cells says how much of the slide looks like what each filter
-    found; a linear output. No dropout: with so few filters it costs more than it saves. Meant
-    for few input channels: see :class:`Normalise` with a projection.
+    Features are first centred by their mean over the crop's tissue, which takes out what is the
+    same all over a slide: stain and scanner, and also its average composition. Two 3 x 3
+    convolutions with batch normalisation and LeakyReLU then see a neighbourhood of 5 x 5 cells;
+    the mean over tissue cells says how much of the slide looks like what each filter found; a
+    linear output. No dropout: with so few filters it costs more than it saves. Meant for few
+    input channels: see :class:`Normalise` with a projection.
 
     Input float (B, channels, rows, columns) with 0 for background; output float (B, outputs).
     """
@@ -86,9 +88,10 @@ class SmallGridCNN(nn.Module):
 
     def forward(self, grid: Tensor) -> Tensor:
         tissue = occupied(grid)
-        maps = self.convolutions(grid) * tissue
-        pooled = maps.sum((2, 3)) / tissue.sum((2, 3)).clamp(min=1)
-        out: Tensor = self.output(pooled)
+        cells = tissue.sum((2, 3), keepdim=True).clamp(min=1)
+        centred = (grid - grid.sum((2, 3), keepdim=True) / cells) * tissue
+        maps = self.convolutions(centred) * tissue
+        out: Tensor = self.output((maps.sum((2, 3), keepdim=True) / cells).flatten(1))
         return out
 
 

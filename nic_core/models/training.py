@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -143,6 +144,17 @@ def fit_fold(
     network.load_state_dict(best[2])
     model.eval().requires_grad_(False)
     return FittedFold(model, best[1], pl.DataFrame(history))
+
+
+@contextmanager
+def fitting_threads(settings: ModelSettings) -> Iterator[None]:
+    """One torch thread for the small network, whose layers are too short to be shared out."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if settings.network == "small" else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def output_count(target: Target) -> int:

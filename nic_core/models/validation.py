@@ -26,7 +26,7 @@ from nic_core.models.crops import Crops, GridMoments, GridSource, all_moments
 from nic_core.models.folds import check_folds, make_folds
 from nic_core.models.labels import shuffle_labels
 from nic_core.models.networks import FoldModel
-from nic_core.models.training import fit_fold, predict_units, target_metrics
+from nic_core.models.training import fit_fold, fitting_threads, predict_units, target_metrics
 
 if TYPE_CHECKING:
     from nic_core.tracker import Tracker
@@ -132,24 +132,25 @@ def cross_validate(
         holdout = cv.filter(pl.col("fold") == fold)
         validation = cv.filter(pl.col("fold") == validating)
         train = cv.filter(~pl.col("fold").is_in([fold, validating]))
-        fitted = fit_fold(
-            target,
-            train,
-            validation,
-            grids,
-            moments,
-            settings,
-            seed=int(np.random.SeedSequence([settings.seed, fold]).generate_state(1)[0]),
-            tracker=tracker,
-            name=f"fold_{fold}_",
-        )
-        predictors = {NETWORK: _network_predictor(target, fitted.model, train, grids, settings)}
-        for name in BASELINES:
-            predictors[name] = _linear_predictor(target, name, train, validation, moments)
-        for name, predict in predictors.items():
-            held_out[name].append(_rows(target, holdout, predict(holdout)))
-            if test.height:
-                external[name].append(predict(test))
+        with fitting_threads(settings):
+            fitted = fit_fold(
+                target,
+                train,
+                validation,
+                grids,
+                moments,
+                settings,
+                seed=int(np.random.SeedSequence([settings.seed, fold]).generate_state(1)[0]),
+                tracker=tracker,
+                name=f"fold_{fold}_",
+            )
+            predictors = {NETWORK: _network_predictor(target, fitted.model, train, grids, settings)}
+            for name in BASELINES:
+                predictors[name] = _linear_predictor(target, name, train, validation, moments)
+            for name, predict in predictors.items():
+                held_out[name].append(_rows(target, holdout, predict(holdout)))
+                if test.height:
+                    external[name].append(predict(test))
         fits.append(fitted)
         if progress is not None:
             progress(fold + 1, count)

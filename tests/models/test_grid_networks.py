@@ -45,7 +45,7 @@ def test_every_crop_that_is_let_through_ends_in_one_cell(crop):
 
 @pytest.mark.parametrize("crop", [24, 382, 447])
 def test_other_crops_are_refused_with_the_remedy(crop):
-    with pytest.raises(CohortError, match="383 to 446.*use network 'small'"):
+    with pytest.raises(CohortError, match=r"383 to 446.*use network 'small'"):
         check_crop("published", crop)
     check_crop("small", crop)
 

@@ -1,0 +1,271 @@
+"""Training and cross-validation on planted grids: what is learned, and what must not be."""
+
+import math
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+
+from nic_core.cohort import (
+    ClassificationTarget,
+    CohortError,
+    ModelSettings,
+    RegressionTarget,
+    SurvivalTarget,
+)
+from nic_core.metrics import PRIMARY
+from nic_core.models.baselines import BASELINES
+from nic_core.models.crops import Crops, all_moments
+from nic_core.models.files import ModelFileError, ensemble_module, load_model, save_model
+from nic_core.models.folds import make_folds
+from nic_core.models.pictures import evaluation_figure, metrics_figure, training_figure
+from nic_core.models.training import TrainingError, batches, fit_fold, predict_units
+from nic_core.models.validation import NETWORK, cross_validate, prediction_array
+
+from .conftest import ArrayGrid
+
+RIM = ClassificationTarget(name="rim", kind="classification", column="rim", classes=("none", "rim"))
+GRADE = RegressionTarget(name="grade", kind="regression", column="grade")
+DEATH = SurvivalTarget(
+    name="death", kind="survival", level="patient", time="time", event="event", unit="days"
+)
+QUICK = ModelSettings(
+    network="small", crop=20, epochs=2, crops_at_test=1, bootstrap=50, learning_rate=1e-2
+)
+
+
+def labelled(planted, target, seed=0):
+    table = planted.table
+    if target is RIM:
+        return table.with_columns(y=pl.col("rim").cast(pl.Int64)).drop("rim", "grade")
+    if target is GRADE:
+        return table.with_columns(y="grade").drop("rim", "grade")
+    random = np.random.default_rng(seed)
+    patients = table.group_by("patient", maintain_order=True).agg(
+        pl.col("split", "rim").first(), pl.col("unit").sort().alias("slides")
+    )
+    death = random.exponential(np.exp(-3.0 * (patients["rim"].to_numpy() - 0.5)))
+    leaving = random.uniform(0.5, 6, patients.height)
+    return patients.select(
+        pl.col("patient").alias("unit"),
+        "patient",
+        "slides",
+        "split",
+        time=pl.Series(np.minimum(death, leaving)),
+        event=pl.Series(death <= leaving),
+    )
+
+
+def evaluate(planted, target, settings, **options):
+    table = labelled(planted, target)
+    folds = make_folds(table, target=target, folds=settings.folds, seed=settings.seed)
+    return cross_validate(target, table, folds, planted.source, settings, **options)
+
+
+def primary(evaluated, model=NETWORK, split="cv"):
+    return evaluated.metrics.row(
+        by_predicate=(pl.col("model") == model)
+        & (pl.col("split") == split)
+        & (pl.col("metric") == PRIMARY[evaluated.target.kind]),
+        named=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def rim(planted):
+    return evaluate(planted, RIM, QUICK.model_copy(update={"epochs": 40}))
+
+
+def test_arrangement_is_learned_where_mean_pooling_sees_nothing(rim):
+    assert primary(rim)["value"] > 0.85
+    assert primary(rim)["low"] > 0.7
+    for name in BASELINES:
+        assert primary(rim, name)["value"] < 0.75
+
+
+def test_the_permutation_control_comes_out_at_chance(planted):
+    control = evaluate(
+        planted, RIM, QUICK.model_copy(update={"epochs": 20, "bootstrap": 500}), permutation=1
+    )
+    row = primary(control)
+    assert row["low"] < 0.5 < row["high"] or row["value"] < 0.5
+
+
+def test_survival_risk_is_higher_for_those_who_die_earlier(planted):
+    evaluated = evaluate(planted, DEATH, QUICK.model_copy(update={"epochs": 40}))
+    assert primary(evaluated)["value"] > 0.6
+    risk = evaluated.predictions.filter(model=NETWORK)
+    # folds are on one scale
+    spread = risk.group_by("fold").agg(pl.col("risk").mean().alias("m"))["m"]
+    assert spread.abs().max() < 1.5
+
+
+@pytest.mark.parametrize("target", [RIM, GRADE, DEATH], ids=lambda t: t.kind)
+def test_every_unit_is_predicted_once_by_the_fold_that_did_not_see_its_patient(few, target):
+    evaluated = evaluate(few, target, QUICK)
+    table = labelled(few, target)
+    folds = make_folds(table, target=target, folds=QUICK.folds, seed=QUICK.seed)
+    for name in (NETWORK, *BASELINES):
+        rows = evaluated.predictions.filter(model=name)
+        assert sorted(rows["unit"]) == sorted(table["unit"])
+        joined = rows.join(folds, on="patient", suffix="_dealt")
+        assert (joined["fold"] == joined["fold_dealt"]).all()
+        assert np.isfinite(prediction_array(target, rows)).all()
+
+
+def test_the_test_split_is_scored_by_the_mean_of_the_folds_and_apart(few, tmp_path):
+    held = pl.col("patient").is_in(["p00", "p01", "p02", "p03"])
+    table = labelled(few, GRADE).with_columns(
+        split=pl.when(held).then(pl.lit("test")).otherwise("split")
+    )
+    folds = make_folds(table, target=GRADE, folds=4, seed=0)
+    evaluated = cross_validate(GRADE, table, folds, few.source, QUICK)
+    test = evaluated.predictions.filter(model=NETWORK, split="test")
+    assert sorted(test["patient"].unique()) == ["p00", "p01", "p02", "p03"]
+    assert test["fold"].null_count() == test.height == 8
+    units = table.filter(pl.col("split") == "test").sort("unit")
+    each = [
+        predict_units(m, units, Crops(few.source, m.normalise, 20), count=1, seed=0)[:, 0]
+        for m in evaluated.networks
+    ]
+    np.testing.assert_allclose(test["prediction"], np.mean(each, 0), rtol=1e-6)
+    assert set(evaluated.metrics["split"]) == {"cv", "test"}
+    # labels of the test split do not enter training
+    other = table.with_columns(
+        y=pl.when(pl.col("split") == "test").then(-pl.col("y")).otherwise("y")
+    )
+    again = cross_validate(GRADE, other, folds, few.source, QUICK)
+    assert again.predictions["prediction"].equals(evaluated.predictions["prediction"])
+
+
+def test_several_slides_of_a_patient_are_averaged(few):
+    table = labelled(few, DEATH)
+    folds = make_folds(table, target=DEATH, folds=4, seed=0)
+    evaluated = cross_validate(DEATH, table, folds, few.source, QUICK)
+    model = evaluated.networks[0]
+    crops = Crops(few.source, model.normalise, 20)
+    both = table[:1]
+    alone = [both.with_columns(slides=pl.lit([s])) for s in both["slides"][0]]
+    one, two = (predict_units(model, t, crops, count=2, seed=0) for t in alone)
+    together = predict_units(model, both, crops, count=2, seed=0)
+    np.testing.assert_allclose(together, (one + two) / 2, rtol=1e-5)
+
+
+def test_a_seed_gives_the_same_networks_and_another_gives_others(few):
+    first, again = (evaluate(few, RIM, QUICK) for _ in range(2))
+    assert first.predictions.equals(again.predictions)
+    assert first.history.equals(again.history)
+    table = labelled(few, RIM)
+    moments = all_moments(table["unit"], few.source)
+    fitted = [
+        fit_fold(RIM, table[:12], table[12:], few.source, moments, QUICK, seed=seed)
+        for seed in (1, 1, 2)
+    ]
+    weights = [f.model.network.output.weight for f in fitted]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_training_does_not_touch_the_global_random_state(few):
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    table = labelled(few, RIM)
+    moments = all_moments(table["unit"], few.source)
+    fit_fold(RIM, table[:12], table[12:], few.source, moments, QUICK, seed=0)
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_the_kept_epoch_is_the_best_by_validation_metric_then_loss(rim):
+    for fold, best in enumerate(rim.best_epochs):
+        rows = rim.history.filter(fold=fold)
+        order = rows.sort(["validation_metric", "validation_loss"], descending=[True, False])
+        assert order["epoch"][0] == best
+
+
+def test_history_goes_to_the_tracker(few):
+    seen = []
+
+    class Watch:
+        def metrics(self, values, step):
+            seen.append((dict(values), step))
+
+    evaluate(few, RIM, QUICK, tracker=Watch())
+    assert [step for _, step in seen] == [0, 1] * 4
+    assert "fold_3_validation_metric" in seen[-1][0]
+
+
+def test_a_loss_that_is_not_finite_names_target_fold_and_remedy(few):
+    huge = {
+        s: ArrayGrid(np.where(g.valid, g.codes.astype(np.float32), 0), g.valid)
+        for s, g in few.grids.items()
+    }
+    table = labelled(few, GRADE)
+    folds = make_folds(table, target=GRADE, folds=4, seed=0)
+    wild = QUICK.model_copy(update={"learning_rate": 1e30, "epochs": 5})
+    with pytest.raises(TrainingError, match=r"'grade' fold_0.*learning_rate"):
+        cross_validate(GRADE, table, folds, huge.__getitem__, wild)
+
+
+def test_a_grid_without_tissue_names_target_and_slide(few):
+    grids = dict(few.grids)
+    grids["s03-1"] = ArrayGrid(grids["s03-1"].codes * 0, np.zeros_like(grids["s03-1"].valid))
+    table = labelled(few, RIM)
+    folds = make_folds(table, target=RIM, folds=4, seed=0)
+    with pytest.raises(CohortError, match=r"'rim'.*'s03-1'.*no tissue"):
+        cross_validate(RIM, table, folds, grids.__getitem__, QUICK)
+
+
+@pytest.mark.parametrize("deaths", [1, 2, 7, 20])
+def test_every_survival_batch_has_a_death_and_every_unit_comes_once(deaths):
+    table = pl.DataFrame({"event": [True] * deaths + [False] * (40 - deaths)})
+    dealt = list(batches(table, 8, np.random.default_rng(0)))
+    assert sorted(np.concatenate(dealt)) == list(range(40))
+    assert all(table["event"].to_numpy()[rows].any() for rows in dealt)
+    assert len(dealt) == min(5, deaths)
+
+
+@pytest.mark.parametrize("target", [RIM, GRADE, DEATH], ids=lambda t: t.kind)
+def test_a_saved_model_comes_back_and_predicts_the_same(few, tmp_path, target):
+    evaluated = evaluate(few, target, QUICK)
+    card = save_model(
+        tmp_path / "m", evaluated, encoder="e", weights_hash="abc", patch=128, mpp=0.5
+    )
+    loaded = load_model(tmp_path / "m")
+    assert loaded.card == card
+    assert card.target == target
+    assert len(loaded.networks) == 4
+    x = torch.randn(3, 16, 20, 20)
+    torch.testing.assert_close(
+        ensemble_module(loaded.networks)(x), ensemble_module(evaluated.networks)(x)
+    )
+    stored = next(m for m in card.metrics if m.metric == PRIMARY[target.kind])
+    value = primary(evaluated)["value"]
+    assert stored.value == (None if math.isnan(value) else value)
+
+
+def test_a_damaged_model_folder_is_refused(few, tmp_path):
+    with pytest.raises(ModelFileError, match="no model here"):
+        load_model(tmp_path)
+    save_model(
+        tmp_path, evaluate(few, RIM, QUICK), encoder="e", weights_hash="a", patch=128, mpp=0.5
+    )
+    (tmp_path / "fold-2.safetensors").write_bytes(b"junk")
+    with pytest.raises(ModelFileError, match="not a model file"):
+        load_model(tmp_path)
+    (tmp_path / "fold-2.safetensors").unlink()
+    with pytest.raises(ModelFileError, match="no model here"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("target", [RIM, GRADE, DEATH], ids=lambda t: t.kind)
+def test_figures_draw_every_kind_of_target(few, target):
+    evaluated = evaluate(few, target, QUICK)
+    for figure in (
+        evaluation_figure(evaluated),
+        training_figure(evaluated),
+        metrics_figure(evaluated),
+    ):
+        figure.canvas.draw()
+        assert figure.axes
