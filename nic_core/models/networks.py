@@ -64,8 +64,8 @@ class SmallGridCNN(nn.Module):
     """A network for small grids and cohorts of some dozens [choice].
 
     Features are first centred by their mean over the crop's tissue, which takes out what is the
-    same all over a slide: stain and scanner, and also its average composition. Two 3 x 3
-    convolutions with batch normalisation and LeakyReLU then see a neighbourhood of 5 x 5 cells;
+    same all over a slide: stain and scanner, and also its average composition. Three 3 x 3
+    convolutions with batch normalisation and LeakyReLU then see a neighbourhood of 7 x 7 cells;
     the mean over tissue cells says how much of the slide looks like what each filter found; a
     linear output. No dropout: with so few filters it costs more than it saves. Meant for few
     input channels: see :class:`Normalise` with a projection.
@@ -77,7 +77,7 @@ class SmallGridCNN(nn.Module):
         super().__init__()
         width = 16
         layers: list[nn.Module] = []
-        for inputs in (channels, width):
+        for inputs in (channels, width, width):
             layers += [
                 nn.Conv2d(inputs, width, 3, padding=1, bias=False),
                 nn.BatchNorm2d(width),

@@ -7,6 +7,7 @@ import polars as pl
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from sklearn.metrics import roc_curve
 from sksurv.nonparametric import kaplan_meier_estimator
 
@@ -155,7 +156,8 @@ def _kaplan_meier(evaluated: Evaluated, target: SurvivalTarget, split: str) -> F
     above = high_risk(risk)
     figure = _figure(5.4, 4.6)
     axes, numbers = figure.subplots(2, 1, height_ratios=[5, 1], sharex=True)
-    ticks = [t for t in axes.xaxis.get_major_locator().tick_values(0, time.max()) if t >= 0]
+    end = 1.02 * time.max()
+    ticks = [t for t in MaxNLocator(7).tick_values(0, end) if t <= end]
     groups = (("high risk", above, _RED), ("low risk", ~above, _BLUE))
     for line, (name, group, colour) in enumerate(groups):
         if group.any():
@@ -169,11 +171,10 @@ def _kaplan_meier(evaluated: Evaluated, target: SurvivalTarget, split: str) -> F
             count = int((time[group] >= tick).sum())
             numbers.text(tick, 1 - line, str(count), ha="center", va="center", fontsize=8)
     p = log_rank(time, event, risk)
-    axes.set(ylabel="surviving", ylim=(0, 1.02), xlim=(0, time.max() * 1.02))
+    axes.set(ylabel="surviving", ylim=(0, 1.02), xlim=(0, end))
     axes.legend(frameon=False, fontsize=8)
     axes.set_title(f"{_title(evaluated, split)}; log-rank p = {p:.2g}", fontsize=9)
-    numbers.set(ylim=(-0.6, 1.6), xlabel=f"time ({target.unit})", xticks=ticks)
-    numbers.set_xlim(0, time.max() * 1.02)
+    numbers.set(ylim=(-0.6, 1.6), xlim=(0, end), xlabel=f"time ({target.unit})", xticks=ticks)
     numbers.set_yticks([1, 0], [name for name, *_ in groups], fontsize=8)
     numbers.set_title("at risk", fontsize=8, loc="left", pad=1)
     numbers.tick_params(left=False)
