@@ -17,7 +17,7 @@ from nic_core.cohort import CohortError
 
 PUBLISHED_STRIDES = (2, 2, 2, 2, 2, 2, 1, 1)
 PUBLISHED_CROPS = (383, 446)  # cells a side that the eight layers bring to exactly 1 x 1
-SMALL_COMPONENTS = 4
+SMALL_COMPONENTS = 48
 Kind = Literal["regression", "classification", "survival"]
 
 
