@@ -48,7 +48,7 @@ def grid(codes: np.ndarray, valid: np.ndarray, unreadable: int = 0) -> Grid:
 
 
 def cells(kept: np.ndarray) -> pl.DataFrame:
-    rows, columns = kept.shape
+    columns = kept.shape[1]
     row, column = np.divmod(np.arange(kept.size), columns)
     table = {
         "slide": ["s"] * kept.size,
