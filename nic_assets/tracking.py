@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -161,7 +162,8 @@ def _array(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
 
 
 def _metric_name(text: str) -> str:
-    return text.replace(" ", "_")
+    """The letters that MLflow takes in a name, with its slash kept for the parts."""
+    return re.sub(r"[^\w.-]+", "_", text)
 
 
 def _public(package: str) -> str:
