@@ -24,7 +24,7 @@ from nic_core.demo.plan import GROWTH, PlannedSlide, plan_cohort
 from nic_core.demo.tissues import Tissue
 from nic_core.store import whole_file, whole_folder
 
-SLIDES = 48
+SLIDES = 64
 PATCHES_PER_TASK = 1500
 SIDE = 3072
 SMALLEST_SIDE = 768

@@ -21,18 +21,18 @@ from nic_core.demo.tissues import Tissue
 
 UNITS = 24  # a side
 NESTS = 3
-NEST_RADIUS = 2.9  # root mean square
-CAPSULE = 1.45
+NEST_RADIUS = 3.2  # root mean square
+CAPSULE = 1.35
 GAP = 0.15  # between a capsule's zone and anything else
 TRUTH = 64  # px a side of a point of the truth image
 
 # islands and the share of the slide's tissue that each kind takes, on average
 ISLANDS = (
-    (Tissue.GLAND, 0.055),
-    (Tissue.LYMPHOCYTES, 0.040),
-    (Tissue.FAT, 0.035),
-    (Tissue.MUSCLE, 0.030),
-    (Tissue.MUCUS, 0.015),
+    (Tissue.GLAND, 0.050),
+    (Tissue.LYMPHOCYTES, 0.032),
+    (Tissue.FAT, 0.028),
+    (Tissue.MUSCLE, 0.026),
+    (Tissue.MUCUS, 0.014),
     (Tissue.BLOOD, 0.006),
 )
 
@@ -70,7 +70,7 @@ def plant_slide(
     region[nearest <= 0] = Tissue.TUMOUR
     free = blob & (nearest > (CAPSULE + GAP) * unit * 1.15)
     for kind, share in ISLANDS:
-        area = int(share * blob.sum() * np.exp(rng.normal(0, 0.2)))
+        area = int(share * blob.sum() * np.exp(rng.normal(0, 0.15)))
         island = _grow(rng, free, area, unit)
         region[island] = kind
         free &= ~island

@@ -113,8 +113,8 @@ def _rim(rng: np.random.Generator) -> _Stains:
     fibres = noise(rng, 1.6, 40)
     seams = 1 - _ramp(np.abs(noise(rng, 6, 70)), 0.0, 0.22)
     rows = 7 * noise(rng, 50, 30)
-    e = (0.625 + 0.07 * bundles + 0.12 * fibres) * (1 - 0.8 * seams)
-    h = 0.058 + 0.02 * fibres + 0.04 * seams
+    e = (0.623 + 0.07 * bundles + 0.12 * fibres) * (1 - 0.8 * seams)
+    h = 0.050 + 0.02 * fibres + 0.04 * seams
     zero = np.zeros_like(e)
     return warp(e, rows, zero), warp(h, rows, zero)
 
