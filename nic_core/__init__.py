@@ -3,3 +3,8 @@
 Every step of the method can be called from here alone; nothing in this package knows of
 the orchestrator (``nic_assets``) or of the experiment tracker.
 """
+
+import pyvips
+
+# libvips remembers what it loaded by file name: a file that changed would be read as it was
+pyvips.cache_set_max(0)
