@@ -18,7 +18,7 @@ def tiny_cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for old, new in (
         ("patches_seen: 32000", "patches_seen: 256\n  batch: 32"),
         ("crop: 24", "crop: 8"),
-        ("epochs: 40", "epochs: 2\n    bootstrap: 50"),
+        ("epochs: 50", "epochs: 2\n    bootstrap: 50"),
     ):
         assert old in text
         text = text.replace(old, new)

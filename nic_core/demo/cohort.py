@@ -289,7 +289,15 @@ def _cohort_yaml() -> str:
                 "ignore": [int(Tissue.NECROSIS), int(Tissue.BACKGROUND)],
             }
         ],
-        "settings": {"models": {"network": "small", "crop": 24, "folds": 4, "epochs": 40}},
+        "settings": {
+            "models": {
+                "network": "small",
+                "crop": 24,
+                "folds": 4,
+                "epochs": 50,
+                "crops_at_test": 1,
+            }
+        },
     }
     head = "# A synthetic cohort: see docs/demo-cohort.md. Paths are relative to this file.\n"
     return head + yaml.safe_dump(cohort, sort_keys=False, allow_unicode=True)
