@@ -67,9 +67,9 @@ def ordinary_stain() -> Stain:
 def random_stain(rng: np.random.Generator) -> Stain:
     """A laboratory's stain and scanner."""
     return Stain(
-        vectors=(_VECTORS * np.exp(rng.normal(0, 0.05, (3, 3)))).astype(np.float32),
-        haematoxylin=float(np.exp(rng.normal(0, 0.12))),
-        eosin=float(np.exp(rng.normal(0, 0.12))),
+        vectors=(_VECTORS * np.exp(rng.normal(0, 0.035, (3, 3)))).astype(np.float32),
+        haematoxylin=float(np.exp(rng.normal(0, 0.08))),
+        eosin=float(np.exp(rng.normal(0, 0.08))),
         white=(rng.uniform(232, 250) + rng.normal(0, 2.5, 3)).clip(225, 252).astype(np.float32),
         blur=float(rng.uniform(0.45, 0.85)),
         noise=float(rng.uniform(0.8, 2.5)),
