@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export DAGSTER_HOME ?= $(CURDIR)
 
-.PHONY: demo refresh test lint ui mlflow idc clean
+.PHONY: demo refresh ui mlflow test lint
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv

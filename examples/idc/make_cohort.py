@@ -98,7 +98,8 @@ def _cohort(held_out: str) -> dict[str, object]:
                 "name": "mtl-4",
                 "objective": "mtl",
                 "tasks": list(TASKS),
-                "patches_seen": 60_000,
+                "patches_seen": 40_000,
+                "learning_rate": 2e-3,
             }
         ],
         "maps": [{"name": "idc", "encoder": "mtl-4", "task": "idc", "label": "idc"}],
