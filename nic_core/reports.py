@@ -49,7 +49,7 @@ def results_table(results: pl.DataFrame) -> Table:
     results = results.with_columns(
         encoder=pl.when(no_code).then(pl.lit("")).otherwise("encoder")
     ).unique(["kind", "about", "encoder", "model", "part"], keep="first", maintain_order=True)
-    table = Table(title="Results", box=SIMPLE_HEAD)
+    table = Table(title="Results", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for column in ("about", "encoder", "model", "scored on", "metric"):
         table.add_column(column, no_wrap=True)
     for column in ("value", "95 % interval", "n"):
