@@ -176,13 +176,12 @@ def test_a_changed_slide_is_compressed_again_and_no_other(
 # --- the command line ------------------------------------------------------------------------
 
 
-def materialize(cohort: Path, root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """`dagster asset materialize` as a CI job calls it."""
+def dagster(cohort: Path, root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A Dagster command as a CI job calls it: all it knows comes from the environment."""
     home = root / "home"
     home.mkdir(exist_ok=True)
     return subprocess.run(
-        [sys.executable, "-m", "dagster", "asset", "materialize"]
-        + ["-m", "nic_assets.definitions", "--select", *arguments],
+        [sys.executable, "-m", "dagster", *arguments, "-m", "nic_assets.definitions"],
         env=os.environ
         | {
             "NIC_COHORT": str(cohort),
@@ -195,6 +194,10 @@ def materialize(cohort: Path, root: Path, *arguments: str) -> subprocess.Complet
         text=True,
         timeout=300,
     )
+
+
+def materialize(cohort: Path, root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return dagster(cohort, root, "asset", "materialize", "--select", *arguments)
 
 
 def edited(cohort: Path, root: Path, edit: dict[str, object]) -> Path:
@@ -266,20 +269,5 @@ def test_an_unknown_partition_fails(tiny_cohort, tmp_path):
 
 
 def test_the_definitions_validate(tiny_cohort, tmp_path):
-    result = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "dagster",
-            "definitions",
-            "validate",
-            "-m",
-            "nic_assets.definitions",
-        ],
-        env=os.environ | {"NIC_COHORT": str(tiny_cohort), "NIC_STORE": str(tmp_path / "store")},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    result = dagster(tiny_cohort, tmp_path, "definitions", "validate")
     assert result.returncode == 0, result.stderr
