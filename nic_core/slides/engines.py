@@ -34,7 +34,9 @@ import openslide
 import pyvips
 import simplejpeg
 import tifffile
+from PIL import Image
 
+from nic_core.slides.dicom import check_dicom
 from nic_core.slides.errors import SlideError
 from nic_core.slides.metadata import BRIGHTFIELD_REMEDY, DAMAGED_REMEDY, About, openslide_about
 from nic_core.slides.resample import Pixels
@@ -44,8 +46,11 @@ EngineName = Literal["tifffile", "openslide", "libvips"]
 
 _NOT_A_SLIDE = "give a whole-slide image (SVS, TIFF, NDPI, MIRAX, SCN, DICOM), a PNG or a JPEG"
 
+_CONVERT = "convert it to a tiled RGB TIFF"
+
 _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _PLAIN_MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
+_RGB = tifffile.PHOTOMETRIC.RGB
 _ADOBE_RGB = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x00"  # marker APP14: no transform
 _VipsImage = Callable[[], pyvips.Image]  # opens it anew
 _TILE_CACHE = 64 * 1024 * 1024  # bytes of decoded tiles kept: what neighbouring reads share
@@ -115,7 +120,7 @@ def open_engine(path: Path, name: EngineName | None = None) -> tuple[Engine, str
 def _open(path: Path, name: EngineName, scan: TiffScan | None, plain: bool) -> Engine:
     remedy = "leave the engine open"
     if name == "openslide" and not plain:
-        return _open_with_openslide(path)
+        return _open_with_openslide(path, scan)
     if name == "tifffile" and scan is not None and not scan.dialect:
         return TiffEngine(path, scan)
     if name == "libvips" and plain:
@@ -129,17 +134,25 @@ def _open(path: Path, name: EngineName, scan: TiffScan | None, plain: bool) -> E
     raise SlideError(path, f"engine '{name}' does not read this file", remedy)
 
 
-def _open_with_openslide(path: Path) -> Engine:
+def _open_with_openslide(path: Path, scan: TiffScan | None) -> Engine:
     if path.suffix.lower() == ".mrxs" and not path.with_suffix("").is_dir():
         raise SlideError(
             path, f"the folder {path.stem} beside it is missing", "copy the folder with the file"
         )
     try:
+        check_dicom(path)
+    except OSError as error:
+        raise SlideError(path, f"cannot be read ({error})", "check the path") from error
+    try:
         return OpenSlideEngine(path)
     except openslide.OpenSlideUnsupportedFormatError as error:
-        raise SlideError(path, "not an image of a known format", _NOT_A_SLIDE) from error
+        if scan is None:
+            raise SlideError(path, "not an image of a known format", _NOT_A_SLIDE) from error
+        kind = scan.dialect or "tiles by their offsets"
+        raise SlideError(path, f"a TIFF that OpenSlide does not know ({kind})", _CONVERT) from error
     except openslide.OpenSlideError as error:
-        raise SlideError(path, f"OpenSlide cannot open it: {error}", DAMAGED_REMEDY) from error
+        remedy = f"{DAMAGED_REMEDY}, or {_CONVERT}"
+        raise SlideError(path, f"OpenSlide cannot open it: {error}", remedy) from error
 
 
 def _magic(path: Path) -> bytes:
@@ -230,6 +243,12 @@ class VipsEngine:
         """A TIFF without a dialect."""
         with tifffile.TiffFile(path) as tiff:
             pages = [level.keyframe for level in tiff.series[scan.series].levels]
+            if any(_mistagged(page) for page in pages):
+                raise SlideError(
+                    path,
+                    "its JPEG tiles are YCbCr but tagged RGB: libvips would give false colours",
+                    "leave the engine open",
+                )
             places = [page.treeindex for page in pages]
             tiles = _stored_tiles(pages)
 
@@ -273,6 +292,15 @@ class VipsEngine:
         self._own = threading.local()
 
 
+def _mistagged(page: tifffile.TiffPage) -> bool:
+    """Whether JPEG tiles are JFIF, whose colours are YCbCr, and the page says RGB."""
+    if page.compression != tifffile.COMPRESSION.JPEG or page.photometric != _RGB:
+        return False
+    stored = (o for o, size in zip(page.dataoffsets, page.databytecounts, strict=True) if size)
+    page.parent.filehandle.seek(next(stored, 0))
+    return bool(page.parent.filehandle.read(10)[6:] == b"JFIF")
+
+
 def _rgb(image: pyvips.Image) -> pyvips.Image:
     if image.interpretation not in ("srgb", "rgb"):
         image = image.colourspace("srgb")
@@ -303,28 +331,37 @@ class OpenSlideEngine:
         self.about = openslide_about(self._slide.properties, self._slide.associated_images)
 
     def region(self, level: int, x: int, y: int, width: int, height: int) -> Pixels:
-        slide, factor = self._slide, self._factors[level]
+        factor = self._factors[level]
+        place = (round(x * factor), round(y * factor)), level, (width, height)
+        slide = self._slide
         try:
-            image = slide.read_region(
-                (round(x * factor), round(y * factor)), level, (width, height)
-            )
-        except openslide.OpenSlideError as error:
+            image = slide.read_region(*place)
+        except openslide.OpenSlideError:
+            # after one error a handle refuses everything, also what other threads ask of it
             self._renew(slide)
-            raise ReadError(str(error)) from error
+            image = self._read_alone(*place)
         pixels = np.asarray(image)
         if pixels[..., 3].min() < 255:  # not scanned there: glass
             alpha = pixels[..., 3:].astype(np.uint16)
             return ((pixels[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
         return np.ascontiguousarray(pixels[..., :3])
 
+    def _read_alone(
+        self, corner: tuple[int, int], level: int, size: tuple[int, int]
+    ) -> Image.Image:
+        """Read with a handle of this read's own: an error is then this region's."""
+        try:
+            with openslide.OpenSlide(self._path) as own:
+                return own.read_region(corner, level, size)
+        except openslide.OpenSlideError as error:
+            raise ReadError(str(error)) from error
+
     def _renew(self, failed: openslide.OpenSlide) -> None:
-        """After one error an OpenSlide handle refuses everything: take a new one."""
         with self._lock:
             if self._slide is failed:
-                try:
+                # it stays where the file is gone or cut by now
+                with contextlib.suppress(openslide.OpenSlideError):
                     self._slide = openslide.OpenSlide(self._path)
-                except (OSError, openslide.OpenSlideError):
-                    return  # gone or cut by now: the error that brought us here tells
 
     def close(self) -> None:
         self._slide.close()
@@ -446,7 +483,7 @@ def _jpeg_header(page: tifffile.TiffPage) -> _JpegHeader | None:
         return None
     tables = page.jpegtables or b""
     # a stream of its own: leave its start and end marks
-    return _JpegHeader(tables[2:-2], page.photometric == tifffile.PHOTOMETRIC.RGB)
+    return _JpegHeader(tables[2:-2], page.photometric == _RGB)
 
 
 @contextlib.contextmanager

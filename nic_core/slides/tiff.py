@@ -97,10 +97,13 @@ def _scan(path: Path, tiff: tifffile.TiffFile) -> TiffScan:
     pages = [level.keyframe for level in series.levels]
     for page in pages:
         _check_tiles(path, page)
-    _check_whole(path, tiff, pages)
+    _check_whole(path, tiff, [*tiff.pages, *pages])
     ycbcr = page.photometric == tifffile.PHOTOMETRIC.YCBCR
     if page.compression == _JPEG2000_YCBCR or (ycbcr and page.compression not in _DECODED_TO_RGB):
         return TiffScan(dialect="YCbCr colours that are not JPEG's")
+    # tifffile takes an Aperio file's second page for its thumbnail
+    if tiff.is_svs and len(tiff.series) > 1 and tiff.series[1].keyframe.is_tiled:
+        return TiffScan(dialect="an Aperio pyramid without the thumbnail that parts its levels")
     names = (other.name.lower() for other in tiff.series if other is not series)
     # any other name is a user's own, and may be a patient's
     pictures = [name if name in _PICTURES else "unnamed" for name in names]
