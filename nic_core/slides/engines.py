@@ -52,6 +52,10 @@ _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _PLAIN_MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
 _RGB = tifffile.PHOTOMETRIC.RGB
 _ADOBE_RGB = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x00"  # marker APP14: no transform
+# libvips would give back what it loaded before, with its black tiles or from an older file
+_ANEW = {"revalidate": True} if pyvips.at_least_libvips(8, 15) else {}
+if not _ANEW:
+    pyvips.cache_set_max(0)
 _VipsImage = Callable[[], pyvips.Image]  # opens it anew
 _TILE_CACHE = 64 * 1024 * 1024  # bytes of decoded tiles kept: what neighbouring reads share
 
@@ -232,7 +236,7 @@ class VipsEngine:
     def plain(cls, path: Path) -> VipsEngine:
         """A PNG or JPEG, whole in memory. Its dpi is that of a print: no um/px."""
         try:
-            image = pyvips.Image.new_from_file(str(path), fail_on="warning", revalidate=True)
+            image = pyvips.Image.new_from_file(str(path), fail_on="warning", **_ANEW)
             image = image.copy_memory()
         except pyvips.Error as error:
             raise SlideError(path, f"damaged: {error}", DAMAGED_REMEDY) from error
@@ -249,12 +253,16 @@ class VipsEngine:
                     "its JPEG tiles are YCbCr but tagged RGB: libvips would give false colours",
                     "leave the engine open",
                 )
-            places = [page.treeindex for page in pages]
+            # libvips counts a page's sub-directories, tifffile names their places in the file
+            known = {page.offset: (number, -1) for number, page in enumerate(tiff.pages)}
+            number, _ = known[pages[0].offset]
+            known |= {at: (number, sub) for sub, at in enumerate(pages[0].subifds or ())}
+            places = [known[page.offset] for page in pages]
             tiles = _stored_tiles(pages)
 
-        def image(page: int, subifd: int = -1) -> _VipsImage:
+        def image(page: int, subifd: int) -> _VipsImage:
             return lambda: pyvips.Image.tiffload(
-                str(path), page=page, subifd=subifd, fail_on="warning", revalidate=True
+                str(path), page=page, subifd=subifd, fail_on="warning", **_ANEW
             )
 
         return cls(path, [image(*place) for place in places], tiles, scan.about)
@@ -264,7 +272,7 @@ class VipsEngine:
         """A vendor's format, by the OpenSlide within libvips."""
 
         def image(level: int) -> _VipsImage:
-            return lambda: pyvips.Image.openslideload(str(path), level=level, revalidate=True)
+            return lambda: pyvips.Image.openslideload(str(path), level=level, **_ANEW)
 
         try:
             whole = image(0)()

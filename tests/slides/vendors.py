@@ -427,7 +427,7 @@ def write_mirax(
         for n in range(len(levels))
     )
     (folder / "Slidedat.ini").write_text(
-        f"[GENERAL]\nSLIDE_ID={identifier}\nIMAGENUMBER_X={across}\nIMAGENUMBER_Y={down}\n"
+        f"[GENERAL]\nSLIDE_VERSION=01.02\nSLIDE_ID={identifier}\nIMAGENUMBER_X={across}\nIMAGENUMBER_Y={down}\n"
         "OBJECTIVE_MAGNIFICATION=20\nCameraImageDivisionsPerSide=1\n"
         "[HIERARCHICAL]\nHIER_COUNT=1\nNONHIER_COUNT=1\nINDEXFILE=Index.dat\n"
         f"HIER_0_NAME=Slide zoom level\nHIER_0_COUNT={len(levels)}\n{layers}"
