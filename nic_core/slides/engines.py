@@ -40,7 +40,7 @@ from nic_core.slides.dicom import check_dicom
 from nic_core.slides.errors import SlideError
 from nic_core.slides.metadata import BRIGHTFIELD_REMEDY, DAMAGED_REMEDY, About, openslide_about
 from nic_core.slides.resample import Pixels
-from nic_core.slides.tiff import TiffScan, tiff_scan
+from nic_core.slides.tiff import TiffScan, open_tiff, tiff_scan
 
 EngineName = Literal["tifffile", "openslide", "libvips"]
 
@@ -245,7 +245,7 @@ class VipsEngine:
     @classmethod
     def tiff(cls, path: Path, scan: TiffScan) -> VipsEngine:
         """A TIFF without a dialect."""
-        with tifffile.TiffFile(path) as tiff:
+        with open_tiff(path) as tiff:
             pages = [level.keyframe for level in tiff.series[scan.series].levels]
             if any(_mistagged(page) for page in pages):
                 raise SlideError(
@@ -392,7 +392,7 @@ class TiffEngine:
     name: EngineName = "tifffile"
 
     def __init__(self, path: Path, scan: TiffScan) -> None:
-        self._tiff = tifffile.TiffFile(path)
+        self._tiff = open_tiff(path)
         self._pages = [level.keyframe for level in self._tiff.series[scan.series].levels]
         self._jpeg = [_jpeg_header(page) for page in self._pages]
         self._lock = threading.Lock()

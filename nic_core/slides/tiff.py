@@ -50,6 +50,11 @@ class TiffScan:
     about: About = field(default_factory=About)
 
 
+def open_tiff(path: Path, *, ndpi: bool = False) -> tifffile.TiffFile:
+    """tifffile's view of a file as what it is: left to itself it goes by the name for NDPI."""
+    return tifffile.TiffFile(path, is_ndpi=ndpi)
+
+
 def tiff_scan(path: Path) -> TiffScan:
     """Find the scan in a TIFF file.
 
@@ -60,7 +65,7 @@ def tiff_scan(path: Path) -> TiffScan:
     """
     vendor = openslide.OpenSlide.detect_format(path)
     try:
-        with tifffile.TiffFile(path) as tiff:
+        with open_tiff(path, ndpi=vendor == "hamamatsu") as tiff:
             if how := fluorescence(tiff.pages.first):
                 raise SlideError(path, f"a fluorescence scan ({how})", BRIGHTFIELD_REMEDY)
             if vendor not in _PLAIN_FORMATS:
