@@ -15,6 +15,8 @@ from nic_core.slides.errors import SlideError
 
 # Outside this no histology scan exists; print resolutions (72 to 600 dpi: 353 to 42 um/px) do.
 MPP_RANGE = (0.05, 40.0)
+# The largest glass slides have sides of 200 mm.
+_MAX_SIDE = 300.0
 DAMAGED_REMEDY = "copy the file again from its source"
 BRIGHTFIELD_REMEDY = "leave it out: only RGB brightfield slides are supported"
 MPP_REMEDY = "give the um/px at level 0 in the column `mpp` of the slide table"
@@ -74,6 +76,23 @@ def settle_mpp(path: Path, given: float | None, about: About) -> tuple[float, st
             path, f"pixels are not square: {x:g} x {y:g} um/px by the file", MPP_REMEDY
         )
     return (x + y) / 2, about.mpp_source
+
+
+def check_size(path: Path, width: int, height: int, mpp: float) -> None:
+    """Refuse a slide that no glass could hold: its size or its um/px is damaged.
+
+    Raises
+    ------
+    SlideError
+        A side is longer than 300 mm.
+    """
+    side = max(width, height) * mpp / 1000
+    if side > _MAX_SIDE:
+        raise SlideError(
+            path,
+            f"{width:,} x {height:,} px of {mpp:g} um would be a slide of {side:,.0f} mm",
+            f"{DAMAGED_REMEDY}, or {MPP_REMEDY}",
+        )
 
 
 def _check_mpp(path: Path, value: float, source: str) -> None:

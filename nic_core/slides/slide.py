@@ -11,7 +11,7 @@ import numpy as np
 
 from nic_core.slides.engines import Engine, EngineName, naming, open_engine
 from nic_core.slides.errors import SlideError
-from nic_core.slides.metadata import BRIGHTFIELD_REMEDY, settle_mpp
+from nic_core.slides.metadata import BRIGHTFIELD_REMEDY, check_size, settle_mpp
 from nic_core.slides.resample import Pixels, resample, settle
 
 # Source pixels held by one read: a wide thumbnail of a slide without a pyramid comes in bands.
@@ -202,6 +202,7 @@ def open_slide(path: Path, *, mpp: float | None = None, engine: EngineName | Non
     opened, reason = open_engine(path, engine)
     try:
         slide = Slide(path, opened, reason, *settle_mpp(path, mpp, opened.about))
+        check_size(path, slide.width, slide.height, slide.mpp)
         slide._probe()
     except SlideError:
         opened.close()

@@ -100,6 +100,8 @@ def _scan(path: Path, tiff: tifffile.TiffFile) -> TiffScan:
         colours = tifffile.PHOTOMETRIC(page.photometric).name
         raise SlideError(path, f"not an RGB image: its colours are {colours}", BRIGHTFIELD_REMEDY)
     pages = [level.keyframe for level in series.levels]
+    if any(page.parent is not tiff for page in pages):
+        raise SlideError(path, "its pixels lie in another file of its OME series", "give that file")
     for page in pages:
         _check_tiles(path, page)
     _check_whole(path, tiff, [*tiff.pages, *pages])
