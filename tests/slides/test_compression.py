@@ -13,10 +13,11 @@ import tifffile
 import torch
 from torch import nn
 
-from nic_core.compression import compress_slide, plan_blocks
+from nic_core.compression import compress_slide
 from nic_core.grids import open_grid, write_grid
 from nic_core.patches import PatchTableError, patch_table
 from nic_core.slides import SlideError, content_identity, open_slide
+from nic_core.slides.blocks import plan_blocks
 from nic_core.tissue import TissueMask
 from tests.slides.conftest import paint, write_tiff
 
