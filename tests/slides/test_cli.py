@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
@@ -81,6 +82,11 @@ def test_compress_goes_on_past_a_bad_slide_and_skips_what_is_done(section, encod
     assert "1 compressed" in changed.stdout
     stricter = run(app, [*command, "--mpp", "0.9", "--tissue", "0.99", str(section)])
     assert "1 compressed" in stricter.stdout
+    again = [*command, "--mpp", "0.9", "--tissue", "0.99", str(section)]
+    assert "0 compressed, 1 up to date" in run(app, [*again, "--resume"]).stdout
+    assert "1 compressed" in run(app, [*again, "--no-resume"]).stdout
+    report = pl.read_csv(tmp_path / "grids" / "report.csv")
+    assert report.select("slide", "status").rows() == [("section", "compressed")]
 
     store = tmp_path / "grids" / "section.zarr"
     told = run(app, ["grid", "info", str(store)])
@@ -88,6 +94,49 @@ def test_compress_goes_on_past_a_bad_slide_and_skips_what_is_done(section, encod
     picture = tmp_path / "preview.png"
     assert run(app, ["grid", "preview", str(store), "--out", str(picture)]).exit_code == 0
     assert Image.open(picture).mode == "RGB"
+
+
+def test_an_encoder_is_found_by_its_name_in_the_store(section, encoder, tmp_path, monkeypatch):
+    monkeypatch.setenv("NIC_STORE", str(tmp_path / "store"))
+    (tmp_path / "store" / "encoders").mkdir(parents=True)
+    encoder.rename(tmp_path / "store" / "encoders" / "mean-rgb")
+    command = ["compress", str(section), "--out", str(tmp_path / "grids"), "--encoder"]
+    assert run(app, [*command, "mean-rgb"]).exit_code == 0
+    missing = run(app, [*command, "mtl"])
+    assert missing.exit_code == 2
+    assert "mean-rgb" in missing.stderr  # what there is
+
+
+def test_a_full_disk_is_told_with_what_was_not_tried(section, encoder, mount):
+    folder = mount("size=64k")
+    (folder / "ballast").write_bytes(bytes(56_000))
+    other = section.rename(section.with_name("other.tif"))
+    command = ["compress", "--encoder", str(encoder), "--out", str(folder)]
+    result = run(app, [*command, str(other), str(section)])
+    assert result.exit_code == 1
+    assert "0 compressed, 0 up to date, 1 failed, 1 not tried" in result.stdout
+    assert "No space left on device" in result.stdout
+    assert "Traceback" not in result.stdout
+    assert not list(folder.glob("*.zarr"))
+
+
+def test_the_preview_stands_beside_the_slide_of_the_grid(section, encoder, tmp_path):
+    command = ["compress", "--encoder", str(encoder), "--out", str(tmp_path)]
+    assert run(app, [*command, str(section)]).exit_code == 0
+    preview = ["grid", "preview", str(tmp_path / "section.zarr"), "--out", str(tmp_path / "p.png")]
+    assert run(app, [*preview, "--slide", str(section)]).exit_code == 0
+    picture = np.asarray(Image.open(tmp_path / "p.png"))
+    rows, columns, cell = 19, 19, 43  # cells of 64 um over 1200 um, drawn at 800 px or more
+    assert picture.shape == (rows * cell, 2 * columns * cell + 16, 3)
+    left, right = picture[:, : columns * cell], picture[:, -columns * cell :]
+    tissue = left[:, : 9 * cell].mean(axis=(0, 1))
+    assert tissue[1] < 200 < left[:, 10 * cell :].mean()
+    assert (right[:, 10 * cell :] == 255).all()
+    assert not (right[:, : 9 * cell] == 255).all(axis=2).any()
+    other = write_tiff(tmp_path / "other.tif", paint(600, 600, seed=5), mpp=1.0)
+    refused = run(app, [*preview, "--slide", str(other)])
+    assert refused.exit_code == 1
+    assert "is not the slide 'section' of the grid" in " ".join(refused.stdout.split())
 
 
 def test_compress_refuses_a_missing_encoder_and_equal_names(section, encoder, tmp_path):
