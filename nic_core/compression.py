@@ -149,6 +149,7 @@ def compress_slide(
         weights_hash=card.weights_hash,
         mpp=card.mpp,
         patch=card.patch,
+        stride=card.patch,
         unreadable=unreadable,
     )
     return Grid(codes, valid, provenance)
