@@ -15,7 +15,8 @@ from typing import Literal
 
 import polars as pl
 
-from nic_core.compression import PatchEncoder, compress_slide, up_to_date
+from nic_core.compression import compress_slide, up_to_date
+from nic_core.encoders.inference import PreparedEncoder
 from nic_core.grids import Grid, open_grid, write_grid
 from nic_core.patches import patch_table
 from nic_core.slides import SlideError, content_identity, open_slide
@@ -73,12 +74,12 @@ def name_slides(paths: Iterable[Path]) -> dict[str, Path]:
 
 def compress_slides(
     slides: Mapping[str, Path],
-    encoder: PatchEncoder,
+    encoder: PreparedEncoder,
     out: Path,
     *,
     mpp: float | None = None,
     tissue: float = 0.6,
-    device: str = "auto",
+    orientations: bool = False,
     resume: bool = True,
     progress: Callable[[str, int, int], None] | None = None,
     tell: Callable[[Outcome], None] | None = None,
@@ -96,6 +97,8 @@ def compress_slides(
         um/px at level 0 of all slides; overrides the files'.
     tissue : float
         A cell is kept if its tissue fraction exceeds this.
+    orientations : bool
+        Encode every patch in all 8 orientations.
     resume : bool
         Leave a store as it is that already holds what compressing would give; else make it anew.
     progress : callable, optional
@@ -122,7 +125,9 @@ def compress_slides(
             table = patch_table(
                 slide, opened, tissue_mask(opened), patch=card.patch, mpp=card.mpp, tissue=tissue
             )
-            if resume and up_to_date(store, opened, table, encoder, slide_identity=identity):
+            if resume and up_to_date(
+                store, opened, table, encoder, slide_identity=identity, orientations=orientations
+            ):
                 return "up to date", open_grid(store)
             if progress is not None:
                 progress(slide, 0, int(table["kept"].sum()))
@@ -132,7 +137,7 @@ def compress_slides(
                 encoder,
                 slide_id=slide,
                 slide_identity=identity,
-                device=device,
+                orientations=orientations,
                 progress=None if progress is None else lambda *cells: progress(slide, *cells),
             )
         write_grid(store, grid)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
 import typer
@@ -26,7 +26,8 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from nic_core.grids import GridError, grid_preview, open_grid
+from nic_core.cohort import CompressionSettings
+from nic_core.grids import GridError, Reading, grid_preview, open_grid
 from nic_core.slides import SlideError, content_identity, open_slide
 from nic_core.store import Store, StoreError
 from nic_core.tissue import read_mask, tissue_mask, tissue_outline
@@ -40,6 +41,9 @@ grid_app = typer.Typer(no_args_is_help=True, help="Look into a grid store.")
 app.add_typer(grid_app, name="grid")
 console = Console()
 
+COMPRESSION = CompressionSettings()
+Asked = Literal["auto", "float32", "bfloat16"]
+Orientations = Literal["1", "8"]
 SlidePath = Annotated[Path, typer.Argument(help="slide file")]
 StorePath = Annotated[Path, typer.Argument(help="grid store (.zarr)")]
 Mpp = Annotated[float | None, typer.Option(help="um/px at level 0; overrides the file's")]
@@ -85,6 +89,13 @@ def compress(
     share: Annotated[
         float, typer.Option("--tissue", min=0, max=1, help="a cell is kept above this share")
     ] = 0.6,
+    orientations: Annotated[Orientations, typer.Option(help="1 (upright) or 8")] = "1",
+    precision: Annotated[
+        Asked, typer.Option(help="auto: bfloat16 if the device has it")
+    ] = COMPRESSION.precision,
+    reading: Annotated[
+        Reading, typer.Option(help="pixels of the patch, or of the network's input")
+    ] = COMPRESSION.reading,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     resume: Annotated[
         bool, typer.Option(help="leave stores that are up to date; or make all anew")
@@ -98,7 +109,7 @@ def compress(
     # imports torch: slow, for this command alone
     from nic_core.batch import REPORT, compress_slides, name_slides, write_report
 
-    trained = _encoder(encoder)
+    prepared = _encoder(encoder).prepare(device, precision, reading)
     try:
         named = name_slides(slides)
     except ValueError as error:
@@ -129,11 +140,11 @@ def compress(
 
         table = compress_slides(
             named,
-            trained,
+            prepared,
             out,
             mpp=mpp,
             tissue=share,
-            device=device,
+            orientations=orientations == "8",
             resume=resume,
             progress=show,
             tell=tell,
