@@ -15,7 +15,8 @@ import pytest
 
 from nic_core.batch import BATCH_SCHEMA, compress_slides, name_slides, write_report
 from nic_core.cohort import EncoderSpec
-from nic_core.encoders import Encoder, train_encoder
+from nic_core.encoders import train_encoder
+from nic_core.encoders.inference import PreparedEncoder
 from nic_core.grids import grid_hash, open_grid
 from nic_core.store import exclusive
 from tests.slides.conftest import paint, write_tiff
@@ -25,9 +26,10 @@ processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["nic_core.batch", "nic_core.encoders", "tests.slides.test_batch"])
 
 
-def mean_rgb(patch: int = 64) -> Encoder:
+def mean_rgb(patch: int = 64) -> PreparedEncoder:
     spec = EncoderSpec(name="mean", objective="mean_rgb")
-    return train_encoder(spec, [], patch=patch, mpp=1.0, code=3, tracker=None).encoder
+    trained = train_encoder(spec, [], patch=patch, mpp=1.0, code=3, tracker=None)
+    return trained.encoder.prepare("cpu")
 
 
 @pytest.fixture
@@ -80,7 +82,15 @@ def test_what_is_up_to_date_is_left_and_what_changed_is_redone(slides, tmp_path)
     assert statuses() == {"compressed"}
     assert statuses() == {"up to date"}
     other = replace(encoder, card=encoder.card.model_copy(update={"weights_hash": "1" * 64}))
-    for changed in ({"encoder": other}, {"mpp": 0.9}, {"encoder": mean_rgb(32)}):
+    coarser = replace(encoder, precision="bfloat16")
+    for changed in (
+        {"encoder": other},
+        {"encoder": coarser},
+        {"encoder": replace(coarser, reading="input")},
+        {"encoder": mean_rgb(32)},
+        {"mpp": 0.9},
+        {"orientations": True},
+    ):
         assert statuses(**changed) == {"compressed"}
         assert statuses(**changed) == {"up to date"}
     assert statuses() == {"compressed"}
@@ -127,7 +137,8 @@ def test_a_full_disk_stops_the_run_with_one_error(slides, mount):
     assert table["remedy"][0] == "make room and run again"
     assert names(folder / "grids") == []
     (folder / "ballast").unlink()
-    assert compress_slides(slides, mean_rgb(), folder / "grids")["status"][0] == "compressed"
+    again = compress_slides(slides, mean_rgb(), folder / "grids")
+    assert again["status", "reason"].row(0) == ("compressed", None)
 
 
 def test_a_slide_that_another_process_is_at_comes_last(slides, tmp_path):
