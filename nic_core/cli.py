@@ -108,7 +108,12 @@ def compress(
     """
     # imports torch: slow, for this command alone
     from nic_core.batch import REPORT, compress_slides, name_slides, write_report
+    from nic_core.encoders.inference import resolve_device
 
+    try:
+        resolve_device(device)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--device") from error
     prepared = _encoder(encoder).prepare(device, precision, reading)
     try:
         named = name_slides(slides)

@@ -7,13 +7,22 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
 from nic_core.cli import app
 from nic_core.cohort import EncoderSpec
+from nic_core.encoders.encoder import (
+    Encoder,
+    EncoderCard,
+    build_encoder,
+    encoder_tensors,
+    weights_hash,
+)
 from nic_core.encoders.files import save_encoder
 from nic_core.encoders.training import train_encoder
+from nic_core.grids import open_grid
 from tests.slides.conftest import GLASS, paint, write_tiff
 
 run = CliRunner().invoke
@@ -105,6 +114,70 @@ def test_an_encoder_is_found_by_its_name_in_the_store(section, encoder, tmp_path
     missing = run(app, [*command, "mtl"])
     assert missing.exit_code == 2
     assert "mean-rgb" in missing.stderr  # what there is
+
+
+@pytest.fixture
+def network(tmp_path) -> Path:
+    """The published network with random weights, for patches of 64 um."""
+    torch.manual_seed(0)
+    module = build_encoder("tellez2020", patch=128, code=8)
+    tensors = encoder_tensors(module, {})
+    card = EncoderCard(
+        name="random",
+        architecture="tellez2020",
+        objective="mtl",
+        patch=128,
+        mpp=0.5,
+        code=8,
+        weights_hash=weights_hash("tellez2020", tensors),
+    )
+    save_encoder(tmp_path / "random", Encoder(card, module))
+    return tmp_path / "random"
+
+
+def test_how_it_is_compressed_is_told_by_the_store_and_a_change_redoes_it(
+    section, network, tmp_path
+):
+    command = ["compress", "--encoder", str(network), "--out", str(tmp_path), str(section)]
+    store = tmp_path / "section.zarr"
+    for options, precision, reading, orientations in (
+        (["--precision", "float32", "--reading", "patch"], "float32", "patch", False),
+        (["--precision", "bfloat16", "--reading", "patch"], "bfloat16", "patch", False),
+        (["--precision", "bfloat16", "--reading", "input"], "bfloat16", "input", False),
+        (
+            ["--precision", "float32", "--reading", "input", "--orientations", "8"],
+            "float32",
+            "input",
+            True,
+        ),
+    ):
+        assert "1 compressed" in run(app, [*command, *options]).stdout
+        assert "1 up to date" in run(app, [*command, *options]).stdout
+        grid = open_grid(store)
+        assert (grid.provenance.precision, grid.provenance.reading) == (precision, reading)
+        assert (grid.orientations is not None) == orientations
+    told = " ".join(run(app, ["grid", "info", str(store)]).stdout.split())
+    assert "orientations 8" in told
+    assert "precision float32 reading input" in told
+    assert open_grid(store).provenance.weights_hash in told.replace(" ", "")  # it may be folded
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--device", "toaster"),
+        ("--device", "cuda:99"),
+        ("--orientations", "4"),
+        ("--precision", "int8"),
+        ("--reading", "fast"),
+    ],
+)
+def test_an_impossible_setting_is_told_before_any_work(section, encoder, tmp_path, option, value):
+    command = ["compress", "--encoder", str(encoder), "--out", str(tmp_path / "grids")]
+    result = run(app, [*command, str(section), option, value])
+    assert result.exit_code == 2
+    assert value in result.stderr
+    assert not (tmp_path / "grids").exists()
 
 
 def test_a_full_disk_is_told_with_what_was_not_tried(section, encoder, mount):
