@@ -105,6 +105,9 @@ class TrackedRun:
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         mlflow.log_metrics(dict(values), step=step)
 
+    def table(self, name: str, rows: pl.DataFrame) -> None:
+        mlflow.log_table(rows.to_dict(as_series=False), f"{name}.json")
+
     def figure(self, name: str, figure: Figure) -> None:
         self.figures[name] = figure
         mlflow.log_figure(figure, f"{name}.png")

@@ -31,6 +31,8 @@ def training_curves(history: pl.DataFrame) -> Figure:
             label = "/".join(rest) or "all"
             axes, line = losses, "-"
         elif place == "validation":
+            if rest[-1] == "f1":
+                continue  # close to balanced accuracy: it stands in the tracker's figures
             label = " ".join(rest).replace("_", " ")
             axes, line = values, ":" if rest[-1] == "auc" else "-"
         else:
