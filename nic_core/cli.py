@@ -1,4 +1,4 @@
-"""``nic``: look at slides and compress them, without cohort or orchestrator."""
+"""``nic``: look at slides, compress them, train encoders, without orchestrator."""
 
 from __future__ import annotations
 
@@ -25,9 +25,11 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from nic_core.cohort import DEFAULT_COHORT, CohortError, load_cohort
 from nic_core.grids import GridError, grid_preview, open_grid, write_grid
 from nic_core.patches import patch_table
 from nic_core.slides import SlideError, content_identity, open_slide
+from nic_core.store import DEFAULT_STORE, Store
 from nic_core.tissue import read_mask, tissue_mask, tissue_outline
 
 if TYPE_CHECKING:
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 grid_app = typer.Typer(no_args_is_help=True, help="Look into a grid store.")
 app.add_typer(grid_app, name="grid")
+encoder_app = typer.Typer(no_args_is_help=True, help="Train encoders.")
+app.add_typer(encoder_app, name="encoder")
 console = Console()
 
 SlidePath = Annotated[Path, typer.Argument(help="slide file")]
@@ -100,14 +104,7 @@ def compress(
     _no_equal_names(slides)
     failed: dict[Path, SlideError] = {}
     skipped = 0
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        _Speed(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
+    with _progress() as progress:
         for path in slides:
             try:
                 skipped += not _compress(path, trained, out, mpp, share, device, progress)
@@ -170,6 +167,37 @@ def _slide_id(path: Path) -> str:
     return path.stem.removesuffix(".ome")
 
 
+@encoder_app.command()
+def train(
+    name: Annotated[str, typer.Argument(help="encoder of the cohort file")],
+    cohort: Annotated[Path, typer.Option(help="cohort file")] = DEFAULT_COHORT,
+    store: Annotated[Path, typer.Option(help="folder of the products")] = DEFAULT_STORE,
+) -> None:
+    """Train one encoder of a cohort file; patch tasks that the store lacks are made first.
+
+    A training that was stopped goes on from its last epoch.
+    """
+    from nic_core import steps  # imports torch: slow, for this alone
+    from nic_core.encoders import EncoderError
+    from nic_core.reports import encoder_results, results_table
+
+    with _one_line(CohortError, EncoderError), _progress() as progress:
+        study, products = load_cohort(cohort), Store(store.resolve())
+        for task in study.encoder(name).tasks:
+            if not products.patch_task(task).exists():
+                steps.make_patch_task(study, products, task)
+        bar = progress.add_task(name, total=None)
+        trained = steps.make_encoder(
+            study,
+            products,
+            name,
+            progress=lambda done, total: progress.update(bar, completed=done, total=total),
+        )
+    if trained.encoder.card.scores:
+        console.print(results_table(encoder_results(trained.encoder.card)))
+    console.print(f"{products.encoder(name)}", soft_wrap=True)
+
+
 @grid_app.command()
 def info(store: StorePath) -> None:
     """What a grid is and where it comes from."""
@@ -202,12 +230,25 @@ def _save(path: Path, picture: NDArray[np.uint8]) -> None:
     Image.fromarray(picture).save(path)
 
 
+def _progress() -> Progress:
+    """A bar a product, counted in patches."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        _Speed(),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
 @contextmanager
-def _one_line() -> Iterator[None]:
-    """An expected error is a line and exit status 1, not a traceback."""
+def _one_line(*more: type[Exception]) -> Iterator[None]:
+    """An expected error, one of ``more`` included, is a line and exit status 1, no traceback."""
+    expected: tuple[type[Exception], ...] = (SlideError, GridError, *more)
     try:
         yield
-    except (SlideError, GridError) as error:
+    except expected as error:
         console.print(str(error), style="red", soft_wrap=True, markup=False)
         raise typer.Exit(1) from error
 
