@@ -128,7 +128,7 @@ def train_encoder(
                 "encoder": spec.name,
                 "objective": spec.objective,
                 "tasks": ",".join(spec.tasks),
-                "patches_to_see": spec.patches_seen or "as published",
+                "patches_seen": spec.patches_seen or "as published",
                 **facts,
             }
         )
