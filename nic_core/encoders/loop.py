@@ -199,6 +199,7 @@ class _Run:
                 progress(self.seen, self.steps * self.objective.patches_a_step)
         self.networks.eval()
         validation = self.objective.validate()
+        self._check_finite(validation.values)
         row = {
             "epoch": self.epoch,
             "patches": self.seen,
@@ -233,13 +234,15 @@ class _Run:
             return
         # the total breaks with any part of it: name the part, a task where there are tasks
         name = broken[-1]
-        part = name.removeprefix("loss/")
-        if part in self.objective.heads:
-            what = f"the loss of task '{part}'"
-        else:
-            what = "the loss" if name == "loss" else f"the loss '{part}'"
+        where, _, part = name.partition("/")
+        task = part.partition("/")[0]
+        what = where if where == "validation" else "loss"
+        if task in self.objective.heads:
+            what = f"{what} of task '{task}'"
+        elif part:
+            what = f"{what} '{part}'"
         raise EncoderError(
-            f"encoder '{self.spec.name}': {what} became {values[name]} in epoch {self.epoch}, "
+            f"encoder '{self.spec.name}': the {what} became {values[name]} in epoch {self.epoch}, "
             f"after {self.seen} patches; lower its learning_rate (now "
             f"{self.optimizer.param_groups[0]['lr']:g})"
             + ("" if self.precision == torch.float32 else " or set its precision to float32")

@@ -365,6 +365,9 @@ def test_a_divergent_training_stops_with_an_error(tasks):
     what = r"'mtl-2': the loss of task 'directions' became (nan|inf) in epoch 1, .* lower its"
     with pytest.raises(EncoderError, match=what):
         train_encoder(spec(learning_rate=1e30), tasks, **SIZES)
+    what = r"'mtl-2': the validation of task 'stripes' became nan in epoch 1, after 64 patches"
+    with pytest.raises(EncoderError, match=what):
+        train_encoder(spec(learning_rate=1e30, patches_seen=64, batch=64), tasks, **SIZES)
     what = r"'vae': the loss '(kl|mse)' became .* lower its learning_rate \(now 1e\+30\)$"
     vae = spec(name="vae", objective="vae", learning_rate=1e30, precision="float32")
     with pytest.raises(EncoderError, match=what):

@@ -8,6 +8,7 @@ the other weighting, by learned uncertainty (Kendall, Gal & Cipolla, CVPR 2018).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -103,10 +104,13 @@ class Multitask:
         values: dict[str, float] = {}
         found: dict[str, TaskScores] = {}
         for task, rows in zip(self.tasks, self.validation_rows, strict=True):
-            scores = score_task(
-                task.labels[rows],
-                class_probabilities(self.encoder, self.heads[task.name], task, rows, self.device),
+            probabilities = class_probabilities(
+                self.encoder, self.heads[task.name], task, rows, self.device
             )
+            if not np.isfinite(probabilities).all():
+                # nothing to score: the loop stops at it
+                return Validation({f"validation/{task.name}/balanced_accuracy": math.nan})
+            scores = score_task(task.labels[rows], probabilities)
             found[task.name] = scores
             values[f"validation/{task.name}/balanced_accuracy"] = scores.balanced_accuracy
             values[f"validation/{task.name}/f1"] = scores.f1
