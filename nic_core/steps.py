@@ -19,13 +19,14 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread, imsave
 from pydantic import BaseModel, ConfigDict
 
-from nic_core.cohort import Cohort, CohortError
+from nic_core.cohort import Cohort, CohortError, ReadyEncoder
 from nic_core.compression import compress_slide
 from nic_core.encoders import (
     Encoder,
     PatchDataset,
     Trained,
     build_patch_task,
+    import_encoder,
     load_encoder,
     load_patch_task,
     save_encoder,
@@ -119,8 +120,13 @@ def patch_task_versions(cohort: Cohort) -> dict[str, str]:
 
 
 def encoder_versions(cohort: Cohort) -> dict[str, str]:
-    """A version for every encoder's entry in the cohort file."""
-    return {encoder.name: digest(encoder) for encoder in cohort.encoders}
+    """A version for every encoder: its entry in the cohort file, and the file that it names."""
+    return {
+        encoder.name: digest(encoder, _listing(encoder.file))
+        if isinstance(encoder, ReadyEncoder)
+        else digest(encoder)
+        for encoder in cohort.encoders
+    }
 
 
 def target_versions(cohort: Cohort, index: pl.DataFrame) -> dict[str, str]:
@@ -203,21 +209,25 @@ def make_encoder(
     tracker: Tracker | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Trained:
-    """Train an encoder on its patch tasks; writes and returns it.
+    """Train an encoder on its patch tasks, or import a ready one; writes and returns it.
 
     A training that was killed goes on from its last epoch.
     """
     spec, settings = cohort.encoder(encoder), cohort.settings
-    trained = train_encoder(
-        spec,
-        [load_patch_task(store.patch_task(task)) for task in spec.tasks],
-        patch=settings.patch,
-        mpp=settings.mpp,
-        code=settings.code,
-        tracker=tracker,
-        checkpoint=store.training(encoder),
-        progress=progress,
-    )
+    if isinstance(spec, ReadyEncoder):
+        ready = import_encoder(spec, patch=settings.patch, mpp=settings.mpp)
+        trained = Trained(ready, pl.DataFrame())
+    else:
+        trained = train_encoder(
+            spec,
+            [load_patch_task(store.patch_task(task)) for task in spec.tasks],
+            patch=settings.patch,
+            mpp=settings.mpp,
+            code=settings.code,
+            tracker=tracker,
+            checkpoint=store.training(encoder),
+            progress=progress,
+        )
     with whole_folder(store.encoder(encoder)) as folder:
         save_encoder(folder, trained.encoder)
         trained.history.write_parquet(folder / "history.parquet")
@@ -442,10 +452,14 @@ def _with_grids(table: pl.DataFrame, grids: pl.DataFrame) -> pl.DataFrame:
     ).filter(pl.col("slides").list.len() > 0)
 
 
-def _listing(folder: Path) -> list[tuple[str, int, int]]:
-    """Names, sizes and times of a folder's files: thousands of images are not read for this."""
+def _listing(place: Path) -> list[tuple[str, int, int]]:
+    """Names, sizes and times of a folder's files, or of one file; none if there is no such place.
+
+    Thousands of images, or gigabytes of weights, are not read for this.
+    """
+    paths = [place] if place.is_file() else place.rglob("*")
     return sorted(
-        (str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns)
-        for path in folder.rglob("*")
+        (str(path.relative_to(place)), path.stat().st_size, path.stat().st_mtime_ns)
+        for path in paths
         if path.is_file()
     )

@@ -15,6 +15,9 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
+from nic_core.cohort import Preprocess, TimmModel
+from nic_core.encoders.errors import EncoderError as EncoderError
+from nic_core.encoders.foreign import ForeignEncoder
 from nic_core.encoders.networks import (
     ClassHead,
     FoldedEncoder,
@@ -27,14 +30,12 @@ from nic_core.encoders.networks import (
 )
 from nic_core.encoders.scores import TaskScores
 
-Architecture = Literal["mean_rgb", "tellez2020", "tellez2019"]
+Architecture = Literal[
+    "mean_rgb", "tellez2020", "tellez2019", "timm", "torchscript", "torch.export"
+]
 
 # a chunk whose feature maps stay in the cache encodes faster than a large one
 CHUNK = 32
-
-
-class EncoderError(ValueError):
-    """An encoder cannot be trained, read or used as asked; the message names it."""
 
 
 class EncoderCard(BaseModel):
@@ -49,7 +50,8 @@ class EncoderCard(BaseModel):
     patch: PositiveInt  # px a side
     mpp: PositiveFloat  # um/px
     code: PositiveInt  # numbers a patch
-    pixels: Literal["uint8 RGB / 255 * 2 - 1"] = "uint8 RGB / 255 * 2 - 1"
+    pixels: Literal["uint8 RGB / 255 * 2 - 1"] | Preprocess = "uint8 RGB / 255 * 2 - 1"
+    timm: TimmModel | None = None  # of architecture ``timm``
     weights_hash: str
     training: dict[str, int | float | str] = {}
     data: dict[str, str] = {}  # patch task -> content hash of the data set trained on
@@ -76,6 +78,8 @@ class Encoder:
         A ``tellez2020`` encoder's BatchNorms are folded into the layers after them. Weights lie
         channels-last: give it channels-last batches (H x W x 3 images permuted, not copied).
         """
+        if isinstance(self.module, ForeignEncoder):
+            return self.module.on(resolve_device(device))
         module = copy.deepcopy(self.module)
         if isinstance(module, PatchEncoder) and isinstance(module.network, TellezEncoder):
             module = FoldedEncoder(module.network)
@@ -171,9 +175,11 @@ def weights_hash(architecture: str, tensors: Mapping[str, Tensor]) -> str:
     """sha256 of the architecture's name and of names, shapes, dtypes and bytes of the tensors."""
     digest = hashlib.sha256(architecture.encode())
     for name in sorted(tensors):
-        array = tensors[name].numpy()
-        digest.update(f"{name}{array.shape}{array.dtype}".encode())
-        digest.update(array.tobytes())
+        tensor = tensors[name]
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        digest.update(f"{name}{tuple(tensor.shape)}{dtype}".encode())
+        # NumPy lacks some of torch's types
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
