@@ -25,6 +25,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from nic_core.encoder_cli import encoder_app
 from nic_core.grids import GridError, grid_preview, open_grid, write_grid
 from nic_core.patches import patch_table
 from nic_core.slides import SlideError, content_identity, open_slide
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 grid_app = typer.Typer(no_args_is_help=True, help="Look into a grid store.")
 app.add_typer(grid_app, name="grid")
+app.add_typer(encoder_app, name="encoder")
 console = Console()
 
 SlidePath = Annotated[Path, typer.Argument(help="slide file")]

@@ -33,6 +33,9 @@ from nic_core.encoders import (
     save_patch_task,
     train_encoder,
 )
+from nic_core.encoders.files import read_card
+from nic_core.encoders.pictures import code_map, neighbour_sheet
+from nic_core.encoders.probes import probe_table, task_codes
 from nic_core.grids import Grid, grid_hash, open_grid, write_grid
 from nic_core.maps import overlay, probability_map, score_maps, truth_of_cells
 from nic_core.models.files import ModelCard, save_model
@@ -41,7 +44,14 @@ from nic_core.models.labels import target_table
 from nic_core.models.validation import Evaluated, cross_validate
 from nic_core.patches import patch_table, read_patch_table, write_patch_table
 from nic_core.pictures import compressed_slide
-from nic_core.reports import Report, encoder_results, map_results, model_results, results_figure
+from nic_core.reports import (
+    Report,
+    encoder_results,
+    map_results,
+    model_results,
+    probe_results,
+    results_figure,
+)
 from nic_core.slides import Level, Slide, content_identity, open_slide
 from nic_core.store import Store, whole_file, whole_folder
 from nic_core.tissue import TissueMask, read_mask, tissue_mask, tissue_outline
@@ -234,6 +244,23 @@ def make_encoder(
     return trained
 
 
+def probe_encoder(
+    cohort: Cohort, store: Store, encoder: str
+) -> tuple[pl.DataFrame, dict[str, Figure]]:
+    """Probe an encoder on every patch task that could be made; writes and returns the scores.
+
+    The scores are those of :data:`~nic_core.encoders.probes.PROBE_SCHEMA`; the figures show the
+    codes' principal axes and nearest neighbours.
+    """
+    loaded = load_encoder(store.encoder(encoder))
+    made = [path for task in cohort.patch_tasks if (path := store.patch_task(task.name)).exists()]
+    codes = [task_codes(loaded, load_patch_task(path)) for path in made]
+    scores = probe_table(loaded, codes)
+    with whole_file(store.probe(encoder)) as path:
+        scores.write_parquet(path)
+    return scores, {"codes": code_map(codes), "nearest_patches": neighbour_sheet(codes)}
+
+
 # --- grids -----------------------------------------------------------------------------------
 
 
@@ -313,7 +340,7 @@ def make_model(
             folder,
             evaluated,
             encoder=encoder,
-            weights_hash=load_encoder(store.encoder(encoder)).card.weights_hash,
+            weights_hash=read_card(store.encoder(encoder)).weights_hash,
             patch=settings.patch,
             mpp=settings.mpp,
         )
@@ -387,7 +414,9 @@ def write_report(cohort: Cohort, store: Store) -> Report:
     ]
     for encoder in cohort.encoders:
         if store.encoder(encoder.name).exists():
-            parts.append(encoder_results(load_encoder(store.encoder(encoder.name)).card))
+            parts.append(encoder_results(read_card(store.encoder(encoder.name))))
+        if store.probe(encoder.name).exists():
+            parts.append(probe_results(encoder.name, pl.read_parquet(store.probe(encoder.name))))
     for item in cohort.maps:
         scores = score_map(cohort, store, item.name)
         parts.append(map_results(item, scores, resamples=cohort.settings.models.bootstrap))

@@ -49,6 +49,22 @@ def save_encoder(folder: Path, encoder: Encoder) -> None:
     (folder / CARD).write_text(encoder.card.model_dump_json(indent=2) + "\n")
 
 
+def read_card(folder: Path) -> EncoderCard:
+    """The card of an encoder that :func:`save_encoder` wrote.
+
+    Raises
+    ------
+    EncoderError
+        It is missing, or no card.
+    """
+    try:
+        return EncoderCard.model_validate_json((folder / CARD).read_bytes())
+    except OSError as error:
+        raise EncoderError(f"{folder}: no encoder here ({error}); train or import one") from error
+    except ValidationError as error:
+        raise EncoderError(f"{folder}: not an encoder file: {error}") from error
+
+
 def load_encoder(folder: Path) -> Encoder:
     """Read an encoder that :func:`save_encoder` wrote, on the CPU, in evaluation mode.
 
@@ -61,8 +77,8 @@ def load_encoder(folder: Path) -> Encoder:
         A file is missing or unreadable, the tensors do not fit the card's architecture, or
         they are not those whose hash the card holds.
     """
+    card = read_card(folder)
     try:
-        card = EncoderCard.model_validate_json((folder / CARD).read_bytes())
         if card.architecture in PROGRAMS:
             archive = folder / PROGRAMS[card.architecture]
             found = _archive_hash(card, archive)
@@ -71,7 +87,7 @@ def load_encoder(folder: Path) -> Encoder:
             found = weights_hash(_network(card), tensors)
     except OSError as error:
         raise EncoderError(f"{folder}: no encoder here ({error}); train or import one") from error
-    except (ValidationError, SafetensorError) as error:
+    except SafetensorError as error:
         raise EncoderError(f"{folder}: not an encoder file: {error}") from error
     if found != card.weights_hash:
         raise EncoderError(

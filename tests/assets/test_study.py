@@ -27,7 +27,7 @@ from nic_core.reports import RESULT_SCHEMA
 from nic_core.store import Store
 
 LAYERS = {
-    "encoders": {"patch_task_source", "encoder_entry", "patch_task", "encoder"},
+    "encoders": {"patch_task_source", "encoder_entry", "patch_task", "encoder", "encoder_probe"},
     "grids": {"grid", "encoded_cohort"},
     "models": {"target_entry", "target_folds", "task_model"},
     "reports": {"probability_map", "map_scores", "evaluation_report"},
