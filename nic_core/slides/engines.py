@@ -14,7 +14,8 @@ PNG, JPEG                                       ``libvips``, whole into memory
 ==============================================  =========================================
 
 libvips reads TIFF too when asked, about as fast. It is not the default: it reports an
-undecodable tile once and then gives it as black, and passes JPEG data damaged within a tile.
+undecodable tile once, then gives it and good ones beside it as black, and passes JPEG data
+damaged within a tile.
 Vendors' formats it reads where it was built with OpenSlide, which the wheels are not.
 """
 
@@ -39,7 +40,7 @@ from PIL import Image
 from nic_core.slides.dicom import check_dicom
 from nic_core.slides.errors import SlideError
 from nic_core.slides.metadata import BRIGHTFIELD_REMEDY, DAMAGED_REMEDY, About, openslide_about
-from nic_core.slides.resample import Pixels
+from nic_core.slides.resample import Pixels, block_means
 from nic_core.slides.tiff import TiffScan, open_tiff, tiff_scan
 
 EngineName = Literal["tifffile", "openslide", "libvips"]
@@ -84,8 +85,15 @@ class Engine(Protocol):
     levels: tuple[Level, ...]
     about: About
 
-    def region(self, level: int, x: int, y: int, width: int, height: int) -> Pixels:
-        """Pixels of a region inside the level, in its px; raises ReadError."""
+    def shrinks(self, level: int) -> tuple[int, ...]:
+        """Whole factors by which decoding can shrink a level, 1 among them."""
+        ...
+
+    def region(
+        self, level: int, x: int, y: int, width: int, height: int, shrink: int = 1
+    ) -> Pixels:
+        """Pixels of a region inside the level, in px of the level shrunk by ``shrink``; raises
+        ReadError."""
         ...
 
     def close(self) -> None: ...
@@ -143,10 +151,7 @@ def _open_with_openslide(path: Path, scan: TiffScan | None) -> Engine:
         raise SlideError(
             path, f"the folder {path.stem} beside it is missing", "copy the folder with the file"
         )
-    try:
-        check_dicom(path)
-    except OSError as error:
-        raise SlideError(path, f"cannot be read ({error})", "check the path") from error
+    check_dicom(path)
     try:
         return OpenSlideEngine(path)
     except openslide.OpenSlideUnsupportedFormatError as error:
@@ -160,11 +165,11 @@ def _open_with_openslide(path: Path, scan: TiffScan | None) -> Engine:
 
 
 def _magic(path: Path) -> bytes:
-    if path.is_dir():
-        raise SlideError(path, "is a folder", _NOT_A_SLIDE)
-    if path.exists() and not path.is_file():  # a pipe would wait for ever
-        raise SlideError(path, "is no regular file", _NOT_A_SLIDE)
     try:
+        if path.is_dir():
+            raise SlideError(path, "is a folder", _NOT_A_SLIDE)
+        if path.exists() and not path.is_file():  # a pipe would wait for ever
+            raise SlideError(path, "is no regular file", _NOT_A_SLIDE)
         with path.open("rb") as file:
             magic = file.read(8)
     except OSError as error:
@@ -197,16 +202,6 @@ def _levels(sizes: list[tuple[int, int]], tiles: list[tuple[int, int]]) -> tuple
         Level(w, h, downsample(width, height, w, h), tile)
         for (w, h), tile in zip_longest(sizes, tiles)
     )
-
-
-def _stored_tiles(pages: list[tifffile.TiffPage]) -> list[tuple[int, int]]:
-    """Width and height of the tiles or strips of each level."""
-    return [
-        (page.tilewidth, page.tilelength)
-        if page.is_tiled
-        else (page.imagewidth, min(page.rowsperstrip, page.imagelength))
-        for page in pages
-    ]
 
 
 class VipsEngine:
@@ -258,7 +253,7 @@ class VipsEngine:
             number, _ = known[pages[0].offset]
             known |= {at: (number, sub) for sub, at in enumerate(pages[0].subifds or ())}
             places = [known[page.offset] for page in pages]
-            tiles = _stored_tiles(pages)
+            tiles = [_tile_size(page) for page in pages]
 
         def image(page: int, subifd: int) -> _VipsImage:
             return lambda: pyvips.Image.tiffload(
@@ -284,7 +279,12 @@ class VipsEngine:
         count = int(fields["openslide.level-count"])
         return cls(path, [image(level) for level in range(count)], [], about)
 
-    def region(self, level: int, x: int, y: int, width: int, height: int) -> Pixels:
+    def shrinks(self, level: int) -> tuple[int, ...]:
+        return (1,)
+
+    def region(
+        self, level: int, x: int, y: int, width: int, height: int, shrink: int = 1
+    ) -> Pixels:
         own: dict[int, pyvips.Region] = self._own.__dict__.setdefault("regions", {})
         try:
             if level not in own:
@@ -338,7 +338,12 @@ class OpenSlideEngine:
         )
         self.about = openslide_about(self._slide.properties, self._slide.associated_images)
 
-    def region(self, level: int, x: int, y: int, width: int, height: int) -> Pixels:
+    def shrinks(self, level: int) -> tuple[int, ...]:
+        return (1,)
+
+    def region(
+        self, level: int, x: int, y: int, width: int, height: int, shrink: int = 1
+    ) -> Pixels:
         factor = self._factors[level]
         place = (round(x * factor), round(y * factor)), level, (width, height)
         slide = self._slide
@@ -396,19 +401,27 @@ class TiffEngine:
         self._pages = [level.keyframe for level in self._tiff.series[scan.series].levels]
         self._jpeg = [_jpeg_header(page) for page in self._pages]
         self._lock = threading.Lock()
-        self._cache: OrderedDict[tuple[int, int], Pixels] = OrderedDict()
+        self._cache: OrderedDict[tuple[int, int, int], Pixels] = OrderedDict()
         self._cached = 0
         self.levels = _levels(
             [(page.imagewidth, page.imagelength) for page in self._pages],
-            _stored_tiles(self._pages),
+            [_tile_size(page) for page in self._pages],
         )
         self.about = scan.about
 
-    def region(self, level: int, x: int, y: int, width: int, height: int) -> Pixels:
+    def shrinks(self, level: int) -> tuple[int, ...]:
         page = self._pages[level]
-        tile_w = page.tilewidth if page.is_tiled else page.imagewidth
-        tile_h = page.tilelength if page.is_tiled else page.rowsperstrip
-        across = -(-page.imagewidth // tile_w)
+        if self._jpeg[level] is None or not page.is_tiled:
+            return (1,)
+        # libjpeg makes 4, 2 or 1 px of 8 by leaving out the finer waves of each block
+        return tuple(s for s in (1, 2, 4, 8) if not (page.tilewidth % s or page.tilelength % s))
+
+    def region(
+        self, level: int, x: int, y: int, width: int, height: int, shrink: int = 1
+    ) -> Pixels:
+        page = self._pages[level]
+        tile_w, tile_h = (side // shrink for side in _tile_size(page))
+        across = -(-page.imagewidth // _tile_size(page)[0])
         result = np.empty((height, width, 3), np.uint8)
         for row in range(y // tile_h, -(-(y + height) // tile_h)):
             top = row * tile_h
@@ -416,21 +429,21 @@ class TiffEngine:
             for column in range(x // tile_w, -(-(x + width) // tile_w)):
                 left = column * tile_w
                 x0, x1 = max(x, left), min(x + width, left + tile_w)
-                tile = self._tile(level, row * across + column)
+                tile = self._tile(level, row * across + column, shrink)
                 part = tile[y0 - top : y1 - top, x0 - left : x1 - left]
                 if part.shape[:2] != (y1 - y0, x1 - x0):
                     raise ReadError(f"tile {row * across + column} is too small")
                 result[y0 - y : y1 - y, x0 - x : x1 - x] = part
         return result
 
-    def _tile(self, level: int, index: int) -> Pixels:
-        page, key = self._pages[level], (level, index)
+    def _tile(self, level: int, index: int, shrink: int) -> Pixels:
+        page, key = self._pages[level], (level, index, shrink)
         with self._lock:
             if key in self._cache:
                 self._cache.move_to_end(key)
                 return self._cache[key]
             data = self._stored(page, index)
-        tile = self._decode(level, index, data)
+        tile = self._decode(level, index, data, shrink)
         with self._lock:
             if key not in self._cache:
                 self._cache[key] = tile
@@ -450,14 +463,14 @@ class TiffEngine:
             raise ReadError(f"tile {index}: {len(data)} of {length} bytes")
         return data
 
-    def _decode(self, level: int, index: int, data: bytes) -> Pixels:
+    def _decode(self, level: int, index: int, data: bytes, shrink: int) -> Pixels:
         page, header = self._pages[level], self._jpeg[level]
+        width, height = (side // shrink for side in _tile_size(page))
         if not data:  # never written: glass
-            side = (page.tilelength, page.tilewidth) if page.is_tiled else (page.rowsperstrip, -1)
-            return np.full((side[0], max(side[1], page.imagewidth), 3), 255, np.uint8)
+            return np.full((height, width, 3), 255, np.uint8)
         if header is not None:
             try:
-                return np.asarray(simplejpeg.decode_jpeg(header.complete(data)))
+                return _decode_jpeg(header.complete(data), width, height, shrink)
             except ValueError as error:
                 raise ReadError(f"tile {index}: {error}") from error
         try:
@@ -470,6 +483,23 @@ class TiffEngine:
     def close(self) -> None:
         self._tiff.close()
         self._cache.clear()
+
+
+def _tile_size(page: tifffile.TiffPage) -> tuple[int, int]:
+    """Width and height of a page's tiles or strips, px."""
+    if page.is_tiled:
+        return page.tilewidth, page.tilelength
+    return page.imagewidth, min(page.rowsperstrip, page.imagelength)
+
+
+def _decode_jpeg(data: bytes, width: int, height: int, shrink: int) -> Pixels:
+    """A tile of ``width`` x ``height`` px after shrinking."""
+    if shrink > 1:
+        tile = np.asarray(simplejpeg.decode_jpeg(data, min_width=width, min_height=height))
+        if tile.shape[:2] == (height, width):
+            return tile
+        # stored smaller than the page's tiles, as some writers do at its edges
+    return block_means(np.asarray(simplejpeg.decode_jpeg(data)), shrink)
 
 
 @dataclass(frozen=True)
