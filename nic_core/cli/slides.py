@@ -23,13 +23,20 @@ def inspect(slide: SlidePath, mpp: Mpp = None) -> None:
     with one_line(SlideError), open_slide(slide, mpp=mpp) as opened:
         table = Table(show_header=False, box=None)
         table.add_row("slide", str(slide))
-        table.add_row("read by", opened.engine)
+        table.add_row("read by", f"{opened.engine} ({opened.engine_reason})")
         table.add_row("size", f"{opened.width} x {opened.height} px")
-        table.add_row("scale", f"{opened.mpp:.4g} um/px")
+        table.add_row("scale", f"{opened.mpp:.4g} um/px ({opened.mpp_source})")
+        if opened.objective_power:
+            table.add_row("objective", f"{opened.objective_power:g}x")
+        x, y, width, height = opened.bounds
+        table.add_row("scanned", f"{width} x {height} px at {x}, {y}")
         table.add_row("area", f"{opened.width * opened.height * opened.mpp**2 / 1e6:.3g} mm2")
         for number, level in enumerate(opened.levels):
             size = f"{level.width} x {level.height} px, 1/{level.downsample:g}"
-            table.add_row(f"level {number}", f"{size}, {opened.mpp * level.downsample:.4g} um/px")
+            scale = f"{opened.mpp * level.downsample:.4g} um/px"
+            tiles = ", tiles of {} x {}".format(*level.tile) if level.tile else ""
+            table.add_row(f"level {number}", f"{size}, {scale}{tiles}")
+        table.add_row("other images", ", ".join(opened.associated) or "none")
         table.add_row("identity", content_identity(slide))
         console.print(table)
 
