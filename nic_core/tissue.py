@@ -5,11 +5,10 @@ glass, so that a grey or yellowish lamp is no stain:
 
 1. colour: the spread between the densities of red, green and blue, smoothed. Glass, dust, shadow
    and black borders have none, or little for how dark they are (``GREY``); stained tissue has.
-   Otsu's threshold on it, held within
-   ``COLOUR_RANGE``: on a slide with (nearly) no tissue, or nothing else, Otsu would split noise
-   or the tissue itself, and the range takes its place. What is fainter, down to ``FAINT``, is
-   tissue where it hangs together with what is not, over gaps of ``GAP``: fat is thin strands and
-   pale stroma no more than a tint;
+   Otsu's threshold on it, held within ``COLOUR_RANGE``: on a slide with (nearly) no tissue, or
+   nothing else, Otsu would split noise or the tissue itself, and the range takes its place. What
+   is fainter, down to ``FAINT``, is tissue where it hangs together with what is not, over gaps
+   of ``GAP``: fat is thin strands, and pale stroma no more than a tint;
 2. ink: haematoxylin and eosin both absorb green the most. What absorbs red more than green (blue
    and green pens), blue as much as green at full strength (red pens) or everything (black pens
    and borders) is none of them, with the blurred rim around it;
@@ -206,7 +205,7 @@ def _mask_size(slide: Slide, mpp: float) -> tuple[int, int]:
 
 def tissue_outline(slide: Slide, mask: TissueMask, *, side: int = 768) -> NDArray[np.uint8]:
     """Thumbnail with the tissue's outline drawn on it, uint8 (H, W, 3)."""
-    picture = slide.thumbnail(side).copy()
+    picture = slide.thumbnail(side)
     height, width = picture.shape[:2]
     um = slide.width * slide.mpp / width, slide.height * slide.mpp / height
     rows = np.minimum(
@@ -215,8 +214,11 @@ def tissue_outline(slide: Slide, mask: TissueMask, *, side: int = 768) -> NDArra
     columns = np.minimum(
         ((np.arange(width) + 0.5) * um[0] / mask.mpp).astype(int), mask.array.shape[1] - 1
     )
-    inside = mask.array[np.ix_(rows, columns)]
-    thick = max(1, side // 400)
-    line = ndimage.binary_dilation(inside, iterations=thick) & ~inside
-    picture[line] = (0, 140, 60)
-    return picture
+    return outlined(picture, mask.array[np.ix_(rows, columns)], thick=max(1, side // 400))
+
+
+def outlined(picture: NDArray[np.uint8], inside: Mask, *, thick: int = 1) -> NDArray[np.uint8]:
+    """A picture with a line of ``thick`` px drawn round a mask of its size."""
+    drawn = picture.copy()
+    drawn[ndimage.binary_dilation(inside, iterations=thick) & ~inside] = (0, 140, 60)
+    return drawn

@@ -69,7 +69,10 @@ def sections(seed: int = 0) -> Iterator[Section]:
     yield _without(plain, "empty", np.ones_like(plain.tissue))
     inside = slice(104, 152), slice(80, 128)
     yield Section(
-        "all tissue", plain.pixels[inside], np.ones((48, 48), np.bool_), np.zeros((48, 48), np.bool_)
+        "all tissue",
+        plain.pixels[inside],
+        np.ones((48, 48), np.bool_),
+        np.zeros((48, 48), np.bool_),
     )
 
 
