@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
@@ -47,11 +49,13 @@ def sheet(found: list[tuple[Section, Mask]], *, columns: int = 5) -> Figure:
     for axes, (section, mask) in zip(figure.axes, found, strict=False):
         # a margin, so that a picture full of tissue has an outline too; larger, for a thin line
         pixels = np.pad(section.pixels, ((3, 3), (3, 3), (0, 0)), constant_values=255)
-        inside = np.pad(mask, 3)
-        pixels, inside = (a.repeat(3, axis=0).repeat(3, axis=1) for a in (pixels, inside))
-        axes.imshow(outlined(pixels, inside, thick=2))
+        axes.imshow(outlined(_larger(pixels), _larger(np.pad(mask, 3)), thick=2))
         axes.set_title(section.name, fontsize=9)
     return figure
+
+
+def _larger(array: NDArray[Any]) -> NDArray[Any]:
+    return array.repeat(3, axis=0).repeat(3, axis=1)
 
 
 if __name__ == "__main__":

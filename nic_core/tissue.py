@@ -30,6 +30,7 @@ from skimage import filters, morphology, segmentation
 
 from nic_core.slides.annotations import ANNOTATION_SUFFIXES, read_annotations, region_mask
 from nic_core.slides.errors import SlideError
+from nic_core.slides.resample import coverage
 from nic_core.slides.slide import Slide
 
 TISSUE_MPP = 8.0
@@ -40,6 +41,8 @@ GAP = 50.0  # um
 MIN_AREA = 10_000.0  # um^2: a disc of 113 um; of a small region no more than a quarter
 INK_RIM = 25.0  # um
 MAX_HOLE = 20_000.0  # um^2: lumens and vessels belong to the tissue
+
+_MASK_PIXELS = 1 << 24  # of a ready-made mask that are looked at in one go: it may be of level 0
 
 Mask = NDArray[np.bool_]
 Floats = NDArray[np.float32]
@@ -114,14 +117,28 @@ def read_mask(path: Path, slide: Slide, *, mpp: float = TISSUE_MPP) -> TissueMas
                 f"another shape than the slide's {slide.width} x {slide.height}",
                 remedy,
             )
-        # the slide's own size need not be a whole number of mask px: scale by um, then cut or pad
-        across = slide.width * slide.mpp / mpp / image.width
-        down = slide.height * slide.mpp / mpp / image.height
-        share = (image != 0).resize(across, vscale=down, kernel="linear")
-        share = share.gravity("north-west", width, height, extend="copy")
-        return TissueMask(share.numpy() > 127, mpp)
+        return TissueMask(_stretched(image, slide, (height, width), mpp), mpp)
     except pyvips.Error as error:
         raise SlideError(slide.path, f"mask {path}: {error}", remedy) from error
+
+
+def _stretched(image: pyvips.Image, slide: Slide, shape: tuple[int, int], mpp: float) -> Mask:
+    """Px of a mask of which more than half is not 0 in an image stretched over the slide."""
+    # px of the image a px of the mask; the slide's size need not be a whole number of the latter
+    down = image.height / (slide.height * slide.mpp / mpp)
+    across = image.width / (slide.width * slide.mpp / mpp)
+    rows = coverage(0.0, down, shape[0], image.height)
+    columns = coverage(0.0, across, shape[1], image.width)
+    inside = np.outer(rows.sum(axis=1), columns.sum(axis=1))  # the last px reach outside
+    mask = np.empty(shape, np.bool_)
+    step = max(1, int(_MASK_PIXELS / (image.width * down)))
+    for top in range(0, shape[0], step):
+        band = rows[top : top + step]
+        low, high = int(band.indices.min()), int(band.indices.max()) + 1
+        drawn = (image.crop(0, low, image.width, high - low) != 0).numpy().astype(np.float32) / 255
+        share = (columns @ (band[:, low:high] @ drawn).T).T
+        mask[top : top + step] = share > 0.5 * inside[top : top + step]
+    return mask
 
 
 def find_tissue(pixels: NDArray[np.uint8], mpp: float) -> Mask:

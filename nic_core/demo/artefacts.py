@@ -60,11 +60,11 @@ def sections(seed: int = 0) -> Iterator[Section]:
     yield plain
     yield _section("pale stain", replace(ordinary_stain(), haematoxylin=0.6, eosin=0.6), rng)
     for name, lamp in (("grey lamp", (215, 215, 217)), ("yellow lamp", (232, 226, 212))):
-        yield _changed(plain, name, plain.pixels * (np.array(lamp) / 244))
+        yield replace(plain, name=name, pixels=_grey_levels(plain.pixels * (np.array(lamp) / 244)))
     for name, ink in INKS.items():
-        yield _changed(plain, f"{name} pen", _drawn(plain.pixels, ink, rng))
-    yield _changed(plain, "black border", _bordered(plain.pixels))
-    yield _changed(plain, "dust", _dusty(plain.pixels, rng))
+        yield replace(plain, name=f"{name} pen", pixels=_drawn(plain.pixels, ink, rng))
+    yield replace(plain, name="black border", pixels=_bordered(plain.pixels))
+    yield replace(plain, name="dust", pixels=_dusty(plain.pixels, rng))
     yield _without(plain, "almost empty", ~_disc(plain.tissue.shape, (128, 100), 9))
     yield _without(plain, "empty", np.ones_like(plain.tissue))
     inside = slice(104, 152), slice(80, 128)
@@ -96,10 +96,6 @@ def _section(name: str, stain: Stain, rng: np.random.Generator) -> Section:
     return Section(name, _grey_levels(pixels), truth != Tissue.BACKGROUND, truth == Tissue.FAT)
 
 
-def _changed(section: Section, name: str, pixels: NDArray[np.floating]) -> Section:
-    return replace(section, name=name, pixels=_grey_levels(pixels))
-
-
 def _without(section: Section, name: str, gone: Mask) -> Section:
     """Glass from the section's corner in place of what is gone."""
     glass = np.tile(section.pixels[:32, :32], (*(-(-n // 32) for n in gone.shape), 1))
@@ -116,7 +112,7 @@ def _drawn(pixels: Pixels, ink: tuple[int, int, int], rng: np.random.Generator) 
     cover = ndimage.gaussian_filter(stroke.astype(float), 2)
     cover *= 0.85 + 0.1 * smooth_noise(rng, (height, width), 20)
     # ink takes light away, as stain does
-    return pixels * (np.array(ink) / 244) ** np.clip(cover, 0, 1)[..., None]
+    return _grey_levels(pixels * (np.array(ink) / 244) ** np.clip(cover, 0, 1)[..., None])
 
 
 def _bordered(pixels: Pixels) -> Pixels:
@@ -125,7 +121,7 @@ def _bordered(pixels: Pixels) -> Pixels:
     return bordered
 
 
-def _dusty(pixels: Pixels, rng: np.random.Generator) -> NDArray[np.floating]:
+def _dusty(pixels: Pixels, rng: np.random.Generator) -> Pixels:
     """Grey specks, sharp and out of focus, and a fibre."""
     height, width = pixels.shape[:2]
     y, x = np.indices((height, width))
@@ -136,7 +132,7 @@ def _dusty(pixels: Pixels, rng: np.random.Generator) -> NDArray[np.floating]:
         shadow = np.maximum(shadow, rng.uniform(0.2, 0.7) * np.clip(radius + 1 - distance, 0, 1))
     fibre = abs(y - 30 - 8 * np.sin(x / 15)) < 0.7
     shadow = np.maximum(ndimage.gaussian_filter(shadow, 0.8), 0.5 * fibre)
-    return pixels * (1 - shadow[..., None])
+    return _grey_levels(pixels * (1 - shadow[..., None]))
 
 
 def _disc(shape: tuple[int, ...], middle: tuple[int, int], radius: float) -> Mask:
@@ -144,5 +140,5 @@ def _disc(shape: tuple[int, ...], middle: tuple[int, int], radius: float) -> Mas
     return np.asarray(np.hypot(y - middle[0], x - middle[1]) < radius)
 
 
-def _grey_levels(pixels: NDArray[np.floating]) -> Pixels:
-    return np.rint(np.clip(pixels, 0, 255)).astype(np.uint8)
+def _grey_levels(light: NDArray[np.float64]) -> Pixels:
+    return np.asarray(np.rint(np.clip(light, 0, 255)), np.uint8)

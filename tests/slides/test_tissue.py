@@ -6,6 +6,8 @@ import json
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from nic_core.demo.artefacts import Section, sections
@@ -152,14 +154,80 @@ def test_a_ready_mask_is_stretched_over_the_slide(tmp_path, files, value):
     assert not mask.array[89:].any()
 
 
+@pytest.fixture(scope="module")
+def slide(files):
+    with open_slide(files["tiff"]) as opened:  # 900 x 700 px of 0.25 um: 225 x 175 um
+        yield opened
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(
+    width=st.integers(20, 2000),
+    stretch=st.floats(0.97, 1.03),
+    corners=st.tuples(*[st.floats(0, 1)] * 4),
+    mpp=st.sampled_from([1.0, 2.0, 8.0]),
+)
+def test_a_ready_mask_lies_where_it_was_drawn_at_any_scale(
+    tmp_path, slide, width, stretch, corners, mpp
+):
+    size = round(width * stretch * 7 / 9), width
+    y0, y1 = sorted(round(c * size[0]) for c in corners[:2])
+    x0, x1 = sorted(round(c * size[1]) for c in corners[2:])
+    image = np.zeros((*size, 1), np.uint8)
+    image[y0:y1, x0:x1] = 3
+    path = tmp_path / "mask.tif"
+    vips(image).tiffsave(str(path), tile=True, pyramid=True, compression="deflate")
+    found = read_mask(path, slide, mpp=mpp).array
+
+    def share(start: float, stop: float, um: float) -> np.ndarray:
+        low = np.arange(np.ceil(um / mpp)) * mpp
+        high = np.minimum(low + mpp, um)
+        return np.clip(np.minimum(high, stop) - np.maximum(low, start), 0, None) / (high - low)
+
+    covered = np.outer(
+        share(y0 * 175 / size[0], y1 * 175 / size[0], 175),
+        share(x0 * 225 / size[1], x1 * 225 / size[1], 225),
+    )
+    unsure = abs(covered - 0.5) < 1e-3  # half of a px and rounding
+    np.testing.assert_array_equal(found | unsure, (covered > 0.5) | unsure)
+
+
 def test_annotated_regions_may_be_the_mask(tmp_path, files):
-    corners = [[0, 0], [450, 0], [450, 700], [0, 700], [0, 0]]
-    path = tmp_path / "tissue.geojson"
-    path.write_text(json.dumps([{"geometry": {"type": "Polygon", "coordinates": [corners]}}]))
+    """Level-0 px of 0.25 um: a ring with a hole, and two more pieces, one out of the slide."""
+    corners = [[0, 0], [448, 0], [448, 300], [0, 300], [0, 0]]
+    hole = [[40, 40], [80, 40], [80, 120], [40, 120], [40, 40]]
+    pieces = [
+        [[[500, 400], [600, 400], [600, 480], [500, 480]]],
+        [[[880, 680], [980, 680], [980, 780], [880, 780]]],
+    ]
+    qupath = tmp_path / "tissue.geojson"
+    geometries = [
+        {"type": "Polygon", "coordinates": [corners, hole]},
+        {"type": "MultiPolygon", "coordinates": pieces},
+    ]
+    qupath.write_text(json.dumps([{"geometry": geometry} for geometry in geometries]))
+    expected = np.zeros((175, 225), bool)
+    expected[:75, :112] = True
+    expected[10:30, 10:20] = False
+    expected[100:120, 125:150] = expected[170:, 220:] = True
     with open_slide(files["tiff"]) as slide:
-        mask = read_mask(path, slide, mpp=1.0)
-    assert mask.array[:, :112].all()
-    assert not mask.array[:, 113:].any()
+        np.testing.assert_array_equal(read_mask(qupath, slide, mpp=1.0).array, expected)
+
+
+def test_asap_regions_may_be_the_mask(tmp_path, files):
+    points = "".join(
+        f'<Coordinate Order="{i}" X="{x}" Y="{y}"/>'
+        for i, (x, y) in enumerate([(100, 20), (300, 20), (300, 60), (100, 60)])
+    )
+    asap = tmp_path / "tissue.xml"
+    asap.write_text(
+        '<ASAP_Annotations><Annotations><Annotation Type="Polygon" PartOfGroup="None">'
+        f"<Coordinates>{points}</Coordinates></Annotation></Annotations></ASAP_Annotations>"
+    )
+    expected = np.zeros((175, 225), bool)
+    expected[5:15, 25:75] = True
+    with open_slide(files["tiff"]) as slide:
+        np.testing.assert_array_equal(read_mask(asap, slide, mpp=1.0).array, expected)
 
 
 def test_a_mask_of_another_shape_or_none_is_refused(tmp_path, files):
