@@ -163,10 +163,11 @@ def find_tissue(pixels: NDArray[np.uint8], mpp: float) -> Mask:
 
 
 def _close(mask: Mask, mpp: float) -> Mask:
-    """Close gaps narrower than ``GAP``; the border is no edge."""
-    side = 2 * round(GAP / 2 / mpp) + 1  # px; a square, since that is two passes of a line
-    grown = ndimage.maximum_filter(mask, side, mode="constant", cval=0)
-    return np.asarray(ndimage.minimum_filter(grown, side, mode="constant", cval=1))
+    """Close gaps narrower than ``GAP``, but not towards the border."""
+    reach = round(GAP / 2 / mpp)  # px; of a square, since that is two passes of a line
+    grown = ndimage.maximum_filter(np.pad(mask, reach), 2 * reach + 1)
+    closed = ndimage.minimum_filter(grown, 2 * reach + 1)
+    return np.asarray(closed[reach : reach + len(mask), reach : reach + mask.shape[1]])
 
 
 def _parts_with(mask: Mask, seeds: Mask) -> Mask:

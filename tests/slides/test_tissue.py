@@ -106,6 +106,16 @@ def test_fat_is_tissue_though_most_of_it_is_as_clear_as_glass(painted):
     assert find_tissue(section.pixels, MPP)[section.fat].mean() > 0.85
 
 
+@pytest.mark.parametrize("gap", [3, 5, 8])
+def test_glass_between_tissue_and_the_border_stays_glass(gap):
+    where = np.zeros((100, 120), bool)
+    where[gap:-gap, gap:-gap] = True
+    found = find_tissue(with_tissue(glass(100, 120), where), MPP)
+    assert found[where].all()
+    assert not found[: gap - 2].any()
+    assert not found[:, : gap - 2].any()
+
+
 def test_pale_stroma_is_found(painted):
     section = painted["pale stain"]
     stroma = section.tissue & ~section.fat
