@@ -65,9 +65,18 @@ def plan_blocks(table: pl.DataFrame, *, side: int = BLOCK) -> list[Block]:
 
 
 def read_block(
-    slide: Slide, block: Block, *, patch: int, mpp: float
+    slide: Slide, block: Block, *, patch: int, mpp: float, scaled: bool = False
 ) -> tuple[NDArray[np.int64], Pixels]:
     """Cells of a block that can be decoded, and their pixels.
+
+    Parameters
+    ----------
+    patch : int
+        Side of a cell, px at ``mpp``.
+    mpp : float
+        um/px to read at.
+    scaled : bool
+        Let the decoder shrink, see :meth:`nic_core.slides.Slide.read`.
 
     Returns
     -------
@@ -76,13 +85,19 @@ def read_block(
     pixels : uint8 (n, patch, patch, 3)
     """
     step = patch * mpp / slide.mpp  # level-0 px a cell
+
+    def read(row: int, column: int, rows: int, columns: int) -> Pixels:
+        """A rectangle of cells, cut into its patches by row then column."""
+        pixels = slide.read(
+            column * step, row * step, columns * patch, rows * patch, mpp, scaled=scaled
+        )
+        cells = pixels.reshape(rows, patch, columns, patch, 3).swapaxes(1, 2)
+        return cells.reshape(-1, patch, patch, 3)
+
     try:
-        parts = [
-            _cut(slide.read(left * step, top * step, columns * patch, rows * patch, mpp), patch)
-            for top, left, rows, columns in _rectangles(block)
-        ]
+        parts = [read(*rectangle) for rectangle in _rectangles(block)]
     except SlideError:
-        return _read_cells(slide, block.cells, step, patch, mpp)
+        return _decodable(block.cells, read, patch)
     return block.cells, parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
@@ -97,28 +112,18 @@ def _rectangles(block: Block) -> list[tuple[int, int, int, int]]:
     return [(int(run[0, 0]), int(run[0, 1]), 1, len(run)) for run in runs]
 
 
-def _cut(pixels: Pixels, patch: int) -> Pixels:
-    """Cut a read into its patches, by row then column."""
-    rows, columns = pixels.shape[0] // patch, pixels.shape[1] // patch
-    cells = pixels.reshape(rows, patch, columns, patch, 3).swapaxes(1, 2)
-    return cells.reshape(-1, patch, patch, 3)
-
-
-def _read_cells(
-    slide: Slide, cells: NDArray[np.int64], step: float, patch: int, mpp: float
+def _decodable(
+    cells: NDArray[np.int64], read: Callable[[int, int, int, int], Pixels], patch: int
 ) -> tuple[NDArray[np.int64], Pixels]:
     """Cell by cell, where a part of a block is undecodable."""
-    good, pixels = [], []
-    for row, column in cells:
+    good, pixels = [], [np.empty((0, patch, patch, 3), np.uint8)]
+    for row, column in cells.tolist():
         try:
-            pixels.append(slide.read(column * step, row * step, patch, patch, mpp))
+            pixels.append(read(row, column, 1, 1))
         except SlideError:
             continue
         good.append((row, column))
-    return (
-        np.array(good, np.int64).reshape(-1, 2),
-        np.array(pixels, np.uint8).reshape(-1, patch, patch, 3),
-    )
+    return np.array(good, np.int64).reshape(-1, 2), np.concatenate(pixels)
 
 
 def allow_unreadable(slide: Slide, unreadable: int, total: int, share: float) -> None:
