@@ -108,7 +108,12 @@ def compress(
     """
     # imports torch: slow, for this command alone
     from nic_core.batch import REPORT, compress_slides, name_slides, write_report
+    from nic_core.encoders.inference import resolve_device
 
+    try:
+        resolve_device(device)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--device") from error
     prepared = _encoder(encoder).prepare(device, precision, reading)
     try:
         named = name_slides(slides)
@@ -207,6 +212,8 @@ def info(store: StorePath) -> None:
         kept = int(grid.valid.sum())
         size = sum(part.stat().st_size for part in store.rglob("*") if part.is_file())
         table = Table(show_header=False, box=None)
+        table.add_column()
+        table.add_column(overflow="fold")  # no digit of a hash is lost
         table.add_row("codes", f"{code} numbers x {rows} rows x {columns} columns")
         table.add_row("orientations", "1 (upright)" if grid.orientations is None else "8")
         table.add_row("cells with a code", f"{kept} of {rows * columns}")

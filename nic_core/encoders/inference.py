@@ -87,10 +87,22 @@ class PreparedEncoder:
 
 
 def resolve_device(device: str) -> torch.device:
-    """``auto``: the CUDA device if there is one, else the CPU."""
+    """``auto``: the CUDA device if there is one, else the CPU.
+
+    Raises
+    ------
+    ValueError
+        There is no such device.
+    """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(device)
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device '{device}' is none: give auto, cpu or cuda") from error
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device '{device}' is not here: PyTorch finds no such CUDA device")
+    return found
 
 
 def resolve_precision(precision: Asked, device: torch.device) -> Precision:
