@@ -20,6 +20,7 @@ from nic_core.quality import measure_quality
 from nic_core.slides import SlideError, content_identity, open_slide
 from nic_core.slides.blocks import plan_blocks, read_block
 from nic_core.tissue import TissueMask
+from tests.slides.conftest import paint, write_tiff
 
 
 @dataclass(frozen=True)
