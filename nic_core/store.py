@@ -5,7 +5,7 @@
     <root>/
       slides/<slide>/           slide.json, thumbnail.jpg, tissue.png
       patch_tables/<slide>.parquet
-      patch_tasks/<task>/       patches.npy, patches.parquet
+      patch_tasks/<task>/       patches.npy, patches.parquet, findings.parquet
       encoders/<encoder>/       weights.safetensors, card.json, history.parquet
       grids/<encoder>/<slide>.zarr
       maps/<map>/<slide>/       cells.parquet, overlay.jpg
