@@ -35,11 +35,14 @@ def check_dicom(path: Path) -> None:
     Raises
     ------
     SlideError
-        A file of the slide ends before its pixels do.
+        A file of the slide ends before its pixels do, or cannot be read.
     """
-    for part in dicom_parts(path):
-        if not _whole(part):
-            raise SlideError(path, f"{part.name} is cut short", DAMAGED_REMEDY)
+    try:
+        cut = [part.name for part in dicom_parts(path) if not _whole(part)]
+    except OSError as error:
+        raise SlideError(path, f"cannot be read ({error})", "check the path") from error
+    if cut:
+        raise SlideError(path, f"cut short: {', '.join(cut)}", DAMAGED_REMEDY)
 
 
 def _whole(path: Path) -> bool:
