@@ -39,7 +39,7 @@ def external_assets(partitions: Partitions) -> list[dg.AssetSpec]:
         ),
         dg.AssetSpec(
             ENCODER_ENTRY,
-            description="An encoder's entry in the cohort file: objective, tasks, seed.",
+            description="An encoder's entry in the cohort file, and the file that it imports.",
             group_name="encoders",
             kinds={"yaml"},
             partitions_def=partitions.encoders,

@@ -24,6 +24,7 @@ from pydantic import (
     ValidationInfo,
     model_validator,
 )
+from pydantic_core import ErrorDetails
 
 COHORT_VARIABLE = "NIC_COHORT"
 DEFAULT_COHORT = Path("data/demo/cohort.yaml")
@@ -219,7 +220,9 @@ class EncoderSpec(_Model):
     """An encoder to train: its objective, the patch tasks it sees and the seed.
 
     ``patches_seen`` counts patches through the network over the whole training and is the
-    quantity to hold equal when encoders are compared [choice]. ``supervised`` is ``mtl`` with
+    quantity to hold equal when encoders are compared [choice]. Without one (``null``) training
+    lasts as published: ``bigan`` 200,000 steps, the others until the learning rate is at its floor
+    and brings nothing more. ``supervised`` is ``mtl`` with
     one task; ``vae``, ``contrastive`` and ``bigan`` use the tasks' patches without labels.
     """
 
@@ -227,7 +230,7 @@ class EncoderSpec(_Model):
     objective: Literal["mean_rgb", "mtl", "supervised", "vae", "contrastive", "bigan"]
     tasks: tuple[str, ...] = ()
     seed: int = 0
-    patches_seen: PositiveInt = 200_000
+    patches_seen: PositiveInt | None = 200_000
     batch: PositiveInt = 64
     learning_rate: PositiveFloat | None = Field(
         default=None,
@@ -238,6 +241,15 @@ class EncoderSpec(_Model):
         default="tellez2020",
         description="tellez2019 is the network published for vae and contrastive; the default "
         "compares objectives at equal architecture [choice]",
+    )
+    task_weights: Literal["equal", "uncertainty"] = Field(
+        default="equal",
+        description="of mtl's losses: equal, or by learned uncertainty (Kendall et al. 2018)",
+    )
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto",
+        description="of the forward and backward pass; auto is bfloat16 on a GPU or CPU with "
+        "matrix units for it, else float32 [choice]",
     )
 
     @model_validator(mode="after")
@@ -251,6 +263,11 @@ class EncoderSpec(_Model):
                 f"encoder '{self.name}': objective 'supervised' takes one task; "
                 "'mtl' is the objective of several"
             )
+        if self.task_weights == "uncertainty" and self.objective != "mtl":
+            raise ValueError(
+                f"encoder '{self.name}': task_weights 'uncertainty' weighs the tasks of objective "
+                f"'mtl'; '{self.objective}' has one loss: leave it out"
+            )
         if self.architecture == "tellez2019" and self.objective not in ("vae", "contrastive"):
             raise ValueError(
                 f"encoder '{self.name}': architecture 'tellez2019' is for vae and contrastive"
@@ -258,6 +275,99 @@ class EncoderSpec(_Model):
         if self.objective == "mean_rgb" and self.tasks:
             raise ValueError(f"encoder '{self.name}': 'mean_rgb' is not trained and takes no tasks")
         return self
+
+
+Three = tuple[float, float, float]
+
+
+class Preprocess(_Model):
+    """What a foreign network wants of its pixels: ``(RGB / 255 - mean) / std``."""
+
+    mean: Three = Field(description="of red, green and blue, in 0..1")
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat]
+    resize: PositiveInt | None = Field(
+        default=None, description="px a side of the network's input, where it is not the patch's"
+    )
+
+
+class TimmModel(_Model):
+    """A network of the timm library: its name there, and arguments of ``timm.create_model``."""
+
+    model: str
+    arguments: dict[str, bool | int | float | str] = {}
+
+
+class ForeignNetwork(_Model):
+    """What a foreign network's file does not say: the patches it takes and the codes it gives."""
+
+    patch: PositiveInt = Field(description="px a side, before `preprocess`")
+    mpp: PositiveFloat = Field(description="um/px")
+    code: PositiveInt = Field(description="numbers a patch")
+    preprocess: Preprocess
+    timm: TimmModel | None = Field(default=None, description="for a file of weights alone")
+
+
+FileKind = Literal["folder", "keras", "timm", "torchscript", "torch.export"]
+FILE_KINDS: dict[str, FileKind] = {
+    "": "folder",
+    ".h5": "keras",
+    ".hdf5": "keras",
+    ".safetensors": "timm",
+    ".bin": "timm",
+    ".pth": "timm",
+    ".pt": "torchscript",
+    ".ts": "torchscript",
+    ".pt2": "torch.export",
+}
+
+
+class ReadyEncoder(_Model):
+    """An encoder that was trained elsewhere, in a local file.
+
+    It is a folder that this project wrote, or by its suffix one of the released Keras encoders
+    (``.h5``), a TorchScript (``.pt``, ``.ts``) or ``torch.export`` (``.pt2``) network, or the
+    weights (``.safetensors``, ``.bin``, ``.pth``) of a timm model. ``network`` describes the
+    last three.
+    """
+
+    name: Name
+    objective: Literal["imported"]
+    file: UserPath
+    network: ForeignNetwork | None = None
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """None: it is not trained here."""
+        return ()
+
+    @property
+    def kind(self) -> FileKind:
+        return "folder" if self.file.is_dir() else FILE_KINDS[self.file.suffix.lower()]
+
+    @model_validator(mode="after")
+    def _network_fits_file(self) -> Self:
+        if not self.file.is_dir() and self.file.suffix.lower() not in FILE_KINDS:
+            known = ", ".join(suffix for suffix in FILE_KINDS if suffix)
+            raise ValueError(
+                f"encoder '{self.name}': {self.file.name} is no encoder file; "
+                f"known: a folder, {known}"
+            )
+        if (self.network is None) != (self.kind in ("folder", "keras")):
+            problem = (
+                f"{self.file.name} needs 'network': patch, mpp, code and preprocess"
+                if self.network is None
+                else f"{self.file.name} says itself what 'network' would say: leave it out"
+            )
+            raise ValueError(f"encoder '{self.name}': {problem}")
+        if self.network is not None and (self.network.timm is None) == (self.kind == "timm"):
+            raise ValueError(
+                f"encoder '{self.name}': 'network.timm' names the model of a file of weights "
+                f"(.safetensors, .bin, .pth), and of no other; the file is {self.file.name}"
+            )
+        return self
+
+
+EncoderEntry = Annotated[EncoderSpec | ReadyEncoder, Field(discriminator="objective")]
 
 
 class _TargetBase(_Model):
@@ -360,7 +470,7 @@ class Cohort(_Model):
         default=None, description="CSV or parquet keyed by `slide` or `patient`"
     )
     patch_tasks: tuple[PatchTask, ...] = ()
-    encoders: tuple[EncoderSpec, ...]
+    encoders: tuple[EncoderEntry, ...]
     targets: tuple[Target, ...] = ()
     maps: tuple[ProbabilityMap, ...] = ()
     settings: Settings = Settings()
@@ -385,7 +495,7 @@ class Cohort(_Model):
             raise ValueError("targets need a 'labels' table")
         return self
 
-    def encoder(self, name: str) -> EncoderSpec:
+    def encoder(self, name: str) -> EncoderSpec | ReadyEncoder:
         """The encoder of that name; raises :class:`CohortError` with the known ones."""
         return _pick("encoder", name, self.encoders)
 
@@ -429,17 +539,20 @@ def load_cohort(path: Path | None = None) -> Cohort:
     try:
         return Cohort.model_validate(data, context={"base": path.resolve().parent})
     except ValidationError as error:
-        lines = [
-            f"{path}:{_line(tree, problem['loc'])}: {_field(problem['loc'])}: "
-            f"{problem['msg'].removeprefix('Value error, ')}"
-            for problem in error.errors()
-        ]
+        lines = []
+        for problem in error.errors():
+            line, field = _place(tree, problem)
+            message = problem["msg"].removeprefix("Value error, ")
+            lines.append(f"{path}:{line}: {field}: {message}")
         raise CohortError("\n".join(lines)) from error
 
 
-def _line(node: yaml.Node | None, location: Sequence[int | str]) -> int:
-    """The line of the deepest YAML node on the way to a pydantic error location."""
-    line = 1
+def _place(node: yaml.Node | None, problem: ErrorDetails) -> tuple[int, str]:
+    """Line of the deepest YAML node on the way to a pydantic error, and the field's name."""
+    location = problem["loc"]
+    if problem["type"] == "union_tag_invalid":
+        location = (*location, problem["ctx"]["discriminator"].strip("'"))
+    line, field = 1, []
     for step in location:
         if isinstance(node, yaml.MappingNode):
             pair = next(((k, v) for k, v in node.value if k.value == step), None)
@@ -450,11 +563,10 @@ def _line(node: yaml.Node | None, location: Sequence[int | str]) -> int:
         elif isinstance(node, yaml.SequenceNode) and isinstance(step, int):
             node = node.value[step]
             line = node.start_mark.line + 1
-    return line
-
-
-def _field(location: Sequence[int | str]) -> str:
-    return ".".join(str(step) for step in location) or "cohort"
+        field.append(str(step))
+    if problem["type"] == "missing":
+        field.append(str(location[-1]))
+    return line, ".".join(field) or "cohort"
 
 
 def _no_duplicates(field: str, names: Sequence[str]) -> None:

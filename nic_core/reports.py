@@ -12,6 +12,7 @@ from rich.table import Table
 
 from nic_core.cohort import ProbabilityMap
 from nic_core.encoders import EncoderCard
+from nic_core.encoders.probes import KNN
 from nic_core.metrics import score
 from nic_core.models.files import ModelCard
 from nic_core.models.validation import NETWORK
@@ -21,7 +22,7 @@ RESULT_SCHEMA = pl.Schema(
         "kind": pl.String(),  # target, patch task or map
         "about": pl.String(),  # its name
         "encoder": pl.String(),
-        "model": pl.String(),  # grid network, baseline or patch head
+        "model": pl.String(),  # grid network, baseline, patch head or probe of codes
         "part": pl.String(),  # cross-validated, test, or the slide of a map
         "metric": pl.String(),
         "value": pl.Float64(),
@@ -34,15 +35,17 @@ RESULT_SCHEMA = pl.Schema(
 
 CROSS_VALIDATED = "cross-validated"
 BASELINE_NAMES = {"mean_code": "mean code, linear", "tissue_area": "tissue area, linear"}
+METRICS_OF_PATCHES = {"auc": "AUC", "balanced_accuracy": "balanced accuracy", "f1": "F1"}
 METRIC_NAMES = {"spearman": "Spearman", "auc": "AUC", "harrell_c": "Harrell's C"}
 
 
 def results_table(results: pl.DataFrame) -> Table:
     """The results (:data:`RESULT_SCHEMA`) for the terminal.
 
-    Each model's first metric. Baselines are shown cross-validated, and what does not depend on
-    the encoder once; the rest is in the table itself.
+    Each model's first metric. Baselines are shown cross-validated, what does not depend on
+    the encoder once, and of the probes the linear one; the rest is in the table itself.
     """
+    results = results.filter(pl.col("model") != KNN)
     baseline = pl.col("model").is_in(list(BASELINE_NAMES.values()))
     results = results.filter(~baseline | (pl.col("part") == CROSS_VALIDATED))
     no_code = pl.col("model") == BASELINE_NAMES["tissue_area"]
@@ -72,12 +75,33 @@ def encoder_results(card: EncoderCard) -> pl.DataFrame:
     rows = [
         ("patch task", task, card.name, "patch head", "test", metric, value, None, None, scores.n)
         for task, scores in card.scores.items()
-        for metric, value in (
-            ("AUC", scores.auc),
-            ("balanced accuracy", scores.balanced_accuracy),
-            ("F1", scores.f1),
+        for name, metric in METRICS_OF_PATCHES.items()
+        if (value := getattr(scores, name)) is not None
+    ]
+    return pl.DataFrame(rows, schema=RESULT_SCHEMA, orient="row")
+
+
+def probe_results(encoder: str, scores: pl.DataFrame) -> pl.DataFrame:
+    """Probes of an encoder's codes on test patients (:data:`RESULT_SCHEMA`).
+
+    ``scores``: :data:`nic_core.encoders.probes.PROBE_SCHEMA`.
+    """
+    rows = [
+        (
+            "patch task",
+            r["task"],
+            encoder,
+            r["probe"],
+            "test",
+            metric,
+            r[name],
+            None,
+            None,
+            r["test"],
         )
-        if value is not None
+        for r in scores.iter_rows(named=True)
+        for name, metric in METRICS_OF_PATCHES.items()
+        if r[name] is not None
     ]
     return pl.DataFrame(rows, schema=RESULT_SCHEMA, orient="row")
 

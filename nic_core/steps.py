@@ -19,19 +19,23 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread, imsave
 from pydantic import BaseModel, ConfigDict
 
-from nic_core.cohort import Cohort, CohortError
+from nic_core.cohort import Cohort, CohortError, ReadyEncoder
 from nic_core.compression import compress_slide
 from nic_core.encoders import (
     PatchDataset,
     Trained,
     build_patch_task,
+    import_encoder,
     load_encoder,
     load_patch_task,
     save_encoder,
     train_encoder,
 )
+from nic_core.encoders.files import read_card
 from nic_core.encoders.inference import PreparedEncoder
 from nic_core.encoders.patch_sources import source_files
+from nic_core.encoders.pictures import code_map, neighbour_sheet
+from nic_core.encoders.probes import probe_table, task_codes
 from nic_core.grids import Grid, grid_hash, open_grid, write_grid
 from nic_core.maps import overlay, probability_map, score_maps, truth_of_cells
 from nic_core.models.files import ModelCard, save_model
@@ -40,7 +44,15 @@ from nic_core.models.labels import target_table
 from nic_core.models.validation import Evaluated, cross_validate
 from nic_core.patches import patch_table, read_patch_table, write_patch_table
 from nic_core.pictures import compressed_slide
-from nic_core.reports import Report, encoder_results, map_results, model_results, results_figure
+from nic_core.quality import measure_quality
+from nic_core.reports import (
+    Report,
+    encoder_results,
+    map_results,
+    model_results,
+    probe_results,
+    results_figure,
+)
 from nic_core.slides import Level, Slide, content_identity, open_slide
 from nic_core.store import Store, whole_file, whole_folder
 from nic_core.tissue import TissueMask, read_mask, tissue_mask, tissue_outline
@@ -119,8 +131,13 @@ def patch_task_versions(cohort: Cohort) -> dict[str, str]:
 
 
 def encoder_versions(cohort: Cohort) -> dict[str, str]:
-    """A version for every encoder's entry in the cohort file."""
-    return {encoder.name: digest(encoder) for encoder in cohort.encoders}
+    """A version for every encoder: its entry in the cohort file, and the file that it names."""
+    return {
+        encoder.name: digest(encoder, _listing(encoder.file))
+        if isinstance(encoder, ReadyEncoder)
+        else digest(encoder)
+        for encoder in cohort.encoders
+    }
 
 
 def target_versions(cohort: Cohort, index: pl.DataFrame) -> dict[str, str]:
@@ -166,7 +183,8 @@ def read_record(store: Store, slide: str) -> SlideRecord:
 
 
 def tabulate_patches(cohort: Cohort, store: Store, slide: str) -> pl.DataFrame:
-    """Lay the cohort's grid over a slide; writes and returns the patch table."""
+    """Lay the cohort's grid over a slide and measure its cells; writes and returns the patch
+    table."""
     settings = cohort.settings
     mask = TissueMask.load(store.slide(slide) / TISSUE, read_record(store, slide).tissue_mpp)
     with _open(store, slide) as opened:
@@ -178,6 +196,7 @@ def tabulate_patches(cohort: Cohort, store: Store, slide: str) -> pl.DataFrame:
             mpp=settings.mpp,
             tissue=settings.tissue,
         )
+        cells = measure_quality(cells, opened)
     write_patch_table(store.patch_table(slide), cells)
     return cells
 
@@ -213,25 +232,46 @@ def make_encoder(
     tracker: Tracker | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Trained:
-    """Train an encoder on its patch tasks; writes and returns it.
+    """Train an encoder on its patch tasks, or import a ready one; writes and returns it.
 
     A training that was killed goes on from its last epoch.
     """
     spec, settings = cohort.encoder(encoder), cohort.settings
-    trained = train_encoder(
-        spec,
-        [load_patch_task(store.patch_task(task)) for task in spec.tasks],
-        patch=settings.patch,
-        mpp=settings.mpp,
-        code=settings.code,
-        tracker=tracker,
-        checkpoint=store.training(encoder),
-        progress=progress,
-    )
+    if isinstance(spec, ReadyEncoder):
+        ready = import_encoder(spec, patch=settings.patch, mpp=settings.mpp)
+        trained = Trained(ready, pl.DataFrame())
+    else:
+        trained = train_encoder(
+            spec,
+            [load_patch_task(store.patch_task(task)) for task in spec.tasks],
+            patch=settings.patch,
+            mpp=settings.mpp,
+            code=settings.code,
+            tracker=tracker,
+            checkpoint=store.training(encoder),
+            progress=progress,
+        )
     with whole_folder(store.encoder(encoder)) as folder:
         save_encoder(folder, trained.encoder)
         trained.history.write_parquet(folder / "history.parquet")
     return trained
+
+
+def probe_encoder(
+    cohort: Cohort, store: Store, encoder: str
+) -> tuple[pl.DataFrame, dict[str, Figure]]:
+    """Probe an encoder on every patch task that could be made; writes and returns the scores.
+
+    The scores are those of :data:`~nic_core.encoders.probes.PROBE_SCHEMA`; the figures show the
+    codes' principal axes and nearest neighbours.
+    """
+    loaded = load_encoder(store.encoder(encoder))
+    made = [path for task in cohort.patch_tasks if (path := store.patch_task(task.name)).exists()]
+    codes = [task_codes(loaded, load_patch_task(path)) for path in made]
+    scores = probe_table(loaded, codes)
+    with whole_file(store.probe(encoder)) as path:
+        scores.write_parquet(path)
+    return scores, {"codes": code_map(codes), "nearest_patches": neighbour_sheet(codes)}
 
 
 # --- grids -----------------------------------------------------------------------------------
@@ -322,7 +362,7 @@ def make_model(
             folder,
             evaluated,
             encoder=encoder,
-            weights_hash=load_encoder(store.encoder(encoder)).card.weights_hash,
+            weights_hash=read_card(store.encoder(encoder)).weights_hash,
             patch=settings.patch,
             mpp=settings.mpp,
         )
@@ -396,7 +436,9 @@ def write_report(cohort: Cohort, store: Store) -> Report:
     ]
     for encoder in cohort.encoders:
         if store.encoder(encoder.name).exists():
-            parts.append(encoder_results(load_encoder(store.encoder(encoder.name)).card))
+            parts.append(encoder_results(read_card(store.encoder(encoder.name))))
+        if store.probe(encoder.name).exists():
+            parts.append(probe_results(encoder.name, pl.read_parquet(store.probe(encoder.name))))
     for item in cohort.maps:
         scores = score_map(cohort, store, item.name)
         parts.append(map_results(item, scores, resamples=cohort.settings.models.bootstrap))
@@ -461,10 +503,14 @@ def _with_grids(table: pl.DataFrame, grids: pl.DataFrame) -> pl.DataFrame:
     ).filter(pl.col("slides").list.len() > 0)
 
 
-def _listing(folder: Path) -> list[tuple[str, int, int]]:
-    """Names, sizes and times of a folder's files: thousands of images are not read for this."""
+def _listing(place: Path) -> list[tuple[str, int, int]]:
+    """Names, sizes and times of a folder's files, or of one file; none if there is no such place.
+
+    Thousands of images, or gigabytes of weights, are not read for this.
+    """
+    paths = [place] if place.is_file() else place.rglob("*")
     return sorted(
-        (str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns)
-        for path in folder.rglob("*")
+        (str(path.relative_to(place)), path.stat().st_size, path.stat().st_mtime_ns)
+        for path in paths
         if path.is_file()
     )

@@ -6,7 +6,8 @@
       slides/<slide>/           slide.json, thumbnail.jpg, tissue.png
       patch_tables/<slide>.parquet
       patch_tasks/<task>/       patches.npy, patches.parquet, findings.parquet
-      encoders/<encoder>/       weights.safetensors, card.json, history.parquet
+      encoders/<encoder>/       weights.safetensors (or network.*), card.json, history.parquet
+      probes/<encoder>.parquet  scores of its codes on every patch task
       grids/<encoder>/<slide>.zarr
       maps/<map>/<slide>/       cells.parquet, overlay.jpg
       models/<target>/folds.parquet
@@ -68,6 +69,9 @@ class Store:
     def training(self, encoder: str) -> Path:
         """Where an encoder's training keeps its state until it is done."""
         return self.root / "encoders" / f".{encoder}.training.pt"
+
+    def probe(self, encoder: str) -> Path:
+        return self.root / "probes" / f"{encoder}.parquet"
 
     def grid(self, encoder: str, slide: str) -> Path:
         return self.root / "grids" / encoder / f"{slide}.zarr"

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from nic_core.cohort import CohortError, load_cohort
+from nic_core.cohort import CohortError, ReadyEncoder, load_cohort
 
 MINIMAL = """\
 name: study
@@ -53,6 +53,47 @@ def test_an_error_names_the_line_and_the_field(tmp_path, old, new, line, field, 
         load_cohort(path)
     assert str(error.value).startswith(f"{path}:{line}: {field}: ")
     assert reason in str(error.value)
+
+
+IMPORTED = MINIMAL.replace("mean_rgb", "imported\n    file: {file}")
+NETWORK = """
+    network:
+      patch: 128
+      mpp: 0.5
+      code: 1024
+      preprocess: {resize: 224, mean: [0.485, 0.456, 0.406], std: [0.229, 0.224, 0.225]}
+"""
+
+
+def test_an_encoder_from_elsewhere_is_an_entry_with_a_file(tmp_path):
+    text = IMPORTED.format(file="uni.pt2") + NETWORK
+    entry = load_cohort(write(tmp_path, text)).encoder("mean-rgb")
+    assert isinstance(entry, ReadyEncoder)
+    assert (entry.file, entry.kind, entry.tasks) == (tmp_path / "uni.pt2", "torch.export", ())
+    (tmp_path / "mtl-4.v2").mkdir()
+    entry = load_cohort(write(tmp_path, IMPORTED.format(file="mtl-4.v2"))).encoder("mean-rgb")
+    assert isinstance(entry, ReadyEncoder)
+    assert entry.kind == "folder"
+
+
+@pytest.mark.parametrize(
+    ("file", "network", "line", "field", "reason"),
+    [
+        ("uni.pt2", "", 5, "encoders.0", "uni.pt2 needs 'network'"),
+        ("released.h5", NETWORK, 5, "encoders.0", "leave it out"),
+        ("uni.onnx", NETWORK, 5, "encoders.0", "is no encoder file"),
+        ("uni.bin", NETWORK, 5, "encoders.0", "names the model"),
+        ("u.pt2", NETWORK.replace("1024", "-1"), 12, "encoders.0.network.code", "greater than 0"),
+        ("u.pt2", NETWORK.replace("code: 1024", ""), 9, "encoders.0.network.code", "required"),
+        ("u.pt2", "\n    seed: 1\n", 9, "encoders.0.seed", "Extra inputs"),
+    ],
+)
+def test_an_entry_of_a_ready_encoder_must_be_whole(tmp_path, file, network, line, field, reason):
+    path = write(tmp_path, IMPORTED.format(file=file) + network)
+    with pytest.raises(CohortError) as error:
+        load_cohort(path)
+    first = next(text for text in str(error.value).splitlines() if reason in text)
+    assert first.startswith(f"{path}:{line}: {field}: ")
 
 
 def test_every_problem_is_reported_at_once(tmp_path):

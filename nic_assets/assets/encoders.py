@@ -6,15 +6,16 @@ import torch
 from nic_assets import checks
 from nic_assets.batches import Events, Product, batch_asset, materialize_each
 from nic_assets.executors import CPU_TAGS, GPU_POOL, GPU_TAGS
-from nic_assets.inputs import ENCODER_ENTRY, PATCH_TASK_SOURCE
+from nic_assets.inputs import ENCODER_ENTRY, PATCH_TASK_SOURCE, SOME_INPUTS
 from nic_assets.metadata import code_version, figure, log_progress, table
 from nic_assets.partitions import Partitions
 from nic_assets.tracking import Tracking
 from nic_core import steps
 from nic_core.cohort import Cohort, CohortError
 from nic_core.encoders import EncoderError
+from nic_core.encoders.files import PROGRAMS
 from nic_core.encoders.pictures import patch_examples
-from nic_core.reports import encoder_results
+from nic_core.reports import encoder_results, probe_results
 from nic_core.store import Store
 
 FINDINGS_SHOWN = 50
@@ -97,25 +98,29 @@ def encoder_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         store: dg.ResourceParam[Store],
         tracking: dg.ResourceParam[Tracking],
     ) -> Events:
-        """A trained encoder: patch to code, with the heads of the tasks that taught it."""
+        """A trained or imported encoder: patch to code, with the heads that taught it."""
 
         def work(key: str) -> Product:
             with tracking.run(context, partition=key, experiment="encoders") as run:
                 encoder = steps.make_encoder(cohort, store, key, run, log_progress(context)).encoder
                 card = encoder.card
-                page = run.register(
-                    encoder.module,
-                    torch.zeros((2, 3, card.patch, card.patch), dtype=torch.uint8),
-                    name=f"encoder-{key}",
-                    description=f"{card.objective}: patch of {card.patch} px at {card.mpp:g} um/px "
-                    f"to code of {card.code}",
-                    tags={
-                        "cohort": cohort.name,
-                        "tasks": ", ".join(card.tasks),
-                        "weights_hash": card.weights_hash,
-                    },
-                )
                 run.card(card.model_dump(mode="json"))
+                pages = {}
+                # an archive from elsewhere stays the file that it is: it is not exported anew
+                if card.architecture not in PROGRAMS:
+                    page = run.register(
+                        encoder.module,
+                        torch.zeros((2, 3, card.patch, card.patch), dtype=torch.uint8),
+                        name=f"encoder-{key}",
+                        description=f"{card.objective}: patch of {card.patch} px at "
+                        f"{card.mpp:g} um/px to code of {card.code}",
+                        tags={
+                            "cohort": cohort.name,
+                            "tasks": ", ".join(card.tasks),
+                            "weights_hash": card.weights_hash,
+                        },
+                    )
+                    pages["mlflow_model"] = dg.MetadataValue.url(page)
             return Product(
                 version=card.weights_hash[:16],
                 metadata={
@@ -123,11 +128,46 @@ def encoder_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
                     "test_scores": table(encoder_results(card)),
                     "folder": dg.MetadataValue.path(store.encoder(key)),
                     "mlflow_run": dg.MetadataValue.url(run.url),
-                    "mlflow_model": dg.MetadataValue.url(page),
+                    **pages,
                 },
                 checks={"beats_chance": checks.beats_chance(card)},
             )
 
         yield from materialize_each(context, work, expected=(EncoderError,))
 
-    return [*([patch_task] if partitions.cohort.patch_tasks else []), encoder]
+    @batch_asset(
+        partitions_def=partitions.encoders,
+        deps=[encoder, dg.AssetDep(patch_task, partition_mapping=dg.AllPartitionMapping())],
+        group_name="encoders",
+        kinds={"scikitlearn", "mlflow"},
+        tags=SOME_INPUTS,
+        op_tags=CPU_TAGS,
+        code_version=code_version(1),
+    )
+    def encoder_probe(
+        context: dg.AssetExecutionContext,
+        cohort: dg.ResourceParam[Cohort],
+        store: dg.ResourceParam[Store],
+        tracking: dg.ResourceParam[Tracking],
+    ) -> Events:
+        """What simple classifiers read off an encoder's codes, on every patch task."""
+
+        def work(key: str) -> Product:
+            with tracking.run(context, partition=key, experiment="probes") as run:
+                scores, drawings = steps.probe_encoder(cohort, store, key)
+                run.summary(probe_results(key, scores))
+                for name, drawing in drawings.items():
+                    run.figure(name, drawing)
+            return Product(
+                version=steps.digest(scores.rows()),
+                metadata={
+                    "scores": table(scores),
+                    **{name: figure(drawing, name) for name, drawing in drawings.items()},
+                    "file": dg.MetadataValue.path(store.probe(key)),
+                    "mlflow_run": dg.MetadataValue.url(run.url),
+                },
+            )
+
+        yield from materialize_each(context, work, expected=(EncoderError,))
+
+    return [patch_task, encoder, encoder_probe] if partitions.cohort.patch_tasks else [encoder]

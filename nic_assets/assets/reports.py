@@ -19,7 +19,12 @@ def report_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
     maps = _map_assets(partitions) if cohort.maps else []
 
     @dg.asset(
-        deps=["encoder", *(["task_model"] if cohort.targets else []), *maps[1:]],
+        deps=[
+            "encoder",
+            *(["encoder_probe"] if cohort.patch_tasks else []),
+            *(["task_model"] if cohort.targets else []),
+            *maps[1:],
+        ],
         group_name="reports",
         kinds={"polars", "parquet"},
         owners=OWNERS,

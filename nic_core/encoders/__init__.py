@@ -1,7 +1,8 @@
 """Encoders: patch tasks, networks, objectives, training and files."""
 
-from nic_core.encoders.encoder import Encoder, EncoderCard, EncoderError, task_probabilities
-from nic_core.encoders.files import load_encoder, save_encoder
+from nic_core.encoders.encoder import Encoder, EncoderCard, task_probabilities
+from nic_core.encoders.errors import EncoderError
+from nic_core.encoders.files import import_encoder, load_encoder, save_encoder
 from nic_core.encoders.patch_tasks import (
     PatchDataset,
     build_patch_task,
@@ -17,6 +18,7 @@ __all__ = [
     "PatchDataset",
     "Trained",
     "build_patch_task",
+    "import_encoder",
     "load_encoder",
     "load_patch_task",
     "save_encoder",

@@ -15,12 +15,15 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
+from nic_core.cohort import Preprocess, TimmModel
+from nic_core.encoders.errors import EncoderError as EncoderError
+from nic_core.encoders.foreign import ForeignEncoder
 from nic_core.encoders.inference import (
     BATCH,
     Asked,
     PreparedEncoder,
+    autocast,
     fast_module,
-    low_precision,
     resolve_device,
     resolve_precision,
 )
@@ -30,16 +33,15 @@ from nic_core.encoders.networks import (
     PatchEncoder,
     StridedEncoder,
     TellezEncoder,
+    channels_last,
     pooled_side,
 )
 from nic_core.encoders.scores import TaskScores
 from nic_core.grids import Reading
 
-Architecture = Literal["mean_rgb", "tellez2020", "tellez2019"]
-
-
-class EncoderError(ValueError):
-    """An encoder cannot be trained, read or used as asked; the message names it."""
+Architecture = Literal[
+    "mean_rgb", "tellez2020", "tellez2019", "timm", "torchscript", "torch.export"
+]
 
 
 class EncoderCard(BaseModel):
@@ -54,7 +56,8 @@ class EncoderCard(BaseModel):
     patch: PositiveInt  # px a side
     mpp: PositiveFloat  # um/px
     code: PositiveInt  # numbers a patch
-    pixels: Literal["uint8 RGB / 255 * 2 - 1"] = "uint8 RGB / 255 * 2 - 1"
+    pixels: Literal["uint8 RGB / 255 * 2 - 1"] | Preprocess = "uint8 RGB / 255 * 2 - 1"
+    timm: TimmModel | None = None  # of architecture ``timm``
     weights_hash: str
     training: dict[str, int | float | str] = {}
     data: dict[str, str] = {}  # patch task -> content hash of the data set trained on
@@ -93,14 +96,18 @@ class Encoder:
         at = resolve_device(device)
         network = self.module.network if isinstance(self.module, PatchEncoder) else None
         # a mean of whole numbers gains nothing from low precision
-        chosen = "float32" if network is None else resolve_precision(precision, at)
+        chosen = "float32" if isinstance(self.module, MeanRGB) else resolve_precision(precision, at)
         pooling = network.pooling if network is not None and reading == "input" else 1
         if isinstance(network, TellezEncoder):
             module = fast_module(
                 network, pooling=network.pooling // pooling, device=at, precision=chosen
             )
+        elif isinstance(self.module, ForeignEncoder):
+            module = autocast(self.module.on(at), at, chosen)
         else:
-            module = low_precision(copy.deepcopy(self.module), at, chosen)
+            module = copy.deepcopy(self.module).eval()
+            channels_last(module)
+            module = autocast(module.to(at), at, chosen)
         return PreparedEncoder(
             card=self.card,
             module=module,
@@ -201,7 +208,9 @@ def weights_hash(architecture: str, tensors: Mapping[str, Tensor]) -> str:
     """sha256 of the architecture's name and of names, shapes, dtypes and bytes of the tensors."""
     digest = hashlib.sha256(architecture.encode())
     for name in sorted(tensors):
-        array = tensors[name].numpy()
-        digest.update(f"{name}{array.shape}{array.dtype}".encode())
-        digest.update(array.tobytes())
+        tensor = tensors[name]
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        digest.update(f"{name}{tuple(tensor.shape)}{dtype}".encode())
+        # NumPy lacks some of torch's types
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -137,10 +137,8 @@ def fast_module(
     return FusedEncoder(folded) if device.type == "cpu" and can_fuse() else folded
 
 
-def low_precision(module: nn.Module, device: torch.device, precision: Precision) -> nn.Module:
+def autocast(module: nn.Module, device: torch.device, precision: Precision) -> nn.Module:
     """Any other module, its convolutions and products in ``precision``."""
-    channels_last(module)
-    module = module.eval().to(device)
     return module if precision == "float32" else _Autocast(module, device.type)
 
 

@@ -22,10 +22,10 @@ from nic_core.encoders.encoder import (
     Architecture,
     Encoder,
     EncoderCard,
-    EncoderError,
     encoder_tensors,
     weights_hash,
 )
+from nic_core.encoders.errors import EncoderError
 from nic_core.encoders.networks import (
     BN_EPSILON,
     CONVOLUTIONS,
@@ -59,8 +59,8 @@ def import_keras_encoder(path: Path, name: str) -> Encoder:
     try:
         with h5py.File(path) as file:
             layers = _layers(path, file)
-            weights = _weights(file)
-    except OSError as error:
+            weights = _weights(path, file)
+    except (OSError, RuntimeError) as error:  # of h5py, the latter deep in a damaged file
         raise EncoderError(f"{path}: not a readable HDF5 file ({error})") from error
 
     kinds = [layer["class_name"] for layer in layers]
@@ -96,28 +96,40 @@ def _layers(path: Path, file: h5py.File) -> list[Layer]:
             f"{path}: no Keras model in this HDF5 file (attribute 'model_config' is missing); "
             "save the whole model, not its weights alone"
         )
-    return list(_flat(json.loads(config)))
+    try:
+        return list(_flat(path, json.loads(config)))
+    except (ValueError, TypeError) as error:  # no JSON, or no text at all
+        raise _refusal(path, f"its model_config is no JSON ({error})") from error
 
 
-def _flat(model: Layer) -> Iterator[Layer]:
-    if model["class_name"] not in ("Model", "Functional", "Sequential"):
-        yield model
-        return
-    config = model["config"]
-    for layer in config["layers"] if isinstance(config, dict) else config:
-        yield from _flat(layer)
+def _flat(path: Path, model: object) -> Iterator[Layer]:
+    match model:
+        case {"class_name": "Model" | "Functional" | "Sequential", "config": config}:
+            layers = config.get("layers") if isinstance(config, dict) else config
+            if not isinstance(layers, list):
+                raise _refusal(path, "its model_config has a model without layers")
+            for layer in layers:
+                yield from _flat(path, layer)
+        case {"class_name": str(kind), "config": dict(settings)}:
+            yield {"class_name": kind, "config": settings}
+        case _:
+            raise _refusal(path, "its model_config has a layer without class or settings")
 
 
-def _weights(file: h5py.File) -> dict[str, Tensor]:
+def _weights(path: Path, file: h5py.File) -> dict[str, Tensor]:
     """Arrays by ``<layer>/<weight>``, whatever models they are nested in."""
     found: dict[str, Tensor] = {}
 
     def visit(name: str, item: object) -> None:
-        if isinstance(item, h5py.Dataset):
+        # a released encoder's weights are all float32; whatever else is here belongs to none
+        if isinstance(item, h5py.Dataset) and item.dtype == "float32":
             key = "/".join(name.removesuffix(":0").split("/")[-2:])
             found[key] = torch.from_numpy(item[()])
 
-    file["model_weights"].visititems(visit)
+    group = file.get("model_weights")
+    if not isinstance(group, h5py.Group):
+        raise _refusal(path, "it has no weights (group 'model_weights' is missing)")
+    group.visititems(visit)
     return found
 
 
@@ -160,7 +172,9 @@ def _check_architecture(path: Path, layers: list[Layer]) -> int:
                 raise _refusal(path, f"layer {number} ({kind}) has {setting} {value}, not {wanted}")
     if len(layers) != len(expected):
         raise _refusal(path, f"it has {len(layers)} layers, not {len(expected)}")
-    code: int = layers[-1]["config"]["units"]
+    code = layers[-1]["config"].get("units")
+    if not isinstance(code, int) or code < 1:
+        raise _refusal(path, f"its last layer has {code} units")
     return code
 
 
@@ -169,7 +183,7 @@ def _copy_weights(
 ) -> None:
     targets = [*network.convolutions, nn.Flatten(), network.dense]
     for layer, target in zip(layers[1:], targets, strict=True):
-        name = layer["config"]["name"]
+        name = layer["config"].get("name")
         arrays: dict[str, Tensor | None]
         match target:
             case nn.Conv2d():

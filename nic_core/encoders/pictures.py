@@ -1,4 +1,4 @@
-"""Pictures of patch tasks and of encoder training, as matplotlib figures."""
+"""Pictures of patch tasks, of encoder training and of codes, as matplotlib figures."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ from collections.abc import Sequence
 import numpy as np
 import polars as pl
 import torch
+from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
+from numpy.typing import NDArray
 
 from nic_core.encoders.augmentation import augment
 from nic_core.encoders.networks import pool_patches
 from nic_core.encoders.patch_tasks import PatchDataset
+from nic_core.encoders.probes import TaskCodes, nearest_patches, principal_components
 from nic_core.encoders.scores import TaskScores
 
 
@@ -31,6 +34,8 @@ def training_curves(history: pl.DataFrame) -> Figure:
             label = "/".join(rest) or "all"
             axes, line = losses, "-"
         elif place == "validation":
+            if rest[-1] == "f1":
+                continue  # close to balanced accuracy: it stands in the tracker's figures
             label = " ".join(rest).replace("_", " ")
             axes, line = values, ":" if rest[-1] == "auc" else "-"
         else:
@@ -79,13 +84,17 @@ def confusion_picture(task: str, classes: Sequence[str], scores: TaskScores) -> 
 def augmentation_sheet(
     tasks: Sequence[PatchDataset], *, seed: int = 0, patches: int = 2, variants: int = 7
 ) -> Figure:
-    """Training patches as the network sees them: first column as stored, then variants."""
+    """Training patches as the network sees them: first column as stored, then variants.
+
+    ``patches`` of each task, of different classes as far as there are as many.
+    """
     generator = torch.Generator().manual_seed(seed)
     rng = np.random.default_rng(seed)
     chosen = [
-        (task, rows)
+        (task, rng.choice(rows[task.labels[rows] == label]))
         for task in tasks
-        for rows in rng.choice(task.rows("train"), patches, replace=False)
+        for rows in [task.rows("train")]
+        for label in np.resize(rng.permutation(np.unique(task.labels[rows])), patches)
     ]
     figure = _figure(1.1 * (variants + 1), 1.15 * len(chosen))
     axes = figure.subplots(len(chosen), variants + 1, squeeze=False)
@@ -112,6 +121,66 @@ def patch_examples(task: PatchDataset, *, seed: int = 0, patches: int = 6) -> Fi
         for place in line:
             place.set_axis_off()
         line[0].set_title(task.classes[number], fontsize=7, loc="left")
+    return figure
+
+
+def code_map(tasks: Sequence[TaskCodes]) -> Figure:
+    """Test codes of each task on their first two principal axes, coloured by class."""
+    columns = min(2, len(tasks))
+    rows = -(-len(tasks) // columns)
+    figure = _figure(4.6 * columns, 3.2 * rows)
+    places = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes in places[len(tasks) :]:
+        axes.set_axis_off()
+    for axes, codes in zip(places, tasks, strict=False):
+        points, shares = principal_components(codes)
+        palette = colormaps["tab10" if len(codes.task.classes) <= 10 else "tab20"]
+        colours = palette(np.arange(palette.N))
+        # in random order, so that no class lies on top
+        order = np.random.default_rng(0).permutation(len(points))
+        labels = codes.test_labels
+        shades = colours[labels[order] % len(colours)]
+        axes.scatter(*points[order].T, s=8, c=shades, alpha=0.7, lw=0)
+        for number in np.unique(labels):
+            colour = colours[number % len(colours)]
+            axes.scatter([], [], s=16, color=colour, label=codes.task.classes[number])
+        axes.set(xlabel=f"axis 1 ({shares[0]:.0%})", ylabel=f"axis 2 ({shares[1]:.0%})")
+        axes.set_title(f"{codes.task.name}: {len(points)} test patches", fontsize=9)
+        axes.set(xticks=[], yticks=[])
+        axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def neighbour_sheet(
+    tasks: Sequence[TaskCodes], *, seed: int = 0, queries: int = 3, neighbours: int = 8
+) -> Figure:
+    """Test patches (first column) and the training patches whose codes are nearest to theirs.
+
+    The queries are of different classes, drawn at random. Green frame: the neighbour is of
+    the query's class; red: of another.
+    """
+    rng = np.random.default_rng(seed)
+    lines: list[tuple[TaskCodes, int, NDArray[np.int64]]] = []
+    for codes in tasks:
+        classes = rng.permutation(np.unique(codes.test_labels))[:queries]
+        chosen = np.array([rng.choice(np.flatnonzero(codes.test_labels == k)) for k in classes])
+        nearest = nearest_patches(codes, chosen, neighbours)
+        lines += [(codes, int(query), found) for query, found in zip(chosen, nearest, strict=True)]
+    figure = _figure(1.05 * (neighbours + 1), 1.2 * len(lines))
+    axes = figure.subplots(len(lines), neighbours + 1, squeeze=False)
+    for line, (codes, query, found) in zip(axes, lines, strict=True):
+        task, label = codes.task, codes.test_labels[query]
+        line[0].imshow(task.patches[codes.test_rows[query]])
+        line[0].set_title(f"{task.name}: {task.classes[label]}", fontsize=7, loc="left")
+        for place, number in zip(line[1:], found, strict=False):
+            place.imshow(task.patches[codes.train_rows[number]])
+            same = codes.train_labels[number] == label
+            for spine in place.spines.values():
+                spine.set(color="C2" if same else "C3", linewidth=2.5)
+        for place in line:
+            place.set(xticks=[], yticks=[])
+        line[0].set_frame_on(False)
     return figure
 
 

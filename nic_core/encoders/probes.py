@@ -1,17 +1,21 @@
 """Probes of frozen codes: what an encoder knows before any slide is compressed.
 
-Both see the codes of a task's training split and are scored on its test split, so tasks that
-the encoder never trained on can be asked as well. All of it is [choice].
+All of them see the codes of a task's training split and are scored on its test split, so tasks
+that the encoder never trained on can be asked as well. All of it is [choice].
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
+import polars as pl
 from numpy.typing import NDArray
 from sklearn.base import ClassifierMixin
+from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
-from sklearn.neighbors import KNeighborsClassifier
-from sklearn.pipeline import make_pipeline
+from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 from sklearn.preprocessing import StandardScaler
 
 from nic_core.encoders.encoder import Encoder
@@ -19,28 +23,120 @@ from nic_core.encoders.patch_tasks import PatchDataset
 from nic_core.encoders.scores import TaskScores, score_task
 
 NEIGHBOURS = 20
+LINEAR, KNN = "linear probe", f"{NEIGHBOURS} nearest neighbours"
+PATCHES = 1500  # of a split: enough for a score to the second digit in seconds
+
+PROBE_SCHEMA = pl.Schema(
+    {
+        "task": pl.String(),
+        "seen": pl.Boolean(),  # the encoder trained on it; null: an encoder from elsewhere
+        "probe": pl.String(),
+        "balanced_accuracy": pl.Float64(),
+        "auc": pl.Float64(),
+        "f1": pl.Float64(),
+        "train": pl.Int64(),  # patches
+        "test": pl.Int64(),
+    }
+)
 
 
-def linear_probe(encoder: Encoder, task: PatchDataset) -> TaskScores:
-    """Scores of a class-balanced logistic regression on standardised codes."""
-    return _score(LogisticRegression(max_iter=2000, class_weight="balanced"), encoder, task)
+@dataclass(frozen=True)
+class TaskCodes:
+    """Codes of a task's training and test patches (or of a sample of them), standardised.
+
+    Each code number has mean 0 and variance 1 over the training patches. ``train`` and ``test``
+    are float32 (N, C), ``train_rows`` and ``test_rows`` the patches' numbers in ``task``.
+    """
+
+    task: PatchDataset
+    train: NDArray[np.float32]
+    test: NDArray[np.float32]
+    train_rows: NDArray[np.int64]
+    test_rows: NDArray[np.int64]
+
+    @property
+    def train_labels(self) -> NDArray[np.int64]:
+        """Class numbers (N,)."""
+        return self.task.labels[self.train_rows]
+
+    @property
+    def test_labels(self) -> NDArray[np.int64]:
+        return self.task.labels[self.test_rows]
 
 
-def knn_probe(encoder: Encoder, task: PatchDataset) -> TaskScores:
-    """Scores of the 20 nearest training patches by distance between standardised codes."""
-    neighbours = min(NEIGHBOURS, len(task.rows("train")))
-    return _score(KNeighborsClassifier(neighbours, weights="distance"), encoder, task)
+def task_codes(
+    encoder: Encoder, task: PatchDataset, *, patches: int = PATCHES, seed: int = 0
+) -> TaskCodes:
+    """Embed at most ``patches`` patches of each of the two splits, drawn without replacement.
+
+    The training patches keep one of each class at least.
+    """
+    rng = np.random.default_rng(seed)
+    train, test = (_sample(task, split, patches, rng) for split in ("train", "test"))
+    scaler = StandardScaler().fit(codes := _embed(encoder, task, train))
+    scaled_test = scaler.transform(_embed(encoder, task, test))
+    return TaskCodes(task, scaler.transform(codes), scaled_test, train, test)
 
 
-def _score(classifier: ClassifierMixin, encoder: Encoder, task: PatchDataset) -> TaskScores:
-    model = make_pipeline(StandardScaler(), classifier)
-    train, test = task.rows("train"), task.rows("test")
-    model.fit(_codes(encoder, task, train), task.labels[train])
+def linear_probe(codes: TaskCodes) -> TaskScores:
+    """Test scores of a class-balanced logistic regression."""
+    return _score(LogisticRegression(max_iter=2000, class_weight="balanced"), codes)
+
+
+def knn_probe(codes: TaskCodes) -> TaskScores:
+    """Test scores of the 20 nearest training patches, weighted by 1 / distance."""
+    neighbours = min(NEIGHBOURS, len(codes.train))
+    return _score(KNeighborsClassifier(neighbours, weights="distance"), codes)
+
+
+def probe_table(encoder: Encoder, tasks: Sequence[TaskCodes]) -> pl.DataFrame:
+    """Both probes of every task (:data:`PROBE_SCHEMA`)."""
+    rows = []
+    for codes in tasks:
+        name = codes.task.name
+        seen = None if encoder.card.objective == "imported" else name in encoder.card.data
+        for probe, score in ((LINEAR, linear_probe), (KNN, knn_probe)):
+            s = score(codes)
+            sizes = (len(codes.train), len(codes.test))
+            rows.append((name, seen, probe, s.balanced_accuracy, s.auc, s.f1, *sizes))
+    return pl.DataFrame(rows, schema=PROBE_SCHEMA, orient="row")
+
+
+def principal_components(codes: TaskCodes) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+    """Test codes on the first two principal axes of the training codes.
+
+    Returns coordinates (N, 2), and the shares of the variance that the two axes hold.
+    """
+    axes = PCA(2, random_state=0).fit(codes.train)
+    return axes.transform(codes.test), axes.explained_variance_ratio_
+
+
+def nearest_patches(
+    codes: TaskCodes, queries: NDArray[np.int64], neighbours: int
+) -> NDArray[np.int64]:
+    """For test codes number ``queries`` (Q,), the training codes nearest to each (Q, K)."""
+    index = NearestNeighbors(n_neighbors=min(neighbours, len(codes.train))).fit(codes.train)
+    nearest: NDArray[np.int64] = index.kneighbors(codes.test[queries], return_distance=False)
+    return nearest
+
+
+def _score(classifier: ClassifierMixin, codes: TaskCodes) -> TaskScores:
+    classifier.fit(codes.train, codes.train_labels)
     # every class is in train, so the columns are all classes in order
-    return score_task(task.labels[test], model.predict_proba(_codes(encoder, task, test)))
+    return score_task(codes.test_labels, classifier.predict_proba(codes.test))
 
 
-def _codes(encoder: Encoder, task: PatchDataset, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+def _sample(
+    task: PatchDataset, split: str, patches: int, rng: np.random.Generator
+) -> NDArray[np.int64]:
+    rows = rng.permutation(task.rows(split))
+    # the first of each class stand in front: a sample that lacks a class trains no classifier
+    first = np.unique(task.labels[rows], return_index=True)[1]
+    ordered = np.concatenate([rows[first], np.delete(rows, first)])
+    return np.sort(ordered[: max(patches, len(first))])
+
+
+def _embed(encoder: Encoder, task: PatchDataset, rows: NDArray[np.int64]) -> NDArray[np.float32]:
     return np.concatenate(
         [encoder.embed(task.patches[part]) for part in np.array_split(rows, len(rows) // 512 + 1)]
     )

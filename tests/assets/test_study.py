@@ -21,13 +21,14 @@ from nic_assets.build import build_defs
 from nic_assets.inputs import SLIDE_FILE
 from nic_assets.refresh import refresh
 from nic_core.cohort import load_cohort
+from nic_core.encoders.probes import KNN, LINEAR
 from nic_core.grids import open_grid
 from nic_core.models.files import ensemble_module, load_model
 from nic_core.reports import RESULT_SCHEMA
 from nic_core.store import Store
 
 LAYERS = {
-    "encoders": {"patch_task_source", "encoder_entry", "patch_task", "encoder"},
+    "encoders": {"patch_task_source", "encoder_entry", "patch_task", "encoder", "encoder_probe"},
     "grids": {"grid", "encoded_cohort"},
     "models": {"target_entry", "target_folds", "task_model"},
     "reports": {"probability_map", "map_scores", "evaluation_report"},
@@ -130,9 +131,22 @@ def test_mlflow_holds_a_version_of_every_encoder_and_model_with_its_origin(study
     assert study.instance.get_run_by_id(version.tags["dagster/run_id"]) is not None
     run = client.get_run(version.run_id)
     assert run.data.params["patches_seen"] == "256"
-    assert {"training_curves.png", "card.json"} <= {
+    tasks = [task.name for task in study.cohort.patch_tasks]
+    pictures = {"augmented_patches", "training_curves", *(f"confusion_{task}" for task in tasks)}
+    assert {*(f"{name}.png" for name in pictures), "validation_confusion.json", "card.json"} <= {
         item.path for item in client.list_artifacts(version.run_id)
     }
+    epochs = [metric.step for metric in client.get_metric_history(version.run_id, "loss")]
+    assert epochs == list(range(1, len(epochs) + 1))
+    for task in tasks:
+        for score in ("balanced_accuracy", "f1"):
+            name = f"validation/{task}/{score}"
+            assert len(client.get_metric_history(version.run_id, name)) == len(epochs)
+    event = study.instance.fetch_materializations(
+        dg.AssetRecordsFilter(dg.AssetKey("encoder"), asset_partitions=["mtl-4"]), limit=1
+    ).records[0]
+    assert event.asset_materialization is not None
+    assert pictures | {"test_scores"} <= set(event.asset_materialization.metadata)
 
 
 def test_a_registered_model_gives_the_numbers_of_the_one_in_the_store(study):
@@ -171,6 +185,81 @@ def test_a_changed_slide_is_compressed_again_and_no_other(
     grids = [open_grid(changed.store.grid("mtl-4", s.stem)) for s in (first, second)]
     np.testing.assert_array_equal(grids[0].codes[:], grids[1].codes[:])
     assert changed.instance.get_materialized_partitions(SLIDE_FILE)
+
+
+def test_the_report_holds_both_probes_of_every_encoder_and_task(study):
+    probes = pl.read_parquet(study.store.reports / "results.parquet").filter(
+        pl.col("model").is_in([LINEAR, KNN]), metric="balanced accuracy"
+    )
+    assert set(probes.select("encoder", "about", "model").rows()) == {
+        (encoder.name, task.name, model)
+        for encoder in study.cohort.encoders
+        for task in study.cohort.patch_tasks
+        for model in (LINEAR, KNN)
+    }
+    event = study.instance.get_latest_materialization_event(dg.AssetKey("encoder_probe"))
+    assert {"codes", "nearest_patches", "scores"} <= set(event.asset_materialization.metadata)
+
+
+# --- encoders from elsewhere -----------------------------------------------------------------
+
+
+def scripted(path: Path, factor: float) -> None:
+    """A network from elsewhere: means of three channels over quarters of the patch."""
+    network = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten())
+    example = torch.rand(1, 3, 32, 32)
+    torch.jit.trace(torch.nn.Sequential(Scale(factor), network), example).save(path)
+
+
+class Scale(torch.nn.Module):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return pixels * self.factor
+
+
+def test_a_network_from_elsewhere_is_an_encoder_like_any_other(tiny_cohort, tmp_path):
+    scripted(tmp_path / "means.pt", 1.0)
+    slides = pl.read_csv(tiny_cohort.parent / "slides.csv", infer_schema=False).head(1)
+    slides = slides.select("slide", "patient", path=f"{tiny_cohort.parent}/" + pl.col("path"))
+    slides.write_csv(tmp_path / "slides.csv")
+    settings = load_cohort(tiny_cohort).settings
+    network = {
+        "patch": settings.patch,
+        "mpp": settings.mpp,
+        "code": 12,
+        "preprocess": {"mean": [0.5] * 3, "std": [0.25] * 3, "resize": 32},
+    }
+    encoder = {"name": "means", "objective": "imported", "file": "means.pt", "network": network}
+    cohort = {
+        "name": "elsewhere",
+        "slides": {"table": "slides.csv"},
+        "encoders": [encoder],
+        "settings": {"patch": settings.patch, "mpp": settings.mpp},
+    }
+    (tmp_path / "cohort.yaml").write_text(yaml.safe_dump(cohort))
+    study = Study(tmp_path / "cohort.yaml", tmp_path)
+    assert study.refresh() == []
+    grid = open_grid(study.store.grid("means", slides["slide"][0]))
+    assert grid.shape[0] == 12
+    assert grid.valid.any()
+    mlflow.set_tracking_uri(f"sqlite:///{study.store.mlflow / 'mlflow.db'}")
+    assert mlflow.MlflowClient().search_registered_models() == []
+
+    def versions(asset: str) -> list[str]:
+        events = study.instance.fetch_materializations(dg.AssetKey(asset), limit=100).records
+        return [e.asset_materialization.tags["dagster/data_version"] for e in events]
+
+    scripted(tmp_path / "means.pt", 2.0)
+    assert study.refresh() == []
+    made = {asset: versions(asset) for asset in ("encoder", "grid", "patch_table")}
+    assert [len(set(made[asset])) for asset in made] == [2, 2, 1]
+    assert len(made["patch_table"]) == 1
+    (tmp_path / "means.pt").unlink()
+    assert study.refresh() == [f"encoder: 1 of 1 failed: means: encoder 'means': "
+                               f"{tmp_path / 'means.pt'} does not exist"]  # fmt: skip
 
 
 # --- the command line ------------------------------------------------------------------------

@@ -27,6 +27,14 @@ def real_data() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def published(real_data: Path) -> Path:
+    folder = real_data.parent / "published-encoders"
+    if not folder.is_dir():
+        pytest.skip(f"no released encoders at {folder}")
+    return folder
+
+
 def texture(rng: np.random.Generator, side: int, kind: int) -> np.ndarray:
     """A patch that only its stripes' direction and spacing tell apart, not its colour."""
     y, x = np.mgrid[:side, :side]

@@ -14,14 +14,6 @@ from nic_core.encoders.keras_import import import_keras_encoder
 from nic_core.encoders.patch_sources import read_image
 
 
-@pytest.fixture(scope="module")
-def published(real_data: Path) -> Path:
-    folder = real_data.parent / "published-encoders"
-    if not folder.is_dir():
-        pytest.skip(f"no released encoders at {folder}")
-    return folder
-
-
 @pytest.mark.parametrize("name", ["multitask-4", "bigan"])
 def test_released_encoders_give_their_reference_embedding(published: Path, name: str, tmp_path):
     reference = json.loads((published / "reference_embeddings.json").read_text())
@@ -73,6 +65,52 @@ def test_other_files_are_refused(tmp_path: Path):
         file["x"] = np.zeros(3)
     with pytest.raises(EncoderError, match="no Keras model"):
         import_keras_encoder(tmp_path / "data.h5", "x")
+
+
+def released(path: Path, change) -> Path:
+    """A file like a released encoder's in miniature; ``change`` edits it before it is read."""
+    layers = [{"class_name": "InputLayer", "config": {"name": "input"}}]
+    with h5py.File(path, "w") as file:
+        model = {"class_name": "Sequential", "config": {"layers": layers}}
+        file.attrs["model_config"] = json.dumps(model)
+        file.create_group("model_weights")
+        change(file)
+    return path
+
+
+def damage(text: str):
+    def change(file: h5py.File) -> None:
+        file.attrs["model_config"] = text
+
+    return change
+
+
+def without_weights(file: h5py.File) -> None:
+    del file["model_weights"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (damage("{"), "model_config is no JSON"),
+        (damage("[1, 2]"), "layer without class or settings"),
+        (damage('{"class_name": "Model", "config": 3}'), "model without layers"),
+        (damage('{"class_name": "Model", "config": [{"config": {}}]}'), "layer without class"),
+        (without_weights, "it has no weights"),
+        (lambda file: None, "has batch_input_shape None"),
+    ],
+)
+def test_a_damaged_file_is_refused_with_what_is_wrong(change, message, tmp_path: Path):
+    with pytest.raises(EncoderError, match=message):
+        import_keras_encoder(released(tmp_path / "m.h5", change), "x")
+
+
+def test_a_cut_file_is_refused(published: Path, tmp_path: Path):
+    data = (published / "encoder_multitask-4.h5").read_bytes()
+    for share in (0.01, 0.5, 0.99):
+        (tmp_path / "cut.h5").write_bytes(data[: int(len(data) * share)])
+        with pytest.raises(EncoderError, match="not a readable HDF5"):
+            import_keras_encoder(tmp_path / "cut.h5", "x")
 
 
 def test_a_small_keras_model_is_refused_without_the_released_files(tmp_path: Path):

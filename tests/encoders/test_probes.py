@@ -1,10 +1,24 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from nic_core.cohort import EncoderSpec
 from nic_core.encoders import train_encoder
-from nic_core.encoders.probes import knn_probe, linear_probe
+from nic_core.encoders.pictures import code_map, neighbour_sheet
+from nic_core.encoders.probes import (
+    KNN,
+    LINEAR,
+    PROBE_SCHEMA,
+    TaskCodes,
+    knn_probe,
+    linear_probe,
+    nearest_patches,
+    principal_components,
+    probe_table,
+    task_codes,
+)
+from nic_core.reports import probe_results
 
 from .conftest import make_dataset
 
@@ -25,5 +39,84 @@ def encoders():
 def test_probes_tell_a_trained_encoder_from_mean_colour(encoders, probe):
     mean, trained = encoders
     unseen = make_dataset("unseen", side=62, seed=9)
-    assert probe(trained, unseen).auc > 0.85
-    assert probe(mean, unseen).auc < 0.75
+    assert probe(task_codes(trained, unseen)).auc > 0.85
+    assert probe(task_codes(mean, unseen)).auc < 0.75
+
+
+def test_a_sample_is_seeded_and_holds_every_class(encoders):
+    mean, _ = encoders
+    task = make_dataset("three", ("a", "b", "c"), (0, 1, 2), each=40, side=62)
+    codes = task_codes(mean, task, patches=5, seed=3)
+    assert len(codes.train_rows) == len(codes.test_rows) == 5
+    assert set(codes.train_labels) == {0, 1, 2}
+    assert set(codes.train_rows) <= set(task.rows("train"))
+    assert set(codes.test_rows) <= set(task.rows("test"))
+    again, other = (task_codes(mean, task, patches=5, seed=seed) for seed in (3, 4))
+    assert np.array_equal(again.train_rows, codes.train_rows)
+    assert not np.array_equal(other.train_rows, codes.train_rows)
+    assert len(task_codes(mean, task, patches=1).train_rows) == 3
+    whole = task_codes(mean, task)
+    assert np.array_equal(whole.train_rows, task.rows("train"))
+    assert np.allclose(whole.train.mean(0), 0, atol=1e-5)
+    assert np.allclose(whole.train.std(0), 1, atol=1e-5)
+
+
+def test_the_table_tells_seen_tasks_from_unseen(encoders):
+    mean, trained = encoders
+    tasks = [make_dataset(side=62), make_dataset("unseen", side=62, seed=9)]
+    scores = probe_table(trained, [task_codes(trained, task) for task in tasks])
+    assert scores.schema == PROBE_SCHEMA
+    assert scores.select("task", "seen", "probe").rows() == [
+        ("stripes", True, LINEAR),
+        ("stripes", True, KNN),
+        ("unseen", False, LINEAR),
+        ("unseen", False, KNN),
+    ]
+    imported = mean.card.model_copy(update={"objective": "imported"})
+    elsewhere = probe_table(type(mean)(imported, mean.module), [task_codes(mean, tasks[0])])
+    assert elsewhere["seen"].to_list() == [None, None]
+    results = probe_results("one", scores)
+    assert results.filter(model=LINEAR, about="unseen", metric="AUC")["value"].item() == (
+        scores.filter(probe=LINEAR, task="unseen")["auc"].item()
+    )
+
+
+def blobs() -> TaskCodes:
+    """Codes whose classes lie far apart along one axis, and noise in the others."""
+    task = make_dataset(each=40, side=32)
+    rng = np.random.default_rng(0)
+    codes = rng.normal(0, 0.1, (80, 6)).astype(np.float32)
+    codes[:, 4] += 10 * task.labels
+    train, test = task.rows("train"), task.rows("test")
+    return TaskCodes(task, codes[train], codes[test], train, test)
+
+
+def test_neighbours_and_axes_are_those_of_the_codes():
+    codes = blobs()
+    queries = np.arange(len(codes.test))
+    nearest = nearest_patches(codes, queries, 5)
+    distances = ((codes.test[:, None] - codes.train[None]) ** 2).sum(-1)
+    assert np.array_equal(nearest, np.argsort(distances, 1)[:, :5])
+    assert (codes.train_labels[nearest] == codes.test_labels[:, None]).all()
+    points, shares = principal_components(codes)
+    assert abs(np.corrcoef(points[:, 0], codes.test[:, 4])[0, 1]) > 0.999
+    assert shares[0] > 0.9
+
+
+def test_pictures_show_every_task_and_frame_neighbours_by_their_class():
+    codes = blobs()
+    wrong = TaskCodes(
+        codes.task, codes.train, codes.test[::-1].copy(), codes.train_rows, codes.test_rows
+    )
+    drawn = code_map([codes, codes, codes])
+    drawn.canvas.draw()
+    assert sum(axes.axison for axes in drawn.axes) == 3
+    for shown, colour in ((codes, (0.17, 0.63, 0.17)), (wrong, (0.84, 0.15, 0.16))):
+        sheet = neighbour_sheet([shown], queries=2, neighbours=4)
+        sheet.canvas.draw()
+        assert len(sheet.axes) == 2 * 5
+        frames = [
+            axes.spines["top"].get_edgecolor()[:3] for axes in sheet.axes if axes.get_frame_on()
+        ]
+        assert len(frames) == 2 * 4
+        assert np.allclose(frames, colour, atol=0.01)

@@ -24,6 +24,7 @@ from nic_core.encoders.files import save_encoder
 from nic_core.encoders.training import train_encoder
 from nic_core.grids import open_grid
 from tests.slides.conftest import GLASS, paint, write_tiff
+from tests.slides.vendors import write_scn
 
 run = CliRunner().invoke
 
@@ -39,9 +40,32 @@ def section(tmp_path) -> Path:
 def test_inspect_tells_what_a_slide_is(section):
     result = run(app, ["inspect", str(section)])
     assert result.exit_code == 0
-    for text in ("tifffile", "1200 x 1200 px", "1 um/px", "1.44 mm2", "level 2", "1/4"):
+    for text in (
+        "tifffile (TIFF: tiles by their offsets)",
+        "1200 x 1200 px",
+        "1 um/px (TIFF resolution)",
+        "1.44 mm2",
+        "level 2",
+        "1/4",
+        "4 um/px, tiles of 128 x 128",
+        "other images  none",
+    ):
         assert text in result.stdout
-    assert "0.5 um/px" in run(app, ["inspect", str(section), "--mpp", "0.5"]).stdout
+    assert "0.5 um/px (slide table)" in run(app, ["inspect", str(section), "--mpp", "0.5"]).stdout
+
+
+def test_inspect_tells_bounds_power_and_the_names_of_other_images(tmp_path):
+    image = paint(256, 384)
+    path = write_scn(tmp_path / "a.scn", [image], 0.25, macro=image[:64, :64])
+    result = run(app, ["inspect", str(path)])
+    for text in (
+        "openslide (the format of leica)",
+        "0.25 um/px (leica metadata)",
+        "20x",
+        "384 x 256 px at 128, 64",
+        "macro",
+    ):
+        assert text in result.stdout
 
 
 def test_a_bad_slide_is_one_line_and_status_1(tmp_path):

@@ -1,0 +1,145 @@
+"""``nic encoder``: train or import encoders, read their cards, probe their codes."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from nic_core.cli.shared import console, one_line, progress_bars
+from nic_core.cohort import DEFAULT_COHORT, CohortError, load_cohort
+from nic_core.store import DEFAULT_STORE, Store, StoreError
+
+# what computes is imported in each command: torch alone takes a second
+
+encoder_app = typer.Typer(no_args_is_help=True, help="Train, import, describe and probe encoders.")
+Folder = Annotated[Path, typer.Argument(help="folder of an encoder")]
+
+
+@encoder_app.command()
+def train(
+    name: Annotated[str, typer.Argument(help="encoder of the cohort file")],
+    cohort: Annotated[Path, typer.Option(help="cohort file")] = DEFAULT_COHORT,
+    store: Annotated[Path, typer.Option(help="folder of the products")] = DEFAULT_STORE,
+) -> None:
+    """Train one encoder of a cohort file; patch tasks that the store lacks are made first.
+
+    A training that was stopped goes on from its last epoch.
+    """
+    from nic_core import steps  # imports torch: slow, for this alone
+    from nic_core.reports import encoder_results, results_table
+
+    with _one_line(), progress_bars() as progress:
+        study, products = load_cohort(cohort), Store(store.resolve())
+        for task in study.encoder(name).tasks:
+            if not products.patch_task(task).exists():
+                steps.make_patch_task(study, products, task)
+        bar = progress.add_task(name, total=None, unit="patches")
+        trained = steps.make_encoder(
+            study,
+            products,
+            name,
+            progress=lambda done, total: progress.update(bar, completed=done, total=total),
+        )
+    if trained.encoder.card.scores:
+        console.print(results_table(encoder_results(trained.encoder.card)))
+    console.print(f"{products.encoder(name)}", soft_wrap=True)
+
+
+@encoder_app.command("import")
+def import_(
+    file: Annotated[Path, typer.Argument(help="Keras HDF5 file of a released encoder (.h5)")],
+    out: Annotated[Path, typer.Option(help="folder to write the encoder to")],
+    name: Annotated[
+        str | None, typer.Option(help="the encoder's name; default: the folder's")
+    ] = None,
+) -> None:
+    """Turn an encoder that the authors released into one of this project's folders.
+
+    Networks of other formats need a description: they are entries of a cohort file.
+    """
+    from nic_core.encoders.files import save_encoder
+    from nic_core.encoders.keras_import import import_keras_encoder
+
+    with _one_line():
+        encoder = import_keras_encoder(file, name or out.resolve().name)
+        save_encoder(out, encoder)
+        _show(encoder.card.model_dump())
+        console.print(f"{out}", soft_wrap=True)
+
+
+@encoder_app.command()
+def info(folder: Folder) -> None:
+    """What an encoder is: its card."""
+    from nic_core.encoders.files import read_card
+
+    with _one_line():
+        card = read_card(folder)
+        _show(card.model_dump(exclude={"scores"}))
+        if card.scores:
+            table = Table("task", "test patches", "balanced accuracy", "AUC", "F1", box=SIMPLE_HEAD)
+            for task, s in card.scores.items():
+                auc = "" if s.auc is None else f"{s.auc:.3f}"
+                table.add_row(task, str(s.n), f"{s.balanced_accuracy:.3f}", auc, f"{s.f1:.3f}")
+            console.print(table)
+
+
+@encoder_app.command()
+def probe(
+    folder: Folder,
+    tasks: Annotated[list[Path], typer.Argument(help="folders of patch tasks")],
+    out: Annotated[Path, typer.Option(help="folder for the table and the pictures")],
+    patches: Annotated[int, typer.Option(min=1, help="patches of a split at most")] = 1500,
+    seed: Annotated[int, typer.Option(help="of the sample of patches")] = 0,
+) -> None:
+    """What simple classifiers read off an encoder's codes, on patients they were not fitted to.
+
+    Writes ``probes.parquet``, ``codes.png`` (principal axes) and ``nearest_patches.png``.
+    """
+    from nic_core.encoders.files import load_encoder
+    from nic_core.encoders.patch_tasks import load_patch_task
+    from nic_core.encoders.pictures import code_map, neighbour_sheet
+    from nic_core.encoders.probes import probe_table, task_codes
+
+    with _one_line():
+        encoder = load_encoder(folder)
+        codes = [
+            task_codes(encoder, load_patch_task(path), patches=patches, seed=seed) for path in tasks
+        ]
+        scores = probe_table(encoder, codes)
+        out.mkdir(parents=True, exist_ok=True)
+        scores.write_parquet(out / "probes.parquet")
+        code_map(codes).savefig(out / "codes.png", dpi=110)
+        neighbour_sheet(codes, seed=seed).savefig(out / "nearest_patches.png", dpi=110)
+        table = Table(
+            "task", "probe", "balanced accuracy", "AUC", "F1", "test patches", box=SIMPLE_HEAD
+        )
+        for row in scores.iter_rows(named=True):
+            auc = "" if row["auc"] is None else f"{row['auc']:.3f}"
+            figures = (f"{row['balanced_accuracy']:.3f}", auc, f"{row['f1']:.3f}")
+            table.add_row(row["task"], row["probe"], *figures, str(row["test"]))
+        console.print(table)
+
+
+def _show(card: dict[str, Any]) -> None:
+    """A card, a line a fact; empty ones are left out."""
+    table = Table(show_header=False, box=None)
+    for name, value in card.items():
+        if value is None or value == {}:
+            continue
+        if isinstance(value, dict):
+            value = "\n".join(
+                f"{key}: {', '.join(v) if isinstance(v, tuple) else v}" for key, v in value.items()
+            )
+        table.add_row(name.replace("_", " "), str(value))
+    console.print(table)
+
+
+def _one_line() -> AbstractContextManager[None]:
+    from nic_core.encoders.errors import EncoderError
+
+    return one_line(EncoderError, CohortError, StoreError, OSError)

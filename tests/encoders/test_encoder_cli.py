@@ -1,0 +1,72 @@
+"""``nic encoder``: import, info and probe as a user types them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import polars as pl
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from nic_core.cli import app
+from nic_core.cohort import EncoderSpec
+from nic_core.encoders import load_encoder, save_encoder, save_patch_task, train_encoder
+from nic_core.encoders.probes import PROBE_SCHEMA
+
+from .conftest import make_dataset
+
+run = CliRunner().invoke
+
+
+@pytest.fixture
+def encoder(tmp_path: Path) -> Path:
+    spec = EncoderSpec(name="mean", objective="mean_rgb")
+    folder = tmp_path / "mean"
+    save_encoder(folder, train_encoder(spec, [], patch=62, mpp=0.5, code=3).encoder)
+    return folder
+
+
+def test_info_prints_the_card(encoder: Path):
+    told = run(app, ["encoder", "info", str(encoder)])
+    assert told.exit_code == 0
+    for fact in ("mean_rgb", "62", "0.5", "uint8 RGB / 255 * 2 - 1"):
+        assert fact in told.stdout
+
+
+def test_a_released_encoder_is_imported_under_its_folders_name(published: Path, tmp_path: Path):
+    file = published / "encoder_bigan.h5"
+    done = run(app, ["encoder", "import", str(file), "--out", str(tmp_path / "bigan")])
+    assert done.exit_code == 0
+    card = load_encoder(tmp_path / "bigan").card
+    assert (card.name, card.code, card.patch, card.mpp) == ("bigan", 128, 128, 0.5)
+    assert card.weights_hash in done.stdout
+
+
+def test_what_is_no_encoder_is_one_line_and_status_1(tmp_path: Path):
+    (tmp_path / "text.h5").write_text("no")
+    for command in (
+        ["import", str(tmp_path / "text.h5"), "--out", str(tmp_path / "out")],
+        ["info", str(tmp_path / "gone")],
+        ["probe", str(tmp_path / "gone"), str(tmp_path), "--out", str(tmp_path / "out")],
+    ):
+        result = run(app, ["encoder", *command])
+        assert result.exit_code == 1
+        assert "Traceback" not in result.stdout
+        assert len(result.stdout.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_probe_writes_its_table_and_pictures(encoder: Path, tmp_path: Path):
+    for name, seed in (("first", 1), ("second", 2)):
+        save_patch_task(tmp_path / name, make_dataset(name, side=62, seed=seed))
+    tasks = [str(tmp_path / name) for name in ("first", "second")]
+    out = tmp_path / "probe"
+    done = run(app, ["encoder", "probe", str(encoder), *tasks, "--out", str(out)])
+    assert done.exit_code == 0, done.stdout
+    scores = pl.read_parquet(out / "probes.parquet")
+    assert scores.schema == PROBE_SCHEMA
+    assert scores["task"].to_list() == ["first", "first", "second", "second"]
+    assert scores["seen"].to_list() == [False] * 4
+    for name in ("codes.png", "nearest_patches.png"):
+        assert Image.open(out / name).size > (100, 100)
