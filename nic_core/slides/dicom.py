@@ -55,7 +55,10 @@ def _whole(path: Path) -> bool:
 
 
 def _series(path: Path) -> bytes | None:
-    with path.open("rb") as file:
-        head = file.read(_HEAD)
+    try:
+        with path.open("rb") as file:
+            head = file.read(_HEAD)
+    except OSError:  # another's file in the folder is no reason to refuse this slide
+        return None
     found = _SERIES.search(head) if head[128:132] == b"DICM" else None
     return found[1] if found else None
