@@ -27,9 +27,10 @@ from rich.table import Table
 from scipy import ndimage
 from torch import nn
 
-from nic_core.compression import compress_slide, plan_blocks, read_block
+from nic_core.compression import compress_slide
 from nic_core.patches import patch_table
 from nic_core.slides import Slide, open_slide
+from nic_core.slides.blocks import plan_blocks, read_block
 from nic_core.slides.engines import EngineName
 from nic_core.tissue import TissueMask
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
 import typer
@@ -19,19 +19,22 @@ from rich.progress import (
     Progress,
     ProgressColumn,
     Task,
+    TaskID,
     TextColumn,
     TimeRemainingColumn,
 )
 from rich.table import Table
 from rich.text import Text
 
+from nic_core.cohort import CompressionSettings
 from nic_core.encoder_cli import encoder_app
-from nic_core.grids import GridError, grid_preview, open_grid, write_grid
-from nic_core.patches import patch_table
+from nic_core.grids import GridError, Reading, grid_preview, open_grid
 from nic_core.slides import SlideError, content_identity, open_slide
+from nic_core.store import Store, StoreError
 from nic_core.tissue import read_mask, tissue_mask, tissue_outline
 
 if TYPE_CHECKING:
+    from nic_core.batch import Outcome
     from nic_core.encoders.encoder import Encoder
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
@@ -40,6 +43,9 @@ app.add_typer(grid_app, name="grid")
 app.add_typer(encoder_app, name="encoder")
 console = Console()
 
+COMPRESSION = CompressionSettings()
+Asked = Literal["auto", "float32", "bfloat16"]
+Orientations = Literal["1", "8"]
 SlidePath = Annotated[Path, typer.Argument(help="slide file")]
 StorePath = Annotated[Path, typer.Argument(help="grid store (.zarr)")]
 Mpp = Annotated[float | None, typer.Option(help="um/px at level 0; overrides the file's")]
@@ -79,29 +85,37 @@ def tissue(slide: SlidePath, out: Out, mpp: Mpp = None, mask: MaskPath = None) -
 @app.command()
 def compress(
     slides: Annotated[list[Path], typer.Argument(help="slide files")],
-    encoder: Annotated[Path, typer.Option(help="folder of a trained encoder")],
-    out: Annotated[Path, typer.Option(help="folder for the grid stores")],
+    encoder: Annotated[str, typer.Option(help="folder of an encoder, or its name in $NIC_STORE")],
+    out: Annotated[Path, typer.Option(help="folder for the grid stores and report.csv")],
     mpp: Mpp = None,
     share: Annotated[
         float, typer.Option("--tissue", min=0, max=1, help="a cell is kept above this share")
     ] = 0.6,
+    orientations: Annotated[Orientations, typer.Option(help="1 (upright) or 8")] = "1",
+    precision: Annotated[
+        Asked, typer.Option(help="auto: bfloat16 if the device has it")
+    ] = COMPRESSION.precision,
+    reading: Annotated[
+        Reading, typer.Option(help="pixels of the patch, or of the network's input")
+    ] = COMPRESSION.reading,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    resume: Annotated[
+        bool, typer.Option(help="leave stores that are up to date; or make all anew")
+    ] = True,
 ) -> None:
-    """Compress slides to grids; a store that is up to date is left as it is.
+    """Compress slides to grids.
 
-    A slide that cannot be used does not stop the others: all such are listed at the end, and
-    the exit status is 1.
+    A slide that cannot be used does not stop the others: report.csv tells what became of each,
+    and the exit status is 1.
     """
-    from nic_core.encoders.encoder import EncoderError  # imports torch: slow, for this alone
-    from nic_core.encoders.files import load_encoder
+    # imports torch: slow, for this command alone
+    from nic_core.batch import REPORT, compress_slides, name_slides, write_report
 
+    prepared = _encoder(encoder).prepare(device, precision, reading)
     try:
-        trained = load_encoder(encoder)
-    except EncoderError as error:
-        raise typer.BadParameter(str(error), param_hint="--encoder") from error
-    _no_equal_names(slides)
-    failed: dict[Path, SlideError] = {}
-    skipped = 0
+        named = name_slides(slides)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -109,67 +123,81 @@ def compress(
         _Speed(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console) as progress:
-        for path in slides:
-            try:
-                skipped += not _compress(path, trained, out, mpp, share, device, progress)
-            except SlideError as error:
-                failed[path] = error
-    done = len(slides) - skipped - len(failed)
-    console.print(f"{done} compressed, {skipped} up to date, {len(failed)} failed")
-    if failed:
-        table = Table("slide", "reason", "what to do")
-        for path, reason in failed.items():
-            table.add_row(path.name, reason.reason, reason.remedy)
-        console.print(table)
+    with Progress(*columns, console=console) as bars:
+        every = bars.add_task("slides", total=len(named))
+        current: dict[str, TaskID] = {}
+
+        def show(slide: str, done: int, total: int) -> None:
+            if slide not in current:
+                current[slide] = bars.add_task(slide, total=total, unit="patches")
+            bars.update(current[slide], completed=done)
+
+        def tell(outcome: Outcome) -> None:
+            if outcome.slide in current:
+                bars.remove_task(current.pop(outcome.slide))
+            if outcome.status != "put off":
+                bars.advance(every)
+            if outcome.status != "not tried":
+                console.print(_line(outcome), soft_wrap=True)
+
+        table = compress_slides(
+            named,
+            prepared,
+            out,
+            mpp=mpp,
+            tissue=share,
+            orientations=orientations == "8",
+            resume=resume,
+            progress=show,
+            tell=tell,
+        )
+    counts = {s: int((table["status"] == s).sum()) for s in ("compressed", "up to date", "failed")}
+    left = len(table) - sum(counts.values())
+    told = [f"{count} {status}" for status, count in counts.items()]
+    console.print(", ".join(told + [f"{left} not tried"] * bool(left)))
+    failed = Table("failed", "reason", "what to do")
+    for row in table.rows(named=True):
+        if row["status"] == "failed":
+            failed.add_row(Path(row["path"]).name, row["reason"], row["remedy"])
+    if counts["failed"]:
+        console.print(failed)
+    with _one_line():
+        write_report(out / REPORT, table)
+    console.print(str(out / REPORT), soft_wrap=True)
+    if counts["failed"]:
         raise typer.Exit(1)
 
 
-def _compress(
-    path: Path,
-    encoder: Encoder,
-    out: Path,
-    mpp: float | None,
-    share: float,
-    device: str,
-    progress: Progress,
-) -> bool:
-    """Compress one slide; False if its store is already what it would be."""
-    from nic_core.compression import compress_slide, up_to_date
+def _line(outcome: Outcome) -> Text:
+    """A slide's outcome in a line."""
+    line = Text.assemble((outcome.slide, "bold"), f": {outcome.status}")
+    if outcome.patches_per_second is not None:
+        line.append(f", {outcome.cells:,} patches, {outcome.patches_per_second:,.0f} patches/s")
+    if outcome.unreadable:
+        line.append(f", {outcome.unreadable:,} unreadable", "yellow")
+    if outcome.reason:
+        line.append(f", {outcome.reason}", "red" if outcome.status == "failed" else "")
+    return line
 
-    card, slide_id = encoder.card, _slide_id(path)
-    store = out / f"{slide_id}.zarr"
-    with open_slide(path, mpp=mpp) as slide:
-        identity = content_identity(path)
-        table = patch_table(
-            slide_id, slide, tissue_mask(slide), patch=card.patch, mpp=card.mpp, tissue=share
+
+def _encoder(name: str) -> Encoder:
+    """An encoder by its folder or by its name in the store."""
+    from nic_core.encoders.encoder import EncoderError
+    from nic_core.encoders.files import load_encoder
+
+    store = Store.from_environment()
+    folder = Path(name) if Path(name).is_dir() else store.encoder(name)
+    if not folder.is_dir():
+        known = sorted(path.name for path in folder.parent.glob("[!.]*/"))
+        raise typer.BadParameter(
+            f"'{name}' is neither a folder nor an encoder of the store {store.root} "
+            f"(it has: {', '.join(known) or 'none'})",
+            param_hint="--encoder",
         )
-        if up_to_date(store, slide, table, encoder, slide_identity=identity):
-            return False
-        bar = progress.add_task(slide_id, total=int(table["kept"].sum()))
-        grid = compress_slide(
-            slide,
-            table,
-            encoder,
-            slide_id=slide_id,
-            slide_identity=identity,
-            device=device,
-            progress=lambda done, total: progress.update(bar, completed=done),
-        )
-        write_grid(store, grid)
-    return True
-
-
-def _no_equal_names(slides: list[Path]) -> None:
-    names: dict[str, Path] = {}
-    for path in slides:
-        other = names.setdefault(_slide_id(path), path)
-        if other != path:
-            raise typer.BadParameter(f"{other} and {path} would share a store")
-
-
-def _slide_id(path: Path) -> str:
-    return path.stem.removesuffix(".ome")
+    try:
+        return load_encoder(folder)
+    except EncoderError as error:
+        raise typer.BadParameter(str(error), param_hint="--encoder") from error
 
 
 @grid_app.command()
@@ -182,6 +210,7 @@ def info(store: StorePath) -> None:
         size = sum(part.stat().st_size for part in store.rglob("*") if part.is_file())
         table = Table(show_header=False, box=None)
         table.add_row("codes", f"{code} numbers x {rows} rows x {columns} columns")
+        table.add_row("orientations", "1 (upright)" if grid.orientations is None else "8")
         table.add_row("cells with a code", f"{kept} of {rows * columns}")
         table.add_row("on disk", f"{size / 1e6:.2f} MB")
         for name, value in grid.provenance.model_dump().items():
@@ -190,12 +219,24 @@ def info(store: StorePath) -> None:
 
 
 @grid_app.command()
-def preview(store: StorePath, out: Out) -> None:
+def preview(
+    store: StorePath,
+    out: Out,
+    slide: Annotated[
+        Path | None, typer.Option(help="the slide, to be drawn beside its grid")
+    ] = None,
+) -> None:
     """Draw a grid: its first three principal components as red, green and blue."""
+    from nic_core.pictures import slide_and_grid  # imports matplotlib: slow, for this alone
+
     with _one_line():
         grid = open_grid(store)
         cell = max(1, math.ceil(800 / max(grid.shape[1:])))
-        _save(out, grid_preview(grid, cell=cell))
+        if slide is None:
+            _save(out, grid_preview(grid, cell=cell))
+        else:
+            with open_slide(slide, mpp=grid.provenance.slide_mpp) as opened:
+                _save(out, slide_and_grid(opened, grid, cell=cell))
         console.print(f"{out}")
 
 
@@ -209,7 +250,7 @@ def _one_line() -> Iterator[None]:
     """An expected error is a line and exit status 1, not a traceback."""
     try:
         yield
-    except (SlideError, GridError) as error:
+    except (SlideError, GridError, StoreError) as error:
         console.print(str(error), style="red", soft_wrap=True, markup=False)
         raise typer.Exit(1) from error
 
@@ -217,4 +258,5 @@ def _one_line() -> Iterator[None]:
 class _Speed(ProgressColumn):
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
-        return Text(f"{speed:.0f} patches/s" if speed else "")
+        unit = task.fields.get("unit")
+        return Text(f"{speed:,.0f} {unit}/s" if unit and speed else "")

@@ -328,6 +328,20 @@ class ModelSettings(_Model):
     seed: int = 0
 
 
+class CompressionSettings(_Model):
+    """How slides are compressed; see docs/grids.md for what each choice costs and changes."""
+
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto", description="auto: bfloat16 where the processor computes it"
+    )
+    reading: Literal["patch", "input"] = Field(
+        default="input",
+        description="read the patch's pixels and pool them in the network (published), or read "
+        "at the resolution of the network's input",
+    )
+    orientations: bool = Field(default=False, description="encode in all 8 orientations")
+
+
 class Settings(_Model):
     """Constants of the method; every default is the paper's."""
 
@@ -335,6 +349,7 @@ class Settings(_Model):
     mpp: PositiveFloat = Field(default=0.5, description="um/px")
     code: PositiveInt = Field(default=128, description="numbers a patch")
     tissue: Fraction = Field(default=0.6, description="a cell is kept above this tissue fraction")
+    compression: CompressionSettings = CompressionSettings()
     models: ModelSettings = ModelSettings()
 
 

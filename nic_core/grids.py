@@ -6,10 +6,14 @@ A store is a zarr v3 group:
   are in micrometres over the slide;
 - array ``valid``: bool (rows, columns), true where a code was computed. Elsewhere codes are 0,
   which is also a possible code;
+- array ``orientations``, on request: float16 (7, C, rows, columns), the codes of the slide in
+  orientations 1 to 7 (:mod:`nic_core.orientations`), each put back at its upright cell: one mask
+  and one frame serve all;
 - attribute ``nic``: the provenance.
 
 Chunks hold all numbers of 64 x 64 cells and lie in shards of 512 x 512, so a crop of
-400 x 400 cells comes from four files at most and a whole store is a handful of files.
+400 x 400 cells comes from four files at most, in whichever orientation, and a whole store is a
+handful of files.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ import hashlib
 import importlib.metadata
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 import zarr
@@ -33,12 +37,17 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    model_validator,
 )
 
+from nic_core.orientations import ORIENTATIONS, orient
 from nic_core.store import whole_folder
 
 _CHUNK, _SHARD = 64, 512
-CODES, VALID, PROVENANCE = "0", "valid", "nic"
+CODES, VALID, TURNED, PROVENANCE = "0", "valid", "orientations", "nic"
+
+Precision = Literal["float32", "bfloat16", "float16"]
+Reading = Literal["patch", "input"]
 
 
 class GridError(ValueError):
@@ -48,8 +57,28 @@ class GridError(ValueError):
 class GridProvenance(BaseModel):
     """Where a grid comes from.
 
-    ``mpp`` is the um/px that patches of ``patch`` px were read at, ``slide_mpp`` that of the
-    slide's level 0.
+    A store that lacks ``stride``, ``precision`` or ``reading`` is older than they are: it was
+    made in the one way there was, which their defaults name.
+
+    Attributes
+    ----------
+    slide, slide_identity : str
+    slide_mpp : float
+        um/px of the slide's level 0.
+    encoder, weights_hash : str
+    mpp : float
+        um/px that patches of ``patch`` px stand for.
+    patch, stride : int
+        Side of a patch and distance between two, px at ``mpp``; equal, as cells do not overlap.
+    unreadable : int
+        Kept cells that could not be decoded; not valid in the grid.
+    precision : str
+        Of the numbers in the encoder's layers.
+    reading : str
+        Pixels were read at ``mpp`` (``patch``), or at once at the resolution of the network's
+        input (``input``).
+    software : str
+        That made it.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -61,9 +90,22 @@ class GridProvenance(BaseModel):
     weights_hash: str
     mpp: PositiveFloat
     patch: PositiveInt
-    unreadable: NonNegativeInt = 0  # kept cells that could not be decoded; not valid in the grid
-    precision: Literal["float32"] = "float32"
+    stride: PositiveInt
+    unreadable: NonNegativeInt = 0
+    precision: Precision = "float32"
+    reading: Reading = "patch"
     software: str = Field(default_factory=lambda: f"nic {_version()}")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _stride_is_patch(cls, data: object) -> object:
+        return {"stride": data.get("patch")} | data if isinstance(data, dict) else data
+
+    @model_validator(mode="after")
+    def _no_overlap(self) -> Self:
+        if self.stride != self.patch:
+            raise ValueError(f"stride {self.stride} px: patches of {self.patch} px do not overlap")
+        return self
 
 
 def _version() -> str:
@@ -71,6 +113,24 @@ def _version() -> str:
         return importlib.metadata.version("nic")
     except importlib.metadata.PackageNotFoundError:
         return "not installed"  # run from its source tree
+
+
+class Codes(Protocol):
+    """Codes float16 (C, rows, columns) that are read where they are indexed."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> np.dtype[Any]: ...
+    def __getitem__(self, index: Any, /) -> Any: ...
+
+
+class Orientations(Protocol):
+    """Codes of each orientation, by its number; together float16 (8, C, rows, columns)."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    def __getitem__(self, k: int, /) -> Codes: ...
 
 
 @dataclass(frozen=True)
@@ -84,11 +144,15 @@ class Grid:
     valid : bool (rows, columns)
         Cells with a code.
     provenance : GridProvenance
+    orientations : float16 (8, C, rows, columns), optional
+        Codes of the cells' pixels in each orientation (:mod:`nic_core.orientations`), all at the
+        upright cells; number 0 are ``codes``.
     """
 
-    codes: NDArray[np.float16] | zarr.Array[Any]
+    codes: Codes
     valid: NDArray[np.bool_]
     provenance: GridProvenance
+    orientations: Orientations | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -96,28 +160,113 @@ class Grid:
         code, rows, columns = self.codes.shape
         return code, rows, columns
 
+    def oriented(self, k: int) -> Codes:
+        """Codes of orientation ``k`` at the upright cells, float16 (C, rows, columns).
+
+        Raises
+        ------
+        GridError
+            The grid was made without orientations.
+        """
+        if k == 0:
+            return self.codes
+        if self.orientations is None:
+            raise GridError(
+                f"grid of slide '{self.provenance.slide}' is upright alone: "
+                "compress the slide again with its 8 orientations"
+            )
+        return self.orientations[k]
+
+    def turned(self, k: int) -> tuple[NDArray[np.float16], NDArray[np.bool_]]:
+        """Codes and mask of the slide turned into orientation ``k``: what compressing the
+        turned slide gives; rows and columns change places if ``k`` is odd."""
+        return orient(np.asarray(self.oriented(k)[:]), k), orient(self.valid, k)
+
+
+@dataclass(frozen=True)
+class _StoredOrientations:
+    upright: Codes
+    others: Codes  # (7, C, rows, columns)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return ORIENTATIONS, *self.upright.shape
+
+    def __getitem__(self, k: int) -> Codes:
+        if not 0 <= k < ORIENTATIONS:
+            raise IndexError(f"orientation {k}: there are 0 to {ORIENTATIONS - 1}")
+        return _OneOf(self.others, k - 1) if k else self.upright
+
+
+@dataclass(frozen=True)
+class _OneOf:
+    """Entry ``at`` of an array's first axis, read where it is indexed."""
+
+    array: Codes
+    at: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.array.shape[1:]
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self.array.dtype
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.array[(self.at, *(index if isinstance(index, tuple) else (index,)))]
+
 
 def write_grid(path: Path, grid: Grid) -> None:
-    """Write a store, whole or not at all; one that stands there is replaced."""
+    """Write a store, whole or not at all; one that stands there is replaced.
+
+    Raises
+    ------
+    GridError
+        The grid's parts do not fit, or hold what they may not.
+    StoreError
+        It cannot be written: a full disk, a folder without permission.
+    """
     codes = np.asarray(grid.codes[:], np.float16)
     _check(str(path), codes, grid.valid)
-    count, rows, columns = codes.shape
     with whole_folder(path) as folder:
         group = zarr.open_group(folder, mode="w", zarr_format=3)
         group.attrs.update({"ome": _ome(grid), PROVENANCE: grid.provenance.model_dump()})
-        chunk, shard = _blocks(rows), _blocks(columns)
-        for name, data, lead in ((CODES, codes, (count,)), (VALID, grid.valid, ())):
-            array = group.create_array(
-                name,
-                shape=data.shape,
-                dtype=data.dtype,
-                chunks=(*lead, chunk[0], shard[0]),
-                shards=(*lead, chunk[1], shard[1]),
-                compressors=zarr.codecs.BloscCodec(cname="zstd", clevel=5, shuffle="shuffle"),
-                fill_value=0 if lead else False,
-                dimension_names=("c", "y", "x") if lead else ("y", "x"),
-            )
-            array[:] = data
+        _create(group, CODES, codes.shape, codes.shape[:1])[:] = codes
+        _create(group, VALID, grid.valid.shape, (), "bool")[:] = grid.valid
+        if grid.orientations is not None:
+            if grid.orientations.shape != (ORIENTATIONS, *codes.shape):
+                raise GridError(
+                    f"{path}: orientations {grid.orientations.shape} do not fit codes {codes.shape}"
+                )
+            others = (ORIENTATIONS - 1, *codes.shape)
+            turned = _create(group, TURNED, others, (1, *codes.shape[:1]))
+            for k in range(1, ORIENTATIONS):
+                codes = np.asarray(grid.orientations[k][:], np.float16)
+                _check(f"{path}: orientation {k}", codes, grid.valid)
+                turned[k - 1] = codes
+
+
+def _create(
+    group: zarr.Group,
+    name: str,
+    shape: tuple[int, ...],
+    whole: tuple[int, ...],
+    dtype: str = "float16",
+) -> zarr.Array[Any]:
+    """An array (..., rows, columns) in chunks and shards of cells; ``whole`` is what each holds
+    along the axes before."""
+    chunk, shard = zip(*(_blocks(length) for length in shape[-2:]), strict=True)
+    return group.create_array(
+        name,
+        shape=shape,
+        dtype=dtype,
+        chunks=(*whole, *chunk),
+        shards=(*whole, *shard),
+        compressors=zarr.codecs.BloscCodec(cname="zstd", clevel=5, shuffle="shuffle"),
+        fill_value=0 if whole else False,
+        dimension_names=("orientation", "c", "y", "x")[-len(shape) :],
+    )
 
 
 def open_grid(path: Path) -> Grid:
@@ -130,7 +279,7 @@ def open_grid(path: Path) -> Grid:
     """
     try:
         group = zarr.open_group(path, mode="r", zarr_format=3)
-        codes, valid = group[CODES], group[VALID]
+        codes, valid, turned = group[CODES], group[VALID], group.get(TURNED)
         provenance = GridProvenance.model_validate(group.attrs[PROVENANCE])
     except (OSError, KeyError, ValueError, zarr.errors.BaseZarrError) as error:
         kind = "provenance: " if isinstance(error, ValidationError) else ""
@@ -144,11 +293,18 @@ def open_grid(path: Path) -> Grid:
         raise GridError(
             f"{path}: codes {codes.dtype} {codes.shape} do not fit the mask {mask.shape}"
         )
-    return Grid(codes, mask, provenance)
+    if turned is None:
+        return Grid(codes, mask, provenance)
+    if not isinstance(turned, zarr.Array) or turned.shape != (ORIENTATIONS - 1, *codes.shape):
+        raise GridError(
+            f"{path}: orientations do not fit codes {codes.shape}; compress the slide again"
+        )
+    return Grid(codes, mask, provenance, _StoredOrientations(codes, turned))
 
 
 def grid_hash(grid: Grid | Path) -> str:
-    """Hash of what a grid says (codes, mask, patch size and um/px), not of how it is stored.
+    """Hash of what a grid says (codes, mask, patch size and um/px; orientations if it has
+    them), not of how it is stored.
 
     Returns
     -------
@@ -163,6 +319,9 @@ def grid_hash(grid: Grid | Path) -> str:
     digest.update(repr((codes.shape, about.patch, about.mpp, about.slide_mpp)).encode())
     digest.update(codes.tobytes())
     digest.update(np.packbits(grid.valid).tobytes())
+    if grid.orientations is not None:
+        for k in range(1, ORIENTATIONS):
+            digest.update(np.ascontiguousarray(grid.orientations[k][:], np.float16).tobytes())
     return digest.hexdigest()
 
 

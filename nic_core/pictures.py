@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from nic_core.grids import Grid, grid_preview
-from nic_core.slides import Slide
+from nic_core.slides import Slide, SlideError, content_identity
 from nic_core.tissue import TissueMask, tissue_outline
 
 Pixels = npt.NDArray[np.uint8]
@@ -43,3 +43,27 @@ def compressed_slide(
         axes.set_title(title, fontsize=9)
         axes.set_axis_off()
     return figure
+
+
+def slide_and_grid(slide: Slide, grid: Grid, *, cell: int) -> Pixels:
+    """A slide and its grid's principal components side by side, each cell ``cell`` px wide.
+
+    Returns
+    -------
+    uint8 (rows * cell, 2 * columns * cell + 16, 3)
+
+    Raises
+    ------
+    SlideError
+        The grid is that of another slide.
+    """
+    about = grid.provenance
+    if content_identity(slide.path) != about.slide_identity:
+        raise SlideError(
+            slide.path, f"is not the slide '{about.slide}' of the grid", "give that one"
+        )
+    _, rows, columns = grid.shape
+    scale = about.patch * about.mpp / cell
+    left = slide.read(0, 0, columns * cell, rows * cell, scale)
+    gap = np.full((rows * cell, 16, 3), 255, np.uint8)
+    return np.concatenate([left, gap, grid_preview(grid, cell=cell)], axis=1)

@@ -22,7 +22,6 @@ from pydantic import BaseModel, ConfigDict
 from nic_core.cohort import Cohort, CohortError, ReadyEncoder
 from nic_core.compression import compress_slide
 from nic_core.encoders import (
-    Encoder,
     PatchDataset,
     Trained,
     build_patch_task,
@@ -34,6 +33,7 @@ from nic_core.encoders import (
     train_encoder,
 )
 from nic_core.encoders.files import read_card
+from nic_core.encoders.inference import PreparedEncoder
 from nic_core.encoders.pictures import code_map, neighbour_sheet
 from nic_core.encoders.probes import probe_table, task_codes
 from nic_core.grids import Grid, grid_hash, open_grid, write_grid
@@ -264,7 +264,15 @@ def probe_encoder(
 # --- grids -----------------------------------------------------------------------------------
 
 
-def compress(store: Store, encoder: Encoder, slide: str) -> Grid:
+def prepare_encoder(cohort: Cohort, store: Store, encoder: str) -> PreparedEncoder:
+    """Load an encoder for compression as the cohort's settings say."""
+    how = cohort.settings.compression
+    return load_encoder(store.encoder(encoder)).prepare(
+        precision=how.precision, reading=how.reading
+    )
+
+
+def compress(cohort: Cohort, store: Store, encoder: PreparedEncoder, slide: str) -> Grid:
     """Compress a slide with an encoder; writes and returns the grid."""
     cells = read_patch_table(store.patch_table(slide))
     with _open(store, slide) as opened:
@@ -274,6 +282,7 @@ def compress(store: Store, encoder: Encoder, slide: str) -> Grid:
             encoder,
             slide_id=slide,
             slide_identity=content_identity(opened.path),
+            orientations=cohort.settings.compression.orientations,
         )
     write_grid(store.grid(encoder.card.name, slide), grid)
     return grid

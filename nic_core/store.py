@@ -16,15 +16,20 @@
       mlflow/                   the tracker's database and artifacts
       dagster/                  the orchestrator's own storage
 
-This module alone knows the layout. Products are written beside their place under a
-temporary name and renamed, so a reader sees the old one, the new one or none.
+This module alone knows the layout. Products are written beside their place as ``.new.NAME``
+and renamed, so a reader sees the old one, the new one or none. ``.lock.NAME``, gone when the
+writer is, keeps a second writer of the same product waiting; so what a killed one left beside
+it is known to be litter, and the next one removes it.
 """
 
 from __future__ import annotations
 
+import ctypes
+import errno
+import fcntl
 import os
-import secrets
 import shutil
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -89,37 +94,182 @@ class Store:
         return self.root / "mlflow"
 
 
+class StoreError(Exception):
+    """A product cannot be written; says which, why, and what to do about it."""
+
+    def __init__(self, path: str | Path, reason: str, remedy: str) -> None:
+        self.path = Path(path)
+        self.reason = reason
+        self.remedy = remedy
+        # all three as args: an exception is rebuilt from them when it crosses processes
+        super().__init__(str(path), reason, remedy)
+
+    def __str__(self) -> str:
+        return f"{self.path}: cannot be written ({self.reason}); {self.remedy}"
+
+
+class StoreBusyError(StoreError):
+    """Somebody else is writing the product."""
+
+
+@contextmanager
+def exclusive(path: Path, *, wait: bool = True) -> Iterator[None]:
+    """Be the only writer of a product, among threads, processes and machines that share it.
+
+    :func:`whole_file` and :func:`whole_folder` hold it while they write. Who also wants the
+    making of a product to happen once takes it around looking, making and writing; a thread
+    that holds it already is let through. The system gives it back when a process dies.
+
+    Parameters
+    ----------
+    wait : bool
+        Wait for another writer to be done; else refuse.
+
+    Raises
+    ------
+    StoreBusyError
+        There is another writer (unless ``wait``).
+    StoreError
+        The folder cannot be written, or its file system has no locks.
+    """
+    product = path.parent.resolve() / path.name
+    held: set[Path] = _held.__dict__.setdefault("products", set())
+    if product in held:
+        yield
+        return
+    lock = product.with_name(f".lock.{path.name}")
+    with _naming(path):
+        product.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            file = _locked(lock, wait)
+        except BlockingIOError as error:
+            raise StoreBusyError(path, "another process is at it", "run again later") from error
+    held.add(product)
+    try:
+        with _naming(path):
+            for litter in (_beside(product, "new"), _beside(product, "old")):
+                _remove(litter)
+        yield
+    finally:
+        held.discard(product)
+        lock.unlink(missing_ok=True)
+        fcntl.flock(file, fcntl.LOCK_UN)  # a forked child may hold the file open for longer
+        os.close(file)
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside ``path``; rename it into place if the block succeeds."""
-    temporary = _temporary(path)
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Give a temporary path beside ``path``; rename it into place if the block succeeds.
+
+    Raises
+    ------
+    StoreError
+        The disk is full, or the place cannot be written.
+    """
+    with exclusive(path), _naming(path):
+        temporary = _beside(path, "new")
+        try:
+            yield temporary
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
     """Give a new temporary folder beside ``path``; if the block succeeds it takes its place.
 
-    A folder cannot be replaced in one system call: for an instant there is none.
+    Linux swaps the two in one system call. Where it cannot (other systems, some network file
+    systems) there is none for an instant.
+
+    Raises
+    ------
+    StoreError
+        The disk is full, or the place cannot be written.
     """
-    temporary = _temporary(path)
-    temporary.mkdir()
-    try:
-        yield temporary
-        old = _temporary(path)
-        if path.exists():
-            os.replace(path, old)
-        os.replace(temporary, path)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with exclusive(path), _naming(path):
+        temporary, old = _beside(path, "new"), _beside(path, "old")
+        temporary.mkdir()
+        try:
+            yield temporary
+            if not path.exists():
+                os.replace(temporary, path)
+            elif not _swap(temporary, path):
+                os.replace(path, old)
+                os.replace(temporary, path)
+        finally:
+            for litter in (temporary, old):
+                shutil.rmtree(litter, ignore_errors=True)
 
 
-def _temporary(path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
+_held = threading.local()
+_REMEDIES = {
+    code: remedy
+    for remedy, codes in {
+        "make room and run again": (errno.ENOSPC, errno.EDQUOT),
+        "choose a place that you may write to": (errno.EACCES, errno.EPERM, errno.EROFS),
+        "a file is where a folder must be: choose another place": (errno.EEXIST, errno.ENOTDIR),
+        "keep it on a file system with locks (flock)": (
+            errno.ENOLCK,
+            errno.EOPNOTSUPP,
+            errno.ENOSYS,
+        ),
+        "check the disk": (errno.EIO, errno.ESTALE),
+    }.items()
+    for code in codes
+}
+
+
+def _beside(path: Path, kind: str) -> Path:
     # the suffix stays last: writers choose their format by it
-    return path.with_name(f".{secrets.token_hex(4)}.{path.name}")
+    return path.with_name(f".{kind}.{path.name}")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Faults of the disk name the product and say what to do."""
+    try:
+        yield
+    except OSError as error:
+        remedy = _REMEDIES.get(error.errno or 0)
+        if remedy is None:
+            raise
+        raise StoreError(path, os.strerror(error.errno or 0), remedy) from error
+
+
+def _locked(path: Path, wait: bool) -> int:
+    """Descriptor of a lock file that this thread has locked."""
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # the writer before removes its lock file: one that is gone locks nothing
+            if os.path.samestat(os.fstat(file), path.stat()):
+                return file
+        except FileNotFoundError:
+            pass
+        except OSError:
+            os.close(file)
+            raise
+        os.close(file)
+
+
+def _swap(first: Path, second: Path) -> bool:
+    """Exchange two folders in one system call; False where the system cannot."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    if not rename(here, os.fsencode(first), here, os.fsencode(second), exchange):
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+        return False
+    raise OSError(code, os.strerror(code), str(second))

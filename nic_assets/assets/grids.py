@@ -12,7 +12,7 @@ from nic_assets.inputs import LOOKS_TAG, SLIDE_FILE, SOME_INPUTS
 from nic_assets.metadata import code_version, picture, table
 from nic_assets.partitions import Partitions
 from nic_core import steps
-from nic_core.encoders import load_encoder
+from nic_core.cohort import Cohort
 from nic_core.grids import grid_hash, grid_preview
 from nic_core.patches import read_patch_table
 from nic_core.slides import SlideError
@@ -29,7 +29,7 @@ def grid_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         kinds={"zarr", "pytorch"},
         pool=GPU_POOL,
         op_tags=GPU_TAGS,
-        code_version=code_version(1),
+        code_version=code_version(2, partitions.cohort.settings.compression),
         check_specs=[
             dg.AssetCheckSpec("covers_patch_table", asset="grid"),
             dg.AssetCheckSpec("codes_finite", asset="grid"),
@@ -38,14 +38,15 @@ def grid_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
     )
     def grid(
         context: dg.AssetExecutionContext,
+        cohort: dg.ResourceParam[Cohort],
         store: dg.ResourceParam[Store],
     ) -> Events:
         """A compressed slide: the code of every kept patch, at its place."""
-        load = cache(lambda name: load_encoder(store.encoder(name)))
+        load = cache(lambda name: steps.prepare_encoder(cohort, store, name))
 
         def work(key: str) -> Product:
             encoder, slide = key.split("|")
-            made = steps.compress(store, load(encoder), slide)
+            made = steps.compress(cohort, store, load(encoder), slide)
             channels, rows, columns = made.shape
             return Product(
                 version=grid_hash(made),
@@ -56,6 +57,8 @@ def grid_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
                     "columns": columns,
                     "cells": int(made.valid.sum()),
                     "unreadable": made.provenance.unreadable,
+                    "precision": made.provenance.precision,
+                    "reading": made.provenance.reading,
                     "store": dg.MetadataValue.path(store.grid(encoder, slide)),
                 },
                 checks={

@@ -18,24 +18,29 @@ from torch import Tensor, nn
 from nic_core.cohort import Preprocess, TimmModel
 from nic_core.encoders.errors import EncoderError as EncoderError
 from nic_core.encoders.foreign import ForeignEncoder
+from nic_core.encoders.inference import (
+    BATCH,
+    Asked,
+    PreparedEncoder,
+    fast_module,
+    low_precision,
+    resolve_device,
+    resolve_precision,
+)
 from nic_core.encoders.networks import (
     ClassHead,
-    FoldedEncoder,
     MeanRGB,
     PatchEncoder,
     StridedEncoder,
     TellezEncoder,
-    channels_last,
     pooled_side,
 )
 from nic_core.encoders.scores import TaskScores
+from nic_core.grids import Reading
 
 Architecture = Literal[
     "mean_rgb", "tellez2020", "tellez2019", "timm", "torchscript", "torch.export"
 ]
-
-# a chunk whose feature maps stay in the cache encodes faster than a large one
-CHUNK = 32
 
 
 class EncoderCard(BaseModel):
@@ -72,19 +77,44 @@ class Encoder:
     module: nn.Module
     heads: Mapping[str, nn.Module] = field(default_factory=dict)
 
-    def inference_module(self, device: str = "auto") -> nn.Module:
-        """The fastest module of the same function on ``device``, for many patches.
+    def prepare(
+        self, device: str = "auto", precision: Asked = "auto", reading: Reading = "patch"
+    ) -> PreparedEncoder:
+        """The encoder for many patches: the fastest module of the same function.
 
-        A ``tellez2020`` encoder's BatchNorms are folded into the layers after them. Weights lie
-        channels-last: give it channels-last batches (H x W x 3 images permuted, not copied).
+        Parameters
+        ----------
+        device : str
+            ``auto`` (CUDA if there is one), ``cpu``, ``cuda`` or ``cuda:1``.
+        precision : str
+            ``float32``, ``bfloat16``, or ``auto``: bfloat16 where the device computes it.
+        reading : str
+            ``patch``, or ``input``: pixels at the resolution of the network's own input. The
+            two are one where the network pools nothing.
         """
-        if isinstance(self.module, ForeignEncoder):
-            return self.module.on(resolve_device(device))
-        module = copy.deepcopy(self.module)
-        if isinstance(module, PatchEncoder) and isinstance(module.network, TellezEncoder):
-            module = FoldedEncoder(module.network)
-        channels_last(module)
-        return module.eval().to(resolve_device(device))
+        at = resolve_device(device)
+        network = self.module.network if isinstance(self.module, PatchEncoder) else None
+        # a mean of whole numbers gains nothing from low precision; a network from elsewhere stays
+        # the function that it is
+        chosen = "float32" if network is None else resolve_precision(precision, at)
+        pooling = network.pooling if network is not None and reading == "input" else 1
+        if isinstance(network, TellezEncoder):
+            module = fast_module(
+                network, pooling=network.pooling // pooling, device=at, precision=chosen
+            )
+        elif isinstance(self.module, ForeignEncoder):
+            module = self.module.on(at)
+        else:
+            module = low_precision(copy.deepcopy(self.module), at, chosen)
+        return PreparedEncoder(
+            card=self.card,
+            module=module,
+            side=self.card.patch // pooling,
+            mpp=self.card.mpp * pooling,
+            device=at,
+            precision=chosen,
+            reading="patch" if pooling == 1 else "input",
+        )
 
     def embed(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Codes of patches: uint8 (B, P, P, 3) to float32 (B, C).
@@ -100,17 +130,18 @@ class Encoder:
                 f"encoder '{self.card.name}' takes uint8 patches (B, {side}, {side}, 3), "
                 f"not {pixels.dtype} {pixels.shape}"
             )
-        module, device = self._embedder
+        ready = self._embedder
         codes = np.empty((len(pixels), self.card.code), np.float32)
         with torch.inference_mode():
-            for start in range(0, len(pixels), CHUNK):
-                part = torch.tensor(pixels[start : start + CHUNK], device=device)
-                codes[start : start + CHUNK] = module(part.permute(0, 3, 1, 2)).cpu().numpy()
+            for start in range(0, len(pixels), BATCH):
+                part = torch.tensor(pixels[start : start + BATCH], device=ready.device)
+                found = ready.module(part.permute(0, 3, 1, 2))
+                codes[start : start + BATCH] = found.cpu().numpy()
         return codes
 
     @cached_property
-    def _embedder(self) -> tuple[nn.Module, torch.device]:
-        return self.inference_module(), resolve_device("auto")
+    def _embedder(self) -> PreparedEncoder:
+        return self.prepare(precision="float32")
 
 
 def task_probabilities(
@@ -181,10 +212,3 @@ def weights_hash(architecture: str, tensors: Mapping[str, Tensor]) -> str:
         # NumPy lacks some of torch's types
         digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def resolve_device(device: str) -> torch.device:
-    """``auto``: the CUDA device if there is one, else the CPU."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(device)

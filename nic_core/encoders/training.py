@@ -18,9 +18,9 @@ from nic_core.encoders.encoder import (
     EncoderError,
     build_encoder,
     encoder_tensors,
-    resolve_device,
     weights_hash,
 )
+from nic_core.encoders.inference import resolve_device
 from nic_core.encoders.loop import EPOCHS, fit
 from nic_core.encoders.networks import channels_last
 from nic_core.encoders.objectives.base import Objective

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from nic_core.models.networks import SMALL_COMPONENTS, Normalise
+from nic_core.orientations import ORIENTATIONS, orient
 
-ORIENTATIONS = 8
 CACHE_BYTES = 1 << 30
 
 
@@ -133,15 +133,6 @@ def cut(
     return grid[:, inner[0], inner[1]], (outer[0], outer[1])
 
 
-def orient(features: NDArray[np.float32], orientation: int) -> NDArray[np.float32]:
-    """One of the 8 orientations of (C, H, W); the *grid* is turned, not the pixels in a patch.
-
-    0 to 3 are that many quarter turns counter-clockwise, 4 to 7 the same then mirrored.
-    """
-    turned = np.rot90(features, orientation % 4, axes=(1, 2))
-    return turned[:, :, ::-1] if orientation >= 4 else turned
-
-
 class Crops:
     """Crops of normalised features, float32 (k, crop, crop) with 0 for background.
 
@@ -182,7 +173,7 @@ class Crops:
         return [self._centre(slide, random) for _ in range(count)]
 
     def at(self, slide: str, centre: tuple[int, int], orientation: int) -> NDArray[np.float32]:
-        """The crop about a cell (row, column), turned."""
+        """The crop about a cell (row, column), turned; the *grid* is, not the pixels in a patch."""
         whole = self._features(slide)
         if whole is None:
             window, place = cut(self._grids(slide).codes, centre, self._crop)

@@ -24,15 +24,10 @@ from nic_core.metrics import (
     regression_metrics,
     survival_metrics,
 )
-from nic_core.models.crops import (
-    ORIENTATIONS,
-    Crops,
-    GridMoments,
-    GridSource,
-    normalise_for,
-)
+from nic_core.models.crops import Crops, GridMoments, GridSource, normalise_for
 from nic_core.models.losses import cox_loss
 from nic_core.models.networks import FoldModel, build_network, check_crop
+from nic_core.orientations import ORIENTATIONS
 
 if TYPE_CHECKING:
     from nic_core.tracker import Tracker

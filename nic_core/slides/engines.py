@@ -34,7 +34,7 @@ import tifffile
 
 from nic_core.slides.errors import SlideError
 from nic_core.slides.metadata import BRIGHTFIELD_REMEDY, DAMAGED_REMEDY, openslide_mpp
-from nic_core.slides.resample import Pixels
+from nic_core.slides.resample import Pixels, block_means
 from nic_core.slides.tiff import TiffScan, tiff_scan
 
 EngineName = Literal["tifffile", "openslide", "libvips"]
@@ -67,8 +67,15 @@ class Engine(Protocol):
     levels: tuple[Level, ...]
     mpp: tuple[float, float] | None
 
-    def region(self, level: int, x: int, y: int, width: int, height: int) -> Pixels:
-        """Pixels of a region inside the level, in its px; raises ReadError."""
+    def shrinks(self, level: int) -> tuple[int, ...]:
+        """Whole factors by which decoding can shrink a level, 1 among them."""
+        ...
+
+    def region(
+        self, level: int, x: int, y: int, width: int, height: int, shrink: int = 1
+    ) -> Pixels:
+        """Pixels of a region inside the level, in px of the level shrunk by ``shrink``; raises
+        ReadError."""
         ...
 
     def close(self) -> None: ...
@@ -166,7 +173,12 @@ class VipsEngine:
             raise SlideError(path, f"damaged: {error}", DAMAGED_REMEDY) from error
         self.levels = _levels([(image.width, image.height)])
 
-    def region(self, level: int, x: int, y: int, width: int, height: int) -> Pixels:
+    def shrinks(self, level: int) -> tuple[int, ...]:
+        return (1,)
+
+    def region(
+        self, level: int, x: int, y: int, width: int, height: int, shrink: int = 1
+    ) -> Pixels:
         return self._pixels[y : y + height, x : x + width]
 
     def close(self) -> None:
@@ -191,7 +203,12 @@ class OpenSlideEngine:
         )
         self.mpp = openslide_mpp(self._slide.properties)
 
-    def region(self, level: int, x: int, y: int, width: int, height: int) -> Pixels:
+    def shrinks(self, level: int) -> tuple[int, ...]:
+        return (1,)
+
+    def region(
+        self, level: int, x: int, y: int, width: int, height: int, shrink: int = 1
+    ) -> Pixels:
         slide, factor = self._slide, self._factors[level]
         try:
             image = slide.read_region(
@@ -230,16 +247,24 @@ class TiffEngine:
         self._pages = [level.keyframe for level in self._tiff.series[scan.series].levels]
         self._jpeg = [_jpeg_header(page) for page in self._pages]
         self._lock = threading.Lock()
-        self._cache: OrderedDict[tuple[int, int], Pixels] = OrderedDict()
+        self._cache: OrderedDict[tuple[int, int, int], Pixels] = OrderedDict()
         self._cached = 0
         self.levels = _levels([(page.imagewidth, page.imagelength) for page in self._pages])
         self.mpp = scan.mpp
 
-    def region(self, level: int, x: int, y: int, width: int, height: int) -> Pixels:
+    def shrinks(self, level: int) -> tuple[int, ...]:
         page = self._pages[level]
-        tile_w = page.tilewidth if page.is_tiled else page.imagewidth
-        tile_h = page.tilelength if page.is_tiled else page.rowsperstrip
-        across = -(-page.imagewidth // tile_w)
+        if self._jpeg[level] is None or not page.is_tiled:
+            return (1,)
+        # libjpeg makes 4, 2 or 1 px of 8 by leaving out the finer waves of each block
+        return tuple(s for s in (1, 2, 4, 8) if not (page.tilewidth % s or page.tilelength % s))
+
+    def region(
+        self, level: int, x: int, y: int, width: int, height: int, shrink: int = 1
+    ) -> Pixels:
+        page = self._pages[level]
+        tile_w, tile_h = (side // shrink for side in _tile_size(page))
+        across = -(-page.imagewidth // _tile_size(page)[0])
         result = np.empty((height, width, 3), np.uint8)
         for row in range(y // tile_h, -(-(y + height) // tile_h)):
             top = row * tile_h
@@ -247,15 +272,15 @@ class TiffEngine:
             for column in range(x // tile_w, -(-(x + width) // tile_w)):
                 left = column * tile_w
                 x0, x1 = max(x, left), min(x + width, left + tile_w)
-                tile = self._tile(level, row * across + column)
+                tile = self._tile(level, row * across + column, shrink)
                 part = tile[y0 - top : y1 - top, x0 - left : x1 - left]
                 if part.shape[:2] != (y1 - y0, x1 - x0):
                     raise ReadError(f"tile {row * across + column} is too small")
                 result[y0 - y : y1 - y, x0 - x : x1 - x] = part
         return result
 
-    def _tile(self, level: int, index: int) -> Pixels:
-        page, key = self._pages[level], (level, index)
+    def _tile(self, level: int, index: int, shrink: int) -> Pixels:
+        page, key = self._pages[level], (level, index, shrink)
         with self._lock:
             if key in self._cache:
                 self._cache.move_to_end(key)
@@ -263,7 +288,7 @@ class TiffEngine:
             handle = page.parent.filehandle
             handle.seek(page.dataoffsets[index])
             data = handle.read(page.databytecounts[index])
-        tile = self._decode(level, index, data)
+        tile = self._decode(level, index, data, shrink)
         with self._lock:
             if key not in self._cache:
                 self._cache[key] = tile
@@ -272,14 +297,14 @@ class TiffEngine:
                 self._cached -= self._cache.popitem(last=False)[1].nbytes
         return tile
 
-    def _decode(self, level: int, index: int, data: bytes) -> Pixels:
+    def _decode(self, level: int, index: int, data: bytes, shrink: int) -> Pixels:
         page, header = self._pages[level], self._jpeg[level]
+        width, height = (side // shrink for side in _tile_size(page))
         if not data:  # never written: glass
-            side = (page.tilelength, page.tilewidth) if page.is_tiled else (page.rowsperstrip, -1)
-            return np.full((side[0], max(side[1], page.imagewidth), 3), 255, np.uint8)
+            return np.full((height, width, 3), 255, np.uint8)
         if header is not None:
             try:
-                return np.asarray(simplejpeg.decode_jpeg(header.complete(data)))
+                return _decode_jpeg(header.complete(data), width, height, shrink)
             except ValueError as error:
                 raise ReadError(f"tile {index}: {error}") from error
         try:
@@ -292,6 +317,23 @@ class TiffEngine:
     def close(self) -> None:
         self._tiff.close()
         self._cache.clear()
+
+
+def _tile_size(page: tifffile.TiffPage) -> tuple[int, int]:
+    """Width and height of a page's tiles or strips, px."""
+    if page.is_tiled:
+        return page.tilewidth, page.tilelength
+    return page.imagewidth, page.rowsperstrip
+
+
+def _decode_jpeg(data: bytes, width: int, height: int, shrink: int) -> Pixels:
+    """A tile of ``width`` x ``height`` px after shrinking."""
+    if shrink > 1:
+        tile = np.asarray(simplejpeg.decode_jpeg(data, min_width=width, min_height=height))
+        if tile.shape[:2] == (height, width):
+            return tile
+        # stored smaller than the page's tiles, as some writers do at its edges
+    return block_means(np.asarray(simplejpeg.decode_jpeg(data)), shrink)
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,11 @@ def slide_index(cohort: Cohort) -> pl.DataFrame:
     return index
 
 
+def slide_id(path: Path) -> str:
+    """Id of a slide that no table names: its file's name without the ending."""
+    return path.stem.removesuffix(".ome")
+
+
 def _of_folder(folder: SlideFolder) -> list[dict[str, object]]:
     if not folder.path.is_dir():
         raise CohortError(f"slides.folders: {folder.path} is no folder")
@@ -71,7 +76,7 @@ def _of_folder(folder: SlideFolder) -> list[dict[str, object]]:
     for path in sorted(folder.path.glob(folder.pattern)):
         if not path.is_file() or path.name.startswith("."):
             continue
-        slide = path.stem.removesuffix(".ome")
+        slide = slide_id(path)
         match = rule.search(slide) if rule else None
         if rule is not None and match is None:
             raise CohortError(

@@ -105,11 +105,11 @@ def resample(
     if is_whole(start[0], scale) and is_whole(start[1], scale):
         x, y, step = int(start[0]), int(start[1]), int(scale)
         width, height = size
-        return _block_means(pixels[y : y + height * step, x : x + width * step], step)
+        return block_means(pixels[y : y + height * step, x : x + width * step], step)
     return _weighted_means(pixels, start, scale, size)
 
 
-def _block_means(pixels: Pixels, step: int) -> Pixels:
+def block_means(pixels: Pixels, step: int) -> Pixels:
     """Means of ``step`` x ``step`` px, in whole numbers."""
     if step == 1:
         return np.ascontiguousarray(pixels)

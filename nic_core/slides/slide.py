@@ -69,7 +69,9 @@ class Slide:
             default=0,
         )
 
-    def read(self, x: float, y: float, width: int, height: int, mpp: float) -> Pixels:
+    def read(
+        self, x: float, y: float, width: int, height: int, mpp: float, *, scaled: bool = False
+    ) -> Pixels:
         """Read a region at a resolution.
 
         Parameters
@@ -80,6 +82,9 @@ class Slide:
             Of the result, px at ``mpp``.
         mpp : float
             um/px of the result.
+        scaled : bool
+            Let the decoder shrink where the format allows (tiled JPEG, by 2, 4 or 8): faster,
+            and nearly but not exactly area means.
 
         Returns
         -------
@@ -94,34 +99,57 @@ class Slide:
         """
         level = self.level_for(mpp)
         factor = self.levels[level].downsample
+        shrink = self._shrink(level, mpp / self.mpp / factor) if scaled else 1
+        factor *= shrink
         left, scale = settle(x / factor, mpp / self.mpp / factor)
         top, _ = settle(y / factor, mpp / self.mpp / factor)
         rows = max(1, int(_SOURCE_PIXELS / (width * scale * scale + 1)))
         bands = [
-            self._read(level, left, top + start * scale, scale, width, min(rows, height - start))
+            self._read(
+                level,
+                shrink,
+                (left, top + start * scale),
+                scale,
+                (width, min(rows, height - start)),
+            )
             for start in range(0, height, rows)
         ]
         return bands[0] if len(bands) == 1 else np.concatenate(bands)
 
+    def _shrink(self, level: int, scale: float) -> int:
+        """How much the decoder may take of a scale: all of it, or so much that at least two
+        of its px are averaged; anything between would blur."""
+        shrinks = self._engine.shrinks(level)
+        return max(s for s in shrinks if s == 1 or s <= scale / 2 or settle(0, scale / s)[1] == 1)
+
     def _read(
-        self, level: int, left: float, top: float, scale: float, width: int, height: int
+        self,
+        level: int,
+        shrink: int,
+        start: tuple[float, float],
+        scale: float,
+        size: tuple[int, int],
     ) -> Pixels:
+        """Resample from a level shrunk by the decoder; ``start`` (x, y) and ``scale`` in its px."""
         margin = 1 if scale < 1 else 0  # interpolation looks half a pixel further
+        (left, top), (width, height) = start, size
         x0, y0 = math.floor(left) - margin, math.floor(top) - margin
         x1 = math.ceil(left + width * scale) + margin
         y1 = math.ceil(top + height * scale) + margin
-        source = self._padded(level, x0, y0, x1 - x0, y1 - y0)
+        source = self._padded(level, x0, y0, x1 - x0, y1 - y0, shrink)
         return resample(source, (left - x0, top - y0), scale, (width, height))
 
-    def _padded(self, level: int, x: int, y: int, width: int, height: int) -> Pixels:
-        """A region in level px that may reach outside, where it is white."""
+    def _padded(
+        self, level: int, x: int, y: int, width: int, height: int, shrink: int = 1
+    ) -> Pixels:
+        """A region in px of the shrunk level that may reach outside, where it is white."""
         size = self.levels[level]
-        x0, x1 = max(x, 0), min(x + width, size.width)
-        y0, y1 = max(y, 0), min(y + height, size.height)
+        x0, x1 = max(x, 0), min(x + width, size.width // shrink)
+        y0, y1 = max(y, 0), min(y + height, size.height // shrink)
         if x0 >= x1 or y0 >= y1:
             return np.full((height, width, 3), 255, np.uint8)
         with naming(self.path):
-            inside = self._engine.region(level, x0, y0, x1 - x0, y1 - y0)
+            inside = self._engine.region(level, x0, y0, x1 - x0, y1 - y0, shrink)
         if inside.shape[:2] == (height, width):
             return inside
         padded = np.full((height, width, 3), 255, np.uint8)

@@ -117,7 +117,12 @@ def test_a_slide_is_compressed_with_it_patch_by_patch(kind, files, network, tmp_
         mask = TissueMask(np.random.default_rng(0).random((44, 32)) < 0.8, 8.0)
         table = patch_table("s", slide, mask, patch=64, mpp=0.5, tissue=0.6)
         grid = compress_slide(
-            slide, table, encoder, slide_id="s", slide_identity=content_identity(path), workers=2
+            slide,
+            table,
+            encoder.prepare("cpu"),
+            slide_id="s",
+            slide_identity=content_identity(path),
+            workers=2,
         )
         kept = table.filter("kept")
         assert 0 < kept.height < table.height

@@ -3,18 +3,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 
 from nic_core.encoders.networks import (
     ClassHead,
-    FoldedEncoder,
     MeanRGB,
     PatchEncoder,
     TellezEncoder,
     flatten_hwc,
-    pool_patches,
     pooled_side,
 )
 
@@ -86,21 +82,6 @@ def test_mean_rgb_is_the_scaled_mean_of_each_channel():
     pixels = random_patches(3)
     expected = pixels.double().mean((2, 3)) / 255 * 2 - 1
     assert torch.allclose(MeanRGB()(pixels).double(), expected, atol=1e-6)
-
-
-@settings(max_examples=8, deadline=None)
-@given(patch=st.integers(31, 80).map(lambda side: 2 * side), seed=st.integers(0, 99))
-def test_folding_batch_norms_keeps_the_function(patch: int, seed: int):
-    torch.manual_seed(seed)
-    encoder = with_random_statistics(PatchEncoder(TellezEncoder(16, pooled_side(patch))), seed)
-    pixels = random_patches(3, patch, seed)
-    with torch.inference_mode():
-        expected, folded = encoder.double(), FoldedEncoder(encoder.network)
-        # the plain network in float64 is the reference for both
-        pooled = pool_patches(pixels).double() / 255 * 2 - 1
-        exact = expected.network(pooled)
-    error = (folded(pixels) - exact).abs().max() / exact.abs().max()
-    assert error < 2e-6
 
 
 def test_head_is_dense_256_batch_norm_leaky_relu_dense():

@@ -238,7 +238,7 @@ def test_the_inference_module_is_the_same_function(trained, tasks):
     encoder = trained[0].encoder
     pixels = torch.from_numpy(tasks[1].patches[:20]).permute(0, 3, 1, 2)
     with torch.inference_mode():
-        plain, fast = encoder.module(pixels), encoder.inference_module("cpu")(pixels)
+        plain, fast = encoder.module(pixels), encoder.prepare("cpu", "float32").module(pixels)
     assert torch.allclose(plain, fast, rtol=1e-4, atol=1e-5 * float(plain.abs().max()))
 
 

@@ -13,10 +13,13 @@ import tifffile
 import torch
 from torch import nn
 
-from nic_core.compression import compress_slide, plan_blocks
+from nic_core.compression import compress_slide
+from nic_core.encoders.inference import PreparedEncoder
 from nic_core.grids import open_grid, write_grid
+from nic_core.orientations import orient, undo
 from nic_core.patches import PatchTableError, patch_table
 from nic_core.slides import SlideError, content_identity, open_slide
+from nic_core.slides.blocks import plan_blocks, read_block
 from nic_core.tissue import TissueMask
 from tests.slides.conftest import paint, write_tiff
 
@@ -39,12 +42,17 @@ class Moments(nn.Module):
         return torch.cat([flat.mean(2), flat.std(2)], 1)
 
 
-@dataclass(frozen=True)
-class Stub:
-    card: Card = Card()
-
-    def inference_module(self, device: str = "auto") -> nn.Module:
-        return Moments()
+def prepared(module=None, card=None, **changes) -> PreparedEncoder:
+    card = card or Card()
+    return PreparedEncoder(
+        card=card,
+        module=module or Moments(),
+        side=changes.pop("side", card.patch),
+        mpp=changes.pop("mpp", card.mpp),
+        device=torch.device("cpu"),
+        precision="float32",
+        reading=changes.pop("reading", "patch"),
+    )
 
 
 def table_of(slide, mask=None, card=None) -> pl.DataFrame:
@@ -59,7 +67,7 @@ def table_of(slide, mask=None, card=None) -> pl.DataFrame:
 
 def compress(slide, table, encoder=None, **options):
     return compress_slide(
-        slide, table, encoder or Stub(), slide_id="s", slide_identity="ab", **options
+        slide, table, encoder or prepared(), slide_id="s", slide_identity="ab", **options
     )
 
 
@@ -121,7 +129,9 @@ def test_no_tissue_gives_a_valid_empty_grid(files, tmp_path):
 def test_provenance_says_where_it_comes_from(files):
     with open_slide(files["tiff"]) as slide:
         identity = content_identity(slide.path)
-        grid = compress_slide(slide, table_of(slide), Stub(), slide_id="s", slide_identity=identity)
+        grid = compress_slide(
+            slide, table_of(slide), prepared(), slide_id="s", slide_identity=identity
+        )
     about = grid.provenance
     assert (about.slide, about.slide_identity, about.encoder) == ("s", identity, "moments")
     assert (about.mpp, about.patch, about.slide_mpp) == (0.5, 32, 0.25)
@@ -143,12 +153,12 @@ def test_a_table_for_another_encoder_is_refused(files, card):
     with open_slide(files["tiff"]) as slide:
         table = table_of(slide)
         with pytest.raises(PatchTableError, match="does not fit"):
-            compress(slide, table, Stub(card))
+            compress(slide, table, prepared(card=card))
 
 
 def test_a_table_of_another_slide_is_refused(files):
     with open_slide(files["tiff"]) as slide, pytest.raises(PatchTableError, match="'s'"):
-        compress_slide(slide, table_of(slide), Stub(), slide_id="other", slide_identity="ab")
+        compress_slide(slide, table_of(slide), prepared(), slide_id="other", slide_identity="ab")
 
 
 @pytest.fixture
@@ -192,29 +202,118 @@ def test_too_many_undecodable_tiles_fail_the_slide(scratched):
 
 
 def test_a_failing_encoder_ends_the_workers(files):
-    class Broken(Stub):
-        def inference_module(self, device: str = "auto") -> nn.Module:
-            class Raises(nn.Module):
-                def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-                    raise RuntimeError("no memory")
-
-            return Raises()
+    class Raises(nn.Module):
+        def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("no memory")
 
     before, torch_threads = threading.active_count(), torch.get_num_threads()
     with open_slide(files["tiff"]) as slide, pytest.raises(RuntimeError, match="no memory"):
-        compress(slide, table_of(slide), Broken())
+        compress(slide, table_of(slide), prepared(Raises()))
     assert threading.active_count() == before
     assert torch.get_num_threads() == torch_threads
 
 
 def test_codes_that_float16_cannot_hold_are_an_error(files):
-    class Huge(Stub):
-        def inference_module(self, device: str = "auto") -> nn.Module:
-            class Million(nn.Module):
-                def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-                    return torch.full((len(pixels), 6), 1e6)
-
-            return Million()
+    class Million(nn.Module):
+        def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+            return torch.full((len(pixels), 6), 1e6)
 
     with open_slide(files["tiff"]) as slide, pytest.raises(SlideError, match="float16"):
-        compress(slide, table_of(slide), Huge())
+        compress(slide, table_of(slide), prepared(Million()))
+
+
+class Pooled(nn.Module):
+    """The first pixels of a patch after pooling: sees scale and place of what is read."""
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        pooled = nn.functional.avg_pool2d(pixels.float(), pixels.shape[-1] // 4)
+        return pooled[:, :2, :, :1].flatten(1)[:, :6]
+
+
+@pytest.mark.parametrize("kind", ["tiff", "single", "ome"])
+def test_reading_at_the_input_resolution_gives_the_pooled_patch(kind, files):
+    with open_slide(files[kind]) as slide:
+        table = table_of(slide)
+        published = compress(slide, table, prepared(Pooled()))
+        direct = compress(slide, table, prepared(Pooled(), side=16, mpp=1.0, reading="input"))
+    assert published.provenance.reading == "patch"
+    assert direct.provenance.reading == "input"
+    np.testing.assert_array_equal(published.valid, direct.valid)
+    # pixels are rounded once more, the stored half-size level another time
+    np.testing.assert_allclose(published.codes, direct.codes, atol=1.0)
+
+
+def test_jpeg_tiles_are_shrunk_by_the_decoder_to_nearly_the_same_pixels(tmp_path):
+    path = write_tiff(
+        tmp_path / "s.tif", paint(512, 640), mpp=0.25, compression="jpeg", pyramid=False
+    )
+    with open_slide(path) as slide:
+        table = table_of(slide, np.ones((16, 20), bool))
+        seen = []
+        region = slide._engine.region
+        slide._engine.region = lambda *where: seen.append(where[-1]) or region(*where)
+        published = compress(slide, table, prepared(Pooled()))
+        assert set(seen) == {1}
+        seen.clear()
+        direct = compress(slide, table, prepared(Pooled(), side=16, mpp=1.0, reading="input"))
+        assert set(seen) == {4}
+    assert direct.valid.all()
+    np.testing.assert_allclose(published.codes, direct.codes, atol=6.0)
+
+
+class Corner(nn.Module):
+    """A patch's top-left and top-right pixels: tells every orientation."""
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        assert pixels.is_contiguous(memory_format=torch.channels_last)
+        return torch.cat([pixels[:, :, 0, 0], pixels[:, :, 0, -1]], 1).float()
+
+
+@pytest.mark.parametrize("k", range(8))
+def test_an_orientation_is_the_grid_of_the_turned_slide_turned_back(k, tmp_path):
+    upright = paint(160, 224)
+    turned = np.ascontiguousarray(orient(upright, k, axes=(0, 1)))
+    grids = []
+    for name, pixels in (("upright", upright), ("turned", turned)):
+        path = write_tiff(tmp_path / f"{name}.tif", pixels, mpp=0.5, pyramid=False)
+        mask = np.zeros((10, 14), bool)
+        mask[:, 2:13] = True
+        mask = mask if name == "upright" else orient(mask, k)
+        with open_slide(path) as slide:
+            table = table_of(slide, mask)
+            grids.append(compress(slide, table, prepared(Corner()), orientations=True))
+    first, second = grids
+    np.testing.assert_array_equal(first.valid, undo(second.valid, k))
+    np.testing.assert_array_equal(first.orientations[k], undo(second.codes, k))
+    assert first.valid.any()
+
+
+def test_orientations_share_one_read(files, monkeypatch):
+    reads = []
+    monkeypatch.setattr(
+        "nic_core.compression.read_block", lambda *a, **k: reads.append(1) or read_block(*a, **k)
+    )
+    with open_slide(files["tiff"]) as slide:
+        table = table_of(slide)
+        grid = compress(slide, table, orientations=True)
+    assert len(reads) == len(plan_blocks(table))
+    assert grid.orientations.shape == (8, *grid.shape)
+    np.testing.assert_array_equal(grid.orientations[0], grid.codes)
+
+
+def test_a_device_that_is_no_cpu_is_fed_by_one_thread(files, monkeypatch):
+    """The path before a GPU, on the CPU: workers read, the calling thread encodes."""
+    threads = set()
+
+    class Noting(Moments):
+        def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+            threads.add(threading.current_thread())
+            return super().forward(pixels)
+
+    with open_slide(files["tiff"]) as slide:
+        table = table_of(slide)
+        expected = compress(slide, table)
+        monkeypatch.setattr(PreparedEncoder, "on_cpu", False)
+        found = compress(slide, table, prepared(Noting()))
+    assert threads == {threading.current_thread()}
+    np.testing.assert_allclose(found.codes, expected.codes, rtol=2e-3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ome_zarr_models.v05.image import Image
+from zarr.storage import WrapperStore
 
 from nic_core.grids import (
     Grid,
@@ -22,12 +24,17 @@ from nic_core.grids import (
     open_grid,
     write_grid,
 )
+from nic_core.orientations import orient, undo
 
 
-def make(count: int = 16, rows: int = 9, columns: int = 13, seed: int = 0, **about) -> Grid:
+def make(
+    count: int = 16, rows: int = 9, columns: int = 13, seed: int = 0, turned: bool = False, **about
+) -> Grid:
     rng = np.random.default_rng(seed)
     valid = rng.random((rows, columns)) < 0.6
     codes = rng.normal(size=(count, rows, columns)).astype(np.float16) * valid
+    others = rng.normal(size=(7, count, rows, columns)).astype(np.float16) * valid
+    orientations = np.concatenate([codes[None], others]) if turned else None
     provenance = {
         "slide": "s1",
         "slide_identity": "ab" * 16,
@@ -37,7 +44,7 @@ def make(count: int = 16, rows: int = 9, columns: int = 13, seed: int = 0, **abo
         "mpp": 0.5,
         "patch": 128,
     } | about
-    return Grid(codes, valid, GridProvenance(**provenance))
+    return Grid(codes, valid, GridProvenance(**provenance), orientations)
 
 
 @settings(max_examples=15, deadline=None)
@@ -46,10 +53,11 @@ def make(count: int = 16, rows: int = 9, columns: int = 13, seed: int = 0, **abo
     rows=st.integers(1, 140),
     columns=st.integers(1, 70),
     seed=st.integers(0, 9),
+    turned=st.booleans(),
 )
-def test_a_grid_survives_the_disk(tmp_path_factory, count, rows, columns, seed):
+def test_a_grid_survives_the_disk(tmp_path_factory, count, rows, columns, seed, turned):
     path = tmp_path_factory.mktemp("grids") / "s.zarr"
-    grid = make(count, rows, columns, seed)
+    grid = make(count, rows, columns, seed, turned)
     write_grid(path, grid)
     again = open_grid(path)
     np.testing.assert_array_equal(again.codes[:], grid.codes)
@@ -57,26 +65,92 @@ def test_a_grid_survives_the_disk(tmp_path_factory, count, rows, columns, seed):
     assert again.provenance == grid.provenance
     assert again.shape == grid.shape == (count, rows, columns)
     assert grid_hash(again) == grid_hash(grid) == grid_hash(path)
+    assert (again.orientations is not None) == turned
+    for k in range(8 if turned else 1):
+        codes = again.oriented(k)
+        assert (codes.shape, codes.dtype) == (grid.shape, np.float16)
+        np.testing.assert_array_equal(codes[:], grid.oriented(k))
+        np.testing.assert_array_equal(codes[:, :2, 1:], grid.oriented(k)[:, :2, 1:])
 
 
-def test_a_large_store_is_a_few_files_and_a_crop_reads_a_part(tmp_path):
-    rows, columns = 600, 700
-    rng = np.random.default_rng(0)
+def test_a_stored_grid_is_copied_with_its_orientations(tmp_path):
+    write_grid(tmp_path / "one.zarr", make(turned=True))
+    write_grid(tmp_path / "two.zarr", open_grid(tmp_path / "one.zarr"))
+    copy = open_grid(tmp_path / "two.zarr")
+    assert grid_hash(copy) == grid_hash(make(turned=True))
+    assert copy.orientations.shape == (8, *copy.shape)
+    with pytest.raises(IndexError):
+        copy.orientations[8]
+
+
+@pytest.mark.parametrize("k", range(8))
+def test_a_turned_grid_is_that_of_the_turned_slide(k):
+    # an encoder that sees a patch's first pixel alone: which of its pixels that is, tells how it
+    # was turned
+    slide = np.arange(6 * 8, dtype=np.float16).reshape(6, 8)
+
+    def encode(pixels):
+        return pixels[::2, ::2][None]
+
+    upright = [undo(encode(orient(slide, j)), j) for j in range(8)]
+    mask = np.ones((3, 4), bool)
+    mask[0, 1] = False
+    stacked = np.stack(upright) * mask
+    grid = Grid(stacked[0], mask, make().provenance, stacked)
+    codes, valid = grid.turned(k)
+    np.testing.assert_array_equal(codes[:, valid], encode(orient(slide, k))[:, valid])
+    np.testing.assert_array_equal(valid, orient(mask, k))
+
+
+def test_orientations_that_were_not_made_are_an_error():
+    assert make().oriented(0) is not None
+    with pytest.raises(GridError, match="'s1' is upright alone: compress the slide again"):
+        make().oriented(3)
+
+
+class Counting(WrapperStore):
+    """Counts reads and their bytes."""
+
+    def __init__(self, store):
+        super().__init__(store)
+        self.reads, self.bytes = [], 0
+
+    async def get(self, key, prototype, byte_range=None):
+        found = await super().get(key, prototype, byte_range)
+        self.reads.append(key)
+        self.bytes += len(found) if found is not None else 0
+        return found
+
+
+def test_a_large_store_is_a_few_files_and_a_crop_costs_few_reads(tmp_path):
+    rows, columns = 600, 700  # 4 shards
+    codes = np.random.default_rng(0).random((8, 16, rows, columns)).astype(np.float16)
     valid = np.ones((rows, columns), bool)
-    grid = Grid(rng.random((16, rows, columns)).astype(np.float16), valid, make().provenance)
-    path = tmp_path / "s.zarr"
-    write_grid(path, grid)
-    assert sum(p.is_file() for p in path.rglob("*")) <= 3 + 2 * 4
-    codes = open_grid(path).codes
-    assert isinstance(codes, zarr.Array)
-    np.testing.assert_array_equal(codes[:, 100:500, 250:650], grid.codes[:, 100:500, 250:650])
-    assert codes.chunks == (16, 64, 64)
-    assert codes.shards == (16, 512, 512)
+    upright, turned = tmp_path / "upright.zarr", tmp_path / "turned.zarr"
+    write_grid(upright, Grid(codes[0], valid, make().provenance))
+    write_grid(turned, Grid(codes[0], valid, make().provenance, codes))
+    assert sum(p.is_file() for p in upright.rglob("*")) == 3 + 2 * 4
+    assert sum(p.is_file() for p in turned.rglob("*")) == 4 + 9 * 4
+    grid = open_grid(turned)
+    for k in (0, 5):
+        array = zarr.open_array(turned / ("orientations" if k else "0"), mode="r")
+        counting = Counting(array.store)
+        array = zarr.open_array(counting, mode="r")
+        counting.reads.clear()
+        window = np.s_[:, 100:500, 250:650]
+        crop = array[(k - 1, *window)] if k else array[window]
+        np.testing.assert_array_equal(crop, codes[k][window])
+        np.testing.assert_array_equal(grid.oriented(k)[window], codes[k][window])
+        # one index of each shard, and the chunks: 7 x 8 of 64 x 64 cells hold 400 x 400
+        assert len(set(counting.reads)) == 2
+        assert len(counting.reads) == 2 + 7 * 8
+        assert counting.bytes < 1.5 * crop.nbytes
 
 
-def test_ome_zarr_opens_it_at_its_place_on_the_slide(tmp_path):
+@pytest.mark.parametrize("turned", [False, True])
+def test_ome_zarr_opens_it_at_its_place_on_the_slide(tmp_path, turned):
     path = tmp_path / "s.zarr"
-    grid = make()
+    grid = make(turned=turned)
     write_grid(path, grid)
     location = ome_zarr.io.parse_url(path)
     (node,) = list(ome_zarr.reader.Reader(location)())[:1]
@@ -89,9 +163,10 @@ def test_ome_zarr_opens_it_at_its_place_on_the_slide(tmp_path):
     assert translation == [0, 31.875, 31.875]
 
 
-def test_the_metadata_are_valid_ome_zarr_0_5(tmp_path):
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_metadata_are_valid_ome_zarr_0_5(tmp_path, turned):
     path = tmp_path / "s.zarr"
-    write_grid(path, make())
+    write_grid(path, make(turned=turned))
     image = Image.from_zarr(zarr.open_group(path, mode="r"))
     (multiscale,) = image.ome_attributes.multiscales
     assert [axis.unit for axis in multiscale.axes][1:] == ["micrometer", "micrometer"]
@@ -110,6 +185,34 @@ def test_the_hash_follows_the_content_alone():
     zero = Grid(np.zeros_like(grid.codes), grid.valid, about)
     assert grid_hash(zero) != grid_hash(Grid(zero.codes, np.zeros_like(grid.valid), about))
     assert grid_hash(make(patch=64)) != grid_hash(grid)
+    turned = make(turned=True)
+    assert grid_hash(turned) != grid_hash(grid)
+    turned.orientations[3, 0, row, column] += 1
+    assert grid_hash(turned) != grid_hash(make(turned=True))
+
+
+def test_a_store_without_the_newer_provenance_was_made_the_only_way_there_was(tmp_path):
+    path = tmp_path / "s.zarr"
+    write_grid(path, make())
+    group = zarr.open_group(path, mode="r+")
+    newer = ("stride", "precision", "reading")
+    older = {name: value for name, value in group.attrs["nic"].items() if name not in newer}
+    group.attrs["nic"] = older
+    about = open_grid(path).provenance
+    assert (about.stride, about.precision, about.reading) == (128, "float32", "patch")
+
+
+@pytest.mark.parametrize(
+    "change", [{"stride": 64}, {"precision": "int8"}, {"reading": "fast"}, {"tomorrow": 1}]
+)
+def test_provenance_that_is_not_understood_is_refused(tmp_path, change):
+    path = tmp_path / "s.zarr"
+    write_grid(path, make())
+    group = zarr.open_group(path, mode="r+")
+    group.attrs["nic"] = group.attrs["nic"] | change
+    (name,) = change
+    with pytest.raises(GridError, match=rf"(?s)provenance: .*{name}.*compress the slide"):
+        open_grid(path)
 
 
 def test_a_store_is_replaced_whole(tmp_path):
@@ -126,6 +229,11 @@ def test_a_store_is_replaced_whole(tmp_path):
         (lambda g: Grid(g.codes, g.valid[:-1], g.provenance), "do not fit"),
         (lambda g: Grid(g.codes * np.float16(np.nan), g.valid, g.provenance), "finite"),
         (lambda g: Grid(g.codes, g.valid & False, g.provenance), "must be 0"),
+        (lambda g: replace(g, orientations=np.stack([g.codes] * 7)), "orientations .* do not fit"),
+        (
+            lambda g: replace(g, orientations=np.stack([g.codes] * 7 + [g.codes + 1])),
+            "orientation 7: .* must be 0",
+        ),
     ],
 )
 def test_a_wrong_grid_is_not_written(tmp_path, change, message):
