@@ -32,6 +32,8 @@ from nic_core.store import Store
 DEFAULT_UI = "http://127.0.0.1:5000"
 CANDIDATE = "candidate"
 
+# a table that grows is read back at each addition: no news either
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 # that a new database gets its tables is no news to a user
 for _name in ("alembic", "mlflow.store.db.utils"):
     logging.getLogger(_name).setLevel(logging.WARNING)
@@ -104,6 +106,9 @@ class TrackedRun:
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         mlflow.log_metrics(dict(values), step=step)
+
+    def table(self, name: str, rows: pl.DataFrame) -> None:
+        mlflow.log_table(rows.to_dict(as_series=False), f"{name}.json")
 
     def figure(self, name: str, figure: Figure) -> None:
         self.figures[name] = figure

@@ -128,7 +128,9 @@ class EncoderSpec(_Model):
     """An encoder to train: its objective, the patch tasks it sees and the seed.
 
     ``patches_seen`` counts patches through the network over the whole training and is the
-    quantity to hold equal when encoders are compared [choice]. ``supervised`` is ``mtl`` with
+    quantity to hold equal when encoders are compared [choice]. Without one (``null``) training
+    lasts as published: ``bigan`` 200,000 steps, the others until the learning rate is at its floor
+    and brings nothing more. ``supervised`` is ``mtl`` with
     one task; ``vae``, ``contrastive`` and ``bigan`` use the tasks' patches without labels.
     """
 
@@ -136,7 +138,7 @@ class EncoderSpec(_Model):
     objective: Literal["mean_rgb", "mtl", "supervised", "vae", "contrastive", "bigan"]
     tasks: tuple[str, ...] = ()
     seed: int = 0
-    patches_seen: PositiveInt = 200_000
+    patches_seen: PositiveInt | None = 200_000
     batch: PositiveInt = 64
     learning_rate: PositiveFloat | None = Field(
         default=None,
@@ -147,6 +149,15 @@ class EncoderSpec(_Model):
         default="tellez2020",
         description="tellez2019 is the network published for vae and contrastive; the default "
         "compares objectives at equal architecture [choice]",
+    )
+    task_weights: Literal["equal", "uncertainty"] = Field(
+        default="equal",
+        description="of mtl's losses: equal, or by learned uncertainty (Kendall et al. 2018)",
+    )
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto",
+        description="of the forward and backward pass; auto is bfloat16 on a GPU or CPU with "
+        "matrix units for it, else float32 [choice]",
     )
 
     @model_validator(mode="after")
@@ -159,6 +170,11 @@ class EncoderSpec(_Model):
             raise ValueError(
                 f"encoder '{self.name}': objective 'supervised' takes one task; "
                 "'mtl' is the objective of several"
+            )
+        if self.task_weights == "uncertainty" and self.objective != "mtl":
+            raise ValueError(
+                f"encoder '{self.name}': task_weights 'uncertainty' weighs the tasks of objective "
+                f"'mtl'; '{self.objective}' has one loss: leave it out"
             )
         if self.architecture == "tellez2019" and self.objective not in ("vae", "contrastive"):
             raise ValueError(

@@ -26,6 +26,7 @@ from nic_core.slides.blocks import (
     BLOCK,
     MAX_UNREADABLE,
     Block,
+    allow_unreadable,
     cores,
     in_order,
     plan_blocks,
@@ -117,12 +118,7 @@ def compress_slide(
             if progress is not None:
                 progress(done, total)
     unreadable = total - done
-    if unreadable > max_unreadable * total:
-        raise SlideError(
-            slide.path,
-            f"{unreadable} of {total} patches cannot be decoded (allowed: {max_unreadable:.0%})",
-            "copy the file again from its source",
-        )
+    allow_unreadable(slide, unreadable, total, max_unreadable)
     if not np.isfinite(codes).all():
         raise SlideError(
             slide.path,

@@ -28,6 +28,7 @@ import numpy as np
 import zarr
 import zarr.codecs
 import zarr.errors
+import zarr.storage
 from numpy.typing import NDArray
 from pydantic import (
     BaseModel,
@@ -39,12 +40,14 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
+from zarr.abc.buffer import Buffer
 
 from nic_core.orientations import ORIENTATIONS, orient
 from nic_core.store import whole_folder
 
 _CHUNK, _SHARD = 64, 512
 CODES, VALID, TURNED, PROVENANCE = "0", "valid", "orientations", "nic"
+METADATA = "zarr.json"
 
 Precision = Literal["float32", "bfloat16", "float16"]
 Reading = Literal["patch", "input"]
@@ -229,22 +232,37 @@ def write_grid(path: Path, grid: Grid) -> None:
     """
     codes = np.asarray(grid.codes[:], np.float16)
     _check(str(path), codes, grid.valid)
+    if grid.orientations is not None and grid.orientations.shape != (ORIENTATIONS, *codes.shape):
+        raise GridError(
+            f"{path}: orientations {grid.orientations.shape} do not fit codes {codes.shape}"
+        )
+    # zarr encodes into memory, and files are written here: zarr's own writers go on after one of
+    # them has met a full disk, and make again what was cleared away
+    encoded: dict[str, Buffer] = {}
     with whole_folder(path) as folder:
-        group = zarr.open_group(folder, mode="w", zarr_format=3)
+        group = zarr.open_group(zarr.storage.MemoryStore(encoded), mode="w", zarr_format=3)
         group.attrs.update({"ome": _ome(grid), PROVENANCE: grid.provenance.model_dump()})
         _create(group, CODES, codes.shape, codes.shape[:1])[:] = codes
         _create(group, VALID, grid.valid.shape, (), "bool")[:] = grid.valid
+        _move(encoded, folder, but=METADATA)
         if grid.orientations is not None:
-            if grid.orientations.shape != (ORIENTATIONS, *codes.shape):
-                raise GridError(
-                    f"{path}: orientations {grid.orientations.shape} do not fit codes {codes.shape}"
-                )
             others = (ORIENTATIONS - 1, *codes.shape)
             turned = _create(group, TURNED, others, (1, *codes.shape[:1]))
             for k in range(1, ORIENTATIONS):
                 codes = np.asarray(grid.orientations[k][:], np.float16)
                 _check(f"{path}: orientation {k}", codes, grid.valid)
                 turned[k - 1] = codes
+                _move(encoded, folder, but=METADATA)
+        _move(encoded, folder)
+
+
+def _move(encoded: dict[str, Buffer], folder: Path, *, but: str | None = None) -> None:
+    """Write files of what is encoded, and forget it; files of the name ``but`` come later."""
+    for key in list(encoded):
+        path = folder / key
+        if path.name != but:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(encoded.pop(key).to_bytes())
 
 
 def _create(

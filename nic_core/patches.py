@@ -22,8 +22,14 @@ PATCH_SCHEMA: dict[str, pl.DataType] = {
     "size": pl.Float64(),  # side, level-0 px
     "mpp": pl.Float64(),  # um/px that the patch is read at
     "tissue": pl.Float32(),  # fraction of the cell
+    "focus": pl.Float32(),  # variance of the Laplacian of luminance, grey levels squared
+    "red": pl.Float32(),  # mean colour, 0..255
+    "green": pl.Float32(),
+    "blue": pl.Float32(),
     "kept": pl.Boolean(),
+    "reason": pl.Enum(["background", "unreadable"]),  # why a cell is not kept; null: it is
 }
+MEASURED = ("focus", "red", "green", "blue")  # filled in by nic_core.quality
 
 
 class PatchTableError(ValueError):
@@ -57,7 +63,8 @@ def patch_table(
     Returns
     -------
     polars.DataFrame
-        ``PATCH_SCHEMA``, one row a cell, by row then column.
+        ``PATCH_SCHEMA``, one row a cell, by row then column; no pixel is read, so the columns
+        ``MEASURED`` are null: :func:`nic_core.quality.measure_quality` fills them.
     """
     rows, columns = grid_shape(slide, patch, mpp)
     cell = patch * mpp / mask.mpp  # mask px
@@ -69,25 +76,33 @@ def patch_table(
     share = np.round(share, 6).astype(np.float32)
     size = patch * mpp / slide.mpp
     row, column = np.divmod(np.arange(rows * columns), columns)
-    table = pl.DataFrame(
-        {
-            "slide": [slide_id] * (rows * columns),
-            "row": row,
-            "column": column,
-            "x": column * size,
-            "y": row * size,
-            "size": np.full(rows * columns, size),
-            "mpp": np.full(rows * columns, float(mpp)),
-            "tissue": share.ravel(),
-            "kept": (share > np.float32(tissue)).ravel(),
-        },
-        schema_overrides=PATCH_SCHEMA,
+    table = (
+        pl.DataFrame(
+            {
+                "slide": [slide_id] * (rows * columns),
+                "row": row,
+                "column": column,
+                "x": column * size,
+                "y": row * size,
+                "size": np.full(rows * columns, size),
+                "mpp": np.full(rows * columns, float(mpp)),
+                "tissue": share.ravel(),
+                "kept": (share > np.float32(tissue)).ravel(),
+            },
+            schema_overrides=PATCH_SCHEMA,
+        )
+        .with_columns(pl.lit(None).alias(name) for name in MEASURED)
+        .with_columns(reason=pl.when(~pl.col("kept")).then(pl.lit("background")))
     )
     return table.select(pl.col(name).cast(kind) for name, kind in PATCH_SCHEMA.items())
 
 
 def check_patch_table(table: pl.DataFrame, source: str) -> None:
-    """Raise PatchTableError unless a table has the schema, whole rows and one slide."""
+    """Raise PatchTableError unless a table has the schema, whole rows and one slide.
+
+    Null are: ``reason`` exactly where a cell is kept; the columns ``MEASURED`` exactly where it
+    is not, or everywhere if quality was not measured. Nothing else is.
+    """
     if dict(table.schema) != PATCH_SCHEMA:
         wrong = {
             name: str(table.schema.get(name, "missing"))
@@ -97,8 +112,7 @@ def check_patch_table(table: pl.DataFrame, source: str) -> None:
         raise PatchTableError(f"{source}: no patch table: {wrong or 'columns out of order'}")
     if table.is_empty():
         raise PatchTableError(f"{source}: a patch table has a row a cell; this one has none")
-    if any(table.null_count().row(0)):
-        raise PatchTableError(f"{source}: a patch table has no missing values; this one has")
+    _check_nulls(table, source)
     if table["slide"].n_unique() != 1:
         raise PatchTableError(f"{source}: cells of more than one slide")
     rows, columns = int(table["row"].max()) + 1, int(table["column"].max()) + 1  # type: ignore[arg-type]
@@ -107,6 +121,22 @@ def check_patch_table(table: pl.DataFrame, source: str) -> None:
         raise PatchTableError(
             f"{source}: not one row a cell of {rows} x {columns}, by row then column"
         )
+
+
+def _check_nulls(table: pl.DataFrame, source: str) -> None:
+    whole = table.drop(*MEASURED, "reason")
+    gaps = [name for name in whole.columns if whole[name].null_count()]
+    if gaps:
+        raise PatchTableError(f"{source}: missing values in {', '.join(gaps)}")
+    if not table["reason"].is_null().equals(table["kept"]):
+        raise PatchTableError(f"{source}: a cell has a reason if and only if it is not kept")
+    measured = table.select(pl.col(MEASURED).is_not_null())
+    if measured.to_numpy().any() and not all(column.equals(table["kept"]) for column in measured):
+        raise PatchTableError(
+            f"{source}: {', '.join(MEASURED)} stand at every kept cell and no other, or nowhere"
+        )
+    if not table.select(pl.col(MEASURED).is_finite().all()).to_numpy().all():
+        raise PatchTableError(f"{source}: {', '.join(MEASURED)} must be finite numbers")
 
 
 def write_patch_table(path: Path, table: pl.DataFrame) -> None:

@@ -44,6 +44,7 @@ from nic_core.models.labels import target_table
 from nic_core.models.validation import Evaluated, cross_validate
 from nic_core.patches import patch_table, read_patch_table, write_patch_table
 from nic_core.pictures import compressed_slide
+from nic_core.quality import measure_quality
 from nic_core.reports import (
     Report,
     encoder_results,
@@ -182,7 +183,8 @@ def read_record(store: Store, slide: str) -> SlideRecord:
 
 
 def tabulate_patches(cohort: Cohort, store: Store, slide: str) -> pl.DataFrame:
-    """Lay the cohort's grid over a slide; writes and returns the patch table."""
+    """Lay the cohort's grid over a slide and measure its cells; writes and returns the patch
+    table."""
     settings = cohort.settings
     mask = TissueMask.load(store.slide(slide) / TISSUE, read_record(store, slide).tissue_mpp)
     with _open(store, slide) as opened:
@@ -194,6 +196,7 @@ def tabulate_patches(cohort: Cohort, store: Store, slide: str) -> pl.DataFrame:
             mpp=settings.mpp,
             tissue=settings.tissue,
         )
+        cells = measure_quality(cells, opened)
     write_patch_table(store.patch_table(slide), cells)
     return cells
 

@@ -114,7 +114,8 @@ class StoreBusyError(StoreError):
 
 @contextmanager
 def exclusive(path: Path, *, wait: bool = True) -> Iterator[None]:
-    """Be the only writer of a product, among threads, processes and machines that share it.
+    """Be the only writer of a product, among threads and processes, and among machines as far as
+    the locks of their file system reach.
 
     :func:`whole_file` and :func:`whole_folder` hold it while they write. Who also wants the
     making of a product to happen once takes it around looking, making and writing; a thread

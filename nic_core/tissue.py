@@ -4,13 +4,16 @@ The rule [choice] works on the slide at 8 um/px, in optical densities against th
 glass, so that a grey or yellowish lamp is no stain:
 
 1. colour: the spread between the densities of red, green and blue, smoothed. Glass, dust, shadow
-   and black borders have none, stained tissue has. Otsu's threshold on it, held within
-   ``COLOUR_RANGE``: on a slide with (nearly) no tissue, or nothing else, Otsu would split noise
-   or the tissue itself, and the range takes its place;
+   and black borders have none, or little for how dark they are (``GREY``); stained tissue has.
+   Otsu's threshold on it, held within ``COLOUR_RANGE``: on a slide with (nearly) no tissue, or
+   nothing else, Otsu would split noise or the tissue itself, and the range takes its place. What
+   is fainter, down to ``FAINT``, is tissue where it hangs together with what is not, over gaps
+   of ``GAP``: fat is thin strands, and pale stroma no more than a tint;
 2. ink: haematoxylin and eosin both absorb green the most. What absorbs red more than green (blue
    and green pens), blue as much as green at full strength (red pens) or everything (black pens
    and borders) is none of them, with the blurred rim around it;
-3. shape: specks under ``MIN_AREA`` go, holes under ``MAX_HOLE`` close.
+3. shape: specks under ``MIN_AREA`` go, holes under ``MAX_HOLE`` close, unless at the border: what
+   lies there is not known to be a hole.
 """
 
 from __future__ import annotations
@@ -23,17 +26,23 @@ import numpy as np
 import pyvips
 from numpy.typing import NDArray
 from scipy import ndimage
-from skimage import filters, morphology
+from skimage import filters, morphology, segmentation
 
 from nic_core.slides.annotations import ANNOTATION_SUFFIXES, read_annotations, region_mask
 from nic_core.slides.errors import SlideError
+from nic_core.slides.resample import coverage
 from nic_core.slides.slide import Slide
 
 TISSUE_MPP = 8.0
 COLOUR_RANGE = (0.03, 0.06)  # optical density
-MIN_AREA = 10_000.0  # um^2: a disc of 113 um
+FAINT = 0.02  # optical density
+GREY = 0.15  # spread over density: below it a dark place is grey with a hue, not stained
+GAP = 50.0  # um
+MIN_AREA = 10_000.0  # um^2: a disc of 113 um; of a small region no more than a quarter
 INK_RIM = 25.0  # um
 MAX_HOLE = 20_000.0  # um^2: lumens and vessels belong to the tissue
+
+_MASK_PIXELS = 1 << 24  # of a ready-made mask that are looked at in one go: it may be of level 0
 
 Mask = NDArray[np.bool_]
 Floats = NDArray[np.float32]
@@ -108,30 +117,65 @@ def read_mask(path: Path, slide: Slide, *, mpp: float = TISSUE_MPP) -> TissueMas
                 f"another shape than the slide's {slide.width} x {slide.height}",
                 remedy,
             )
-        # the slide's own size need not be a whole number of mask px: scale by um, then cut or pad
-        across = slide.width * slide.mpp / mpp / image.width
-        down = slide.height * slide.mpp / mpp / image.height
-        share = (image != 0).resize(across, vscale=down, kernel="linear")
-        share = share.gravity("north-west", width, height, extend="copy")
-        return TissueMask(share.numpy() > 127, mpp)
+        return TissueMask(_stretched(image, slide, (height, width), mpp), mpp)
     except pyvips.Error as error:
         raise SlideError(slide.path, f"mask {path}: {error}", remedy) from error
+
+
+def _stretched(image: pyvips.Image, slide: Slide, shape: tuple[int, int], mpp: float) -> Mask:
+    """Px of a mask of which more than half is not 0 in an image stretched over the slide."""
+    # px of the image a px of the mask; the slide's size need not be a whole number of the latter
+    down = image.height / (slide.height * slide.mpp / mpp)
+    across = image.width / (slide.width * slide.mpp / mpp)
+    rows = coverage(0.0, down, shape[0], image.height)
+    columns = coverage(0.0, across, shape[1], image.width)
+    inside = np.outer(rows.sum(axis=1), columns.sum(axis=1))  # the last px reach outside
+    mask = np.empty(shape, np.bool_)
+    step = max(1, int(_MASK_PIXELS / (image.width * down)))
+    for top in range(0, shape[0], step):
+        band = rows[top : top + step]
+        low, high = int(band.indices.min()), int(band.indices.max()) + 1
+        drawn = (image.crop(0, low, image.width, high - low) != 0).numpy().astype(np.float32) / 255
+        share = (columns @ (band[:, low:high] @ drawn).T).T
+        mask[top : top + step] = share > 0.5 * inside[top : top + step]
+    return mask
 
 
 def find_tissue(pixels: NDArray[np.uint8], mpp: float) -> Mask:
     """The rule on pixels: uint8 (H, W, 3) at ``mpp`` um/px to bool (H, W)."""
     density = _optical_density(pixels)
-    colour = ndimage.gaussian_filter(density.max(axis=2) - density.min(axis=2), _px(8.0, mpp))
+    most = ndimage.gaussian_filter(density.max(axis=2), _px(8.0, mpp))
+    colour = most - ndimage.gaussian_filter(density.min(axis=2), _px(8.0, mpp))
     ink = _ink(density, mpp)
     low, high = COLOUR_RANGE
     seen = colour[~ink]
     threshold = high
     if seen.size and np.ptp(seen) > 0:
         threshold = float(filters.threshold_otsu(seen))  # type: ignore[no-untyped-call]
-    tissue = (colour > np.clip(threshold, low, high)) & ~ink
-    tissue = morphology.remove_small_objects(tissue, max_size=int(MIN_AREA / mpp**2))
-    filled = morphology.remove_small_holes(tissue, max_size=int(MAX_HOLE / mpp**2))
-    return np.asarray(filled & ~ink)
+    stained = (colour > FAINT) & (colour > GREY * most) & ~ink
+    faint = _close(stained, mpp) & ~ink
+    tissue = _parts_with(faint, stained & (colour > np.clip(threshold, low, high)))
+    speck = min(MIN_AREA, tissue.size * mpp**2 / 4)
+    tissue = morphology.remove_small_objects(tissue, max_size=int(speck / mpp**2))
+    holes = segmentation.clear_border(~tissue)  # type: ignore[no-untyped-call]
+    large = morphology.remove_small_objects(holes, max_size=int(MAX_HOLE / mpp**2))
+    return np.asarray((tissue | (holes & ~large)) & ~ink)
+
+
+def _close(mask: Mask, mpp: float) -> Mask:
+    """Close gaps narrower than ``GAP``, but not towards the border."""
+    reach = round(GAP / 2 / mpp)  # px; of a square, since that is two passes of a line
+    grown = ndimage.maximum_filter(np.pad(mask, reach), 2 * reach + 1)
+    closed = ndimage.minimum_filter(grown, 2 * reach + 1)
+    return np.asarray(closed[reach : reach + len(mask), reach : reach + mask.shape[1]])
+
+
+def _parts_with(mask: Mask, seeds: Mask) -> Mask:
+    """The connected parts of a mask that hold a seed."""
+    label, count = ndimage.label(mask)
+    chosen = np.zeros(count + 1, np.bool_)
+    chosen[label[seeds & mask]] = True
+    return np.asarray(chosen[label])
 
 
 def _optical_density(pixels: NDArray[np.uint8]) -> Floats:
@@ -146,9 +190,9 @@ def _glass(pixels: NDArray[np.uint8]) -> Floats:
     empty = pixels[(low > 195) & (high - low < 20)]
     if len(empty) < 0.002 * low.size:
         return np.full(3, 255, np.float32)
-    return np.array(
-        [np.bincount(empty[:, c], minlength=256).argmax() for c in range(3)], np.float32
-    )
+    # counts smoothed, since a small region has few px of each grey level
+    counts = [np.bincount(empty[:, c], minlength=256).astype(np.float32) for c in range(3)]
+    return np.array([ndimage.uniform_filter1d(c, 5).argmax() for c in counts], np.float32)
 
 
 def _ink(density: Floats, mpp: float) -> Mask:
@@ -164,9 +208,8 @@ def _ink(density: Floats, mpp: float) -> Mask:
         return np.asarray(strong)
     # a stroke fades out: take all of its hue that hangs together with its core
     weak = ((cold > 1.1) & (red > 0.03)) | ((hot > 0.2) & (green > 0.05)) | strong
-    label, _ = ndimage.label(weak)
-    core = np.unique(label[strong])
-    return np.asarray(ndimage.distance_transform_edt(~np.isin(label, core)) * mpp <= INK_RIM)
+    stroke = _parts_with(weak, strong)
+    return np.asarray(ndimage.distance_transform_edt(~stroke) * mpp <= INK_RIM)
 
 
 def _px(um: float, mpp: float) -> float:
@@ -180,7 +223,7 @@ def _mask_size(slide: Slide, mpp: float) -> tuple[int, int]:
 
 def tissue_outline(slide: Slide, mask: TissueMask, *, side: int = 768) -> NDArray[np.uint8]:
     """Thumbnail with the tissue's outline drawn on it, uint8 (H, W, 3)."""
-    picture = slide.thumbnail(side).copy()
+    picture = slide.thumbnail(side)
     height, width = picture.shape[:2]
     um = slide.width * slide.mpp / width, slide.height * slide.mpp / height
     rows = np.minimum(
@@ -189,8 +232,11 @@ def tissue_outline(slide: Slide, mask: TissueMask, *, side: int = 768) -> NDArra
     columns = np.minimum(
         ((np.arange(width) + 0.5) * um[0] / mask.mpp).astype(int), mask.array.shape[1] - 1
     )
-    inside = mask.array[np.ix_(rows, columns)]
-    thick = max(1, side // 400)
-    line = ndimage.binary_dilation(inside, iterations=thick) & ~inside
-    picture[line] = (0, 140, 60)
-    return picture
+    return outlined(picture, mask.array[np.ix_(rows, columns)], thick=max(1, side // 400))
+
+
+def outlined(picture: NDArray[np.uint8], inside: Mask, *, thick: int = 1) -> NDArray[np.uint8]:
+    """A picture with a line of ``thick`` px drawn round a mask of its size."""
+    drawn = picture.copy()
+    drawn[ndimage.binary_dilation(inside, iterations=thick) & ~inside] = (0, 140, 60)
+    return drawn

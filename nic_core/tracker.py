@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol
 
+import polars as pl
 from matplotlib.figure import Figure
 
 
@@ -16,6 +17,9 @@ class Tracker(Protocol):
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         """Values after ``step``; a later call may repeat a name with a larger step."""
+
+    def table(self, name: str, rows: pl.DataFrame) -> None:
+        """A table, named like a file without its ending; a later call adds rows to it."""
 
     def figure(self, name: str, figure: Figure) -> None:
         """A picture, named like a file without its ending."""

@@ -1,6 +1,23 @@
+import errno
+import fcntl
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+
 import pytest
 
-from nic_core.store import Store, whole_file, whole_folder
+from nic_core import store as store_module
+from nic_core.store import (
+    Store,
+    StoreBusyError,
+    StoreError,
+    exclusive,
+    whole_file,
+    whole_folder,
+)
 
 
 def test_a_file_is_not_there_before_it_is_whole(tmp_path):
@@ -47,3 +64,172 @@ def test_the_environment_names_the_root(tmp_path, monkeypatch):
     monkeypatch.setenv("NIC_STORE", str(tmp_path))
     store = Store.from_environment()
     assert store.grid("mtl-4", "s1") == tmp_path / "grids" / "mtl-4" / "s1.zarr"
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+processes = multiprocessing.get_context("spawn")
+
+
+def hold(path, ready):
+    """A writer that is never done."""
+    with whole_folder(path) as temporary:
+        (temporary / "half").write_text("half")
+        ready.set()
+        time.sleep(600)
+
+
+@pytest.fixture
+def writer(tmp_path):
+    """Another process in the middle of writing ``grid.zarr``."""
+    ready = processes.Event()
+    process = processes.Process(target=hold, args=(tmp_path / "grid.zarr", ready), daemon=True)
+    process.start()
+    assert ready.wait(60)
+    yield process
+    process.kill()
+    process.join()
+
+
+def test_a_second_process_is_refused_and_disturbs_nothing(tmp_path, writer):
+    path = tmp_path / "grid.zarr"
+    before = names(tmp_path)
+    with (
+        pytest.raises(StoreBusyError, match=r"grid.zarr: .*another process"),
+        exclusive(path, wait=False),
+    ):
+        pass
+    assert names(tmp_path) == before
+    assert (tmp_path / ".new.grid.zarr" / "half").exists()
+    with exclusive(tmp_path / "other.zarr", wait=False):
+        pass
+
+
+def test_the_next_writer_waits_and_removes_what_a_killed_one_left(tmp_path, writer):
+    path = tmp_path / "grid.zarr"
+    killer = threading.Timer(0.2, writer.kill)
+    killer.start()
+    with whole_folder(path) as temporary:
+        assert names(temporary) == []
+        (temporary / "chunk").write_text("new")
+    writer.join()
+    assert writer.exitcode == -signal.SIGKILL
+    assert names(tmp_path) == ["grid.zarr"]
+    assert names(path) == ["chunk"]
+
+
+def test_an_older_half_swap_is_tidied_away(tmp_path):
+    path = tmp_path / "table.parquet"
+    (tmp_path / ".old.table.parquet").mkdir()
+    (tmp_path / ".new.table.parquet").write_text("half")
+    (tmp_path / ".new.other.parquet").write_text("another's")
+    with exclusive(path):
+        pass
+    assert names(tmp_path) == [".new.other.parquet"]
+
+
+def test_writers_in_threads_come_one_after_another(tmp_path):
+    path = tmp_path / "count"
+    path.write_text("0")
+
+    def work():
+        for _ in range(50):
+            with exclusive(path):
+                count = int(path.read_text())
+                with whole_file(path) as temporary:  # the thread that holds it is let through
+                    temporary.write_text(str(count + 1))
+
+    threads = [threading.Thread(target=work) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert path.read_text() == "300"
+    assert names(tmp_path) == ["count"]
+
+
+def replace_often(path, times):
+    for number in range(times):
+        with whole_folder(path) as temporary:
+            (temporary / "number").write_text(str(number))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux swaps folders in one call")
+def test_a_folder_is_there_at_every_moment_of_its_replacement(tmp_path):
+    path = tmp_path / "grid.zarr"
+    replace_often(path, 1)
+    process = threading.Thread(target=replace_often, args=(path, 300))
+    process.start()
+    looks = 0
+    while process.is_alive():
+        assert path.exists()
+        looks += 1
+    assert looks > 100
+
+
+def test_without_a_swap_the_old_folder_makes_way(tmp_path, monkeypatch):
+    monkeypatch.setattr(store_module, "_swap", lambda first, second: False)
+    replace_often(tmp_path / "grid.zarr", 3)
+    assert (tmp_path / "grid.zarr" / "number").read_text() == "2"
+    assert names(tmp_path) == ["grid.zarr"]
+
+
+def test_a_file_system_without_locks_is_an_error(tmp_path, monkeypatch):
+    def flock(file, operation):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with (
+        pytest.raises(StoreError, match=r"table.parquet: .*with locks \(flock\)"),
+        whole_file(tmp_path / "table.parquet"),
+    ):
+        pass
+
+
+def test_a_full_disk_is_one_error_and_leaves_the_old_one(mount):
+    folder = mount("size=64k")
+    path = folder / "grid.zarr"
+    replace_often(path, 1)
+    with (
+        pytest.raises(StoreError, match=r"grid.zarr: .*No space left on device.*make room"),
+        whole_folder(path) as temporary,
+    ):
+        (temporary / "large").write_bytes(bytes(100_000))
+    assert (path / "number").read_text() == "0"
+    assert names(folder) == ["grid.zarr"]
+
+
+def test_a_read_only_place_is_one_error(mount):
+    folder = mount("ro")
+    with (
+        pytest.raises(StoreError, match=r"grid.zarr: .*Read-only file system.*may write"),
+        whole_folder(folder / "grid.zarr"),
+    ):
+        pass
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_place_without_permission_is_one_error(tmp_path):
+    tmp_path.chmod(0o555)
+    with (
+        pytest.raises(StoreError, match=r"Permission denied.*may write"),
+        whole_file(tmp_path / "table.parquet"),
+    ):
+        pass
+
+
+def test_a_file_in_the_place_of_a_folder_is_one_error(tmp_path):
+    (tmp_path / "grids").write_text("")
+    with (
+        pytest.raises(StoreError, match="a file is where a folder must be"),
+        whole_folder(tmp_path / "grids" / "s.zarr"),
+    ):
+        pass
+
+
+def test_other_faults_of_a_block_stay_what_they_are(tmp_path):
+    with pytest.raises(FileNotFoundError), whole_file(tmp_path / "table.parquet"):
+        (tmp_path / "gone").read_text()
+    assert names(tmp_path) == []

@@ -21,6 +21,7 @@ from nic_assets.partitions import Partitions
 from nic_core import steps
 from nic_core.cohort import Cohort
 from nic_core.patches import PATCH_SCHEMA
+from nic_core.quality import summarize
 from nic_core.slides import SlideError
 from nic_core.slides.index import slide_index as find_slides
 from nic_core.store import Store
@@ -78,7 +79,7 @@ def slide_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         group_name="slides",
         kinds={"image"},
         op_tags=CPU_TAGS,
-        code_version=code_version(1),
+        code_version=code_version(2),
         check_specs=[
             dg.AssetCheckSpec("resolution_suffices", asset="slide"),
             dg.AssetCheckSpec("tissue_found", asset="slide"),
@@ -118,7 +119,7 @@ def slide_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         group_name="slides",
         kinds={"polars", "parquet"},
         op_tags=CPU_TAGS,
-        code_version=code_version(1, settings.patch, settings.mpp, settings.tissue),
+        code_version=code_version(2, settings.patch, settings.mpp, settings.tissue),
         metadata={"dagster/column_schema": column_schema(pl.Schema(PATCH_SCHEMA))},
         check_specs=[dg.AssetCheckSpec("schema_valid", asset="patch_table")],
     )
@@ -127,7 +128,7 @@ def slide_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         cohort: dg.ResourceParam[Cohort],
         store: dg.ResourceParam[Store],
     ) -> Events:
-        """One row a grid cell: place, tissue fraction, kept or not."""
+        """One row a grid cell: place, tissue fraction, focus, colour, kept or why not."""
 
         def work(key: str) -> Product:
             cells = steps.tabulate_patches(cohort, store, key)
@@ -135,7 +136,7 @@ def slide_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
                 version=steps.digest(cells.rows()),
                 metadata={
                     "dagster/row_count": cells.height,
-                    "kept": int(cells["kept"].sum()),
+                    **summarize(cells),
                     "rows": cells["row"].n_unique(),
                     "columns": cells["column"].n_unique(),
                     "file": dg.MetadataValue.path(store.patch_table(key)),

@@ -22,8 +22,8 @@ from nic_core.encoders.inference import (
     BATCH,
     Asked,
     PreparedEncoder,
+    autocast,
     fast_module,
-    low_precision,
     resolve_device,
     resolve_precision,
 )
@@ -33,6 +33,7 @@ from nic_core.encoders.networks import (
     PatchEncoder,
     StridedEncoder,
     TellezEncoder,
+    channels_last,
     pooled_side,
 )
 from nic_core.encoders.scores import TaskScores
@@ -94,18 +95,19 @@ class Encoder:
         """
         at = resolve_device(device)
         network = self.module.network if isinstance(self.module, PatchEncoder) else None
-        # a mean of whole numbers gains nothing from low precision; a network from elsewhere stays
-        # the function that it is
-        chosen = "float32" if network is None else resolve_precision(precision, at)
+        # a mean of whole numbers gains nothing from low precision
+        chosen = "float32" if isinstance(self.module, MeanRGB) else resolve_precision(precision, at)
         pooling = network.pooling if network is not None and reading == "input" else 1
         if isinstance(network, TellezEncoder):
             module = fast_module(
                 network, pooling=network.pooling // pooling, device=at, precision=chosen
             )
         elif isinstance(self.module, ForeignEncoder):
-            module = self.module.on(at)
+            module = autocast(self.module.on(at), at, chosen)
         else:
-            module = low_precision(copy.deepcopy(self.module), at, chosen)
+            module = copy.deepcopy(self.module).eval()
+            channels_last(module)
+            module = autocast(module.to(at), at, chosen)
         return PreparedEncoder(
             card=self.card,
             module=module,

@@ -87,10 +87,22 @@ class PreparedEncoder:
 
 
 def resolve_device(device: str) -> torch.device:
-    """``auto``: the CUDA device if there is one, else the CPU."""
+    """``auto``: the CUDA device if there is one, else the CPU.
+
+    Raises
+    ------
+    ValueError
+        There is no such device.
+    """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(device)
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device '{device}' is none: give auto, cpu or cuda") from error
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device '{device}' is not here: PyTorch finds no such CUDA device")
+    return found
 
 
 def resolve_precision(precision: Asked, device: torch.device) -> Precision:
@@ -125,10 +137,8 @@ def fast_module(
     return FusedEncoder(folded) if device.type == "cpu" and can_fuse() else folded
 
 
-def low_precision(module: nn.Module, device: torch.device, precision: Precision) -> nn.Module:
+def autocast(module: nn.Module, device: torch.device, precision: Precision) -> nn.Module:
     """Any other module, its convolutions and products in ``precision``."""
-    channels_last(module)
-    module = module.eval().to(device)
     return module if precision == "float32" else _Autocast(module, device.type)
 
 

@@ -34,6 +34,8 @@ def training_curves(history: pl.DataFrame) -> Figure:
             label = "/".join(rest) or "all"
             axes, line = losses, "-"
         elif place == "validation":
+            if rest[-1] == "f1":
+                continue  # close to balanced accuracy: it stands in the tracker's figures
             label = " ".join(rest).replace("_", " ")
             axes, line = values, ":" if rest[-1] == "auc" else "-"
         else:
@@ -82,13 +84,17 @@ def confusion_picture(task: str, classes: Sequence[str], scores: TaskScores) -> 
 def augmentation_sheet(
     tasks: Sequence[PatchDataset], *, seed: int = 0, patches: int = 2, variants: int = 7
 ) -> Figure:
-    """Training patches as the network sees them: first column as stored, then variants."""
+    """Training patches as the network sees them: first column as stored, then variants.
+
+    ``patches`` of each task, of different classes as far as there are as many.
+    """
     generator = torch.Generator().manual_seed(seed)
     rng = np.random.default_rng(seed)
     chosen = [
-        (task, rows)
+        (task, rng.choice(rows[task.labels[rows] == label]))
         for task in tasks
-        for rows in rng.choice(task.rows("train"), patches, replace=False)
+        for rows in [task.rows("train")]
+        for label in np.resize(rng.permutation(np.unique(task.labels[rows])), patches)
     ]
     figure = _figure(1.1 * (variants + 1), 1.15 * len(chosen))
     axes = figure.subplots(len(chosen), variants + 1, squeeze=False)

@@ -20,8 +20,8 @@ from nic_core.encoders.encoder import (
     encoder_tensors,
     weights_hash,
 )
-from nic_core.encoders.inference import resolve_device
-from nic_core.encoders.loop import EPOCHS, fit
+from nic_core.encoders.inference import resolve_device, resolve_precision
+from nic_core.encoders.loop import fit, patches_an_epoch
 from nic_core.encoders.networks import channels_last
 from nic_core.encoders.objectives.base import Objective
 from nic_core.encoders.objectives.bigan import BidirectionalGAN
@@ -111,19 +111,29 @@ def train_encoder(
 
     target = resolve_device(device)
     rate = spec.learning_rate or PUBLISHED_RATES[spec.objective]
+    precision = resolve_precision(spec.precision, target)
     facts: dict[str, int | float | str] = {
         "seed": spec.seed,
-        "patches_seen": spec.patches_seen,
         "batch": spec.batch,
         "learning_rate": rate,
+        "precision": precision,
     }
+    if spec.task_weights != "equal":
+        facts["task_weights"] = spec.task_weights
     data = {task.name: task.identity for task in tasks}
     software = _software()
     if tracker is not None:
         tracker.params(
-            {"encoder": spec.name, "objective": spec.objective, "tasks": ",".join(spec.tasks)}
-            | facts
+            {
+                "encoder": spec.name,
+                "objective": spec.objective,
+                "tasks": ",".join(spec.tasks),
+                "patches_seen": spec.patches_seen or "as published",
+                **facts,
+            }
         )
+        # first, so that it can be looked at while the training runs
+        tracker.figure("augmented_patches", pictures.augmentation_sheet(tasks))
     with torch.random.fork_rng():
         torch.manual_seed(spec.seed)
         encoder = build_encoder(spec.architecture, patch=patch, code=code).to(target)
@@ -133,14 +143,16 @@ def train_encoder(
             tasks,
             batch=spec.batch,
             # at most half an epoch in all, so validation costs little beside training
-            validation=max(64, spec.patches_seen // EPOCHS // 2 // len(tasks)),
+            validation=max(64, patches_an_epoch(spec, tasks) // 2 // len(tasks)),
             seed=spec.seed,
+            **({"task_weights": spec.task_weights} if spec.objective == "mtl" else {}),
         )
-        setting = repr((spec, patch, mpp, code, data, software, str(target)))
+        setting = repr((spec, patch, mpp, code, data, software, str(target), precision))
         history = fit(
             objective,
             spec,
             learning_rate=rate,
+            precision=getattr(torch, precision),
             checkpoint=checkpoint,
             fingerprint=hashlib.sha256(setting.encode()).hexdigest(),
             tracker=tracker,
@@ -163,13 +175,13 @@ def train_encoder(
         mpp=mpp,
         code=code,
         weights_hash=weights_hash(spec.architecture, encoder_tensors(encoder, heads)),
-        training=facts,
+        training=facts | {"patches_seen": int(history["patches"][-1])},
         data=data,
         scores=scores,
         software=software,
     )
     if tracker is not None:
-        _draw(tracker, history, card, tasks)
+        _draw_results(tracker, history, card, tasks)
     return Trained(Encoder(card, encoder, heads), history)
 
 
@@ -203,7 +215,7 @@ def _software() -> dict[str, str]:
     return {"torch": torch.__version__}
 
 
-def _draw(
+def _draw_results(
     tracker: Tracker, history: pl.DataFrame, card: EncoderCard, tasks: Sequence[PatchDataset]
 ) -> None:
     tracker.figure("training_curves", pictures.training_curves(history))
@@ -214,4 +226,3 @@ def _draw(
             f"confusion_{task.name}",
             pictures.confusion_picture(task.name, task.classes, card.scores[task.name]),
         )
-    tracker.figure("augmented_patches", pictures.augmentation_sheet(tasks))

@@ -126,6 +126,16 @@ def _decodable(
     return np.array(good, np.int64).reshape(-1, 2), np.concatenate(pixels)
 
 
+def allow_unreadable(slide: Slide, unreadable: int, total: int, share: float) -> None:
+    """Raise SlideError if more than a share of a slide's cells could not be decoded."""
+    if unreadable > share * total:
+        raise SlideError(
+            slide.path,
+            f"{unreadable} of {total} patches cannot be decoded (allowed: {share:.0%})",
+            "copy the file again from its source",
+        )
+
+
 def in_order(
     blocks: Iterable[Block], work: Callable[[Block], _Result], workers: int
 ) -> Iterator[_Result]:

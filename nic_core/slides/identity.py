@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+from nic_core.slides.dicom import dicom_parts
 from nic_core.slides.errors import SlideError
 
 _END = 64 * 1024
@@ -14,8 +15,8 @@ _SAMPLES, _SAMPLE = 32, 4 * 1024
 def content_identity(path: Path) -> str:
     """Hash of a file's size, head, tail and evenly spaced samples (a quarter MB read at most).
 
-    A file of several parts (MIRAX keeps its pixels in a folder beside it) counts the parts'
-    names and sizes too.
+    A slide of several files (MIRAX keeps its pixels in a folder beside it, DICOM each level in a
+    file) counts the others' names, sizes and ends too.
 
     Returns
     -------
@@ -38,9 +39,20 @@ def content_identity(path: Path) -> str:
             ]:
                 file.seek(start)
                 digest.update(file.read(length))
-        if path.suffix.lower() == ".mrxs" and path.with_suffix("").is_dir():
-            for part in sorted(path.with_suffix("").iterdir()):
-                digest.update(f"{part.name}:{part.stat().st_size}\n".encode())
+        for part in _other_parts(path):
+            with part.open("rb") as file:
+                size = file.seek(0, 2)
+                digest.update(f"{part.name}:{size}\n".encode())
+                for start in (0, max(size - _SAMPLE, 0)):
+                    file.seek(start)
+                    digest.update(file.read(_SAMPLE))
     except OSError as error:
         raise SlideError(path, f"cannot be read ({error.strerror})", "check the path") from error
     return digest.hexdigest()
+
+
+def _other_parts(path: Path) -> list[Path]:
+    folder = path.with_suffix("")
+    if path.suffix.lower() == ".mrxs" and folder.is_dir():
+        return sorted(part for part in folder.iterdir() if part.is_file())
+    return dicom_parts(path)[1:]

@@ -1,10 +1,11 @@
-"""What a slide file says about itself: micrometres per pixel, and whether it is brightfield."""
+"""What a slide file says about itself: micrometres per pixel, power, bounds, other pictures."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -14,6 +15,8 @@ from nic_core.slides.errors import SlideError
 
 # Outside this no histology scan exists; print resolutions (72 to 600 dpi: 353 to 42 um/px) do.
 MPP_RANGE = (0.05, 40.0)
+# The largest glass slides have sides of 200 mm.
+_MAX_SIDE = 300.0
 DAMAGED_REMEDY = "copy the file again from its source"
 BRIGHTFIELD_REMEDY = "leave it out: only RGB brightfield slides are supported"
 MPP_REMEDY = "give the um/px at level 0 in the column `mpp` of the slide table"
@@ -23,35 +26,73 @@ _RESOLUTION_UNITS = {2: 25_400.0, 3: 10_000.0}  # TIFF ResolutionUnit: inch, cen
 _NDPI_FILTER_SET = 65434
 
 
-def settle_mpp(path: Path, given: float | None, found: tuple[float, float] | None) -> float:
-    """The um/px to use: the user's, else the file's.
+@dataclass(frozen=True)
+class About:
+    """What a file says about itself.
+
+    Attributes
+    ----------
+    mpp : (x, y) or None
+        um/px at level 0.
+    mpp_source : str
+        Which of its fields says so.
+    objective_power : float or None
+    bounds : (x, y, width, height) or None
+        Of what was scanned, level-0 px; None: the file does not say.
+    associated : tuple of str
+        Names of the label, macro and thumbnail images in it.
+    """
+
+    mpp: tuple[float, float] | None = None
+    mpp_source: str = ""
+    objective_power: float | None = None
+    bounds: tuple[int, int, int, int] | None = None
+    associated: tuple[str, ...] = ()
+
+
+def settle_mpp(path: Path, given: float | None, about: About) -> tuple[float, str]:
+    """The um/px to use and where it comes from: the user's, else the file's.
 
     Parameters
     ----------
     given : float, optional
         From the slide table; overrides the file.
-    found : (x, y), optional
-        From the file.
 
     Raises
     ------
     SlideError
         None is known, or the one to use is no possible scan.
     """
-    if given is None and found is None:
-        raise SlideError(path, "the file does not say its um/px (mpp)", MPP_REMEDY)
     if given is not None:
         _check_mpp(path, given, "the slide table")
-        return given
-    assert found is not None
-    for value in found:
-        _check_mpp(path, value, "the file")
-    x, y = found
+        return given, "slide table"
+    if about.mpp is None:
+        raise SlideError(path, "the file does not say its um/px (mpp)", MPP_REMEDY)
+    for value in about.mpp:
+        _check_mpp(path, value, f"the file ({about.mpp_source})")
+    x, y = about.mpp
     if abs(x - y) > 0.02 * max(x, y):
         raise SlideError(
             path, f"pixels are not square: {x:g} x {y:g} um/px by the file", MPP_REMEDY
         )
-    return (x + y) / 2
+    return (x + y) / 2, about.mpp_source
+
+
+def check_size(path: Path, width: int, height: int, mpp: float) -> None:
+    """Refuse a slide that no glass could hold: its size or its um/px is damaged.
+
+    Raises
+    ------
+    SlideError
+        A side is longer than 300 mm.
+    """
+    side = max(width, height) * mpp / 1000
+    if side > _MAX_SIDE:
+        raise SlideError(
+            path,
+            f"{width:,} x {height:,} px of {mpp:g} um would be a slide of {side:,.0f} mm",
+            f"{DAMAGED_REMEDY}, or {MPP_REMEDY}",
+        )
 
 
 def _check_mpp(path: Path, value: float, source: str) -> None:
@@ -64,60 +105,97 @@ def _check_mpp(path: Path, value: float, source: str) -> None:
         )
 
 
-def tiff_mpp(tiff: tifffile.TiffFile, page: tifffile.TiffPage) -> tuple[float, float] | None:
-    """um/px (x, y) of a TIFF page: Aperio tag, OME-XML, resolution tags, Aperio magnification."""
+def tiff_about(
+    tiff: tifffile.TiffFile, page: tifffile.TiffPage, associated: Iterable[str]
+) -> About:
+    """What a TIFF says; um/px by Aperio tag, OME-XML, resolution tags, last objective power."""
+    mpp, source, power = None, "", None
     if tiff.is_svs:
-        found = _aperio(page.description, "MPP")
-        if found is not None:
-            return found, found
-    if tiff.is_ome and tiff.ome_metadata and (ome := _ome_mpp(tiff.ome_metadata)) is not None:
-        return ome
-    if (tagged := _resolution_mpp(page)) is not None:
-        return tagged
-    if tiff.is_svs and (power := _aperio(page.description, "AppMag")):
-        return 10 / power, 10 / power
+        power = _aperio(page.description, "AppMag")
+        if (tagged := _aperio(page.description, "MPP")) is not None:
+            mpp, source = (tagged, tagged), "Aperio tag"
+    elif tiff.is_ome and tiff.ome_metadata:
+        mpp, power = _ome(tiff.ome_metadata)
+        source = "OME-XML"
+    if mpp is None:
+        mpp, source = _resolution_mpp(page), "TIFF resolution"
+    mpp, source = _or_by_power(mpp, source, power)
+    return About(mpp, source, power, associated=tuple(associated))
+
+
+def openslide_about(properties: Mapping[str, str], associated: Iterable[str]) -> About:
+    """What OpenSlide found in a file."""
+    x, y, power = (
+        _number(properties.get(f"openslide.{name}"))
+        for name in ("mpp-x", "mpp-y", "objective-power")
+    )
+    vendor = properties.get("openslide.vendor", "OpenSlide")
+    source = "TIFF resolution" if vendor == "generic-tiff" else f"{vendor} metadata"
+    mpp, source = _or_by_power((x, y) if x is not None and y is not None else None, source, power)
+    box = [
+        _number(properties.get(f"openslide.bounds-{name}"))
+        for name in ("x", "y", "width", "height")
+    ]
+    bounds = None
+    if all(value is not None and math.isfinite(value) for value in box):
+        left, top, width, height = (int(value or 0) for value in box)
+        bounds = left, top, width, height
+    return About(mpp, source, power, bounds, tuple(associated))
+
+
+def _or_by_power(
+    mpp: tuple[float, float] | None, source: str, power: float | None
+) -> tuple[tuple[float, float] | None, str]:
+    """um/px, or without it 10 / objective power."""
+    if mpp is None and power is not None and power > 0:
+        return (10 / power, 10 / power), f"objective power {power:g}x"
+    return mpp, source
+
+
+def fluorescence(first: tifffile.TiffPage) -> str | None:
+    """How a scan of Hamamatsu or Leica says that it is fluorescence; None: it does not."""
+    tag = first.tags.get(_NDPI_FILTER_SET)  # brightfield scans have none
+    if tag is not None and (name := str(tag.value).strip()):
+        return f"filter set '{name}'"
+    if first.is_scn:
+        lights = re.findall(r"<illuminationSource>\s*(.*?)\s*<", first.description)
+        others = sorted(set(lights) - {"brightfield"})
+        if others and lights.count("brightfield") < 2:  # the overview picture is one
+            return f"illumination '{', '.join(others)}'"
     return None
 
 
-def openslide_mpp(properties: Mapping[str, str]) -> tuple[float, float] | None:
-    """um/px (x, y) by OpenSlide, else 10 / objective power."""
-    x, y = properties.get("openslide.mpp-x"), properties.get("openslide.mpp-y")
-    if x is not None and y is not None:
-        return float(x), float(y)
-    power = float(properties.get("openslide.objective-power", 0))
-    return (10 / power, 10 / power) if power > 0 else None
-
-
-def fluorescence_filter(tiff: tifffile.TiffFile) -> str | None:
-    """Name of the fluorescence filter set of a Hamamatsu NDPI; brightfield scans have none."""
-    tag = tiff.pages.first.tags.get(_NDPI_FILTER_SET)
-    return str(tag.value).strip() or None if tag is not None else None
-
-
 def _aperio(description: str, key: str) -> float | None:
-    match = re.search(rf"\|\s*{key}\s*=\s*([0-9.eE+-]+)", description)
+    match = re.search(rf"\|\s*{key}\s*=\s*([^|\s]+)", description)
+    return _number(match[1]) if match else None
+
+
+def _number(text: str | None) -> float | None:
     try:
-        return float(match[1]) if match else None
+        return None if text is None else float(text)
     except ValueError:
         return None
 
 
-def _ome_mpp(xml: str) -> tuple[float, float] | None:
+def _ome(xml: str) -> tuple[tuple[float, float] | None, float | None]:
+    """um/px (x, y) and objective power in OME-XML, as far as they are there."""
     try:
         root = ElementTree.fromstring(xml)
     except ElementTree.ParseError:
-        return None
+        return None, None
+    objective = next((e for e in root.iter() if e.tag.endswith("}Objective")), None)
+    power = _number(objective.get("NominalMagnification")) if objective is not None else None
     pixels = next((e for e in root.iter() if e.tag.endswith("}Pixels")), None)
     if pixels is None:
-        return None
+        return None, power
     values = []
     for axis in "XY":
-        size = pixels.get(f"PhysicalSize{axis}")
+        size = _number(pixels.get(f"PhysicalSize{axis}"))
         unit = _MICROMETRES.get(pixels.get(f"PhysicalSize{axis}Unit", "µm"))
         if size is None or unit is None:
-            return None
-        values.append(float(size) * unit)
-    return values[0], values[1]
+            return None, power
+        values.append(size * unit)
+    return (values[0], values[1]), power
 
 
 def _resolution_mpp(page: tifffile.TiffPage) -> tuple[float, float] | None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from nic_core.slides.engines import Engine, EngineName, naming, open_engine
 from nic_core.slides.errors import SlideError
-from nic_core.slides.metadata import BRIGHTFIELD_REMEDY, settle_mpp
+from nic_core.slides.metadata import BRIGHTFIELD_REMEDY, check_size, settle_mpp
 from nic_core.slides.resample import Pixels, resample, settle
 
 # Source pixels held by one read: a wide thumbnail of a slide without a pyramid comes in bands.
@@ -28,22 +28,34 @@ class Slide:
     Attributes
     ----------
     path : Path
-    engine : str
-        Library that decodes it: ``libvips``, ``openslide`` or ``tifffile``.
+    engine, engine_reason : str
+        Library that decodes it (``libvips``, ``openslide`` or ``tifffile``), and why.
     width, height : int
         Level-0 px.
     mpp : float
         um/px at level 0.
+    mpp_source : str
+        Where it comes from: the slide table, a field of the file, or the objective power.
+    objective_power : float or None
+    bounds : (x, y, width, height)
+        What was scanned, level-0 px; all, unless the file says less.
+    associated : tuple of str
+        Names of the label, macro and thumbnail images in the file, which are never read.
     levels : tuple of Level
         Finest first.
     """
 
-    def __init__(self, path: Path, engine: Engine, mpp: float) -> None:
+    def __init__(
+        self, path: Path, engine: Engine, engine_reason: str, mpp: float, mpp_source: str
+    ) -> None:
         self.path = path
-        self.engine = engine.name
+        self.engine, self.engine_reason = engine.name, engine_reason
         self.levels = engine.levels
         self.width, self.height = engine.levels[0].width, engine.levels[0].height
-        self.mpp = mpp
+        self.mpp, self.mpp_source = mpp, mpp_source
+        self.objective_power = engine.about.objective_power
+        self.bounds = engine.about.bounds or (0, 0, self.width, self.height)
+        self.associated = engine.about.associated
         self._engine = engine
 
     def __enter__(self) -> Self:
@@ -215,9 +227,10 @@ def open_slide(path: Path, *, mpp: float | None = None, engine: EngineName | Non
         um/px is unknown or impossible.
     """
     path = Path(path)
-    opened = open_engine(path, engine)
+    opened, reason = open_engine(path, engine)
     try:
-        slide = Slide(path, opened, settle_mpp(path, mpp, opened.mpp))
+        slide = Slide(path, opened, reason, *settle_mpp(path, mpp, opened.about))
+        check_size(path, slide.width, slide.height, slide.mpp)
         slide._probe()
     except SlideError:
         opened.close()

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from operator import add
 from pathlib import Path
 
 import numpy as np
+import openslide
 import tifffile
 
 from nic_core.slides.errors import SlideError
 from nic_core.slides.metadata import (
     BRIGHTFIELD_REMEDY,
     DAMAGED_REMEDY,
-    fluorescence_filter,
-    tiff_mpp,
+    About,
+    fluorescence,
+    tiff_about,
 )
 
-_VENDORS = ("is_ndpi", "is_scn", "is_philips", "is_bif")
+# Formats whose tiles lie where the TIFF tags say; OpenSlide knows more of any other.
+_PLAIN_FORMATS = (None, "aperio", "generic-tiff")
+_PICTURES = ("label", "macro", "thumbnail", "overview")
+_JPEG2000_YCBCR = 33003  # Aperio's
+_DECODED_TO_RGB = (7, 34892, 33007)  # JPEG, by its decoder
 _SUBIFDS = 330
 _MAX_TILE = 1 << 28  # px
 # TIFF data types by number: the size of one value
@@ -31,17 +38,21 @@ class TiffScan:
 
     Attributes
     ----------
+    dialect : str
+        What the tags and tiles alone do not tell, so that OpenSlide must read it; empty: nothing.
     series : int
-        Its index among tifffile's series.
-    vendor : bool
-        A vendor's dialect, with a layout of its own behind the TIFF tags.
-    mpp : (x, y) or None
-        um/px at level 0.
+        Its index among tifffile's series, where there is no dialect.
+    about : About
     """
 
-    series: int
-    vendor: bool
-    mpp: tuple[float, float] | None
+    dialect: str = ""
+    series: int = 0
+    about: About = field(default_factory=About)
+
+
+def open_tiff(path: Path, *, ndpi: bool = False) -> tifffile.TiffFile:
+    """tifffile's view of a file as what it is: left to itself it goes by the name for NDPI."""
+    return tifffile.TiffFile(path, is_ndpi=ndpi)
 
 
 def tiff_scan(path: Path) -> TiffScan:
@@ -52,8 +63,14 @@ def tiff_scan(path: Path) -> TiffScan:
     SlideError
         Not readable as TIFF, cut short, or not an 8-bit RGB brightfield image.
     """
+    vendor = openslide.OpenSlide.detect_format(path)
     try:
-        with tifffile.TiffFile(path) as tiff:
+        with open_tiff(path, ndpi=vendor == "hamamatsu") as tiff:
+            if how := fluorescence(tiff.pages.first):
+                raise SlideError(path, f"a fluorescence scan ({how})", BRIGHTFIELD_REMEDY)
+            if vendor not in _PLAIN_FORMATS:
+                _check_whole(path, tiff, list(tiff.pages))
+                return TiffScan(dialect=f"the format of {vendor}")
             return _scan(path, tiff)
     except SlideError:
         raise
@@ -67,8 +84,6 @@ def tiff_scan(path: Path) -> TiffScan:
 
 
 def _scan(path: Path, tiff: tifffile.TiffFile) -> TiffScan:
-    if dye := fluorescence_filter(tiff):
-        raise SlideError(path, f"a fluorescence scan (filter set '{dye}')", BRIGHTFIELD_REMEDY)
     if not tiff.series:
         raise SlideError(path, "holds no image", DAMAGED_REMEDY)
     number, series = max(
@@ -81,14 +96,25 @@ def _scan(path: Path, tiff: tifffile.TiffFile) -> TiffScan:
             f"not an 8-bit RGB image: axes {series.axes}, shape {series.shape}, {series.dtype}",
             BRIGHTFIELD_REMEDY,
         )
-    for level in series.levels:
-        _check_tiles(path, level.keyframe)
-    _check_whole(path, tiff, series)
-    return TiffScan(
-        series=number,
-        vendor=any(getattr(tiff, kind) for kind in _VENDORS),
-        mpp=tiff_mpp(tiff, page),
-    )
+    if page.photometric not in (tifffile.PHOTOMETRIC.RGB, tifffile.PHOTOMETRIC.YCBCR):
+        colours = tifffile.PHOTOMETRIC(page.photometric).name
+        raise SlideError(path, f"not an RGB image: its colours are {colours}", BRIGHTFIELD_REMEDY)
+    pages = [level.keyframe for level in series.levels]
+    if any(page.parent is not tiff for page in pages):
+        raise SlideError(path, "its pixels lie in another file of its OME series", "give that file")
+    for page in pages:
+        _check_tiles(path, page)
+    _check_whole(path, tiff, [*tiff.pages, *pages])
+    ycbcr = page.photometric == tifffile.PHOTOMETRIC.YCBCR
+    if page.compression == _JPEG2000_YCBCR or (ycbcr and page.compression not in _DECODED_TO_RGB):
+        return TiffScan(dialect="YCbCr colours that are not JPEG's")
+    # tifffile takes an Aperio file's second page for its thumbnail
+    if tiff.is_svs and len(tiff.series) > 1 and tiff.series[1].keyframe.is_tiled:
+        return TiffScan(dialect="an Aperio pyramid without the thumbnail that parts its levels")
+    names = (other.name.lower() for other in tiff.series if other is not series)
+    # any other name is a user's own, and may be a patient's
+    pictures = [name if name in _PICTURES else "unnamed" for name in names]
+    return TiffScan(series=number, about=tiff_about(tiff, pages[0], pictures))
 
 
 def _check_tiles(path: Path, page: tifffile.TiffPage) -> None:
@@ -108,12 +134,11 @@ def _check_tiles(path: Path, page: tifffile.TiffPage) -> None:
         )
 
 
-def _check_whole(path: Path, tiff: tifffile.TiffFile, series: tifffile.TiffPageSeries) -> None:
+def _check_whole(
+    path: Path, tiff: tifffile.TiffFile, pages: Sequence[tifffile.TiffPage | tifffile.TiffFrame]
+) -> None:
     """A file cut short still opens, and some libraries give white for what is gone."""
-    end = max(
-        max(map(add, level.keyframe.dataoffsets, level.keyframe.databytecounts), default=0)
-        for level in series.levels
-    )
+    end = max(max(map(add, page.dataoffsets, page.databytecounts), default=0) for page in pages)
     # NDPI has directories of its own kind
     end = max(end, 0 if tiff.is_ndpi else _directories_end(tiff))
     size = tiff.filehandle.size

@@ -13,7 +13,7 @@ from nic_core.encoders import EncoderCard, PatchDataset
 from nic_core.encoders.scores import TaskScores
 from nic_core.grids import Grid, GridProvenance
 from nic_core.models.validation import Evaluated
-from nic_core.patches import PATCH_SCHEMA, write_patch_table
+from nic_core.patches import MEASURED, PATCH_SCHEMA, write_patch_table
 from nic_core.steps import SlideRecord
 from nic_core.store import Store
 
@@ -59,7 +59,9 @@ def cells(kept: np.ndarray) -> pl.DataFrame:
         "size": np.full(kept.size, 128.0),
         "mpp": np.full(kept.size, 0.5),
         "tissue": kept.ravel().astype(float),
+        **dict.fromkeys(MEASURED),
         "kept": kept.ravel(),
+        "reason": [None if keep else "background" for keep in kept.ravel()],
     }
     frame = pl.DataFrame(table)
     return frame.select(pl.col(name).cast(kind) for name, kind in PATCH_SCHEMA.items())

@@ -131,9 +131,22 @@ def test_mlflow_holds_a_version_of_every_encoder_and_model_with_its_origin(study
     assert study.instance.get_run_by_id(version.tags["dagster/run_id"]) is not None
     run = client.get_run(version.run_id)
     assert run.data.params["patches_seen"] == "256"
-    assert {"training_curves.png", "card.json"} <= {
+    tasks = [task.name for task in study.cohort.patch_tasks]
+    pictures = {"augmented_patches", "training_curves", *(f"confusion_{task}" for task in tasks)}
+    assert {*(f"{name}.png" for name in pictures), "validation_confusion.json", "card.json"} <= {
         item.path for item in client.list_artifacts(version.run_id)
     }
+    epochs = [metric.step for metric in client.get_metric_history(version.run_id, "loss")]
+    assert epochs == list(range(1, len(epochs) + 1))
+    for task in tasks:
+        for score in ("balanced_accuracy", "f1"):
+            name = f"validation/{task}/{score}"
+            assert len(client.get_metric_history(version.run_id, name)) == len(epochs)
+    event = study.instance.fetch_materializations(
+        dg.AssetRecordsFilter(dg.AssetKey("encoder"), asset_partitions=["mtl-4"]), limit=1
+    ).records[0]
+    assert event.asset_materialization is not None
+    assert pictures | {"test_scores"} <= set(event.asset_materialization.metadata)
 
 
 def test_a_registered_model_gives_the_numbers_of_the_one_in_the_store(study):

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 from skimage.color import hed2rgb, rgb2hed
+from torch.nn import functional
 
+from nic_core.encoders import augmentation
 from nic_core.encoders.augmentation import HEAVY, Strength, augment
 
 NOTHING = Strength(
@@ -75,3 +77,37 @@ def test_every_kind_changes_the_patch(name: str):
     change = dataclasses.replace(NOTHING, **{name: getattr(HEAVY, name)})
     plain, varied = (augment(patches(), generator(), strength) for strength in (NOTHING, change))
     assert (plain - varied).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(("nodes", "side"), [(6, 64), (4, 31)])
+def test_the_elastic_field_is_bicubic_interpolation_of_its_nodes(nodes: int, side: int):
+    values = torch.randn(3, 2, nodes, nodes, generator=generator())
+    between = augmentation._interpolation(nodes, side)
+    expected = functional.interpolate(values, (side, side), mode="bicubic", align_corners=True)
+    assert torch.allclose(between @ values @ between.T, expected, atol=1e-5)
+
+
+def test_hue_turns_about_the_grey_axis_and_keeps_its_length():
+    angle = torch.tensor([0.3, -1.2])
+    turn = augmentation._hue_turn(angle)
+    assert torch.allclose(turn @ turn.mT, torch.eye(3).expand(2, 3, 3), atol=1e-6)
+    assert torch.allclose(turn @ torch.ones(3), torch.ones(2, 3), atol=1e-6)
+    trace = turn.diagonal(dim1=1, dim2=2).sum(1)
+    assert torch.allclose(trace, 1 + 2 * torch.cos(angle), atol=1e-6)
+
+
+def test_saturation_contrast_and_brightness_keep_what_they_should():
+    rgb = patches() * 0.4 + 0.3
+    luma = torch.tensor(augmentation.LUMA)
+
+    def varied(**ranges: float) -> torch.Tensor:
+        return augmentation._jitter_colour(
+            rgb, generator(), dataclasses.replace(NOTHING, **ranges)
+        ).flatten(2)
+
+    plain = rgb.flatten(2)
+    assert torch.allclose(luma @ varied(saturation=0.2), luma @ plain, atol=1e-3)
+    assert torch.allclose(luma @ varied(contrast=0.2).mean(2).T, luma @ plain.mean(2).T, atol=1e-3)
+    shift = varied(brightness=0.08) - plain
+    assert shift.flatten(1).std(1).max() < 1e-3
+    assert shift.flatten(1).mean(1).abs().max() <= 0.081

@@ -7,17 +7,28 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import nn
 from torch.distributions import Normal, kl_divergence
 
 from nic_core.cohort import EncoderSpec
-from nic_core.encoders import EncoderError, load_encoder, save_encoder, train_encoder
-from nic_core.encoders.networks import PatchEncoder, StridedEncoder, TellezEncoder
+from nic_core.encoders import EncoderError, load_encoder, loop, save_encoder, train_encoder
+from nic_core.encoders.networks import (
+    ClassHead,
+    PatchEncoder,
+    StridedEncoder,
+    TellezEncoder,
+    pool_patches,
+)
 from nic_core.encoders.objectives import vae
 from nic_core.encoders.objectives.bigan import BidirectionalGAN, Discriminator, Generator
 from nic_core.encoders.objectives.contrastive import Contrastive
+from nic_core.encoders.objectives.sampling import Sampler, pool_stored
 from nic_core.encoders.objectives.vae import Decoder, VariationalAutoencoder
+from nic_core.encoders.patch_tasks import TABLE_SCHEMA, PatchDataset
+from nic_core.encoders.training import OBJECTIVES, PUBLISHED_RATES
 
 from .conftest import make_dataset
 
@@ -91,6 +102,11 @@ def test_bigan_has_the_published_layers():
     assert [layer.p for layer in discriminator.pair if isinstance(layer, nn.Dropout)] == [0.5, 0.5]
 
 
+def test_heads_have_the_published_layers():
+    assert count(ClassHead(128, 9)) == dense(128, 256) + norm(256) + dense(256, 9) == 36_361
+    assert count(ClassHead(256, 1)) == dense(256, 256) + norm(256) + dense(256, 1)
+
+
 def test_kl_is_positive_and_that_of_torch():
     mu, log_variance = torch.randn(5, 7), torch.randn(5, 7)
     reference = kl_divergence(Normal(mu, (0.5 * log_variance).exp()), Normal(0.0, 1.0)).sum(1)
@@ -135,9 +151,90 @@ def test_contrastive_pairs_are_half_same_and_of_the_others_three_quarters_adjace
     assert set(neighbours.table[pairs.ravel()]["split"]) == {"train"}
 
 
-def test_contrastive_needs_adjacent_patches(tasks):
-    with pytest.raises(EncoderError, match="needs adjacent patches"):
-        Contrastive(PatchEncoder(TellezEncoder(16, 32)), tasks, batch=16, validation=16, seed=0)
+def contrastive(task):
+    return Contrastive(PatchEncoder(TellezEncoder(16, 32)), [task], batch=16, validation=16, seed=0)
+
+
+def test_where_no_patch_has_a_neighbour_pairs_of_one_group_stand_in_and_it_is_said(tasks, caplog):
+    objective = contrastive(tasks[0])
+    assert "'stripes', train split: no image has adjacent patches" in caplog.text
+    pairs, same = objective.training_pairs[0].draw(4000, torch.Generator().manual_seed(0))
+    assert (pairs[same, 0] == pairs[same, 1]).all()
+    assert (pairs[~same, 0] != pairs[~same, 1]).all()
+    first, second = (tasks[0].table[pairs[~same, column]]["group"] for column in (0, 1))
+    assert abs((first == second).mean() - 0.75) < 0.04
+    train = set(tasks[0].rows("train"))
+    assert set(pairs.ravel()) == train  # every patch takes part
+
+
+@pytest.mark.parametrize(
+    "group",
+    [pl.lit("one"), pl.col("index").cast(pl.String)],
+    ids=["a single group", "each patch alone"],
+)
+def test_contrastive_needs_groups_and_neighbours(tasks, group):
+    table = tasks[0].table.with_columns(group=group)
+    with pytest.raises(EncoderError, match="'stripes' cannot be trained on contrastively"):
+        contrastive(dataclasses.replace(tasks[0], table=table))
+
+
+def test_contrastive_judges_two_codes_through_a_dense_layer_of_256(neighbours):
+    objective = contrastive(neighbours)
+    assert count(objective.judge) == dense(2 * 16, 256) + norm(256) + dense(256, 1)
+    batch = objective.batch(torch.Generator().manual_seed(0))
+    assert batch.first.shape == batch.second.shape == (16, 3, 32, 32)
+    assert objective.patches_a_step == 32
+    assert (batch.first != batch.second).any()
+
+
+@pytest.mark.parametrize(
+    ("objective", "rate", "selection"),
+    [
+        ("mtl", 1e-2, ("validation/balanced_accuracy", "max")),
+        ("supervised", 1e-2, ("validation/balanced_accuracy", "max")),
+        ("vae", 1e-3, ("validation/loss", "min")),
+        ("contrastive", 1e-2, ("validation/accuracy", "max")),
+        ("bigan", 2e-4, None),
+    ],
+)
+def test_rate_batch_and_selection_are_the_published_ones(objective, rate, selection):
+    assert PUBLISHED_RATES[objective] == rate
+    assert EncoderSpec(name="x", objective=objective, tasks=("a",)).batch == 64
+    chosen = OBJECTIVES[objective].selection
+    assert (chosen and (chosen.value, chosen.mode)) == selection
+    assert (loop.REDUCTION, loop.LOWEST_RATE, loop.STEPS) == (0.1, 1e-5, 200_000)
+
+
+@given(
+    shares=st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    pooling=st.sampled_from([1, 2, 4]),
+    seed=st.integers(0, 99),
+)
+def test_stored_patches_are_pooled_as_the_encoder_pools_them(shares, pooling, seed):
+    side = 4 * len(shares) * pooling
+    stored = np.random.default_rng(seed).integers(0, 256, (sum(shares), side, side, 3), np.uint8)
+    pixels = torch.from_numpy(stored)
+    pooled = pool_stored(pixels, pooling)
+    assert pooled.dtype == torch.float32
+    assert torch.equal(pooled, pool_patches(pixels.permute(0, 3, 1, 2), pooling))
+
+
+@settings(max_examples=20, deadline=None)
+@given(counts=st.lists(st.integers(1, 40), min_size=2, max_size=4), seed=st.integers(0, 99))
+def test_every_class_is_drawn_equally_often_whatever_its_size(counts, seed):
+    labels = np.repeat(np.arange(len(counts)), counts)
+    rows = [(k, f"{k}", 0, 0, str(label), label, "g", "train") for k, label in enumerate(labels)]
+    table = pl.DataFrame(rows, schema=TABLE_SCHEMA, orient="row")
+    pixels = np.zeros((len(rows), 2, 2, 3), np.uint8)
+    task = PatchDataset("t", "none", tuple(map(str, range(len(counts)))), 0.5, pixels, table)
+    generator = torch.Generator().manual_seed(seed)
+    for by_class in (True, False):
+        sampler = Sampler([task], 6000, by_class=by_class, device=torch.device("cpu"))
+        (drawn,) = sampler.draw(generator)
+        shares = np.bincount(labels[drawn], minlength=len(counts)) / 6000
+        expected = np.full(len(counts), 1 / len(counts)) if by_class else counts / np.sum(counts)
+        assert np.abs(shares - expected).max() < 0.035  # more than 5 standard deviations
+        assert set(drawn) <= set(range(len(rows)))
 
 
 @pytest.mark.parametrize("architecture", ["tellez2020", "tellez2019"])
@@ -193,6 +290,10 @@ def test_vae_loss_is_mse_plus_weighted_kl(tasks):
     [
         ({"objective": "vae"}, "needs at least one task"),
         ({"objective": "supervised", "tasks": ("a", "b")}, "takes one task"),
+        (
+            {"objective": "vae", "tasks": ("a",), "task_weights": "uncertainty"},
+            "weighs the tasks of objective 'mtl'",
+        ),
         ({"objective": "mtl", "tasks": ("a",), "architecture": "tellez2019"}, "is for vae and"),
     ],
 )

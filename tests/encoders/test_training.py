@@ -1,36 +1,51 @@
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import polars as pl
 import pytest
 import torch
 from sklearn.metrics import balanced_accuracy_score, f1_score, roc_auc_score
+from torch import nn
+from typer.testing import CliRunner
 
+from nic_core.cli import app
 from nic_core.cohort import EncoderSpec
 from nic_core.encoders import (
     EncoderError,
     load_encoder,
+    loop,
     save_encoder,
     task_probabilities,
     train_encoder,
 )
 from nic_core.encoders.encoder import Encoder
 from nic_core.encoders.networks import PatchEncoder, TellezEncoder
-from nic_core.encoders.objectives.mtl import Multitask
+from nic_core.encoders.objectives.base import Selection, Validation
+from nic_core.encoders.objectives.mtl import Multitask, uncertainty_loss
+from nic_core.encoders.patch_tasks import PatchDataset
 from nic_core.encoders.pictures import augmentation_sheet
 from nic_core.encoders.scores import score_task
 
-from .conftest import make_dataset
+from .conftest import REPOSITORY, make_dataset, texture, write_image
 
 SIZES = {"patch": 62, "mpp": 0.5, "code": 16}
 
 
+def make_tasks(side: int = 62):
+    return [
+        make_dataset(side=side),
+        make_dataset("directions", ("x", "xy", "wide"), (0, 1, 2), side=side, seed=1),
+    ]
+
+
 @pytest.fixture(scope="module")
 def tasks():
-    return [
-        make_dataset(side=62),
-        make_dataset("directions", ("x", "xy", "wide"), (0, 1, 2), side=62, seed=1),
-    ]
+    return make_tasks()
 
 
 def spec(**changes: object) -> EncoderSpec:
@@ -51,6 +66,7 @@ class Recorder:
         self.steps: list[int] = []
         self.names: set[str] = set()
         self.figures: list[str] = []
+        self.tables: dict[str, pl.DataFrame] = {}
 
     def params(self, values):
         self.settings |= values
@@ -58,6 +74,9 @@ class Recorder:
     def metrics(self, values, step):
         self.steps.append(step)
         self.names |= set(values)
+
+    def table(self, name, rows):
+        self.tables[name] = pl.concat([self.tables[name], rows]) if name in self.tables else rows
 
     def figure(self, name, figure):
         figure.canvas.draw()
@@ -105,12 +124,29 @@ def test_the_learning_rate_falls_by_the_budget_even_without_a_plateau(trained):
 def test_tracker_and_progress_hear_of_the_whole_training(trained):
     result, recorder, seen = trained
     assert recorder.steps == result.history["epoch"].to_list()
-    assert {"loss", "validation/stripes/auc"} <= recorder.names
+    assert {
+        "loss", "loss/stripes", "validation/stripes/balanced_accuracy", "validation/stripes/auc",
+        "validation/stripes/f1",
+    } <= recorder.names  # fmt: skip
     assert recorder.settings["tasks"] == "stripes,directions"
     assert recorder.figures == [
-        "training_curves", "confusion_stripes", "confusion_directions", "augmented_patches",
+        "augmented_patches", "training_curves", "confusion_stripes", "confusion_directions",
     ]  # fmt: skip
     assert seen[-1][0] == seen[-1][1] >= 1920
+
+
+def test_the_tracker_gets_a_confusion_matrix_a_task_every_epoch(trained):
+    result, recorder, _ = trained
+    cells = recorder.tables["validation_confusion"]
+    assert cells["epoch"].unique().to_list() == result.history["epoch"].to_list()
+    for row in result.history.iter_rows(named=True):
+        for task, classes in result.encoder.card.tasks.items():
+            matrix = cells.filter(epoch=row["epoch"], task=task)
+            assert len(matrix) == len(classes) ** 2
+            right = matrix.filter(pl.col("true") == pl.col("predicted")).sort("true")["patches"]
+            all_of = matrix.group_by("true").agg(pl.col("patches").sum()).sort("true")["patches"]
+            recall = (right / all_of).mean()
+            assert recall == pytest.approx(row[f"validation/{task}/balanced_accuracy"])
 
 
 def test_training_repeats_bit_by_bit_and_the_seed_matters(tasks):
@@ -129,27 +165,60 @@ class Killed(Exception):
     pass
 
 
-def test_a_killed_training_resumes_to_the_same_result(tasks, tmp_path):
-    small = spec(patches_seen=960)
-    whole = train_encoder(small, tasks, **SIZES, device="cpu")
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from tests.encoders.test_training import SIZES, make_tasks, spec, train_encoder
+import torch
 
-    def kill(done: int, _: int) -> None:
-        if done > 500:
-            raise Killed
+def progress(done, total):
+    if done > 500:
+        os.kill(os.getpid(), signal.SIGKILL)
 
-    checkpoint = tmp_path / "training.pt"
-    with pytest.raises(Killed):
-        train_encoder(small, tasks, **SIZES, device="cpu", checkpoint=checkpoint, progress=kill)
-    assert checkpoint.exists()
-    first = []
+torch.set_num_threads(1)
+train_encoder(spec(patches_seen=960), make_tasks(), **SIZES, device="cpu",
+              checkpoint=Path(sys.argv[1]), progress=progress)
+"""
+
+
+def test_a_process_killed_by_sigkill_resumes_to_the_same_result(tasks, tmp_path):
+    checkpoint = tmp_path / ".training.pt"
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(checkpoint)], cwd=REPOSITORY)
+    assert killed.returncode == -signal.SIGKILL
+    small, first, recorder = spec(patches_seen=960), [], Recorder()
     resumed = train_encoder(
-        small, tasks, **SIZES, device="cpu", checkpoint=checkpoint,
+        small, tasks, **SIZES, device="cpu", checkpoint=checkpoint, tracker=recorder,
         progress=lambda done, _: first.append(done),
     )  # fmt: skip
+    complete = Recorder()
+    whole = train_encoder(small, tasks, **SIZES, device="cpu", tracker=complete)
     assert first[0] > 400
     assert resumed.encoder.card == whole.encoder.card
     assert resumed.history.equals(whole.history)
-    assert list(tmp_path.iterdir()) == []
+    assert recorder.steps == complete.steps
+    assert recorder.tables["validation_confusion"].equals(complete.tables["validation_confusion"])
+
+
+class Planted:
+    """A pickle that, if it were run, would leave a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("content", ["code", "cut", "other"])
+def test_a_file_that_is_no_checkpoint_is_refused_and_no_code_in_it_runs(tasks, tmp_path, content):
+    checkpoint, trace = tmp_path / "training.pt", tmp_path / "ran"
+    if content == "code":
+        torch.save({"fingerprint": Planted(trace)}, checkpoint)
+    else:
+        checkpoint.write_bytes(b"PK\x03\x04 cut" if content == "cut" else b"nothing of the kind")
+    with pytest.raises(EncoderError, match="'mtl-2': .*training.pt is not a checkpoint"):
+        train_encoder(spec(), tasks, **SIZES, checkpoint=checkpoint)
+    assert not trace.exists()
 
 
 def test_a_checkpoint_of_another_training_is_not_used(tasks, tmp_path, caplog):
@@ -164,6 +233,92 @@ def test_a_checkpoint_of_another_training_is_not_used(tasks, tmp_path, caplog):
     result = train_encoder(other, tasks, **SIZES, checkpoint=checkpoint)
     assert "starting anew" in caplog.text
     assert result.encoder.card == train_encoder(other, tasks, **SIZES).encoder.card
+
+
+class Bowl:
+    """An objective whose validation value is given: it shows what the loop makes of it."""
+
+    selection = Selection("validation/value", "max")
+    patches_a_step = 64
+
+    def __init__(self, values: list[float], task: PatchDataset) -> None:
+        self.networks = nn.ModuleDict({"encoder": nn.Linear(1, 1)})
+        self.heads = nn.ModuleDict()
+        self.tasks = (task,)
+        self.values = iter(values)
+        self.weights: list[float] = []
+
+    def batch(self, generator: torch.Generator) -> None:
+        return None
+
+    def losses(self, batch: None) -> dict[str, torch.Tensor]:
+        return {"loss": self.networks["encoder"].weight.square().sum()}
+
+    def validate(self) -> Validation:
+        self.weights.append(self.networks["encoder"].weight.item())
+        return Validation({"validation/value": next(self.values)})
+
+
+def test_without_a_budget_the_rate_falls_at_plateaus_until_it_is_at_its_floor(tasks, monkeypatch):
+    monkeypatch.setattr(loop, "SHORTEST_EPOCH", 1)
+    objective = Bowl([0.5, 0.6, 0.7] + [0.6] * 100, tasks[0])
+    history = loop.fit(objective, spec(patches_seen=None, batch=64), learning_rate=1e-2)
+    # best in epoch 3; each later rate has its patience of 3 epochs and the one that exceeds it
+    rates = [1e-2] * 7 + [1e-3] * 4 + [1e-4] * 4 + [1e-5]
+    assert np.allclose(history["learning_rate"], rates)
+    assert history["patches"][0] == 128  # a pass over 72 training patches, in whole steps
+    assert objective.networks["encoder"].weight.item() == objective.weights[2]
+
+
+def test_without_a_budget_a_bigan_takes_the_published_200_000_steps(tasks):
+    class Fixed(Bowl):
+        selection = None
+
+    totals = []
+
+    def stop(done: int, total: int) -> None:
+        totals.append(total)
+        raise Killed
+
+    with pytest.raises(Killed):
+        loop.fit(Fixed([], tasks[0]), spec(patches_seen=None), learning_rate=2e-4, progress=stop)
+    assert totals == [200_000 * 64]
+
+
+def test_bfloat16_training_agrees_with_float32_in_its_losses_and_keeps_float32_weights(tasks):
+    exact, reduced = (
+        train_encoder(spec(patches_seen=640, precision=precision), tasks, **SIZES, device="cpu")
+        for precision in ("float32", "bfloat16")
+    )
+    # later the runs drift apart, as two seeds would
+    assert np.allclose(exact.history["loss"][:2], reduced.history["loss"][:2], rtol=0.02)
+    assert exact.encoder.card.weights_hash != reduced.encoder.card.weights_hash
+    assert reduced.encoder.card.training["precision"] == "bfloat16"
+    assert {p.dtype for p in reduced.encoder.module.parameters()} == {torch.float32}
+
+
+def test_uncertainty_weights_start_equal_and_fall_where_a_loss_stays_high():
+    losses = {"easy": torch.tensor(0.1), "hard": torch.tensor(2.0)}
+    variances = nn.ParameterDict({name: nn.Parameter(torch.zeros(())) for name in losses})
+    assert uncertainty_loss(losses, variances).item() == pytest.approx(1.05)
+    optimizer = torch.optim.SGD(variances.parameters(), lr=0.5)
+    for _ in range(400):
+        optimizer.zero_grad()
+        uncertainty_loss(losses, variances).backward()
+        optimizer.step()
+    # where exp(-s) * loss + s / 2 is least, the variance exp(s) is twice the loss
+    for name, loss in losses.items():
+        assert variances[name].exp().item() == pytest.approx(2 * loss.item(), rel=1e-2)
+
+
+def test_uncertainty_weighting_is_an_option_of_multitask_training(trained, tasks):
+    result = train_encoder(spec(patches_seen=640, task_weights="uncertainty"), tasks, **SIZES)
+    weights = result.history["weight/stripes"].to_numpy()
+    assert 0.5 < weights[0] < 2
+    assert len(np.unique(weights)) == len(weights)
+    assert result.encoder.card.training["task_weights"] == "uncertainty"
+    assert set(result.encoder.heads) == {"stripes", "directions"}
+    assert not any(name.startswith("weight/") for name in trained[0].history.columns)
 
 
 def test_the_best_validated_weights_are_kept(trained, tasks):
@@ -198,8 +353,16 @@ def test_batches_are_balanced_by_task_and_class(tasks):
 
 
 def test_a_divergent_training_stops_with_an_error(tasks):
-    with pytest.raises(EncoderError, match=r"'mtl-2': loss.* became .* lower its learning_rate"):
+    what = r"'mtl-2': the loss of task 'directions' became (nan|inf) in epoch 1, .* lower its"
+    with pytest.raises(EncoderError, match=what):
         train_encoder(spec(learning_rate=1e30), tasks, **SIZES)
+    what = r"'mtl-2': the validation of task 'stripes' became nan in epoch 1, after 64 patches"
+    with pytest.raises(EncoderError, match=what):
+        train_encoder(spec(learning_rate=1e30, patches_seen=64, batch=64), tasks, **SIZES)
+    what = r"'vae': the loss '(kl|mse)' became .* lower its learning_rate \(now 1e\+30\)$"
+    vae = spec(name="vae", objective="vae", learning_rate=1e30, precision="float32")
+    with pytest.raises(EncoderError, match=what):
+        train_encoder(vae, make_tasks(64), **SIZES | {"patch": 64})
 
 
 def test_mean_rgb_goes_the_same_way_and_is_not_trained(tasks):
@@ -295,3 +458,32 @@ def test_the_contact_sheet_shows_two_patches_a_task(tasks):
     figure = augmentation_sheet(tasks)
     figure.canvas.draw()
     assert len(figure.axes) == 4 * 8
+    titles = {axes.get_title(loc="left") for axes in figure.axes} - {""}
+    assert {"stripes: fine", "stripes: coarse"} < titles
+    assert len(titles) == 4
+
+
+def test_the_command_trains_an_encoder_of_a_cohort_file_and_makes_its_patch_tasks(tmp_path):
+    for label, kind in (("fine", 0), ("coarse", 2)):
+        for number in range(20):
+            pixels = texture(np.random.default_rng(number), 64, kind)
+            write_image(tmp_path / "stripes" / label / f"{number}.png", pixels)
+    (tmp_path / "cohort.yaml").write_text(
+        "name: stripes\n"
+        "slides: {folders: [{path: .}]}\n"
+        "patch_tasks: [{name: stripes, organ: none, mpp: 0.5, folder: stripes}]\n"
+        "encoders:\n"
+        "  - {name: e, objective: supervised, tasks: [stripes], patches_seen: 128, batch: 16}\n"
+        "settings: {patch: 64}\n"
+    )
+    arguments = ["--cohort", f"{tmp_path / 'cohort.yaml'}", "--store", f"{tmp_path / 'store'}"]
+    runner = CliRunner()
+    done = runner.invoke(app, ["encoder", "train", "e", *arguments])
+    assert done.exit_code == 0, done.output
+    assert "128/128" in done.output
+    encoder = load_encoder(tmp_path / "store" / "encoders" / "e")
+    assert encoder.card.training["patches_seen"] == 128
+    unknown = runner.invoke(app, ["encoder", "train", "f", *arguments])
+    assert unknown.exit_code == 1
+    assert "'f'" in unknown.output
+    assert "Traceback" not in unknown.output

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import random
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +107,26 @@ def area_mean(
     across = weights(x, width, level.shape[1])
     inside = np.einsum("ry,yxc,sx->rsc", down, level.astype(np.float64), across, optimize=True)
     return inside + 255 * (1 - np.outer(down.sum(axis=1), across.sum(axis=1)))[..., None]
+
+
+@pytest.fixture
+def scratched(tmp_path: Path) -> Callable[[str], Path]:
+    """A slide of 16 JPEG tiles whose sixth cannot be decoded, and one damaged within."""
+
+    def make(how: str) -> Path:
+        path = write_tiff(
+            tmp_path / f"{how}.tif", paint(512, 512), mpp=0.5, compression="jpeg", pyramid=False
+        )
+        with tifffile.TiffFile(path) as tiff:
+            offset, count = tiff.pages[0].dataoffsets[5], tiff.pages[0].databytecounts[5]
+        noise = random.Random(1).randbytes(count)
+        start, stop = {"tile": (0, count), "middle": (count // 3, 2 * count // 3)}[how]
+        with path.open("r+b") as file:
+            file.seek(offset + start)
+            file.write(noise[start:stop])
+        return path
+
+    return make
 
 
 @pytest.fixture(scope="session")

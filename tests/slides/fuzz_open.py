@@ -15,6 +15,9 @@ import time
 from pathlib import Path
 
 from nic_core.slides import SlideError, open_slide
+from nic_core.slides.dicom import dicom_parts
+
+LIMIT = 30  # s for one file
 
 
 def mutate(data: bytes, rng: random.Random) -> bytes:
@@ -22,6 +25,8 @@ def mutate(data: bytes, rng: random.Random) -> bytes:
     changed = bytearray(data)
     spots = [256, 4096, len(data)]
     for _ in range(rng.choice([1, 1, 2, 4, 16])):
+        if not changed:
+            break
         kind = rng.random()
         at = rng.randrange(min(rng.choice(spots), len(changed)))
         if rng.random() < 0.4:  # TIFF directories often stand last
@@ -39,28 +44,48 @@ def mutate(data: bytes, rng: random.Random) -> bytes:
     return bytes(changed)
 
 
+def parts(source: Path) -> dict[Path, bytes]:
+    """The files of a slide, by their paths beside it."""
+    others = dicom_parts(source)[1:]
+    if source.suffix == ".mrxs":
+        others = sorted(source.with_suffix("").iterdir())
+    return {part.relative_to(source.parent): part.read_bytes() for part in (source, *others)}
+
+
 def main(sources: list[Path], first: int, count: int) -> None:
     faulthandler.enable()
     logging.disable(logging.CRITICAL)
     resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))
-    data = [(source.suffix, source.read_bytes()) for source in sources]
     opened = slowest = 0.0
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as name:
+        slides = []
+        for number, source in enumerate(sources):
+            slides.append((Path(name) / str(number), source.name, parts(source)))
+            for part, data in slides[-1][2].items():
+                (slides[-1][0] / part).parent.mkdir(parents=True, exist_ok=True)
+                (slides[-1][0] / part).write_bytes(data)
         for number in range(first, first + count):
             rng = random.Random(number)
-            suffix, original = rng.choice(data)
-            path = Path(folder) / f"mutated{suffix}"
-            path.write_bytes(mutate(original, rng))
-            print(number, suffix, end=" ", flush=True)
+            folder, slide, files = rng.choice(slides)
+            part = rng.choice(sorted(files))
+            engine = rng.choice([None, None, None, "openslide", "libvips", "tifffile"])
+            (folder / part).write_bytes(mutate(files[part], rng))
+            print(f"\n{number} {slide} {part} {engine}", end="", flush=True)
             start = time.monotonic()
+            # a hang, be it in a C library, ends the process and shows where
+            faulthandler.dump_traceback_later(LIMIT, exit=True)
             try:
-                with open_slide(path, mpp=rng.choice([None, 0.5])) as slide:
+                with open_slide(
+                    folder / slide, mpp=rng.choice([None, 0.5]), engine=engine
+                ) as slide_:
                     opened += 1
-                    slide.read(100.5, 100, 64, 64, slide.mpp * 1.7)
-                    slide.thumbnail(32)
+                    slide_.read(100.5, 100, 64, 64, slide_.mpp * 1.7)
+                    slide_.thumbnail(32)
             except SlideError:
                 pass
+            faulthandler.cancel_dump_traceback_later()
             slowest = max(slowest, time.monotonic() - start)
+            (folder / part).write_bytes(files[part])
     print(f"\nopened {opened:.0f} of {count}, slowest {slowest:.1f} s")
 
 

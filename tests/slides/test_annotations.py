@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 
 import numpy as np
+import polars as pl
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from skimage import draw
 
 from nic_core.patches import patch_table
 from nic_core.slides import SlideError, open_slide
@@ -43,6 +45,9 @@ ASAP = """<?xml version="1.0"?>
 </Coordinates></Annotation>
 <Annotation Name="d" Type="Dot" PartOfGroup="tumor"><Coordinates>
 <Coordinate Order="0" X="5" Y="5"/></Coordinates></Annotation>
+<Annotation Name="r" Type="Rectangle" PartOfGroup="None"><Coordinates>
+<Coordinate Order="0" X="0" Y="0"/><Coordinate Order="1" X="9" Y="0"/>
+<Coordinate Order="2" X="9" Y="9"/></Coordinates></Annotation>
 </Annotations><AnnotationGroups/></ASAP_Annotations>"""
 
 
@@ -72,15 +77,16 @@ def test_qupath_polygons_holes_and_multipolygons_are_read(tmp_path):
     expected = np.zeros((700, 900), bool)
     expected[:400, :400] = True
     expected[100:200, 100:200] = False
-    assert (mask != expected).mean() < 0.002  # points on an edge may fall to either side
+    np.testing.assert_array_equal(mask, expected)
 
 
 def test_asap_polygons_are_read_in_their_order(tmp_path):
     path = tmp_path / "a.xml"
     path.write_text(ASAP)
-    (region,) = read_annotations(path)
-    assert region.label == "tumor"
-    np.testing.assert_array_equal(region.rings[0], [[0, 0], [100, 0], [100, 50], [0, 50]])
+    found, no_group = read_annotations(path)
+    assert no_group.label == ""
+    assert found.label == "tumor"
+    np.testing.assert_array_equal(found.rings[0], [[0, 0], [100, 0], [100, 50], [0, 50]])
 
 
 @pytest.mark.parametrize(
@@ -106,11 +112,121 @@ def test_a_missing_annotation_is_refused(tmp_path):
         read_annotations(tmp_path / "gone.xml")
 
 
-@given(x=st.integers(0, 500), y=st.integers(0, 400), w=st.integers(20, 300), h=st.integers(20, 300))
-def test_a_rectangle_covers_its_area(x, y, w, h):
-    region = Region("a", (np.array(rectangle(x, y, x + w, y + h)),))
-    mask = region_mask([region], Plain(), (700, 900), 0.25)
-    assert abs(mask.sum() - w * h) <= w + h + 2
+corner = st.floats(-300, 1200, allow_subnormal=False)
+seeds = st.integers(0, 2**32 - 1)
+
+
+def drawn(region: Region, mpp: float = 0.25) -> np.ndarray:
+    return region_mask([region], Plain(), (round(175 / mpp), round(225 / mpp)), mpp)
+
+
+@given(
+    x=st.tuples(corner, corner).map(sorted),
+    y=st.tuples(corner, corner).map(sorted),
+    mpp=st.sampled_from([0.25, 1.0, 2.5]),
+)
+def test_a_rectangle_is_the_px_whose_centres_it_holds(x, y, mpp):
+    mask = drawn(Region("a", (np.array(rectangle(x[0], y[0], x[1], y[1])),)), mpp)
+    across, down = ((np.arange(n) + 0.5) * mpp / 0.25 for n in mask.shape[::-1])
+    expected = np.outer((down >= y[0]) & (down < y[1]), (across >= x[0]) & (across < x[1]))
+    # a hundred-thousandth of a px from an edge, rounding decides
+    on_row, on_column = (
+        (abs(centres[:, None] - edges) < 1e-5).any(axis=1)
+        for centres, edges in ((down, y), (across, x))
+    )
+    near = on_row[:, None] | on_column
+    np.testing.assert_array_equal(mask | near, expected | near)
+
+
+@given(seed=seeds, corners=st.integers(3, 40))
+def test_any_polygon_is_what_scikit_image_fills(seed, corners):
+    ring = np.random.default_rng(seed).uniform(-100, 1000, (corners, 2))
+    expected = draw.polygon2mask((70, 90), ring[:, ::-1] / 10 - 0.5)
+    np.testing.assert_array_equal(drawn(Region("a", (ring,)), 2.5), expected)
+    # neither the first corner, nor the direction, nor a repeated end matters
+    turned = np.roll(ring[::-1], 2, axis=0)
+    turned = np.concatenate([turned, turned[:1]])
+    np.testing.assert_array_equal(drawn(Region("a", (turned,)), 2.5), expected)
+
+
+@given(seed=seeds, whole=st.booleans())
+def test_areas_that_touch_share_no_px_and_leave_none_out(seed, whole):
+    # corners on px centres too
+    rng = np.random.default_rng(seed)
+    seam = rng.uniform(100, 600, (8, 2))
+    if whole:
+        seam = np.floor(seam) + 0.5
+    first = np.concatenate([[[50, 50]], [[300, 50]], seam, [[300, 650]], [[50, 650]]])
+    second = np.concatenate([[[850, 650]], [[300, 650]], seam[::-1], [[300, 50]], [[850, 50]]])
+    one, other = (drawn(Region("a", (ring,))) for ring in (first, second))
+    both = drawn(Region("a", (np.array(rectangle(50, 50, 850, 650)),)))
+    # a seam that crosses itself or leaves the frame swaps sides: even-odd sums still agree
+    np.testing.assert_array_equal(one ^ other, both)
+
+
+def test_regions_outside_the_slide_cover_nothing():
+    for x, y in ((-500, 0), (950, 0), (0, -500), (0, 750)):
+        assert not drawn(Region("a", (np.array(rectangle(x, y, x + 40, y + 40)),))).any()
+
+
+def cells_of(columns: int, rows: int) -> pl.DataFrame:
+    """A patch table of cells of 64 level-0 px."""
+    slide = Plain()
+    slide.width, slide.height = 64 * columns, 64 * rows
+    mask = TissueMask(np.ones((1, 1), bool), 8.0)
+    return patch_table("s", slide, mask, patch=32, mpp=0.5, tissue=0.6)
+
+
+@given(
+    x=st.tuples(st.integers(-20, 84), st.integers(-20, 84)).map(sorted),
+    y=st.tuples(st.integers(-20, 68), st.integers(-20, 68)).map(sorted),
+)
+def test_the_share_of_a_rectangle_is_its_area_in_the_cell(x, y):
+    # corners on 16ths of a cell: exact
+    ring = np.array(rectangle(4 * x[0], 4 * y[0], 4 * x[1], 4 * y[1]))
+    labels = label_patches(cells_of(4, 3), [Region("a", (ring,))], Plain(), share=0.5)
+    across, down = (
+        np.clip(np.minimum(edges[1], at + 16) - np.maximum(edges[0], at), 0, None) / 16
+        for edges, at in ((x, 16 * np.arange(4)), (y, 16 * np.arange(3)))
+    )
+    expected = np.outer(down, across).ravel()
+    np.testing.assert_array_equal(labels["share"], expected.astype(np.float32))
+    assert labels["label"].to_list() == ["a" if area > 0.5 else None for area in expected]
+
+
+@given(seed=seeds)
+def test_the_share_of_any_triangle_is_near_its_area(seed):
+    ring = np.random.default_rng(seed).uniform(0, 64, (3, 2))
+    (a, b), (c, d) = ring[1:] - ring[0]
+    labels = label_patches(cells_of(1, 1), [Region("a", (ring,))], Plain())
+    assert labels["share"][0] == pytest.approx(abs(a * d - b * c) / 2 / 64**2, abs=0.05)
+
+
+def region(label: str, *corners: float) -> Region:
+    return Region(label, (np.array(rectangle(*corners)),))
+
+
+@pytest.mark.parametrize(
+    ("regions", "label", "share"),
+    [
+        # of one label, an area counts once
+        ([region("a", 0, 0, 40, 64), region("a", 0, 0, 40, 64)], "a", 0.625),
+        ([region("a", 0, 0, 40, 64), region("a", 20, 0, 60, 64)], "a", 0.9375),
+        # of two labels, each has its own
+        ([region("a", 0, 0, 40, 64), region("b", 0, 0, 60, 64)], "b", 0.9375),
+        # as much of both: the first by alphabet, whichever was drawn first
+        ([region("b", 0, 0, 40, 64), region("a", 24, 0, 64, 64)], "a", 0.625),
+        # more than the share, not as much
+        ([region("a", 0, 0, 32, 64)], None, 0.5),
+        # without a label there is none to give, nor to take
+        ([region("", 0, 0, 64, 64)], None, 0.0),
+        ([region("", 0, 0, 64, 64), region("a", 0, 0, 40, 64)], "a", 0.625),
+    ],
+)
+def test_overlaps_ties_and_unlabelled_regions_follow_the_rule(regions, label, share):
+    labels = label_patches(cells_of(1, 1), regions, Plain(), share=0.5)
+    assert labels.row(0) == (0, 0, label, share)
+    assert dict(labels.schema)["share"] == pl.Float32
 
 
 def test_cells_have_the_label_of_most_of_their_area(files):
@@ -132,7 +248,7 @@ def test_cells_have_the_label_of_most_of_their_area(files):
         labels = label_patches(table, regions, slide)
         strict = label_patches(table, regions, slide, share=0.7)
     assert labels["label"].head(4).to_list() == ["tumor", "stroma", None, None]
-    np.testing.assert_allclose(labels["share"].head(4), [1, 0.625, 0.3125, 0], atol=0.07)
+    np.testing.assert_array_equal(labels["share"].head(4), [1, 0.625, 0.3125, 0])
     assert strict["label"].head(4).to_list() == ["tumor", None, None, None]
     assert labels.height == table.height
 

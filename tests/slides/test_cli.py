@@ -5,15 +5,26 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
 from nic_core.cli import app
 from nic_core.cohort import EncoderSpec
+from nic_core.encoders.encoder import (
+    Encoder,
+    EncoderCard,
+    build_encoder,
+    encoder_tensors,
+    weights_hash,
+)
 from nic_core.encoders.files import save_encoder
 from nic_core.encoders.training import train_encoder
+from nic_core.grids import open_grid
 from tests.slides.conftest import GLASS, paint, write_tiff
+from tests.slides.vendors import write_scn
 
 run = CliRunner().invoke
 
@@ -29,9 +40,32 @@ def section(tmp_path) -> Path:
 def test_inspect_tells_what_a_slide_is(section):
     result = run(app, ["inspect", str(section)])
     assert result.exit_code == 0
-    for text in ("tifffile", "1200 x 1200 px", "1 um/px", "1.44 mm2", "level 2", "1/4"):
+    for text in (
+        "tifffile (TIFF: tiles by their offsets)",
+        "1200 x 1200 px",
+        "1 um/px (TIFF resolution)",
+        "1.44 mm2",
+        "level 2",
+        "1/4",
+        "4 um/px, tiles of 128 x 128",
+        "other images  none",
+    ):
         assert text in result.stdout
-    assert "0.5 um/px" in run(app, ["inspect", str(section), "--mpp", "0.5"]).stdout
+    assert "0.5 um/px (slide table)" in run(app, ["inspect", str(section), "--mpp", "0.5"]).stdout
+
+
+def test_inspect_tells_bounds_power_and_the_names_of_other_images(tmp_path):
+    image = paint(256, 384)
+    path = write_scn(tmp_path / "a.scn", [image], 0.25, macro=image[:64, :64])
+    result = run(app, ["inspect", str(path)])
+    for text in (
+        "openslide (the format of leica)",
+        "0.25 um/px (leica metadata)",
+        "20x",
+        "384 x 256 px at 128, 64",
+        "macro",
+    ):
+        assert text in result.stdout
 
 
 def test_a_bad_slide_is_one_line_and_status_1(tmp_path):
@@ -81,6 +115,11 @@ def test_compress_goes_on_past_a_bad_slide_and_skips_what_is_done(section, encod
     assert "1 compressed" in changed.stdout
     stricter = run(app, [*command, "--mpp", "0.9", "--tissue", "0.99", str(section)])
     assert "1 compressed" in stricter.stdout
+    again = [*command, "--mpp", "0.9", "--tissue", "0.99", str(section)]
+    assert "0 compressed, 1 up to date" in run(app, [*again, "--resume"]).stdout
+    assert "1 compressed" in run(app, [*again, "--no-resume"]).stdout
+    report = pl.read_csv(tmp_path / "grids" / "report.csv")
+    assert report.select("slide", "status").rows() == [("section", "compressed")]
 
     store = tmp_path / "grids" / "section.zarr"
     told = run(app, ["grid", "info", str(store)])
@@ -88,6 +127,113 @@ def test_compress_goes_on_past_a_bad_slide_and_skips_what_is_done(section, encod
     picture = tmp_path / "preview.png"
     assert run(app, ["grid", "preview", str(store), "--out", str(picture)]).exit_code == 0
     assert Image.open(picture).mode == "RGB"
+
+
+def test_an_encoder_is_found_by_its_name_in_the_store(section, encoder, tmp_path, monkeypatch):
+    monkeypatch.setenv("NIC_STORE", str(tmp_path / "store"))
+    (tmp_path / "store" / "encoders").mkdir(parents=True)
+    encoder.rename(tmp_path / "store" / "encoders" / "mean-rgb")
+    command = ["compress", str(section), "--out", str(tmp_path / "grids"), "--encoder"]
+    assert run(app, [*command, "mean-rgb"]).exit_code == 0
+    missing = run(app, [*command, "mtl"])
+    assert missing.exit_code == 2
+    assert "mean-rgb" in missing.stderr  # what there is
+
+
+@pytest.fixture
+def network(tmp_path) -> Path:
+    """The published network with random weights, for patches of 64 um."""
+    torch.manual_seed(0)
+    module = build_encoder("tellez2020", patch=128, code=8)
+    tensors = encoder_tensors(module, {})
+    card = EncoderCard(
+        name="random",
+        architecture="tellez2020",
+        objective="mtl",
+        patch=128,
+        mpp=0.5,
+        code=8,
+        weights_hash=weights_hash("tellez2020", tensors),
+    )
+    save_encoder(tmp_path / "random", Encoder(card, module))
+    return tmp_path / "random"
+
+
+def test_how_it_is_compressed_is_told_by_the_store_and_a_change_redoes_it(
+    section, network, tmp_path
+):
+    command = ["compress", "--encoder", str(network), "--out", str(tmp_path), str(section)]
+    store = tmp_path / "section.zarr"
+    for options, precision, reading, orientations in (
+        (["--precision", "float32", "--reading", "patch"], "float32", "patch", False),
+        (["--precision", "bfloat16", "--reading", "patch"], "bfloat16", "patch", False),
+        (["--precision", "bfloat16", "--reading", "input"], "bfloat16", "input", False),
+        (
+            ["--precision", "float32", "--reading", "input", "--orientations", "8"],
+            "float32",
+            "input",
+            True,
+        ),
+    ):
+        assert "1 compressed" in run(app, [*command, *options]).stdout
+        assert "1 up to date" in run(app, [*command, *options]).stdout
+        grid = open_grid(store)
+        assert (grid.provenance.precision, grid.provenance.reading) == (precision, reading)
+        assert (grid.orientations is not None) == orientations
+    told = " ".join(run(app, ["grid", "info", str(store)]).stdout.split())
+    assert "orientations 8" in told
+    assert "precision float32 reading input" in told
+    assert open_grid(store).provenance.weights_hash in told.replace(" ", "")  # it may be folded
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--device", "toaster"),
+        ("--device", "cuda:99"),
+        ("--orientations", "4"),
+        ("--precision", "int8"),
+        ("--reading", "fast"),
+    ],
+)
+def test_an_impossible_setting_is_told_before_any_work(section, encoder, tmp_path, option, value):
+    command = ["compress", "--encoder", str(encoder), "--out", str(tmp_path / "grids")]
+    result = run(app, [*command, str(section), option, value])
+    assert result.exit_code == 2
+    assert value in result.stderr
+    assert not (tmp_path / "grids").exists()
+
+
+def test_a_full_disk_is_told_with_what_was_not_tried(section, encoder, mount):
+    folder = mount("size=64k")
+    (folder / "ballast").write_bytes(bytes(56_000))
+    other = section.rename(section.with_name("other.tif"))
+    command = ["compress", "--encoder", str(encoder), "--out", str(folder)]
+    result = run(app, [*command, str(other), str(section)])
+    assert result.exit_code == 1
+    assert "0 compressed, 0 up to date, 1 failed, 1 not tried" in result.stdout
+    assert "No space left on device" in result.stdout
+    assert "Traceback" not in result.stdout
+    assert not list(folder.glob("*.zarr"))
+
+
+def test_the_preview_stands_beside_the_slide_of_the_grid(section, encoder, tmp_path):
+    command = ["compress", "--encoder", str(encoder), "--out", str(tmp_path)]
+    assert run(app, [*command, str(section)]).exit_code == 0
+    preview = ["grid", "preview", str(tmp_path / "section.zarr"), "--out", str(tmp_path / "p.png")]
+    assert run(app, [*preview, "--slide", str(section)]).exit_code == 0
+    picture = np.asarray(Image.open(tmp_path / "p.png"))
+    rows, columns, cell = 19, 19, 43  # cells of 64 um over 1200 um, drawn at 800 px or more
+    assert picture.shape == (rows * cell, 2 * columns * cell + 16, 3)
+    left, right = picture[:, : columns * cell], picture[:, -columns * cell :]
+    tissue = left[:, : 9 * cell].mean(axis=(0, 1))
+    assert tissue[1] < 200 < left[:, 10 * cell :].mean()
+    assert (right[:, 10 * cell :] == 255).all()
+    assert not (right[:, : 9 * cell] == 255).all(axis=2).any()
+    other = write_tiff(tmp_path / "other.tif", paint(600, 600, seed=5), mpp=1.0)
+    refused = run(app, [*preview, "--slide", str(other)])
+    assert refused.exit_code == 1
+    assert "is not the slide 'section' of the grid" in " ".join(refused.stdout.split())
 
 
 def test_compress_refuses_a_missing_encoder_and_equal_names(section, encoder, tmp_path):

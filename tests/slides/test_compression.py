@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import random
 import threading
 from dataclasses import dataclass
 
 import numpy as np
 import polars as pl
 import pytest
-import tifffile
 import torch
 from torch import nn
 
-from nic_core.compression import compress_slide
+from nic_core.compression import compress_slide, up_to_date
 from nic_core.encoders.inference import PreparedEncoder
 from nic_core.grids import open_grid, write_grid
 from nic_core.orientations import orient, undo
 from nic_core.patches import PatchTableError, patch_table
+from nic_core.quality import measure_quality
 from nic_core.slides import SlideError, content_identity, open_slide
 from nic_core.slides.blocks import plan_blocks, read_block
 from nic_core.tissue import TissueMask
@@ -161,26 +160,6 @@ def test_a_table_of_another_slide_is_refused(files):
         compress_slide(slide, table_of(slide), prepared(), slide_id="other", slide_identity="ab")
 
 
-@pytest.fixture
-def scratched(tmp_path):
-    """A slide of 16 JPEG tiles whose sixth cannot be decoded, and one damaged within."""
-
-    def make(how: str):
-        path = write_tiff(
-            tmp_path / f"{how}.tif", paint(512, 512), mpp=0.5, compression="jpeg", pyramid=False
-        )
-        with tifffile.TiffFile(path) as tiff:
-            offset, count = tiff.pages[0].dataoffsets[5], tiff.pages[0].databytecounts[5]
-        noise = random.Random(1).randbytes(count)
-        start, stop = {"tile": (0, count), "middle": (count // 3, 2 * count // 3)}[how]
-        with path.open("r+b") as file:
-            file.seek(offset + start)
-            file.write(noise[start:stop])
-        return path
-
-    return make
-
-
 @pytest.mark.parametrize("how", ["tile", "middle"])
 def test_an_undecodable_tile_leaves_its_cells_empty_and_the_rest_right(scratched, how):
     with open_slide(scratched(how)) as slide:
@@ -192,6 +171,17 @@ def test_an_undecodable_tile_leaves_its_cells_empty_and_the_rest_right(scratched
         assert len(empty) == grid.provenance.unreadable == 16
         pixels = slide.read(3 * 32, 3 * 32, 32, 32, 0.5).reshape(-1, 3)
         np.testing.assert_allclose(grid.codes[:3, 3, 3], pixels.mean(0), rtol=2e-3)
+
+
+def test_cells_that_the_patch_table_found_undecodable_are_not_tried_again(scratched, tmp_path):
+    with open_slide(scratched("tile")) as slide:
+        table = measure_quality(table_of(slide, np.ones((32, 32), bool)), slide, max_unreadable=0.1)
+        grid = compress(slide, table)
+        kept = table["kept"].to_numpy().reshape(16, 16)
+        np.testing.assert_array_equal(grid.valid, kept)
+        assert grid.provenance.unreadable == 0
+        write_grid(tmp_path / "s.zarr", grid)
+        assert up_to_date(tmp_path / "s.zarr", slide, table, prepared(), slide_identity="ab")
 
 
 def test_too_many_undecodable_tiles_fail_the_slide(scratched):

@@ -25,6 +25,7 @@ from nic_core.grids import (
     write_grid,
 )
 from nic_core.orientations import orient, undo
+from nic_core.store import StoreError
 
 
 def make(
@@ -241,6 +242,20 @@ def test_a_wrong_grid_is_not_written(tmp_path, change, message):
     with pytest.raises(GridError, match=message):
         write_grid(path, change(make()))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_fills_up_is_one_error_and_leaves_the_old_store_alone(mount):
+    folder = mount("size=4m")
+    path = folder / "s.zarr"
+    write_grid(path, make())
+    rng = np.random.default_rng(0)
+    codes = rng.random((4, 1100, 1100)).astype(np.float16)  # 9 shards
+    large = Grid(codes, np.ones((1100, 1100), bool), make().provenance)
+    for _ in range(3):
+        with pytest.raises(StoreError, match=r"s.zarr: .*No space left on device"):
+            write_grid(path, large)
+        assert list(folder.iterdir()) == [path]
+        assert grid_hash(path) == grid_hash(make())
 
 
 def test_what_is_no_grid_is_refused(tmp_path):

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nic_core.patches import (
+    MEASURED,
     PATCH_SCHEMA,
     PatchTableError,
     patch_table,
@@ -18,6 +19,8 @@ from nic_core.patches import (
 from nic_core.slides import open_slide
 from nic_core.tissue import TissueMask
 from tests.slides.conftest import write_tiff
+
+REASON = PATCH_SCHEMA["reason"]
 
 
 class Plain:
@@ -32,6 +35,14 @@ def table_of(width=1000, height=700, mpp=0.25, mask=None, **settings) -> pl.Data
         mask = np.ones((round(height * mpp / 8) + 1, round(width * mpp / 8) + 1), bool)
     settings = {"patch": 64, "mpp": 0.5, "tissue": 0.6} | settings
     return patch_table("s", Plain(width, height, mpp), TissueMask(mask, 8.0), **settings)
+
+
+def measured(table: pl.DataFrame, **values: float) -> pl.DataFrame:
+    """Some quality at every kept cell, as its measurement would leave."""
+    return table.with_columns(
+        pl.when("kept").then(pl.lit(values.get(name, 1.0), pl.Float32)).alias(name)
+        for name in MEASURED
+    )
 
 
 @given(
@@ -61,6 +72,7 @@ def test_tissue_is_the_area_mean_of_the_mask():
     table = table_of(256, 256, mask=mask)
     np.testing.assert_allclose(table["tissue"], [0.75, 0, 0, 0.5])
     assert table["kept"].to_list() == [True, False, False, False]
+    assert table["reason"].to_list() == [None, "background", "background", "background"]
 
 
 @pytest.mark.parametrize(("share", "kept"), [(60, False), (61, True)])
@@ -85,8 +97,9 @@ def test_a_table_survives_the_disk(tmp_path, files):
         mask = TissueMask(np.ones((22, 29), bool), 8.0)
         table = patch_table("s", slide, mask, patch=64, mpp=0.5, tissue=0.6)
     path = tmp_path / "tables" / "s.parquet"
-    write_patch_table(path, table)
-    assert read_patch_table(path).equals(table)
+    for written in (table, measured(table)):
+        write_patch_table(path, written)
+        assert read_patch_table(path).equals(written)
 
 
 @pytest.mark.parametrize(
@@ -98,11 +111,17 @@ def test_a_table_survives_the_disk(tmp_path, files):
         (lambda t: t.head(0), "this one has none"),
         (lambda t: t.head(3), "not one row a cell"),
         (lambda t: t.reverse(), "not one row a cell"),
-        (lambda t: t.with_columns(x=pl.lit(None, pl.Float64)), "missing values"),
+        (lambda t: t.with_columns(x=pl.lit(None, pl.Float64)), "missing values in x"),
+        (lambda t: t.with_columns(reason=pl.lit("dull")), "'reason': 'String'"),
+        (lambda t: t.with_columns(reason=pl.lit("background", REASON)), "only if it is not kept"),
+        (lambda t: t.with_columns(kept=~pl.col("kept")), "only if it is not kept"),
+        (lambda t: t.with_columns(focus=pl.lit(1, pl.Float32)), "at every kept cell"),
+        (lambda t: measured(t).with_columns(red=pl.lit(None, pl.Float32)), "at every kept cell"),
+        (lambda t: measured(t, focus=np.inf), "finite"),
     ],
 )
 def test_a_wrong_table_is_refused_on_both_ways(tmp_path, change, message):
-    table = change(table_of(256, 256))
+    table = change(table_of(256, 256, mask=np.tril(np.ones((8, 8), bool), -2)))
     path = tmp_path / "s.parquet"
     with pytest.raises(PatchTableError, match=message):
         write_patch_table(path, table)

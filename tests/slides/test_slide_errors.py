@@ -6,13 +6,18 @@ import os
 import pickle
 import random
 import shutil
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tifffile
+from PIL import Image
 
-from nic_core.slides import SlideError, content_identity, open_slide
+from nic_core.slides import Slide, SlideError, content_identity, open_slide
+from tests.slides import vendors
 from tests.slides.conftest import paint, vips, write_tiff
 
 
@@ -21,6 +26,7 @@ def refused(path: Path, *words: str, mpp: float | None = None) -> None:
         open_slide(path, mpp=mpp)
     message = str(caught.value)
     assert path.name in message
+    assert caught.value.remedy
     assert "\n" not in message
     for word in words:
         assert word in message, message
@@ -33,14 +39,45 @@ def test_a_missing_file_a_folder_and_an_empty_file_are_refused(tmp_path):
     refused(tmp_path / "empty.svs", "empty")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_file_without_permission_is_refused(tmp_path):
-    path = write_tiff(tmp_path / "locked.tif", paint(64, 64), mpp=0.5)
-    path.chmod(0)
-    refused(path, "Permission denied")
+def test_a_pipe_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "pipe.svs")
+    refused(tmp_path / "pipe.svs", "no regular file")
 
 
-@pytest.mark.parametrize("name", ["text.svs", "text.tif", "text.ndpi", "text.mrxs", "text.dcm"])
+AS_ANOTHER_USER = """
+import os, sys
+from pathlib import Path
+from nic_core.slides import SlideError, content_identity, open_slide
+if os.geteuid() == 0:
+    os.setuid(65534)  # root may read everything
+for call in (open_slide, content_identity):
+    try:
+        call(Path(sys.argv[1]))
+    except SlideError as error:
+        print(error)
+"""
+
+
+def test_a_file_without_permission_is_refused():
+    # not below pytest's folder, which other users may not enter
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        path = write_tiff(folder / "locked.tif", paint(64, 64), mpp=0.5)
+        path.chmod(0)
+        done = subprocess.run(
+            [sys.executable, "-c", AS_ANOTHER_USER, str(path)],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+            check=False,
+        )
+        message = f"{path}: cannot be read (Permission denied); check the path\n"
+        assert done.stdout == 2 * message, done.stderr
+
+
+@pytest.mark.parametrize("name", ["text.svs", "text.tif", "text.ndpi", "text.dcm", "text"])
 def test_text_under_a_slide_name_is_refused(tmp_path, name):
     path = tmp_path / name
     path.write_text("slide,patient\n1,2\n" * 50)
@@ -60,6 +97,23 @@ def test_a_tiff_cut_short_is_refused(tmp_path, share, options):
     path = tmp_path / "cut.tif"
     path.write_bytes(whole.read_bytes()[: int(whole.stat().st_size * share)])
     refused(path)
+
+
+@pytest.mark.parametrize("name", ["slide.png", "slide.jpg", "slide.ndpi", "slide.dcm", "slide"])
+def test_a_slide_under_another_name_is_read_as_what_it_is(tmp_path, name, files, pixels):
+    shutil.copy(files["tiff"], tmp_path / name)
+    with open_slide(tmp_path / name) as slide:
+        assert slide.engine == "tifffile"
+        np.testing.assert_array_equal(slide.read(0, 0, 90, 70, slide.mpp), pixels[:70, :90])
+
+
+def test_an_ndpi_under_another_name_is_read_as_what_it_is(tmp_path):
+    image = paint(512, 768)
+    path = vendors.write_ndpi(tmp_path / "a.tif", [image], 0.5)
+    with open_slide(path) as slide:
+        assert slide.engine_reason == "the format of hamamatsu"
+        read = slide.read(100, 100, 100, 100, 0.5)
+    assert np.abs(read.astype(int) - image[100:200, 100:200]).max() < 16
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".png"])
@@ -109,6 +163,36 @@ def test_an_impossible_scale_in_the_table_is_refused(files, mpp):
     refused(files["tiff"], "slide table", "column `mpp`", mpp=mpp)
 
 
+def test_a_slide_larger_than_any_glass_is_refused(tmp_path):
+    path = write_tiff(tmp_path / "wide.tif", np.full((1, 9000, 3), 240, np.uint8), mpp=0.5)
+    refused(path, "slide of 360 mm", "column `mpp`", mpp=40.0)
+    with open_slide(path) as slide:
+        assert slide.width == 9000
+
+
+def test_pixels_in_another_file_of_an_ome_series_are_refused(tmp_path):
+    xml = (
+        '<OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06" UUID="urn:uuid:a">'
+        '<Image ID="Image:0"><Pixels ID="Pixels:0" Type="uint8" DimensionOrder="XYCZT" SizeX="80" '
+        'SizeY="80" SizeC="3" SizeZ="1" SizeT="1"><Channel ID="Channel:0" SamplesPerPixel="3"/>'
+        '<TiffData IFD="0" PlaneCount="1"><UUID FileName="{}">urn:uuid:{}</UUID></TiffData>'
+        "</Pixels></Image></OME>"
+    )
+    for name, number in (("first.ome.tif", "a"), ("second.ome.tif", "b")):
+        tifffile.imwrite(
+            tmp_path / name,
+            paint(80, 80),
+            photometric="rgb",
+            description=xml.format("second.ome.tif", "b").replace(
+                'UUID="urn:uuid:a"', f'UUID="urn:uuid:{number}"'
+            ),
+            metadata=None,
+        )
+    refused(tmp_path / "first.ome.tif", "another file of its OME series", mpp=0.5)
+    with open_slide(tmp_path / "second.ome.tif", mpp=0.5) as slide:
+        assert slide.width == 80
+
+
 def test_the_scale_of_the_table_overrides_that_of_the_file(files):
     with open_slide(files["tiff"], mpp=0.5) as slide:
         assert slide.mpp == 0.5
@@ -125,33 +209,150 @@ def test_images_that_are_not_rgb_are_refused(tmp_path, image):
     refused(path, "RGB", mpp=0.5)
 
 
+COLOURS = {
+    "16 bits": ((64, 64, 3), np.uint16, {"photometric": "rgb"}),
+    "floats": ((64, 64, 3), np.float32, {"photometric": "rgb"}),
+    "CMYK": ((64, 64, 4), np.uint8, {"photometric": "separated"}),
+    "CIELAB": ((64, 64, 3), np.uint8, {"photometric": "cielab"}),
+    "palette": (
+        (64, 64),
+        np.uint8,
+        {"photometric": "palette", "colormap": np.zeros((3, 256), np.uint16)},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", COLOURS)
+@pytest.mark.parametrize("tiling", [{}, {"tile": (32, 32)}])
+def test_other_colours_than_8_bit_rgb_are_refused(tmp_path, kind, tiling):
+    shape, dtype, options = COLOURS[kind]
+    path = tmp_path / "slide.tif"
+    tifffile.imwrite(path, np.full(shape, 200, dtype), **options, **tiling)
+    refused(path, "RGB", "leave it out", mpp=0.5)
+
+
+def test_separate_colour_planes_are_refused_with_what_to_do(tmp_path):
+    path = tmp_path / "slide.tif"
+    planes = np.moveaxis(paint(64, 64), -1, 0).copy()
+    tifffile.imwrite(path, planes, photometric="rgb", planarconfig="separate", tile=(32, 32))
+    refused(path, "separate planes", "RGB pixels", mpp=0.5)
+
+
+def test_plain_images_of_other_colours_are_refused(tmp_path):
+    image = Image.fromarray(paint(64, 64))
+    for mode, name in (("CMYK", "a.jpg"), ("L", "b.jpg"), ("L", "c.png"), ("I;16", "d.png")):
+        converted = image.convert("L").convert("I;16") if mode == "I;16" else image.convert(mode)
+        converted.save(tmp_path / name)
+        refused(tmp_path / name, "not an 8-bit RGB image", mpp=0.5)
+
+
 def test_a_black_image_with_single_colours_is_no_brightfield_scan(tmp_path):
     image = np.zeros((300, 300, 3), np.uint8)
     image[::20, ::20, 2] = 255
     refused(write_tiff(tmp_path / "dapi.tif", image, mpp=0.5), "not a brightfield scan")
 
 
-def test_a_single_pixel_is_a_slide(tmp_path):
+def test_a_single_pixel_is_a_slide_in_any_container(tmp_path):
+    image = np.full((1, 1, 3), 200, np.uint8)
+    vips(image).write_to_file(str(tmp_path / "dot.jpg"))
+    write_tiff(tmp_path / "strip.tif", image, mpp=0.5, tile=False, pyramid=False)
+    write_tiff(tmp_path / "tile.tif", image, mpp=0.5)
+    for name in ("dot.jpg", "strip.tif", "tile.tif"):
+        with open_slide(tmp_path / name, mpp=0.5) as slide:
+            assert (slide.width, slide.height) == (1, 1)
+            assert slide.thumbnail(64).tolist() == [[[200] * 3]]
+
+
+def test_a_single_pixel_is_padded_with_white(tmp_path):
     path = tmp_path / "dot.png"
     vips(np.full((1, 1, 3), 200, np.uint8)).pngsave(str(path))
     with open_slide(path, mpp=0.5) as slide:
         assert slide.read(0, 0, 2, 2, 0.5).tolist()[0] == [[200] * 3, [255] * 3]
 
 
-def test_an_undecodable_tile_fails_its_region_only(tmp_path):
-    path = write_tiff(
-        tmp_path / "scratched.tif", paint(512, 512), mpp=0.5, compression="jpeg", pyramid=False
-    )
+def scratch(path: Path, tile: int, start: float = 0.0) -> None:
+    """Overwrite a tile's data from a share of it on."""
     with tifffile.TiffFile(path) as tiff:
-        offset, count = tiff.pages[0].dataoffsets[5], tiff.pages[0].databytecounts[5]
+        offset, count = tiff.pages[0].dataoffsets[tile], tiff.pages[0].databytecounts[tile]
+    first = int(count * start)
     with path.open("r+b") as file:
-        file.seek(offset)
-        file.write(random.Random(1).randbytes(count))
-    with open_slide(path) as slide:
-        for _ in range(2):  # the failure does not stick to the slide
-            with pytest.raises(SlideError, match="cannot be decoded"):
+        file.seek(offset + first)
+        file.write(random.Random(1).randbytes(count - first))
+
+
+@pytest.mark.parametrize("engine", ["tifffile", "openslide", "libvips"])
+@pytest.mark.parametrize("codec", ["jpeg", "deflate"])
+def test_an_undecodable_tile_fails_its_region_only(tmp_path, engine, codec):
+    image = paint(512, 512)
+    path = write_tiff(tmp_path / "scratched.tif", image, mpp=0.5, compression=codec, pyramid=False)
+    scratch(path, 5)
+    with open_slide(path, engine=engine) as slide:
+        for _ in range(2):  # the failure does not stick to the slide, nor is it forgotten
+            with pytest.raises(SlideError, match=r"scratched.tif: pixels cannot be decoded"):
                 slide.read(140, 140, 50, 50, 0.5)
-            assert slide.read(300, 300, 50, 50, 0.5).shape == (50, 50, 3)
+            with pytest.raises(SlideError, match="cannot be decoded"):
+                slide.read(90, 200, 100, 100, 0.5)  # also if another tile comes first
+            for x, y in ((300, 300), (0, 130), (260, 130), (130, 0)):
+                read = slide.read(x, y, 100, 100, 0.5)
+                assert np.abs(read.astype(int) - image[y : y + 100, x : x + 100]).max() < 25
+
+
+@pytest.mark.parametrize("codec", ["jpeg", "deflate", "lzw"])
+def test_data_damaged_within_a_tile_are_noticed(tmp_path, codec):
+    path = write_tiff(
+        tmp_path / "scratched.tif", paint(512, 512), mpp=0.5, compression=codec, pyramid=False
+    )
+    scratch(path, 5, 0.5)
+    with open_slide(path) as slide, pytest.raises(SlideError, match="cannot be decoded"):
+        slide.read(140, 140, 50, 50, 0.5)
+
+
+LARGE = paint(1024, 1536)
+LATE = ["tiff tifffile", "tiff libvips", "tiff openslide", "ndpi", "scn", "mirax", "dicom"]
+
+
+def opened_large(kind: str, folder: Path) -> tuple[Slide, Path]:
+    """A slide, and the file that holds its pixels."""
+    image, levels = LARGE, [LARGE, LARGE[::2, ::2].copy()]
+    name, _, engine = kind.partition(" ")
+    if name == "tiff":
+        path = write_tiff(folder / "a.tif", image, mpp=0.5, compression="jpeg", pyramid=False, Q=95)
+        return open_slide(path, engine=engine), path
+    if name == "ndpi":
+        path = vendors.write_ndpi(folder / "a.ndpi", levels, 0.5)
+    elif name == "scn":
+        path = vendors.write_scn(folder / "a.scn", levels, 0.5, macro=image[:64, :64])
+    elif name == "mirax":
+        path = vendors.write_mirax(folder / "a.mrxs", levels, 0.5, picture=image[:64, :64])
+        return open_slide(path), folder / "a" / "Data0000.dat"
+    else:
+        path = vendors.write_dicom(folder / "dicom", levels, 0.5, label=image[:64, :64])
+    return open_slide(path), path
+
+
+@pytest.mark.parametrize("kind", LATE)
+@pytest.mark.parametrize("how", ["vanishes", "is cut"])
+def test_a_file_that_goes_while_it_is_read_gives_its_pixels_or_an_error(tmp_path, kind, how):
+    slide, path = opened_large(kind, tmp_path)
+    with slide:
+        x, y = slide.bounds[:2]
+        before = slide.read(x, y, 100, 100, 0.5)
+        if how == "vanishes":
+            path.unlink()
+        else:
+            os.truncate(path, path.stat().st_size // 5)
+        failed = 0
+        for left, top in [(0, 0), (1400, 900), (700, 500), (0, 900), (0, 0)]:
+            try:
+                read = slide.read(x + left, y + top, 100, 100, 0.5)
+            except SlideError as error:
+                failed += str(error).startswith(str(slide.path))
+                continue
+            expected = LARGE[top : top + 100, left : left + 100]
+            assert np.abs(read.astype(int) - expected).mean() < 3
+        if how == "is cut":
+            assert failed >= 2  # what was read at opening may be remembered
+        assert before.shape == (100, 100, 3)
 
 
 def test_the_error_survives_pickling():

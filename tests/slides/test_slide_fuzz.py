@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.slides import vendors
 from tests.slides.conftest import paint, vips, write_tiff
 
 MUTATIONS = int(os.environ.get("NIC_FUZZ", "150"))
@@ -24,7 +26,7 @@ def fuzz(sources: list[Path]) -> None:
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"},
         check=False,
     )
-    assert done.returncode == 0, f"{done.stdout[-40:]}\n{done.stderr[-2000:]}"
+    assert done.returncode == 0, f"{done.stdout[-200:]}\n{done.stderr[-2000:]}"
     assert f" of {MUTATIONS}" in done.stdout
 
 
@@ -36,6 +38,27 @@ def test_mutated_files_are_opened_or_refused(tmp_path):
     pyramid = write_tiff(tmp_path / "pyramid.tif", image, mpp=0.5, compression="jpeg")
     parts = write_tiff(tmp_path / "parts.tif", image, mpp=0.5, subifd=True, bigtiff=True)
     fuzz([jpeg, png, pyramid, parts])
+
+
+def test_mutated_vendor_slides_are_opened_or_refused(tmp_path):
+    fuzz([*vendor_slides(tmp_path)])
+
+
+def vendor_slides(folder: Path) -> Iterator[Path]:
+    levels = [paint(256, 384), paint(128, 192)]
+    picture = paint(32, 64)
+    yield vendors.write_svs(folder / "a.svs", levels, 0.25, pictures=picture)
+    for codec in ("33003", "33005"):
+        yield vendors.write_svs(
+            folder / f"{codec}.svs", levels, 0.25, codec=codec, pictures=picture
+        )
+    yield vendors.write_ndpi(folder / "a.ndpi", levels, 0.25, macro=picture)
+    yield vendors.write_scn(folder / "a.scn", levels, 0.25, macro=picture)
+    yield vendors.write_philips(folder / "a.tiff", levels, 0.25, macro=picture)
+    stitched = paint(*vendors.bif_size(3, 2))
+    yield vendors.write_bif(folder / "a.bif", stitched, 0.25, macro=picture)
+    yield vendors.write_mirax(folder / "a.mrxs", levels, 0.25, picture=picture)
+    yield vendors.write_dicom(folder / "dicom", levels, 0.25, label=picture)
 
 
 @pytest.mark.skipif("NIC_FUZZ" not in os.environ, reason="long; set NIC_FUZZ to a number of files")

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import tifffile
 
-from nic_core.slides import open_slide
-from nic_core.slides.metadata import openslide_mpp
+from nic_core.slides import SlideError, open_slide
+from nic_core.slides.metadata import openslide_about
 from tests.slides.conftest import paint
 
 
@@ -26,12 +26,13 @@ def aperio(folder: Path, fields: str) -> Path:
 
 def test_aperio_mpp_comes_before_magnification(tmp_path):
     with open_slide(aperio(tmp_path, "AppMag = 40|MPP = 0.2527|Date = 1")) as slide:
-        assert slide.mpp == 0.2527
+        assert (slide.mpp, slide.mpp_source) == (0.2527, "Aperio tag")
 
 
 def test_aperio_magnification_is_the_last_resort(tmp_path):
     with open_slide(aperio(tmp_path, "AppMag = 20|Date = 1")) as slide:
-        assert slide.mpp == 0.5
+        assert (slide.mpp, slide.mpp_source) == (0.5, "objective power 20x")
+        assert slide.objective_power == 20
 
 
 @pytest.mark.parametrize(
@@ -53,10 +54,81 @@ def test_resolution_tags_are_read_in_their_unit(tmp_path, unit, value):
     )
     with open_slide(path) as slide:
         assert slide.mpp == pytest.approx(0.5)
+        assert slide.mpp_source == "TIFF resolution"
+        assert slide.objective_power is None
+
+
+@pytest.mark.parametrize("value", ["0", "nan", "1000", "-0.25", "inf", "1e-9"])
+def test_an_absurd_mpp_in_the_file_names_the_slide_and_the_column(tmp_path, value):
+    path = aperio(tmp_path, f"AppMag = 40|MPP = {value}|Date = 1")
+    with pytest.raises(SlideError, match=r"slide.svs: mpp .* by the file \(Aperio tag\).*`mpp`"):
+        open_slide(path)
+    with open_slide(path, mpp=0.5) as slide:
+        assert (slide.mpp, slide.mpp_source) == (0.5, "slide table")
+
+
+def test_an_unreadable_mpp_is_a_missing_one(tmp_path):
+    with open_slide(aperio(tmp_path, "AppMag = 20|MPP = unknown|Date = 1")) as slide:
+        assert (slide.mpp, slide.mpp_source) == (0.5, "objective power 20x")
+    with pytest.raises(SlideError, match=r"does not say its um/px.*`mpp`"):
+        open_slide(aperio(tmp_path, "AppMag = |MPP = ?|Date = 1"))
+
+
+def test_ome_without_a_size_falls_back_on_the_objective_and_is_said_so(tmp_path):
+    path = tmp_path / "slide.ome.tif"
+    xml = (
+        '<OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06">'
+        '<Instrument ID="Instrument:0"><Objective ID="Objective:0" NominalMagnification="{}"/>'
+        '</Instrument><Image ID="Image:0" Name="Doe, Jane"><Pixels ID="Pixels:0" Type="uint8" '
+        'DimensionOrder="XYCZT" SizeX="80" SizeY="80" SizeC="3" SizeZ="1" SizeT="1" {}>'
+        '<Channel ID="Channel:0" SamplesPerPixel="3"/><TiffData IFD="0" PlaneCount="1"/>'
+        "</Pixels></Image></OME>"
+    )
+    for power, size, mpp, source in (
+        ("20", "", 0.5, "objective power 20x"),
+        ("20", 'PhysicalSizeX="0.25" PhysicalSizeY="0.25"', 0.25, "OME-XML"),
+        ("20", 'PhysicalSizeX="?" PhysicalSizeY="0.25"', 0.5, "objective power 20x"),
+    ):
+        text = xml.format(power, size)
+        tifffile.imwrite(
+            path,
+            paint(80, 80),
+            photometric="rgb",
+            description=text,
+            metadata=None,
+            resolution=(1, 1),
+            resolutionunit="NONE",
+        )
+        with open_slide(path) as slide:
+            assert (slide.mpp, slide.mpp_source) == (mpp, source)
+            assert slide.objective_power == 20
+            assert slide.bounds == (0, 0, 80, 80)
+
+
+def test_names_of_other_images_are_told_unless_they_are_the_users_own(tmp_path):
+    path = tmp_path / "slide.ome.tif"
+    with tifffile.TiffWriter(path) as writer:
+        for name, side in (("scan", 96), ("label", 32), ("Jane Doe", 48), ("Macro", 64)):
+            about = {"axes": "YXS", "Name": name, "PhysicalSizeX": 0.5, "PhysicalSizeY": 0.5}
+            writer.write(paint(side, side), photometric="rgb", metadata=about)
+    with open_slide(path) as slide:
+        assert (slide.width, slide.mpp_source) == (96, "OME-XML")
+        assert slide.associated == ("label", "unnamed", "macro")
 
 
 def test_openslide_properties_are_read():
-    stated = {"openslide.mpp-x": "0.25", "openslide.mpp-y": "0.26"}
-    assert openslide_mpp(stated) == (0.25, 0.26)
-    assert openslide_mpp({"openslide.objective-power": "20"}) == (0.5, 0.5)
-    assert openslide_mpp({}) is None
+    stated = {"openslide.mpp-x": "0.25", "openslide.mpp-y": "0.26", "openslide.vendor": "leica"}
+    about = openslide_about(stated, ["label"])
+    assert (about.mpp, about.mpp_source) == ((0.25, 0.26), "leica metadata")
+    assert about.associated == ("label",)
+    about = openslide_about({"openslide.objective-power": "20"}, [])
+    assert (about.mpp, about.mpp_source) == ((0.5, 0.5), "objective power 20x")
+    assert about.objective_power == 20
+    assert openslide_about({}, []).mpp is None
+    assert openslide_about({"openslide.mpp-x": "?", "openslide.mpp-y": "0.2"}, []).mpp is None
+    box = {
+        f"openslide.bounds-{k}": v
+        for k, v in zip(("x", "y", "width", "height"), "1234", strict=True)
+    }
+    assert openslide_about(box, []).bounds == (1, 2, 3, 4)
+    assert openslide_about(box | {"openslide.bounds-x": "nan"}, []).bounds is None

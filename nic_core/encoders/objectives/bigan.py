@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
-from nic_core.encoders.augmentation import augment
 from nic_core.encoders.networks import (
     SLOPE,
     PatchEncoder,
@@ -23,7 +22,13 @@ from nic_core.encoders.networks import (
     initialise_as_keras,
     pool_patches,
 )
-from nic_core.encoders.objectives.sampling import Sampler, patch_tensor, validation_rows
+from nic_core.encoders.objectives.base import Validation
+from nic_core.encoders.objectives.sampling import (
+    Sampler,
+    patch_tensor,
+    training_inputs,
+    validation_rows,
+)
 from nic_core.encoders.objectives.vae import upsampling_block
 from nic_core.encoders.patch_tasks import PatchDataset
 
@@ -120,13 +125,8 @@ class BidirectionalGAN:
     def batch(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Augmented pooled patches (B, 3, S, S) in [-1, 1] and z (B, C)."""
         network = self.encoder.network
-        pooled = torch.cat(
-            [
-                pool_patches(patch_tensor(task, rows, self.device), network.pooling)
-                for task, rows in zip(self.tasks, self.sampler.draw(generator), strict=True)
-            ]
-        )
-        patches = augment(pooled.div_(255), generator).mul_(2).sub_(1)
+        draws = zip(self.tasks, self.sampler.draw(generator), strict=True)
+        patches = training_inputs(draws, network.pooling, generator)
         z = torch.randn(len(patches), network.code, generator=generator, device=self.device)
         return patches, z
 
@@ -149,7 +149,7 @@ class BidirectionalGAN:
         }
 
     @torch.inference_mode()
-    def validate(self) -> dict[str, float]:
+    def validate(self) -> Validation:
         """How well G(E(patch)) is the patch: mean squared error in [-1, 1] units."""
         error, count = 0.0, 0
         network = self.encoder.network
@@ -160,9 +160,10 @@ class BidirectionalGAN:
                 rebuilt = self.generator(network(patches))
                 error += functional.mse_loss(rebuilt, patches).item() * len(patches)
                 count += len(patches)
-        return {"validation/reconstruction": error / count}
+        return Validation({"validation/reconstruction": error / count})
 
 
 def _pair_loss(called_real: Tensor, called_generated: Tensor) -> Tensor:
     """Binary cross-entropy of logits that should be 1 for the first and 0 for the second."""
-    return functional.softplus(-called_real).mean() + functional.softplus(called_generated).mean()
+    real, generated = called_real.float(), called_generated.float()
+    return functional.softplus(-real).mean() + functional.softplus(generated).mean()

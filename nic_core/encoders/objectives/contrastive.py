@@ -2,27 +2,33 @@
 
 A Siamese encoder; the two codes, concatenated, pass a dense layer of 256 to one logit. 'Same'
 pairs are two heavy augmentations of one patch; of the others 75 % are adjacent,
-non-overlapping patches of one image and 25 % patches of two groups (patients). As many 'same'
-pairs as others, BatchNorm and LeakyReLU in the head are [choice].
+non-overlapping patches and 25 % patches of two slides. As many 'same' pairs as others,
+BatchNorm and LeakyReLU in the head are [choice], and so is what stands for the slide in a patch
+task: adjacent are patches of one image that share an edge; where no image of a split holds
+several patches, two patches of one group (patient), which share its stain as neighbours do;
+another slide is another group.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import polars as pl
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nic_core.encoders.augmentation import augment
 from nic_core.encoders.encoder import EncoderError
-from nic_core.encoders.networks import ClassHead, PatchEncoder, pool_patches
-from nic_core.encoders.objectives.base import Selection
-from nic_core.encoders.objectives.sampling import patch_tensor
+from nic_core.encoders.networks import ClassHead, PatchEncoder
+from nic_core.encoders.objectives.base import Selection, Validation
+from nic_core.encoders.objectives.sampling import training_inputs
 from nic_core.encoders.patch_tasks import PatchDataset
+
+log = logging.getLogger(__name__)
 
 ADJACENT_SHARE = 0.75
 
@@ -41,25 +47,26 @@ class _Pairs:
 
     def __init__(self, task: PatchDataset, split: str) -> None:
         self.task = task
-        self.rows = task.rows(split)
-        table = task.table[self.rows]
-        self.groups = table["group"].to_numpy()
-        places = table.select("source", "x", "y").iter_rows()
-        at = dict(zip(places, self.rows, strict=True))
-        steps = ((task.patch, 0), (-task.patch, 0), (0, task.patch), (0, -task.patch))
-        self.adjacent = np.array(
-            [
-                (row, at[source, x + dx, y + dy])
-                for (source, x, y), row in at.items()
-                for dx, dy in steps
-                if (source, x + dx, y + dy) in at
-            ],
-            dtype=np.int64,
-        ).reshape(-1, 2)
-        if not len(self.adjacent) or len(np.unique(self.groups)) < 2:
+        table = task.table.filter(pl.col("split") == split).sort("group", "index")
+        self.rows = table["index"].to_numpy()
+        # a group is a range of rows: from its first to before its last
+        groups = table["group"].rle_id().to_numpy()
+        self.start = np.searchsorted(groups, groups, "left")
+        self.size = np.searchsorted(groups, groups, "right") - self.start
+        self.adjacent = _adjacent(table, task.patch)
+        self.shared = np.flatnonzero(self.size > 1)  # places of rows that are not alone in a group
+        if self.size.max(initial=0) == len(self.rows) or not len(self.adjacent) + len(self.shared):
             raise EncoderError(
                 f"patch task '{task.name}' cannot be trained on contrastively: its {split} split "
-                "needs adjacent patches (images of several patches) and two groups or more"
+                "needs two groups (patients) or more, and adjacent patches (images of several "
+                "patches) or groups of several patches"
+            )
+        if not len(self.adjacent):
+            log.warning(
+                "patch task '%s', %s split: no image has adjacent patches; pairs of one group "
+                "stand in for them",
+                task.name,
+                split,
             )
 
     def draw(
@@ -67,25 +74,49 @@ class _Pairs:
     ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """Rows (count, 2) of pairs and which of them are one place."""
 
-        def chance(*shape: int) -> NDArray[np.float64]:
+        def chance() -> NDArray[np.float64]:
             draws: NDArray[np.float64] = (
-                torch.rand(shape, generator=generator, device=generator.device, dtype=torch.float64)
+                torch.rand(count, generator=generator, device=generator.device, dtype=torch.float64)
                 .cpu()
                 .numpy()
             )
             return draws
 
-        first = (chance(count) * len(self.rows)).astype(np.int64)
+        def below(limits: int | NDArray[np.int64]) -> NDArray[np.int64]:
+            return (chance() * limits).astype(np.int64)
+
+        same = chance() < 0.5
+        near = ~same & (chance() < ADJACENT_SHARE)
+        first = below(len(self.rows))
         pairs = np.stack([self.rows[first]] * 2, 1)
-        same = chance(count) < 0.5
-        adjacent = ~same & (chance(count) < ADJACENT_SHARE)
-        place = (chance(count) * len(self.adjacent)).astype(np.int64)
-        pairs[adjacent] = self.adjacent[place[adjacent]]
-        pick = chance(count)
-        for number in np.flatnonzero(~same & ~adjacent):
-            others = self.rows[self.groups != self.groups[first[number]]]
-            pairs[number, 1] = others[int(pick[number] * len(others))]
+
+        # of the rows that are left without the first one's group
+        far = below(len(self.rows) - self.size[first])
+        far += np.where(far >= self.start[first], self.size[first], 0)
+        pairs[:, 1] = np.where(same, pairs[:, 1], self.rows[far])
+
+        if len(self.adjacent):
+            neighbours = self.adjacent[below(len(self.adjacent))]
+        else:
+            one = self.shared[below(len(self.shared))]
+            other = self.start[one] + below(self.size[one] - 1)
+            other += other >= one
+            neighbours = self.rows[np.stack([one, other], 1)]
+        pairs[near] = neighbours[near]
         return pairs, same
+
+
+def _adjacent(table: pl.DataFrame, patch: int) -> NDArray[np.int64]:
+    """Rows (N, 2) of patches of one image that share an edge, each pair in both orders."""
+    at = {(source, x, y): row for source, x, y, row in table["source", "x", "y", "index"].rows()}
+    steps = ((patch, 0), (-patch, 0), (0, patch), (0, -patch))
+    pairs = [
+        (row, at[source, x + dx, y + dy])
+        for (source, x, y), row in at.items()
+        for dx, dy in steps
+        if (source, x + dx, y + dy) in at
+    ]
+    return np.array(pairs, dtype=np.int64).reshape(-1, 2)
 
 
 class Contrastive:
@@ -107,7 +138,7 @@ class Contrastive:
         Raises
         ------
         EncoderError
-            A task has no adjacent patches or too few groups.
+            A task has too few groups, or neither adjacent patches nor groups of several.
         """
         self.encoder = encoder
         self.tasks = tuple(tasks)
@@ -131,7 +162,7 @@ class Contrastive:
         }
 
     @torch.inference_mode()
-    def validate(self) -> dict[str, float]:
+    def validate(self) -> Validation:
         """Accuracy on pairs that are the same at every call."""
         generator = torch.Generator(self.device).manual_seed(self.seed)
         right, count = 0, 0
@@ -140,7 +171,7 @@ class Contrastive:
                 batch = self._draw([pairs], min(64, self.validation - start), generator)
                 right += int(((self._logits(batch) > 0) == (batch.same > 0)).sum())
                 count += len(batch.same)
-        return {self.selection.value: right / count}
+        return Validation({self.selection.value: right / count})
 
     def _logits(self, batch: PairBatch) -> Tensor:
         codes = self.encoder.network(torch.cat([batch.first, batch.second]))
@@ -149,15 +180,12 @@ class Contrastive:
         return logits[:, 0]
 
     def _draw(self, sources: Sequence[_Pairs], count: int, generator: torch.Generator) -> PairBatch:
-        firsts: list[Tensor] = []
-        seconds: list[Tensor] = []
-        same: list[Tensor] = []
-        for source in sources:
-            rows, equal = source.draw(count, generator)
-            for part, column in ((firsts, 0), (seconds, 1)):
-                pixels = patch_tensor(source.task, rows[:, column], self.device)
-                part.append(pool_patches(pixels, self.encoder.network.pooling))
-            same.append(torch.from_numpy(equal).float())
-        variants = augment(torch.cat(firsts + seconds).div_(255), generator).mul_(2).sub_(1)
+        pairs = [(source.task, *source.draw(count, generator)) for source in sources]
+        variants = training_inputs(
+            [(task, rows[:, column]) for column in (0, 1) for task, rows, _ in pairs],
+            self.encoder.network.pooling,
+            generator,
+        )
+        same = [torch.from_numpy(equal).float() for _, _, equal in pairs]
         first, second = variants.chunk(2)
         return PairBatch(first, second, torch.cat(same).to(self.device))

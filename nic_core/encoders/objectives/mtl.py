@@ -2,13 +2,16 @@
 
 The paper gives the shared encoder, a head a task and one combined loss. Heads and schedule
 are those of paper B's supervised encoder; equal task weights, task-balanced batches, batches
-balanced by class within a task and selection by the mean balanced accuracy are [choice].
+balanced by class within a task and selection by the mean balanced accuracy are [choice]. So is
+the other weighting, by learned uncertainty (Kendall, Gal & Cipolla, CVPR 2018).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -16,12 +19,16 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nic_core.encoders.augmentation import augment
-from nic_core.encoders.networks import ClassHead, PatchEncoder, pool_patches
-from nic_core.encoders.objectives.base import Selection
-from nic_core.encoders.objectives.sampling import Sampler, patch_tensor, validation_rows
+from nic_core.encoders.networks import ClassHead, PatchEncoder
+from nic_core.encoders.objectives.base import Selection, Validation
+from nic_core.encoders.objectives.sampling import (
+    Sampler,
+    patch_tensor,
+    training_inputs,
+    validation_rows,
+)
 from nic_core.encoders.patch_tasks import PatchDataset
-from nic_core.encoders.scores import score_task
+from nic_core.encoders.scores import TaskScores, score_task
 
 CHUNK = 128
 
@@ -47,6 +54,7 @@ class Multitask:
         batch: int,
         validation: int,
         seed: int,
+        task_weights: Literal["equal", "uncertainty"] = "equal",
     ) -> None:
         """``batch`` is shared equally by the tasks; ``validation``: most patches a task there."""
         device = next(encoder.parameters()).device
@@ -57,6 +65,12 @@ class Multitask:
             {task.name: ClassHead(code, len(task.classes)) for task in tasks}
         ).to(device)
         self.networks = nn.ModuleDict({"encoder": encoder, "heads": self.heads})
+        self.log_variances: nn.ParameterDict | None = None
+        if task_weights == "uncertainty":
+            self.log_variances = nn.ParameterDict(
+                {task.name: nn.Parameter(torch.zeros((), device=device)) for task in tasks}
+            )
+            self.networks["log_variances"] = self.log_variances
         # BatchNorm needs two rows of a task
         self.share = max(2, batch // len(self.tasks))
         self.patches_a_step = self.share * len(self.tasks)
@@ -65,37 +79,59 @@ class Multitask:
         self.device = device
 
     def batch(self, generator: torch.Generator) -> MultitaskBatch:
-        pooled, labels = [], []
-        for task, rows in zip(self.tasks, self.sampler.draw(generator), strict=True):
-            patches = patch_tensor(task, rows, self.device)
-            pooled.append(pool_patches(patches, self.encoder.network.pooling))
-            labels.append(torch.as_tensor(task.labels[rows], device=self.device))
-        variants = augment(torch.cat(pooled).div_(255), generator)
-        return MultitaskBatch(variants.mul_(2).sub_(1), tuple(labels))
+        draws = list(zip(self.tasks, self.sampler.draw(generator), strict=True))
+        inputs = training_inputs(draws, self.encoder.network.pooling, generator)
+        labels = (torch.as_tensor(task.labels[rows], device=self.device) for task, rows in draws)
+        return MultitaskBatch(inputs, tuple(labels))
 
     def losses(self, batch: MultitaskBatch) -> dict[str, Tensor]:
         codes = self.encoder.network(batch.inputs)
         parts = codes.split([len(labels) for labels in batch.labels])
         losses = {
-            f"loss/{task.name}": functional.cross_entropy(self.heads[task.name](part), labels)
+            task.name: functional.cross_entropy(self.heads[task.name](part), labels)
             for task, part, labels in zip(self.tasks, parts, batch.labels, strict=True)
         }
-        return {"loss": torch.stack(list(losses.values())).mean(), **losses}
+        named = {f"loss/{name}": loss for name, loss in losses.items()}
+        if self.log_variances is None:
+            return {"loss": torch.stack(list(losses.values())).mean(), **named}
+        return {
+            "loss": uncertainty_loss(losses, self.log_variances),
+            **named,
+            **{f"weight/{name}": (-self.log_variances[name].detach()).exp() for name in losses},
+        }
 
-    def validate(self) -> dict[str, float]:
+    def validate(self) -> Validation:
         values: dict[str, float] = {}
-        accuracies = []
+        found: dict[str, TaskScores] = {}
         for task, rows in zip(self.tasks, self.validation_rows, strict=True):
-            scores = score_task(
-                task.labels[rows],
-                class_probabilities(self.encoder, self.heads[task.name], task, rows, self.device),
+            probabilities = class_probabilities(
+                self.encoder, self.heads[task.name], task, rows, self.device
             )
-            accuracies.append(scores.balanced_accuracy)
+            if not np.isfinite(probabilities).all():
+                # nothing to score: the loop stops at it
+                return Validation({f"validation/{task.name}/balanced_accuracy": math.nan})
+            scores = score_task(task.labels[rows], probabilities)
+            found[task.name] = scores
             values[f"validation/{task.name}/balanced_accuracy"] = scores.balanced_accuracy
+            values[f"validation/{task.name}/f1"] = scores.f1
             if scores.auc is not None:
                 values[f"validation/{task.name}/auc"] = scores.auc
+        accuracies = [scores.balanced_accuracy for scores in found.values()]
         values[self.selection.value] = float(np.mean(accuracies))
-        return values
+        return Validation(values, found)
+
+
+def uncertainty_loss(losses: Mapping[str, Tensor], log_variances: nn.ParameterDict) -> Tensor:
+    """Mean over tasks of ``exp(-s) * loss + s / 2``, s the task's learned log-variance.
+
+    Kendall et al. 2018: their term of a classification, with s = log sigma^2. Their sum over tasks
+    is a mean here, so that it starts, at s = 0, as the equally weighted loss.
+    """
+    terms = [
+        torch.exp(-log_variances[name]) * loss + log_variances[name] / 2
+        for name, loss in losses.items()
+    ]
+    return torch.stack(terms).mean()
 
 
 @torch.inference_mode()

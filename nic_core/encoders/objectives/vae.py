@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nic_core.encoders.augmentation import augment
 from nic_core.encoders.networks import (
     BN_EPSILON,
     BN_MOMENTUM,
@@ -22,8 +21,13 @@ from nic_core.encoders.networks import (
     initialise_as_keras,
     pool_patches,
 )
-from nic_core.encoders.objectives.base import Selection
-from nic_core.encoders.objectives.sampling import Sampler, patch_tensor, validation_rows
+from nic_core.encoders.objectives.base import Selection, Validation
+from nic_core.encoders.objectives.sampling import (
+    Sampler,
+    patch_tensor,
+    training_inputs,
+    validation_rows,
+)
 from nic_core.encoders.patch_tasks import PatchDataset
 
 KL_WEIGHT = 5e-5
@@ -107,13 +111,8 @@ class VariationalAutoencoder:
 
     def batch(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Augmented patches (B, 3, P, P) in [-1, 1] and the noise (B, C) of the code."""
-        pixels = torch.cat(
-            [
-                patch_tensor(task, rows, self.device)
-                for task, rows in zip(self.tasks, self.sampler.draw(generator), strict=True)
-            ]
-        )
-        patches = augment(pixels.float().div_(255), generator).mul_(2).sub_(1)
+        draws = zip(self.tasks, self.sampler.draw(generator), strict=True)
+        patches = training_inputs(draws, 1, generator)
         noise = torch.randn(
             len(patches), self.encoder.network.code, generator=generator, device=self.device
         )
@@ -130,10 +129,10 @@ class VariationalAutoencoder:
     def _posterior(self, patches: Tensor) -> tuple[Tensor, Tensor]:
         network = self.encoder.network
         features = network.features(pool_patches(patches, network.pooling))
-        return network.dense(features), self.log_variance(features)
+        return network.dense(features).float(), self.log_variance(features).float()
 
     @torch.inference_mode()
-    def validate(self) -> dict[str, float]:
+    def validate(self) -> Validation:
         """The loss without chance: unaugmented patches, decoded from mu."""
         sums = torch.zeros(3, dtype=torch.float64)
         for task, rows in zip(self.tasks, self.validation_rows, strict=True):
@@ -145,8 +144,10 @@ class VariationalAutoencoder:
                 kl = kl_divergence(mu, log_variance)
                 sums += len(patches) * torch.tensor([mse.item(), kl.item(), 1.0])
         mse, kl = (sums[:2] / sums[2]).tolist()
-        return {
-            "validation/loss": mse + KL_WEIGHT * kl,
-            "validation/mse": mse,
-            "validation/kl": kl,
-        }
+        return Validation(
+            {
+                "validation/loss": mse + KL_WEIGHT * kl,
+                "validation/mse": mse,
+                "validation/kl": kl,
+            }
+        )

@@ -1,23 +1,53 @@
-"""``nic encoder``: import encoders, read their cards, probe their codes."""
+"""``nic encoder``: train or import encoders, read their cards, probe their codes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
+
+from nic_core.cli.shared import console, one_line, progress_bars
+from nic_core.cohort import DEFAULT_COHORT, CohortError, load_cohort
+from nic_core.store import DEFAULT_STORE, Store, StoreError
 
 # what computes is imported in each command: torch alone takes a second
 
-encoder_app = typer.Typer(no_args_is_help=True, help="Import, describe and probe encoders.")
-console = Console()
-
+encoder_app = typer.Typer(no_args_is_help=True, help="Train, import, describe and probe encoders.")
 Folder = Annotated[Path, typer.Argument(help="folder of an encoder")]
+
+
+@encoder_app.command()
+def train(
+    name: Annotated[str, typer.Argument(help="encoder of the cohort file")],
+    cohort: Annotated[Path, typer.Option(help="cohort file")] = DEFAULT_COHORT,
+    store: Annotated[Path, typer.Option(help="folder of the products")] = DEFAULT_STORE,
+) -> None:
+    """Train one encoder of a cohort file; patch tasks that the store lacks are made first.
+
+    A training that was stopped goes on from its last epoch.
+    """
+    from nic_core import steps  # imports torch: slow, for this alone
+    from nic_core.reports import encoder_results, results_table
+
+    with _one_line(), progress_bars() as progress:
+        study, products = load_cohort(cohort), Store(store.resolve())
+        for task in study.encoder(name).tasks:
+            if not products.patch_task(task).exists():
+                steps.make_patch_task(study, products, task)
+        bar = progress.add_task(name, total=None, unit="patches")
+        trained = steps.make_encoder(
+            study,
+            products,
+            name,
+            progress=lambda done, total: progress.update(bar, completed=done, total=total),
+        )
+    if trained.encoder.card.scores:
+        console.print(results_table(encoder_results(trained.encoder.card)))
+    console.print(f"{products.encoder(name)}", soft_wrap=True)
 
 
 @encoder_app.command("import")
@@ -109,13 +139,7 @@ def _show(card: dict[str, Any]) -> None:
     console.print(table)
 
 
-@contextmanager
-def _one_line() -> Iterator[None]:
-    """An expected error is a line and exit status 1, not a traceback."""
+def _one_line() -> AbstractContextManager[None]:
     from nic_core.encoders.errors import EncoderError
 
-    try:
-        yield
-    except (EncoderError, OSError) as error:
-        console.print(str(error), style="red", soft_wrap=True, markup=False)
-        raise typer.Exit(1) from error
+    return one_line(EncoderError, CohortError, StoreError, OSError)

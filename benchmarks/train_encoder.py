@@ -1,0 +1,173 @@
+"""What a training step costs: loading and augmentation beside forward and backward.
+
+    python benchmarks/train_encoder.py
+    python benchmarks/train_encoder.py --objective vae --precision float32 --threads 1
+
+Patches are noise in memory-mapped files, as a patch task keeps them: what they show does not
+change the time. Rounds of every measurement alternate and the median round counts, so that a
+machine's other work troubles all alike; still, run it on an idle one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import polars as pl
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from nic_core.cohort import EncoderSpec
+from nic_core.encoders import augmentation
+from nic_core.encoders.augmentation import HEAVY, augment
+from nic_core.encoders.encoder import build_encoder, resolve_device
+from nic_core.encoders.loop import resolve_precision
+from nic_core.encoders.networks import channels_last
+from nic_core.encoders.objectives.sampling import pool_stored
+from nic_core.encoders.patch_tasks import (
+    TABLE_SCHEMA,
+    PatchDataset,
+    load_patch_task,
+    save_patch_task,
+)
+from nic_core.encoders.training import OBJECTIVES, PUBLISHED_RATES
+
+PATCH, MPP, CODE = 128, 0.5, 128
+CLASSES = ("one", "other")
+
+
+def noise_task(folder: Path, name: str, patches: int, seed: int) -> PatchDataset:
+    """A patch task on disk: images of 2 x 2 patches, four images a patient."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (patches, PATCH, PATCH, 3), np.uint8)
+    rows = []
+    for index in range(patches):
+        label = index // 4 % 2
+        place = PATCH * (index % 2), PATCH * (index // 2 % 2)
+        split = ("train", "train", "train", "validation", "test")[index // 16 % 5]
+        group = f"patient-{index // 16}"
+        rows.append((index, f"{index // 4}.png", *place, CLASSES[label], label, group, split))
+    table = pl.DataFrame(rows, schema=TABLE_SCHEMA, orient="row")
+    save_patch_task(folder / name, PatchDataset(name, "none", CLASSES, MPP, pixels, table))
+    return load_patch_task(folder / name)
+
+
+def alternate(
+    works: dict[str, Callable[[], object]], rounds: int, repeats: int
+) -> dict[str, float]:
+    """Median milliseconds of each work, in rounds of a few repeats each."""
+    for work in works.values():
+        for _ in range(3):
+            work()
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(rounds):
+        for name, work in works.items():
+            start = time.perf_counter()
+            for _ in range(repeats):
+                work()
+            times[name].append((time.perf_counter() - start) * 1000 / repeats)
+    return {name: median(found) for name, found in times.items()}
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    arguments.add_argument(
+        "--objective", choices=("mtl", "vae", "contrastive", "bigan"), default="mtl"
+    )
+    arguments.add_argument("--tasks", type=int, default=4)
+    arguments.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto")
+    arguments.add_argument("--threads", type=int, default=2)
+    arguments.add_argument("--rounds", type=int, default=15)
+    options = arguments.parse_args()
+    torch.set_num_threads(options.threads)
+    device = resolve_device("auto")
+    names = tuple(f"task-{number}" for number in range(options.tasks))
+    spec = EncoderSpec(
+        name="benchmark",
+        objective=options.objective,
+        tasks=names,
+        precision=options.precision,
+    )
+    precision = resolve_precision(spec.precision, device)
+    with tempfile.TemporaryDirectory() as folder:
+        tasks = [noise_task(Path(folder), name, 800, k) for k, name in enumerate(names)]
+        torch.manual_seed(0)
+        encoder = build_encoder(spec.architecture, patch=PATCH, code=CODE).to(device)
+        channels_last(encoder)
+        objective = OBJECTIVES[spec.objective](
+            encoder, tasks, batch=spec.batch, validation=64, seed=0
+        )
+        objective.networks.train()
+        rate = PUBLISHED_RATES[spec.objective]
+        optimizer = torch.optim.Adam(objective.networks.parameters(), lr=rate, fused=True)
+        generator = torch.Generator(device).manual_seed(0)
+        ready = objective.batch(generator)
+
+        def learn(batch: object) -> float:
+            with torch.autocast(device.type, torch.bfloat16, precision == torch.bfloat16):
+                loss = objective.losses(batch)["loss"]  # type: ignore[arg-type]
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            return loss.item()
+
+        works: dict[str, Callable[[], object]] = {
+            "forward, backward, optimiser": lambda: learn(ready),
+            "loading and augmentation": lambda: objective.batch(generator),
+            "the whole step": lambda: learn(objective.batch(generator)),
+        }
+        step = alternate(works, options.rounds, 4)
+        shares = [(task, task.rows("train")[: spec.batch // len(tasks)]) for task in tasks]
+        parts = alternate(
+            {
+                "read from the files, pool": lambda: [
+                    pool_stored(torch.from_numpy(task.patches[rows]), 2) for task, rows in shares
+                ],
+                **augmentation_parts(spec.batch, generator),
+            },
+            options.rounds,
+            4,
+        )
+    seen = objective.patches_a_step
+    console = Console()
+    what = f"{options.objective}, {options.tasks} tasks, {str(precision).removeprefix('torch.')}"
+    report = Table(what, "ms a step", "patches/s", title=f"{options.threads} threads, {device}")
+    for name, milliseconds in step.items():
+        report.add_row(name, f"{milliseconds:.1f}", f"{seen * 1000 / milliseconds:,.0f}")
+    console.print(report)
+    learning, whole = step["forward, backward, optimiser"], step["the whole step"]
+    console.print(f"loading and augmentation: {1 - learning / whole:.1%} of the step")
+    report = Table(f"a batch of {spec.batch}, pooled to 64 px", "ms")
+    for name, milliseconds in parts.items():
+        report.add_row(name, f"{milliseconds:.2f}")
+    console.print(report)
+
+
+def augmentation_parts(batch: int, generator: torch.Generator) -> dict[str, Callable[[], Tensor]]:
+    """The augmentation of a batch, and its three parts alone."""
+    device = generator.device
+    pooled = torch.rand(batch, 3, PATCH // 2, PATCH // 2, device=device)
+    grid = augmentation._sampling_grid(pooled, generator, HEAVY)
+    return {
+        "augmentation, all": lambda: augment(pooled, generator),
+        "  orientation, turn, zoom, elastic: where to look": lambda: augmentation._sampling_grid(
+            pooled, generator, HEAVY
+        ),
+        "  the same: resampling": lambda: torch.nn.functional.grid_sample(
+            pooled, grid, padding_mode="reflection", align_corners=False
+        ),
+        "  stain, hue, saturation, contrast, brightness": lambda: augmentation._jitter_colour(
+            pooled, generator, HEAVY
+        ),
+        "  noise": lambda: torch.randn(pooled.shape, generator=generator, device=device),
+    }
+
+
+if __name__ == "__main__":
+    main()

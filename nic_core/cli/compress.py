@@ -1,0 +1,139 @@
+"""``nic compress``: slides to grids."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.progress import TaskID
+from rich.table import Table
+from rich.text import Text
+
+from nic_core.cli.shared import Mpp, console, one_line, progress_bars
+from nic_core.cohort import CompressionSettings
+from nic_core.grids import Reading
+from nic_core.store import Store, StoreError
+
+if TYPE_CHECKING:
+    from nic_core.batch import Outcome
+    from nic_core.encoders.encoder import Encoder
+
+COMPRESSION = CompressionSettings()
+Asked = Literal["auto", "float32", "bfloat16"]
+Orientations = Literal["1", "8"]
+
+
+def compress(
+    slides: Annotated[list[Path], typer.Argument(help="slide files")],
+    encoder: Annotated[str, typer.Option(help="folder of an encoder, or its name in $NIC_STORE")],
+    out: Annotated[Path, typer.Option(help="folder for the grid stores and report.csv")],
+    mpp: Mpp = None,
+    share: Annotated[
+        float, typer.Option("--tissue", min=0, max=1, help="a cell is kept above this share")
+    ] = 0.6,
+    orientations: Annotated[Orientations, typer.Option(help="1 (upright) or 8")] = "1",
+    precision: Annotated[
+        Asked, typer.Option(help="auto: bfloat16 if the device has it")
+    ] = COMPRESSION.precision,
+    reading: Annotated[
+        Reading, typer.Option(help="pixels of the patch, or of the network's input")
+    ] = COMPRESSION.reading,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    resume: Annotated[
+        bool, typer.Option(help="leave stores that are up to date; or make all anew")
+    ] = True,
+) -> None:
+    """Compress slides to grids.
+
+    A slide that cannot be used does not stop the others: report.csv tells what became of each,
+    and the exit status is 1.
+    """
+    # imports torch: slow, for this command alone
+    from nic_core.batch import REPORT, compress_slides, name_slides, write_report
+    from nic_core.encoders.inference import resolve_device
+
+    try:
+        resolve_device(device)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--device") from error
+    prepared = _encoder(encoder).prepare(device, precision, reading)
+    try:
+        named = name_slides(slides)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    with progress_bars() as bars:
+        every = bars.add_task("slides", total=len(named))
+        current: dict[str, TaskID] = {}
+
+        def show(slide: str, done: int, total: int) -> None:
+            if slide not in current:
+                current[slide] = bars.add_task(slide, total=total, unit="patches")
+            bars.update(current[slide], completed=done)
+
+        def tell(outcome: Outcome) -> None:
+            if outcome.slide in current:
+                bars.remove_task(current.pop(outcome.slide))
+            if outcome.status != "put off":
+                bars.advance(every)
+            if outcome.status != "not tried":
+                console.print(_line(outcome), soft_wrap=True)
+
+        table = compress_slides(
+            named,
+            prepared,
+            out,
+            mpp=mpp,
+            tissue=share,
+            orientations=orientations == "8",
+            resume=resume,
+            progress=show,
+            tell=tell,
+        )
+    counts = {s: int((table["status"] == s).sum()) for s in ("compressed", "up to date", "failed")}
+    left = len(table) - sum(counts.values())
+    told = [f"{count} {status}" for status, count in counts.items()]
+    console.print(", ".join(told + [f"{left} not tried"] * bool(left)))
+    failed = Table("failed", "reason", "what to do")
+    for row in table.rows(named=True):
+        if row["status"] == "failed":
+            failed.add_row(Path(row["path"]).name, row["reason"], row["remedy"])
+    if counts["failed"]:
+        console.print(failed)
+    with one_line(StoreError):
+        write_report(out / REPORT, table)
+    console.print(str(out / REPORT), soft_wrap=True)
+    if counts["failed"]:
+        raise typer.Exit(1)
+
+
+def _line(outcome: Outcome) -> Text:
+    """A slide's outcome in a line."""
+    line = Text.assemble((outcome.slide, "bold"), f": {outcome.status}")
+    if outcome.patches_per_second is not None:
+        line.append(f", {outcome.cells:,} patches, {outcome.patches_per_second:,.0f} patches/s")
+    if outcome.unreadable:
+        line.append(f", {outcome.unreadable:,} unreadable", "yellow")
+    if outcome.reason:
+        line.append(f", {outcome.reason}", "red" if outcome.status == "failed" else "")
+    return line
+
+
+def _encoder(name: str) -> Encoder:
+    """An encoder by its folder or by its name in the store."""
+    from nic_core.encoders.encoder import EncoderError
+    from nic_core.encoders.files import load_encoder
+
+    store = Store.from_environment()
+    folder = Path(name) if Path(name).is_dir() else store.encoder(name)
+    if not folder.is_dir():
+        known = sorted(path.name for path in folder.parent.glob("[!.]*/"))
+        raise typer.BadParameter(
+            f"'{name}' is neither a folder nor an encoder of the store {store.root} "
+            f"(it has: {', '.join(known) or 'none'})",
+            param_hint="--encoder",
+        )
+    try:
+        return load_encoder(folder)
+    except EncoderError as error:
+        raise typer.BadParameter(str(error), param_hint="--encoder") from error

@@ -1,0 +1,60 @@
+"""``nic grid``: look into a grid store."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from nic_core.cli.shared import Out, console, one_line, save_picture
+from nic_core.grids import GridError, grid_preview, open_grid
+from nic_core.slides import SlideError, open_slide
+
+grid_app = typer.Typer(no_args_is_help=True, help="Look into a grid store.")
+
+StorePath = Annotated[Path, typer.Argument(help="grid store (.zarr)")]
+
+
+@grid_app.command()
+def info(store: StorePath) -> None:
+    """What a grid is and where it comes from."""
+    with one_line(SlideError, GridError):
+        grid = open_grid(store)
+        code, rows, columns = grid.shape
+        kept = int(grid.valid.sum())
+        size = sum(part.stat().st_size for part in store.rglob("*") if part.is_file())
+        table = Table(show_header=False, box=None)
+        table.add_column()
+        table.add_column(overflow="fold")  # no digit of a hash is lost
+        table.add_row("codes", f"{code} numbers x {rows} rows x {columns} columns")
+        table.add_row("orientations", "1 (upright)" if grid.orientations is None else "8")
+        table.add_row("cells with a code", f"{kept} of {rows * columns}")
+        table.add_row("on disk", f"{size / 1e6:.2f} MB")
+        for name, value in grid.provenance.model_dump().items():
+            table.add_row(name.replace("_", " "), str(value))
+        console.print(table)
+
+
+@grid_app.command()
+def preview(
+    store: StorePath,
+    out: Out,
+    slide: Annotated[
+        Path | None, typer.Option(help="the slide, to be drawn beside its grid")
+    ] = None,
+) -> None:
+    """Draw a grid: its first three principal components as red, green and blue."""
+    from nic_core.pictures import slide_and_grid  # imports matplotlib: slow, for this alone
+
+    with one_line(SlideError, GridError):
+        grid = open_grid(store)
+        cell = max(1, math.ceil(800 / max(grid.shape[1:])))
+        if slide is None:
+            save_picture(out, grid_preview(grid, cell=cell))
+        else:
+            with open_slide(slide, mpp=grid.provenance.slide_mpp) as opened:
+                save_picture(out, slide_and_grid(opened, grid, cell=cell))
+        console.print(f"{out}")

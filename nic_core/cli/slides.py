@@ -1,0 +1,50 @@
+"""``nic inspect`` and ``nic tissue``: look at a slide."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from nic_core.cli.shared import Mpp, Out, console, one_line, save_picture
+from nic_core.slides import SlideError, content_identity, open_slide
+from nic_core.tissue import read_mask, tissue_mask, tissue_outline
+
+SlidePath = Annotated[Path, typer.Argument(help="slide file")]
+MaskPath = Annotated[
+    Path | None, typer.Option(help="ready tissue mask: image, GeoJSON or ASAP XML")
+]
+
+
+def inspect(slide: SlidePath, mpp: Mpp = None) -> None:
+    """What a slide is: who reads it, its size, scale, levels and identity."""
+    with one_line(SlideError), open_slide(slide, mpp=mpp) as opened:
+        table = Table(show_header=False, box=None)
+        table.add_row("slide", str(slide))
+        table.add_row("read by", f"{opened.engine} ({opened.engine_reason})")
+        table.add_row("size", f"{opened.width} x {opened.height} px")
+        table.add_row("scale", f"{opened.mpp:.4g} um/px ({opened.mpp_source})")
+        if opened.objective_power:
+            table.add_row("objective", f"{opened.objective_power:g}x")
+        x, y, width, height = opened.bounds
+        table.add_row("scanned", f"{width} x {height} px at {x}, {y}")
+        table.add_row("area", f"{opened.width * opened.height * opened.mpp**2 / 1e6:.3g} mm2")
+        for number, level in enumerate(opened.levels):
+            size = f"{level.width} x {level.height} px, 1/{level.downsample:g}"
+            scale = f"{opened.mpp * level.downsample:.4g} um/px"
+            tiles = ", tiles of {} x {}".format(*level.tile) if level.tile else ""
+            table.add_row(f"level {number}", f"{size}, {scale}{tiles}")
+        table.add_row("other images", ", ".join(opened.associated) or "none")
+        table.add_row("identity", content_identity(slide))
+        console.print(table)
+
+
+def tissue(slide: SlidePath, out: Out, mpp: Mpp = None, mask: MaskPath = None) -> None:
+    """Draw the outline of the tissue on a thumbnail."""
+    with one_line(SlideError), open_slide(slide, mpp=mpp) as opened:
+        found = read_mask(mask, opened) if mask else tissue_mask(opened)
+        save_picture(out, tissue_outline(opened, found, side=1600))
+        area = found.array.sum() * found.mpp**2 / 1e6
+        console.print(f"{found.array.mean():.1%} of the slide is tissue ({area:.3g} mm2): {out}")

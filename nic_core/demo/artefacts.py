@@ -1,0 +1,144 @@
+"""Sections whose tissue is known, with what else lies on glass: pens, borders, dust, lamps.
+
+A section, half stroma and half fat, is painted as the demo's slides are, reduced to the
+resolution of the tissue rule and disturbed there. :func:`sections` gives them all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from nic_core.demo.cells import Tumour, populate
+from nic_core.demo.painter import RASTER, Scene, Stain, ordinary_stain, paint, smooth_noise
+from nic_core.demo.tissues import Tissue
+from nic_core.slides.resample import resample
+from nic_core.tissue import TISSUE_MPP
+
+MPP = 0.5  # um/px of the painter
+SIDE = 2048  # px of the painting
+GLASS = 64  # px of glass around it, at TISSUE_MPP
+INKS = {
+    "green": (40, 150, 130),
+    "red": (215, 40, 55),
+    "blue": (50, 70, 190),
+    "black": (15, 15, 18),
+}
+
+Pixels = NDArray[np.uint8]
+Mask = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A picture at ``TISSUE_MPP`` um/px and what is true of it.
+
+    Attributes
+    ----------
+    pixels
+        uint8 (H, W, 3).
+    tissue
+        bool (H, W): where tissue is, fat with its cells' insides.
+    fat
+        bool (H, W): the part of it that is fat.
+    """
+
+    name: str
+    pixels: Pixels
+    tissue: Mask
+    fat: Mask
+
+
+def sections(seed: int = 0) -> Iterator[Section]:
+    """One section under every disturbance, and the extremes of almost no tissue and no glass."""
+    rng = np.random.default_rng(seed)
+    plain = _section("plain", ordinary_stain(), rng)
+    yield plain
+    yield _section("pale stain", replace(ordinary_stain(), haematoxylin=0.6, eosin=0.6), rng)
+    for name, lamp in (("grey lamp", (215, 215, 217)), ("yellow lamp", (232, 226, 212))):
+        yield replace(plain, name=name, pixels=_grey_levels(plain.pixels * (np.array(lamp) / 244)))
+    for name, ink in INKS.items():
+        yield replace(plain, name=f"{name} pen", pixels=_drawn(plain.pixels, ink, rng))
+    yield replace(plain, name="black border", pixels=_bordered(plain.pixels))
+    yield replace(plain, name="dust", pixels=_dusty(plain.pixels, rng))
+    yield _without(plain, "almost empty", ~_disc(plain.tissue.shape, (128, 100), 9))
+    yield _without(plain, "empty", np.ones_like(plain.tissue))
+    inside = slice(104, 152), slice(80, 128)
+    yield Section(
+        "all tissue",
+        plain.pixels[inside],
+        np.ones((48, 48), np.bool_),
+        np.zeros((48, 48), np.bool_),
+    )
+
+
+def _section(name: str, stain: Stain, rng: np.random.Generator) -> Section:
+    side = SIDE // RASTER
+    y, x = np.indices((side, side), dtype=np.float32)
+    radius = 0.4 * side + 10 * smooth_noise(rng, (side, side), 60)
+    where = np.hypot(y - side / 2, x - side / 2) < radius
+    tissue = np.where(where, Tissue.STROMA, Tissue.BACKGROUND).astype(np.uint8)
+    tissue[where & (x > side / 2)] = Tissue.FAT
+    scene = Scene(tissue, y * RASTER)
+    populate(scene, rng, Tumour(2, 0))
+    step = TISSUE_MPP / MPP
+    length = round(SIDE / step)
+    small = resample(paint(scene, stain, rng), (0, 0), step, (length, length))
+    size = length + 2 * GLASS
+    pixels = stain.white + rng.normal(0, stain.noise / 2, (size, size, 1))
+    pixels[GLASS:-GLASS, GLASS:-GLASS] = small
+    middle = int(step) // RASTER
+    truth = np.pad(tissue[middle // 2 :: middle, middle // 2 :: middle], GLASS)
+    return Section(name, _grey_levels(pixels), truth != Tissue.BACKGROUND, truth == Tissue.FAT)
+
+
+def _without(section: Section, name: str, gone: Mask) -> Section:
+    """Glass from the section's corner in place of what is gone."""
+    glass = np.tile(section.pixels[:32, :32], (*(-(-n // 32) for n in gone.shape), 1))
+    pixels = np.where(gone[..., None], glass[: gone.shape[0], : gone.shape[1]], section.pixels)
+    return Section(name, pixels, section.tissue & ~gone, section.fat & ~gone)
+
+
+def _drawn(pixels: Pixels, ink: tuple[int, int, int], rng: np.random.Generator) -> Pixels:
+    """A stroke of a pen down the left margin, another in the lower right corner."""
+    height, width = pixels.shape[:2]
+    y, x = np.indices((height, width))
+    stroke = (abs(x - 22 - 6 * np.sin(y / 30)) < 9) & (y > 20) & (y < height - 40)
+    stroke |= (abs(x + y - 1.86 * width) < 14) & (x < width - 20)
+    cover = ndimage.gaussian_filter(stroke.astype(float), 2)
+    cover *= 0.85 + 0.1 * smooth_noise(rng, (height, width), 20)
+    # ink takes light away, as stain does
+    return _grey_levels(pixels * (np.array(ink) / 244) ** np.clip(cover, 0, 1)[..., None])
+
+
+def _bordered(pixels: Pixels) -> Pixels:
+    bordered = pixels.copy()
+    bordered[:14] = bordered[:, -18:] = 3
+    return bordered
+
+
+def _dusty(pixels: Pixels, rng: np.random.Generator) -> Pixels:
+    """Grey specks, sharp and out of focus, and a fibre."""
+    height, width = pixels.shape[:2]
+    y, x = np.indices((height, width))
+    shadow = np.zeros((height, width))
+    for _ in range(40):
+        cy, cx, radius = rng.uniform(0, height), rng.uniform(0, width), rng.uniform(0.5, 5)
+        distance = np.hypot(y - cy, x - cx)
+        shadow = np.maximum(shadow, rng.uniform(0.2, 0.7) * np.clip(radius + 1 - distance, 0, 1))
+    fibre = abs(y - 30 - 8 * np.sin(x / 15)) < 0.7
+    shadow = np.maximum(ndimage.gaussian_filter(shadow, 0.8), 0.5 * fibre)
+    return _grey_levels(pixels * (1 - shadow[..., None]))
+
+
+def _disc(shape: tuple[int, ...], middle: tuple[int, int], radius: float) -> Mask:
+    y, x = np.indices(shape)
+    return np.asarray(np.hypot(y - middle[0], x - middle[1]) < radius)
+
+
+def _grey_levels(light: NDArray[np.float64]) -> Pixels:
+    return np.asarray(np.rint(np.clip(light, 0, 255)), np.uint8)

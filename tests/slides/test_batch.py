@@ -1,0 +1,230 @@
+"""Many slides: bad ones, full disks, several processes, killed processes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import random
+import signal
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from nic_core.batch import BATCH_SCHEMA, compress_slides, name_slides, write_report
+from nic_core.cohort import EncoderSpec
+from nic_core.encoders import train_encoder
+from nic_core.encoders.inference import PreparedEncoder
+from nic_core.grids import grid_hash, open_grid
+from nic_core.store import exclusive
+from tests.slides.conftest import paint, write_tiff
+
+# children that are started by the dozen share their imports
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(["nic_core.batch", "nic_core.encoders", "tests.slides.test_batch"])
+
+
+def mean_rgb(patch: int = 64) -> PreparedEncoder:
+    spec = EncoderSpec(name="mean", objective="mean_rgb")
+    trained = train_encoder(spec, [], patch=patch, mpp=1.0, code=3, tracker=None)
+    return trained.encoder.prepare("cpu")
+
+
+@pytest.fixture
+def slides(tmp_path) -> dict[str, Path]:
+    """Three slides of 8 x 8 cells, tissue all over."""
+    return name_slides(
+        write_tiff(tmp_path / f"{name}.tif", paint(512, 512, seed), mpp=1.0)
+        for seed, name in enumerate("abc")
+    )
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_bad_slide_does_not_stop_the_others(slides, tmp_path):
+    (tmp_path / "text.svs").write_text("no slide")
+    bad = name_slides([tmp_path / "text.svs", tmp_path, tmp_path / "gone.svs"])
+    told = []
+    out = tmp_path / "grids"
+    table = compress_slides(bad | slides, mean_rgb(), out, tell=told.append)
+    assert dict(table.schema) == BATCH_SCHEMA
+    assert table["slide"].to_list() == [*bad, *slides] == [outcome.slide for outcome in told]
+    failed, good = table[:3], table[3:]
+    assert set(failed["status"]) == {"failed"}
+    assert failed["reason"].to_list() == [
+        "not an image of a known format",
+        "is a folder",
+        "cannot be read (No such file or directory)",
+    ]
+    assert failed["remedy"].null_count() == 0
+    assert failed["cells"].null_count() == 3
+    assert set(good["status"]) == {"compressed"}
+    assert good["reason"].null_count() == 3
+    for row in good.iter_rows(named=True):
+        grid = open_grid(out / f"{row['slide']}.zarr")
+        assert row["cells"] == grid.valid.sum() == 64
+        assert row["patches_per_second"] == pytest.approx(row["cells"] / row["seconds"])
+    assert names(out) == ["a.zarr", "b.zarr", "c.zarr"]
+
+
+def test_what_is_up_to_date_is_left_and_what_changed_is_redone(slides, tmp_path):
+    encoder, out = mean_rgb(), tmp_path / "grids"
+
+    def statuses(encoder=encoder, **options):
+        table = compress_slides(slides, encoder, out, **options)
+        assert table["cells"].to_list() == [int(open_grid(p).valid.sum()) for p in out.iterdir()]
+        return set(table["status"])
+
+    assert statuses() == {"compressed"}
+    assert statuses() == {"up to date"}
+    other = replace(encoder, card=encoder.card.model_copy(update={"weights_hash": "1" * 64}))
+    coarser = replace(encoder, precision="bfloat16")
+    for changed in (
+        {"encoder": other},
+        {"encoder": coarser},
+        {"encoder": replace(coarser, reading="input")},
+        {"encoder": mean_rgb(32)},
+        {"mpp": 0.9},
+        {"orientations": True},
+    ):
+        assert statuses(**changed) == {"compressed"}
+        assert statuses(**changed) == {"up to date"}
+    assert statuses() == {"compressed"}
+    assert statuses(resume=False) == {"compressed"}
+    write_tiff(slides["b"], paint(512, 512, 9), mpp=1.0)
+    table = compress_slides(slides, encoder, out)
+    assert table["status"].to_list() == ["up to date", "compressed", "up to date"]
+
+
+def test_names_that_would_share_a_store_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"x/a.svs and .*y/a.ome.tif have one name"):
+        name_slides([tmp_path / "x" / "a.svs", tmp_path / "y" / "a.ome.tif"])
+    assert list(name_slides([tmp_path / "a.svs"] * 2)) == ["a"]
+
+
+def test_a_fault_of_the_program_is_not_taken_for_a_bad_slide(slides, tmp_path):
+    def broken(slide, done, total):
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        compress_slides(slides, mean_rgb(), tmp_path / "grids", progress=broken)
+    assert names(tmp_path / "grids") == []
+
+
+def test_progress_goes_from_none_to_all_cells_of_each_slide(slides, tmp_path):
+    seen: dict[str, list[tuple[int, int]]] = {}
+    compress_slides(
+        slides,
+        mean_rgb(),
+        tmp_path / "grids",
+        progress=lambda slide, *cells: seen.setdefault(slide, []).append(cells),
+    )
+    assert list(seen) == list(slides)
+    for cells in seen.values():
+        assert (cells[0], cells[-1]) == ((0, 64), (64, 64))
+
+
+def test_a_full_disk_stops_the_run_with_one_error(slides, mount):
+    folder = mount("size=64k")
+    (folder / "ballast").write_bytes(bytes(52_000))
+    table = compress_slides(slides, mean_rgb(), folder / "grids")
+    assert table["status"].to_list() == ["failed", "not tried", "not tried"]
+    assert table["reason"][0] == f"{folder}/grids/a.zarr: No space left on device"
+    assert table["remedy"][0] == "make room and run again"
+    assert names(folder / "grids") == []
+    (folder / "ballast").unlink()
+    again = compress_slides(slides, mean_rgb(), folder / "grids")
+    assert again["status", "reason"].row(0) == ("compressed", None)
+
+
+def test_a_slide_that_another_process_is_at_comes_last(slides, tmp_path):
+    out, told = tmp_path / "grids", []
+    busy, free = threading.Event(), threading.Event()
+
+    def hold():
+        with exclusive(out / "a.zarr"):
+            busy.set()
+            free.wait()
+
+    def tell(outcome):
+        told.append((outcome.slide, outcome.status))
+        if outcome.slide == "c":
+            free.set()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    busy.wait()
+    table = compress_slides(slides, mean_rgb(), out, tell=tell)
+    thread.join()
+    assert told == [
+        ("a", "put off"),
+        ("b", "compressed"),
+        ("c", "compressed"),
+        ("a", "compressed"),
+    ]
+    assert table["slide"].to_list() == ["a", "b", "c"]
+    assert set(table["status"]) == {"compressed"}
+
+
+def run(slides, encoder, out, start, report):
+    start.wait()
+    write_report(report, compress_slides(slides, encoder, out))
+
+
+def test_processes_with_the_same_slides_share_the_work(slides, tmp_path):
+    start = processes.Event()
+    reports = [tmp_path / f"{number}.csv" for number in range(3)]
+    children = [
+        processes.Process(target=run, args=(slides, mean_rgb(), tmp_path / "grids", start, report))
+        for report in reports
+    ]
+    for child in children:
+        child.start()
+    start.set()
+    for child in children:
+        child.join(60)
+        assert child.exitcode == 0
+    tables = [pl.read_csv(report, schema_overrides=BATCH_SCHEMA) for report in reports]
+    every = pl.concat(tables)
+    assert every.filter(pl.col("status") == "compressed")["slide"].sort().to_list() == [
+        "a",
+        "b",
+        "c",
+    ]
+    assert every.filter(pl.col("status") == "up to date").height == 6
+    assert every["cells"].to_list() == [64] * 9
+    assert names(tmp_path / "grids") == ["a.zarr", "b.zarr", "c.zarr"]
+
+
+def test_killed_at_any_moment_it_leaves_the_old_store_or_the_new_one(slides, tmp_path):
+    slide, out = {"a": slides["a"]}, tmp_path / "grids"
+    encoders = {patch: mean_rgb(patch) for patch in (64, 32)}
+    hashes = {}
+    start = time.perf_counter()
+    for patch, encoder in encoders.items():
+        compress_slides(slide, encoder, out)
+        hashes[patch] = grid_hash(out / "a.zarr")
+    duration = (time.perf_counter() - start) / 2
+    random.seed(0)
+    killed = 0
+    for _ in range(30):
+        # every run has something to do: the store is that of the other patch size
+        there = open_grid(out / "a.zarr").provenance.patch
+        arguments = (slide, encoders[96 - there], out, processes.Event(), tmp_path / "report.csv")
+        child = processes.Process(target=run, args=arguments)
+        child.start()
+        arguments[3].set()
+        child.join(random.uniform(0, 2 * duration))
+        child.kill()
+        child.join()
+        killed += child.exitcode == -signal.SIGKILL
+        grid = open_grid(out / "a.zarr")
+        assert grid_hash(grid) == hashes[grid.provenance.patch]
+    assert killed > 3
+    compress_slides(slide, encoders[64], out)
+    assert grid_hash(out / "a.zarr") == hashes[64]
+    assert names(out) == ["a.zarr"]

@@ -1,0 +1,282 @@
+"""The scanners' formats, written with known pixels: engine, levels, scale, pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import pyvips
+import tifffile
+
+from nic_core.slides import SlideError, content_identity, open_slide
+from tests.slides import vendors
+from tests.slides.conftest import area_mean, paint, reduced
+
+MPP = 0.25
+PICTURE = paint(64, 128, seed=9)
+SLIDE = paint(512, 768)
+STITCHED = paint(*vendors.bif_size(6, 4))
+
+
+def levels(count: int = 2) -> list[np.ndarray]:
+    return [SLIDE, *(reduced(SLIDE, 2**number) for number in range(1, count))]
+
+
+@dataclass(frozen=True)
+class Format:
+    """How to write it, and what opening it should tell; ``corner``: of the written pixels."""
+
+    write: Callable[[Path], Path]
+    engine: str
+    source: str
+    power: float | None = 20
+    corner: tuple[int, int] = (0, 0)
+    size: tuple[int, int] = (768, 512)
+    names: frozenset[str] = frozenset({"macro"})
+    stitched: bool = False
+    lossless: bool = False
+
+    @property
+    def pixels(self) -> np.ndarray:
+        return STITCHED if self.stitched else SLIDE
+
+
+SVS_NAMES = frozenset({"label", "macro", "thumbnail"})
+FORMATS = {
+    "svs": Format(
+        lambda f: vendors.write_svs(f / "a.svs", levels(), MPP, power=20, pictures=PICTURE),
+        "tifffile",
+        "Aperio tag",
+        names=SVS_NAMES,
+    ),
+    "svs 33003": Format(
+        lambda f: vendors.write_svs(
+            f / "a.svs", levels(), MPP, codec="33003", power=20, pictures=PICTURE
+        ),
+        "openslide",
+        "aperio metadata",
+        names=SVS_NAMES,
+    ),
+    "svs 33005": Format(
+        lambda f: vendors.write_svs(
+            f / "a.svs", levels(), MPP, codec="33005", power=20, pictures=PICTURE
+        ),
+        "tifffile",
+        "Aperio tag",
+        names=SVS_NAMES,
+        lossless=True,
+    ),
+    "svs without pictures": Format(
+        lambda f: vendors.write_svs(f / "a.svs", levels(), MPP, power=20),
+        "openslide",
+        "aperio metadata",
+        names=frozenset(),
+    ),
+    "ndpi": Format(
+        lambda f: vendors.write_ndpi(f / "a.ndpi", levels(), MPP, macro=PICTURE, power=20),
+        "openslide",
+        "hamamatsu metadata",
+    ),
+    "scn": Format(
+        lambda f: vendors.write_scn(f / "a.scn", levels(), MPP, macro=PICTURE),
+        "openslide",
+        "leica metadata",
+        corner=(128, 64),
+        size=(1024, 640),
+    ),
+    "philips": Format(
+        lambda f: vendors.write_philips(f / "a.tiff", levels(), MPP, macro=PICTURE),
+        "openslide",
+        "philips metadata",
+        power=None,
+    ),
+    "bif": Format(
+        lambda f: vendors.write_bif(f / "a.bif", STITCHED, MPP, macro=PICTURE),
+        "openslide",
+        "ventana metadata",
+        size=(728, 488),
+        stitched=True,
+    ),
+    "mirax": Format(
+        lambda f: vendors.write_mirax(f / "a.mrxs", levels(), MPP, picture=PICTURE),
+        "openslide",
+        "mirax metadata",
+        names=frozenset({"label", "macro"}),
+    ),
+    "dicom": Format(
+        lambda f: vendors.write_dicom(f / "dicom", levels(), MPP, label=PICTURE),
+        "openslide",
+        "dicom metadata",
+        names=frozenset({"label"}),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {kind: form.write(tmp_path_factory.mktemp("f")) for kind, form in FORMATS.items()}
+
+
+def close(read: np.ndarray, expected: np.ndarray) -> None:
+    """Equal but for JPEG."""
+    difference = np.abs(read.astype(int) - expected)
+    assert difference.mean() < 2.5
+    assert difference.max() < 16
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_vendor_slide_opens_with_its_levels_scale_and_names(kind, written):
+    form = FORMATS[kind]
+    with open_slide(written[kind]) as slide:
+        assert slide.engine == form.engine
+        assert (slide.width, slide.height) == form.size
+        assert [level.downsample for level in slide.levels][:2] == [1.0, 2.0]
+        assert slide.mpp == pytest.approx(MPP)
+        assert slide.mpp_source == form.source
+        assert slide.objective_power == form.power
+        assert set(slide.associated) == form.names
+        x, y = form.corner
+        # Ventana says none, so all of it is
+        assert slide.bounds[:2] == (x, y)
+        assert slide.bounds[2:] == (form.pixels.shape[1], form.pixels.shape[0])
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_vendor_slide_has_the_pixels_that_were_written(kind, written):
+    form = FORMATS[kind]
+    height, width = form.pixels.shape[:2]
+    with open_slide(written[kind]) as slide:
+        x, y = form.corner
+        whole = slide.read(x, y, width, height, MPP)
+        (close, np.testing.assert_array_equal)[form.lossless](whole, form.pixels)
+        # across tile borders and at a corner
+        for left, top in ((100, 110), (250, 5), (width - 60, height - 60)):
+            part = slide.read(x + left, y + top, 60, 60, MPP)
+            np.testing.assert_array_equal(part, whole[top : top + 60, left : left + 60])
+        outside = slide.read(slide.width - 5, slide.height - 5, 30, 30, MPP)
+        assert (outside[5:] == 255).all()
+        assert (outside[:, 5:] == 255).all()
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("mpp", [0.5, 1.0, 0.37, 0.83])
+def test_a_vendor_slide_reads_area_means_at_any_scale(kind, mpp, written):
+    with open_slide(written[kind]) as slide:
+        index = slide.level_for(mpp)
+        level = slide.levels[index]
+        assert index == 0 or mpp >= 0.5
+        whole = slide._engine.region(index, 0, 0, level.width, level.height)
+        factor = level.downsample
+        for x, y in ((130.0, 70.0), (201.7, 99.2), (-6.0, slide.height - 40.5)):
+            read = slide.read(x, y, 40, 30, mpp)
+            expected = area_mean(whole, x / factor, y / factor, 40, 30, mpp / MPP / factor)
+            # starts within a hundredth of a pixel of a whole one are taken as whole
+            assert np.abs(read - expected).max() <= 0.5 + 1e-2
+
+
+def test_the_coarser_level_shows_the_same_place(written):
+    for kind, path in written.items():
+        form = FORMATS[kind]
+        with open_slide(path) as slide:
+            x, y = form.corner
+            read = slide.read(x + 128, y + 128, 100, 100, 2 * MPP)
+        close(read, reduced(form.pixels[128:328, 128:328], 2))
+
+
+def test_what_mirax_did_not_scan_is_white(tmp_path):
+    path = vendors.write_mirax(
+        tmp_path / "a.mrxs", levels(), MPP, picture=PICTURE, missing=(0, 6, 12, 18, 1)
+    )
+    with open_slide(path) as slide:
+        assert slide.bounds == (128, 0, 640, 512)
+        assert (slide.read(0, 0, 128, 512, MPP) == 255).all()
+        close(slide.read(256, 0, 100, 100, MPP), SLIDE[:100, 256:356])
+
+
+def test_a_leica_fluorescence_scan_is_refused(tmp_path):
+    path = vendors.write_scn(tmp_path / "a.scn", levels(), MPP, macro=PICTURE, light="fluorescence")
+    with pytest.raises(SlideError, match="fluorescence scan .illumination"):
+        open_slide(path)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("share", [0.05, 0.6, 0.98])
+def test_a_vendor_slide_cut_short_is_refused(kind, share, tmp_path):
+    path = FORMATS[kind].write(tmp_path)
+    large = max((p for p in tmp_path.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    data = large.read_bytes()
+    large.write_bytes(data[: int(len(data) * share)])
+    with pytest.raises(SlideError, match="copy the file again"):
+        open_slide(path, mpp=MPP)
+
+
+def test_a_mirax_file_without_its_folder_says_so(tmp_path):
+    path = vendors.write_mirax(tmp_path / "a.mrxs", levels(), MPP, picture=PICTURE)
+    path.with_suffix("").rename(tmp_path / "elsewhere")
+    with pytest.raises(SlideError, match=r"folder a beside it is missing"):
+        open_slide(path)
+
+
+def test_one_bad_tile_does_not_spoil_the_reads_of_other_threads(tmp_path):
+    path = vendors.write_philips(tmp_path / "a.tiff", levels(), MPP, macro=PICTURE)
+    with tifffile.TiffFile(path) as tiff:
+        offset, count = tiff.pages[0].dataoffsets[8], tiff.pages[0].databytecounts[8]
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(np.random.default_rng(0).bytes(count))
+    places = [(x, y) for y in range(0, 512, 128) for x in range(0, 768, 128)] * 4
+
+    with open_slide(path) as slide, ThreadPoolExecutor(4) as pool:
+
+        def read(place: tuple[int, int]) -> bool:
+            try:
+                pixels = slide.read(*place, 128, 128, MPP)
+            except SlideError:
+                return False
+            close(pixels, SLIDE[place[1] : place[1] + 128, place[0] : place[0] + 128])
+            return True
+
+        good = list(pool.map(read, places))
+    assert good == [place != (256, 128) for place in places]
+
+
+def test_the_other_files_of_a_slide_are_part_of_its_identity(tmp_path):
+    mirax = vendors.write_mirax(tmp_path / "a.mrxs", levels(), MPP, picture=PICTURE)
+    dicom = vendors.write_dicom(tmp_path / "dicom", levels(), MPP, label=PICTURE)
+    (dicom.parent / "notes.txt").write_text("of another matter")
+    for path, part in (
+        (mirax, tmp_path / "a" / "Data0000.dat"),
+        (dicom, dicom.parent / "level1.dcm"),
+    ):
+        before = content_identity(path)
+        assert content_identity(path) == before
+        with part.open("ab") as file:
+            file.write(b"more")
+        assert content_identity(path) != before
+    before = content_identity(dicom)
+    (dicom.parent / "notes.txt").write_text("longer than it was")
+    assert content_identity(dicom) == before
+
+
+WITH_OPENSLIDE = bool(pyvips.type_find("VipsForeignLoad", "openslideload"))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in FORMATS if FORMATS[kind].engine == "openslide"])
+def test_libvips_reads_vendor_formats_where_it_has_openslide(kind, written):
+    if not WITH_OPENSLIDE:
+        with pytest.raises(SlideError, match="install a libvips with OpenSlide"):
+            open_slide(written[kind], engine="libvips")
+        return
+    with open_slide(written[kind]) as slide, open_slide(written[kind], engine="libvips") as other:
+        assert other.engine == "libvips"
+        assert [(a.width, a.height) for a in other.levels] == [
+            (a.width, a.height) for a in slide.levels
+        ]
+        assert (other.mpp, other.bounds) == (slide.mpp, slide.bounds)
+        assert set(other.associated) == set(slide.associated)
+        for args in ((0, 0, 300, 250, MPP), (133, 121, 77, 66, 0.61), (-9, 480, 50, 50, 1.3)):
+            np.testing.assert_array_equal(other.read(*args), slide.read(*args))
