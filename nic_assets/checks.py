@@ -58,6 +58,48 @@ def splits_disjoint(dataset: PatchDataset) -> str | None:
     return f"patients in more than one split: {torn.to_list()[:5]}" if len(torn) else None
 
 
+def labels_agree(dataset: PatchDataset) -> str | None:
+    """No image stands under two labels."""
+    found = dataset.found("conflict")
+    if found.is_empty():
+        return None
+    first = found.row(0, named=True)
+    return (
+        f"{len(found)} images equal one with another label and were left out with it: "
+        f"{first['source']} ({first['label']}) is {first['other']} ({first['other_label']})"
+    )
+
+
+def no_near_duplicates(dataset: PatchDataset) -> str | None:
+    """No patch of validation or test shows what one of an earlier split shows."""
+    found = dataset.found("near_duplicate")
+    if found.is_empty():
+        return None
+    first = found.sort("detail").row(0, named=True)
+    return (
+        f"{len(found)} patches have a near-duplicate in an earlier split: {first['source']} "
+        f"({first['split']}) is like {first['other']} ({first['other_split']})"
+    )
+
+
+def classes_present(dataset: PatchDataset) -> str | None:
+    """Each class has patches in each split."""
+    absent = [
+        f"{label} in {split}"
+        for label, split in dataset.found("absent").select("label", "split").rows()
+    ]
+    return f"no patch of {', '.join(absent)}" if absent else None
+
+
+def images_readable(dataset: PatchDataset) -> str | None:
+    """Every image of the source could be read."""
+    found = dataset.found("unreadable")
+    if found.is_empty():
+        return None
+    first = found.row(0, named=True)
+    return f"{len(found)} left out, the first is {first['source']} ({first['detail']})"
+
+
 def beats_chance(card: EncoderCard) -> str | None:
     """On every task's test patients the heads do better than guessing."""
     weak = {

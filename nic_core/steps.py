@@ -29,11 +29,11 @@ from nic_core.encoders import (
     load_encoder,
     load_patch_task,
     save_encoder,
-    save_patch_task,
     train_encoder,
 )
 from nic_core.encoders.files import read_card
 from nic_core.encoders.inference import PreparedEncoder
+from nic_core.encoders.patch_sources import source_files
 from nic_core.encoders.pictures import code_map, neighbour_sheet
 from nic_core.encoders.probes import probe_table, task_codes
 from nic_core.grids import Grid, grid_hash, open_grid, write_grid
@@ -119,11 +119,11 @@ def slide_versions(index: pl.DataFrame) -> dict[str, str]:
 
 
 def patch_task_versions(cohort: Cohort) -> dict[str, str]:
-    """A version for every patch task: its entry, its table, and the files of its folder."""
+    """A version for every patch task: its entry, its files, and the listing of its folder."""
     return {
         task.name: digest(
             task,
-            content_identity(task.table) if task.table is not None else None,
+            [content_identity(path) for path in source_files(task)],
             _listing(task.folder) if task.folder is not None else None,
         )
         for task in cohort.patch_tasks
@@ -204,15 +204,25 @@ def tabulate_patches(cohort: Cohort, store: Store, slide: str) -> pl.DataFrame:
 # --- patch tasks and encoders ----------------------------------------------------------------
 
 
-def make_patch_task(cohort: Cohort, store: Store, task: str) -> PatchDataset:
-    """Read a patch task's images; writes and returns the dataset."""
+def make_patch_task(
+    cohort: Cohort,
+    store: Store,
+    task: str,
+    progress: Callable[[int, int], None] | None = None,
+) -> PatchDataset:
+    """Read a patch task's images; writes and returns the dataset, its patches on disk."""
     settings = cohort.settings
-    dataset = build_patch_task(
-        cohort.patch_task(task), patch=settings.patch, mpp=settings.mpp, seed=0
-    )
     with whole_folder(store.patch_task(task)) as folder:
-        save_patch_task(folder, dataset)
-    return dataset
+        build_patch_task(
+            cohort.patch_task(task),
+            patch=settings.patch,
+            mpp=settings.mpp,
+            tissue=settings.tissue,
+            seed=0,
+            folder=folder,
+            progress=progress,
+        )
+    return load_patch_task(store.patch_task(task))
 
 
 def make_encoder(

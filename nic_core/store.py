@@ -5,7 +5,7 @@
     <root>/
       slides/<slide>/           slide.json, thumbnail.jpg, tissue.png
       patch_tables/<slide>.parquet
-      patch_tasks/<task>/       patches.npy, patches.parquet
+      patch_tasks/<task>/       patches.npy, patches.parquet, findings.parquet
       encoders/<encoder>/       weights.safetensors (or network.*), card.json, history.parquet
       probes/<encoder>.parquet  scores of its codes on every patch task
       grids/<encoder>/<slide>.zarr

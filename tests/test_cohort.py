@@ -110,6 +110,30 @@ def test_an_encoder_with_an_unknown_task_lists_the_known_ones(tmp_path):
         load_cohort(write(tmp_path, text))
 
 
+@pytest.mark.parametrize(
+    ("entry", "reason"),
+    [
+        ("mpp: 0.5", "give one of 'table', 'folder', 'hdf5' and 'slides'"),
+        ("mpp: 0.5, table: a.csv, folder: b", "give one of"),
+        ("table: a.csv", "if nobody knows it, 'mpp: unknown'"),
+        ("mpp: 0.5, slides: {table: a.csv}", "slides have their own um/px"),
+        ("mpp: 0.5, table: a.csv, group_pattern: x", "'group_pattern' is for a folder"),
+        ("mpp: 0.5, table: a.csv, classes: [a, a]", "'a'.*more than once"),
+        ("mpp: 1, group_column: null, hdf5: [{images: x, labels: y}]", "under 'classes'"),
+        ("mpp: 1, classes: [a, b], hdf5: [{images: x, labels: y}]", "'group_column: null'"),
+        (
+            "mpp: 1, group_column: null, classes: [a, b], "
+            "hdf5: [{images: x, labels: y, split: test}, {images: x, labels: y}]",
+            "'split' for every part",
+        ),
+    ],
+)
+def test_a_patch_task_that_cannot_be_is_refused(tmp_path, entry, reason):
+    text = MINIMAL + f"patch_tasks:\n  - {{name: t, organ: o, {entry}}}\n"
+    with pytest.raises(CohortError, match=reason):
+        load_cohort(write(tmp_path, text))
+
+
 def test_a_name_given_twice_is_refused(tmp_path):
     text = MINIMAL + "  - name: mean-rgb\n    objective: mean_rgb\n"
     with pytest.raises(CohortError, match="mean-rgb.*more than once"):

@@ -18,6 +18,8 @@ from nic_core.encoders.pictures import patch_examples
 from nic_core.reports import encoder_results, probe_results
 from nic_core.store import Store
 
+FINDINGS_SHOWN = 50
+
 
 def encoder_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
     """The assets of this layer, for one cohort."""
@@ -29,8 +31,17 @@ def encoder_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         group_name="encoders",
         kinds={"numpy", "parquet"},
         op_tags=CPU_TAGS,
-        code_version=code_version(1, settings.patch, settings.mpp),
-        check_specs=[dg.AssetCheckSpec("splits_disjoint_by_group", asset="patch_task")],
+        code_version=code_version(2, settings.patch, settings.mpp, settings.tissue),
+        check_specs=[
+            dg.AssetCheckSpec(check, asset="patch_task")
+            for check in (
+                "splits_disjoint_by_group",
+                "classes_present",
+                "labels_agree",
+                "no_near_duplicates_across_splits",
+                "images_readable",
+            )
+        ],
     )
     def patch_task(
         context: dg.AssetExecutionContext,
@@ -40,17 +51,26 @@ def encoder_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         """A patch task's patches at the study's size and resolution, split by patient."""
 
         def work(key: str) -> Product:
-            dataset = steps.make_patch_task(cohort, store, key)
+            dataset = steps.make_patch_task(cohort, store, key, log_progress(context))
             return Product(
                 version=dataset.identity[:16],
                 metadata={
                     "dagster/row_count": dataset.table.height,
                     "organ": dataset.organ,
+                    "groups": dataset.table["group"].n_unique(),
                     "examples": figure(patch_examples(dataset), f"patches of {key}"),
                     "classes": table(dataset.counts()),
+                    "left_out_or_doubtful": table(dataset.findings_by_kind()),
+                    "findings": table(dataset.findings.head(FINDINGS_SHOWN)),
                     "folder": dg.MetadataValue.path(store.patch_task(key)),
                 },
-                checks={"splits_disjoint_by_group": checks.splits_disjoint(dataset)},
+                checks={
+                    "splits_disjoint_by_group": checks.splits_disjoint(dataset),
+                    "classes_present": checks.classes_present(dataset),
+                    "labels_agree": checks.labels_agree(dataset),
+                    "no_near_duplicates_across_splits": checks.no_near_duplicates(dataset),
+                    "images_readable": checks.images_readable(dataset),
+                },
             )
 
         yield from materialize_each(context, work, expected=(CohortError,))

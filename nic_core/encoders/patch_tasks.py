@@ -1,38 +1,48 @@
-"""Patch tasks: labelled images become one array of equal patches, split by patient."""
+"""Patch tasks: labelled images become one array of equal patches, split by patient.
+
+What is wrong with them and can be left out or lived with is not an error: it is a row of
+:attr:`PatchDataset.findings`.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import polars as pl
-import pyvips
 from numpy.typing import NDArray
 
-from nic_core.cohort import CohortError, PatchTask
+from nic_core.cohort import PatchTask
+from nic_core.encoders.near_duplicates import near_duplicates
+from nic_core.encoders.patch_sources import (
+    ImageError,
+    PatchSource,
+    Pixels,
+    open_source,
+    rescale,
+    scaled_side,
+    task_error,
+)
 from nic_core.encoders.splits import SPLITS, split_by_group
 
-log = logging.getLogger(__name__)
-
-Pixels = NDArray[np.uint8]
-
-IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 PATCHES = "patches.npy"
 TABLE = "patches.parquet"
+FINDINGS = "findings.parquet"
 _METADATA = "nic.patch_task"
 
 TABLE_SCHEMA: dict[str, pl.DataType] = {
     "index": pl.Int64(),  # row of `patches`
-    "source": pl.String(),  # image file
-    "x": pl.Int64(),  # left edge in the image after resampling, px; negative: mirrored margin
+    "source": pl.String(),  # image file, HDF5 file#row, or slide
+    # left edge: px of the image after resampling (negative: mirrored margin), level-0 px of a slide
+    "x": pl.Int64(),
     "y": pl.Int64(),
     "label": pl.String(),
     "class": pl.Int64(),  # number of the label in `classes`
@@ -40,10 +50,41 @@ TABLE_SCHEMA: dict[str, pl.DataType] = {
     "split": pl.String(),  # train, validation or test
 }
 
+FINDINGS_SCHEMA: dict[str, pl.DataType] = {
+    "kind": pl.String(),  # of FINDING_KINDS
+    "label": pl.String(),
+    "source": pl.String(),
+    "split": pl.String(),
+    "other": pl.String(),  # source of the image that it agrees with
+    "other_label": pl.String(),
+    "other_split": pl.String(),
+    "detail": pl.String(),
+}
+FINDING_KINDS = {
+    "conflict": "identical pixels under different labels: all of them left out",
+    "copy": "identical pixels under one label: left out",
+    "unreadable": "image that cannot be read: left out",
+    "near_duplicate": "patch much like one of another split",
+    "one_group": "class that a single group has: it is in one split",
+    "absent": "class without a patch in this split",
+    "unknown_mpp": "um/px declared unknown: pixels taken as they are",
+}
+
+_ABOUT = ("source", "label", "split")
+_OTHER = ("other", "other_label", "other_split")
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+# images handed to the threads at once
+_BLOCK = 4096
+
 
 @dataclass(frozen=True)
 class PatchDataset:
-    """Patches of one task: ``patches`` uint8 (N, P, P, 3) and a row of ``table`` for each."""
+    """Patches of one task: ``patches`` uint8 (N, P, P, 3) and a row of ``table`` for each.
+
+    ``findings`` (``FINDINGS_SCHEMA``) lists what is doubtful about them or was left out.
+    """
 
     name: str
     organ: str
@@ -51,6 +92,7 @@ class PatchDataset:
     mpp: float
     patches: Pixels
     table: pl.DataFrame
+    findings: pl.DataFrame = field(default_factory=lambda: pl.DataFrame(schema=FINDINGS_SCHEMA))
 
     @property
     def patch(self) -> int:
@@ -75,6 +117,18 @@ class PatchDataset:
         """Class number of each patch (N,)."""
         return self.table["class"].to_numpy()
 
+    def found(self, kind: str) -> pl.DataFrame:
+        """The findings of a kind (``FINDING_KINDS``)."""
+        return self.findings.filter(pl.col("kind") == kind)
+
+    def findings_by_kind(self) -> pl.DataFrame:
+        """Number of findings of every kind: kind, count, meaning."""
+        kinds = pl.DataFrame({"kind": FINDING_KINDS.keys(), "meaning": FINDING_KINDS.values()})
+        counts = self.findings.group_by("kind").agg(count=pl.len())
+        return kinds.join(counts, on="kind", how="left", maintain_order="left").select(
+            "kind", pl.col("count").fill_null(0), "meaning"
+        )
+
     def counts(self) -> pl.DataFrame:
         """Patches and groups of each split and class: split, label, patches, groups."""
         return (
@@ -90,55 +144,76 @@ def build_patch_task(
     patch: int,
     mpp: float,
     seed: int,
+    tissue: float = 0.6,
+    folder: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> PatchDataset:
     """Read a task's images, bring them to ``mpp``, cut patches of ``patch`` px and split them.
 
     An image becomes all its whole, non-overlapping patches, centred; one that is smaller than
     a patch after resampling is mirrored at its edges to make one [choice]. Splits are whole
-    groups, 60/20/20 and stratified by class [choice], unless the table has a ``split`` column.
-    An image without a group is a group of its own. Copies of an image are read once.
+    groups, 60/20/20 and stratified by class [choice], unless the source has splits; where it has
+    no validation split, that is a quarter of train's groups. An image without a group is a group
+    of its own. Images are read twice: to compare their pixels, then to cut them.
+
+    Parameters
+    ----------
+    patch : int
+        Side of a patch, px at ``mpp``.
+    mpp : float
+        um/px.
+    tissue : float
+        Annotated slides: a cell is kept above this tissue fraction.
+    folder : Path, optional
+        Where the dataset is written, as :func:`save_patch_task` does, without ever being whole in
+        memory; the result is memory-mapped. Without it the patches are in memory.
+    progress
+        Called with images done and their number, both times that they are read together.
 
     Raises
     ------
     CohortError
-        Missing table, column, folder or image; unreadable image; fewer than two classes or one
-        without images; identical images with different labels; groups in two splits; too few
-        groups. The message names the task and the file.
+        Missing table, column, folder or image; fewer than two classes or one without images;
+        images too small to be mirrored; groups in two splits; too few groups. The message names
+        the task and the file.
     """
-    listing = _list_folder(task) if task.folder is not None else _list_table(task)
-    classes = tuple(listing["label"].unique().sort().to_list())
-    if len(classes) < 2:
-        raise _error(task, f"has the class {list(classes)} alone; two or more are needed")
+    with open_source(task, patch=patch, mpp=mpp, tissue=tissue, seed=seed) as source:
+        listing = source.listing.with_row_index("row")
+        if task.classes is not None:
+            listing = listing.filter(pl.col("label").is_in(task.classes))
+        classes = task.classes or tuple(listing["label"].unique().sort().to_list())
+        _refuse_empty_classes(task, listing["label"], classes)
+        listing = _survey(source, listing, progress)
+        kept, findings = _distinct_images(listing)
+        _refuse_empty_classes(task, kept["label"], classes)
+        kept = kept.with_columns(split=pl.Series(_splits(task, kept, classes, seed)))
+        images, table = _lay_out(task, kept, source.scale, classes, patch)
+        shape = (len(table), patch, patch, 3)
+        patches: Pixels = (
+            np.empty(shape, np.uint8)
+            if folder is None
+            else np.lib.format.open_memmap(folder / PATCHES, "w+", np.uint8, shape)
+        )
+        _fill(task, source, images, patches, len(listing), progress)
 
-    paths = [Path(source) for source in listing["source"]]
-    images: list[Pixels] = []
-    hashes: list[str] = []
-    for number, (image, digest) in enumerate(_read_all(task, paths, mpp), start=1):
-        images.append(image)
-        hashes.append(digest)
-        if progress is not None:
-            progress(number, len(paths))
-    listing = listing.with_columns(hash=pl.Series(hashes), image=pl.int_range(pl.len()))
-    listing = _unique_images(task, listing)
-    listing = listing.with_columns(split=pl.Series(_splits(task, listing, classes, seed)))
-
-    patches: list[Pixels] = []
-    rows: list[tuple[int, str, int, int, str, int, str, str]] = []
-    for record in listing.iter_rows(named=True):
-        label = record["label"]
-        for x, y, pixels in cut_patches(images[record["image"]], patch):
-            place = (len(rows), record["source"], x, y)
-            rows.append((*place, label, classes.index(label), record["group"], record["split"]))
-            patches.append(pixels)
-    table = pl.DataFrame(rows, schema=TABLE_SCHEMA, orient="row")
-    return PatchDataset(task.name, task.organ, classes, mpp, np.stack(patches), table)
+    findings = pl.concat(
+        [findings, _near_duplicates(table, patches), _about_classes(task, table, classes)]
+    )
+    dataset = PatchDataset(task.name, task.organ, classes, mpp, patches, table, findings)
+    if folder is None:
+        return dataset
+    _save_tables(folder, dataset)
+    return load_patch_task(folder)
 
 
 def save_patch_task(folder: Path, dataset: PatchDataset) -> None:
-    """Write ``patches.npy`` and ``patches.parquet`` into ``folder`` (made if missing)."""
+    """Write patches, table and findings into ``folder`` (made if missing)."""
     folder.mkdir(parents=True, exist_ok=True)
     np.save(folder / PATCHES, dataset.patches)
+    _save_tables(folder, dataset)
+
+
+def _save_tables(folder: Path, dataset: PatchDataset) -> None:
     about = {
         "name": dataset.name,
         "organ": dataset.organ,
@@ -146,6 +221,7 @@ def save_patch_task(folder: Path, dataset: PatchDataset) -> None:
         "mpp": dataset.mpp,
     }
     dataset.table.write_parquet(folder / TABLE, metadata={_METADATA: json.dumps(about)})
+    dataset.findings.write_parquet(folder / FINDINGS)
 
 
 def load_patch_task(folder: Path) -> PatchDataset:
@@ -154,7 +230,7 @@ def load_patch_task(folder: Path) -> PatchDataset:
     Raises
     ------
     FileNotFoundError
-        One of the two files is missing.
+        One of the three files is missing.
     ValueError
         They are not a patch task's, or not of one another.
     """
@@ -169,7 +245,13 @@ def load_patch_task(folder: Path) -> PatchDataset:
         )
     about = json.loads(metadata[_METADATA])
     return PatchDataset(
-        about["name"], about["organ"], tuple(about["classes"]), about["mpp"], patches, table
+        about["name"],
+        about["organ"],
+        tuple(about["classes"]),
+        about["mpp"],
+        patches,
+        table,
+        pl.read_parquet(folder / FINDINGS),
     )
 
 
@@ -180,171 +262,233 @@ def cut_patches(image: Pixels, patch: int) -> Iterator[tuple[int, int, Pixels]]:
     negative.
     """
     height, width = image.shape[:2]
-    margins = [max(0, patch - side) for side in (height, width)]
-    before = [margin // 2 for margin in margins]
-    if any(margins):
-        pad = [(b, m - b) for b, m in zip(before, margins, strict=True)] + [(0, 0)]
+    before = [max(0, patch - side) // 2 for side in (height, width)]
+    after = [max(0, patch - side) - b for side, b in zip((height, width), before, strict=True)]
+    if any(after):
+        pad = [*zip(before, after, strict=True), (0, 0)]
         image = np.pad(image, pad, mode="symmetric")
-    rows, columns = image.shape[0] // patch, image.shape[1] // patch
-    top = (image.shape[0] - rows * patch) // 2
-    left = (image.shape[1] - columns * patch) // 2
-    for y in range(top, top + rows * patch, patch):
-        for x in range(left, left + columns * patch, patch):
-            yield x - before[1], y - before[0], image[y : y + patch, x : x + patch]
+    for x, y in patch_places(height, width, patch):
+        top, left = y + before[0], x + before[1]
+        yield x, y, image[top : top + patch, left : left + patch]
 
 
-def read_image(path: Path, scale: float) -> Pixels:
-    """An image file as uint8 RGB (H, W, 3), its sides multiplied by ``scale``.
+def patch_places(height: int, width: int, patch: int) -> list[tuple[int, int]]:
+    """Corners (x, y) of the patches that :func:`cut_patches` cuts, row by row."""
 
-    Whole-number reductions are means over areas; others, and enlargements, are bilinear
-    (after a whole-number reduction, so nothing is skipped). Transparency becomes white.
+    def starts(side: int) -> range:
+        if side < patch:
+            return range(-((patch - side) // 2), 1, patch)[:1]
+        return range(side % patch // 2, side - patch + 1, patch)
 
-    Raises
-    ------
-    pyvips.Error
-        Missing, not an image, or cut short.
-    """
-    image = pyvips.Image.new_from_file(str(path), fail_on="truncated")
-    if image.hasalpha():
-        image = image.flatten(background=[255])
-    image = image.colourspace("srgb").cast("uchar")
-    reduction = 1 / scale
-    if reduction >= 2 and abs(reduction - round(reduction)) < 1e-3:
-        image = image.shrink(round(reduction), round(reduction))
-    elif abs(reduction - 1) > 1e-3:
-        image = image.resize(scale, kernel="linear")
-    return np.ascontiguousarray(image.numpy())
+    return [(x, y) for y in starts(height) for x in starts(width)]
 
 
-def _read_all(task: PatchTask, paths: Sequence[Path], mpp: float) -> Iterator[tuple[Pixels, str]]:
-    def read(path: Path) -> tuple[Pixels, str]:
+# --- building --------------------------------------------------------------------------------
+
+
+def _survey(
+    source: PatchSource, listing: pl.DataFrame, progress: Callable[[int, int], None] | None
+) -> pl.DataFrame:
+    """Adds each image's hash of its pixels, height and width; null, and a reason, if unreadable."""
+
+    def look(row: int) -> tuple[str | None, int | None, int | None, str | None]:
         try:
-            pixels = read_image(path, task.mpp / mpp)
-        except pyvips.Error as error:
-            what = "cannot be read" if path.exists() else "does not exist"
-            reason = str(error).strip().splitlines()[-1]
-            raise _error(task, f"image {path} {what} ({reason}); restore or remove it") from error
-        return pixels, hashlib.sha256(str(pixels.shape).encode() + pixels.tobytes()).hexdigest()
+            pixels = source.read(row)
+        except ImageError as error:
+            return None, None, None, str(error)
+        digest = hashlib.blake2b(repr(pixels.shape).encode(), digest_size=16)
+        digest.update(np.ascontiguousarray(pixels).data)
+        return digest.hexdigest(), *pixels.shape[:2], None
 
+    seen = []
+    for number, what in enumerate(_in_threads(look, listing["row"].to_list()), start=1):
+        seen.append(what)
+        if progress is not None:
+            progress(number, 2 * len(listing))
+    schema = {"hash": pl.String, "height": pl.Int64, "width": pl.Int64, "reason": pl.String}
+    return listing.hstack(pl.DataFrame(seen, schema=schema, orient="row"))
+
+
+def _fill(
+    task: PatchTask,
+    source: PatchSource,
+    images: Sequence[tuple[int, int]],
+    patches: Pixels,
+    surveyed: int,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    """Cut the images, given by their row and the number of their first patch."""
+
+    def cut(image: tuple[int, int]) -> None:
+        row, first = image
+        try:
+            pixels = source.read(row)
+        except ImageError as error:
+            name = source.listing["source"][row]
+            raise task_error(task, f"image {name} changed while it was read ({error})") from error
+        crops = cut_patches(rescale(pixels, source.scale), patches.shape[1])
+        for number, (_, _, crop) in enumerate(crops, start=first):
+            patches[number] = crop
+
+    left_out = surveyed - len(images)
+    for number, _ in enumerate(_in_threads(cut, images), start=1):
+        if progress is not None:
+            progress(surveyed + left_out + number, 2 * surveyed)
+
+
+def _in_threads(work: Callable[[_Item], _Result], items: Sequence[_Item]) -> Iterator[_Result]:
+    """Results in order; never more than a block of them waits."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        yield from pool.map(read, paths)
+        for start in range(0, len(items), _BLOCK):
+            yield from pool.map(work, items[start : start + _BLOCK])
 
 
-def _list_folder(task: PatchTask) -> pl.DataFrame:
-    """source, label, group of every image in the sub-folders, sorted by path."""
-    assert task.folder is not None
-    if not task.folder.is_dir():
-        raise _error(task, f"folder {task.folder} does not exist")
-    rows: list[tuple[str, str, str]] = []
-    for folder in sorted(path for path in task.folder.iterdir() if path.is_dir()):
-        files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
-        if not files:
-            raise _error(task, f"class '{folder.name}' has no image in {folder}")
-        rows += [(str(file), folder.name, str(file)) for file in files]
-    if not rows:
-        raise _error(task, f"{task.folder} has no sub-folders; one a class is needed")
-    return pl.DataFrame(rows, schema=["source", "label", "group"], orient="row")
+def _distinct_images(listing: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """The readable images that no other equals in every pixel, and what was left out.
 
-
-def _list_table(task: PatchTask) -> pl.DataFrame:
-    """source, label, group and, if the table has it, split of the rows that `where` keeps."""
-    assert task.table is not None
-    try:
-        table = (
-            pl.read_parquet(task.table)
-            if task.table.suffix == ".parquet"
-            else pl.read_csv(task.table, infer_schema=False)
-        )
-    except (OSError, pl.exceptions.PolarsError) as error:
-        raise _error(task, f"table {task.table} cannot be read: {error}") from error
-    for column in (task.path_column, task.label_column, task.group_column, *task.where):
-        if column is not None and column not in table.columns:
-            raise _error(
-                task, f"table {task.table} has no column '{column}'; it has {table.columns}"
-            )
-    table = table.cast(pl.String)
-    for column, value in task.where.items():
-        table = table.filter(pl.col(column) == value)
-    if table.is_empty():
-        raise _error(task, f"table {task.table} has no rows where {task.where}")
-    for column in (task.path_column, task.label_column):
-        if (empty := table[column].is_null() | (table[column] == "")).any():
-            raise _error(
-                task,
-                f"table {task.table}: {int(empty.sum())} kept rows have an empty '{column}', "
-                f"the first is number {empty.arg_true()[0] + 1}",
-            )
-    base = task.table.parent
-    source = pl.Series([str(base / path) for path in table[task.path_column]])
-    group = table[task.group_column] if task.group_column is not None else source
-    listing = pl.DataFrame(
-        {"source": source, "label": table[task.label_column], "group": group}
-    ).with_columns(
-        pl.when(pl.col("group") == "")
-        .then(None)
-        .otherwise(pl.col("group"))
-        .fill_null(pl.col("source"))
-        .alias("group")
-    )
-    if "split" in table.columns:
-        listing = listing.with_columns(split=table["split"])
-    return listing.sort("source")
-
-
-def _unique_images(task: PatchTask, listing: pl.DataFrame) -> pl.DataFrame:
-    """The listing without copies of an image; a copy with another label is an error."""
-    by_hash = listing.group_by("hash", maintain_order=True).agg(
-        pl.col("label").unique().sort(), pl.col("source"), count=pl.len()
-    )
-    conflicts = by_hash.filter(pl.col("label").list.len() > 1)
-    if not conflicts.is_empty():
-        first = conflicts.row(0, named=True)
-        raise _error(
-            task,
-            f"{len(conflicts)} image(s) stand under different labels: {', '.join(first['source'])} "
-            f"are identical but labelled {', '.join(first['label'])}; correct or remove them",
-        )
-    copies = len(listing) - len(by_hash)
-    if copies:
-        log.warning("patch task '%s': %d copies of other images left out", task.name, copies)
-    return listing.unique("hash", keep="first", maintain_order=True)
-
-
-def _splits(
-    task: PatchTask, listing: pl.DataFrame, classes: tuple[str, ...], seed: int
-) -> list[str]:
+    Of copies under one label the first stays, of published splits that in test before one in
+    validation before one in train. Of copies under several labels none stays.
+    """
+    unreadable = listing.filter(pl.col("hash").is_null())
+    listing = listing.filter(pl.col("hash").is_not_null())
     if "split" in listing.columns:
-        return _given_splits(task, listing)
-    labels = np.array([classes.index(label) for label in listing["label"]])
-    try:
-        splits = split_by_group(
-            labels, listing["group"].to_list(), seed=seed, test_groups=task.test_groups
+        order = dict(zip(reversed(SPLITS), range(3), strict=True))
+        rank = pl.col("split").replace_strict(order, default=3, return_dtype=pl.Int64)
+        listing = listing.sort(rank, "row")
+    else:
+        listing = listing.with_columns(split=pl.lit(None, pl.String))
+    first = (pl.col(name).first().over("hash") for name in ("source", "label", "split"))
+    listing = listing.with_columns(
+        *(column.alias(name) for column, name in zip(first, _OTHER, strict=True)),
+        labels=pl.col("label").n_unique().over("hash"),
+        copy=pl.int_range(pl.len()).over("hash") > 0,
+    )
+    findings = [
+        _findings("unreadable", unreadable.with_columns(detail="reason")),
+        _findings("conflict", listing.filter(pl.col("copy") & (pl.col("labels") > 1))),
+        _findings("copy", listing.filter(pl.col("copy") & (pl.col("labels") == 1))),
+    ]
+    kept = listing.filter(~pl.col("copy") & (pl.col("labels") == 1)).sort("row")
+    return kept, pl.concat(findings)
+
+
+def _findings(kind: str, rows: pl.DataFrame) -> pl.DataFrame:
+    """Rows as findings of a kind; columns that they lack are null."""
+    rows = rows.with_columns(kind=pl.lit(kind))
+    missing = {name: None for name in FINDINGS_SCHEMA if name not in rows.columns}
+    return rows.with_columns(**missing).select(
+        pl.col(name).cast(dtype) for name, dtype in FINDINGS_SCHEMA.items()
+    )
+
+
+def _refuse_empty_classes(task: PatchTask, labels: pl.Series, classes: tuple[str, ...]) -> None:
+    if empty := [label for label in classes if label not in set(labels)]:
+        raise task_error(
+            task,
+            f"class '{empty[0]}' has no image that can be used; those that can be are labelled "
+            f"{labels.unique().sort().to_list()}",
         )
+    if len(classes) < 2:
+        raise task_error(task, f"has the class {list(classes)} alone; two or more are needed")
+
+
+def _lay_out(
+    task: PatchTask, kept: pl.DataFrame, scale: float, classes: tuple[str, ...], patch: int
+) -> tuple[list[tuple[int, int]], pl.DataFrame]:
+    """Row and first patch of each image, and the table of patches."""
+    images: list[tuple[int, int]] = []
+    rows: list[tuple[int, str, int, int, str, int, str, str]] = []
+    for image in kept.iter_rows(named=True):
+        height, width = (scaled_side(image[side], scale) for side in ("height", "width"))
+        if 3 * min(height, width) < patch:
+            raise task_error(
+                task,
+                f"image {image['source']} is {width} x {height} px at the study's resolution; "
+                f"under a third of a patch ({patch} px) mirroring cannot fill it",
+            )
+        images.append((image["row"], len(rows)))
+        label = image["label"]
+        about = (label, classes.index(label), image["group"], image["split"])
+        for x, y in patch_places(height, width, patch):
+            rows.append((len(rows), image["source"], image["x"] + x, image["y"] + y, *about))
+    return images, pl.DataFrame(rows, schema=TABLE_SCHEMA, orient="row")
+
+
+def _near_duplicates(table: pl.DataFrame, patches: Pixels) -> pl.DataFrame:
+    pairs = near_duplicates(patches, table["split"].to_list())
+    own, other = table[pairs["index"].to_list()], table[pairs["other"].to_list()]
+    place = pl.format("({}, {})", "x", "y")
+    places = [rows.select(place.alias("place"))["place"] for rows in (own, other)]
+    rows = pl.DataFrame(
+        {
+            "label": own["label"],
+            "source": own["source"],
+            "split": own["split"],
+            **dict(zip(_OTHER, (other[name] for name in _ABOUT), strict=True)),
+        }
+    )
+    about = pl.DataFrame({"here": places[0], "there": places[1], "r": pairs["agreement"].round(3)})
+    detail = about.select(detail=pl.format("{} and {} agree to {}", "here", "there", "r"))
+    return _findings("near_duplicate", rows.hstack(detail))
+
+
+def _about_classes(task: PatchTask, table: pl.DataFrame, classes: tuple[str, ...]) -> pl.DataFrame:
+    """Classes of one group, classes missing in a split, an unknown resolution."""
+    lonely = (
+        table.group_by("label").agg(pl.col("group").unique()).filter(pl.col("group").list.len() < 2)
+    ).select("label", detail=pl.format("all of group {}", pl.col("group").list.first()))
+    there = set(table.select("label", "split").unique().rows())
+    absent = [(c, split) for c in classes for split in SPLITS if (c, split) not in there]
+    unknown = [FINDING_KINDS["unknown_mpp"]] if task.mpp == "unknown" else []
+    return pl.concat(
+        [
+            _findings("one_group", lonely.sort("label")),
+            _findings("absent", pl.DataFrame(absent, ["label", "split"], orient="row")),
+            _findings("unknown_mpp", pl.DataFrame({"detail": unknown})),
+        ]
+    )
+
+
+def _splits(task: PatchTask, kept: pl.DataFrame, classes: tuple[str, ...], seed: int) -> list[str]:
+    """The split of each image: as published, or whole groups dealt by seed."""
+    if kept["split"].is_null().all():
+        return _deal(task, kept, classes, seed, task.test_groups)
+    found = set(kept["split"])
+    if found not in (set(SPLITS), {"train", "test"}):
+        raise task_error(
+            task,
+            f"the source's splits must be {', '.join(SPLITS)}, or train and test; they are {found}",
+        )
+    if task.test_groups:
+        raise task_error(task, "has published splits and 'test_groups': give one of them")
+    torn = kept.group_by("group").agg(pl.col("split").n_unique()).filter(pl.col("split") > 1)
+    if not torn.is_empty():
+        first = torn["group"].sort()[0]
+        raise task_error(
+            task, f"the source's splits tear {len(torn)} group(s) apart, '{first}' for one"
+        )
+    trained = set(kept.filter(pl.col("split") == "train")["label"])
+    if missing := sorted(set(classes) - trained):
+        raise task_error(task, f"the source's train split has no image of {missing}")
+    if "validation" not in found:
+        tested = kept.filter(pl.col("split") == "test")["group"].unique().to_list()
+        return _deal(task, kept, classes, seed, tested)
+    return kept["split"].to_list()
+
+
+def _deal(
+    task: PatchTask,
+    kept: pl.DataFrame,
+    classes: tuple[str, ...],
+    seed: int,
+    test_groups: Collection[str],
+) -> list[str]:
+    labels = np.array([classes.index(label) for label in kept["label"]])
+    try:
+        return split_by_group(labels, kept["group"].to_list(), seed=seed, test_groups=test_groups)
     except ValueError as error:
-        raise _error(
+        raise task_error(
             task,
             f"{error}. Give more groups, or set 'group_column: null' to split by image "
             "(scores then do not tell about other patients)",
         ) from error
-    return splits
-
-
-def _given_splits(task: PatchTask, listing: pl.DataFrame) -> list[str]:
-    found = set(listing["split"])
-    if found != set(SPLITS):
-        raise _error(task, f"column 'split' must hold {', '.join(SPLITS)}; it holds {found}")
-    if task.test_groups:
-        raise _error(task, "has a 'split' column and 'test_groups': give one of them")
-    torn = listing.group_by("group").agg(pl.col("split").n_unique()).filter(pl.col("split") > 1)
-    if not torn.is_empty():
-        raise _error(task, f"column 'split' tears group '{torn['group'].sort()[0]}' apart")
-    trained = set(listing.filter(pl.col("split") == "train")["label"])
-    missing = sorted(set(listing["label"]) - trained)
-    if missing:
-        raise _error(task, f"column 'split' has no image of {missing} in train")
-    splits: list[str] = listing["split"].to_list()
-    return splits
-
-
-def _error(task: PatchTask, problem: str) -> CohortError:
-    return CohortError(f"patch task '{task.name}': {problem}")

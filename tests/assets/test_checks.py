@@ -10,6 +10,7 @@ import polars as pl
 from nic_assets import checks
 from nic_core.cohort import ModelSettings, RegressionTarget, Settings
 from nic_core.encoders import EncoderCard, PatchDataset
+from nic_core.encoders.patch_tasks import FINDINGS_SCHEMA
 from nic_core.encoders.scores import TaskScores
 from nic_core.grids import Grid, GridProvenance
 from nic_core.models.validation import Evaluated
@@ -93,6 +94,28 @@ def test_a_patient_in_two_splits_is_found():
 
     assert checks.splits_disjoint(dataset(["p", "q", "r"])) is None
     assert "'p'" in str(checks.splits_disjoint(dataset(["p", "q", "p"])))
+
+
+def test_what_was_found_in_a_patch_task_is_told():
+    def dataset(**finding: str) -> PatchDataset:
+        findings = pl.DataFrame([finding] if finding else [], schema=FINDINGS_SCHEMA)
+        return PatchDataset(
+            "t", "o", ("a", "b"), 0.5, np.zeros((0, 8, 8, 3)), pl.DataFrame(), findings
+        )
+
+    for check, finding, message in (
+        (checks.labels_agree, {"kind": "conflict", "source": "i.png", "label": "b"}, "i.png (b)"),
+        (
+            checks.no_near_duplicates,
+            {"kind": "near_duplicate", "source": "i", "split": "test"},
+            "i (test)",
+        ),
+        (checks.classes_present, {"kind": "absent", "label": "a", "split": "test"}, "a in test"),
+        (checks.images_readable, {"kind": "unreadable", "source": "i", "detail": "cut"}, "i (cut)"),
+    ):
+        assert check(dataset()) is None
+        assert check(dataset(kind="copy")) is None
+        assert message in str(check(dataset(**finding)))
 
 
 def test_an_encoder_that_guesses_is_found():

@@ -11,14 +11,14 @@ import torch
 
 from nic_core.encoders import EncoderError, load_encoder, save_encoder
 from nic_core.encoders.keras_import import import_keras_encoder
-from nic_core.encoders.patch_tasks import read_image
+from nic_core.encoders.patch_sources import read_image
 
 
 @pytest.mark.parametrize("name", ["multitask-4", "bigan"])
 def test_released_encoders_give_their_reference_embedding(published: Path, name: str, tmp_path):
     reference = json.loads((published / "reference_embeddings.json").read_text())
     expected = np.array(reference["outputs"][name]["embedding"])
-    pixels = read_image(published / "example_128.jpg", 1.0)[None]
+    pixels = read_image(published / "example_128.jpg")[None]
     encoder = import_keras_encoder(published / f"encoder_{name}.h5", name)
     with torch.inference_mode():
         plain = encoder.module(torch.from_numpy(pixels).permute(0, 3, 1, 2)).numpy()
@@ -29,7 +29,7 @@ def test_released_encoders_give_their_reference_embedding(published: Path, name:
 
 
 def test_released_mean_rgb_is_the_mean_of_scaled_pixels(published: Path):
-    pixels = read_image(published / "example_128.jpg", 1.0)[None]
+    pixels = read_image(published / "example_128.jpg")[None]
     encoder = import_keras_encoder(published / "encoder_mean-rgb.h5", "mean-rgb")
     assert encoder.card.code == 3
     assert np.allclose(encoder.embed(pixels), pixels.mean((1, 2)) / 255 * 2 - 1, atol=1e-6)

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nic_core.cohort import CohortError, PatchTask
+from nic_core.encoders.patch_sources import read_image, rescale
 from nic_core.encoders.patch_tasks import (
     TABLE_SCHEMA,
     build_patch_task,
     cut_patches,
     load_patch_task,
-    read_image,
     save_patch_task,
 )
 
@@ -50,6 +49,11 @@ def build(task: PatchTask, patch: int = 32, mpp: float = 0.5, seed: int = 0):
     return build_patch_task(task, patch=patch, mpp=mpp, seed=seed)
 
 
+def cut_short(path: Path) -> None:
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+
+
 def rewrite(table: Path, *expressions: pl.Expr) -> None:
     pl.read_csv(table).with_columns(*expressions).write_csv(table)
 
@@ -60,7 +64,7 @@ def test_a_table_becomes_patches_with_their_rows(table: Path):
     assert dataset.patches.shape == (24 * 4, 32, 32, 3)
     assert dataset.table.schema == pl.Schema(TABLE_SCHEMA)
     row = dataset.table.row(5, named=True)
-    image = read_image(Path(row["source"]), 1.0)
+    image = read_image(Path(row["source"]))
     crop = image[row["y"] : row["y"] + 32, row["x"] : row["x"] + 32]
     assert np.array_equal(dataset.patches[5], crop)
     assert (dataset.table["label"] == dataset.table["class"].replace_strict({0: "a", 1: "b"})).all()
@@ -106,37 +110,51 @@ def test_rows_without_a_group_are_groups_of_their_own(table: Path):
     assert frame["group"].n_unique() == 11 + 2
 
 
-def test_a_split_column_is_taken_as_it_is(table: Path):
+def published(*, validation_from: int = 99, test_from: int) -> pl.Expr:
+    """A split by the number of the patient."""
     number = pl.col("group").str.slice(1).cast(pl.Int64)
-    given = (
-        pl.when(number < 6).then(pl.lit("train"))
-        .when(number < 9).then(pl.lit("validation"))
-        .otherwise(pl.lit("test"))
+    return (
+        pl.when(number >= test_from).then(pl.lit("test"))
+        .when(number >= validation_from).then(pl.lit("validation"))
+        .otherwise(pl.lit("train"))
     )  # fmt: skip
-    rewrite(table, given.alias("split"))
+
+
+def test_a_split_column_is_taken_as_it_is(table: Path):
+    rewrite(table, published(validation_from=6, test_from=9).alias("split"))
     frame = build(task_of(table)).table
     assert set(frame.filter(pl.col("split") == "validation")["group"]) == {"p6", "p7", "p8"}
+    assert set(frame.filter(pl.col("split") == "test")["group"]) == {"p9", "p10", "p11"}
+
+
+def test_without_a_published_validation_split_it_is_dealt_from_train(table: Path):
+    rewrite(table, published(test_from=8).alias("split"))
+    frame = build(task_of(table)).table
+    groups = {split: set(rows["group"]) for (split,), rows in frame.group_by("split")}
+    assert groups["test"] == {"p8", "p9", "p10", "p11"}
+    assert len(groups["validation"]) == 2
+    assert not groups["validation"] & groups["train"]
 
 
 @pytest.mark.parametrize(
     ("split", "message"),
     [
-        (pl.lit("train"), "must hold train, validation, test"),
+        (pl.lit("train"), "must be train, validation, test"),
         (
             pl.int_range(pl.len()) % 3,
-            "must hold train, validation, test",
+            "must be train, validation, test",
         ),
         (
             (pl.int_range(pl.len()) % 3).replace_strict(
                 {0: "train", 1: "validation", 2: "test"}, return_dtype=pl.String
             ),
-            "tears group 'p0' apart",
+            "tear 12 group\\(s\\) apart, 'p0'",
         ),
         (
             pl.when(pl.col("label") == "b").then(pl.lit("test"))
             .when(pl.col("group").is_in(["p1", "p2"])).then(pl.lit("validation"))
             .otherwise(pl.lit("train")),
-            "tears group|no image of",
+            "has no image of \\['b'\\]|tear",
         ),
     ],
 )  # fmt: skip
@@ -155,7 +173,7 @@ def test_halving_the_resolution_is_the_mean_of_two_by_two(tmp_path: Path):
     pixels = noise(3)
     path = write_image(tmp_path / "i.png", pixels)
     means = pixels.reshape(32, 2, 32, 2, 3).mean((1, 3))
-    assert np.abs(read_image(path, 0.5) - means).max() <= 1
+    assert np.abs(rescale(read_image(path), 0.5) - means).max() <= 0.5
 
 
 @settings(max_examples=40, deadline=None)
@@ -183,31 +201,52 @@ def test_a_small_image_is_mirrored_to_a_patch():
     assert np.array_equal(patch[:, 89], patch[:, 88])
 
 
-def test_identical_images_with_different_labels_are_named(table: Path):
+def test_identical_images_with_different_labels_are_left_out_and_named(table: Path):
     write_image(table.parent / "images" / "3b.png", noise(0))  # the pixels of 0a
-    with pytest.raises(CohortError, match=r"0a\.png.*3b\.png.*identical") as caught:
-        build(task_of(table))
-    assert "'mine'" in str(caught.value)
+    dataset = build(task_of(table))
+    assert len(dataset.patches) == 22 * 4
+    assert not dataset.table["source"].str.contains("/(3b|0a)").any()
+    (conflict,) = dataset.found("conflict").rows(named=True)
+    assert (Path(conflict["source"]).name, conflict["label"]) == ("3b.png", "b")
+    assert (Path(conflict["other"]).name, conflict["other_label"]) == ("0a.png", "a")
 
 
-def test_a_copy_with_the_same_label_is_left_out(table: Path, caplog: pytest.LogCaptureFixture):
+def test_a_copy_with_the_same_label_is_left_out(table: Path):
     write_image(table.parent / "images" / "3a.png", noise(0))
-    with caplog.at_level(logging.WARNING):
-        dataset = build(task_of(table))
+    dataset = build(task_of(table))
     assert len(dataset.patches) == 23 * 4
-    assert "1 copies" in caplog.text
+    (copy,) = dataset.found("copy").rows(named=True)
+    assert (Path(copy["source"]).name, Path(copy["other"]).name) == ("3a.png", "0a.png")
+
+
+def test_a_copy_stays_in_the_published_test_split(table: Path):
+    write_image(table.parent / "images" / "0a.png", noise(22))  # the pixels of 11a
+    rewrite(table, published(test_from=9).alias("split"))
+    dataset = build(task_of(table))
+    (copy,) = dataset.found("copy").rows(named=True)
+    assert (Path(copy["source"]).name, copy["split"]) == ("0a.png", "train")
+    assert (Path(copy["other"]).name, copy["other_split"]) == ("11a.png", "test")
 
 
 def test_a_missing_image_is_named(table: Path):
     (table.parent / "images" / "5a.png").unlink()
-    with pytest.raises(CohortError, match=r"patch task 'mine': image .*5a\.png does not exist"):
+    with pytest.raises(CohortError, match=r"patch task 'mine': 1 image.*exist.*5a\.png"):
         build(task_of(table))
 
 
-def test_an_unreadable_image_is_named(table: Path):
-    whole = (table.parent / "images" / "5a.png").read_bytes()
-    (table.parent / "images" / "5a.png").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(CohortError, match=r"5a\.png cannot be read"):
+def test_an_unreadable_image_is_left_out_and_named(table: Path):
+    cut_short(table.parent / "images" / "5a.png")
+    dataset = build(task_of(table))
+    assert len(dataset.patches) == 23 * 4
+    (unreadable,) = dataset.found("unreadable").rows(named=True)
+    assert Path(unreadable["source"]).name == "5a.png"
+    assert unreadable["detail"]
+
+
+def test_a_class_without_a_readable_image_is_refused(table: Path):
+    for image in (table.parent / "images").glob("*b.png"):
+        cut_short(image)
+    with pytest.raises(CohortError, match=r"class 'b' has no image.*\['a'\]"):
         build(task_of(table))
 
 
@@ -217,7 +256,9 @@ def test_an_unreadable_image_is_named(table: Path):
         ({"where": {"task": "nobody"}}, "no rows where"),
         ({"label_column": "class"}, "no column 'class'"),
         ({"group_column": "patient"}, "no column 'patient'"),
-        ({"where": {"task": "other"}}, "class \\['c'\\] alone"),
+        ({"where": {"task": "mine", "label": "a"}}, "class \\['a'\\] alone"),
+        ({"where": {"task": "other"}}, r"1 image.*exist.*missing\.png"),
+        ({"classes": ("a", "c")}, r"class 'c' has no image.*\['a'\]"),
         ({"test_groups": ("p99",)}, "p99"),
     ],
 )

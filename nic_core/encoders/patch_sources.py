@@ -1,0 +1,402 @@
+"""Where labelled images come from: a table, a folder a class, HDF5 files, annotated slides.
+
+Each source is a listing and a function that reads the image of a row; nothing is read before it
+is asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import polars as pl
+import pyvips
+from numpy.typing import NDArray
+
+from nic_core.cohort import AnnotatedSlides, CohortError, Hdf5Images, PatchTask
+from nic_core.patches import patch_table
+from nic_core.slides import Slide, SlideError, open_slide
+from nic_core.slides.annotations import label_patches, read_annotations
+from nic_core.slides.resample import resample, settle
+from nic_core.tissue import read_mask, tissue_mask
+
+Pixels = NDArray[np.uint8]
+
+IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+# PatchCamelyon's chunks are read one image after the other: each is to be unpacked once
+_CHUNK_CACHE = 64 * 2**20  # bytes
+
+
+class ImageError(ValueError):
+    """One image of a source cannot be read."""
+
+
+@dataclass(frozen=True)
+class PatchSource:
+    """Labelled images of a patch task.
+
+    Attributes
+    ----------
+    listing : polars.DataFrame
+        A row an image, by source: source (what was read, for people), x, y (level-0 px in a
+        slide, else 0), label, group and, where the source has one, split.
+    read : callable
+        Number of a row to uint8 RGB (H, W, 3); safe in threads; raises :class:`ImageError`.
+    scale : float
+        What the images' sides are multiplied by to reach the study's resolution.
+    """
+
+    listing: pl.DataFrame
+    read: Callable[[int], Pixels]
+    scale: float
+
+
+@contextmanager
+def open_source(
+    task: PatchTask, *, patch: int, mpp: float, tissue: float, seed: int
+) -> Iterator[PatchSource]:
+    """List a task's images; files stay open as long as the block.
+
+    Parameters
+    ----------
+    patch, mpp, tissue
+        The study's patch (px), resolution (um/px) and tissue fraction: the grid that is laid over
+        annotated slides.
+    seed
+        Draws a slide's patches where there are more than ``slides.most`` of a class.
+
+    Raises
+    ------
+    CohortError
+        A missing table, column, folder or file, one that is something else, an empty class; the
+        message names it and the task.
+    """
+    scale = 1.0 if task.mpp is None or task.mpp == "unknown" else task.mpp / mpp
+    if task.slides is not None:
+        with ExitStack() as stack:
+            yield _annotated_slides(task, task.slides, stack, patch, mpp, tissue, seed)
+    elif task.hdf5:
+        with ExitStack() as stack:
+            yield _hdf5(task, scale, stack)
+    else:
+        listing = _list_folder(task) if task.folder is not None else _list_table(task)
+        paths = [Path(source) for source in listing["source"]]
+        if missing := [path for path in paths if not path.exists()]:
+            raise task_error(
+                task, f"{len(missing)} image(s) do not exist, the first is {missing[0]}"
+            )
+        yield PatchSource(listing, lambda row: read_image(paths[row]), scale)
+
+
+def source_files(task: PatchTask) -> list[Path]:
+    """The files whose content is the source, but for the images that a table or folder names."""
+    if task.slides is not None:
+        table = _read_table(task, task.slides.table, (task.path_column, "annotations"))
+        columns = (task.path_column, "annotations", *(["mask"] if "mask" in table.columns else []))
+        named = [path for column in columns for path in table[column] if path]
+        return [task.slides.table, *(task.slides.table.parent / path for path in named)]
+    parts = (path for part in task.hdf5 for path in (part.images, part.labels, part.meta))
+    return [path for path in (task.table, *parts) if path is not None]
+
+
+def task_error(task: PatchTask, problem: str) -> CohortError:
+    return CohortError(f"patch task '{task.name}': {problem}")
+
+
+# --- images ----------------------------------------------------------------------------------
+
+
+def read_image(path: Path) -> Pixels:
+    """An image file as uint8 RGB (H, W, 3). Transparency becomes white.
+
+    Raises
+    ------
+    ImageError
+        Missing, not an image, or cut short.
+    """
+    try:
+        image = pyvips.Image.new_from_file(str(path), fail_on="truncated")
+        if image.hasalpha():
+            image = image.flatten(background=[255])
+        return np.ascontiguousarray(image.colourspace("srgb").cast("uchar").numpy())
+    except pyvips.Error as error:
+        raise ImageError(str(error).strip().splitlines()[-1]) from error
+
+
+def rescale(image: Pixels, scale: float) -> Pixels:
+    """An image (H, W, 3) with its sides multiplied by ``scale``, down to whole pixels.
+
+    Reductions are means over areas, enlargements linear (:mod:`nic_core.slides.resample`). A
+    scale within a thousandth of 1 is 1, and a hundredth of a pixel that lacks is rounding.
+    """
+    height, width = (scaled_side(side, scale) for side in image.shape[:2])
+    if (height, width) == image.shape[:2]:
+        return image
+    start, step = settle(0.0, 1 / scale)
+    return resample(image, (start, start), step, (width, height))
+
+
+def scaled_side(side: int, scale: float) -> int:
+    """The side that :func:`rescale` gives, px."""
+    return side if abs(scale - 1) < 1e-3 else max(1, int(side * scale + 1e-2))
+
+
+# --- a table, a folder -----------------------------------------------------------------------
+
+
+def _list_folder(task: PatchTask) -> pl.DataFrame:
+    """Every image in the sub-folders, sorted by path."""
+    assert task.folder is not None
+    if not task.folder.is_dir():
+        raise task_error(task, f"folder {task.folder} does not exist")
+    folders = sorted(path for path in task.folder.iterdir() if path.is_dir())
+    if not folders:
+        raise task_error(task, f"{task.folder} has no sub-folders; one a class is needed")
+    rows: list[tuple[str, str, str]] = []
+    for folder in folders:
+        files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
+        if not files:
+            raise task_error(task, f"class '{folder.name}' has no image in {folder}")
+        rows += [(str(file), folder.name, _group_of(task, file)) for file in files]
+    return _at_origin(pl.DataFrame(rows, schema=["source", "label", "group"], orient="row"))
+
+
+def _group_of(task: PatchTask, file: Path) -> str:
+    if task.group_pattern is None:
+        return str(file)
+    try:
+        found = re.search(task.group_pattern, file.name)
+        if found is not None:
+            return found["group"]
+    except (re.error, IndexError) as error:
+        raise task_error(
+            task, f"group_pattern '{task.group_pattern}' has no group (?P<group>...) ({error})"
+        ) from error
+    raise task_error(task, f"group_pattern '{task.group_pattern}' finds no group in {file}")
+
+
+def _list_table(task: PatchTask) -> pl.DataFrame:
+    """The rows that `where` keeps, sorted by path."""
+    assert task.table is not None
+    columns = (task.path_column, task.label_column, task.group_column, *task.where)
+    table = _read_table(task, task.table, columns)
+    for column, value in task.where.items():
+        table = table.filter(pl.col(column) == value)
+    if table.is_empty():
+        raise task_error(task, f"table {task.table} has no rows where {task.where}")
+    _refuse_empty(task, task.table, table, (task.path_column, task.label_column))
+    base = task.table.parent
+    listing = pl.DataFrame(
+        {
+            "source": pl.Series([str(base / path) for path in table[task.path_column]]),
+            "label": table[task.label_column],
+        }
+    )
+    listing = listing.with_columns(_groups(task, table, listing["source"]))
+    if "split" in table.columns:
+        listing = listing.with_columns(split=table["split"])
+    return _at_origin(listing.sort("source"))
+
+
+def _read_table(task: PatchTask, path: Path, columns: Sequence[str | None]) -> pl.DataFrame:
+    """A CSV or parquet table as text; an id such as 007 keeps its zeros."""
+    try:
+        table = (
+            pl.read_parquet(path)
+            if path.suffix == ".parquet"
+            else pl.read_csv(path, infer_schema=False)
+        )
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise task_error(task, f"table {path} cannot be read: {error}") from error
+    for column in columns:
+        if column is not None and column not in table.columns:
+            raise task_error(task, f"table {path} has no column '{column}'; it has {table.columns}")
+    return table.cast(pl.String)
+
+
+def _refuse_empty(task: PatchTask, path: Path, table: pl.DataFrame, columns: Sequence[str]) -> None:
+    for column in columns:
+        if (empty := table[column].is_null() | (table[column] == "")).any():
+            raise task_error(
+                task,
+                f"table {path}: {int(empty.sum())} kept rows have an empty '{column}', "
+                f"the first is number {empty.arg_true()[0] + 1}",
+            )
+
+
+def _groups(task: PatchTask, table: pl.DataFrame | None, source: pl.Series) -> pl.Series:
+    """The group column; a row without a group is one of its own."""
+    if table is None or task.group_column is None:
+        return source.alias("group")
+    group = table[task.group_column]
+    return group.set(group == "", None).fill_null(source).alias("group")
+
+
+def _at_origin(listing: pl.DataFrame) -> pl.DataFrame:
+    return listing.with_columns(x=pl.lit(0, pl.Int64), y=pl.lit(0, pl.Int64))
+
+
+# --- HDF5 ------------------------------------------------------------------------------------
+
+
+def _hdf5(task: PatchTask, scale: float, stack: ExitStack) -> PatchSource:
+    parts = [_open_part(task, part, stack) for part in task.hdf5]
+    ends = np.cumsum([len(images) for images, _ in parts])
+
+    def read(row: int) -> Pixels:
+        part = int(np.searchsorted(ends, row, side="right"))
+        images, _ = parts[part]
+        try:
+            pixels: Pixels = images[row - (ends[part - 1] if part else 0)]
+        except (OSError, ValueError) as error:
+            raise ImageError(str(error)) from error
+        return pixels
+
+    return PatchSource(_at_origin(pl.concat([rows for _, rows in parts])), read, scale)
+
+
+def _open_part(
+    task: PatchTask, part: Hdf5Images, stack: ExitStack
+) -> tuple[h5py.Dataset, pl.DataFrame]:
+    assert task.classes is not None
+    images = _dataset(task, part.images, "x", stack)
+    if images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8:
+        raise task_error(
+            task,
+            f"{part.images}: 'x' is {images.dtype} {images.shape}; uint8 (N, H, W, 3) is needed",
+        )
+    numbers = np.asarray(_dataset(task, part.labels, "y", stack)[:]).reshape(-1)
+    if len(numbers) != len(images):
+        raise task_error(
+            task, f"{part.images} holds {len(images)} images, {part.labels} {len(numbers)} labels"
+        )
+    known = range(len(task.classes))
+    if wrong := sorted(set(numbers.tolist()) - set(known)):
+        raise task_error(
+            task,
+            f"{part.labels}: class number {wrong[0]}, but 'classes' names {len(known)}, from 0 on",
+        )
+    source = pl.Series("source", [f"{part.images}#{number}" for number in range(len(images))])
+    meta = None
+    if part.meta is not None:
+        meta = _read_table(task, part.meta, (task.group_column,))
+        if len(meta) != len(images):
+            raise task_error(task, f"{part.meta}: {len(meta)} rows for {len(images)} images")
+    rows = pl.DataFrame(
+        [
+            source,
+            pl.Series("label", [task.classes[int(number)] for number in numbers]),
+            _groups(task, meta, source),
+        ]
+    )
+    if part.split is not None:
+        rows = rows.with_columns(split=pl.lit(part.split))
+    return images, rows
+
+
+def _dataset(task: PatchTask, path: Path, name: str, stack: ExitStack) -> h5py.Dataset:
+    try:
+        file = stack.enter_context(h5py.File(path, "r", rdcc_nbytes=_CHUNK_CACHE))
+    except OSError as error:
+        hint = "; unpack it with gunzip" if path.suffix == ".gz" else ""
+        raise task_error(task, f"{path} cannot be read as HDF5 ({error}){hint}") from error
+    found: Any = file.get(name)
+    if not isinstance(found, h5py.Dataset):
+        raise task_error(task, f"{path} has no dataset '{name}'; it has {sorted(file)}")
+    return found
+
+
+# --- annotated slides ------------------------------------------------------------------------
+
+
+def _annotated_slides(
+    task: PatchTask,
+    about: AnnotatedSlides,
+    stack: ExitStack,
+    patch: int,
+    mpp: float,
+    tissue: float,
+    seed: int,
+) -> PatchSource:
+    table = _read_table(task, about.table, (task.path_column, "annotations", task.group_column))
+    # with a label for the rest, a slide without annotations is all rest
+    required = [task.path_column, *([] if about.rest is not None else ["annotations"])]
+    _refuse_empty(task, about.table, table, required)
+    groups = _groups(task, table, table[task.path_column])
+    slides: dict[str, Slide] = {}
+    parts: list[pl.DataFrame] = []
+    for row, group in zip(table.iter_rows(named=True), groups, strict=True):
+        path = about.table.parent / row[task.path_column]
+        if str(path) in slides:
+            raise task_error(task, f"table {about.table}: {path} stands more than once")
+        try:
+            known = float(row["mpp"]) if row.get("mpp") else None
+            slide = stack.enter_context(open_slide(path, mpp=known))
+            cells = _labelled_cells(about, row, slide, patch, mpp, tissue)
+        except (SlideError, ValueError) as error:
+            raise task_error(task, str(error)) from error
+        if task.classes is not None:
+            cells = cells.filter(pl.col("label").is_in(task.classes))
+        slides[str(path)] = slide
+        rows = _draw(cells, about.most, path.name, seed).select(
+            "x", "y", "label", source=pl.lit(str(path)), group=pl.lit(group)
+        )
+        if "split" in table.columns:
+            rows = rows.with_columns(split=pl.lit(row["split"], pl.String))
+        parts.append(rows)
+    cells = pl.concat(parts)
+    if cells.is_empty():
+        raise task_error(
+            task, f"no tissue cell of {about.table}'s slides is covered by an annotated region"
+        )
+    places = cells.select("source", "x", "y").rows()
+
+    def read(number: int) -> Pixels:
+        source, x, y = places[number]
+        try:
+            return slides[source].read(x, y, patch, patch, mpp)
+        except SlideError as error:
+            raise ImageError(str(error)) from error
+
+    listing = cells.with_columns(pl.col("x", "y").round().cast(pl.Int64))
+    return PatchSource(listing, read, 1.0)
+
+
+def _labelled_cells(
+    about: AnnotatedSlides,
+    row: dict[str, str | None],
+    slide: Slide,
+    patch: int,
+    mpp: float,
+    tissue: float,
+) -> pl.DataFrame:
+    """x, y (level-0 px) and label of a slide's tissue cells that have one."""
+    base = about.table.parent
+    ready, drawn = row.get("mask"), row["annotations"]
+    mask = read_mask(base / ready, slide) if ready else tissue_mask(slide)
+    cells = patch_table(slide.path.stem, slide, mask, patch=patch, mpp=mpp, tissue=tissue)
+    regions = read_annotations(base / drawn) if drawn else []
+    labels = label_patches(cells, regions, slide, share=about.share)
+    cells = cells.hstack(labels.select("label", "share"))
+    if about.rest is not None:
+        untouched = pl.col("label").is_null() & (pl.col("share") == 0)
+        cells = cells.with_columns(
+            label=pl.when(untouched).then(pl.lit(about.rest)).otherwise("label")
+        )
+    return cells.filter(pl.col("kept") & pl.col("label").is_not_null()).select("x", "y", "label")
+
+
+def _draw(cells: pl.DataFrame, most: int | None, slide: str, seed: int) -> pl.DataFrame:
+    """At most so many cells of each label; another slide's do not change them."""
+    if most is None:
+        return cells
+    key = int.from_bytes(hashlib.sha256(slide.encode()).digest()[:8], "big")
+    shuffled = cells[np.random.default_rng([seed, key]).permutation(len(cells))]
+    return shuffled.group_by("label").head(most).sort("y", "x")

@@ -1,0 +1,278 @@
+"""HDF5 files, annotated slides, folders: each becomes the same table of labelled patches."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import h5py
+import numpy as np
+import polars as pl
+import pytest
+import tifffile
+
+from nic_core.cohort import CohortError, PatchTask
+from nic_core.encoders.patch_sources import open_source, source_files
+from nic_core.encoders.patch_tasks import PatchDataset, build_patch_task, load_patch_task
+
+from .conftest import write_image
+
+
+def noise(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (*shape, 3), dtype=np.uint8)
+
+
+def build(task: PatchTask, patch: int = 32, **options: object) -> PatchDataset:
+    return build_patch_task(task, **({"patch": patch, "mpp": 0.5, "seed": 0} | options))
+
+
+# --- HDF5 ------------------------------------------------------------------------------------
+
+SIZES = {"train": 40, "validation": 20, "test": 20}
+
+
+@pytest.fixture
+def pcam(tmp_path: Path) -> Path:
+    """PatchCamelyon in little: a file of images, of labels and of facts for each split."""
+    for number, (split, size) in enumerate(SIZES.items()):
+        stem = f"camelyonpatch_level_2_split_{split}"
+        with h5py.File(tmp_path / f"{stem}_x.h5", "w") as file:
+            images = noise(number, size, 24, 24)
+            file.create_dataset("x", data=images, chunks=(8, 24, 24, 3), compression="gzip")
+        with h5py.File(tmp_path / f"{stem}_y.h5", "w") as file:
+            file["y"] = (np.arange(size) % 2).astype(np.uint8).reshape(size, 1, 1, 1)
+        slides = [f"camelyon16_{split}_{i % 4}" for i in range(size)]
+        pl.DataFrame({"coord_x": range(size), "wsi": slides}).write_csv(
+            tmp_path / f"{stem}_meta.csv"
+        )
+    return tmp_path
+
+
+def pcam_task(folder: Path, *, splits: bool = True, **changes: object) -> PatchTask:
+    parts = [
+        {kind: folder / f"camelyonpatch_level_2_split_{split}_{name}"
+         for kind, name in (("images", "x.h5"), ("labels", "y.h5"), ("meta", "meta.csv"))}
+        | ({"split": split} if splits else {})
+        for split in SIZES
+    ]  # fmt: skip
+    values = {"mpp": 1.0, "group_column": "wsi", "classes": ("normal", "tumor"), "hdf5": parts}
+    return PatchTask(**({"name": "pcam", "organ": "lymph node"} | values | changes))
+
+
+def test_patchcamelyon_keeps_its_splits_slides_and_pixels(pcam: Path):
+    dataset = build(pcam_task(pcam), mpp=1.0, patch=24)
+    assert dataset.classes == ("normal", "tumor")
+    assert dict(dataset.table.group_by("split").len().rows()) == SIZES
+    assert dataset.table["group"].n_unique() == 12
+    assert np.array_equal(dataset.patches[40:60], noise(1, 20, 24, 24))
+    assert dataset.table["label"][:3].to_list() == ["normal", "tumor", "normal"]
+    assert dataset.table["source"][41].endswith("validation_x.h5#1")
+
+
+def test_patchcamelyon_is_brought_to_the_study_and_cropped(pcam: Path):
+    dataset = build(pcam_task(pcam), mpp=0.5, patch=32)  # 24 px at 1.0 are 48 px at 0.5
+    assert dataset.patches.shape == (80, 32, 32, 3)
+    assert set(dataset.table.select("x", "y").unique().rows()) == {(8, 8)}
+
+
+def test_without_published_splits_slides_are_dealt(pcam: Path):
+    frame = build(pcam_task(pcam, splits=False)).table
+    assert frame.group_by("group").agg(pl.col("split").n_unique())["split"].max() == 1
+    assert set(frame["split"]) == set(SIZES)
+
+
+def test_a_dataset_on_disk_is_the_one_in_memory(pcam: Path, tmp_path: Path):
+    folder = tmp_path / "made"
+    folder.mkdir()
+    written, held = build(pcam_task(pcam), folder=folder), build(pcam_task(pcam))
+    assert isinstance(written.patches, np.memmap)
+    for dataset in (written, load_patch_task(folder)):
+        assert np.array_equal(dataset.patches, held.patches)
+        assert dataset.table.equals(held.table)
+        assert dataset.findings.equals(held.findings)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda f: (f / "camelyonpatch_level_2_split_test_x.h5").unlink(), "cannot be read"),
+        (lambda f: (f / "camelyonpatch_level_2_split_test_y.h5").write_bytes(b"no"), "as HDF5"),
+        (lambda f: overwrite(f, "test_y", y=np.zeros(3, np.uint8)), "20 images.* 3 labels"),
+        (lambda f: overwrite(f, "test_y", y=np.full(20, 2)), "class number 2"),
+        (lambda f: overwrite(f, "test_x", images=noise(0, 20, 8, 8)), r"no dataset 'x'; .*images"),
+        (lambda f: overwrite(f, "test_x", x=np.zeros((20, 8, 8), np.uint8)), r"\(N, H, W, 3\)"),
+        (
+            lambda f: pl.DataFrame({"wsi": ["a"]}).write_csv(
+                f / "camelyonpatch_level_2_split_test_meta.csv"
+            ),
+            "1 rows for 20 images",
+        ),
+    ],
+)  # fmt: skip
+def test_hdf5_that_is_something_else_is_refused(pcam: Path, change, message: str):
+    change(pcam)
+    with pytest.raises(CohortError, match=f"patch task 'pcam': .*{message}"):
+        build(pcam_task(pcam))
+
+
+def overwrite(folder: Path, name: str, **datasets: np.ndarray) -> None:
+    with h5py.File(folder / f"camelyonpatch_level_2_split_{name}.h5", "w") as file:
+        file.update(datasets)
+
+
+def test_a_packed_file_is_to_be_unpacked(pcam: Path):
+    task = pcam_task(pcam)
+    packed = pcam / "x.h5.gz"
+    packed.write_bytes(b"\x1f\x8b")
+    part = task.hdf5[0].model_copy(update={"images": packed})
+    with pytest.raises(CohortError, match="gunzip"):
+        build(task.model_copy(update={"hdf5": (part,)}))
+
+
+# --- annotated slides ------------------------------------------------------------------------
+
+TUMOUR = [[0, 0], [256, 0], [256, 128], [0, 128], [0, 0]]  # 8 x 4 cells of 32 px
+
+
+@pytest.fixture
+def annotated(tmp_path: Path) -> Path:
+    """Six slides of 16 x 16 cells, all tissue, a tumour in the corner of five of them."""
+    rows = []
+    for number in range(6):
+        pixels = noise(number, 512, 512) // 2
+        path = tmp_path / f"s{number}.tif"
+        tifffile.imwrite(path, pixels, tile=(256, 256), photometric="rgb")
+        write_image(tmp_path / "all.png", np.full((16, 16), 255, np.uint8))
+        shape = {"type": "Polygon", "coordinates": [TUMOUR]}
+        about = {"classification": {"name": "tumour"}}
+        feature = {"type": "Feature", "geometry": shape, "properties": about}
+        (tmp_path / f"s{number}.geojson").write_text(json.dumps({"features": [feature]}))
+        rows.append(
+            (path.name, f"s{number}.geojson" if number else None, f"p{number}", 0.5, "all.png")
+        )
+    schema = ["path", "annotations", "patient", "mpp", "mask"]
+    pl.DataFrame(rows, schema=schema, orient="row").write_csv(tmp_path / "slides.csv")
+    return tmp_path / "slides.csv"
+
+
+def slide_task(table: Path, **slides: object) -> PatchTask:
+    slides = {"table": table, "rest": "normal"} | slides
+    return PatchTask(name="cut", organ="breast", slides=slides, group_column="patient")
+
+
+def test_cells_of_annotated_slides_become_labelled_patches(annotated: Path):
+    dataset = build(slide_task(annotated))
+    assert dataset.classes == ("normal", "tumour")
+    counts = dataset.table.group_by("group", "label").len()
+    assert counts.filter(group="p0").rows() == [("p0", "normal", 256)]
+    assert sorted(counts.filter(group="p1").rows()) == [("p1", "normal", 224), ("p1", "tumour", 32)]
+    row = dataset.table.filter(group="p3", label="tumour").row(9, named=True)
+    pixels = tifffile.imread(row["source"])[row["y"] : row["y"] + 32, row["x"] : row["x"] + 32]
+    assert np.array_equal(dataset.patches[row["index"]], pixels)
+    assert row["x"] < 256
+    assert row["y"] < 128
+
+
+def test_a_cell_is_labelled_by_the_share_that_its_region_covers(annotated: Path):
+    path = annotated.parent / "s1.geojson"
+    path.write_text(path.read_text().replace("256", "264"))  # a quarter of the next column
+
+    def tumours(share: float) -> int:
+        frame = build(slide_task(annotated, share=share)).table.filter(group="p1")
+        assert frame.filter(label="normal").height == 224 - 4  # touched cells are no rest
+        return frame.filter(label="tumour").height
+
+    assert tumours(0.5) == 32
+    assert tumours(0.2) == 36
+
+
+def test_a_slide_gives_at_most_so_many_patches_of_a_class_by_seed(annotated: Path):
+    frames = [build(slide_task(annotated, most=10), seed=seed).table for seed in (0, 0, 1)]
+    assert frames[0].group_by("group", "label").len()["len"].unique().to_list() == [10]
+    assert frames[0].equals(frames[1])
+    places = [frame.select("source", "x", "y").sort("source", "y", "x") for frame in frames]
+    assert not places[0].equals(places[2])
+
+
+def test_without_a_label_for_the_rest_each_slide_needs_annotations(annotated: Path):
+    with pytest.raises(CohortError, match="1 kept rows have an empty 'annotations'"):
+        build(slide_task(annotated, rest=None))
+
+
+def test_a_slide_that_cannot_be_opened_is_named(annotated: Path):
+    (annotated.parent / "s2.tif").write_bytes(b"nothing")
+    with pytest.raises(CohortError, match=r"patch task 'cut': .*s2\.tif"):
+        build(slide_task(annotated))
+
+
+def test_the_files_of_a_source_are_those_that_change_it(annotated: Path, pcam: Path):
+    names = {path.name for path in source_files(slide_task(annotated))}
+    assert names >= {"slides.csv", "s0.tif", "s5.tif", "s1.geojson", "all.png"}
+    assert len(source_files(pcam_task(pcam))) == 9
+
+
+# --- folders, classes, resolution ------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for patient in range(8):
+        for number, label in enumerate(("x", "y", "z")):
+            name = f"{label}/P{patient}_{number}.png"
+            write_image(tmp_path / "f" / name, noise(3 * patient + number, 40, 40))
+    return tmp_path / "f"
+
+
+def folder_task(folder: Path, **changes: object) -> PatchTask:
+    values = {"name": "f", "organ": "colon", "mpp": 0.5, "folder": folder}
+    return PatchTask(**(values | changes))
+
+
+def test_the_patient_is_read_from_an_images_name(folder: Path):
+    table = build(folder_task(folder, group_pattern=r"^(?P<group>P\d)")).table
+    assert sorted(table["group"].unique()) == [f"P{number}" for number in range(8)]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [("^Q(?P<group>.)", "finds no group in .*P0_0"), ("P", r"has no group"), ("(", "has no group")],
+)
+def test_a_pattern_that_finds_no_patient_is_refused(folder: Path, pattern: str, message: str):
+    with pytest.raises(CohortError, match=message):
+        build(folder_task(folder, group_pattern=pattern))
+
+
+def test_classes_choose_labels_and_their_order(folder: Path):
+    dataset = build(folder_task(folder, classes=("z", "x")))
+    assert dataset.classes == ("z", "x")
+    assert set(dataset.table.select("label", "class").unique().rows()) == {("z", 0), ("x", 1)}
+
+
+def test_an_unknown_resolution_leaves_the_pixels_as_they_are_and_is_told(folder: Path):
+    dataset = build(folder_task(folder, mpp="unknown"), patch=40, mpp=0.25)
+    assert np.array_equal(dataset.patches[0], noise(0, 40, 40))
+    assert len(dataset.found("unknown_mpp")) == 1
+
+
+def test_images_that_mirroring_cannot_fill_are_refused(folder: Path):
+    with pytest.raises(CohortError, match=r"P0_0\.png is 40 x 40 px .* under a third"):
+        build(folder_task(folder), patch=128)
+
+
+def test_a_class_of_one_patient_and_the_splits_without_it_are_found(folder: Path):
+    for image in (folder / "z").iterdir():
+        if not image.name.startswith("P4"):
+            image.unlink()
+    dataset = build(folder_task(folder, group_pattern=r"^(?P<group>P\d)"))
+    (lonely,) = dataset.found("one_group").rows(named=True)
+    assert (lonely["label"], lonely["detail"]) == ("z", "all of group P4")
+    assert dataset.found("absent").select("label", "split").rows() == [
+        ("z", "validation"),
+        ("z", "test"),
+    ]
+
+
+def test_images_are_read_only_when_asked_for(folder: Path):
+    with open_source(folder_task(folder), patch=32, mpp=0.5, tissue=0.6, seed=0) as source:
+        (folder / "x" / "P0_0.png").unlink()
+        assert np.array_equal(source.read(1), noise(3, 40, 40))
