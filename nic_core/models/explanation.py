@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from nic_core.cohort import Target
-from nic_core.models.crops import Crops, GridLike
+from nic_core.models.crops import Crops, GridLike, windows
 from nic_core.models.networks import FoldModel, occupied
 from nic_core.orientations import ORIENTATIONS, undo
 
@@ -79,7 +79,7 @@ def explain(
         model.eval()
         crops = Crops(lambda _: grid, model.normalise, crop)
         for centre in _centres(valid, crop):
-            inner, outer = _windows(centre, valid.shape, crop)
+            inner, outer = windows(valid.shape, centre, crop)
             for k in range(ORIENTATIONS):
                 features = torch.from_numpy(crops.at("", centre, k).copy())[None]
                 heat, covered = (undo(a, k)[outer] for a in _heat(model, features, output))
@@ -207,17 +207,3 @@ def _starts(length: int, crop: int) -> list[int]:
         return [-((crop - length) // 2)]
     count = 1 + -(-(length - crop) // max(1, crop // 2))
     return [int(start) for start in np.linspace(0, length - crop, count).round()]
-
-
-def _windows(
-    centre: tuple[int, int], shape: tuple[int, ...], crop: int
-) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
-    """Where a crop lies in the grid, and the grid in the crop (as in
-    :func:`nic_core.models.crops.cut`)."""
-    inner, outer = [], []
-    for position, length in zip(centre, shape, strict=True):
-        start = position - crop // 2
-        low, high = max(start, 0), min(start + crop, length)
-        inner.append(slice(low, high))
-        outer.append(slice(low - start, high - start))
-    return (inner[0], inner[1]), (outer[0], outer[1])
