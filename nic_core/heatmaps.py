@@ -61,7 +61,7 @@ def write_heatmap(
     folder
         To hold the files that the module names.
     heat : float32 (rows, columns)
-        NaN where the grid has no code; at least one cell has one.
+        NaN where the grid has no code.
     provenance
         Of the slide's grid.
     name
@@ -74,6 +74,8 @@ def write_heatmap(
 
     Raises
     ------
+    ValueError
+        No cell has heat.
     SlideError
         The slide is not that of the grid, or a patch cannot be read.
     StoreError
@@ -83,6 +85,8 @@ def write_heatmap(
         raise SlideError(
             slide.path, f"is not the slide '{provenance.slide}' of the grid", "give that one"
         )
+    if np.isnan(heat).all():
+        raise ValueError(f"slide '{provenance.slide}': no cell has heat")
     cell = provenance.patch * provenance.mpp / slide.mpp
     picture = heat_overlay(slide, heat, cell)
     with whole_folder(folder) as new:

@@ -77,12 +77,12 @@ def test_a_hot_cell_heats_its_place_and_nothing_beyond_its_receptive_fields(
     if not covered[row, column]:
         assert not heat[covered].any()
         return
-    far = np.maximum(*np.abs(np.indices(heat.shape) - [[[row]], [[column]]])) > stride
-    assert heat.max() > 0
-    assert not heat[far & covered].any()
-    if stride == 1:  # each of the 3 x 3 fields that hold the cell, at its own centre
+    distance = np.maximum(*np.abs(np.indices(heat.shape) - [[[row]], [[column]]]))
+    assert heat[distance <= 1].max() > 0
+    assert not heat[distance > 2].any()
+    if stride == 1:  # each of the 3 x 3 fields that hold the cell has it at its own centre
         inner = slice(1 - padding, side - 1 + padding)
-        assert (heat[inner, inner] > 0).sum() == (~far)[inner, inner].sum()
+        np.testing.assert_array_equal(heat[inner, inner] > 0, distance[inner, inner] <= 1)
 
 
 def test_it_is_the_weighted_sum_of_the_first_maps():
@@ -91,9 +91,7 @@ def test_it_is_the_weighted_sum_of_the_first_maps():
     first = network.convolutions[:3]
     tissue = (features != 0).any(1, keepdim=True).float()
     centred = (features - features.sum((2, 3), keepdim=True) / tissue.sum()) * tissue
-    maps = first(centred).detach().requires_grad_()
-    out = network.convolutions[3:](maps) * tissue
-    value = network.output((out.sum((2, 3)) / tissue.sum()))
+    maps = first(centred).detach()
     # the spatial mean of the gradients, by differences
     step = 1e-3
     weights = []
@@ -108,8 +106,7 @@ def test_it_is_the_weighted_sum_of_the_first_maps():
                 ends.append(network.output(out.sum((2, 3)) / tissue.sum()).item())
             weights.append((ends[0] - ends[1]) / (2 * step) / maps[0, 0].numel())
     network.float()
-    assert np.isfinite(value.item())
-    expected = np.tensordot(weights, maps[0].detach().double().numpy(), 1)
+    expected = np.tensordot(weights, maps[0].double().numpy(), 1)
     heat, _ = grad_cam(network, features, lambda raw: raw[:, 0])
     np.testing.assert_allclose(heat, expected, rtol=2e-3, atol=1e-5)
 
