@@ -241,7 +241,12 @@ def write_grid(path: Path, grid: Grid) -> None:
     encoded: dict[str, Buffer] = {}
     with whole_folder(path) as folder:
         group = zarr.open_group(zarr.storage.MemoryStore(encoded), mode="w", zarr_format=3)
-        group.attrs.update({"ome": ome_image(grid.provenance, channels=True), PROVENANCE: grid.provenance.model_dump()})
+        group.attrs.update(
+            {
+                "ome": ome_image(grid.provenance, channels=True),
+                PROVENANCE: grid.provenance.model_dump(),
+            }
+        )
         _create(group, CODES, codes.shape, codes.shape[:1])[:] = codes
         _create(group, VALID, grid.valid.shape, (), "bool")[:] = grid.valid
         _move(encoded, folder, but=METADATA)

@@ -7,7 +7,7 @@ A folder for each slide, written whole:
 - ``heat.zarr``: the same as an OME-Zarr 0.5 image in the frame of the slide's grid;
 - ``heat.geojson``: the areas of highest heat for QuPath, in level-0 px;
 - ``overlay.png``: the heat over a thumbnail, with a scale bar;
-- ``patches.png``: the hottest patches (upper row) and the coldest, hottest and coldest first.
+- ``patches.jpg``: the hottest patches (upper row) and the coldest, hottest and coldest first.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from nic_core.slides import Slide, SlideError, content_identity
 from nic_core.store import whole_folder
 
 TIFF, ZARR, GEOJSON = "heat.tif", "heat.zarr", "heat.geojson"
-OVERLAY, PATCHES = "overlay.png", "patches.png"
+OVERLAY, PATCHES = "overlay.png", "patches.jpg"
 QUANTILES = (0.5, 0.75, 0.9)  # of a slide's cells, from which on an area is outlined
 _THUMBNAIL, _SHOWN, _GAP = 1024, 8, 4  # px, patches, px
 _RANGE = (2, 98)  # percentiles that are shown as pure blue and red
@@ -53,7 +53,8 @@ def write_heatmap(
     *,
     name: str,
     quantiles: Sequence[float] = QUANTILES,
-) -> Pixels:
+    pictures: bool = True,
+) -> None:
     """Write a slide's heatmap, whole or not at all; one that stands there is replaced.
 
     Parameters
@@ -66,11 +67,8 @@ def write_heatmap(
         Of the slide's grid.
     name
         Of what is explained; a part of the areas' names in QuPath.
-
-    Returns
-    -------
-    uint8 (H, W, 3)
-        The overlay.
+    pictures
+        Draw the overlay and the patches too, which takes ten times as long as all else.
 
     Raises
     ------
@@ -88,15 +86,17 @@ def write_heatmap(
     if np.isnan(heat).all():
         raise ValueError(f"slide '{provenance.slide}': no cell has heat")
     cell = provenance.patch * provenance.mpp / slide.mpp
-    picture = heat_overlay(slide, heat, cell)
     with whole_folder(folder) as new:
         _write_tiff(new / TIFF, heat, provenance.patch * provenance.mpp)
         _write_zarr(new / ZARR, heat, provenance)
         areas = hot_areas(heat, cell, name=name, quantiles=quantiles)
         (new / GEOJSON).write_text(json.dumps(areas) + "\n")
-        imsave(new / OVERLAY, picture)
-        imsave(new / PATCHES, patch_sheet(slide, heat, provenance))
-    return picture
+        if pictures:
+            # the fastest: a thumbnail of tissue hardly gets smaller
+            quick = {"compress_level": 1}
+            imsave(new / OVERLAY, heat_overlay(slide, heat, cell), pil_kwargs=quick)
+            sheet = patch_sheet(slide, heat, provenance)
+            imsave(new / PATCHES, sheet, pil_kwargs={"quality": 90})
 
 
 def read_heatmap(folder: Path) -> Heat:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from nic_core.encoders.patch_sources import source_files
 from nic_core.encoders.pictures import code_map, neighbour_sheet
 from nic_core.encoders.probes import probe_table, task_codes
 from nic_core.grids import Grid, grid_hash, open_grid, write_grid
+from nic_core.heatmaps import OVERLAY as HEAT_OVERLAY
 from nic_core.heatmaps import score_heat, write_heatmap
 from nic_core.maps import overlay, probability_map, score_maps, truth_of_cells
 from nic_core.models.explanation import blind_networks, explain
@@ -69,6 +71,7 @@ INDEX = "index.parquet"
 RECORD, THUMBNAIL, TISSUE = "slide.json", "thumbnail.jpg", "tissue.png"
 PREDICTIONS, METRICS, RESULTS = "predictions.parquet", "metrics.parquet", "results.parquet"
 SCORES = "scores.parquet"
+PICTURED = 4  # slides of highest predictions whose heat is drawn, and of lowest
 EXPLANATION_SCHEMA = pl.Schema(
     {
         "slide": pl.String(),
@@ -82,6 +85,26 @@ CELLS, OVERLAY = "cells.parquet", "overlay.jpg"
 THUMBNAIL_SIDE = 1024  # px
 
 Pixels = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Explained:
+    """What :func:`explain_model` made.
+
+    Attributes
+    ----------
+    scores
+        A row a slide and map whose truth tells its cells apart: ``slide``, ``split``, ``map``,
+        ``auc`` of the heat over cells, ``hit`` of the pointing game.
+    overlays
+        Those of the highest and the lowest prediction by what they are, uint8 (H, W, 3).
+    versions
+        Of each slide's heat.
+    """
+
+    scores: pl.DataFrame
+    overlays: dict[str, Pixels]
+    versions: dict[str, str]
 
 
 class SlideRecord(BaseModel):
@@ -389,49 +412,64 @@ def make_model(
     return evaluated, card
 
 
-def explain_model(
-    cohort: Cohort, store: Store, encoder: str, target: str
-) -> tuple[pl.DataFrame, dict[str, Pixels]]:
+def explain_model(cohort: Cohort, store: Store, encoder: str, target: str) -> Explained:
     """Heatmaps of every slide that a model was tested on; writes them and their scores.
 
     Each patient is explained by the networks that have not seen them: that of the fold in which
     they were held out, or all for the split ``test``.
 
-    Returns
-    -------
-    polars.DataFrame, dict
-        A row a slide and map whose truth tells its cells apart: ``slide``, ``split``, ``map``,
-        ``auc`` of the heat over cells, ``hit`` of the pointing game. And the overlays of the
-        slides of highest and lowest prediction, by what they show.
+    The slides of the highest and lowest predictions (of classes: of the last one) get pictures.
+
+    Raises
+    ------
+    CohortError
+        No slide has a grid.
     """
     model = load_model(store.model(target, encoder))
     predictions = pl.read_parquet(store.model(target, encoder) / PREDICTIONS)
     units = (
         predictions.filter(model=NETWORK)
         .join(pl.read_parquet(store.folds(target)).select("unit", "slides"), on="unit")
-        .sort(prediction_columns(cohort.target(target))[-1])
+        .sort(prediction_columns(model.card.target)[-1], descending=True)
     )
-    known = gather_grids(store, encoder)
-    rows, overlays = [], {}
+    units = _with_grids(units, gather_grids(store, encoder)).explode("slides")
+    if units.is_empty():
+        raise CohortError(f"no slide of target '{target}' has a grid; materialize 'grid' again")
+    rows, versions = [], {}
     with whole_folder(store.explanations(target, encoder)) as folder:
-        for unit in _with_grids(units, known).iter_rows(named=True):
-            networks = blind_networks(model.networks, unit["fold"])
-            for slide in unit["slides"]:
-                grid = open_grid(store.grid(encoder, slide))
-                heat = explain(networks, grid, model.card.target, crop=model.card.settings.crop)
-                with _open(store, slide) as opened:
-                    picture = write_heatmap(
-                        folder / slide, heat, grid.provenance, opened, name=target
-                    )
-                overlays[slide] = picture
-                for item in cohort.maps:
-                    truth = _truth(cohort, store, item, slide, grid.valid.shape)
-                    if truth is not None and (scores := score_heat(heat, truth)) is not None:
-                        rows.append((slide, unit["split"], item.name, *scores))
-        table = pl.DataFrame(rows, schema=EXPLANATION_SCHEMA, orient="row").sort("slide", "map")
-        table.write_parquet(folder / SCORES)
-    low, high = list(overlays)[0], list(overlays)[-1]
-    return table, {f"highest: {high}": overlays[high], f"lowest: {low}": overlays[low]}
+        for place, (slide, fold, split) in enumerate(
+            units.select("slides", "fold", "split").rows()
+        ):
+            grid = open_grid(store.grid(encoder, slide))
+            networks = blind_networks(model.networks, fold)
+            heat = explain(networks, grid, model.card.target, crop=model.card.settings.crop)
+            versions[slide] = digest(heat.shape, heat.tobytes())
+            with _open(store, slide) as opened:
+                write_heatmap(
+                    folder / slide,
+                    heat,
+                    grid.provenance,
+                    opened,
+                    name=target,
+                    pictures=min(place, units.height - 1 - place) < PICTURED,
+                )
+            for item in cohort.maps:
+                truth = _truth(cohort, store, item, slide, grid.valid.shape)
+                if truth is not None and (scores := score_heat(heat, truth)) is not None:
+                    rows.append((slide, split, item.name, *scores))
+        scored = pl.DataFrame(rows, schema=EXPLANATION_SCHEMA, orient="row").sort("slide", "map")
+        scored.write_parquet(folder / SCORES)
+    overlays = {
+        f"{end} prediction: {slide}": imread(
+            store.explanations(target, encoder) / slide / HEAT_OVERLAY
+        )
+        for end, slide in (("highest", units["slides"][0]), ("lowest", units["slides"][-1]))
+    }
+    return Explained(
+        scored,
+        {name: (255 * drawn[..., :3]).astype(np.uint8) for name, drawn in overlays.items()},
+        versions,
+    )
 
 
 # --- probability maps ------------------------------------------------------------------------

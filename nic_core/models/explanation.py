@@ -4,7 +4,7 @@ Grad-CAM as in B (reference section 5): gradients of the output with respect to 
 convolution's maps, their spatial means as weights, weighted sum of the maps. The sign is kept: a
 high value speaks for a higher output, a low one for a lower. What B leaves open [choice]:
 
-- the maps are those after the layer's activation;
+- the maps are what the (separable) convolution itself gives, before batch normalisation;
 - the output is the value (regression), the risk (survival), or the log-odds of a class against
   all others (classification); for two classes that is the one output unit of B;
 - a map's value belongs to the cell at the centre of its 3 x 3 receptive field; cells between the
@@ -114,8 +114,8 @@ def grad_cam(
     Parameters
     ----------
     network
-        In evaluation mode; its first ``Conv2d`` says where maps lie, its first ``LeakyReLU``
-        gives them.
+        In evaluation mode; its first ``Conv2d`` says where the maps lie, its first
+        ``BatchNorm2d`` is given them.
     features : float (1, k, side, side)
     output
         The number to explain, of what the network returns.
@@ -126,15 +126,15 @@ def grad_cam(
         The heat, and the cells that some place of the maps sees.
     """
     convolution = next(m for m in network.modules() if isinstance(m, nn.Conv2d))
-    activation = next(m for m in network.modules() if isinstance(m, nn.LeakyReLU))
+    normalisation = next(m for m in network.modules() if isinstance(m, nn.BatchNorm2d))
     seen: list[Tensor] = []
 
-    def catch(module: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> Tensor:
+    def catch(module: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
         # a leaf: whatever comes before needs no gradient
-        seen.append(out.detach().requires_grad_())
+        seen.append(inputs[0].detach().requires_grad_())
         return seen[-1]
 
-    handle = activation.register_forward_hook(catch)
+    handle = normalisation.register_forward_pre_hook(catch)
     try:
         with torch.enable_grad():
             value = output(network(features)).sum()

@@ -80,6 +80,8 @@ def test_a_heatmap_is_written_whole_and_read_back(folder, heat, about, slide):
         write_heatmap(folder, heat, beyond, slide, name="growth")
     np.testing.assert_array_equal(read_heatmap(folder), heat)
     assert list(folder.parent.iterdir()) == [folder]
+    write_heatmap(folder, heat, about, slide, name="growth", pictures=False)
+    assert {path.name for path in folder.iterdir()} == {TIFF, ZARR, GEOJSON}
 
 
 def test_no_heatmap_is_named(tmp_path):
