@@ -184,7 +184,8 @@ def outlines(mask: npt.NDArray[np.bool_], cell: float) -> list[list[list[list[fl
         own = np.pad(regions[box] == number, 1).astype(np.float64)
         # row and column of a centre; the corner of the slide is half a cell before the first one
         corner = np.array([box[0].start - 0.5, box[1].start - 0.5])
-        rings = [(ring + corner)[:, ::-1] * cell for ring in find_contours(own, 0.5)]
+        found = find_contours(own, 0.5)  # type: ignore[no-untyped-call]
+        rings = [(ring + corner)[:, ::-1] * cell for ring in found]
         rings.sort(key=lambda ring: -abs(_area(ring)))  # the outer ring holds all others
         polygons.append(
             [

@@ -459,17 +459,11 @@ def explain_model(cohort: Cohort, store: Store, encoder: str, target: str) -> Ex
                     rows.append((slide, split, item.name, *scores))
         scored = pl.DataFrame(rows, schema=EXPLANATION_SCHEMA, orient="row").sort("slide", "map")
         scored.write_parquet(folder / SCORES)
-    overlays = {
-        f"{end} prediction: {slide}": imread(
-            store.explanations(target, encoder) / slide / HEAT_OVERLAY
-        )
-        for end, slide in (("highest", units["slides"][0]), ("lowest", units["slides"][-1]))
-    }
-    return Explained(
-        scored,
-        {name: (255 * drawn[..., :3]).astype(np.uint8) for name, drawn in overlays.items()},
-        versions,
-    )
+    overlays = {}
+    for end, slide in (("highest", units["slides"][0]), ("lowest", units["slides"][-1])):
+        drawn = imread(store.explanations(target, encoder) / slide / HEAT_OVERLAY)
+        overlays[f"{end} prediction: {slide}"] = (255 * drawn[..., :3]).astype(np.uint8)
+    return Explained(scored, overlays, versions)
 
 
 # --- probability maps ------------------------------------------------------------------------

@@ -82,9 +82,9 @@ def explain(
             inner, outer = windows(valid.shape, centre, crop)
             for k in range(ORIENTATIONS):
                 features = torch.from_numpy(crops.at("", centre, k).copy())[None]
-                heat, covered = (undo(a, k)[outer] for a in _heat(model, features, output))
-                total[inner] += np.where(covered, heat, 0)
-                count[inner] += covered
+                heat, covered = _heat(model, features, output)
+                total[inner] += undo(np.where(covered, heat, 0), k)[outer]
+                count[inner] += undo(covered, k)[outer]
     return np.where(valid & (count > 0), total / np.maximum(count, 1), np.nan).astype(np.float32)
 
 
