@@ -267,7 +267,8 @@ def _with_scale_bar(picture: Pixels, mpp: float) -> Pixels:
     longest = picture.shape[1] / 5 * mpp  # um
     power = 10.0 ** np.floor(np.log10(longest))
     length = power * max(step for step in (1, 2, 5) if step * power <= longest)
-    text = f"{length / 1000:g} mm" if length >= 1000 else f"{length:g} µm"
+    # the font that comes with Pillow has no Greek letter
+    text = f"{length / 1000:g} mm" if length >= 1000 else f"{length:g} um"
     image = Image.fromarray(picture)
     draw = ImageDraw.Draw(image)
     pixels, margin, thick = round(length / mpp), 12, 5
