@@ -443,7 +443,7 @@ class CompressionSettings(_Model):
         default="auto", description="auto: bfloat16 where the processor computes it"
     )
     reading: Literal["patch", "input"] = Field(
-        default="input",
+        default="patch",
         description="read the patch's pixels and pool them in the network (published), or read "
         "at the resolution of the network's input",
     )

@@ -36,7 +36,7 @@ from nic_core.slides.errors import SlideError
 from nic_core.slides.resample import Pixels
 from nic_core.slides.slide import Slide
 
-GPU_BLOCK = 16  # cells a side that are read at once; on a CPU: BLOCK
+GPU_BLOCK = 16  # patches a side that are read at once; on a CPU: BLOCK
 
 Progress = Callable[[int, int], None]
 Cells = NDArray[np.int64]
@@ -105,7 +105,9 @@ def compress_slide(
         return cells, _encode(encoder, pixels, len(codes))
 
     workers = workers or cores()
-    blocks = plan_blocks(table, side=BLOCK if encoder.on_cpu else GPU_BLOCK)
+    # as many pixels at once, whatever their size
+    side = (BLOCK if encoder.on_cpu else GPU_BLOCK) * card.patch // encoder.side
+    blocks = plan_blocks(table, side=side)
     with _one_thread_each():
         if encoder.on_cpu:
             encoded = in_order(blocks, lambda block: encode(read(block)), workers)

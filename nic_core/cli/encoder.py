@@ -128,6 +128,8 @@ def probe(
 def _show(card: dict[str, Any]) -> None:
     """A card, a line a fact; empty ones are left out."""
     table = Table(show_header=False, box=None)
+    table.add_column()
+    table.add_column(overflow="fold")  # no digit of a hash is lost
     for name, value in card.items():
         if value is None or value == {}:
             continue

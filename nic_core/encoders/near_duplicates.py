@@ -30,7 +30,7 @@ from nic_core.slides.resample import coverage
 AGREEMENT = 0.75  # other tissue stays below 0.7, copies as above lie above 0.75, most above 0.9
 SIDE = 128  # px at which patches are compared
 REACH = 1 / 16  # of the side
-ROUGH_SIDE, ROUGH = 32, 0.4  # of the first look; copies have 0.55 and more there
+ROUGH_SIDE, ROUGH = 32, 0.4  # of the first look; copies have 0.5 and more there
 BAND = (4, 32)  # periods a side
 CELLS = 8  # a side
 # a cell has structure if its standard deviation exceeds 5 grey levels; half of them must

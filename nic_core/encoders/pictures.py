@@ -153,7 +153,7 @@ def code_map(tasks: Sequence[TaskCodes]) -> Figure:
 
 
 def neighbour_sheet(
-    tasks: Sequence[TaskCodes], *, seed: int = 0, queries: int = 3, neighbours: int = 8
+    tasks: Sequence[TaskCodes], *, seed: int = 0, queries: int = 2, neighbours: int = 8
 ) -> Figure:
     """Test patches (first column) and the training patches whose codes are nearest to theirs.
 

@@ -35,11 +35,14 @@ def check_dicom(path: Path) -> None:
     Raises
     ------
     SlideError
-        A file of the slide ends before its pixels do.
+        A file of the slide ends before its pixels do, or cannot be read.
     """
-    for part in dicom_parts(path):
-        if not _whole(part):
-            raise SlideError(path, f"{part.name} is cut short", DAMAGED_REMEDY)
+    try:
+        cut = [part.name for part in dicom_parts(path) if not _whole(part)]
+    except OSError as error:
+        raise SlideError(path, f"cannot be read ({error})", "check the path") from error
+    if cut:
+        raise SlideError(path, f"cut short: {', '.join(cut)}", DAMAGED_REMEDY)
 
 
 def _whole(path: Path) -> bool:
@@ -55,7 +58,10 @@ def _whole(path: Path) -> bool:
 
 
 def _series(path: Path) -> bytes | None:
-    with path.open("rb") as file:
-        head = file.read(_HEAD)
+    try:
+        with path.open("rb") as file:
+            head = file.read(_HEAD)
+    except OSError:  # another's file in the folder is no reason to refuse this slide
+        return None
     found = _SERIES.search(head) if head[128:132] == b"DICM" else None
     return found[1] if found else None

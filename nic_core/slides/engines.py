@@ -14,7 +14,8 @@ PNG, JPEG                                       ``libvips``, whole into memory
 ==============================================  =========================================
 
 libvips reads TIFF too when asked, about as fast. It is not the default: it reports an
-undecodable tile once and then gives it as black, and passes JPEG data damaged within a tile.
+undecodable tile once, then gives it and good ones beside it as black, and passes JPEG data
+damaged within a tile.
 Vendors' formats it reads where it was built with OpenSlide, which the wheels are not.
 """
 
@@ -150,10 +151,7 @@ def _open_with_openslide(path: Path, scan: TiffScan | None) -> Engine:
         raise SlideError(
             path, f"the folder {path.stem} beside it is missing", "copy the folder with the file"
         )
-    try:
-        check_dicom(path)
-    except OSError as error:
-        raise SlideError(path, f"cannot be read ({error})", "check the path") from error
+    check_dicom(path)
     try:
         return OpenSlideEngine(path)
     except openslide.OpenSlideUnsupportedFormatError as error:
@@ -167,11 +165,11 @@ def _open_with_openslide(path: Path, scan: TiffScan | None) -> Engine:
 
 
 def _magic(path: Path) -> bytes:
-    if path.is_dir():
-        raise SlideError(path, "is a folder", _NOT_A_SLIDE)
-    if path.exists() and not path.is_file():  # a pipe would wait for ever
-        raise SlideError(path, "is no regular file", _NOT_A_SLIDE)
     try:
+        if path.is_dir():
+            raise SlideError(path, "is a folder", _NOT_A_SLIDE)
+        if path.exists() and not path.is_file():  # a pipe would wait for ever
+            raise SlideError(path, "is no regular file", _NOT_A_SLIDE)
         with path.open("rb") as file:
             magic = file.read(8)
     except OSError as error:
@@ -204,16 +202,6 @@ def _levels(sizes: list[tuple[int, int]], tiles: list[tuple[int, int]]) -> tuple
         Level(w, h, downsample(width, height, w, h), tile)
         for (w, h), tile in zip_longest(sizes, tiles)
     )
-
-
-def _stored_tiles(pages: list[tifffile.TiffPage]) -> list[tuple[int, int]]:
-    """Width and height of the tiles or strips of each level."""
-    return [
-        (page.tilewidth, page.tilelength)
-        if page.is_tiled
-        else (page.imagewidth, min(page.rowsperstrip, page.imagelength))
-        for page in pages
-    ]
 
 
 class VipsEngine:
@@ -265,7 +253,7 @@ class VipsEngine:
             number, _ = known[pages[0].offset]
             known |= {at: (number, sub) for sub, at in enumerate(pages[0].subifds or ())}
             places = [known[page.offset] for page in pages]
-            tiles = _stored_tiles(pages)
+            tiles = [_tile_size(page) for page in pages]
 
         def image(page: int, subifd: int) -> _VipsImage:
             return lambda: pyvips.Image.tiffload(
@@ -417,7 +405,7 @@ class TiffEngine:
         self._cached = 0
         self.levels = _levels(
             [(page.imagewidth, page.imagelength) for page in self._pages],
-            _stored_tiles(self._pages),
+            [_tile_size(page) for page in self._pages],
         )
         self.about = scan.about
 
@@ -501,7 +489,7 @@ def _tile_size(page: tifffile.TiffPage) -> tuple[int, int]:
     """Width and height of a page's tiles or strips, px."""
     if page.is_tiled:
         return page.tilewidth, page.tilelength
-    return page.imagewidth, page.rowsperstrip
+    return page.imagewidth, min(page.rowsperstrip, page.imagelength)
 
 
 def _decode_jpeg(data: bytes, width: int, height: int, shrink: int) -> Pixels:

@@ -110,10 +110,12 @@ def resample(
 
 
 def block_means(pixels: Pixels, step: int) -> Pixels:
-    """Means of ``step`` x ``step`` px, in whole numbers."""
+    """Means of ``step`` x ``step`` px, in whole numbers, rounded half up; what does not fill a
+    block is cut off."""
     if step == 1:
         return np.ascontiguousarray(pixels)
     height, width = pixels.shape[0] // step, pixels.shape[1] // step
+    pixels = np.ascontiguousarray(pixels[: height * step, : width * step])
     pixels = pixels.reshape(height * step, -1)
     result = np.empty((height, width * 3), np.uint8)
     kind = np.dtype(np.uint16 if 256 * step**2 <= 1 << 16 else np.uint32)

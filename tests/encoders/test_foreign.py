@@ -109,15 +109,23 @@ def test_a_network_of_another_format_gives_its_own_codes(kind, files, network, p
     np.testing.assert_array_equal(again.embed(pixels), codes)
 
 
+@pytest.mark.parametrize(("precision", "error"), [("float32", 1e-3), ("bfloat16", 2e-2)])
 @pytest.mark.parametrize("kind", ["exported", "script"])
-def test_a_slide_is_compressed_with_it_patch_by_patch(kind, files, network, tmp_path):
+def test_a_slide_is_compressed_with_it_patch_by_patch(
+    kind, precision, error, files, network, tmp_path
+):
     path = write_tiff(tmp_path / "slide.tif", paint(700, 500), mpp=0.5)
     encoder = load(files[kind])
     with open_slide(path) as slide:
         mask = TissueMask(np.random.default_rng(0).random((44, 32)) < 0.8, 8.0)
         table = patch_table("s", slide, mask, patch=64, mpp=0.5, tissue=0.6)
         grid = compress_slide(
-            slide, table, encoder, slide_id="s", slide_identity=content_identity(path), workers=2
+            slide,
+            table,
+            encoder.prepare("cpu", precision),
+            slide_id="s",
+            slide_identity=content_identity(path),
+            workers=2,
         )
         kept = table.filter("kept")
         assert 0 < kept.height < table.height
@@ -126,9 +134,10 @@ def test_a_slide_is_compressed_with_it_patch_by_patch(kind, files, network, tmp_
             patch = slide.read(row["x"], row["y"], 64, 64, 0.5)
             code = np.asarray(grid.codes[:, row["row"], row["column"]], np.float32)
             np.testing.assert_allclose(
-                code, expected(network, patch[None])[0], rtol=2e-3, atol=1e-3
+                code, expected(network, patch[None])[0], rtol=2e-3, atol=error
             )
     assert grid.provenance.weights_hash == encoder.card.weights_hash
+    assert grid.provenance.precision == precision
 
 
 def test_the_hash_covers_the_file_and_its_preprocessing(files):

@@ -1,0 +1,131 @@
+"""The same slide, grid and encoder through another package; run by that package's own Python.
+
+    python benchmarks/peers.py lazyslide SLIDE ENCODER.pt
+
+ENCODER.pt is TorchScript, uint8 (B, 3, 128, 128) to codes: ``benchmarks/compress.py --peer`` writes
+it and calls this file. Prints one JSON object: patches per second reading alone, and end to end,
+with the package's own defaults (batch of 32).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+PATCH, MPP, BATCH = 128, 0.5, 32
+
+
+def lazyslide(slide: Path, encoder: Path) -> tuple[Callable[[], int], Callable[[], int]]:
+    import lazyslide as zs
+    import numpy as np
+    import torch
+    from wsidata import open_wsi
+
+    wsi = open_wsi(str(slide))
+    zs.pp.tile_tissues(wsi, PATCH, mpp=MPP, tissue_key=None, background_filter=False)
+
+    def read() -> int:
+        return sum(1 for _ in wsi.iter.tile_images("tiles"))
+
+    def encode() -> int:
+        zs.tl.feature_extraction(
+            wsi,
+            model_path=str(encoder),
+            model_name="encoder",
+            jit=True,
+            # uint8 (H, W, 3) to what the encoder takes
+            transform=lambda image: torch.from_numpy(np.array(image)).permute(2, 0, 1),
+            batch_size=BATCH,
+            pbar=False,
+        )
+        return len(wsi.shapes["tiles"])
+
+    return read, encode
+
+
+def tiatoolbox(slide: Path, encoder: Path) -> tuple[Callable[[], int], Callable[[], int]]:
+    import torch
+    from tiatoolbox.models.dataset import WSIPatchDataset
+    from torch.utils.data import DataLoader
+
+    patches = WSIPatchDataset(
+        slide,
+        patch_input_shape=(PATCH, PATCH),
+        stride_shape=(PATCH, PATCH),
+        resolution=MPP,
+        units="mpp",
+        auto_get_mask=False,
+    )
+    network = torch.jit.load(encoder).eval()
+
+    def read() -> int:
+        return sum(len(batch["image"]) for batch in DataLoader(patches, batch_size=BATCH))
+
+    def encode() -> int:
+        count = 0
+        with torch.inference_mode():
+            for batch in DataLoader(patches, batch_size=BATCH):
+                count += len(network(batch["image"].permute(0, 3, 1, 2)))
+        return count
+
+    return read, encode
+
+
+def hs2p(slide: Path, encoder: Path) -> tuple[Callable[[], int], Callable[[], int]]:
+    import numpy as np
+    import torch
+    from hs2p import SlideSpec, TilingConfig, tile_slide
+    from hs2p.wsi import iter_tile_arrays_from_result
+    from PIL import Image
+
+    with Image.new("L", (64, 64), 1) as whole:
+        mask = Path(tempfile.mkdtemp()) / "mask.png"
+        whole.save(mask)
+    spec = SlideSpec(sample_id="slide", image_path=slide, mask_path=mask)
+    tiling = TilingConfig(
+        requested_spacing_um=MPP, requested_tile_size_px=PATCH, tolerance=0.05, overlap=0.0
+    )
+    result = tile_slide(spec, tiling=tiling)
+    network = torch.jit.load(encoder).eval()
+
+    def batches() -> Iterator[np.ndarray]:
+        waiting = []
+        for tile in iter_tile_arrays_from_result(result=result):
+            waiting.append(tile)
+            if len(waiting) == BATCH:
+                yield np.stack(waiting)
+                waiting = []
+        if waiting:
+            yield np.stack(waiting)
+
+    def read() -> int:
+        return sum(len(batch) for batch in batches())
+
+    def encode() -> int:
+        with torch.inference_mode():
+            return sum(
+                len(network(torch.from_numpy(batch).permute(0, 3, 1, 2))) for batch in batches()
+            )
+
+    return read, encode
+
+
+PEERS = {"lazyslide": lazyslide, "tiatoolbox": tiatoolbox, "hs2p": hs2p}
+
+
+def main() -> None:
+    name, slide, encoder = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+    rates = []
+    for work in PEERS[name](slide, encoder):
+        start = time.perf_counter()
+        count = work()
+        rates.append(count / (time.perf_counter() - start))
+    print(json.dumps({"read": rates[0], "compress": rates[1], "patches": count}))
+
+
+if __name__ == "__main__":
+    main()
