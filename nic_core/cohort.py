@@ -249,7 +249,7 @@ class EncoderSpec(_Model):
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto",
         description="of the forward and backward pass; auto is bfloat16 on a GPU or CPU with "
-        "matrix units for it, else float32 [choice]",
+        "instructions for it, else float32 [choice]",
     )
 
     @model_validator(mode="after")
