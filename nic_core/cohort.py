@@ -18,6 +18,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
     ValidationError,
@@ -59,6 +60,7 @@ UserPath = Annotated[Path, AfterValidator(_resolve)]
 Name = Annotated[str, AfterValidator(_check_name)]
 TaskName = Annotated[str, AfterValidator(_check_task_name)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+NetworkName = Literal["published", "small", "mil"]
 
 
 class _Model(BaseModel):
@@ -433,15 +435,44 @@ class ProbabilityMap(_Model):
 class ModelSettings(_Model):
     """How slide models are trained; the defaults are the paper's (section 5 of the reference)."""
 
-    network: Literal["published", "small"] = "published"
+    network: NetworkName = Field(
+        default="published",
+        description="grid CNN of the paper, a small one, or gated-attention pooling of cells",
+    )
+    positions: bool = Field(default=False, description="tell network mil where each cell lies")
     crop: PositiveInt = Field(default=400, description="cells a side; smaller grids are padded")
+    feature_noise: NonNegativeFloat = Field(
+        default=0.0, description="deviation of noise on normalised features in training"
+    )
+    feature_dropout: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="probability that training sees a whole feature of a crop as 0",
+    )
     folds: int = Field(default=4, ge=3)
+    seeds: PositiveInt = Field(
+        default=1,
+        description="initialisations to train every fold from; more than one says how far "
+        "figures depend on it",
+    )
     epochs: PositiveInt = 60
     batch: PositiveInt = 16
     learning_rate: PositiveFloat = 1e-2
     crops_at_test: PositiveInt = 10
     bootstrap: PositiveInt = 1000
     seed: int = 0
+    permute_labels: int | None = Field(
+        default=None,
+        description="seed to exchange labels between patients with: a control that must come "
+        "out at chance",
+    )
+
+    @model_validator(mode="after")
+    def _positions_are_for_mil(self) -> Self:
+        if self.positions and self.network != "mil":
+            raise ValueError(f"positions: network '{self.network}' sees them anyway; for mil alone")
+        return self
 
 
 class CompressionSettings(_Model):

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy import ndimage
+from torch import Tensor
 
-from nic_core.models.networks import SMALL_COMPONENTS, Normalise
+from nic_core.cohort import NetworkName
+from nic_core.models.networks import Normalise, component_count, occupied
 from nic_core.orientations import ORIENTATIONS, orient
 
 CACHE_BYTES = 1 << 30
+_BLOCK = 1 << 14  # cells whose moments are summed at once
+
+_Item = TypeVar("_Item")
 
 
 class GridLike(Protocol):
@@ -29,6 +35,13 @@ class GridLike(Protocol):
     @property
     def valid(self) -> NDArray[np.bool_]:
         """bool (rows, columns)."""
+
+    @property
+    def orientations(self) -> Any:
+        """Codes of all 8 orientations, or None where the slide was compressed upright alone."""
+
+    def oriented(self, k: int) -> Any:
+        """Codes of orientation ``k`` at the upright cells, like ``codes``."""
 
 
 GridSource = Callable[[str], GridLike]  # slide id -> its grid
@@ -56,12 +69,17 @@ def grid_moments(slide: str, grid: GridLike) -> GridMoments:
     ValueError
         No cell is tissue, or a code is not finite.
     """
-    codes = np.asarray(grid.codes[:], np.float64)[:, np.asarray(grid.valid)]
-    if not codes.shape[1]:
+    cells = np.asarray(grid.codes[:])[:, np.asarray(grid.valid)]
+    if not cells.shape[1]:
         raise ValueError(f"slide '{slide}': its grid has no tissue cell; leave the slide out")
-    if not np.isfinite(codes).all():
+    total, squares = np.zeros(len(cells)), np.zeros((len(cells), len(cells)))
+    for start in range(0, cells.shape[1], _BLOCK):
+        codes = cells[:, start : start + _BLOCK].astype(np.float64)
+        total += codes.sum(1)
+        squares += codes @ codes.T
+    if not np.isfinite(total).all():
         raise ValueError(f"slide '{slide}': its grid has codes that are not finite; compress again")
-    return GridMoments(codes.shape[1], codes.sum(1), codes @ codes.T)
+    return GridMoments(cells.shape[1], total, squares)
 
 
 def fit_normalise(moments: Iterable[GridMoments], *, components: int | None) -> Normalise:
@@ -96,9 +114,9 @@ def fit_normalise(moments: Iterable[GridMoments], *, components: int | None) -> 
     )
 
 
-def normalise_for(network: str, moments: Iterable[GridMoments]) -> Normalise:
+def normalise_for(network: NetworkName, moments: Iterable[GridMoments]) -> Normalise:
     """The normalisation that a network is trained with."""
-    return fit_normalise(moments, components=SMALL_COMPONENTS if network == "small" else None)
+    return fit_normalise(moments, components=component_count(network))
 
 
 def centre_weights(valid: NDArray[np.bool_]) -> NDArray[np.float64]:
@@ -149,6 +167,10 @@ class Crops:
 
     Features of whole slides are kept until they fill ``cache_bytes``; of the other slides each
     crop reads its window alone, so memory is bounded whatever the cohort.
+
+    Orientation ``k`` of a crop has the codes of the turned pixels where the grid holds them
+    (B); of other grids the upright codes are turned, which is cheaper and not the same: a turned
+    patch has another code. Safe to use from one thread at a time.
     """
 
     def __init__(
@@ -159,12 +181,14 @@ class Crops:
         *,
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
-        self._grids = grids
         self._normalise = normalise
         self._crop = crop
         self._room = cache_bytes
-        self._whole: dict[str, NDArray[np.float32]] = {}
-        self._centres = lru_cache(maxsize=256)(self._centre_table)
+        self._whole: dict[tuple[str, int], NDArray[np.float32]] = {}
+        self._open = lru_cache(maxsize=64)(grids)
+        self._centres = lru_cache(maxsize=64)(self._centre_table)
+        self._mean = normalise.mean.numpy()[:, None]
+        self._weight = normalise.weight.numpy()
 
     @property
     def bytes(self) -> int:
@@ -184,35 +208,47 @@ class Crops:
         return [self._centre(slide, random) for _ in range(count)]
 
     def at(self, slide: str, centre: tuple[int, int], orientation: int) -> NDArray[np.float32]:
-        """The crop about a cell (row, column), turned; the *grid* is, not the pixels in a patch."""
-        whole = self._features(slide)
+        """The crop about a cell (row, column) of the upright grid, turned."""
+        grid = self._open(slide)
+        stored = orientation if grid.orientations is not None else 0
+        whole = self._features(slide, grid, stored)
         if whole is None:
-            window, place = cut(self._grids(slide).codes, centre, self._crop)
-            window = self._apply(window)
+            inner, place = windows(grid.valid.shape, centre, self._crop)
+            window = self._apply(
+                grid.oriented(stored)[:, inner[0], inner[1]], np.asarray(grid.valid)[inner]
+            )
         else:
             window, place = cut(whole, centre, self._crop)
         out = np.zeros((len(window), self._crop, self._crop), np.float32)
         out[:, place[0], place[1]] = window
         return orient(out, orientation)
 
-    def _features(self, slide: str) -> NDArray[np.float32] | None:
-        if slide not in self._whole:
-            grid = self._grids(slide)
+    def _features(self, slide: str, grid: GridLike, stored: int) -> NDArray[np.float32] | None:
+        key = slide, stored
+        if key not in self._whole:
             size = 4 * self._normalise.channels * grid.valid.size
             if size > self._room:
                 return None
             self._room -= size
-            self._whole[slide] = self._apply(grid.codes[:])
-        return self._whole[slide]
+            self._whole[key] = self._apply(grid.oriented(stored)[:], np.asarray(grid.valid))
+        return self._whole[key]
 
-    def _apply(self, codes: NDArray[Any]) -> NDArray[np.float32]:
-        with torch.no_grad():
-            features = self._normalise(torch.from_numpy(np.asarray(codes, np.float32))[None])
-        out: NDArray[np.float32] = features[0].numpy()
+    def _apply(self, codes: NDArray[Any], valid: NDArray[np.bool_]) -> NDArray[np.float32]:
+        """What :class:`Normalise` does, for tissue cells alone and without torch's threads, which
+        the network is using meanwhile."""
+        out = np.zeros((self._normalise.channels, *valid.shape), np.float32)
+        cells = np.asarray(codes)[:, valid].astype(np.float32)
+        occupied = cells.any(0)  # as the network sees it, should a tissue cell have the code 0
+        cells -= self._mean
+        if self._weight.ndim == 1:
+            cells *= self._weight[:, None]
+        else:
+            cells = self._weight @ cells
+        out[:, valid] = cells * occupied
         return out
 
     def _centre_table(self, slide: str) -> tuple[NDArray[np.float64], int]:
-        weights = centre_weights(np.asarray(self._grids(slide).valid))
+        weights = centre_weights(np.asarray(self._open(slide).valid))
         return np.cumsum(weights), weights.shape[1]
 
     def _centre(self, slide: str, random: np.random.Generator) -> tuple[int, int]:
@@ -230,6 +266,38 @@ def _keep_whole(centre: int, length: int, crop: int) -> int:
     if length > crop:
         return centre
     return min(max(centre, length - crop + crop // 2), crop // 2)
+
+
+def disturb(
+    features: Tensor, *, noise: float, dropout: float, generator: torch.Generator | None = None
+) -> Tensor:
+    """Augmented features (B, k, rows, columns) [choice]; background stays 0.
+
+    Parameters
+    ----------
+    noise
+        Deviation of normal noise on each feature of each tissue cell.
+    dropout
+        Probability that a feature is 0 in all of a crop; the others are divided by 1 - dropout.
+    """
+    tissue = occupied(features)
+    if noise:
+        drawn = torch.randn(features.shape, generator=generator, dtype=features.dtype)
+        features = features + noise * drawn * tissue
+    if dropout:
+        kept = torch.rand(features.shape[:2], generator=generator) >= dropout
+        features = features * (kept[:, :, None, None] / (1 - dropout))
+    return features
+
+
+def prefetch(items: Iterator[_Item]) -> Iterator[_Item]:
+    """The same items; a thread makes the next one while the caller works on this one."""
+    end = object()
+    with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as pool:
+        coming = pool.submit(next, items, end)
+        while (item := coming.result()) is not end:
+            coming = pool.submit(next, items, end)
+            yield item  # type: ignore[misc]
 
 
 def all_moments(slides: Iterable[str], grids: GridSource) -> Mapping[str, GridMoments]:

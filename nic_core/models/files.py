@@ -14,7 +14,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from nic_core.cohort import ModelSettings, Target
-from nic_core.models.networks import SMALL_COMPONENTS, Ensemble, FoldModel, Normalise, build_network
+from nic_core.models.networks import (
+    Ensemble,
+    FoldModel,
+    Normalise,
+    build_network,
+    component_count,
+)
 from nic_core.models.training import output_count
 from nic_core.models.validation import Evaluated
 
@@ -38,6 +44,8 @@ class ModelMetric(BaseModel):
     high: float | None
     units: int
     patients: int
+    seeds_mean: float | None = None  # over initialisations, of the network where there are several
+    seeds_deviation: float | None = None
 
 
 class ModelCard(BaseModel):
@@ -130,12 +138,15 @@ def ensemble_module(networks: Sequence[FoldModel]) -> Ensemble:
 
 
 def _load_fold(card: ModelCard, path: Path) -> FoldModel:
-    channels = min(SMALL_COMPONENTS, card.code) if card.settings.network == "small" else card.code
-    weight = torch.zeros(channels, card.code) if card.settings.network == "small" else None
-    normalise = Normalise(
-        torch.zeros(card.code), torch.zeros(card.code) if weight is None else weight
+    components = component_count(card.settings.network)
+    shape = (card.code,) if components is None else (min(components, card.code), card.code)
+    normalise = Normalise(torch.zeros(card.code), torch.zeros(shape))
+    network = build_network(
+        card.settings.network,
+        normalise.channels,
+        output_count(card.target),
+        positions=card.settings.positions,
     )
-    network = build_network(card.settings.network, channels, output_count(card.target))
     model = FoldModel(normalise, network, card.target.kind)
     model.load_state_dict(load_file(path))
     model.eval().requires_grad_(False)

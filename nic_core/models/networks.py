@@ -1,4 +1,4 @@
-"""Convolutional networks on grids of patch codes.
+"""Networks on grids of patch codes: two CNNs, and pooling by gated attention.
 
 A :class:`FoldModel` is what one fold learns: it takes a raw crop of a grid and gives a
 prediction in the target's own terms, so normalisation can neither be forgotten nor differ
@@ -13,11 +13,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from nic_core.cohort import CohortError
+from nic_core.cohort import CohortError, NetworkName
 
 PUBLISHED_STRIDES = (2, 2, 2, 2, 2, 2, 1, 1)
 PUBLISHED_CROPS = (383, 446)  # cells a side that the eight layers bring to exactly 1 x 1
 SMALL_COMPONENTS = 48
+WAVELENGTHS = (8, 32, 128, 512)  # cells [choice]
 Kind = Literal["regression", "classification", "survival"]
 
 
@@ -93,6 +94,72 @@ class SmallGridCNN(nn.Module):
         maps = self.convolutions(centred) * tissue
         out: Tensor = self.output((maps.sum((2, 3), keepdim=True) / cells).flatten(1))
         return out
+
+
+class GatedAttentionMIL(nn.Module):
+    """Gated-attention pooling of a crop's cells (Ilse, Tomczak and Welling, ICML 2018).
+
+    Each cell is embedded by itself (dense 64, ReLU, dropout 0.25 [choice]). The weight of a cell
+    is the softmax over tissue cells of w . (tanh(V h) * sigmoid(U h)), with 32 units [choice];
+    background has weight 0. The weighted mean of the embeddings gives the output. Where cells lie
+    is unknown to it, so that it says what arrangement adds; with ``positions`` each cell also has
+    sines and cosines of its row and column, counted from the middle of the crop's tissue
+    [choice].
+
+    Input float (B, channels, rows, columns) with 0 for background; output float (B, outputs).
+    """
+
+    def __init__(self, channels: int, outputs: int, *, positions: bool = False) -> None:
+        super().__init__()
+        width, units = 64, 32
+        self.positions = positions
+        inputs = channels + (4 * len(WAVELENGTHS) if positions else 0)
+        self.embed = nn.Sequential(nn.Conv2d(inputs, width, 1), nn.ReLU(), nn.Dropout(0.25))
+        self.content = nn.Conv2d(width, units, 1)
+        self.gate = nn.Conv2d(width, units, 1)
+        self.score = nn.Conv2d(units, 1, 1, bias=False)
+        self.output = nn.Linear(width, outputs)
+
+    def forward(self, grid: Tensor) -> Tensor:
+        embedded, weights = self._attend(grid)
+        out: Tensor = self.output((embedded * weights).sum((2, 3)))
+        return out
+
+    def attention(self, features: Tensor) -> Tensor:
+        """Weight of each cell, float (B, rows, columns): 0 for background, sum 1 over a crop
+        with tissue."""
+        return self._attend(features)[1][:, 0]
+
+    def _attend(self, grid: Tensor) -> tuple[Tensor, Tensor]:
+        tissue = occupied(grid)
+        if self.positions:
+            grid = torch.cat([grid, position_waves(tissue)], 1)
+        embedded = self.embed(grid)
+        score = self.score(torch.tanh(self.content(embedded)) * torch.sigmoid(self.gate(embedded)))
+        # a crop without tissue has no weights: 0 rather than 0 / 0
+        score = score - score.masked_fill(tissue == 0, -torch.inf).amax((2, 3), keepdim=True).clamp(
+            min=torch.finfo(score.dtype).min
+        )
+        weights = torch.exp(score.clamp(max=0)) * tissue
+        return embedded, weights / weights.sum((2, 3), keepdim=True).clamp(min=1e-12)
+
+
+def position_waves(tissue: Tensor) -> Tensor:
+    """Where each cell lies, (B, 1, rows, columns) to (B, 4 * waves, rows, columns), 0 for
+    background.
+
+    Sines and cosines of row and column at :data:`WAVELENGTHS`, from the tissue's mean position.
+    """
+    waves = []
+    cells = tissue.sum((2, 3), keepdim=True).clamp(min=1)
+    for axis in (2, 3):
+        at = torch.arange(tissue.shape[axis], dtype=tissue.dtype, device=tissue.device)
+        at = at[:, None] if axis == 2 else at
+        at = at - (tissue * at).sum((2, 3), keepdim=True) / cells
+        for length in WAVELENGTHS:
+            angle = at * (2 * torch.pi / length)
+            waves += [torch.sin(angle) * tissue, torch.cos(angle) * tissue]
+    return torch.cat(waves, 1)
 
 
 class Normalise(nn.Module):
@@ -173,18 +240,27 @@ def occupied(grid: Tensor) -> Tensor:
     return (grid != 0).any(1, keepdim=True).to(grid.dtype)
 
 
-def build_network(name: Literal["published", "small"], channels: int, outputs: int) -> nn.Module:
+def build_network(
+    name: NetworkName, channels: int, outputs: int, *, positions: bool = False
+) -> nn.Module:
     """The network of that name for features of so many channels."""
     if name == "published":
         return PublishedGridCNN(channels, outputs)
+    if name == "mil":
+        return GatedAttentionMIL(channels, outputs, positions=positions)
     return SmallGridCNN(channels, outputs)
 
 
-def check_crop(name: Literal["published", "small"], crop: int) -> None:
+def component_count(name: NetworkName) -> int | None:
+    """Principal components of the codes that a network is given [choice]; None: all codes."""
+    return None if name == "published" else SMALL_COMPONENTS
+
+
+def check_crop(name: NetworkName, crop: int) -> None:
     """Raise ``CohortError`` if the network cannot take crops of that many cells a side."""
     low, high = PUBLISHED_CROPS
     if name == "published" and not low <= crop <= high:
         raise CohortError(
             f"settings.models: network 'published' takes crops of {low} to {high} cells a side, "
-            f"not {crop}; use network 'small' for small grids"
+            f"not {crop}; use network 'small' or 'mil' for small grids"
         )

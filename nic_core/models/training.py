@@ -24,7 +24,14 @@ from nic_core.metrics import (
     regression_metrics,
     survival_metrics,
 )
-from nic_core.models.crops import Crops, GridMoments, GridSource, normalise_for
+from nic_core.models.crops import (
+    Crops,
+    GridMoments,
+    GridSource,
+    disturb,
+    normalise_for,
+    prefetch,
+)
 from nic_core.models.losses import cox_loss
 from nic_core.models.networks import FoldModel, build_network, check_crop
 from nic_core.orientations import ORIENTATIONS
@@ -34,7 +41,8 @@ if TYPE_CHECKING:
 
 L2 = 1e-5  # B: penalty L2 * sum of squares of kernels
 LOWEST_RATE = 1e-5  # B
-WARM_UP = 0.3  # part of the epochs in which the small network's rate rises [choice]
+WARM_UP = 0.3  # part of the epochs in which a rate that is not B's rises [choice]
+SMALL_CROP = 100  # cells a side up to which one thread is as fast as several
 PATIENCE = 10  # epochs without a better validation metric before the rate falls [choice]
 VALIDATION_VIEWS = 4  # fixed crops of each slide, each in another orientation [choice]
 _BATCH_BYTES = 1 << 28  # features that a network is given at once outside of training
@@ -74,12 +82,13 @@ def fit_fold(
     """Train a network on some units and keep the epoch that is best on others.
 
     Adam. For network ``published`` the rate falls tenfold when the validation metric (Spearman's
-    rho, ROC AUC, Harrell's C) stops rising, down to 1e-5 (B); for ``small`` it rises over the
+    rho, ROC AUC, Harrell's C) stops rising, down to 1e-5 (B); for the others it rises over the
     first 30 % of epochs and falls along a cosine [choice]: with some ten validation patients the
     metric is too coarse to steer by. The epoch with the best validation metric is kept, of equal
     ones that with the lower validation loss [choice]; one whose metric is undefined comes last.
     An epoch shows each unit once: one random crop, turned at random, of one of its slides
-    drawn at random. Equal seeds give equal networks on one machine.
+    drawn at random; a thread cuts the next batch's while the network has this one. Equal seeds
+    give equal networks on one machine.
 
     Parameters
     ----------
@@ -102,7 +111,12 @@ def fit_fold(
     crops = Crops(grids, normalise, settings.crop)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = build_network(settings.network, normalise.channels, output_count(target))
+        network = build_network(
+            settings.network,
+            normalise.channels,
+            output_count(target),
+            positions=settings.positions,
+        )
         model = FoldModel(normalise, network, target.kind)
         if target.kind == "regression":
             y = train["y"].to_numpy()
@@ -143,9 +157,9 @@ def fit_fold(
 
 @contextmanager
 def fitting_threads(settings: ModelSettings) -> Iterator[None]:
-    """One torch thread for the small network, whose layers are too short to be shared out."""
+    """One torch thread on small grids, for layers that are too short to be shared out."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1 if settings.network == "small" else before)
+    torch.set_num_threads(1 if settings.crop <= SMALL_CROP else before)
     try:
         yield
     finally:
@@ -217,6 +231,16 @@ def batches(
         yield rows[i::count]
 
 
+def training_batches(
+    train: pl.DataFrame, crops: Crops, size: int, random: np.random.Generator
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+    """An epoch's :func:`batches` of rows, each with a random crop of one of its slides."""
+    slides = train["slides"].to_list()
+    for rows in batches(train, size, random):
+        views = [crops.draw(slides[i][random.integers(len(slides[i]))], random) for i in rows]
+        yield rows, np.stack(views)
+
+
 def _schedule(optimiser: torch.optim.Optimizer, settings: ModelSettings) -> Callable[[float], None]:
     """What is called with the validation metric after each epoch to set the next one's rate."""
     if settings.network == "published":
@@ -249,10 +273,14 @@ def _train_epoch(
 ) -> float:
     model.train()
     losses = []
-    slides = train["slides"].to_list()
-    for rows in batches(train, settings.batch, random):
-        views = [crops.draw(slides[i][random.integers(len(slides[i]))], random) for i in rows]
-        raw = model.network(torch.from_numpy(np.stack(views)))
+    for rows, features in prefetch(training_batches(train, crops, settings.batch, random)):
+        raw = model.network(
+            disturb(
+                torch.from_numpy(features),
+                noise=settings.feature_noise,
+                dropout=settings.feature_dropout,
+            )
+        )
         loss = _loss(model, target, train[rows], raw)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]

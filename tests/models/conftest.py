@@ -21,6 +21,10 @@ class ArrayGrid:
 
     codes: np.ndarray
     valid: np.ndarray
+    orientations: np.ndarray | None = None
+
+    def oriented(self, k: int) -> np.ndarray:
+        return self.codes if k == 0 else self.orientations[k]
 
 
 @dataclass(frozen=True)
