@@ -142,7 +142,7 @@ def above_permutation(evaluated: Evaluated) -> str | None:
     """The network's cross-validated figure is better than with patients' labels exchanged.
 
     A permutation test of the predictions; the full control, which trains on exchanged labels,
-    is :func:`nic_core.models.validation.cross_validate`'s ``permutation``.
+    is setting ``models.permute_labels``.
     """
     target = evaluated.target
     rows = evaluated.predictions.filter(model=NETWORK, split="cv").sort("unit")

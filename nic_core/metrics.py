@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from sksurv.compare import compare_survival
-from sksurv.nonparametric import CensoringDistributionEstimator
+from sksurv.nonparametric import CensoringDistributionEstimator, SurvivalFunctionEstimator
 from sksurv.util import Surv
 
 Floats = NDArray[np.float64]
@@ -25,6 +25,9 @@ PRIMARY = {"regression": "spearman", "classification": "auc", "survival": "harre
 CHANCE = {"spearman": 0.0, "pearson": 0.0, "auc": 0.5, "harrell_c": 0.5, "uno_c": 0.5}
 
 
+CALIBRATION_BINS = 10
+
+
 @dataclass(frozen=True)
 class Interval:
     """A metric's value and its percentile bootstrap interval."""
@@ -32,6 +35,16 @@ class Interval:
     value: float
     low: float
     high: float
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How much larger one metric is than another, with interval and two-sided bootstrap p."""
+
+    value: float
+    low: float
+    high: float
+    p: float
 
 
 def regression_metrics(truth: ArrayLike, prediction: ArrayLike) -> dict[str, Metric]:
@@ -53,10 +66,12 @@ def regression_metrics(truth: ArrayLike, prediction: ArrayLike) -> dict[str, Met
 
 
 def classification_metrics(truth: ArrayLike, probability: ArrayLike) -> dict[str, Metric]:
-    """``auc``, ``average_precision`` and ``balanced_accuracy``.
+    """``auc``, ``average_precision``, ``balanced_accuracy`` and ``calibration_error``.
 
     Of two classes the second is the positive one. Of more, ``auc`` and ``average_precision`` are
-    the unweighted means of one class against the rest.
+    the unweighted means of one class against the rest. ``calibration_error`` is the expected
+    calibration error of the most probable class: the mean distance, over 10 equal bins of its
+    probability, between that and how often it is right. Few units make it large by chance.
 
     Parameters
     ----------
@@ -70,6 +85,8 @@ def classification_metrics(truth: ArrayLike, probability: ArrayLike) -> dict[str
     aucs = [_auc(y == c, p[:, c]) for c in scored]
     precisions = [_average_precision(y == c, p[:, c]) for c in scored]
     hit = p.argmax(1) == y
+    bins = np.minimum((p.max(1) * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
+    surplus = np.eye(CALIBRATION_BINS)[bins] * (hit - p.max(1))[:, None]
 
     def balanced_accuracy(w: Floats) -> Floats:
         recalls = [_ratio(w @ (hit & (y == c)), w @ (y == c)) for c in range(classes)]
@@ -81,19 +98,34 @@ def classification_metrics(truth: ArrayLike, probability: ArrayLike) -> dict[str
         "auc": lambda w: np.mean([auc(w) for auc in aucs], 0),
         "average_precision": lambda w: np.mean([ap(w) for ap in precisions], 0),
         "balanced_accuracy": balanced_accuracy,
+        "calibration_error": lambda w: _ratio(np.abs(w @ surplus).sum(1), w.sum(1)),
     }
 
 
-def survival_metrics(time: ArrayLike, event: ArrayLike, risk: ArrayLike) -> dict[str, Metric]:
+def survival_metrics(
+    time: ArrayLike,
+    event: ArrayLike,
+    risk: ArrayLike,
+    survival: ArrayLike | None = None,
+    horizons: ArrayLike | None = None,
+) -> dict[str, Metric]:
     """``harrell_c`` and ``uno_c``: a higher risk should mean an earlier event.
 
-    Uno's inverse censoring weights are estimated once, from these units as they are, and held in
-    the resamples; units whose weight would be infinite get none.
+    With survival functions also ``time_auc``, the mean over ``horizons`` of the cumulative /
+    dynamic AUC of the risk (weighted by the drop of the Kaplan-Meier estimate), and
+    ``integrated_brier``, of which lower is better; undefined if there are less than two horizons.
+
+    Inverse censoring weights, and the weights of the horizons, are estimated once, from these
+    units as they are, and held in the resamples; units whose weight would be infinite get none.
 
     Parameters
     ----------
     time, risk : float (n,)
     event : bool (n,)
+    survival : float (n, times), optional
+        Predicted probability to live beyond each horizon.
+    horizons : float (times,), optional
+        Rising, in the unit of ``time``.
     """
     t, e, r = _numbers(time), np.asarray(event, bool), _numbers(risk)
     # a death is comparable to everyone who outlived it, the censored of the same time included
@@ -106,10 +138,29 @@ def survival_metrics(time: ArrayLike, event: ArrayLike, risk: ArrayLike) -> dict
         deaths = w * v
         return _ratio(((deaths @ concordant) * w).sum(1), ((deaths @ comparable) * w).sum(1))
 
-    return {
+    metrics: dict[str, Metric] = {
         "harrell_c": lambda w: index(w, np.ones_like(t)),
-        "uno_c": lambda w: index(w, weight),
+        "uno_c": lambda w: index(w, weight**2),
     }
+    if survival is not None and horizons is not None:
+        at = _numbers(horizons)
+        metrics["time_auc"] = _time_auc(t, e, r, weight, at)
+        brier = _integrated_brier(t, e, weight, _numbers(survival), at)
+        metrics["integrated_brier"] = lambda w: _ratio(w @ brier, w.sum(1))
+    return metrics
+
+
+def event_horizons(time: ArrayLike, event: ArrayLike) -> Floats:
+    """The 10th, 20th, ..., 90th percentile of the times of seen events [choice], (times,).
+
+    They depend on labels alone, so that models are compared at the same times; equal ones and
+    those without anyone left are dropped.
+    """
+    t, e = _numbers(time), np.asarray(event, bool)
+    if not e.any():
+        return np.empty(0)
+    at = np.unique(np.percentile(t[e], range(10, 100, 10)))
+    return np.asarray(at[at < t.max()], np.float64)
 
 
 def score(
@@ -141,6 +192,44 @@ def score(
         values = values[np.isfinite(values)]
         low, high = np.percentile(values, tails) if len(values) else (np.nan, np.nan)
         result[name] = Interval(value, float(low), float(high))
+    return result
+
+
+def compare(
+    first: Mapping[str, Metric],
+    second: Mapping[str, Metric],
+    patients: Sequence[str],
+    *,
+    resamples: int,
+    seed: int,
+    level: float = 0.95,
+) -> dict[str, Difference]:
+    """First minus second of every metric of the same units, by the paired bootstrap.
+
+    Both are computed on the same resamples of patients. p is twice the smaller part of them, one
+    added to count and number, in which the difference is not on its side of 0, 1 at most.
+
+    Parameters
+    ----------
+    patients
+        The patient of each unit (n,).
+    """
+    _, patient = np.unique(np.asarray(patients), return_inverse=True)
+    counts = bootstrap_counts(patient, resamples=resamples, seed=seed)
+    once = np.ones((1, len(patient)))
+    tails = [50 * (1 - level), 50 * (1 + level)]
+    result = {}
+    for name in first:
+        value = float((first[name](once) - second[name](once))[0])
+        values = first[name](counts) - second[name](counts)
+        values = values[np.isfinite(values)]
+        if not len(values) or not np.isfinite(value):
+            result[name] = Difference(value, np.nan, np.nan, np.nan)
+            continue
+        low, high = np.percentile(values, tails)
+        side = min((values <= 0).sum(), (values >= 0).sum())
+        p = min(1.0, 2 * (side + 1) / (len(values) + 1))
+        result[name] = Difference(value, float(low), float(high), float(p))
     return result
 
 
@@ -231,14 +320,55 @@ def _average_precision(positive: NDArray[np.bool_], p: Floats) -> Metric:
     return average_precision
 
 
+def _time_auc(
+    time: Floats, event: NDArray[np.bool_], risk: Floats, weight: Floats, horizons: Floats
+) -> Metric:
+    """Mean cumulative / dynamic AUC, as scikit-survival's ``cumulative_dynamic_auc``."""
+    if not len(horizons):
+        return lambda w: np.full(len(w), np.nan)
+    wins = _order(risk[:, None] - risk[None, :], tolerance=1e-8)
+    alive = SurvivalFunctionEstimator().fit(Surv.from_arrays(event, time)).predict_proba(horizons)
+    drops = -np.diff(np.append(1.0, alive))
+
+    def time_auc(w: Floats) -> Floats:
+        aucs = []
+        for horizon in horizons:
+            dead, living = w * (weight * (time <= horizon)), w * (time > horizon)
+            aucs.append(_ratio(((dead @ wins) * living).sum(1), dead.sum(1) * living.sum(1)))
+        if len(horizons) == 1:
+            return aucs[0]
+        return _ratio(drops @ np.array(aucs), drops.sum())
+
+    return time_auc
+
+
+def _integrated_brier(
+    time: Floats,
+    event: NDArray[np.bool_],
+    weight: Floats,
+    survival: Floats,
+    horizons: Floats,
+) -> Floats:
+    """Each unit's part of scikit-survival's ``integrated_brier_score``, (n,)."""
+    if len(horizons) < 2:
+        return np.full(len(time), np.nan)
+    censoring = CensoringDistributionEstimator().fit(Surv.from_arrays(event, time))
+    uncensored = np.asarray(censoring.predict_proba(horizons))
+    living = np.divide(1, uncensored, out=np.zeros_like(uncensored), where=uncensored > 0)
+    dead = (time[:, None] <= horizons) * weight[:, None]
+    scores = survival**2 * dead + (1 - survival) ** 2 * (time[:, None] > horizons) * living
+    part: Floats = np.trapezoid(scores, horizons, axis=1) / (horizons[-1] - horizons[0])
+    return part
+
+
 def _censoring_weights(time: Floats, event: NDArray[np.bool_]) -> Floats:
-    """1 / G(t)^2 for deaths, G the Kaplan-Meier estimate of being uncensored; else 0."""
+    """1 / G(t) for deaths, G the Kaplan-Meier estimate of being uncensored; else 0."""
     weights = np.zeros_like(time)
     if event.any():
         censoring = CensoringDistributionEstimator().fit(Surv.from_arrays(event, time))
         uncensored = np.asarray(censoring.predict_proba(time[event]))
         weights[event] = np.divide(
-            1, uncensored**2, out=np.zeros_like(uncensored), where=uncensored > 0
+            1, uncensored, out=np.zeros_like(uncensored), where=uncensored > 0
         )
     return weights
 

@@ -197,14 +197,22 @@ def predict_units(
 
 
 def target_metrics(
-    target: Target, table: pl.DataFrame, prediction: NDArray[np.float64]
+    target: Target,
+    table: pl.DataFrame,
+    prediction: NDArray[np.float64],
+    survival: NDArray[np.float64] | None = None,
+    horizons: NDArray[np.float64] | None = None,
 ) -> dict[str, Metric]:
-    """The target's metrics of predictions (units, outputs)."""
+    """The target's metrics of predictions (units, outputs).
+
+    ``survival`` and ``horizons``: see :func:`nic_core.metrics.survival_metrics`.
+    """
     if target.kind == "regression":
         return regression_metrics(table["y"].to_numpy(), prediction[:, 0])
     if target.kind == "classification":
         return classification_metrics(table["y"].to_numpy(), prediction)
-    return survival_metrics(table["time"].to_numpy(), table["event"].to_numpy(), prediction[:, 0])
+    time, event = table["time"].to_numpy(), table["event"].to_numpy()
+    return survival_metrics(time, event, prediction[:, 0], survival, horizons)
 
 
 def primary_metric(target: Target, table: pl.DataFrame, prediction: NDArray[np.float64]) -> float:

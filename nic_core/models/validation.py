@@ -7,20 +7,24 @@ labels' unit and classes are probabilities; Cox risks are defined up to a consta
 so each fold's are brought to mean 0 and deviation 1 over its own training units [choice]. A model
 that learned nothing predicts each fold's training mean, which is high where the hold-out labels
 are low: together its predictions then score a little *below* chance.
+
+Survival functions, which the Brier score needs, follow from risks by Breslow's estimate of the
+baseline hazard on each fold's training units.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
+from sksurv.linear_model.coxph import BreslowEstimator
 
 from nic_core.cohort import CohortError, ModelSettings, Target
-from nic_core.metrics import log_rank, score
+from nic_core.metrics import Metric, event_horizons, log_rank, score
 from nic_core.models.baselines import BASELINES, baseline_features, fit_linear, predict_linear
 from nic_core.models.crops import Crops, GridMoments, GridSource, all_moments
 from nic_core.models.folds import check_folds, make_folds
@@ -34,7 +38,8 @@ if TYPE_CHECKING:
 NETWORK = "network"
 
 Floats = NDArray[np.float64]
-Predictor = Callable[[pl.DataFrame], Floats]  # units -> predictions (units, outputs)
+_Predictions = tuple[Floats, Floats]  # (units, outputs), probabilities to live (units, times)
+_Predictor = Callable[[pl.DataFrame, Floats], _Predictions]  # of units, at times
 Progress = Callable[[int, int], None]  # folds done, of
 
 
@@ -47,12 +52,16 @@ class Evaluated:
     predictions
         One row a unit and model: ``model`` (``network`` or a baseline), ``split``, ``unit``,
         ``patient``, ``fold`` (in which the unit was held out; null in split ``test``, which the
-        mean of the folds scores), the labels, and :func:`prediction_columns`.
+        mean of the folds scores), the labels, and :func:`prediction_columns`. Of survival also
+        ``survival``, the probabilities to live beyond ``horizons`` (list columns, the same
+        horizons in all of a split).
     metrics
         ``model``, ``split``, ``metric``, ``value``, ``low``, ``high`` (95 % percentile bootstrap
-        over patients; null for ``log_rank_p``), ``units``, ``patients``.
+        over patients; null for ``log_rank_p``), ``units``, ``patients``; ``seeds_mean`` and
+        ``seeds_deviation`` over the network's initialisations, null where there is one.
     networks
-        One a fold.
+        One a fold: those of the first initialisation, whose predictions and intervals are given.
+        To choose among initialisations by what they score would be to choose by the test labels.
     history
         ``fold`` and the columns of :class:`nic_core.models.training.FittedFold`.
     best_epochs
@@ -87,11 +96,14 @@ def cross_validate(
     grids: GridSource,
     settings: ModelSettings,
     *,
-    permutation: int | None = None,
     tracker: Tracker | None = None,
     progress: Progress | None = None,
 ) -> Evaluated:
     """Train and test the network and the baselines on every fold.
+
+    With ``settings.permute_labels`` labels are exchanged between patients first, by that seed:
+    the control that must come out at chance. Folds are then dealt anew, so that they are
+    stratified as ever.
 
     Parameters
     ----------
@@ -101,9 +113,6 @@ def cross_validate(
         Output of :func:`nic_core.models.folds.make_folds`, shared by the encoders to compare.
     grids
         Gives the grid of a slide; called whenever one is read.
-    permutation
-        A seed to exchange the labels between patients with, for the control that must come out
-        at chance. Folds are then dealt anew, so that they are stratified as ever.
 
     Raises
     ------
@@ -112,8 +121,8 @@ def cross_validate(
     TrainingError
         A loss is not finite.
     """
-    if permutation is not None:
-        table = shuffle_labels(table, seed=permutation)
+    if settings.permute_labels is not None:
+        table = shuffle_labels(table, seed=settings.permute_labels)
         folds = make_folds(table, target=target, folds=settings.folds, seed=settings.seed)
     check_folds(folds, table)
     count = folds["fold"].n_unique()
@@ -124,8 +133,10 @@ def cross_validate(
     except ValueError as error:
         raise CohortError(f"target '{target.name}': {error}") from error
 
-    held_out: dict[str, list[pl.DataFrame]] = {name: [] for name in (NETWORK, *BASELINES)}
-    external: dict[str, list[Floats]] = {name: [] for name in held_out}
+    seeds = [NETWORK, *(f"{NETWORK} {seed}" for seed in range(1, settings.seeds))]
+    held_out: dict[str, list[pl.DataFrame]] = {name: [] for name in (*seeds, *BASELINES)}
+    external: dict[str, list[_Predictions]] = {name: [] for name in held_out}
+    horizons = {part["split"][0]: _horizons(target, part) for part in (cv, test) if part.height}
     fits = []
     for fold in range(count):
         validating = (fold + 1) % count
@@ -133,43 +144,52 @@ def cross_validate(
         validation = cv.filter(pl.col("fold") == validating)
         train = cv.filter(~pl.col("fold").is_in([fold, validating]))
         with fitting_threads(settings):
-            fitted = fit_fold(
-                target,
-                train,
-                validation,
-                grids,
-                moments,
-                settings,
-                seed=int(np.random.SeedSequence([settings.seed, fold]).generate_state(1)[0]),
-                tracker=tracker,
-                name=f"fold_{fold}_",
-            )
-            predictors = {NETWORK: _network_predictor(target, fitted.model, train, grids, settings)}
-            for name in BASELINES:
-                predictors[name] = _linear_predictor(target, name, train, validation, moments)
-            for name, predict in predictors.items():
-                held_out[name].append(_rows(target, holdout, predict(holdout)))
+            for seed, name in enumerate((*seeds, *BASELINES)):
+                # one predictor at a time: it holds its slides' features
+                if name in BASELINES:
+                    predict = _linear_predictor(target, name, train, validation, moments)
+                else:
+                    entropy = [settings.seed, fold, *([seed] if seed else [])]
+                    fitted = fit_fold(
+                        target,
+                        train,
+                        validation,
+                        grids,
+                        moments,
+                        settings,
+                        seed=int(np.random.SeedSequence(entropy).generate_state(1)[0]),
+                        tracker=None if seed else tracker,
+                        name=f"fold_{fold}_",
+                    )
+                    predict = _network_predictor(target, fitted.model, train, grids, settings)
+                    if not seed:
+                        fits.append(fitted)
+                found = predict(holdout, horizons["cv"])
+                held_out[name].append(_rows(target, holdout, found, horizons["cv"]))
                 if test.height:
-                    external[name].append(predict(test))
-        fits.append(fitted)
+                    external[name].append(predict(test, horizons["test"]))
         if progress is not None:
             progress(fold + 1, count)
 
-    predictions, metrics = [], []
+    predictions, metrics, repeats = [], [], []
     for name in held_out:
         parts = [pl.concat(held_out[name]).sort("unit")]
         if test.height:
-            mean = np.mean(external[name], axis=0)
+            values, survival = zip(*external[name], strict=True)
+            mean = np.mean(values, axis=0), np.mean(survival, axis=0)
             no_fold = test.with_columns(fold=pl.lit(None, pl.Int64))
-            parts.append(_rows(target, no_fold, mean))
+            parts.append(_rows(target, no_fold, mean, horizons["test"]))
         for part in parts:
-            predictions.append(part.select(pl.lit(name).alias("model"), pl.all()))
-            metrics.append(_scores(target, name, part, settings))
+            if name in (NETWORK, *BASELINES):
+                predictions.append(part.select(pl.lit(name).alias("model"), pl.all()))
+                metrics.append(_scores(target, name, part, settings))
+            if name in seeds and len(seeds) > 1:
+                repeats += _values(target, part)
     return Evaluated(
         target=target,
         settings=settings,
         predictions=pl.concat(predictions),
-        metrics=pl.concat(metrics),
+        metrics=_with_seeds(pl.concat(metrics), repeats),
         networks=tuple(fit.model for fit in fits),
         history=pl.concat(
             fit.history.select(pl.lit(fold).alias("fold"), pl.all())
@@ -185,17 +205,25 @@ def _network_predictor(
     train: pl.DataFrame,
     grids: GridSource,
     settings: ModelSettings,
-) -> Predictor:
+) -> _Predictor:
     crops = Crops(grids, model.normalise, settings.crop)
 
     def predict(units: pl.DataFrame) -> Floats:
         return predict_units(model, units, crops, count=settings.crops_at_test, seed=settings.seed)
 
-    if target.kind == "survival":
-        mean, deviation = _standard(predict(train))
-        model.shift.fill_(-mean / deviation)
-        model.scale.fill_(1 / deviation)
-    return predict
+    if target.kind != "survival":
+        return lambda units, horizons: (predict(units), np.empty((units.height, 0)))
+    risk = predict(train)
+    mean, deviation = _standard(risk)
+    model.shift.fill_(-mean / deviation)
+    model.scale.fill_(1 / deviation)
+    survival = fit_survival(train, risk[:, 0])
+
+    def with_survival(units: pl.DataFrame, horizons: Floats) -> _Predictions:
+        values = predict(units)
+        return values, survival(values[:, 0] * deviation + mean, horizons)
+
+    return with_survival
 
 
 def _linear_predictor(
@@ -204,26 +232,112 @@ def _linear_predictor(
     train: pl.DataFrame,
     validation: pl.DataFrame,
     moments: Mapping[str, GridMoments],
-) -> Predictor:
+) -> _Predictor:
     x = baseline_features(name, train, moments)
     linear = fit_linear(target, train, validation, x, baseline_features(name, validation, moments))
-    mean, deviation = 0.0, 1.0
-    if target.kind == "survival":
-        mean, deviation = _standard(predict_linear(target, linear, x))
 
     def predict(units: pl.DataFrame) -> Floats:
-        values = predict_linear(target, linear, baseline_features(name, units, moments))
-        return (values - mean) / deviation
+        return predict_linear(target, linear, baseline_features(name, units, moments))
 
-    return predict
+    if target.kind != "survival":
+        return lambda units, horizons: (predict(units), np.empty((units.height, 0)))
+    risk = predict_linear(target, linear, x)
+    mean, deviation = _standard(risk)
+    survival = fit_survival(train, risk[:, 0])
+
+    def with_survival(units: pl.DataFrame, horizons: Floats) -> _Predictions:
+        values = predict(units)
+        return (values - mean) / deviation, survival(values[:, 0], horizons)
+
+    return with_survival
 
 
-def _rows(target: Target, units: pl.DataFrame, values: Floats) -> pl.DataFrame:
+def fit_survival(train: pl.DataFrame, risk: Floats) -> Callable[[Floats, Floats], Floats]:
+    """Survival functions by risk: Breslow's cumulative baseline hazard of training units.
+
+    Parameters
+    ----------
+    train
+        ``time`` and ``event`` of the units.
+    risk : float (n,)
+        Their log hazard ratios, as the model gives them.
+
+    Returns
+    -------
+    A function of risks (m,) and times (t,) to probabilities (m, t) to live beyond each time:
+    1 before the first event, after the last known time as at it.
+    """
+    middle = risk.mean()  # keeps exp() small
+    fitted = BreslowEstimator().fit(
+        risk - middle, train["event"].to_numpy(), train["time"].to_numpy()
+    )
+    steps = fitted.cum_baseline_hazard_
+
+    def survival(risks: Floats, times: Floats) -> Floats:
+        hazard = np.append(0.0, steps.y)[np.searchsorted(steps.x, times, side="right")]
+        with np.errstate(over="ignore", invalid="ignore"):
+            cumulative = np.exp(risks - middle)[:, None] * hazard
+        # no hazard yet, however high the risk
+        return np.exp(-np.where(hazard > 0, cumulative, 0))
+
+    return survival
+
+
+def rows_metrics(target: Target, rows: pl.DataFrame) -> dict[str, Metric]:
+    """The target's metrics of one model's rows of :attr:`Evaluated.predictions`, one split."""
+    survival = horizons = None
+    if "survival" in rows.columns:
+        horizons = np.asarray(rows["horizons"][0].to_list(), np.float64)
+        survival = np.array(rows["survival"].to_list()).reshape(rows.height, len(horizons))
+    return target_metrics(target, rows, prediction_array(target, rows), survival, horizons)
+
+
+def _horizons(target: Target, units: pl.DataFrame) -> Floats:
+    if target.kind != "survival":
+        return np.empty(0)
+    return event_horizons(units["time"].to_numpy(), units["event"].to_numpy())
+
+
+def _rows(
+    target: Target, units: pl.DataFrame, found: _Predictions, horizons: Floats
+) -> pl.DataFrame:
+    values, survival = found
     labels = ["time", "event"] if target.kind == "survival" else ["y"]
     columns = prediction_columns(target)
-    return units.select("split", "unit", "patient", "fold", *labels).with_columns(
+    rows = units.select("split", "unit", "patient", "fold", *labels).with_columns(
         **{name: pl.Series(values[:, i]) for i, name in enumerate(columns)}
     )
+    if target.kind != "survival":
+        return rows
+    numbers = pl.List(pl.Float64)
+    return rows.with_columns(
+        pl.Series("survival", survival.tolist(), numbers),
+        pl.Series("horizons", [horizons.tolist()] * rows.height, numbers),
+    )
+
+
+def _values(target: Target, rows: pl.DataFrame) -> list[dict[str, Any]]:
+    """Metrics of an initialisation, without intervals."""
+    once = np.ones((1, rows.height))
+    return [
+        {
+            "model": NETWORK,
+            "split": rows["split"][0],
+            "metric": name,
+            "seed": float(metric(once)[0]),
+        }
+        for name, metric in rows_metrics(target, rows).items()
+    ]
+
+
+def _with_seeds(metrics: pl.DataFrame, repeats: list[dict[str, Any]]) -> pl.DataFrame:
+    schema = {"model": pl.String, "split": pl.String, "metric": pl.String, "seed": pl.Float64}
+    several = (
+        pl.DataFrame(repeats, schema=schema)
+        .group_by("model", "split", "metric")
+        .agg(seeds_mean=pl.col("seed").mean(), seeds_deviation=pl.col("seed").std())
+    )
+    return metrics.join(several, on=["model", "split", "metric"], how="left", maintain_order="left")
 
 
 def _scores(
@@ -231,7 +345,7 @@ def _scores(
 ) -> pl.DataFrame:
     prediction = prediction_array(target, rows)
     intervals = score(
-        target_metrics(target, rows, prediction),
+        rows_metrics(target, rows),
         rows["patient"].to_list(),
         resamples=settings.bootstrap,
         seed=settings.seed,

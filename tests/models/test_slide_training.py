@@ -86,7 +86,9 @@ def test_arrangement_is_learned_where_mean_pooling_sees_nothing(rim):
 
 def test_the_permutation_control_comes_out_at_chance(planted):
     control = evaluate(
-        planted, RIM, QUICK.model_copy(update={"epochs": 20, "bootstrap": 500}), permutation=1
+        planted,
+        RIM,
+        QUICK.model_copy(update={"epochs": 20, "bootstrap": 500, "permute_labels": 1}),
     )
     row = primary(control)
     assert row["low"] < 0.5 < row["high"] or row["value"] < 0.5
