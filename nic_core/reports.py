@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import combinations
 
 import polars as pl
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -10,12 +12,13 @@ from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from nic_core.cohort import ProbabilityMap
+from nic_core.cohort import ProbabilityMap, Target
 from nic_core.encoders import EncoderCard
 from nic_core.encoders.probes import KNN
-from nic_core.metrics import score
+from nic_core.metrics import compare, score
+from nic_core.models.baselines import BASELINES
 from nic_core.models.files import ModelCard
-from nic_core.models.validation import NETWORK
+from nic_core.models.validation import NETWORK, rows_metrics
 
 RESULT_SCHEMA = pl.Schema(
     {
@@ -33,8 +36,27 @@ RESULT_SCHEMA = pl.Schema(
 )
 
 
+COMPARISON_SCHEMA = pl.Schema(
+    {
+        "target": pl.String(),
+        "part": pl.String(),  # cross-validated or test
+        "first": pl.String(),  # encoder and model
+        "second": pl.String(),
+        "metric": pl.String(),
+        "difference": pl.Float64(),  # first minus second
+        "low": pl.Float64(),  # bounds of the 95 % paired bootstrap interval over patients
+        "high": pl.Float64(),
+        "p": pl.Float64(),  # two-sided, of no difference
+        "n": pl.Int64(),  # units that both predict
+    }
+)
 CROSS_VALIDATED = "cross-validated"
 BASELINE_NAMES = {"mean_code": "mean code, linear", "tissue_area": "tissue area, linear"}
+NETWORK_NAMES = {
+    "published": "published grid CNN",
+    "small": "small grid CNN",
+    "mil": "gated-attention MIL",
+}
 METRICS_OF_PATCHES = {"auc": "AUC", "balanced_accuracy": "balanced accuracy", "f1": "F1"}
 METRIC_NAMES = {"spearman": "Spearman", "auc": "AUC", "harrell_c": "Harrell's C"}
 
@@ -108,7 +130,9 @@ def probe_results(encoder: str, scores: pl.DataFrame) -> pl.DataFrame:
 
 def model_results(card: ModelCard) -> pl.DataFrame:
     """A slide model's and its baselines' metrics (:data:`RESULT_SCHEMA`)."""
-    network = f"{card.settings.network} grid CNN"
+    network = NETWORK_NAMES[card.settings.network]
+    if card.settings.permute_labels is not None:
+        network += ", labels exchanged"
     rows = [
         (
             "target",
@@ -125,6 +149,52 @@ def model_results(card: ModelCard) -> pl.DataFrame:
         for row in card.metrics
     ]
     return pl.DataFrame(rows, schema=RESULT_SCHEMA, orient="row")
+
+
+def compare_models(
+    target: Target,
+    predictions: Mapping[str, pl.DataFrame],
+    *,
+    resamples: int,
+    seed: int,
+) -> pl.DataFrame:
+    """The networks of every two encoders, and each with its baselines (:data:`COMPARISON_SCHEMA`).
+
+    On the units that both predict, by :func:`nic_core.metrics.compare`. p are not corrected for
+    the number of comparisons.
+
+    Parameters
+    ----------
+    predictions
+        Encoder to :attr:`nic_core.models.validation.Evaluated.predictions`.
+    """
+    pairs = [((a, NETWORK), (b, NETWORK)) for a, b in combinations(predictions, 2)]
+    pairs += [((name, NETWORK), (name, model)) for name in predictions for model in BASELINES]
+    found = []
+    for split, part in (("cv", CROSS_VALIDATED), ("test", "test")):
+        for pair in pairs:
+            one, other = (predictions[name].filter(model=m, split=split) for name, m in pair)
+            one = one.join(other, on="unit", how="semi").sort("unit")
+            other = other.join(one, on="unit", how="semi").sort("unit")
+            if one.is_empty():
+                continue
+            if target.kind == "survival" and not one["horizons"].equals(other["horizons"]):
+                # one of the cohorts lacked units, so functions are known at other times
+                one, other = (rows.drop("survival", "horizons") for rows in (one, other))
+            first, second = (f"{name}: {BASELINE_NAMES.get(m, m)}" for name, m in pair)
+            differences = compare(
+                rows_metrics(target, one),
+                rows_metrics(target, other),
+                one["patient"].to_list(),
+                resamples=resamples,
+                seed=seed,
+            )
+            found += [
+                (target.name, part, first, second, METRIC_NAMES.get(metric, metric))
+                + (d.value, d.low, d.high, d.p, one.height)
+                for metric, d in differences.items()
+            ]
+    return pl.DataFrame(found, schema=COMPARISON_SCHEMA, orient="row").fill_nan(None)
 
 
 def map_results(item: ProbabilityMap, scores: pl.DataFrame, *, resamples: int) -> pl.DataFrame:
@@ -153,9 +223,11 @@ def map_results(item: ProbabilityMap, scores: pl.DataFrame, *, resamples: int) -
 
 @dataclass(frozen=True)
 class Report:
-    """The study's results (:data:`RESULT_SCHEMA`) and the figures drawn from them."""
+    """The study's results (:data:`RESULT_SCHEMA`), how models differ
+    (:data:`COMPARISON_SCHEMA`), and the figures drawn from them."""
 
     results: pl.DataFrame
+    comparisons: pl.DataFrame
     figures: dict[str, Figure]
 
 

@@ -55,7 +55,9 @@ from nic_core.patches import patch_table, read_patch_table, write_patch_table
 from nic_core.pictures import compressed_slide
 from nic_core.quality import measure_quality
 from nic_core.reports import (
+    COMPARISON_SCHEMA,
     Report,
+    compare_models,
     encoder_results,
     map_results,
     model_results,
@@ -70,6 +72,7 @@ from nic_core.tracker import Tracker
 INDEX = "index.parquet"
 RECORD, THUMBNAIL, TISSUE = "slide.json", "thumbnail.jpg", "tissue.png"
 PREDICTIONS, METRICS, RESULTS = "predictions.parquet", "metrics.parquet", "results.parquet"
+COMPARISONS = "comparisons.parquet"
 SCORES = "scores.parquet"
 PICTURED = 4  # slides of highest predictions whose heat is drawn, and of lowest
 EXPLANATION_SCHEMA = pl.Schema(
@@ -510,7 +513,9 @@ def score_map(cohort: Cohort, store: Store, name: str) -> pl.DataFrame:
 
 
 def write_report(cohort: Cohort, store: Store) -> Report:
-    """Gather every figure of the study; writes ``results.parquet`` and ``results.png``."""
+    """Gather every figure of the study; writes ``results.parquet``, ``comparisons.parquet`` and
+    ``results.png``."""
+    settings = cohort.settings.models
     parts = [
         pl.read_parquet(path)
         for target in cohort.targets
@@ -524,16 +529,35 @@ def write_report(cohort: Cohort, store: Store) -> Report:
             parts.append(probe_results(encoder.name, pl.read_parquet(store.probe(encoder.name))))
     for item in cohort.maps:
         scores = score_map(cohort, store, item.name)
-        parts.append(map_results(item, scores, resamples=cohort.settings.models.bootstrap))
+        parts.append(map_results(item, scores, resamples=settings.bootstrap))
     results = pl.concat(parts)
+    comparisons = pl.concat(
+        [
+            COMPARISON_SCHEMA.to_frame(),
+            *(
+                compare_models(
+                    target,
+                    {
+                        encoder.name: pl.read_parquet(path)
+                        for encoder in cohort.encoders
+                        if (path := store.model(target.name, encoder.name) / PREDICTIONS).exists()
+                    },
+                    resamples=settings.bootstrap,
+                    seed=settings.seed,
+                )
+                for target in cohort.targets
+            ),
+        ]
+    )
     figures = {"results": results_figure(results)}
     if (example := _first_compressed(cohort, store)) is not None:
         figures["compressed_slide"] = draw_slide(cohort, store, example)
     with whole_folder(store.reports) as folder:
         results.write_parquet(folder / RESULTS)
+        comparisons.write_parquet(folder / COMPARISONS)
         for name, figure in figures.items():
             figure.savefig(folder / f"{name}.png", dpi=110)
-    return Report(results, figures)
+    return Report(results, comparisons, figures)
 
 
 def draw_slide(cohort: Cohort, store: Store, slide: str) -> Figure:

@@ -14,13 +14,20 @@ from sklearn.metrics import (
     r2_score,
     roc_auc_score,
 )
-from sksurv.metrics import concordance_index_censored, concordance_index_ipcw
+from sksurv.metrics import (
+    concordance_index_censored,
+    concordance_index_ipcw,
+    cumulative_dynamic_auc,
+    integrated_brier_score,
+)
 from sksurv.util import Surv
 
 from nic_core.metrics import (
     bootstrap_counts,
     classification_metrics,
+    compare,
     confusion,
+    event_horizons,
     log_rank,
     regression_metrics,
     score,
@@ -58,6 +65,7 @@ def test_binary_metrics_equal_sklearn_on_a_resample_with_ties(seed):
     p = np.round(random.random(40), 1)
     w, i = resample(random, 40)
     ours = {k: m(w)[0] for k, m in classification_metrics(y, np.stack([0.99 - p, p], 1)).items()}
+    del ours["calibration_error"]
     assert ours == pytest.approx(
         {
             "auc": roc_auc_score(y[i], p[i]),
@@ -66,6 +74,26 @@ def test_binary_metrics_equal_sklearn_on_a_resample_with_ties(seed):
         },
         abs=1e-12,
     )
+
+
+def reference_calibration_error(y, p):
+    """Straight from its definition."""
+    total = 0.0
+    for low in np.arange(10) / 10:
+        inside = (p.max(1) >= low) & (p.max(1) < low + 0.1 if low < 0.9 else p.max(1) <= 1)
+        if inside.any():
+            right = (p.argmax(1) == y)[inside].mean()
+            total += inside.mean() * abs(right - p.max(1)[inside].mean())
+    return total
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_calibration_error_equals_its_definition_on_a_resample(seed):
+    random = np.random.default_rng(seed)
+    y, p = random.integers(0, 3, 60), random.dirichlet(np.ones(3), 60)
+    w, i = resample(random, 60)
+    ours = classification_metrics(y, p)["calibration_error"](w)[0]
+    assert ours == pytest.approx(reference_calibration_error(y[i], p[i]), abs=1e-12)
 
 
 def test_metrics_of_three_classes_are_sklearn_macro_means():
@@ -101,6 +129,68 @@ def test_concordance_equals_scikit_survival_with_tied_times_and_risks(seed):
     )
     # in a resample the censoring distribution stays that of the sample
     assert metrics["uno_c"](w)[0] == pytest.approx(concordance_index_ipcw(y, y[i], r[i])[0])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_time_auc_and_brier_score_equal_scikit_survival(seed):
+    random = np.random.default_rng(seed)
+    n = 60
+    t = random.integers(1, 30, n).astype(float)
+    e = random.random(n) < 0.6
+    e[t == t.max()] = True  # scikit-survival refuses weights that are infinite
+    r = np.round(random.normal(size=n), 1)
+    at = event_horizons(t, e)
+    survival = np.exp(-np.exp(r)[:, None] * at / 20)
+    metrics = survival_metrics(t, e, r, survival, at)
+    y, once = Surv.from_arrays(e, t), np.ones((1, n))
+    assert metrics["time_auc"](once)[0] == pytest.approx(
+        cumulative_dynamic_auc(y, y, r, at)[1], abs=1e-12
+    )
+    assert metrics["integrated_brier"](once)[0] == pytest.approx(
+        integrated_brier_score(y, y, survival, at), abs=1e-12
+    )
+
+
+def test_horizons_lie_within_the_follow_up_and_need_an_event():
+    assert event_horizons([1, 2, 3], [False] * 3).size == 0
+    assert event_horizons([2, 2, 2], [True] * 3).size == 0
+    at = event_horizons(np.arange(101), np.ones(101, bool))
+    np.testing.assert_allclose(at, range(10, 100, 10))
+    few = survival_metrics([1, 2], [True, False], [2, 1], np.ones((2, 1)), [1.0])
+    assert few["time_auc"](np.ones((1, 2)))[0] == 1
+    assert np.isnan(few["integrated_brier"](np.ones((1, 2)))[0])
+
+
+def test_a_paired_comparison_sees_what_two_intervals_do_not():
+    random = np.random.default_rng(0)
+    y = random.normal(size=60)
+    noise = random.normal(size=60)
+    patients = [str(i) for i in range(60)]
+    better, worse = (regression_metrics(y, y + k * noise) for k in (1.0, 1.3))
+    alone = [score(m, patients, resamples=400, seed=0)["pearson"] for m in (better, worse)]
+    assert alone[0].low < alone[1].high  # the intervals overlap
+    found = compare(better, worse, patients, resamples=400, seed=0)["pearson"]
+    assert found.value == pytest.approx(alone[0].value - alone[1].value)
+    assert 0 < found.low < found.value < found.high
+    assert found.p == pytest.approx(2 / 401)
+    turned = compare(worse, better, patients, resamples=400, seed=0)["pearson"]
+    assert (turned.value, turned.low, turned.high) == pytest.approx(
+        (-found.value, -found.high, -found.low)
+    )
+    assert turned.p == found.p
+    same = compare(better, better, patients, resamples=400, seed=0)["pearson"]
+    assert (same.value, same.low, same.high, same.p) == (0, 0, 0, 1)
+
+
+def test_p_of_no_difference_is_small_about_as_often_as_it_says():
+    found = []
+    for trial in range(200):
+        random = np.random.default_rng(trial)
+        y = random.normal(size=40)
+        a, b = (regression_metrics(y, y + random.normal(size=40)) for _ in range(2))
+        patients = [str(i) for i in range(40)]
+        found.append(compare(a, b, patients, resamples=200, seed=trial)["pearson"].p)
+    assert 0.01 <= np.mean(np.array(found) < 0.05) <= 0.11
 
 
 @given(st.lists(st.floats(-5, 5), min_size=4, max_size=20), st.integers(0, 2**31))

@@ -30,7 +30,7 @@ def report_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         owners=OWNERS,
         tags=SOME_INPUTS,
         op_tags=CPU_TAGS,
-        code_version=code_version(1, cohort.name),
+        code_version=code_version(2, cohort.name),
     )
     def evaluation_report(
         cohort: dg.ResourceParam[Cohort], store: dg.ResourceParam[Store]
@@ -38,9 +38,12 @@ def report_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         """Every figure of the study in one table: target, encoder, metric, interval."""
         report = steps.write_report(cohort, store)
         return dg.MaterializeResult(
-            data_version=dg.DataVersion(steps.digest(report.results.rows())),
+            data_version=dg.DataVersion(
+                steps.digest(report.results.rows(), report.comparisons.rows())
+            ),
             metadata={
                 "results": table(report.results),
+                "comparisons": table(report.comparisons),
                 **{name: figure(drawing, name) for name, drawing in report.figures.items()},
                 "folder": dg.MetadataValue.path(store.reports),
                 "dagster/row_count": report.results.height,

@@ -8,11 +8,20 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+from sklearn.calibration import calibration_curve
 from sklearn.metrics import roc_curve
 from sksurv.nonparametric import kaplan_meier_estimator
 
 from nic_core.cohort import ClassificationTarget, RegressionTarget, SurvivalTarget
-from nic_core.metrics import PRIMARY, confusion, high_risk, log_rank
+from nic_core.metrics import (
+    CALIBRATION_BINS,
+    PRIMARY,
+    classification_metrics,
+    confusion,
+    high_risk,
+    log_rank,
+)
 from nic_core.models.validation import NETWORK, Evaluated, prediction_array
 
 _BLUE, _RED, _GREY = "#3b6ea8", "#b8433f", "#9a9a9a"
@@ -29,7 +38,8 @@ _NAMES = {
 def evaluation_figure(evaluated: Evaluated, *, split: str = "cv") -> Figure:
     """The picture of the target's kind, of the network's predictions in one split.
 
-    Regression: scatter. Classification: ROC curves with the baselines', and confusion matrix.
+    Regression: scatter. Classification: ROC curves with the baselines', reliability curve and
+    confusion matrix.
     Survival: Kaplan-Meier curves either side of the median risk, with the numbers at risk.
     """
     target = evaluated.target
@@ -109,8 +119,8 @@ def _scatter(evaluated: Evaluated, target: RegressionTarget, split: str) -> Figu
 
 
 def _roc(evaluated: Evaluated, target: ClassificationTarget, split: str) -> Figure:
-    figure = _figure(8.5, 4)
-    axes, table = figure.subplots(1, 2)
+    figure = _figure(12, 4)
+    axes, reliability, table = figure.subplots(1, 3)
     rows = _rows(evaluated, NETWORK, split)
     y, p = rows["y"].to_numpy(), prediction_array(target, rows)
     if len(target.classes) == 2:
@@ -135,6 +145,7 @@ def _roc(evaluated: Evaluated, target: ClassificationTarget, split: str) -> Figu
     axes.legend(frameon=False, fontsize=8, loc="lower right")
     axes.set_title(_title(evaluated, split), fontsize=9)
     _plain(axes)
+    _reliability(reliability, y, p)
     counts = confusion(y, p)
     share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     table.imshow(share, cmap="Blues", vmin=0, vmax=1)
@@ -147,6 +158,28 @@ def _roc(evaluated: Evaluated, target: ClassificationTarget, split: str) -> Figu
     table.set_yticks(ticks, target.classes, fontsize=8)
     table.set(xlabel="predicted", ylabel="truth")
     return figure
+
+
+def _reliability(axes: Axes, y: NDArray[np.int64], p: NDArray[np.float64]) -> None:
+    """How often the most probable class is right, by its probability; bar: how many units."""
+    right, sure = p.argmax(1) == y, p.max(1)
+    error = classification_metrics(y, p)["calibration_error"](np.ones((1, len(y))))[0]
+    axes.hist(
+        sure,
+        CALIBRATION_BINS,
+        (0, 1),
+        weights=np.full(len(y), 1 / len(y)),
+        color="0.88",
+        label="units",
+    )
+    often, mean = calibration_curve(right, sure, n_bins=CALIBRATION_BINS)
+    axes.plot(mean, often, "o-", color=_RED, ms=4)
+    axes.plot([0, 1], [0, 1], color=_GREY, lw=0.5)
+    axes.set(xlabel="probability of the predicted class", ylabel="right", aspect="equal")
+    axes.set(xlim=(0, 1), ylim=(0, 1.02))
+    axes.set_title(f"expected calibration error {error:.2f}", fontsize=9)
+    axes.legend(frameon=False, fontsize=8, loc="upper left")
+    _plain(axes)
 
 
 def _kaplan_meier(evaluated: Evaluated, target: SurvivalTarget, split: str) -> Figure:

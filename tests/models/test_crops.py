@@ -1,5 +1,7 @@
 """Crops: where they are, what surrounds them, how they are turned, what stays in memory."""
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -13,8 +15,10 @@ from nic_core.models.crops import (
     all_moments,
     centre_weights,
     cut,
+    disturb,
     fit_normalise,
     grid_moments,
+    prefetch,
 )
 from nic_core.models.networks import Normalise
 from nic_core.orientations import orient
@@ -89,6 +93,70 @@ def test_a_crop_is_turned_into_each_of_the_eight_orientations():
     assert len({crop.tobytes() for crop in turned}) == 8
     for k, crop in enumerate(turned):
         np.testing.assert_array_equal(crop, orient(upright, k))
+
+
+def test_stored_orientations_are_used_where_a_grid_has_them():
+    random = np.random.default_rng(0)
+    codes = random.normal(size=(8, 2, 5, 4)).astype(np.float16)
+    grid = ArrayGrid(codes[0], np.ones((5, 4), bool), codes)
+    for cache in (1 << 20, 0):
+        crops = Crops(lambda _: grid, identity(2), 5, cache_bytes=cache)
+        for k in range(8):
+            expected = np.zeros((2, 5, 5), np.float32)
+            expected[:, :, :4] = codes[k]
+            np.testing.assert_array_equal(crops.at("s", (2, 2), k), orient(expected, k))
+
+
+@pytest.mark.parametrize("components", [None, 2])
+def test_crops_are_normalised_as_the_model_normalises_raw_codes(components):
+    random = np.random.default_rng(0)
+    valid = random.random((8, 8)) < 0.6
+    codes = (random.normal(size=(4, 8, 8)) + 2) * valid
+    codes[:, 3, 3] = 0  # a code of 0 counts as background in either
+    valid[3, 3] = True
+    grid = grid_of(codes, valid)
+    normalise = fit_normalise([grid_moments("s", grid)], components=components)
+    raw = torch.from_numpy(grid.codes.astype(np.float32))[None]
+    np.testing.assert_allclose(
+        Crops(lambda _: grid, normalise, 8).at("s", (4, 4), 0), normalise(raw)[0], atol=1e-5
+    )
+
+
+def test_disturbed_features_keep_background_and_their_mean():
+    features = torch.ones(400, 6, 4, 4)
+    features[:, :, 0] = 0
+    generator = torch.Generator().manual_seed(0)
+    noisy = disturb(features, noise=0.5, dropout=0, generator=generator)
+    assert not noisy[:, :, 0].any()
+    assert noisy[:, :, 1:].mean().item() == pytest.approx(1, abs=0.01)
+    assert noisy[:, :, 1:].std().item() == pytest.approx(0.5, abs=0.01)
+    dropped = disturb(features, noise=0, dropout=0.25, generator=generator)[:, :, 1:]
+    whole = dropped.flatten(2)
+    assert (whole == whole[:, :, :1]).all()
+    assert (whole[:, :, 0] == 0).float().mean().item() == pytest.approx(0.25, abs=0.03)
+    assert dropped.mean().item() == pytest.approx(1, abs=0.04)
+    assert disturb(features, noise=0, dropout=0) is features
+
+
+def test_prefetching_keeps_the_order_works_ahead_and_passes_errors_on():
+    made = []
+
+    def items():
+        for i in range(4):
+            made.append(i)
+            yield i
+        raise RuntimeError("broken grid")
+
+    ahead = prefetch(items())
+    assert next(ahead) == 0
+    with pytest.raises(RuntimeError, match="broken grid"):
+        assert list(ahead) == [1, 2, 3]
+    assert made == [0, 1, 2, 3]
+    assert list(prefetch(iter([]))) == []
+    early = prefetch(iter(range(9)))
+    next(early)
+    early.close()  # a loop that breaks off leaves no thread behind
+    assert not [t for t in threading.enumerate() if t.name.startswith("prefetch")]
 
 
 def test_fixed_centres_depend_on_slide_and_seed_alone():

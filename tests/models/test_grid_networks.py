@@ -8,6 +8,7 @@ from nic_core.cohort import CohortError
 from nic_core.models.files import ensemble_module
 from nic_core.models.networks import (
     FoldModel,
+    GatedAttentionMIL,
     Normalise,
     PublishedGridCNN,
     SmallGridCNN,
@@ -48,6 +49,58 @@ def test_other_crops_are_refused_with_the_remedy(crop):
     with pytest.raises(CohortError, match=r"383 to 446.*use network 'small'"):
         check_crop("published", crop)
     check_crop("small", crop)
+
+
+@pytest.mark.parametrize("positions", [False, True])
+def test_attention_is_a_distribution_over_tissue_that_background_does_not_change(positions):
+    torch.manual_seed(0)
+    network = GatedAttentionMIL(4, 2, positions=positions).eval()
+    grid = torch.randn(2, 4, 9, 7) * (torch.rand(2, 1, 9, 7) < 0.6)
+    weights = network.attention(grid)
+    assert weights.shape == (2, 9, 7)
+    assert (weights[grid.any(1) == 0] == 0).all()
+    assert (weights[grid.any(1)] > 0).all()
+    torch.testing.assert_close(weights.sum((1, 2)), torch.ones(2))
+    wider = torch.zeros(2, 4, 20, 20)
+    wider[:, :, 5:14, 8:15] = grid
+    torch.testing.assert_close(network(wider), network(grid))
+    torch.testing.assert_close(network.attention(wider)[:, 5:14, 8:15], weights)
+
+
+def test_attention_pooling_equals_the_formula_of_its_paper():
+    torch.manual_seed(0)
+    network = GatedAttentionMIL(3, 1).eval()
+    grid = torch.randn(1, 3, 4, 5)
+    cells = grid[0].flatten(1).T
+    with torch.no_grad():
+        linear = [m.weight.flatten(1) for m in (network.embed[0], network.content, network.gate)]
+        bias = [m.bias for m in (network.embed[0], network.content, network.gate)]
+        h = torch.relu(cells @ linear[0].T + bias[0])
+        gated = torch.tanh(h @ linear[1].T + bias[1]) * torch.sigmoid(h @ linear[2].T + bias[2])
+        a = (gated @ network.score.weight.flatten()).softmax(0)
+        torch.testing.assert_close(network(grid)[0], network.output(a @ h))
+        torch.testing.assert_close(network.attention(grid).flatten(), a)
+
+
+def test_cells_may_change_places_unless_positions_are_told():
+    torch.manual_seed(0)
+    grid = torch.randn(1, 4, 6, 6)
+    shuffled = grid.flatten(2)[:, :, torch.randperm(36)].reshape(grid.shape)
+    blind = GatedAttentionMIL(4, 1).eval()
+    torch.testing.assert_close(blind(grid), blind(shuffled))
+    seeing = GatedAttentionMIL(4, 1, positions=True).eval()
+    assert not torch.allclose(seeing(grid), seeing(shuffled), atol=1e-4)
+
+
+def test_attention_stays_finite_without_tissue_and_with_huge_scores():
+    network = GatedAttentionMIL(2, 1).eval()
+    assert torch.isfinite(network(torch.zeros(1, 2, 3, 3))).all()
+    assert not network.attention(torch.zeros(1, 2, 3, 3)).any()
+    with torch.no_grad():
+        network.score.weight *= 1e6
+        grid = torch.randn(1, 2, 3, 3, requires_grad=True)
+    network(grid).sum().backward()
+    assert torch.isfinite(grid.grad).all()
 
 
 def test_small_network_does_not_see_where_in_the_crop_the_grid_lies():

@@ -68,6 +68,27 @@ def test_gradient_vanishes_and_likelihood_agrees_at_scikit_survivals_coefficient
     assert loss.item() == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.parametrize("load", [load_veterans_lung_cancer, load_whas500, load_gbsg2])
+@pytest.mark.parametrize("ties", ["breslow", "efron"])
+@pytest.mark.parametrize("seed", range(2))
+def test_value_and_gradient_equal_scikit_survivals_at_any_coefficients(load, ties, seed):
+    frame, y = load()
+    x = OneHotEncoder().fit_transform(frame).to_numpy(np.float64)
+    x = (x - x.mean(0)) / x.std(0)
+    event, time = (np.ascontiguousarray(y[name]) for name in y.dtype.names)
+    w = np.random.default_rng(seed).normal(0, 0.5, x.shape[1])
+    theirs = CoxPHOptimizer(x, event, time, np.zeros(x.shape[1]), ties)
+    theirs.update(w)
+    scale = len(event) / event.sum()  # theirs is a mean over all, ours over deaths
+    beta = torch.tensor(w, requires_grad=True)
+    loss = cox_loss(
+        torch.tensor(x) @ beta, torch.tensor(time.astype(float)), torch.tensor(event), ties=ties
+    )
+    loss.backward()
+    assert loss.item() == pytest.approx(theirs.nlog_likelihood(w) * scale, abs=1e-6)
+    np.testing.assert_allclose(beta.grad.numpy(), theirs.gradient.ravel() * scale, atol=1e-6)
+
+
 @pytest.mark.parametrize("ties", ["breslow", "efron"])
 def test_the_ratio_of_ties_changes_nothing_when_there_are_none(ties):
     time, event = torch.arange(6.0), torch.tensor([1, 0, 1, 1, 0, 1])

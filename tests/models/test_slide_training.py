@@ -6,6 +6,8 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from sksurv.datasets import load_whas500
+from sksurv.linear_model import CoxPHSurvivalAnalysis
 
 from nic_core.cohort import (
     ClassificationTarget,
@@ -21,7 +23,13 @@ from nic_core.models.files import ModelFileError, ensemble_module, load_model, s
 from nic_core.models.folds import make_folds
 from nic_core.models.pictures import evaluation_figure, metrics_figure, training_figure
 from nic_core.models.training import TrainingError, batches, fit_fold, predict_units
-from nic_core.models.validation import NETWORK, cross_validate, prediction_array
+from nic_core.models.validation import (
+    NETWORK,
+    cross_validate,
+    fit_survival,
+    prediction_array,
+)
+from nic_core.reports import COMPARISON_SCHEMA, compare_models
 
 from .conftest import ArrayGrid
 
@@ -92,6 +100,82 @@ def test_the_permutation_control_comes_out_at_chance(planted):
     )
     row = primary(control)
     assert row["low"] < 0.5 < row["high"] or row["value"] < 0.5
+
+
+def test_attention_pooling_learns_what_cells_hold(planted):
+    mil = QUICK.model_copy(update={"network": "mil", "epochs": 12})
+    assert primary(evaluate(planted, GRADE, mil))["value"] > 0.5
+
+
+def test_survival_functions_equal_those_of_scikit_survivals_cox_model():
+    frame, y = load_whas500()
+    x = frame.astype(float).to_numpy()
+    x = (x - x.mean(0)) / x.std(0)
+    event, time = (np.ascontiguousarray(y[name]) for name in y.dtype.names)
+    fitted = CoxPHSurvivalAnalysis().fit(x, y)
+    times = np.percentile(time, [5, 30, 60, 90])
+    expected = [[f(t) for t in times] for f in fitted.predict_survival_function(x[:20])]
+    table = pl.DataFrame({"time": time, "event": event})
+    ours = fit_survival(table, fitted.predict(x))(fitted.predict(x[:20]), times)
+    np.testing.assert_allclose(ours, expected, atol=1e-10)
+    late = fit_survival(table, fitted.predict(x))(np.array([0.0, 800.0]), np.array([-1.0, 1e9]))
+    assert late[:, 0].tolist() == [1, 1]  # no hazard before the first event
+    assert late[1, 1] == 0
+
+
+def test_survival_predictions_hold_functions_that_fall_and_are_scored(few):
+    evaluated = evaluate(few, DEATH, QUICK)
+    for name in (NETWORK, *BASELINES):
+        rows = evaluated.predictions.filter(model=name)
+        functions = np.array(rows["survival"].to_list())
+        assert (np.diff(functions, axis=1) <= 1e-12).all()
+        assert ((functions >= 0) & (functions <= 1)).all()
+        assert rows["horizons"].n_unique() == 1
+        # who has the higher risk in a fold has the lower chance to live, at every time
+        fold = rows.filter(fold=0).sort("risk")
+        assert (np.diff(np.array(fold["survival"].to_list()), axis=0) <= 1e-12).all()
+    scored = evaluated.metrics.filter(model=NETWORK)["metric"]
+    assert {"harrell_c", "uno_c", "time_auc", "integrated_brier", "log_rank_p"} == set(scored)
+
+
+def test_seeds_repeat_the_network_on_the_same_folds_and_change_nothing_else(few):
+    one = evaluate(few, GRADE, QUICK)
+    three = evaluate(few, GRADE, QUICK.model_copy(update={"seeds": 3}))
+    assert three.predictions.equals(one.predictions)
+    assert one.metrics["seeds_mean"].null_count() == one.metrics.height
+    row = primary(three)
+    assert row["seeds_deviation"] > 0
+    assert row["seeds_mean"] != row["value"]
+    assert three.metrics.filter(model="mean_code")["seeds_mean"].null_count() == 4
+    assert len(three.networks) == 4
+
+
+def test_noise_and_dropout_of_features_are_drawn_by_the_seed(few):
+    wild = QUICK.model_copy(update={"feature_noise": 0.5, "feature_dropout": 0.2})
+    first, again = (evaluate(few, GRADE, wild) for _ in range(2))
+    assert first.predictions.equals(again.predictions)
+    assert not first.history.equals(evaluate(few, GRADE, QUICK).history)
+
+
+def test_encoders_and_baselines_are_compared_in_pairs(few):
+    evaluated = evaluate(few, DEATH, QUICK).predictions
+    half = evaluated.filter(pl.col("patient") < "p06")
+    found = compare_models(DEATH, {"a": evaluated, "b": half}, resamples=50, seed=0)
+    assert found.schema == COMPARISON_SCHEMA
+    pair = found.filter(first="a: network", second="b: network")
+    assert (pair["difference"] == 0).all()
+    assert (pair["p"] == 1).all()
+    assert set(pair["n"]) == {6}
+    linear = found.filter(second="a: mean code, linear", metric="Harrell's C")
+    assert linear["n"].to_list() == [12]
+    assert set(zip(found["first"], found["second"], strict=True)) == {
+        ("a: network", "b: network"),
+        *(
+            (f"{e}: network", f"{e}: {name}, linear")
+            for e in "ab"
+            for name in ("mean code", "tissue area")
+        ),
+    }
 
 
 def test_survival_risk_is_higher_for_those_who_die_earlier(planted):
