@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nic_core.cohort import NetworkName
 from nic_core.models.networks import Normalise, component_count, occupied
-from nic_core.orientations import ORIENTATIONS, orient
+from nic_core.orientations import ORIENTATIONS, undo
 
 CACHE_BYTES = 1 << 30
 _BLOCK = 1 << 14  # cells whose moments are summed at once
@@ -150,18 +150,6 @@ def windows(
     return (inner[0], inner[1]), (outer[0], outer[1])
 
 
-def cut(
-    grid: NDArray[Any], centre: tuple[int, int], crop: int
-) -> tuple[NDArray[Any], tuple[slice, slice]]:
-    """The part of ``grid`` (C, rows, columns) under a crop, and where it lies in the crop.
-
-    What lies outside of the grid is left to the caller to fill with 0. Only the part is read
-    from a zarr array.
-    """
-    inner, outer = windows(grid.shape[1:], centre, crop)
-    return grid[:, inner[0], inner[1]], outer
-
-
 class Crops:
     """Crops of normalised features, float32 (k, crop, crop) with 0 for background.
 
@@ -195,57 +183,71 @@ class Crops:
         """Size of one crop."""
         return 4 * self._normalise.channels * self._crop**2
 
-    def draw(self, slide: str, random: np.random.Generator) -> NDArray[np.float32]:
-        """A crop about a random centre in a random orientation.
+    def empty(self, count: int) -> NDArray[np.float32]:
+        """Room for so many crops, (count, k, crop, crop): all background."""
+        return np.zeros((count, self._normalise.channels, self._crop, self._crop), np.float32)
+
+    def draw(self, slide: str, random: np.random.Generator, out: NDArray[np.float32]) -> None:
+        """A crop about a random centre in a random orientation, put into ``out``.
 
         A grid that fits into the crop along an axis is shifted in it but never cut.
         """
-        return self.at(slide, self._centre(slide, random), int(random.integers(ORIENTATIONS)))
+        self.at(slide, self._centre(slide, random), int(random.integers(ORIENTATIONS)), out)
 
     def fixed(self, slide: str, count: int, seed: int) -> list[tuple[int, int]]:
         """Centres that depend on the slide's id and the seed alone."""
         random = np.random.default_rng([seed, zlib.crc32(slide.encode())])
         return [self._centre(slide, random) for _ in range(count)]
 
-    def at(self, slide: str, centre: tuple[int, int], orientation: int) -> NDArray[np.float32]:
-        """The crop about a cell (row, column) of the upright grid, turned."""
-        grid = self._open(slide)
-        stored = orientation if grid.orientations is not None else 0
-        whole = self._features(slide, grid, stored)
-        if whole is None:
-            inner, place = windows(grid.valid.shape, centre, self._crop)
-            window = self._apply(
-                grid.oriented(stored)[:, inner[0], inner[1]], np.asarray(grid.valid)[inner]
-            )
-        else:
-            window, place = cut(whole, centre, self._crop)
-        out = np.zeros((len(window), self._crop, self._crop), np.float32)
-        out[:, place[0], place[1]] = window
-        return orient(out, orientation)
+    def at(
+        self,
+        slide: str,
+        centre: tuple[int, int],
+        orientation: int,
+        out: NDArray[np.float32] | None = None,
+    ) -> NDArray[np.float32]:
+        """The crop about a cell (row, column) of the upright grid, turned.
 
-    def _features(self, slide: str, grid: GridLike, stored: int) -> NDArray[np.float32] | None:
+        Put into ``out`` (k, crop, crop), all 0, if it is given: large crops are written once.
+        """
+        grid = self._open(slide)
+        valid = np.asarray(grid.valid)
+        inner, place = windows(valid.shape, centre, self._crop)
+        cells = self._features(
+            slide, grid, orientation if grid.orientations is not None else 0, inner
+        )
+        out = self.empty(1)[0] if out is None else out
+        undo(out, orientation)[:, place[0], place[1]][:, valid[inner]] = cells
+        return out
+
+    def _features(
+        self, slide: str, grid: GridLike, stored: int, inner: tuple[slice, slice]
+    ) -> NDArray[np.float32]:
+        """Features (k, cells) of the tissue cells in a window, of a stored orientation."""
+        valid = np.asarray(grid.valid)
         key = slide, stored
         if key not in self._whole:
-            size = 4 * self._normalise.channels * grid.valid.size
+            size = 4 * self._normalise.channels * int(valid.sum())
             if size > self._room:
-                return None
+                codes = np.asarray(grid.oriented(stored)[:, inner[0], inner[1]])
+                return self._apply(codes[:, valid[inner]])
             self._room -= size
-            self._whole[key] = self._apply(grid.oriented(stored)[:], np.asarray(grid.valid))
-        return self._whole[key]
+            self._whole[key] = self._apply(np.asarray(grid.oriented(stored)[:])[:, valid])
+        number = valid.cumsum().reshape(valid.shape) - 1
+        return self._whole[key][:, number[inner][valid[inner]]]
 
-    def _apply(self, codes: NDArray[Any], valid: NDArray[np.bool_]) -> NDArray[np.float32]:
-        """What :class:`Normalise` does, for tissue cells alone and without torch's threads, which
-        the network is using meanwhile."""
-        out = np.zeros((self._normalise.channels, *valid.shape), np.float32)
-        cells = np.asarray(codes)[:, valid].astype(np.float32)
+    def _apply(self, codes: NDArray[Any]) -> NDArray[np.float32]:
+        """What :class:`Normalise` does, of cells (C, n) and without torch's threads, which the
+        network is using meanwhile."""
+        cells = codes.astype(np.float32)
         occupied = cells.any(0)  # as the network sees it, should a tissue cell have the code 0
         cells -= self._mean
         if self._weight.ndim == 1:
             cells *= self._weight[:, None]
         else:
             cells = self._weight @ cells
-        out[:, valid] = cells * occupied
-        return out
+        cells *= occupied
+        return cells
 
     def _centre_table(self, slide: str) -> tuple[NDArray[np.float64], int]:
         weights = centre_weights(np.asarray(self._open(slide).valid))

@@ -167,7 +167,7 @@ def _reliability(axes: Axes, y: NDArray[np.int64], p: NDArray[np.float64]) -> No
     axes.hist(
         sure,
         CALIBRATION_BINS,
-        (0, 1),
+        range=(0, 1),
         weights=np.full(len(y), 1 / len(y)),
         color="0.88",
         label="units",

@@ -245,8 +245,10 @@ def training_batches(
     """An epoch's :func:`batches` of rows, each with a random crop of one of its slides."""
     slides = train["slides"].to_list()
     for rows in batches(train, size, random):
-        views = [crops.draw(slides[i][random.integers(len(slides[i]))], random) for i in rows]
-        yield rows, np.stack(views)
+        features = crops.empty(len(rows))
+        for i, out in zip(rows, features, strict=True):
+            crops.draw(slides[i][random.integers(len(slides[i]))], random, out)
+        yield rows, features
 
 
 def _schedule(optimiser: torch.optim.Optimizer, settings: ModelSettings) -> Callable[[float], None]:
@@ -338,10 +340,12 @@ def _mean_of_views(
     """Mean output over each unit's views, (units, outputs); each slide has equally many."""
     flat = [view for of_unit in views for view in of_unit]
     step = max(1, _BATCH_BYTES // crops.bytes)
-    outputs = [
-        module(torch.from_numpy(np.stack([crops.at(*view) for view in some])))
-        for some in (flat[i : i + step] for i in range(0, len(flat), step))
-    ]
+    outputs = []
+    for some in (flat[i : i + step] for i in range(0, len(flat), step)):
+        features = crops.empty(len(some))
+        for view, out in zip(some, features, strict=True):
+            crops.at(*view, out)
+        outputs.append(module(torch.from_numpy(features)))
     per_unit = torch.split(torch.cat(outputs), [len(of_unit) for of_unit in views])
     return torch.stack([of_unit.mean(0) for of_unit in per_unit])
 

@@ -14,11 +14,11 @@ from nic_core.models.crops import (
     Crops,
     all_moments,
     centre_weights,
-    cut,
     disturb,
     fit_normalise,
     grid_moments,
     prefetch,
+    windows,
 )
 from nic_core.models.networks import Normalise
 from nic_core.orientations import orient
@@ -192,9 +192,9 @@ def test_slides_beyond_the_cache_are_read_by_window_with_the_same_result(tmp_pat
     assert max(reads) <= 3 * 10 * 10
 
 
-def test_cut_of_a_grid_beside_the_crop_is_empty_but_in_place():
-    window, place = cut(np.ones((1, 4, 4)), (0, 3), 2)
-    assert window.shape == (1, 1, 2)
+def test_the_window_of_a_crop_beside_the_grid_is_cut_off_but_in_place():
+    inner, place = windows((4, 4), (0, 3), 2)
+    assert inner == (slice(0, 1), slice(2, 4))
     assert place == (slice(1, 2), slice(0, 2))
 
 
