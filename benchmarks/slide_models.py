@@ -1,11 +1,12 @@
 """What training slide models on large grids costs: time to load crops, and memory.
 
     python benchmarks/slide_models.py
-    python benchmarks/slide_models.py --network mil --slides 1000
+    python benchmarks/slide_models.py --network small --side 24 --slides 40 --batches 2
 
-The cohort is synthetic: grids of 400 x 400 cells and 128 numbers, a disc of tissue of random
-codes, which compress badly. A few stores are written; all others are hard links to them, so that
-the cohort is small on disk but every slide is opened and read by itself. Nothing is learned.
+The cohort is synthetic: grids of 400 x 400 cells (--side) and 128 numbers, a disc of tissue of
+random codes, which compress badly. A few stores are written; all others are hard links to them,
+so that the cohort is small on disk but every slide is opened and read by itself. Nothing is
+learned.
 
 Times are for whole epochs of training on a few batches: the network alone on crops in memory, and
 with crops that are read, normalised and turned while it works. Memory is the peak of the process
@@ -33,19 +34,19 @@ from nic_core.models.crops import Crops, all_moments, normalise_for, prefetch
 from nic_core.models.networks import build_network
 from nic_core.models.training import training_batches
 
-SIDE, CODE, STORES = 400, 128, 4
+CODE, STORES = 128, 4
 
 
-def write_cohort(folder: Path, slides: int) -> list[str]:
+def write_cohort(folder: Path, slides: int, side: int) -> list[str]:
     """Write the stores and their links; slide ids."""
-    y, x = np.mgrid[:SIDE, :SIDE] - SIDE / 2
+    y, x = np.mgrid[:side, :side] - side / 2
     names = [f"slide-{i:04d}" for i in range(slides)]
     for i, name in enumerate(names):
         if i >= STORES:
             shutil.copytree(folder / names[i % STORES], folder / name, copy_function=os.link)
             continue
-        valid = np.hypot(y, x) < SIDE * (0.25 + 0.05 * i)
-        codes = np.random.default_rng(i).normal(size=(CODE, SIDE, SIDE)).astype(np.float16)
+        valid = np.hypot(y, x) < side * (0.25 + 0.05 * i)
+        codes = np.random.default_rng(i).normal(size=(CODE, side, side)).astype(np.float16)
         about = GridProvenance(
             slide=name,
             slide_identity=name,
@@ -71,10 +72,11 @@ def main() -> None:
     parser.add_argument("--slides", type=int, default=1000)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--batches", type=int, default=4, help="batches of the timed epoch")
+    parser.add_argument("--side", type=int, default=400, help="cells of grids and crops")
     arguments = parser.parse_args()
     console, memory = Console(), {"start": peak()}
     with tempfile.TemporaryDirectory() as place:
-        slides = write_cohort(Path(place), arguments.slides)
+        slides = write_cohort(Path(place), arguments.slides, arguments.side)
 
         def grids(slide: str) -> Grid:
             return open_grid(Path(place) / slide)
@@ -83,7 +85,7 @@ def main() -> None:
         moments = all_moments(slides, grids)
         memory[f"moments of {len(slides)} slides"] = peak()
         normalise = normalise_for(arguments.network, moments.values())
-        crops = Crops(grids, normalise, SIDE)
+        crops = Crops(grids, normalise, arguments.side)
         random = np.random.default_rng(0)
         table = pl.DataFrame({"slides": [[slide] for slide in slides]})
         for _ in prefetch(training_batches(table, crops, arguments.batch, random)):
@@ -118,13 +120,13 @@ def main() -> None:
             loading += time.perf_counter() - start
         memory["training"] = peak()
     views = 2 * arguments.batches * arguments.batch
-    times = Table("of a crop", "ms", title=f"network {arguments.network}, {SIDE} x {SIDE} cells")
+    times = Table("of a crop", "ms", title=f"{arguments.network}, {arguments.side} cells a side")
     for name, seconds in (
         ("network alone", alone),
         ("network and loading", together),
         ("loading alone", loading),
     ):
-        times.add_row(name, f"{1000 * seconds / views:.0f}")
+        times.add_row(name, f"{1000 * seconds / views:.3g}")
     console.print(times)
     console.print(f"loading adds {together / alone - 1:.0%} to an epoch of the network alone")
     peaks = Table("after", "peak memory", title=f"{len(slides)} slides")
