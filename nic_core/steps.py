@@ -628,7 +628,9 @@ def _grid_settings(
             "set settings.compression.precision, not auto, and materialize 'grid' again"
         )
     precision, reading = ways[0]
-    return GridSettings(precision=precision, reading=reading, tissue=cohort.settings.tissue)
+    return GridSettings.model_validate(
+        {"precision": precision, "reading": reading, "tissue": cohort.settings.tissue}
+    )
 
 
 def _with_grids(table: pl.DataFrame, grids: pl.DataFrame) -> pl.DataFrame:

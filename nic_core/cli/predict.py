@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from nic_core.cli.compress import batch_progress, find_encoder, print_failed
@@ -133,7 +134,7 @@ def _table(card: ModelCard, predictions: pl.DataFrame) -> Table:
     about = ["patient", "slides"] if by_patient else ["slide", "patient"]
     table = Table(
         *about,
-        *(f"{name.replace('_', ' ')} [{'lowest, highest fold'}]" for name in columns),
+        *(escape(f"{name.replace('_', ' ')} [lowest, highest fold]") for name in columns),
         *([last.replace("_", " ")] if last else []),
         title=f"{card.target.name} ({card.target.kind}), encoder {card.encoder}",
     )
@@ -141,10 +142,10 @@ def _table(card: ModelCard, predictions: pl.DataFrame) -> Table:
         other = ", ".join(row["slides"]) if by_patient else row["patient"] or ""
         name = f"{row['unit']}{' *' if row['seen'] else ''}"
         table.add_row(
-            name,
-            other,
+            escape(name),
+            escape(other),
             *(_value(row, column, len(card.networks)) for column in columns),
-            *([row[last] or ""] if last else []),
+            *([escape(row[last] or "")] if last else []),
         )
     return table
 
@@ -153,7 +154,7 @@ def _value(row: dict[str, Any], column: str, folds: int) -> str:
     if row[column] is None:
         return "none"
     each = [row[f"fold_{k}_{column}"] for k in range(folds)]
-    return f"{row[column]:.3g} \\[{min(each):.3g}, {max(each):.3g}]"
+    return escape(f"{row[column]:.3g} [{min(each):.3g}, {max(each):.3g}]")
 
 
 def _legend(card: ModelCard) -> str:

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from nic_core.cohort import ModelSettings, Target
 from nic_core.encoders.encoder import weights_hash as tensors_hash
-from nic_core.grids import Precision, Reading, nic_version
+from nic_core.grids import Reading, nic_version
 from nic_core.models.networks import SMALL_COMPONENTS, Ensemble, FoldModel, Normalise, build_network
 from nic_core.models.training import output_count
 from nic_core.models.validation import NETWORK, Evaluated
@@ -57,7 +57,7 @@ class GridSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    precision: Precision
+    precision: Literal["float32", "bfloat16"]
     reading: Reading
     tissue: float = Field(ge=0, le=1)
 
