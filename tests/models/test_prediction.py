@@ -26,6 +26,7 @@ from nic_core.models.prediction import (
     read_patients,
 )
 from nic_core.models.validation import NETWORK, prediction_columns
+from nic_core.slides.index import slide_index
 from nic_core.store import Store
 
 ENCODER = "mean-rgb"
@@ -36,7 +37,7 @@ TARGETS = ("proliferation", "growth", "survival")
 def study(tiny_cohort, tmp_path_factory) -> tuple[Cohort, Store]:
     """Every target's model on grids of mean colours."""
     cohort, store = load_cohort(tiny_cohort), Store(tmp_path_factory.mktemp("study"))
-    steps.list_slides(cohort, store)
+    steps.write_index(store, slide_index(cohort))
     for slide in steps.read_index(store)["slide"]:
         steps.prepare_slide(store, slide)
         steps.tabulate_patches(cohort, store, slide)
@@ -208,7 +209,7 @@ def test_the_command_goes_past_bad_slides_and_exits_with_1(study, tmp_path):
     assert "not an image of a known format" in done.output
     table = pl.read_csv(out / "predictions.csv")
     assert table["unit"].to_list() == ["bad", *good]
-    assert table["failed"].to_list() == ["bad", *[None] * len(good)]
+    assert table["failed"].to_list() == ["bad", *[""] * len(good)]
     assert table["class"].null_count() == 1
     whole = pl.read_parquet(out / "predictions.parquet")
     assert whole["class"].equals(table["class"])
