@@ -49,7 +49,7 @@ def predict(
     from nic_core.encoders.inference import resolve_device
     from nic_core.models.prediction import (
         CSV,
-        ModelMismatchError,
+        PatientsError,
         check_encoder,
         predict_slides,
         read_patients,
@@ -70,7 +70,7 @@ def predict(
         raise typer.BadParameter(str(error)) from error
     if card.target.level == "patient" and of_slide is None:
         console.print("no --patients: each slide counts as a patient of its own")
-    with one_line(StoreError, ModelMismatchError, ValueError), batch_progress(len(named)) as bars:
+    with one_line(StoreError, PatientsError), batch_progress(len(named)) as bars:
         show, tell = bars
         predicted = predict_slides(
             loaded,

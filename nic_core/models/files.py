@@ -10,12 +10,20 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 import polars as pl
 import torch
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -112,6 +120,12 @@ class ModelCard(BaseModel):
     median_risk: float | None
     metrics: tuple[ModelMetric, ...]
     software: dict[str, str]
+
+    @model_validator(mode="after")
+    def _survival_has_a_median_risk(self) -> Self:
+        if (self.target.kind == "survival") != (self.median_risk is not None):
+            raise ValueError("median_risk: survival has one, other targets have none")
+        return self
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,10 @@ class ModelMismatchError(ValueError):
     """An encoder or a grid is not of the kind that the model was trained on."""
 
 
+class PatientsError(ValueError):
+    """A table of patients cannot be used, or lacks a slide."""
+
+
 @dataclass(frozen=True)
 class Predicted:
     """What :func:`predict_slides` gives.
@@ -204,8 +208,10 @@ def predict_slides(
     ------
     ModelMismatchError
         The encoder is not the model's.
+    PatientsError
+        ``patients`` lacks a slide.
     ValueError
-        ``patients`` lacks a slide, or heatmaps have no place.
+        Heatmaps have no place.
     StoreError
         ``out`` cannot be written.
     """
@@ -236,15 +242,13 @@ def predict_slides(
         def grid(slide: str) -> Grid:
             return open_grid(place / GRIDS / f"{slide}.zarr")
 
-        usable = report.filter(pl.col("status").is_in(["compressed", "up to date"]))["slide"]
         if heatmaps and out is not None:
-            for slide in usable:
+            for slide in _usable(report):
                 try:
                     _write_heat(model, grid(slide), slides[slide], out / HEATMAPS / slide, mpp)
                 except SlideError as error:
                     report = _fail(report, [slide], error.reason, error.remedy)
-            usable = report.filter(pl.col("status").is_in(["compressed", "up to date"]))["slide"]
-        good = pl.element().is_in(usable.implode())
+        good = pl.element().is_in(_usable(report).implode())
         parted = wanted.with_columns(
             pl.col("slides").list.eval(pl.element().filter(good)),
             pl.col("slides").list.eval(pl.element().filter(~good)).alias("failed"),
@@ -275,17 +279,17 @@ def read_patients(path: Path) -> dict[str, str]:
 
     Raises
     ------
-    ValueError
+    PatientsError
         It cannot be read, lacks a column, leaves a field empty or has a slide twice.
     """
     try:
         # as text: an id such as 007 must keep its zeros
         table = pl.read_csv(path, infer_schema=False)
     except (OSError, pl.exceptions.PolarsError) as error:
-        raise ValueError(f"{path}: cannot be read ({error})") from error
+        raise PatientsError(f"{path}: cannot be read ({error})") from error
     missing = [name for name in ("slide", "patient") if name not in table.columns]
     if missing:
-        raise ValueError(
+        raise PatientsError(
             f"{path}: no column '{missing[0]}'; it has {', '.join(table.columns)}; "
             "give a table with the columns slide and patient"
         )
@@ -295,7 +299,7 @@ def read_patients(path: Path) -> dict[str, str]:
         (table.filter(pl.col("slide").is_duplicated()), "more than one row"),
     ):
         if bad.height:
-            raise ValueError(f"{path}: slide '{bad['slide'][0]}' has {what}; keep one whole row")
+            raise PatientsError(f"{path}: slide '{bad['slide'][0]}' has {what}; keep one whole row")
     return dict(table.rows())
 
 
@@ -304,7 +308,7 @@ def _units(
 ) -> pl.DataFrame:
     """``unit``, ``patient``, ``slides``, in the order of the slides."""
     if patients is not None and (unknown := [s for s in slides if s not in patients]):
-        raise ValueError(f"slide '{unknown[0]}' has no patient in the table of patients; add it")
+        raise PatientsError(f"slide '{unknown[0]}' has no patient in the table of patients; add it")
     table = pl.DataFrame(
         {"slides": list(slides), "patient": [patients[s] if patients else None for s in slides]},
         schema={"slides": pl.String, "patient": pl.String},
@@ -337,6 +341,10 @@ def _write_heat(model: SlideModel, grid: Grid, path: Path, folder: Path, mpp: fl
         write_heatmap(folder, heat, grid.provenance, slide, name=card.target.name)
 
 
+def _usable(report: pl.DataFrame) -> pl.Series:
+    return report.filter(pl.col("status").is_in(["compressed", "up to date"]))["slide"]
+
+
 def _fail(report: pl.DataFrame, slides: list[str], reason: str, remedy: str) -> pl.DataFrame:
     def instead(column: str, value: str) -> pl.Expr:
         return pl.when(failed).then(pl.lit(value)).otherwise(column).alias(column)
@@ -354,9 +362,7 @@ def _same(what: str, pairs: Mapping[str, tuple[object, object]], remedy: str) ->
         if has != needed
     ]
     if different:
-        raise ModelMismatchError(
-            f"{what} does not fit the model: {'; '.join(different)}. Remedy: {remedy}"
-        )
+        raise ModelMismatchError(f"{what} does not fit the model: {', '.join(different)}; {remedy}")
 
 
 def _short(value: object) -> str:
