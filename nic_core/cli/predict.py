@@ -28,7 +28,7 @@ def predict(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="folder for predictions.csv and .parquet, report.csv and the grids"),
+        typer.Option(help="folder for predictions-TARGET.csv and .parquet, report.csv and grids"),
     ] = None,
     patients: Annotated[
         Path | None, typer.Option(help="CSV with the columns slide and patient")
@@ -48,7 +48,6 @@ def predict(
     from nic_core.batch import REPORT, name_slides, write_report
     from nic_core.encoders.inference import resolve_device
     from nic_core.models.prediction import (
-        CSV,
         PatientsError,
         check_encoder,
         predict_slides,
@@ -85,7 +84,7 @@ def predict(
             tell=tell,
         )
     console.print(_table(card, predicted.predictions))
-    console.print(_legend(card), soft_wrap=True)
+    console.print(_legend(card), soft_wrap=True, markup=False)
     if predicted.predictions["seen"].any():
         console.print(
             "* the model was trained on this: how well it fits says nothing about others",
@@ -95,9 +94,9 @@ def predict(
     print_failed(predicted.slides)
     if out is not None:
         with one_line(StoreError):
-            write_predictions(out, predicted.predictions)
+            table = write_predictions(out, card.target.name, predicted.predictions)
             write_report(out / REPORT, predicted.slides)
-        console.print(str(out / CSV), soft_wrap=True)
+        console.print(str(table), soft_wrap=True)
     if predicted.slides["status"].is_in(["failed", "not tried"]).any():
         raise typer.Exit(1)
 
@@ -134,7 +133,7 @@ def _table(card: ModelCard, predictions: pl.DataFrame) -> Table:
     about = ["patient", "slides"] if by_patient else ["slide", "patient"]
     table = Table(
         *about,
-        *(escape(f"{name.replace('_', ' ')} [lowest, highest fold]") for name in columns),
+        *(escape(name.replace("_", " ")) for name in columns),
         *([last.replace("_", " ")] if last else []),
         title=f"{card.target.name} ({card.target.kind}), encoder {card.encoder}",
     )
@@ -158,7 +157,7 @@ def _value(row: dict[str, Any], column: str, folds: int) -> str:
 
 
 def _legend(card: ModelCard) -> str:
-    told = f"mean of {len(card.networks)} folds"
+    told = f"mean of {len(card.networks)} folds [lowest, highest]"
     if card.target.kind == "survival":
         told += (
             "; a higher risk means an earlier event; high: above the training cohort's median "

@@ -31,7 +31,6 @@ from nic_core.models.validation import prediction_columns
 from nic_core.slides import SlideError, open_slide
 from nic_core.store import whole_file
 
-CSV, PARQUET = "predictions.csv", "predictions.parquet"
 GRIDS, HEATMAPS = "grids", "heatmaps"
 
 
@@ -191,7 +190,7 @@ def predict_slides(
         Slide id to file, as of :func:`nic_core.batch.name_slides`.
     out
         Folder to keep ``grids/<slide>.zarr`` in, which are used again while they are up to date,
-        and ``heatmaps/<slide>/``. None: nothing is kept.
+        and ``heatmaps/<target>/<slide>/``. None: nothing is kept.
     patients
         Slide id to patient. None: of a model at patient level each slide counts as a patient of
         its own.
@@ -245,7 +244,13 @@ def predict_slides(
         if heatmaps and out is not None:
             for slide in _usable(report):
                 try:
-                    _write_heat(model, grid(slide), slides[slide], out / HEATMAPS / slide, mpp)
+                    _write_heat(
+                        model,
+                        grid(slide),
+                        slides[slide],
+                        out / HEATMAPS / card.target.name / slide,
+                        mpp,
+                    )
                 except SlideError as error:
                     report = _fail(report, [slide], error.reason, error.remedy)
         good = pl.element().is_in(_usable(report).implode())
@@ -260,18 +265,24 @@ def predict_slides(
     return Predicted(predictions, report)
 
 
-def write_predictions(folder: Path, predictions: pl.DataFrame) -> None:
-    """Write ``predictions.parquet``, and ``predictions.csv`` with lists of slides joined by ``;``.
+def write_predictions(folder: Path, target: str, predictions: pl.DataFrame) -> Path:
+    """Write ``predictions-<target>.parquet``, and the same as CSV, lists of slides joined by ``;``.
+
+    Returns
+    -------
+    The CSV.
 
     Raises
     ------
     StoreError
         They cannot be written.
     """
-    with whole_file(folder / PARQUET) as path:
+    table = folder / f"predictions-{target}.csv"
+    with whole_file(table.with_suffix(".parquet")) as path:
         predictions.write_parquet(path)
-    with whole_file(folder / CSV) as path:
+    with whole_file(table) as path:
         predictions.with_columns(pl.col("slides", "failed").list.join(";")).write_csv(path)
+    return table
 
 
 def read_patients(path: Path) -> dict[str, str]:

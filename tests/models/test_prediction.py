@@ -207,11 +207,11 @@ def test_the_command_goes_past_bad_slides_and_exits_with_1(study, tmp_path):
     done = predict(*model, "--out", out, tmp_path / "bad.svs", *good.values(), store=store)
     assert done.exit_code == 1, done.output
     assert "not an image of a known format" in done.output
-    table = pl.read_csv(out / "predictions.csv")
+    table = pl.read_csv(out / "predictions-growth.csv")
     assert table["unit"].to_list() == ["bad", *good]
     assert table["failed"].to_list() == ["bad", *[""] * len(good)]
     assert table["class"].null_count() == 1
-    whole = pl.read_parquet(out / "predictions.parquet")
+    whole = pl.read_parquet(out / "predictions-growth.parquet")
     assert whole["class"].equals(table["class"])
     assert pl.read_csv(out / "report.csv")["status"].to_list() == [
         "failed",
@@ -221,7 +221,7 @@ def test_the_command_goes_past_bad_slides_and_exits_with_1(study, tmp_path):
     assert again.exit_code == 0, again.output
     assert set(pl.read_csv(out / "report.csv")["status"]) == {"up to date"}
     assert (
-        pl.read_parquet(out / "predictions.parquet")
+        pl.read_parquet(out / "predictions-growth.parquet")
         .drop("slides", "failed")
         .equals(whole.drop("slides", "failed")[1:])
     )
@@ -239,8 +239,8 @@ def test_the_command_explains_and_pools_by_the_table_of_patients(study, tmp_path
     )
     assert done.exit_code == 0, done.output
     assert "a higher risk means an earlier event" in done.output
-    assert pl.read_parquet(tmp_path / "predictions.parquet")["unit"].to_list() == ["007"]
-    assert (tmp_path / "heatmaps" / next(iter(slides)) / "heat.tif").exists()
+    assert pl.read_parquet(tmp_path / "predictions-survival.parquet")["unit"].to_list() == ["007"]
+    assert (tmp_path / "heatmaps" / "survival" / next(iter(slides)) / "heat.tif").exists()
 
 
 def test_the_command_names_what_it_cannot_find_or_use(study, tmp_path):
