@@ -17,16 +17,28 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 PATCH, MPP, BATCH = 128, 0.5, 32
+KEPT: list[object] = []
 
 
 def lazyslide(slide: Path, encoder: Path) -> tuple[Callable[[], int], Callable[[], int]]:
     import lazyslide as zs
     import numpy as np
     import torch
+
+    # torchvision beside another build of torch lacks its operators and does not import; none is
+    # used here
+    declared = torch.library.Library("torchvision", "DEF")
+    for name in ("nms", "qnms"):
+        declared.define(f"{name}(Tensor a, Tensor b, float c) -> Tensor")
+    KEPT.append(declared)
+    from shapely import box
     from wsidata import open_wsi
+    from wsidata.io import add_tissues
 
     wsi = open_wsi(str(slide))
-    zs.pp.tile_tissues(wsi, PATCH, mpp=MPP, tissue_key=None, background_filter=False)
+    height, width = wsi.properties.shape
+    add_tissues(wsi, "tissues", [box(0, 0, width, height)])
+    zs.pp.tile_tissues(wsi, PATCH, mpp=MPP, background_filter=False)
 
     def read() -> int:
         return sum(1 for _ in wsi.iter.tile_images("tiles"))
@@ -34,9 +46,8 @@ def lazyslide(slide: Path, encoder: Path) -> tuple[Callable[[], int], Callable[[
     def encode() -> int:
         zs.tl.feature_extraction(
             wsi,
-            model_path=str(encoder),
+            model=torch.jit.load(encoder).eval(),
             model_name="encoder",
-            jit=True,
             # uint8 (H, W, 3) to what the encoder takes
             transform=lambda image: torch.from_numpy(np.array(image)).permute(2, 0, 1),
             batch_size=BATCH,
@@ -95,7 +106,8 @@ def hs2p(slide: Path, encoder: Path) -> tuple[Callable[[], int], Callable[[], in
     def batches() -> Iterator[np.ndarray]:
         waiting = []
         for tile in iter_tile_arrays_from_result(result=result):
-            waiting.append(tile)
+            # tiles come as they are stored
+            waiting.append(np.asarray(Image.fromarray(tile).reduce(len(tile) // PATCH)))
             if len(waiting) == BATCH:
                 yield np.stack(waiting)
                 waiting = []

@@ -27,8 +27,8 @@ from torch import Tensor
 from nic_core.cohort import EncoderSpec
 from nic_core.encoders import augmentation
 from nic_core.encoders.augmentation import HEAVY, augment
-from nic_core.encoders.encoder import build_encoder, resolve_device
-from nic_core.encoders.loop import resolve_precision
+from nic_core.encoders.encoder import build_encoder
+from nic_core.encoders.inference import resolve_device, resolve_precision
 from nic_core.encoders.networks import channels_last
 from nic_core.encoders.objectives.sampling import pool_stored
 from nic_core.encoders.patch_tasks import (
@@ -110,7 +110,7 @@ def main() -> None:
         ready = objective.batch(generator)
 
         def learn(batch: object) -> float:
-            with torch.autocast(device.type, torch.bfloat16, precision == torch.bfloat16):
+            with torch.autocast(device.type, torch.bfloat16, precision == "bfloat16"):
                 loss = objective.losses(batch)["loss"]  # type: ignore[arg-type]
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -136,7 +136,7 @@ def main() -> None:
         )
     seen = objective.patches_a_step
     console = Console()
-    what = f"{options.objective}, {options.tasks} tasks, {str(precision).removeprefix('torch.')}"
+    what = f"{options.objective}, {options.tasks} tasks, {precision}"
     report = Table(what, "ms a step", "patches/s", title=f"{options.threads} threads, {device}")
     for name, milliseconds in step.items():
         report.add_row(name, f"{milliseconds:.1f}", f"{seen * 1000 / milliseconds:,.0f}")

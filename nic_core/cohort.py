@@ -48,8 +48,16 @@ def _check_name(name: str) -> str:
     return name
 
 
+def _check_task_name(name: str) -> str:
+    # PyTorch joins the names of nested modules with dots, and a task names its head
+    if "." in _check_name(name):
+        raise ValueError("a patch task's name holds no '.'")
+    return name
+
+
 UserPath = Annotated[Path, AfterValidator(_resolve)]
 Name = Annotated[str, AfterValidator(_check_name)]
+TaskName = Annotated[str, AfterValidator(_check_task_name)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -138,7 +146,7 @@ class PatchTask(_Model):
     guessed; only slides know their own.
     """
 
-    name: Name
+    name: TaskName
     organ: str
     mpp: PositiveFloat | Literal["unknown"] | None = Field(
         default=None,
@@ -440,7 +448,8 @@ class CompressionSettings(_Model):
     """How slides are compressed; see docs/grids.md for what each choice costs and changes."""
 
     precision: Literal["auto", "float32", "bfloat16"] = Field(
-        default="auto", description="auto: bfloat16 where the processor computes it"
+        default="auto",
+        description="auto: bfloat16 on a GPU or CPU with matrix units for it",
     )
     reading: Literal["patch", "input"] = Field(
         default="patch",

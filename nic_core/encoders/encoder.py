@@ -88,7 +88,7 @@ class Encoder:
         device : str
             ``auto`` (CUDA if there is one), ``cpu``, ``cuda`` or ``cuda:1``.
         precision : str
-            ``float32``, ``bfloat16``, or ``auto``: bfloat16 where the device computes it.
+            ``float32``, ``bfloat16``, or ``auto``: bfloat16 where the device is made for it.
         reading : str
             ``patch``, or ``input``: pixels at the resolution of the network's own input. The
             two are one where the network pools nothing.

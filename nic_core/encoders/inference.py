@@ -31,7 +31,7 @@ from nic_core.encoders.networks import (
 from nic_core.grids import Precision, Reading
 
 Asked: TypeAlias = Literal["auto", "float32", "bfloat16"]
-"""A precision as a setting; ``auto`` is bfloat16 where the processor computes it."""
+"""A precision as a setting; ``auto``: see :func:`resolve_precision`."""
 
 BATCH = 32  # patches whose maps stay in a core's cache: faster than more
 
@@ -106,14 +106,18 @@ def resolve_device(device: str) -> torch.device:
 
 
 def resolve_precision(precision: Asked, device: torch.device) -> Precision:
-    """``auto``: bfloat16 if the device has instructions for it, else float32."""
+    """``auto``: bfloat16 where the device has matrix units for it, else float32.
+
+    Those are CUDA devices since Ampere and CPUs with AMX. A CPU that multiplies bfloat16 in its
+    vector units alone is slower with it than with float32, in training as in inference.
+    """
     if precision != "auto":
         return precision
     if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        native = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-    return "bfloat16" if native else "float32"
+        fast = device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+    return "bfloat16" if fast else "float32"
 
 
 def fast_module(

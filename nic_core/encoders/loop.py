@@ -30,6 +30,7 @@ from nic_core.encoders.encoder import EncoderError
 from nic_core.encoders.objectives.base import Objective
 from nic_core.encoders.patch_tasks import PatchDataset
 from nic_core.encoders.scores import TaskScores
+from nic_core.grids import Precision
 from nic_core.store import whole_file
 from nic_core.tracker import Tracker
 
@@ -58,7 +59,7 @@ def fit(
     spec: EncoderSpec,
     *,
     learning_rate: float,
-    precision: torch.dtype = torch.float32,
+    precision: Precision = "float32",
     checkpoint: Path | None = None,
     fingerprint: str = "",
     tracker: Tracker | None = None,
@@ -69,7 +70,7 @@ def fit(
     Parameters
     ----------
     precision
-        float32 or bfloat16, of the forward and backward pass; weights, losses, optimiser and
+        Of the forward and backward pass (autocast); weights, losses, optimiser and
         validation are float32 either way.
     checkpoint
         A file that is written after each epoch and removed at the end. If it exists and was
@@ -122,7 +123,7 @@ class _Run:
         objective: Objective,
         spec: EncoderSpec,
         learning_rate: float,
-        precision: torch.dtype,
+        precision: Precision,
     ) -> None:
         self.objective = objective
         self.spec = spec
@@ -199,8 +200,8 @@ class _Run:
         return row, confusion
 
     def _losses(self, batch: Any) -> dict[str, Tensor]:
-        reduced = self.precision != torch.float32
-        with torch.autocast(self.device.type, self.precision if reduced else None, reduced):
+        reduced = self.precision == "bfloat16"
+        with torch.autocast(self.device.type, torch.bfloat16, reduced):
             return self.objective.losses(batch)
 
     @property
@@ -229,7 +230,7 @@ class _Run:
             f"encoder '{self.spec.name}': the {what} became {values[name]} in epoch {self.epoch}, "
             f"after {self.seen} patches; lower its learning_rate (now "
             f"{self.optimizer.param_groups[0]['lr']:g})"
-            + ("" if self.precision == torch.float32 else " or set its precision to float32")
+            + ("" if self.precision == "float32" else " or set its precision to float32")
         )
 
     def _log(self, row: dict[str, float]) -> None:

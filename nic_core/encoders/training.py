@@ -152,7 +152,7 @@ def train_encoder(
             objective,
             spec,
             learning_rate=rate,
-            precision=getattr(torch, precision),
+            precision=precision,
             checkpoint=checkpoint,
             fingerprint=hashlib.sha256(setting.encode()).hexdigest(),
             tracker=tracker,

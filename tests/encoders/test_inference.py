@@ -94,7 +94,7 @@ def test_bfloat16_codes_point_the_same_way(fuse: bool, pooling: int, monkeypatch
 
 @pytest.mark.parametrize(("has", "expected"), [(True, "bfloat16"), (False, "float32")])
 def test_auto_is_bfloat16_only_where_the_device_has_it(has: bool, expected: str, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *, including_emulation: has)
     for device in (CPU, torch.device("cuda")):
         assert resolve_precision("auto", device) == expected
