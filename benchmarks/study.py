@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterator
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,8 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
 from skimage.color import rgb2gray
 from skimage.feature import local_binary_pattern
 from skimage.filters import gaussian
@@ -106,18 +108,19 @@ def run(options: argparse.Namespace) -> None:
         cohort = cohort.model_copy(update={"settings": settings})
     out: Path = options.out
     slides = Slides(cohort, Store(out / "slides")) if options.slides else None
-    for seed in range(options.seeds):
+    # the unsupervised ones, which take longest, last
+    for last, seed in product((False, True), range(options.seeds)):
         tasks = [_dataset(cohort, task, seed, out) for task in cohort.patch_tasks]
         unseen = [_dataset(cohort, _unseen(entry), seed, out) for entry in options.unseen]
         for name, kind, labels, spec in _encoders(cohort, options, seed):
             path = out / "rows" / f"{name}-{seed}.parquet"
-            if path.exists():
+            if path.exists() or (kind in UNSUPERVISED) != last:
                 continue
             start = time.monotonic()
             encoder = _make(cohort, tasks, kind, spec, name, seed)
             saw = dict.fromkeys(labels, "labels")
-            if kind in UNSUPERVISED:
-                saw = dict.fromkeys((task.name for task in tasks), "pixels")
+            if kind in UNSUPERVISED and isinstance(spec, EncoderSpec):
+                saw = dict.fromkeys(spec.tasks, "pixels")
             about = (cohort.name, seed, name, kind, "+".join(labels), len(labels))
             rows = [
                 (*about, PROBE, "linear probe", task.name, saw.get(task.name, "nothing"), value)
@@ -167,16 +170,23 @@ def _encoders(
         for size in (len(names), *range(1, len(names)))  # all of them first: it is the claim
         for subset in _subsets(names, size, options.subsets, seed)
     ]
-    for tasks, objective in (*((names, objective) for objective in UNSUPERVISED), *chosen):
+    paired = tuple(options.pairs or names)
+    unsupervised = [(paired if o == "contrastive" else names, o) for o in UNSUPERVISED]
+    for tasks, objective in (*chosen, *unsupervised):
         labels = tasks if objective == "mtl" else ()
-        name = "+".join(labels) or objective
-        yield name, objective, labels, EncoderSpec(
-            name=name,
-            objective=objective,
-            tasks=tasks,
-            seed=seed,
-            patches_seen=options.patches,
-            learning_rate=RATES.get(objective),
+        name = ".".join(labels) or objective
+        yield (
+            name,
+            objective,
+            labels,
+            EncoderSpec(
+                name=name,
+                objective=objective,
+                tasks=tasks,
+                seed=seed,
+                patches_seen=options.patches,
+                learning_rate=RATES.get(objective),
+            ),
         )
 
 
@@ -269,8 +279,13 @@ class Slides:
 
 
 def show(options: argparse.Namespace) -> None:
-    for folder in options.folders:
-        gather(folder)
+    rows = pl.concat([gather(folder) for folder in options.folders])
+    console = Console(width=110)
+    for (cohort,), own in rows.group_by("cohort", maintain_order=True):
+        console.print(summary(own, str(cohort)))
+    figure = picture(rows)
+    figure.savefig(options.picture, dpi=90)
+    console.print(str(options.picture))
 
 
 def gather(folder: Path) -> pl.DataFrame:
@@ -279,6 +294,88 @@ def gather(folder: Path) -> pl.DataFrame:
     with whole_file(folder / "study.parquet") as path:
         rows.write_parquet(path)
     return rows
+
+
+def by_seed(rows: pl.DataFrame) -> pl.DataFrame:
+    """Mean of each seed: over encoders of one kind and number of tasks, for each thing measured.
+
+    Of a probe on the cohort's own tasks the seen and the unseen are kept apart.
+    """
+    keys = ("cohort", "kind", "count", "measure", "model", "on", "saw")
+    return rows.group_by(*keys, "seed", maintain_order=True).agg(pl.col("value").mean())
+
+
+def over_seeds(rows: pl.DataFrame) -> pl.DataFrame:
+    """Mean and standard deviation over seeds, ``sd`` null of one seed."""
+    keys = ("cohort", "kind", "count", "measure", "model", "on", "saw")
+    return (
+        by_seed(rows)
+        .group_by(*keys, maintain_order=True)
+        .agg(mean=pl.col("value").mean(), sd=pl.col("value").std(), seeds=pl.len())
+    )
+
+
+def summary(rows: pl.DataFrame, cohort: str) -> Table:
+    """A row a kind of encoder: what it is worth on every task and target, seen ones starred."""
+    found = over_seeds(rows)
+    columns = found.select("measure", "model", "on").unique(maintain_order=True)
+    names = [
+        on if measure == PROBE else f"{on}, {model}: {measure}"
+        for measure, model, on in columns.iter_rows()
+    ]
+    table = Table("encoder", *names, title=f"{cohort}: mean (sd over seeds); * trained on it")
+    for kind, count in found.select("kind", "count").unique(maintain_order=True).iter_rows():
+        own = found.filter(kind=kind, count=count)
+        cells = []
+        for measure, model, on in columns.iter_rows():
+            values = own.filter(measure=measure, model=model, on=on).sort("saw")
+            cells.append("  ".join(_cell(row) for row in values.iter_rows(named=True)))
+        table.add_row(f"{kind}, {count} tasks" if count else kind, *cells)
+    return table
+
+
+def _cell(row: dict[str, object]) -> str:
+    star = {"labels": "*", "pixels": "+"}.get(str(row["saw"]), "")
+    spread = "" if row["sd"] is None else f" ({row['sd']:.2f})"
+    return f"{row['mean']:.2f}{spread}{star}"
+
+
+def picture(rows: pl.DataFrame) -> Figure:
+    """Number of tasks against what is measured, a panel a cohort and measure."""
+    panels = [
+        (cohort, measure, model, part)
+        for (cohort, measure, model), part in rows.filter(
+            (pl.col("saw") == "nothing") | pl.col("saw").is_null()
+        ).group_by("cohort", "measure", "model", maintain_order=True)
+        if model in ("linear probe", "network")
+    ]
+    figure = Figure(figsize=(4.6 * len(panels), 3.8), layout="constrained")
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        _panel(axes, *panel)
+    return figure
+
+
+def _panel(axes: Axes, cohort: str, measure: str, model: str, rows: pl.DataFrame) -> None:
+    found = over_seeds(rows)
+    mtl = found.filter(kind="mtl").sort("count")
+    for (on,), own in mtl.group_by("on", maintain_order=True):
+        axes.errorbar(
+            own["count"], own["mean"], own["sd"].fill_null(0), marker="o", capsize=3, label=str(on)
+        )
+    counts = mtl["count"]
+    beside = found.filter(pl.col("kind") != "mtl")
+    for number, ((kind,), own) in enumerate(beside.group_by("kind", maintain_order=True)):
+        level = float(own["mean"].mean())
+        axes.axhline(level, color="0.6", lw=0.8, ls=(0, (2 + number, 2)))
+        axes.text(float(counts.max()), level, f" {kind}", fontsize=7, va="center", color="0.3")
+    axes.set_xticks(sorted(counts.unique()))
+    axes.set_xlim(float(counts.min()) - 0.2, float(counts.max()) + 1.1)
+    axes.set_xlabel("tasks that taught the encoder")
+    axes.set_ylabel(
+        "balanced accuracy, unseen tasks" if measure == PROBE else f"{measure}, {model}"
+    )
+    axes.set_title(cohort, fontsize=10)
+    axes.legend(fontsize=7)
 
 
 def main() -> None:
@@ -301,6 +398,7 @@ def main() -> None:
         metavar="NAME=FOLDER",
         help="patch tasks to probe only: a folder a class",
     )
+    runner.add_argument("--pairs", nargs="*", help="tasks with neighbours, for contrastive")
     runner.add_argument("--threads", type=int, default=2)
     shower = commands.add_parser("show")
     shower.set_defaults(work=show)
