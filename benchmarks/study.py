@@ -164,7 +164,7 @@ def _encoders(
     for kind in ("mean_rgb", "colour_and_texture", "untrained"):
         yield kind, kind, (), None
     for path in options.published:
-        yield path.stem, "published", (), path
+        yield path.stem, f"published {path.stem.removeprefix('encoder_')}", (), path
     chosen = [
         (subset, "mtl")
         for size in (len(names), *range(1, len(names)))  # all of them first: it is the claim
@@ -297,9 +297,9 @@ def gather(folder: Path) -> pl.DataFrame:
 
 
 def by_seed(rows: pl.DataFrame) -> pl.DataFrame:
-    """Mean of each seed: over encoders of one kind and number of tasks, for each thing measured.
+    """Mean of each seed over encoders of one kind and number of tasks, for each thing measured.
 
-    Of a probe on the cohort's own tasks the seen and the unseen are kept apart.
+    Probes of tasks that the encoder was trained with and of others are kept apart.
     """
     keys = ("cohort", "kind", "count", "measure", "model", "on", "saw")
     return rows.group_by(*keys, "seed", maintain_order=True).agg(pl.col("value").mean())
@@ -341,41 +341,61 @@ def _cell(row: dict[str, object]) -> str:
 
 
 def picture(rows: pl.DataFrame) -> Figure:
-    """Number of tasks against what is measured, a panel a cohort and measure."""
-    panels = [
-        (cohort, measure, model, part)
-        for (cohort, measure, model), part in rows.filter(
-            (pl.col("saw") == "nothing") | pl.col("saw").is_null()
-        ).group_by("cohort", "measure", "model", maintain_order=True)
-        if model in ("linear probe", "network")
-    ]
-    figure = Figure(figsize=(4.6 * len(panels), 3.8), layout="constrained")
-    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        _panel(axes, *panel)
+    """A panel a task or target: what each encoder is worth, and by number of tasks."""
+    found = over_seeds(rows).filter(pl.col("model").is_in(("linear probe", "network")))
+    panels = found.partition_by("cohort", "on", maintain_order=True)
+    columns = min(3, len(panels))
+    lines = -(-len(panels) // columns)
+    figure = Figure(figsize=(4.2 * columns, 3.4 * lines), layout="constrained")
+    every = figure.subplots(lines, columns, squeeze=False).ravel()
+    for axes in every[len(panels) :]:
+        axes.remove()
+    for axes, panel in zip(every, panels, strict=False):
+        _panel(axes, panel)
+    known = {
+        label: handle
+        for axes in figure.axes
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(known.values(), known.keys(), loc="outside lower center", ncols=3, fontsize=8)
     return figure
 
 
-def _panel(axes: Axes, cohort: str, measure: str, model: str, rows: pl.DataFrame) -> None:
-    found = over_seeds(rows)
-    mtl = found.filter(kind="mtl").sort("count")
-    for (on,), own in mtl.group_by("on", maintain_order=True):
-        axes.errorbar(
-            own["count"], own["mean"], own["sd"].fill_null(0), marker="o", capsize=3, label=str(on)
-        )
-    counts = mtl["count"]
-    beside = found.filter(pl.col("kind") != "mtl")
-    for number, ((kind,), own) in enumerate(beside.group_by("kind", maintain_order=True)):
-        level = float(own["mean"].mean())
-        axes.axhline(level, color="0.6", lw=0.8, ls=(0, (2 + number, 2)))
-        axes.text(float(counts.max()), level, f" {kind}", fontsize=7, va="center", color="0.3")
-    axes.set_xticks(sorted(counts.unique()))
-    axes.set_xlim(float(counts.min()) - 0.2, float(counts.max()) + 1.1)
-    axes.set_xlabel("tasks that taught the encoder")
-    axes.set_ylabel(
-        "balanced accuracy, unseen tasks" if measure == PROBE else f"{measure}, {model}"
-    )
-    axes.set_title(cohort, fontsize=10)
-    axes.legend(fontsize=7)
+def _panel(axes: Axes, found: pl.DataFrame) -> None:
+    """Encoders without labels on the left, then 1, 2, ... tasks; bars are one deviation."""
+    beside = found.filter(pl.col("kind") != "mtl")["kind"].unique(maintain_order=True).to_list()
+    counts = sorted(found.filter(kind="mtl")["count"].unique())
+    places = {name: place for place, name in enumerate((*beside, *counts))}
+    about = {"nothing": "o", "labels": "s", "pixels": "^", None: "o"}
+    told = {
+        "nothing": "saw nothing of the task",
+        "labels": "trained with its labels",
+        "pixels": "trained on its patches, no labels",
+        None: "slides",
+    }
+    for saw, marker in about.items():
+        own = found.filter(pl.col("saw").eq_missing(saw)).sort("count")
+        for multitask in (False, True):
+            part = own.filter((pl.col("kind") == "mtl") == multitask)
+            if part.is_empty():
+                continue
+            axes.errorbar(
+                [places[r["count"] if multitask else r["kind"]] for r in part.to_dicts()],
+                part["mean"],
+                part["sd"].fill_null(0),
+                fmt=marker + ("-" if multitask else ""),
+                color="C0" if multitask else "0.4",
+                mfc="white" if saw == "nothing" else None,
+                capsize=3,
+                label=f"{'supervised' if multitask else 'other'}, {told[saw]}",
+            )
+    labels = [str(name).replace("_", " ") for name in places]
+    axes.set_xticks(range(len(places)), labels, rotation=60, ha="right", fontsize=7)
+    first = found.row(0, named=True)
+    measure = "balanced accuracy of the probe" if first["measure"] == PROBE else first["measure"]
+    axes.set_ylabel(measure, fontsize=8)
+    axes.set_title(f"{first['cohort']}: {first['on']}", fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def main() -> None:
