@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+
 from nic_assets.build import build_defs
 from nic_core.cohort import load_cohort
 from nic_core.store import Store
 
 defs = build_defs(load_cohort(), Store.from_environment())
+
+# Dagster hands the library's lines to the run's loggers (`python_logs` in dagster.yaml); some
+# imports give the root logger a handler of its own, which would print each a second time
+logging.getLogger("nic_core").propagate = False

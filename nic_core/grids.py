@@ -241,7 +241,12 @@ def write_grid(path: Path, grid: Grid) -> None:
     encoded: dict[str, Buffer] = {}
     with whole_folder(path) as folder:
         group = zarr.open_group(zarr.storage.MemoryStore(encoded), mode="w", zarr_format=3)
-        group.attrs.update({"ome": _ome(grid), PROVENANCE: grid.provenance.model_dump()})
+        group.attrs.update(
+            {
+                "ome": ome_image(grid.provenance, channels=True),
+                PROVENANCE: grid.provenance.model_dump(),
+            }
+        )
         _create(group, CODES, codes.shape, codes.shape[:1])[:] = codes
         _create(group, VALID, grid.valid.shape, (), "bool")[:] = grid.valid
         _move(encoded, folder, but=METADATA)
@@ -387,28 +392,28 @@ def _blocks(length: int) -> tuple[int, int]:
     return chunk, min(_SHARD, -(-length // chunk) * chunk)
 
 
-def _ome(grid: Grid) -> dict[str, Any]:
-    """OME-Zarr 0.5 image metadata; a pixel's position is its centre, in um from the centre of
-    the slide's first pixel."""
-    about = grid.provenance
+def ome_image(about: GridProvenance, *, channels: bool) -> dict[str, Any]:
+    """OME-Zarr 0.5 metadata of an image (c, y, x) or (y, x) with a pixel a cell, at path ``0``; a
+    pixel's position is its centre, in um from the centre of the slide's first pixel."""
     step = about.patch * about.mpp
     shift = (step - about.slide_mpp) / 2
+    scale, translation = [step, step], [shift, shift]
+    axes = [{"name": name, "type": "space", "unit": "micrometer"} for name in "yx"]
+    if channels:
+        axes = [{"name": "c", "type": "channel"}, *axes]
+        scale, translation = [1.0, *scale], [0.0, *translation]
     return {
         "version": "0.5",
         "multiscales": [
             {
                 "name": about.slide,
-                "axes": [
-                    {"name": "c", "type": "channel"},
-                    {"name": "y", "type": "space", "unit": "micrometer"},
-                    {"name": "x", "type": "space", "unit": "micrometer"},
-                ],
+                "axes": axes,
                 "datasets": [
                     {
                         "path": CODES,
                         "coordinateTransformations": [
-                            {"type": "scale", "scale": [1.0, step, step]},
-                            {"type": "translation", "translation": [0.0, shift, shift]},
+                            {"type": "scale", "scale": scale},
+                            {"type": "translation", "translation": translation},
                         ],
                     }
                 ],

@@ -147,9 +147,31 @@ def overlay(
     ``width`` and ``height`` are the slide's and ``cell`` a cell's side, level-0 px.
     """
     row, column = cells["row"].to_numpy(), cells["column"].to_numpy()
-    rows, columns = max(row, default=0) + 1, max(column, default=0) + 1
-    values = np.full((rows, columns), np.nan)
+    values = np.full((max(row, default=0) + 1, max(column, default=0) + 1), np.nan)
     values[row, column] = cells["probability"].to_numpy()
+    return tint(thumbnail, values, width=width, height=height, cell=cell)
+
+
+def tint(
+    thumbnail: Pixels,
+    values: npt.NDArray[np.floating],
+    *,
+    width: int,
+    height: int,
+    cell: float,
+) -> Pixels:
+    """Values of cells as colours over a thumbnail, uint8 (H, W, 3).
+
+    Parameters
+    ----------
+    thumbnail : uint8 (H, W, 3)
+        Of the whole slide.
+    values : float (rows, columns)
+        0 (blue) to 1 (red); NaN leaves the thumbnail as it is.
+    width, height, cell
+        Of the slide, and a cell's side; level-0 px.
+    """
+    rows, columns = values.shape
     y = ((np.arange(thumbnail.shape[0]) + 0.5) * height / thumbnail.shape[0] / cell).astype(int)
     x = ((np.arange(thumbnail.shape[1]) + 0.5) * width / thumbnail.shape[1] / cell).astype(int)
     inside = np.ix_(y < rows, x < columns)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread, imsave
 from pydantic import BaseModel, ConfigDict
 
-from nic_core.cohort import Cohort, CohortError, ReadyEncoder
+from nic_core.cohort import Cohort, CohortError, ProbabilityMap, ReadyEncoder
 from nic_core.compression import compress_slide
 from nic_core.encoders import (
     PatchDataset,
@@ -37,11 +38,19 @@ from nic_core.encoders.patch_sources import source_files
 from nic_core.encoders.pictures import code_map, neighbour_sheet
 from nic_core.encoders.probes import probe_table, task_codes
 from nic_core.grids import Grid, grid_hash, open_grid, write_grid
+from nic_core.heatmaps import OVERLAY as HEAT_OVERLAY
+from nic_core.heatmaps import score_heat, write_heatmap
 from nic_core.maps import overlay, probability_map, score_maps, truth_of_cells
-from nic_core.models.files import ModelCard, save_model
+from nic_core.models.explanation import blind_networks, explain
+from nic_core.models.files import ModelCard, load_model, save_model
 from nic_core.models.folds import make_folds
 from nic_core.models.labels import target_table
-from nic_core.models.validation import Evaluated, cross_validate
+from nic_core.models.validation import (
+    NETWORK,
+    Evaluated,
+    cross_validate,
+    prediction_columns,
+)
 from nic_core.patches import patch_table, read_patch_table, write_patch_table
 from nic_core.pictures import compressed_slide
 from nic_core.quality import measure_quality
@@ -61,10 +70,41 @@ from nic_core.tracker import Tracker
 INDEX = "index.parquet"
 RECORD, THUMBNAIL, TISSUE = "slide.json", "thumbnail.jpg", "tissue.png"
 PREDICTIONS, METRICS, RESULTS = "predictions.parquet", "metrics.parquet", "results.parquet"
+SCORES = "scores.parquet"
+PICTURED = 4  # slides of highest predictions whose heat is drawn, and of lowest
+EXPLANATION_SCHEMA = pl.Schema(
+    {
+        "slide": pl.String(),
+        "split": pl.String(),
+        "map": pl.String(),
+        "auc": pl.Float64(),
+        "hit": pl.Boolean(),
+    }
+)
 CELLS, OVERLAY = "cells.parquet", "overlay.jpg"
 THUMBNAIL_SIDE = 1024  # px
 
 Pixels = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Explained:
+    """What :func:`explain_model` made.
+
+    Attributes
+    ----------
+    scores
+        A row a slide and map whose truth tells its cells apart: ``slide``, ``split``, ``map``,
+        ``auc`` of the heat over cells, ``hit`` of the pointing game.
+    overlays
+        Those of the highest and the lowest prediction by what they are, uint8 (H, W, 3).
+    versions
+        Of each slide's heat.
+    """
+
+    scores: pl.DataFrame
+    overlays: dict[str, Pixels]
+    versions: dict[str, str]
 
 
 class SlideRecord(BaseModel):
@@ -372,6 +412,60 @@ def make_model(
     return evaluated, card
 
 
+def explain_model(cohort: Cohort, store: Store, encoder: str, target: str) -> Explained:
+    """Heatmaps of every slide that a model was tested on; writes them and their scores.
+
+    Each patient is explained by the networks that have not seen them: that of the fold in which
+    they were held out, or all for the split ``test``.
+
+    The slides of the highest and lowest predictions (of classes: of the last one) get pictures.
+
+    Raises
+    ------
+    CohortError
+        No slide has a grid.
+    """
+    model = load_model(store.model(target, encoder))
+    predictions = pl.read_parquet(store.model(target, encoder) / PREDICTIONS)
+    units = (
+        predictions.filter(model=NETWORK)
+        .join(pl.read_parquet(store.folds(target)).select("unit", "slides"), on="unit")
+        .sort(prediction_columns(model.card.target)[-1], descending=True)
+    )
+    units = _with_grids(units, gather_grids(store, encoder)).explode("slides")
+    if units.is_empty():
+        raise CohortError(f"no slide of target '{target}' has a grid; materialize 'grid' again")
+    rows, versions = [], {}
+    with whole_folder(store.explanations(target, encoder)) as folder:
+        for place, (slide, fold, split) in enumerate(
+            units.select("slides", "fold", "split").rows()
+        ):
+            grid = open_grid(store.grid(encoder, slide))
+            networks = blind_networks(model.networks, fold)
+            heat = explain(networks, grid, model.card.target, crop=model.card.settings.crop)
+            versions[slide] = digest(heat.shape, heat.tobytes())
+            with _open(store, slide) as opened:
+                write_heatmap(
+                    folder / slide,
+                    heat,
+                    grid.provenance,
+                    opened,
+                    name=target,
+                    pictures=min(place, units.height - 1 - place) < PICTURED,
+                )
+            for item in cohort.maps:
+                truth = _truth(cohort, store, item, slide, grid.valid.shape)
+                if truth is not None and (scores := score_heat(heat, truth)) is not None:
+                    rows.append((slide, split, item.name, *scores))
+        scored = pl.DataFrame(rows, schema=EXPLANATION_SCHEMA, orient="row").sort("slide", "map")
+        scored.write_parquet(folder / SCORES)
+    overlays = {}
+    for end, slide in (("highest", units["slides"][0]), ("lowest", units["slides"][-1])):
+        drawn = imread(store.explanations(target, encoder) / slide / HEAT_OVERLAY)
+        overlays[f"{end} prediction: {slide}"] = (255 * drawn[..., :3]).astype(np.uint8)
+    return Explained(scored, overlays, versions)
+
+
 # --- probability maps ------------------------------------------------------------------------
 
 
@@ -380,20 +474,9 @@ def map_slide(cohort: Cohort, store: Store, name: str, slide: str) -> tuple[pl.D
     item = cohort.probability_map(name)
     encoder = load_encoder(store.encoder(item.encoder))
     grid = open_grid(store.grid(item.encoder, slide))
-    record, row = read_record(store, slide), _index_row(store, slide)
+    record = read_record(store, slide)
     cell = cohort.settings.patch * cohort.settings.mpp / record.mpp
-    truth = (
-        truth_of_cells(
-            Path(row["truth"]),
-            item,
-            width=record.width,
-            height=record.height,
-            cell=cell,
-            shape=grid.valid.shape,
-        )
-        if row["truth"]
-        else None
-    )
+    truth = _truth(cohort, store, item, slide, grid.valid.shape)
     cells = probability_map(grid, encoder, item, truth)
     picture = overlay(
         imread(store.slide(slide) / THUMBNAIL),
@@ -480,6 +563,24 @@ def _index_row(store: Store, slide: str) -> dict[str, Any]:
     if rows.is_empty():
         raise CohortError(f"slide '{slide}' is not in the cohort; materialize 'slide_index' again")
     return rows.row(0, named=True)
+
+
+def _truth(
+    cohort: Cohort, store: Store, item: ProbabilityMap, slide: str, shape: tuple[int, ...]
+) -> npt.NDArray[np.int8] | None:
+    """What the slide's truth image says of its cells, if it has one; see
+    :func:`nic_core.maps.truth_of_cells`."""
+    path, record = _index_row(store, slide)["truth"], read_record(store, slide)
+    if not path:
+        return None
+    return truth_of_cells(
+        Path(path),
+        item,
+        width=record.width,
+        height=record.height,
+        cell=cohort.settings.patch * cohort.settings.mpp / record.mpp,
+        shape=(shape[0], shape[1]),
+    )
 
 
 def _open(store: Store, slide: str) -> Slide:

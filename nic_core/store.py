@@ -12,6 +12,7 @@
       maps/<map>/<slide>/       cells.parquet, overlay.jpg
       models/<target>/folds.parquet
       models/<target>/<encoder>/  fold-*.safetensors, card.json, predictions.parquet
+      explanations/<target>/<encoder>/  scores.parquet, <slide>/: heat.tif, heat.zarr, ...
       reports/
       mlflow/                   the tracker's database and artifacts
       dagster/                  the orchestrator's own storage
@@ -84,6 +85,9 @@ class Store:
 
     def model(self, target: str, encoder: str) -> Path:
         return self.root / "models" / target / encoder
+
+    def explanations(self, target: str, encoder: str) -> Path:
+        return self.root / "explanations" / target / encoder
 
     @property
     def reports(self) -> Path:

@@ -8,7 +8,7 @@ from nic_assets import checks
 from nic_assets.batches import Events, Product, batch_asset, materialize_each
 from nic_assets.executors import CPU_TAGS, GPU_POOL, GPU_TAGS
 from nic_assets.inputs import TARGET_ENTRY
-from nic_assets.metadata import code_version, figure, log_progress, table
+from nic_assets.metadata import code_version, figure, log_progress, picture, table
 from nic_assets.partitions import Partitions
 from nic_assets.tracking import Tracking
 from nic_core import steps
@@ -17,6 +17,7 @@ from nic_core.models.files import ensemble_module
 from nic_core.models.pictures import evaluation_figure, metrics_figure, training_figure
 from nic_core.models.training import TrainingError
 from nic_core.reports import model_results
+from nic_core.slides import SlideError
 from nic_core.store import Store
 
 
@@ -117,4 +118,37 @@ def model_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
 
         yield from materialize_each(context, work, expected=(CohortError, TrainingError))
 
-    return [target_folds, task_model]
+    @batch_asset(
+        partitions_def=partitions.models,
+        deps=[task_model],
+        group_name="models",
+        kinds={"pytorch", "zarr", "image"},
+        op_tags=CPU_TAGS,
+        code_version=code_version(1, partitions.cohort.maps),
+    )
+    def explanation(
+        context: dg.AssetExecutionContext,
+        cohort: dg.ResourceParam[Cohort],
+        store: dg.ResourceParam[Store],
+    ) -> Events:
+        """What in each slide speaks for its prediction, by networks that have not seen it."""
+
+        def work(key: str) -> Product:
+            encoder, target = key.split("|")
+            explained = steps.explain_model(cohort, store, encoder, target)
+            return Product(
+                version=steps.digest(sorted(explained.versions.items())),
+                metadata={
+                    **{name: picture(drawn, name) for name, drawn in explained.overlays.items()},
+                    "scores": table(
+                        explained.scores.group_by("map", "split")
+                        .agg(slides=pl.len(), auc=pl.col("auc").mean(), hit=pl.col("hit").mean())
+                        .sort("map", "split")
+                    ),
+                    "folder": dg.MetadataValue.path(store.explanations(target, encoder)),
+                },
+            )
+
+        yield from materialize_each(context, work, expected=(CohortError, SlideError))
+
+    return [target_folds, task_model, explanation]

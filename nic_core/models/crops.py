@@ -116,21 +116,32 @@ def centre_weights(valid: NDArray[np.bool_]) -> NDArray[np.float64]:
     return weights
 
 
+def windows(
+    shape: tuple[int, ...], centre: tuple[int, int], crop: int
+) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
+    """Where a crop lies in a grid (rows, columns), and where the grid lies in the crop.
+
+    The crop covers ``crop`` cells a side from ``centre - crop // 2``.
+    """
+    inner, outer = [], []
+    for position, length in zip(centre, shape, strict=True):
+        start = position - crop // 2
+        low, high = max(start, 0), min(start + crop, length)
+        inner.append(slice(low, high))
+        outer.append(slice(low - start, high - start))
+    return (inner[0], inner[1]), (outer[0], outer[1])
+
+
 def cut(
     grid: NDArray[Any], centre: tuple[int, int], crop: int
 ) -> tuple[NDArray[Any], tuple[slice, slice]]:
     """The part of ``grid`` (C, rows, columns) under a crop, and where it lies in the crop.
 
-    The crop covers ``crop`` cells a side from ``centre - crop // 2``; what lies outside of the
-    grid is left to the caller to fill with 0. Only the part is read from a zarr array.
+    What lies outside of the grid is left to the caller to fill with 0. Only the part is read
+    from a zarr array.
     """
-    inner, outer = [], []
-    for position, length in zip(centre, grid.shape[1:], strict=True):
-        start = position - crop // 2
-        low, high = max(start, 0), min(start + crop, length)
-        inner.append(slice(low, high))
-        outer.append(slice(low - start, high - start))
-    return grid[:, inner[0], inner[1]], (outer[0], outer[1])
+    inner, outer = windows(grid.shape[1:], centre, crop)
+    return grid[:, inner[0], inner[1]], outer
 
 
 class Crops:

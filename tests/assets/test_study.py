@@ -23,6 +23,7 @@ from nic_assets.refresh import refresh
 from nic_core.cohort import load_cohort
 from nic_core.encoders.probes import KNN, LINEAR
 from nic_core.grids import open_grid
+from nic_core.heatmaps import read_heatmap
 from nic_core.models.files import ensemble_module, load_model
 from nic_core.reports import RESULT_SCHEMA
 from nic_core.store import Store
@@ -30,7 +31,7 @@ from nic_core.store import Store
 LAYERS = {
     "encoders": {"patch_task_source", "encoder_entry", "patch_task", "encoder", "encoder_probe"},
     "grids": {"grid", "encoded_cohort"},
-    "models": {"target_entry", "target_folds", "task_model"},
+    "models": {"target_entry", "target_folds", "task_model", "explanation"},
     "reports": {"probability_map", "map_scores", "evaluation_report"},
     "slides": {"slide_file", "slide_index", "slide", "patch_table"},
 }
@@ -102,6 +103,20 @@ def test_a_grid_has_a_code_at_every_kept_cell(study):
         grid = open_grid(study.store.grid("mtl-4", slide))
         assert grid.shape[0] == 128
         assert int(grid.valid.sum()) == cells.height > 0
+
+
+def test_every_slide_of_every_model_is_explained_where_it_has_a_code(study):
+    for target in study.cohort.targets:
+        tested = pl.read_parquet(study.store.folds(target.name))["slides"].explode().to_list()
+        for encoder in study.cohort.encoders:
+            folder = study.store.explanations(target.name, encoder.name)
+            assert sorted(p.name for p in folder.iterdir() if p.is_dir()) == sorted(tested)
+            for slide in tested:
+                valid = open_grid(study.store.grid(encoder.name, slide)).valid
+                np.testing.assert_array_equal(np.isfinite(read_heatmap(folder / slide)), valid)
+            scores = pl.read_parquet(folder / "scores.parquet")
+            assert scores["auc"].is_between(0, 1).all()
+            assert set(scores["map"]) <= {item.name for item in study.cohort.maps}
 
 
 def test_the_report_holds_every_target_encoder_and_task(study):

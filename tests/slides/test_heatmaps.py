@@ -1,0 +1,219 @@
+"""Heatmaps as other programs read them, each at its place on the slide."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import ome_zarr.io
+import ome_zarr.reader
+import pytest
+import pyvips
+import tifffile
+import zarr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from ome_zarr_models.v05.image import Image
+
+from nic_core.grids import GridError, GridProvenance
+from nic_core.heatmaps import (
+    GEOJSON,
+    OVERLAY,
+    PATCHES,
+    TIFF,
+    ZARR,
+    heat_overlay,
+    hot_areas,
+    outlines,
+    patch_sheet,
+    read_heatmap,
+    score_heat,
+    write_heatmap,
+)
+from nic_core.slides import SlideError, content_identity, open_slide
+from nic_core.slides.annotations import Region, read_annotations, region_mask
+
+
+@pytest.fixture(scope="module")
+def slide(files):
+    with open_slide(files["tiff"]) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def about(files):
+    """7 x 9 cells of 100 px at level 0."""
+    return GridProvenance(
+        slide="s1",
+        slide_identity=content_identity(files["tiff"]),
+        slide_mpp=0.25,
+        encoder="mtl",
+        weights_hash="cd" * 16,
+        mpp=0.5,
+        patch=50,
+    )
+
+
+@pytest.fixture
+def heat():
+    random = np.random.default_rng(0)
+    values = random.normal(size=(7, 9)).astype(np.float32)
+    values[random.random((7, 9)) < 0.3] = np.nan
+    return values
+
+
+@pytest.fixture
+def folder(tmp_path, heat, about, slide):
+    write_heatmap(tmp_path / "s1", heat, about, slide, name="growth")
+    return tmp_path / "s1"
+
+
+def test_a_heatmap_is_written_whole_and_read_back(folder, heat, about, slide):
+    names = {TIFF, ZARR, GEOJSON, OVERLAY, PATCHES}
+    assert {path.name for path in folder.iterdir()} == names
+    np.testing.assert_array_equal(read_heatmap(folder), heat)
+    with pytest.raises(ValueError, match="slide 's1': no cell has heat"):
+        write_heatmap(folder, heat * np.nan, about, slide, name="growth")
+    beyond = about.model_copy(update={"patch": 10**6})  # a picture that no memory holds
+    with pytest.raises(MemoryError):
+        write_heatmap(folder, heat, beyond, slide, name="growth")
+    np.testing.assert_array_equal(read_heatmap(folder), heat)
+    assert list(folder.parent.iterdir()) == [folder]
+    write_heatmap(folder, heat, about, slide, name="growth", pictures=False)
+    assert {path.name for path in folder.iterdir()} == {TIFF, ZARR, GEOJSON}
+
+
+def test_no_heatmap_is_named(tmp_path):
+    with pytest.raises(GridError, match="no heatmap"):
+        read_heatmap(tmp_path / "gone")
+
+
+def test_another_slide_is_refused(tmp_path, heat, about, files):
+    with open_slide(files["svs"]) as other, pytest.raises(SlideError, match="not the slide 's1'"):
+        write_heatmap(tmp_path / "s1", heat, about, other, name="growth")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_tiff_is_tiled_and_knows_its_resolution(folder, heat):
+    with tifffile.TiffFile(folder / TIFF) as file:
+        page = file.pages[0]
+        np.testing.assert_array_equal(page.asarray(), heat)
+        assert page.is_tiled
+        assert page.dtype == np.float32
+        per_cm = [n / d for n, d in (page.tags[f"{a}Resolution"].value for a in "XY")]
+        assert page.tags["ResolutionUnit"].value == tifffile.RESUNIT.CENTIMETER
+    # 25 um a cell
+    np.testing.assert_allclose(per_cm, [400, 400], rtol=1e-6)
+
+
+def test_the_tiff_of_a_large_slide_is_a_pyramid(tmp_path, slide, about):
+    heat = np.hypot(*np.mgrid[-300:300, -350:350]).astype(np.float32)
+    write_heatmap(tmp_path / "s1", heat, about, slide, name="growth")
+    assert pyvips.Image.new_from_file(str(tmp_path / "s1" / TIFF)).get("n-pages") == 3
+    with tifffile.TiffFile(tmp_path / "s1" / TIFF) as file:
+        half = heat.reshape(300, 2, 350, 2).mean((1, 3))
+        np.testing.assert_allclose(file.pages[1].asarray(), half, rtol=1e-6)
+
+
+def test_ome_zarr_opens_it_at_its_place_on_the_slide(folder, heat):
+    location = ome_zarr.io.parse_url(folder / ZARR)
+    (node,) = list(ome_zarr.reader.Reader(location)())[:1]
+    np.testing.assert_array_equal(np.asarray(node.data[0]), heat)
+    (transforms,) = node.metadata["coordinateTransformations"]
+    assert transforms[0]["scale"] == [25, 25]
+    assert transforms[1]["translation"] == [12.375, 12.375]
+    image = Image.from_zarr(zarr.open_group(folder / ZARR, mode="r"))
+    (multiscale,) = image.ome_attributes.multiscales
+    assert [axis.name for axis in multiscale.axes] == ["y", "x"]
+    assert [axis.unit for axis in multiscale.axes] == ["micrometer", "micrometer"]
+
+
+class Frame:
+    """What rasterising asks of a slide: a cell is 40 px of 0.25 um."""
+
+    mpp = 0.25
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    mask=arrays(bool, st.tuples(st.integers(1, 12), st.integers(1, 12))),
+    fill=st.booleans(),
+)
+def test_outlines_hold_the_centres_of_exactly_the_mask(mask, fill):
+    if fill:  # mostly full: many holes
+        mask = ~mask
+    polygons = outlines(mask, 40)
+    regions = [Region("", tuple(np.array(ring) for ring in polygon)) for polygon in polygons]
+    # each region of its own, so that one polygon cannot undo another
+    np.testing.assert_array_equal(region_mask(regions, Frame(), mask.shape, 10), mask)
+    for polygon in polygons:
+        for i, ring in enumerate(polygon):
+            assert ring[0] == ring[-1]
+            assert len(ring) >= 4
+            x, y = np.array(ring).T
+            area = np.sum(x[:-1] * y[1:] - x[1:] * y[:-1]) / 2
+            assert (area > 0) == (i == 0)
+
+
+def test_a_hole_is_a_second_ring():
+    mask = np.ones((3, 3), bool)
+    mask[1, 1] = False
+    ((outer, hole),) = outlines(mask, 100)
+    assert np.ptp(outer, axis=0).tolist() == [300, 300]
+    assert np.mean(hole[:-1], axis=0).tolist() == [150, 150]
+
+
+def test_the_areas_of_a_quantile_are_the_cells_that_reach_it(folder, heat, slide):
+    regions = read_annotations(folder / GEOJSON)
+    for quantile in (0.5, 0.75, 0.9):
+        own = [region for region in regions if region.label == f"growth q{quantile:g}"]
+        mask = region_mask(own, slide, heat.shape, 25)
+        np.testing.assert_array_equal(mask, heat >= np.nanquantile(heat, quantile))
+    features = json.loads((folder / GEOJSON).read_text())["features"]
+    assert [f["properties"]["objectType"] for f in features] == ["annotation"] * 3
+
+
+def test_heat_that_is_the_same_everywhere_is_one_area():
+    (feature,) = hot_areas(np.ones((2, 2), np.float32), 10, name="x", quantiles=[0.9])["features"]
+    assert len(feature["geometry"]["coordinates"]) == 1
+
+
+def test_the_overlay_colours_cells_and_leaves_background_alone(slide, pixels):
+    heat = np.full((7, 9), np.nan, np.float32)
+    heat[2, 3], heat[2, 4] = -1, 1
+    drawn = heat_overlay(slide, heat, 100).astype(int)
+    assert drawn.shape == pixels.shape
+    blue, red = (drawn[200:300, x : x + 100].mean((0, 1)) for x in (300, 400))
+    tissue = pixels[200:300, 300:500].mean((0, 1))
+    assert blue[2] - blue[0] > tissue[2] - tissue[0] + 40
+    assert red[0] - red[2] > tissue[0] - tissue[2] + 40
+    np.testing.assert_array_equal(drawn[:200], pixels[:200])
+
+
+def test_the_scale_bar_is_as_long_as_it_says(slide):
+    heat = np.full((7, 9), np.nan, np.float32)
+    heat[0, 0], heat[0, 1] = 0, 1
+    drawn = heat_overlay(slide, heat, 100)
+    # a fifth of 225 um is 45 um: the bar is 20 um, 80 px
+    black = (drawn[-14] == 0).all(-1)
+    assert black.sum() == 80
+    assert black[12:92].all()
+
+
+def test_the_sheet_shows_the_hottest_and_the_coldest_patches(slide, about, heat):
+    sheet = patch_sheet(slide, heat, about)
+    rows, columns = np.nonzero(np.isfinite(heat))
+    order = np.argsort(-heat[rows, columns])
+    assert sheet.shape == (104, 8 * 54 - 4, 3)
+    for line, which in ((0, order[0]), (1, order[-1])):
+        patch = slide.read(columns[which] * 100, rows[which] * 100, 50, 50, 0.5)
+        np.testing.assert_array_equal(sheet[54 * line :][:50, :50], patch)
+
+
+def test_scores_are_known_for_known_heat():
+    truth = np.array([[1, 1, 0, 0, -1]], np.int8)
+    assert score_heat(np.array([[4, 3, 2, 1, 9]], np.float32), truth) == (1.0, True)
+    assert score_heat(np.array([[4, 1, 5, 2, 9]], np.float32), truth) == (0.25, False)
+    assert score_heat(np.array([[np.nan, 1, 0, 2, 9]], np.float32), truth) == (0.5, False)
+    assert score_heat(np.array([[np.nan, np.nan, 0, 2, 9]], np.float32), truth) is None
