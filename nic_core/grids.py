@@ -97,7 +97,7 @@ class GridProvenance(BaseModel):
     unreadable: NonNegativeInt = 0
     precision: Precision = "float32"
     reading: Reading = "patch"
-    software: str = Field(default_factory=lambda: f"nic {_version()}")
+    software: str = Field(default_factory=lambda: f"nic {nic_version()}")
 
     @model_validator(mode="before")
     @classmethod
@@ -111,7 +111,8 @@ class GridProvenance(BaseModel):
         return self
 
 
-def _version() -> str:
+def nic_version() -> str:
+    """Version of this package."""
     try:
         return importlib.metadata.version("nic")
     except importlib.metadata.PackageNotFoundError:

@@ -8,7 +8,7 @@ partition; a script can call them in the order in which they stand here.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,12 +37,18 @@ from nic_core.encoders.inference import PreparedEncoder
 from nic_core.encoders.patch_sources import source_files
 from nic_core.encoders.pictures import code_map, neighbour_sheet
 from nic_core.encoders.probes import probe_table, task_codes
-from nic_core.grids import Grid, grid_hash, open_grid, write_grid
+from nic_core.grids import Grid, GridProvenance, grid_hash, open_grid, write_grid
 from nic_core.heatmaps import OVERLAY as HEAT_OVERLAY
 from nic_core.heatmaps import score_heat, write_heatmap
 from nic_core.maps import overlay, probability_map, score_maps, truth_of_cells
 from nic_core.models.explanation import blind_networks, explain
-from nic_core.models.files import ModelCard, load_model, save_model
+from nic_core.models.files import (
+    GridSettings,
+    ModelCard,
+    load_model,
+    save_model,
+    training_cohort,
+)
 from nic_core.models.folds import make_folds
 from nic_core.models.labels import target_table
 from nic_core.models.validation import (
@@ -388,9 +394,19 @@ def make_model(
     """Cross-validate a target's networks on an encoder's grids; writes them and their figures.
 
     Slides whose grid could not be made are left out.
+
+    Raises
+    ------
+    CohortError
+        The grids were not all made in one way.
     """
     settings = cohort.settings
     table = _with_grids(pl.read_parquet(store.folds(target)), gather_grids(store, encoder))
+    origins = {
+        slide: open_grid(store.grid(encoder, slide)).provenance
+        for slide in table["slides"].explode().unique()
+    }
+    grids = _grid_settings(cohort, encoder, origins)
     evaluated = cross_validate(
         cohort.target(target),
         table.drop("fold"),
@@ -408,6 +424,10 @@ def make_model(
             weights_hash=read_card(store.encoder(encoder)).weights_hash,
             patch=settings.patch,
             mpp=settings.mpp,
+            grids=grids,
+            training=training_cohort(
+                cohort.name, table, {slide: o.slide_identity for slide, o in origins.items()}
+            ),
         )
         evaluated.predictions.write_parquet(folder / PREDICTIONS)
         evaluated.history.write_parquet(folder / "history.parquet")
@@ -618,6 +638,23 @@ def _first_compressed(cohort: Cohort, store: Store) -> str | None:
         if all(store.grid(encoder.name, slide).exists() for encoder in cohort.encoders):
             return str(slide)
     return None
+
+
+def _grid_settings(
+    cohort: Cohort, encoder: str, origins: Mapping[str, GridProvenance]
+) -> GridSettings:
+    """How all grids of an encoder were made."""
+    ways = sorted({(origin.precision, origin.reading) for origin in origins.values()})
+    if len(ways) != 1:
+        told = " and ".join(f"{precision} by {reading}" for precision, reading in ways)
+        raise CohortError(
+            f"encoder '{encoder}': its grids were made in more than one way ({told or 'none'}); "
+            "set settings.compression.precision, not auto, and materialize 'grid' again"
+        )
+    precision, reading = ways[0]
+    return GridSettings.model_validate(
+        {"precision": precision, "reading": reading, "tissue": cohort.settings.tissue}
+    )
 
 
 def _with_grids(table: pl.DataFrame, grids: pl.DataFrame) -> pl.DataFrame:

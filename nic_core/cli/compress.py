@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -16,6 +18,8 @@ from nic_core.grids import Reading
 from nic_core.store import Store, StoreError
 
 if TYPE_CHECKING:
+    import polars as pl
+
     from nic_core.batch import Outcome
     from nic_core.encoders.encoder import Encoder
 
@@ -57,28 +61,12 @@ def compress(
         resolve_device(device)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--device") from error
-    prepared = _encoder(encoder).prepare(device, precision, reading)
+    prepared = find_encoder(encoder).prepare(device, precision, reading)
     try:
         named = name_slides(slides)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    with progress_bars() as bars:
-        every = bars.add_task("slides", total=len(named))
-        current: dict[str, TaskID] = {}
-
-        def show(slide: str, done: int, total: int) -> None:
-            if slide not in current:
-                current[slide] = bars.add_task(slide, total=total, unit="patches")
-            bars.update(current[slide], completed=done)
-
-        def tell(outcome: Outcome) -> None:
-            if outcome.slide in current:
-                bars.remove_task(current.pop(outcome.slide))
-            if outcome.status != "put off":
-                bars.advance(every)
-            if outcome.status != "not tried":
-                console.print(_line(outcome), soft_wrap=True)
-
+    with batch_progress(len(named)) as (show, tell):
         table = compress_slides(
             named,
             prepared,
@@ -94,17 +82,49 @@ def compress(
     left = len(table) - sum(counts.values())
     told = [f"{count} {status}" for status, count in counts.items()]
     console.print(", ".join(told + [f"{left} not tried"] * bool(left)))
-    failed = Table("failed", "reason", "what to do")
-    for row in table.rows(named=True):
-        if row["status"] == "failed":
-            failed.add_row(Path(row["path"]).name, row["reason"], row["remedy"])
-    if counts["failed"]:
-        console.print(failed)
+    print_failed(table)
     with one_line(StoreError):
         write_report(out / REPORT, table)
     console.print(str(out / REPORT), soft_wrap=True)
     if counts["failed"]:
         raise typer.Exit(1)
+
+
+@contextmanager
+def batch_progress(
+    slides: int,
+) -> Iterator[tuple[Callable[[str, int, int], None], Callable[[Outcome], None]]]:
+    """Bars of so many slides and of the one at hand, and a line for each outcome.
+
+    Gives ``progress`` and ``tell`` of :func:`nic_core.batch.compress_slides`.
+    """
+    with progress_bars() as bars:
+        every = bars.add_task("slides", total=slides)
+        current: dict[str, TaskID] = {}
+
+        def show(slide: str, done: int, total: int) -> None:
+            if slide not in current:
+                current[slide] = bars.add_task(slide, total=total, unit="patches")
+            bars.update(current[slide], completed=done)
+
+        def tell(outcome: Outcome) -> None:
+            if outcome.slide in current:
+                bars.remove_task(current.pop(outcome.slide))
+            if outcome.status != "put off":
+                bars.advance(every)
+            if outcome.status != "not tried":
+                console.print(_line(outcome), soft_wrap=True)
+
+        yield show, tell
+
+
+def print_failed(report: pl.DataFrame) -> None:
+    """The slides of a report that failed, why, and what to do; nothing if there are none."""
+    failed = Table("failed", "reason", "what to do")
+    for row in report.filter(status="failed").rows(named=True):
+        failed.add_row(Path(row["path"]).name, row["reason"], row["remedy"])
+    if failed.row_count:
+        console.print(failed)
 
 
 def _line(outcome: Outcome) -> Text:
@@ -119,7 +139,7 @@ def _line(outcome: Outcome) -> Text:
     return line
 
 
-def _encoder(name: str) -> Encoder:
+def find_encoder(name: str) -> Encoder:
     """An encoder by its folder or by its name in the store."""
     from nic_core.encoders.encoder import EncoderError
     from nic_core.encoders.files import load_encoder

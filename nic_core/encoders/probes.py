@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import polars as pl
@@ -40,6 +41,13 @@ PROBE_SCHEMA = pl.Schema(
 )
 
 
+class Embedder(Protocol):
+    """What a probe asks of an encoder; anything else that gives patches numbers can be probed."""
+
+    def embed(self, pixels: NDArray[np.uint8], /) -> NDArray[np.floating]:
+        """Patches uint8 (B, P, P, 3) to codes (B, C)."""
+
+
 @dataclass(frozen=True)
 class TaskCodes:
     """Codes of a task's training and test patches (or of a sample of them), standardised.
@@ -65,7 +73,7 @@ class TaskCodes:
 
 
 def task_codes(
-    encoder: Encoder, task: PatchDataset, *, patches: int = PATCHES, seed: int = 0
+    encoder: Embedder, task: PatchDataset, *, patches: int = PATCHES, seed: int = 0
 ) -> TaskCodes:
     """Embed at most ``patches`` patches of each of the two splits, drawn without replacement.
 
@@ -136,7 +144,7 @@ def _sample(
     return np.sort(ordered[: max(patches, len(first))])
 
 
-def _embed(encoder: Encoder, task: PatchDataset, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+def _embed(encoder: Embedder, task: PatchDataset, rows: NDArray[np.int64]) -> NDArray[np.floating]:
     return np.concatenate(
         [encoder.embed(task.patches[part]) for part in np.array_split(rows, len(rows) // 512 + 1)]
     )

@@ -1,19 +1,35 @@
-"""The model file: a folder with ``fold-<k>.safetensors`` and ``card.json``."""
+"""The model file: a folder with ``fold-<k>.safetensors`` and ``card.json``.
+
+Nothing in it is a pickled object, and none is ever read.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
+import numpy as np
+import polars as pl
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from nic_core.cohort import ModelSettings, Target
+from nic_core.encoders.encoder import weights_hash as tensors_hash
+from nic_core.grids import Reading, nic_version
 from nic_core.models.networks import (
     Ensemble,
     FoldModel,
@@ -22,7 +38,7 @@ from nic_core.models.networks import (
     component_count,
 )
 from nic_core.models.training import output_count
-from nic_core.models.validation import Evaluated
+from nic_core.models.validation import NETWORK, Evaluated
 
 CARD = "card.json"
 
@@ -48,25 +64,76 @@ class ModelMetric(BaseModel):
     seeds_deviation: float | None = None
 
 
-class ModelCard(BaseModel):
-    """What a slide model is and what it was measured to do.
+class GridSettings(BaseModel):
+    """How the grids were made that a model learned from, beside the encoder.
 
-    ``patch`` (px) and ``mpp`` (um/px) are those of the grids' patches, ``code`` the numbers of a
-    cell; a grid of another encoder (``weights_hash``) does not fit.
+    ``precision`` and ``reading`` are those of :class:`nic_core.grids.GridProvenance`; a cell was
+    kept if its tissue fraction exceeded ``tissue``.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    format: Literal[1] = 1
+    precision: Literal["float32", "bfloat16"]
+    reading: Reading
+    tissue: float = Field(ge=0, le=1)
+
+
+class TrainingCohort(BaseModel):
+    """Whom a model learned from (split ``cv``), without their names.
+
+    ``digest`` is the sha256 of units, patients, folds, labels and slide contents: two models with
+    the same one learned from the same; ``slides`` are the content identities of the slides.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    patients: int
+    units: int
+    slides: tuple[str, ...]
+    digest: str
+
+
+class ModelCard(BaseModel):
+    """What a slide model is and what it was measured to do.
+
+    Attributes
+    ----------
+    encoder, weights_hash
+        A grid of another encoder does not fit; the hash decides, not the name.
+    patch, mpp, code
+        Of the grids: side of a patch, px, at um/px; numbers of a cell.
+    networks
+        Hash of each fold's tensors.
+    median_risk
+        Of survival alone: the median over the training cohort of the risk that each unit had
+        when it was held out [choice]. A higher risk means an earlier event, so a unit above it is
+        of the high risk group.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: Literal[2] = 2
     target: Target
     encoder: str
     weights_hash: str
-    patch: int
-    mpp: float
-    code: int
+    patch: PositiveInt
+    mpp: PositiveFloat
+    code: PositiveInt
+    grids: GridSettings
     settings: ModelSettings
+    training: TrainingCohort
+    networks: tuple[str, ...] = Field(min_length=1)
     best_epochs: tuple[int, ...]
+    median_risk: float | None
     metrics: tuple[ModelMetric, ...]
+    software: dict[str, str]
+
+    @model_validator(mode="after")
+    def _survival_has_a_median_risk(self) -> Self:
+        if (self.target.kind == "survival") != (self.median_risk is not None):
+            raise ValueError("median_risk: survival has one, other targets have none")
+        return self
 
 
 @dataclass(frozen=True)
@@ -77,6 +144,33 @@ class SlideModel:
     networks: tuple[FoldModel, ...]
 
 
+def training_cohort(
+    name: str, table: pl.DataFrame, identities: Mapping[str, str]
+) -> TrainingCohort:
+    """The identity of those a model learns from.
+
+    Parameters
+    ----------
+    table
+        Of :func:`nic_core.models.labels.target_table`, with ``fold``.
+    identities
+        Slide id to content identity.
+    """
+    learned = table.filter(pl.col("split") == "cv").sort("unit")
+    slides = sorted({identities[slide] for slide in learned["slides"].explode()})
+    rows = [
+        {**row, "slides": [(slide, identities[slide]) for slide in row["slides"]]}
+        for row in learned.select(sorted(learned.columns)).to_dicts()
+    ]
+    return TrainingCohort(
+        name=name,
+        patients=learned["patient"].n_unique(),
+        units=learned.height,
+        slides=tuple(slides),
+        digest=hashlib.sha256(json.dumps(rows).encode()).hexdigest(),
+    )
+
+
 def save_model(
     folder: Path,
     evaluated: Evaluated,
@@ -85,13 +179,18 @@ def save_model(
     weights_hash: str,
     patch: int,
     mpp: float,
+    grids: GridSettings,
+    training: TrainingCohort,
 ) -> ModelCard:
     """Write the folds' networks and the card into ``folder`` (made if missing)."""
     folder.mkdir(parents=True, exist_ok=True)
-    for k, network in enumerate(evaluated.networks):
-        tensors = {name: t.contiguous() for name, t in network.state_dict().items()}
+    network, hashes = evaluated.settings.network, []
+    for k, model in enumerate(evaluated.networks):
+        tensors = {name: t.contiguous() for name, t in model.state_dict().items()}
         save_file(tensors, folder / f"fold-{k}.safetensors")
+        hashes.append(tensors_hash(network, tensors))
     rows = evaluated.metrics.fill_nan(None).to_dicts()
+    held_out = evaluated.predictions.filter(model=NETWORK, split="cv")
     card = ModelCard(
         target=evaluated.target,
         encoder=encoder,
@@ -99,9 +198,16 @@ def save_model(
         patch=patch,
         mpp=mpp,
         code=len(evaluated.networks[0].normalise.mean),
+        grids=grids,
         settings=evaluated.settings,
+        training=training,
+        networks=tuple(hashes),
         best_epochs=evaluated.best_epochs,
+        median_risk=(
+            float(np.median(held_out["risk"])) if evaluated.target.kind == "survival" else None
+        ),
         metrics=tuple(ModelMetric(**row) for row in rows),
+        software={"nic": nic_version(), "torch": torch.__version__},
     )
     (folder / CARD).write_text(json.dumps(card.model_dump(mode="json"), indent=2) + "\n")
     return card
@@ -113,16 +219,25 @@ def load_model(folder: Path) -> SlideModel:
     Raises
     ------
     ModelFileError
-        A file is missing or unreadable, or the tensors do not fit the card.
+        A file is missing or unreadable, the tensors do not fit the card, or they are not those
+        whose hashes the card holds.
     """
     try:
         card = ModelCard.model_validate_json((folder / CARD).read_bytes())
         networks = tuple(
-            _load_fold(card, folder / f"fold-{k}.safetensors") for k in range(len(card.best_epochs))
+            _load_fold(card, folder / f"fold-{k}.safetensors", hash_)
+            for k, hash_ in enumerate(card.networks)
         )
     except OSError as error:
         raise ModelFileError(f"{folder}: no model here ({error}); train one") from error
-    except (ValidationError, SafetensorError, RuntimeError) as error:
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or CARD
+        raise ModelFileError(
+            f"{folder}: not a model file of this version ({where}: {first['msg']}); "
+            "give a model's folder, or train it again"
+        ) from error
+    except (SafetensorError, RuntimeError) as error:
         raise ModelFileError(f"{folder}: not a model file: {error}") from error
     return SlideModel(card, networks)
 
@@ -137,7 +252,13 @@ def ensemble_module(networks: Sequence[FoldModel]) -> Ensemble:
     return module
 
 
-def _load_fold(card: ModelCard, path: Path) -> FoldModel:
+def _load_fold(card: ModelCard, path: Path, expected: str) -> FoldModel:
+    tensors = load_file(path)
+    if tensors_hash(card.settings.network, tensors) != expected:
+        raise ModelFileError(
+            f"{path}: the weights are not those of the card (hash differs); "
+            "restore all files from one source, or train again"
+        )
     components = component_count(card.settings.network)
     shape = (card.code,) if components is None else (min(components, card.code), card.code)
     normalise = Normalise(torch.zeros(card.code), torch.zeros(shape))
@@ -148,6 +269,6 @@ def _load_fold(card: ModelCard, path: Path) -> FoldModel:
         positions=card.settings.positions,
     )
     model = FoldModel(normalise, network, card.target.kind)
-    model.load_state_dict(load_file(path))
+    model.load_state_dict(tensors)
     model.eval().requires_grad_(False)
     return model

@@ -43,6 +43,14 @@ def test_probes_tell_a_trained_encoder_from_mean_colour(encoders, probe):
     assert probe(task_codes(mean, unseen)).auc < 0.75
 
 
+def test_anything_that_gives_patches_numbers_can_be_probed():
+    class Stripes:
+        def embed(self, pixels):
+            return np.abs(np.diff(pixels.astype(float), axis=2)).mean((1, 2))
+
+    assert linear_probe(task_codes(Stripes(), make_dataset(side=62))).auc > 0.85
+
+
 def test_a_sample_is_seeded_and_holds_every_class(encoders):
     mean, _ = encoders
     task = make_dataset("three", ("a", "b", "c"), (0, 1, 2), each=40, side=62)

@@ -19,7 +19,14 @@ from nic_core.cohort import (
 from nic_core.metrics import PRIMARY
 from nic_core.models.baselines import BASELINES
 from nic_core.models.crops import Crops, all_moments
-from nic_core.models.files import ModelFileError, ensemble_module, load_model, save_model
+from nic_core.models.files import (
+    GridSettings,
+    ModelFileError,
+    TrainingCohort,
+    ensemble_module,
+    load_model,
+    save_model,
+)
 from nic_core.models.folds import make_folds
 from nic_core.models.pictures import evaluation_figure, metrics_figure, training_figure
 from nic_core.models.training import TrainingError, batches, fit_fold, predict_units
@@ -41,6 +48,15 @@ DEATH = SurvivalTarget(
 QUICK = ModelSettings(
     network="small", crop=20, epochs=2, crops_at_test=1, bootstrap=50, learning_rate=1e-2
 )
+
+CARD = {
+    "encoder": "e",
+    "weights_hash": "abc",
+    "patch": 128,
+    "mpp": 0.5,
+    "grids": GridSettings(precision="float32", reading="patch", tissue=0.6),
+    "training": TrainingCohort(name="c", patients=1, units=1, slides=("a",), digest="d"),
+}
 
 
 def labelled(planted, target, seed=0):
@@ -315,9 +331,7 @@ def test_every_survival_batch_has_a_death_and_every_unit_comes_once(deaths):
 @pytest.mark.parametrize("target", [RIM, GRADE, DEATH], ids=lambda t: t.kind)
 def test_a_saved_model_comes_back_and_predicts_the_same(few, tmp_path, target):
     evaluated = evaluate(few, target, QUICK)
-    card = save_model(
-        tmp_path / "m", evaluated, encoder="e", weights_hash="abc", patch=128, mpp=0.5
-    )
+    card = save_model(tmp_path / "m", evaluated, **CARD)
     loaded = load_model(tmp_path / "m")
     assert loaded.card == card
     assert card.target == target
@@ -334,9 +348,7 @@ def test_a_saved_model_comes_back_and_predicts_the_same(few, tmp_path, target):
 def test_a_damaged_model_folder_is_refused(few, tmp_path):
     with pytest.raises(ModelFileError, match="no model here"):
         load_model(tmp_path)
-    save_model(
-        tmp_path, evaluate(few, RIM, QUICK), encoder="e", weights_hash="a", patch=128, mpp=0.5
-    )
+    save_model(tmp_path, evaluate(few, RIM, QUICK), **CARD)
     (tmp_path / "fold-2.safetensors").write_bytes(b"junk")
     with pytest.raises(ModelFileError, match="not a model file"):
         load_model(tmp_path)

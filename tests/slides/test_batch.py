@@ -208,7 +208,7 @@ def test_killed_at_any_moment_it_leaves_the_old_store_or_the_new_one(slides, tmp
     for patch, encoder in encoders.items():
         compress_slides(slide, encoder, out)
         hashes[patch] = grid_hash(out / "a.zarr")
-    duration = (time.perf_counter() - start) / 2
+    window = time.perf_counter() - start
     random.seed(0)
     killed = 0
     for _ in range(30):
@@ -218,10 +218,13 @@ def test_killed_at_any_moment_it_leaves_the_old_store_or_the_new_one(slides, tmp
         child = processes.Process(target=run, args=arguments)
         child.start()
         arguments[3].set()
-        child.join(random.uniform(0, 2 * duration))
+        child.join(random.uniform(0, window))
         child.kill()
         child.join()
-        killed += child.exitcode == -signal.SIGKILL
+        caught = child.exitcode == -signal.SIGKILL
+        # moments within the work, however fast the machine is just now
+        window *= 1.3 if caught else 0.5
+        killed += caught
         grid = open_grid(out / "a.zarr")
         assert grid_hash(grid) == hashes[grid.provenance.patch]
     assert killed > 3

@@ -1,0 +1,434 @@
+"""Supervised multitask encoders beside unsupervised ones, by number of tasks.
+
+    python benchmarks/study.py run COHORT.yaml --out FOLDER [--slides] [--subsets 1]
+    python benchmarks/study.py show FOLDER... --picture study.png
+
+``run`` trains, for each seed, VAE, contrastive and BiGAN on the patches of all tasks, and
+supervised encoders on every set of 1, 2, ... tasks, all at equal patches seen [choice]. Mean
+RGB, colour and texture features, an untrained network and ready encoders stand beside them.
+Each is judged by the linear probe of every patch task; with ``--slides`` also by the slides:
+compressed with it, its targets cross-validated. A seed deals the splits of the patch tasks (by
+group), and starts the encoders. What is done stays in FOLDER, a file an encoder: run it again to
+go on. ``show`` gathers that into ``study.parquet``, prints the means and draws the picture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator
+from itertools import combinations, product
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+from skimage.color import rgb2gray
+from skimage.feature import local_binary_pattern
+from skimage.filters import gaussian
+
+from nic_core.cohort import Cohort, EncoderSpec, PatchTask, load_cohort
+from nic_core.compression import compress_slide
+from nic_core.encoders import (
+    Encoder,
+    EncoderCard,
+    PatchDataset,
+    build_patch_task,
+    load_patch_task,
+    train_encoder,
+)
+from nic_core.encoders.encoder import build_encoder, encoder_tensors, weights_hash
+from nic_core.encoders.keras_import import import_keras_encoder
+from nic_core.encoders.probes import Embedder, linear_probe, task_codes
+from nic_core.grids import Grid
+from nic_core.metrics import PRIMARY
+from nic_core.models.validation import cross_validate
+from nic_core.patches import read_patch_table
+from nic_core.slides import open_slide
+from nic_core.slides.index import slide_index
+from nic_core.steps import divide, prepare_slide, read_index, tabulate_patches, write_index
+from nic_core.store import Store, whole_file, whole_folder
+
+UNSUPERVISED = ("vae", "contrastive", "bigan")
+# the published rates, but 1e-2 is too high for so few steps [choice]
+RATES = {"mtl": 2e-3, "contrastive": 2e-3}
+PROBE = "probe"  # balanced accuracy of the linear probe on a patch task
+
+SCHEMA = pl.Schema(
+    {
+        "cohort": pl.String(),
+        "seed": pl.Int64(),
+        "encoder": pl.String(),
+        "kind": pl.String(),  # of encoder: its objective, or what it is
+        "tasks": pl.String(),  # whose labels it was trained with, joined by +
+        "count": pl.Int64(),  # of those tasks
+        "measure": pl.String(),  # PROBE, or the metric of a slide target
+        "model": pl.String(),  # linear probe, network, mean_code or tissue_area
+        "on": pl.String(),  # patch task or slide target
+        "saw": pl.String(),  # of the patch task: labels, pixels or nothing
+        "value": pl.Float64(),
+    }
+)
+
+
+class ColourAndTexture:
+    """The features of before deep learning, as a stand-in for an encoder [choice]."""
+
+    def embed(self, pixels: NDArray[np.uint8]) -> NDArray[np.float64]:
+        """Patches uint8 (B, P, P, 3) to features (B, 44)."""
+        return np.stack([self._features(patch) for patch in pixels])
+
+    @staticmethod
+    def _features(patch: NDArray[np.uint8]) -> NDArray[np.float64]:
+        colours = patch.reshape(-1, 3) / 255
+        grey = rgb2gray(patch)
+        found = [colours.mean(0), colours.std(0), *np.percentile(colours, (10, 50, 90), axis=0)]
+        for radius in (1, 3):
+            codes = local_binary_pattern((grey * 255).astype(np.uint8), 8, radius, "uniform")
+            found.append(np.bincount(codes.astype(int).ravel(), minlength=10) / codes.size)
+        for sigma in (1, 2, 4):  # contrast at several scales
+            smooth = gaussian(grey, sigma)
+            steps = np.hypot(*np.gradient(smooth))
+            found.append(np.array([(grey - smooth).std(), steps.mean(), steps.std()]))
+        return np.concatenate(found)
+
+
+# --- running ---------------------------------------------------------------------------------
+
+
+def run(options: argparse.Namespace) -> None:
+    cohort = load_cohort(options.cohort)
+    if options.mpp is not None:
+        settings = cohort.settings.model_copy(update={"mpp": options.mpp})
+        cohort = cohort.model_copy(update={"settings": settings})
+    out: Path = options.out
+    slides = Slides(cohort, Store(out / "slides")) if options.slides else None
+    # the unsupervised ones, which take longest, last
+    for last, seed in product((False, True), range(options.seeds)):
+        tasks = [_dataset(cohort, task, seed, out) for task in cohort.patch_tasks]
+        unseen = [_dataset(cohort, _unseen(entry), seed, out) for entry in options.unseen]
+        for name, kind, labels, spec in _encoders(cohort, options, seed):
+            path = out / "rows" / f"{name}-{seed}.parquet"
+            if path.exists() or (kind in UNSUPERVISED) != last:
+                continue
+            start = time.monotonic()
+            encoder = _make(cohort, tasks, kind, spec, name, seed)
+            saw = dict.fromkeys(labels, "labels")
+            if kind in UNSUPERVISED and isinstance(spec, EncoderSpec):
+                saw = dict.fromkeys(spec.tasks, "pixels")
+            about = (cohort.name, seed, name, kind, "+".join(labels), len(labels))
+            rows = [
+                (*about, PROBE, "linear probe", task.name, saw.get(task.name, "nothing"), value)
+                for task in (*tasks, *unseen)
+                for value in [linear_probe(task_codes(encoder, task, seed=seed)).balanced_accuracy]
+            ]
+            if slides is not None and isinstance(encoder, Encoder):
+                rows += [(*about, *row) for row in slides.judge(encoder, seed)]
+            with whole_file(path) as partial:
+                pl.DataFrame(rows, SCHEMA, orient="row").write_parquet(partial)
+            print(f"seed {seed} {name}: {time.monotonic() - start:.0f} s", flush=True)
+
+
+def _unseen(entry: str) -> PatchTask:
+    name, folder = entry.split("=", 1)
+    return PatchTask(name=name, organ="unknown", mpp="unknown", folder=Path(folder))
+
+
+def _dataset(cohort: Cohort, task: PatchTask, seed: int, out: Path) -> PatchDataset:
+    """A patch task whose splits are dealt anew by the seed."""
+    folder = out / "patch_tasks" / f"{task.name}-{seed}"
+    if not folder.exists():
+        settings = cohort.settings
+        with whole_folder(folder) as partial:
+            build_patch_task(
+                task.model_copy(update={"test_groups": ()}),
+                patch=settings.patch,
+                mpp=settings.mpp,
+                tissue=settings.tissue,
+                seed=seed,
+                folder=partial,
+            )
+    return load_patch_task(folder)
+
+
+def _encoders(
+    cohort: Cohort, options: argparse.Namespace, seed: int
+) -> Iterator[tuple[str, str, tuple[str, ...], EncoderSpec | Path | None]]:
+    """Name, kind, tasks with labels, and what it is made from."""
+    names = tuple(task.name for task in cohort.patch_tasks)
+    for kind in ("mean_rgb", "colour_and_texture", "untrained"):
+        yield kind, kind, (), None
+    for path in options.published:
+        yield path.stem, f"published {path.stem.removeprefix('encoder_')}", (), path
+    chosen = [
+        (subset, "mtl")
+        for size in (len(names), *range(1, len(names)))  # all of them first: it is the claim
+        for subset in _subsets(names, size, options.subsets, seed)
+    ]
+    paired = tuple(options.pairs or names)
+    unsupervised = [(paired if o == "contrastive" else names, o) for o in UNSUPERVISED]
+    for tasks, objective in (*chosen, *unsupervised):
+        labels = tasks if objective == "mtl" else ()
+        name = ".".join(labels) or objective
+        yield (
+            name,
+            objective,
+            labels,
+            EncoderSpec(
+                name=name,
+                objective=objective,
+                tasks=tasks,
+                seed=seed,
+                patches_seen=options.patches,
+                learning_rate=RATES.get(objective),
+            ),
+        )
+
+
+def _subsets(
+    names: tuple[str, ...], size: int, most: int | None, seed: int
+) -> list[tuple[str, ...]]:
+    every = list(combinations(names, size))
+    if most is None or most >= len(every):
+        return every
+    chosen = np.random.default_rng((seed, size)).choice(len(every), most, replace=False)
+    return [every[number] for number in sorted(chosen)]
+
+
+def _make(
+    cohort: Cohort,
+    tasks: list[PatchDataset],
+    kind: str,
+    source: EncoderSpec | Path | None,
+    name: str,
+    seed: int,
+) -> Embedder:
+    settings = cohort.settings
+    if kind == "colour_and_texture":
+        return ColourAndTexture()
+    if isinstance(source, Path):
+        return import_keras_encoder(source, name)
+    if kind == "untrained":
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            module = build_encoder("tellez2020", patch=settings.patch, code=settings.code)
+        card = EncoderCard(
+            name=name,
+            architecture="tellez2020",
+            objective=kind,
+            patch=settings.patch,
+            mpp=settings.mpp,
+            code=settings.code,
+            weights_hash=weights_hash("tellez2020", encoder_tensors(module, {})),
+        )
+        return Encoder(card, module.eval().requires_grad_(False))
+    spec = source or EncoderSpec(name=name, objective="mean_rgb")
+    by_name = {task.name: task for task in tasks}
+    return train_encoder(
+        spec,
+        [by_name[task] for task in spec.tasks],
+        patch=settings.patch,
+        mpp=settings.mpp,
+        code=settings.code,
+    ).encoder
+
+
+class Slides:
+    """The cohort's slides, their tables and folds: made once, compressed by every encoder."""
+
+    def __init__(self, cohort: Cohort, store: Store) -> None:
+        self.cohort, self.store = cohort, store
+        write_index(store, slide_index(cohort))
+        self.index = read_index(store)
+        for slide in self.index["slide"]:
+            if not store.patch_table(slide).exists():
+                prepare_slide(store, slide)
+                tabulate_patches(cohort, store, slide)
+        self.targets = [target for target in cohort.targets if target.kind != "survival"]
+        self.folds = {target.name: divide(cohort, store, target.name) for target in self.targets}
+
+    def judge(self, encoder: Encoder, seed: int) -> Iterator[tuple[str, str, str, None, float]]:
+        """Measure, model, target, None and value; the seed also starts the networks."""
+        grids = self._compress(encoder)
+        settings = self.cohort.settings.models.model_copy(update={"seed": seed, "bootstrap": 1})
+        for target in self.targets:
+            table = self.folds[target.name]
+            folds = table.filter(pl.col("split") == "cv").select("patient", "fold").unique()
+            found = cross_validate(
+                target, table.drop("fold"), folds.sort("patient"), grids.__getitem__, settings
+            ).metrics.filter(split="cv", metric=PRIMARY[target.kind])
+            for row in found.iter_rows(named=True):
+                yield row["metric"], row["model"], target.name, None, row["value"]
+
+    def _compress(self, encoder: Encoder) -> dict[str, Grid]:
+        ready, grids = encoder.prepare(), {}
+        for row in self.index.iter_rows(named=True):
+            name = row["slide"]
+            with open_slide(Path(row["path"]), mpp=row["mpp"]) as slide:
+                cells = read_patch_table(self.store.patch_table(name))
+                grids[name] = compress_slide(slide, cells, ready, slide_id=name, slide_identity="")
+        return grids
+
+
+# --- showing ---------------------------------------------------------------------------------
+
+
+def show(options: argparse.Namespace) -> None:
+    rows = pl.concat([gather(folder) for folder in options.folders])
+    console = Console(width=110)
+    for (cohort,), own in rows.group_by("cohort", maintain_order=True):
+        console.print(summary(own, str(cohort)))
+    figure = picture(rows)
+    figure.savefig(options.picture, dpi=90)
+    console.print(str(options.picture))
+
+
+def gather(folder: Path) -> pl.DataFrame:
+    """All rows of a folder; also left there as ``study.parquet``."""
+    rows = pl.read_parquet(folder / "rows" / "*.parquet")
+    with whole_file(folder / "study.parquet") as path:
+        rows.write_parquet(path)
+    return rows
+
+
+def by_seed(rows: pl.DataFrame) -> pl.DataFrame:
+    """Mean of each seed over encoders of one kind and number of tasks, for each thing measured.
+
+    Probes of tasks that the encoder was trained with and of others are kept apart.
+    """
+    keys = ("cohort", "kind", "count", "measure", "model", "on", "saw")
+    return rows.group_by(*keys, "seed", maintain_order=True).agg(pl.col("value").mean())
+
+
+def over_seeds(rows: pl.DataFrame) -> pl.DataFrame:
+    """Mean and standard deviation over seeds, ``sd`` null of one seed."""
+    keys = ("cohort", "kind", "count", "measure", "model", "on", "saw")
+    return (
+        by_seed(rows)
+        .group_by(*keys, maintain_order=True)
+        .agg(mean=pl.col("value").mean(), sd=pl.col("value").std(), seeds=pl.len())
+    )
+
+
+def summary(rows: pl.DataFrame, cohort: str) -> Table:
+    """A row a kind of encoder: what it is worth on every task and target, seen ones starred."""
+    found = over_seeds(rows)
+    columns = found.select("measure", "model", "on").unique(maintain_order=True)
+    names = [
+        on if measure == PROBE else f"{on}, {model}: {measure}"
+        for measure, model, on in columns.iter_rows()
+    ]
+    table = Table("encoder", *names, title=f"{cohort}: mean (sd over seeds); * trained on it")
+    for kind, count in found.select("kind", "count").unique(maintain_order=True).iter_rows():
+        own = found.filter(kind=kind, count=count)
+        cells = []
+        for measure, model, on in columns.iter_rows():
+            values = own.filter(measure=measure, model=model, on=on).sort("saw")
+            cells.append("  ".join(_cell(row) for row in values.iter_rows(named=True)))
+        table.add_row(f"{kind}, {count} tasks" if count else kind, *cells)
+    return table
+
+
+def _cell(row: dict[str, object]) -> str:
+    star = {"labels": "*", "pixels": "+"}.get(str(row["saw"]), "")
+    spread = "" if row["sd"] is None else f" ({row['sd']:.2f})"
+    return f"{row['mean']:.2f}{spread}{star}"
+
+
+def picture(rows: pl.DataFrame) -> Figure:
+    """A panel a task or target: what each encoder is worth, and by number of tasks."""
+    found = over_seeds(rows).filter(pl.col("model").is_in(("linear probe", "network")))
+    panels = found.partition_by("cohort", "on", maintain_order=True)
+    columns = min(3, len(panels))
+    lines = -(-len(panels) // columns)
+    figure = Figure(figsize=(4.2 * columns, 3.4 * lines), layout="constrained")
+    every = figure.subplots(lines, columns, squeeze=False).ravel()
+    for axes in every[len(panels) :]:
+        axes.remove()
+    for axes, panel in zip(every, panels, strict=False):
+        _panel(axes, panel)
+    known = {
+        label: handle
+        for axes in figure.axes
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(known.values(), known.keys(), loc="outside lower center", ncols=3, fontsize=8)
+    return figure
+
+
+def _panel(axes: Axes, found: pl.DataFrame) -> None:
+    """Encoders without labels on the left, then 1, 2, ... tasks; bars are one deviation."""
+    beside = found.filter(pl.col("kind") != "mtl")["kind"].unique(maintain_order=True).to_list()
+    counts = sorted(found.filter(kind="mtl")["count"].unique())
+    places = {name: place for place, name in enumerate((*beside, *counts))}
+    about = {"nothing": "o", "labels": "s", "pixels": "^", None: "o"}
+    told = {
+        "nothing": "saw nothing of the task",
+        "labels": "trained with its labels",
+        "pixels": "trained on its patches, no labels",
+        None: "slides",
+    }
+    for saw, marker in about.items():
+        own = found.filter(pl.col("saw").eq_missing(saw)).sort("count")
+        for multitask in (False, True):
+            part = own.filter((pl.col("kind") == "mtl") == multitask)
+            if part.is_empty():
+                continue
+            axes.errorbar(
+                [places[r["count"] if multitask else r["kind"]] for r in part.to_dicts()],
+                part["mean"],
+                part["sd"].fill_null(0),
+                fmt=marker + ("-" if multitask else ""),
+                color="C0" if multitask else "0.4",
+                mfc="white" if saw == "nothing" else None,
+                capsize=3,
+                label=f"{'supervised' if multitask else 'other'}, {told[saw]}",
+            )
+    labels = [str(name).replace("_", " ") for name in places]
+    axes.set_xticks(range(len(places)), labels, rotation=60, ha="right", fontsize=7)
+    first = found.row(0, named=True)
+    measure = "balanced accuracy of the probe" if first["measure"] == PROBE else first["measure"]
+    axes.set_ylabel(measure, fontsize=8)
+    axes.set_title(f"{first['cohort']}: {first['on']}", fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(required=True)
+    runner = commands.add_parser("run")
+    runner.set_defaults(work=run)
+    runner.add_argument("cohort", type=Path)
+    runner.add_argument("--out", type=Path, required=True)
+    runner.add_argument("--patches", type=int, default=40_000, help="seen in each training")
+    runner.add_argument("--seeds", type=int, default=3)
+    runner.add_argument("--subsets", type=int, help="of each size, at random a seed; default: all")
+    runner.add_argument("--slides", action="store_true", help="compress and cross-validate too")
+    runner.add_argument("--mpp", type=float, help="um/px, instead of the cohort's")
+    runner.add_argument("--published", type=Path, nargs="*", default=[], help="Keras encoders")
+    runner.add_argument(
+        "--unseen",
+        nargs="*",
+        default=[],
+        metavar="NAME=FOLDER",
+        help="patch tasks to probe only: a folder a class",
+    )
+    runner.add_argument("--pairs", nargs="*", help="tasks with neighbours, for contrastive")
+    runner.add_argument("--threads", type=int, default=2)
+    shower = commands.add_parser("show")
+    shower.set_defaults(work=show)
+    shower.add_argument("folders", type=Path, nargs="+")
+    shower.add_argument("--picture", type=Path, required=True)
+    options = parser.parse_args()
+    if "threads" in options:
+        torch.set_num_threads(options.threads)
+    options.work(options)
+
+
+if __name__ == "__main__":
+    main()

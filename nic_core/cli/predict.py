@@ -1,0 +1,166 @@
+"""``nic predict``: a trained model on new slides."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from nic_core.cli.compress import batch_progress, find_encoder, print_failed
+from nic_core.cli.shared import Mpp, console, one_line
+from nic_core.store import Store, StoreError
+
+if TYPE_CHECKING:
+    import polars as pl
+
+    from nic_core.models.files import ModelCard, SlideModel
+
+
+def predict(
+    slides: Annotated[list[Path], typer.Argument(help="slide files")],
+    model: Annotated[str, typer.Option(help="folder of a model, or TARGET/ENCODER in $NIC_STORE")],
+    encoder: Annotated[
+        str | None,
+        typer.Option(help="folder or name of the encoder; default: the model's, in $NIC_STORE"),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="folder for predictions-TARGET.csv and .parquet, report.csv and grids"),
+    ] = None,
+    patients: Annotated[
+        Path | None, typer.Option(help="CSV with the columns slide and patient")
+    ] = None,
+    heatmaps: Annotated[
+        bool, typer.Option("--explain", help="write heatmaps too, into the folder --out")
+    ] = False,
+    mpp: Mpp = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+) -> None:
+    """Predict slides, or patients, with a trained model.
+
+    Slides are compressed as the model's were; grids in the folder --out are used again. A slide
+    that cannot be used does not stop the others, and the exit status is 1.
+    """
+    # imports torch: slow, for this command alone
+    from nic_core.batch import REPORT, name_slides, write_report
+    from nic_core.encoders.inference import resolve_device
+    from nic_core.models.prediction import (
+        PatientsError,
+        check_encoder,
+        predict_slides,
+        read_patients,
+        write_predictions,
+    )
+
+    if heatmaps and out is None:
+        raise typer.BadParameter("heatmaps are files: give --out too", param_hint="--explain")
+    loaded = _model(model)
+    card = loaded.card
+    network = find_encoder(encoder or card.encoder)
+    try:
+        resolve_device(device)
+        check_encoder(card, network.card)
+        named = name_slides(slides)
+        of_slide = read_patients(patients) if patients is not None else None
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    if card.target.level == "patient" and of_slide is None:
+        console.print("no --patients: each slide counts as a patient of its own")
+    with one_line(StoreError, PatientsError), batch_progress(len(named)) as bars:
+        show, tell = bars
+        predicted = predict_slides(
+            loaded,
+            network,
+            named,
+            out,
+            patients=of_slide,
+            mpp=mpp,
+            device=device,
+            heatmaps=heatmaps,
+            progress=show,
+            tell=tell,
+        )
+    console.print(_table(card, predicted.predictions))
+    console.print(_legend(card), soft_wrap=True, markup=False)
+    if predicted.predictions["seen"].any():
+        console.print(
+            "* the model was trained on this: how well it fits says nothing about others",
+            style="yellow",
+            soft_wrap=True,
+        )
+    print_failed(predicted.slides)
+    if out is not None:
+        with one_line(StoreError):
+            table = write_predictions(out, card.target.name, predicted.predictions)
+            write_report(out / REPORT, predicted.slides)
+        console.print(str(table), soft_wrap=True)
+    if predicted.slides["status"].is_in(["failed", "not tried"]).any():
+        raise typer.Exit(1)
+
+
+def _model(name: str) -> SlideModel:
+    """A model by its folder or by target and encoder in the store."""
+    from nic_core.models.files import ModelFileError, load_model
+
+    store = Store.from_environment()
+    target, _, encoder = name.partition("/")
+    folder = Path(name) if Path(name).is_dir() else store.model(target, encoder)
+    if not folder.is_dir() or (not encoder and folder != Path(name)):
+        known = sorted(
+            f"{path.parent.name}/{path.name}" for path in store.root.glob("models/*/[!.]*/")
+        )
+        raise typer.BadParameter(
+            f"'{name}' is neither a folder nor a model of the store {store.root} "
+            f"(it has: {', '.join(known) or 'none'})",
+            param_hint="--model",
+        )
+    try:
+        return load_model(folder)
+    except ModelFileError as error:
+        raise typer.BadParameter(str(error), param_hint="--model") from error
+
+
+def _table(card: ModelCard, predictions: pl.DataFrame) -> Table:
+    """A row a unit: the ensemble, in brackets the lowest and the highest fold, the conclusion."""
+    from nic_core.models.validation import prediction_columns
+
+    columns = prediction_columns(card.target)
+    last = {"classification": "class", "survival": "risk_group"}.get(card.target.kind)
+    by_patient = card.target.level == "patient"
+    about = ["patient", "slides"] if by_patient else ["slide", "patient"]
+    table = Table(
+        *about,
+        *(escape(name.replace("_", " ")) for name in columns),
+        *([last.replace("_", " ")] if last else []),
+        title=f"{card.target.name} ({card.target.kind}), encoder {card.encoder}",
+    )
+    for row in predictions.rows(named=True):
+        other = ", ".join(row["slides"]) if by_patient else row["patient"] or ""
+        name = f"{row['unit']}{' *' if row['seen'] else ''}"
+        table.add_row(
+            escape(name),
+            escape(other),
+            *(_value(row, column, len(card.networks)) for column in columns),
+            *([escape(row[last] or "")] if last else []),
+        )
+    return table
+
+
+def _value(row: dict[str, Any], column: str, folds: int) -> str:
+    if row[column] is None:
+        return "none"
+    each = [row[f"fold_{k}_{column}"] for k in range(folds)]
+    return escape(f"{row[column]:.3g} [{min(each):.3g}, {max(each):.3g}]")
+
+
+def _legend(card: ModelCard) -> str:
+    told = f"mean of {len(card.networks)} folds [lowest, highest]"
+    if card.target.kind == "survival":
+        told += (
+            "; a higher risk means an earlier event; high: above the training cohort's median "
+            f"risk of {card.median_risk:.3g}"
+        )
+    return told

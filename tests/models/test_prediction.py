@@ -1,0 +1,315 @@
+"""A trained model on slides it has not seen: through the library and the command line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+from typer.testing import CliRunner
+
+from nic_core import steps
+from nic_core.cli import app
+from nic_core.cohort import Cohort, load_cohort
+from nic_core.encoders import load_encoder
+from nic_core.grids import open_grid
+from nic_core.models.files import ModelFileError, load_model, training_cohort
+from nic_core.models.prediction import (
+    ModelMismatchError,
+    check_grid,
+    predict_grids,
+    predict_slides,
+    read_patients,
+)
+from nic_core.models.validation import NETWORK, prediction_columns
+from nic_core.slides.index import slide_index
+from nic_core.store import Store
+
+ENCODER = "mean-rgb"
+TARGETS = ("proliferation", "growth", "survival")
+
+
+@pytest.fixture(scope="module")
+def study(tiny_cohort, tmp_path_factory) -> tuple[Cohort, Store]:
+    """Every target's model on grids of mean colours."""
+    cohort, store = load_cohort(tiny_cohort), Store(tmp_path_factory.mktemp("study"))
+    steps.write_index(store, slide_index(cohort))
+    for slide in steps.read_index(store)["slide"]:
+        steps.prepare_slide(store, slide)
+        steps.tabulate_patches(cohort, store, slide)
+    steps.make_encoder(cohort, store, ENCODER)
+    encoder = steps.prepare_encoder(cohort, store, ENCODER)
+    for slide in steps.read_index(store)["slide"]:
+        steps.compress(cohort, store, encoder, slide)
+    for target in TARGETS:
+        steps.divide(cohort, store, target)
+        steps.make_model(cohort, store, ENCODER, target)
+    return cohort, store
+
+
+def split(store: Store, name: str) -> dict[str, Path]:
+    rows = steps.read_index(store).filter(split=name).sort("slide")
+    return {slide: Path(path) for slide, path in rows.select("slide", "path").rows()}
+
+
+def patients(store: Store) -> dict[str, str]:
+    return dict(steps.read_index(store).select("slide", "patient").rows())
+
+
+def predict(*arguments: object, store: Store):
+    return CliRunner().invoke(
+        app, ["predict", *map(str, arguments)], env={"NIC_STORE": str(store.root), "COLUMNS": "200"}
+    )
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_held_out_slides_get_what_cross_validation_gave_them(study, target):
+    _, store = study
+    model = load_model(store.model(target, ENCODER))
+    stored = (
+        pl.read_parquet(store.model(target, ENCODER) / steps.PREDICTIONS)
+        .filter(model=NETWORK, split="test")
+        .sort("unit")
+    )
+    units = pl.read_parquet(store.folds(target)).filter(split="test").sort("unit")
+    found = predict_grids(model, units, lambda slide: open_grid(store.grid(ENCODER, slide)))
+    assert stored.height > 0
+    assert found["unit"].equals(stored["unit"])
+    columns = prediction_columns(model.card.target)
+    np.testing.assert_allclose(
+        found.select(columns).to_numpy(), stored.select(columns).to_numpy(), rtol=1e-5, atol=1e-6
+    )
+    for column in columns:
+        folds = found.select(f"fold_{k}_{column}" for k in range(4)).to_numpy()
+        np.testing.assert_allclose(folds.mean(1), found[column], rtol=1e-9, atol=1e-9)
+    assert not found["seen"].any()
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_files_get_the_same_as_their_stored_grids(study, target, tmp_path):
+    _, store = study
+    model = load_model(store.model(target, ENCODER))
+    slides = split(store, "test")
+    predicted = predict_slides(
+        model, load_encoder(store.encoder(ENCODER)), slides, patients=patients(store)
+    ).predictions.sort("unit")
+    stored = (
+        pl.read_parquet(store.model(target, ENCODER) / steps.PREDICTIONS)
+        .filter(model=NETWORK, split="test")
+        .sort("unit")
+    )
+    both = stored.join(predicted, on="unit", suffix="_now")
+    assert both.height == stored.height
+    for column in prediction_columns(model.card.target):
+        np.testing.assert_allclose(both[f"{column}_now"], both[column], rtol=1e-5, atol=1e-6)
+
+
+def test_slides_that_were_learned_from_are_marked(study):
+    _, store = study
+    model = load_model(store.model("growth", ENCODER))
+    encoder = load_encoder(store.encoder(ENCODER))
+    both = dict([*list(split(store, "cv").items())[:1], *list(split(store, "test").items())[:1]])
+    assert predict_slides(model, encoder, both).predictions["seen"].to_list() == [True, False]
+
+
+def test_risk_groups_part_at_the_median_risk_of_the_held_out_training_patients(study):
+    _, store = study
+    model = load_model(store.model("survival", ENCODER))
+    stored = pl.read_parquet(store.model("survival", ENCODER) / steps.PREDICTIONS)
+    held_out = stored.filter(model=NETWORK, split="cv")["risk"]
+    assert model.card.median_risk == held_out.median()
+    units = pl.read_parquet(store.folds("survival"))
+
+    def grid(slide):
+        return open_grid(store.grid(ENCODER, slide))
+
+    found = predict_grids(model, units, grid)
+    # the tiny networks agree on a side by chance: part them in their middle
+    card = model.card.model_copy(update={"median_risk": found["risk"].median()})
+    found = predict_grids(replace(model, card=card), units, grid)
+    assert set(found["risk_group"]) == {"high", "low"}
+    assert ((found["risk_group"] == "high") == (found["risk"] > card.median_risk)).all()
+
+
+def test_the_class_is_the_most_probable_one(study):
+    _, store = study
+    model = load_model(store.model("growth", ENCODER))
+    units = pl.read_parquet(store.folds("growth"))
+    found = predict_grids(model, units, lambda slide: open_grid(store.grid(ENCODER, slide)))
+    columns = prediction_columns(model.card.target)
+    most = found.select(columns).to_numpy().argmax(1)
+    assert found["class"].to_list() == [model.card.target.classes[i] for i in most]
+
+
+def test_a_patient_has_the_mean_of_the_slides_and_is_predicted_without_the_bad_one(study, tmp_path):
+    _, store = study
+    model = load_model(store.model("survival", ENCODER))
+    encoder = load_encoder(store.encoder(ENCODER))
+    slides = dict(list(split(store, "cv").items())[:2])
+    first, second = slides
+    alone = predict_slides(model, encoder, slides, tmp_path).predictions
+    assert alone["unit"].to_list() == [first, second]
+    one = dict.fromkeys(slides, "anna")
+    pooled = predict_slides(model, encoder, slides, tmp_path, patients=one).predictions
+    assert pooled["unit"].to_list() == ["anna"]
+    assert pooled["slides"].to_list() == [[first, second]]
+    assert pooled["risk"][0] == pytest.approx(alone["risk"].mean(), rel=1e-5, abs=1e-6)
+    (tmp_path / "bad.svs").write_text("no slide")
+    with_bad = slides | {"bad": tmp_path / "bad.svs"}
+    found = predict_slides(model, encoder, with_bad, tmp_path, patients=one | {"bad": "anna"})
+    assert found.predictions["failed"].to_list() == [["bad"]]
+    assert found.predictions["risk"][0] == pytest.approx(pooled["risk"][0], rel=1e-6)
+    assert found.slides["status"].to_list() == ["up to date", "up to date", "failed"]
+    with pytest.raises(ValueError, match="'bad' has no patient"):
+        predict_slides(model, encoder, with_bad, tmp_path, patients=one)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "told"),
+    [
+        ("weights_hash", "0" * 64, "weights 000000000000, not"),
+        ("patch", 64, "patch 64, not 128"),
+        ("mpp", 1.0, "um/px 1.0, not 0.5"),
+        ("code", 4, "numbers a code 4, not 3"),
+    ],
+)
+def test_another_encoder_is_refused(study, field, value, told):
+    _, store = study
+    model = load_model(store.model("growth", ENCODER))
+    encoder = load_encoder(store.encoder(ENCODER))
+    other = replace(encoder, card=encoder.card.model_copy(update={field: value}))
+    with pytest.raises(ModelMismatchError, match=told):
+        predict_slides(model, other, split(store, "test"))
+
+
+@pytest.mark.parametrize("field", ["weights_hash", "precision", "reading"])
+def test_a_grid_that_was_made_otherwise_is_refused(study, field):
+    _, store = study
+    model = load_model(store.model("growth", ENCODER))
+    grid = open_grid(store.grid(ENCODER, next(iter(split(store, "test")))))
+    check_grid(model.card, grid)
+    other = {"weights_hash": "1", "precision": "bfloat16", "reading": "input"}[field]
+    about = grid.provenance.model_copy(update={field: other})
+    with pytest.raises(ModelMismatchError, match=f"'{about.slide}'.*{other}, not"):
+        check_grid(model.card, replace(grid, provenance=about))
+
+
+def test_the_command_goes_past_bad_slides_and_exits_with_1(study, tmp_path):
+    _, store = study
+    (tmp_path / "bad.svs").write_text("no slide")
+    good = split(store, "test")
+    out = tmp_path / "out"
+    model = ["--model", f"growth/{ENCODER}"]
+    done = predict(*model, "--out", out, tmp_path / "bad.svs", *good.values(), store=store)
+    assert done.exit_code == 1, done.output
+    assert "not an image of a known format" in done.output
+    table = pl.read_csv(out / "predictions-growth.csv")
+    assert table["unit"].to_list() == ["bad", *good]
+    assert table["failed"].to_list() == ["bad", *[""] * len(good)]
+    assert table["class"].null_count() == 1
+    whole = pl.read_parquet(out / "predictions-growth.parquet")
+    assert whole["class"].equals(table["class"])
+    assert pl.read_csv(out / "report.csv")["status"].to_list() == [
+        "failed",
+        *["compressed"] * len(good),
+    ]
+    again = predict(*model, "--out", out, *good.values(), store=store)
+    assert again.exit_code == 0, again.output
+    assert set(pl.read_csv(out / "report.csv")["status"]) == {"up to date"}
+    assert (
+        pl.read_parquet(out / "predictions-growth.parquet")
+        .drop("slides", "failed")
+        .equals(whole.drop("slides", "failed")[1:])
+    )
+
+
+def test_the_command_explains_and_pools_by_the_table_of_patients(study, tmp_path):
+    _, store = study
+    slides = dict(list(split(store, "test").items())[:1])
+    (tmp_path / "patients.csv").write_text(f"slide,patient\n{next(iter(slides))},007\n")
+    done = predict(
+        *("--model", store.model("survival", ENCODER), "--encoder", store.encoder(ENCODER)),
+        *("--patients", tmp_path / "patients.csv", "--out", tmp_path, "--explain"),
+        *slides.values(),
+        store=store,
+    )
+    assert done.exit_code == 0, done.output
+    assert "a higher risk means an earlier event" in done.output
+    assert pl.read_parquet(tmp_path / "predictions-survival.parquet")["unit"].to_list() == ["007"]
+    assert (tmp_path / "heatmaps" / "survival" / next(iter(slides)) / "heat.tif").exists()
+
+
+def test_the_command_names_what_it_cannot_find_or_use(study, tmp_path):
+    _, store = study
+    slide = next(iter(split(store, "test").values()))
+    done = predict("--model", "growth/none", slide, store=store)
+    assert done.exit_code == 2
+    assert f"growth/{ENCODER}" in done.output
+    other = tmp_path / "other"
+    shutil.copytree(store.encoder(ENCODER), other)
+    card = json.loads((other / "card.json").read_text())
+    (other / "card.json").write_text(json.dumps(card | {"mpp": 1.0}))
+    done = predict("--model", f"growth/{ENCODER}", "--encoder", other, slide, store=store)
+    assert done.exit_code == 2
+    assert "does not fit the model" in done.output
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("slide,person\na,b\n", "no column 'patient'"),
+        ("slide,patient\na,\n", "'a' has an empty field"),
+        ("slide,patient\na,b\na,c\n", "'a' has more than one row"),
+    ],
+)
+def test_a_table_of_patients_is_checked(tmp_path, text, told):
+    (tmp_path / "t.csv").write_text(text)
+    with pytest.raises(ValueError, match=told):
+        read_patients(tmp_path / "t.csv")
+
+
+def test_a_model_file_of_another_kind_or_with_other_weights_is_refused(study, tmp_path):
+    _, store = study
+    with pytest.raises(ModelFileError, match="not a model file of this version"):
+        load_model(store.encoder(ENCODER))
+    shutil.copytree(store.model("growth", ENCODER), tmp_path / "m")
+    shutil.copy(tmp_path / "m" / "fold-0.safetensors", tmp_path / "m" / "fold-1.safetensors")
+    with pytest.raises(ModelFileError, match=r"fold-1.*hash differs"):
+        load_model(tmp_path / "m")
+    (tmp_path / "m" / "card.json").write_text("{")
+    with pytest.raises(ModelFileError, match="not a model file"):
+        load_model(tmp_path / "m")
+
+
+def test_the_card_tells_how_the_model_came_about(study):
+    cohort, store = study
+    card = load_model(store.model("growth", ENCODER)).card
+    learned = pl.read_parquet(store.folds("growth")).filter(split="cv")
+    assert card.training.patients == learned["patient"].n_unique()
+    assert card.training.units == learned.height == len(card.training.slides)
+    assert (card.grids.precision, card.grids.reading) == ("float32", "patch")
+    assert card.grids.tissue == cohort.settings.tissue
+    assert set(card.software) == {"nic", "torch"}
+    assert card.median_risk is None
+
+
+def test_the_training_digest_follows_labels_and_slides_and_nothing_else(study):
+    _, store = study
+    table = pl.read_parquet(store.folds("growth"))
+    names = {slide: slide for slide in table["slides"].explode()}
+
+    def digest(table=table, names=names):
+        return training_cohort("c", table, names).digest
+
+    first = table.filter(split="cv")["unit"][0]
+    assert digest() == digest(table.reverse())
+    assert digest() != digest(names=names | {first: "another scan"})
+    flipped = pl.when(unit=first).then(1 - pl.col("y")).otherwise("y").alias("y")
+    assert digest() != digest(table.with_columns(flipped))
+    assert digest() == digest(
+        table.with_columns(pl.when(split="test").then(1 - pl.col("y")).otherwise("y").alias("y"))
+    )
