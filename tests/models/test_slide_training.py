@@ -19,6 +19,7 @@ from nic_core.cohort import (
 from nic_core.metrics import PRIMARY
 from nic_core.models.baselines import BASELINES
 from nic_core.models.crops import Crops, all_moments
+from nic_core.models.explanation import explain
 from nic_core.models.files import (
     GridSettings,
     ModelFileError,
@@ -343,6 +344,21 @@ def test_a_saved_model_comes_back_and_predicts_the_same(few, tmp_path, target):
     stored = next(m for m in card.metrics if m.metric == PRIMARY[target.kind])
     value = primary(evaluated)["value"]
     assert stored.value == (None if math.isnan(value) else value)
+
+
+def test_attention_pooling_is_saved_exported_and_explained(few, tmp_path):
+    mil = QUICK.model_copy(update={"network": "mil", "positions": True})
+    evaluated = evaluate(few, GRADE, mil)
+    save_model(tmp_path / "m", evaluated, **CARD)
+    loaded = load_model(tmp_path / "m")
+    module, x = ensemble_module(loaded.networks), torch.randn(3, 16, 20, 20)
+    batch = {0: torch.export.Dim("batch", min=2)}
+    exported = torch.export.export(module, (x[:2],), dynamic_shapes=(batch,)).module()
+    torch.testing.assert_close(exported(x), ensemble_module(evaluated.networks)(x))
+    grid = few.source("s00-0")
+    heat = explain(loaded.networks[:1], grid, GRADE, crop=20)
+    np.testing.assert_array_equal(np.isfinite(heat), grid.valid)
+    assert np.nanmean(heat) == pytest.approx(1, rel=1e-3)
 
 
 def test_a_damaged_model_folder_is_refused(few, tmp_path):
