@@ -119,7 +119,7 @@ def _scatter(evaluated: Evaluated, target: RegressionTarget, split: str) -> Figu
 
 
 def _roc(evaluated: Evaluated, target: ClassificationTarget, split: str) -> Figure:
-    figure = _figure(12, 4)
+    figure = _figure(12, 4.4)
     axes, reliability, table = figure.subplots(1, 3)
     rows = _rows(evaluated, NETWORK, split)
     y, p = rows["y"].to_numpy(), prediction_array(target, rows)
