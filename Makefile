@@ -31,7 +31,7 @@ mlflow: .venv/installed  ## MLflow on http://127.0.0.1:5000
 		--backend-store-uri sqlite:///$${NIC_STORE:-data/store}/mlflow/mlflow.db --port 5000
 
 test: .venv/installed-tests
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses auto
 
 lint: .venv/installed-tests
 	$(BIN)/ruff check .
