@@ -60,6 +60,7 @@ UserPath = Annotated[Path, AfterValidator(_resolve)]
 Name = Annotated[str, AfterValidator(_check_name)]
 TaskName = Annotated[str, AfterValidator(_check_task_name)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+AskedPrecision = Literal["auto", "float32", "bfloat16"]
 NetworkName = Literal["published", "small", "mil"]
 
 
@@ -256,7 +257,7 @@ class EncoderSpec(_Model):
         default="equal",
         description="of mtl's losses: equal, or by learned uncertainty (Kendall et al. 2018)",
     )
-    precision: Literal["auto", "float32", "bfloat16"] = Field(
+    precision: AskedPrecision = Field(
         default="auto",
         description="of the forward and backward pass; auto is bfloat16 on a GPU or CPU with "
         "matrix units for it, else float32 [choice]",
@@ -478,7 +479,7 @@ class ModelSettings(_Model):
 class CompressionSettings(_Model):
     """How slides are compressed; see docs/grids.md for what each choice costs and changes."""
 
-    precision: Literal["auto", "float32", "bfloat16"] = Field(
+    precision: AskedPrecision = Field(
         default="auto",
         description="auto: bfloat16 on a GPU or CPU with matrix units for it",
     )

@@ -49,7 +49,7 @@ _CHUNK, _SHARD = 64, 512
 CODES, VALID, TURNED, PROVENANCE = "0", "valid", "orientations", "nic"
 METADATA = "zarr.json"
 
-Precision = Literal["float32", "bfloat16", "float16"]
+Precision = Literal["float32", "bfloat16"]
 Reading = Literal["patch", "input"]
 
 

@@ -181,18 +181,8 @@ def score(
     patients
         The patient of each unit (n,).
     """
-    _, patient = np.unique(np.asarray(patients), return_inverse=True)
-    counts = bootstrap_counts(patient, resamples=resamples, seed=seed)
-    once = np.ones((1, len(patient)))
-    tails = [50 * (1 - level), 50 * (1 + level)]
-    result = {}
-    for name, metric in metrics.items():
-        value = float(metric(once)[0])
-        values = metric(counts)
-        values = values[np.isfinite(values)]
-        low, high = np.percentile(values, tails) if len(values) else (np.nan, np.nan)
-        result[name] = Interval(value, float(low), float(high))
-    return result
+    drawn = _Resamples.of(patients, resamples, seed, level)
+    return {name: drawn.interval(metric)[0] for name, metric in metrics.items()}
 
 
 def compare(
@@ -214,23 +204,44 @@ def compare(
     patients
         The patient of each unit (n,).
     """
-    _, patient = np.unique(np.asarray(patients), return_inverse=True)
-    counts = bootstrap_counts(patient, resamples=resamples, seed=seed)
-    once = np.ones((1, len(patient)))
-    tails = [50 * (1 - level), 50 * (1 + level)]
+    drawn = _Resamples.of(patients, resamples, seed, level)
     result = {}
-    for name in first:
-        value = float((first[name](once) - second[name](once))[0])
-        values = first[name](counts) - second[name](counts)
-        values = values[np.isfinite(values)]
-        if not len(values) or not np.isfinite(value):
-            result[name] = Difference(value, np.nan, np.nan, np.nan)
+    for name, metric in first.items():
+        found, values = drawn.interval(_minus(metric, second[name]))
+        if not len(values) or not np.isfinite(found.value):
+            result[name] = Difference(found.value, np.nan, np.nan, np.nan)
             continue
-        low, high = np.percentile(values, tails)
         side = min((values <= 0).sum(), (values >= 0).sum())
         p = min(1.0, 2 * (side + 1) / (len(values) + 1))
-        result[name] = Difference(value, float(low), float(high), float(p))
+        result[name] = Difference(found.value, found.low, found.high, float(p))
     return result
+
+
+def _minus(first: Metric, second: Metric) -> Metric:
+    return lambda w: first(w) - second(w)
+
+
+@dataclass(frozen=True)
+class _Resamples:
+    """The resamples of a bootstrap, and the units as they are: (resamples, n) and (1, n)."""
+
+    counts: Floats
+    once: Floats
+    level: float
+
+    @classmethod
+    def of(cls, patients: Sequence[str], resamples: int, seed: int, level: float) -> _Resamples:
+        _, patient = np.unique(np.asarray(patients), return_inverse=True)
+        counts = bootstrap_counts(patient, resamples=resamples, seed=seed)
+        return cls(counts, np.ones((1, len(patient))), level)
+
+    def interval(self, metric: Metric) -> tuple[Interval, Floats]:
+        """The percentile interval, and the finite values that it is taken from."""
+        values = metric(self.counts)
+        values = values[np.isfinite(values)]
+        tails = [50 * (1 - self.level), 50 * (1 + self.level)]
+        low, high = np.percentile(values, tails) if len(values) else (np.nan, np.nan)
+        return Interval(float(metric(self.once)[0]), float(low), float(high)), values
 
 
 def bootstrap_counts(patient: NDArray[np.int64], *, resamples: int, seed: int) -> Floats:

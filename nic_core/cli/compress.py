@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from nic_core.cli.shared import Mpp, console, one_line, progress_bars
-from nic_core.cohort import CompressionSettings
+from nic_core.cohort import AskedPrecision, CompressionSettings
 from nic_core.grids import Reading
 from nic_core.store import Store, StoreError
 
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from nic_core.encoders.encoder import Encoder
 
 COMPRESSION = CompressionSettings()
-Asked = Literal["auto", "float32", "bfloat16"]
 Orientations = Literal["1", "8"]
 
 
@@ -38,7 +37,7 @@ def compress(
     ] = 0.6,
     orientations: Annotated[Orientations, typer.Option(help="1 (upright) or 8")] = "1",
     precision: Annotated[
-        Asked, typer.Option(help="auto: bfloat16 if the device has it")
+        AskedPrecision, typer.Option(help="auto: bfloat16 if the device has it")
     ] = COMPRESSION.precision,
     reading: Annotated[
         Reading, typer.Option(help="pixels of the patch, or of the network's input")

@@ -10,7 +10,7 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from nic_core.cli.shared import console, one_line, progress_bars
+from nic_core.cli.shared import console, facts, one_line, progress_bars
 from nic_core.cohort import DEFAULT_COHORT, CohortError, load_cohort
 from nic_core.store import DEFAULT_STORE, Store, StoreError
 
@@ -127,9 +127,7 @@ def probe(
 
 def _show(card: dict[str, Any]) -> None:
     """A card, a line a fact; empty ones are left out."""
-    table = Table(show_header=False, box=None)
-    table.add_column()
-    table.add_column(overflow="fold")  # no digit of a hash is lost
+    table = facts()
     for name, value in card.items():
         if value is None or value == {}:
             continue

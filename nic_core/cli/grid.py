@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
-from nic_core.cli.shared import Out, console, one_line, save_picture
+from nic_core.cli.shared import Out, console, facts, one_line, save_picture
 from nic_core.grids import GridError, grid_preview, open_grid
 from nic_core.slides import SlideError, open_slide
 
@@ -26,9 +25,7 @@ def info(store: StorePath) -> None:
         code, rows, columns = grid.shape
         kept = int(grid.valid.sum())
         size = sum(part.stat().st_size for part in store.rglob("*") if part.is_file())
-        table = Table(show_header=False, box=None)
-        table.add_column()
-        table.add_column(overflow="fold")  # no digit of a hash is lost
+        table = facts()
         table.add_row("codes", f"{code} numbers x {rows} rows x {columns} columns")
         table.add_row("orientations", "1 (upright)" if grid.orientations is None else "8")
         table.add_row("cells with a code", f"{kept} of {rows * columns}")

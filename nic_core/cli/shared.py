@@ -21,6 +21,7 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.table import Table
 from rich.text import Text
 
 console = Console()
@@ -49,6 +50,14 @@ def progress_bars() -> Progress:
         TimeRemainingColumn(),
         console=console,
     )
+
+
+def facts() -> Table:
+    """A table of names and values, a line each; no digit of a long value is cut."""
+    table = Table(show_header=False, box=None)
+    table.add_column()
+    table.add_column(overflow="fold")
+    return table
 
 
 def save_picture(path: Path, picture: NDArray[np.uint8]) -> None:

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
-from nic_core.cli.shared import Mpp, Out, console, one_line, save_picture
+from nic_core.cli.shared import Mpp, Out, console, facts, one_line, save_picture
 from nic_core.slides import SlideError, content_identity, open_slide
 from nic_core.tissue import read_mask, tissue_mask, tissue_outline
 
@@ -21,7 +20,7 @@ MaskPath = Annotated[
 def inspect(slide: SlidePath, mpp: Mpp = None) -> None:
     """What a slide is: who reads it, its size, scale, levels and identity."""
     with one_line(SlideError), open_slide(slide, mpp=mpp) as opened:
-        table = Table(show_header=False, box=None)
+        table = facts()
         table.add_row("slide", str(slide))
         table.add_row("read by", f"{opened.engine} ({opened.engine_reason})")
         table.add_row("size", f"{opened.width} x {opened.height} px")

@@ -15,12 +15,11 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from nic_core.cohort import Preprocess, TimmModel
+from nic_core.cohort import AskedPrecision, Preprocess, TimmModel
 from nic_core.encoders.errors import EncoderError as EncoderError
 from nic_core.encoders.foreign import ForeignEncoder
 from nic_core.encoders.inference import (
     BATCH,
-    Asked,
     PreparedEncoder,
     autocast,
     fast_module,
@@ -79,7 +78,7 @@ class Encoder:
     heads: Mapping[str, nn.Module] = field(default_factory=dict)
 
     def prepare(
-        self, device: str = "auto", precision: Asked = "auto", reading: Reading = "patch"
+        self, device: str = "auto", precision: AskedPrecision = "auto", reading: Reading = "patch"
     ) -> PreparedEncoder:
         """The encoder for many patches: the fastest module of the same function.
 

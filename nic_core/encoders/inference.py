@@ -16,11 +16,12 @@ The fourth, bfloat16, is not exact: it is a setting, and grids record it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeAlias
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from nic_core.cohort import AskedPrecision
 from nic_core.encoders.networks import (
     FILTERS,
     SLOPE,
@@ -29,9 +30,6 @@ from nic_core.encoders.networks import (
     flatten_hwc,
 )
 from nic_core.grids import Precision, Reading
-
-Asked: TypeAlias = Literal["auto", "float32", "bfloat16"]
-"""A precision as a setting; ``auto``: see :func:`resolve_precision`."""
 
 BATCH = 32  # patches whose maps stay in a core's cache: faster than more
 
@@ -105,7 +103,7 @@ def resolve_device(device: str) -> torch.device:
     return found
 
 
-def resolve_precision(precision: Asked, device: torch.device) -> Precision:
+def resolve_precision(precision: AskedPrecision, device: torch.device) -> Precision:
     """``auto``: bfloat16 where the device has matrix units for it, else float32.
 
     Those are CUDA devices since Ampere and CPUs with AMX. A CPU that multiplies bfloat16 in its
