@@ -11,8 +11,8 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from nic_core.cli.shared import console, facts, one_line, progress_bars
-from nic_core.cohort import DEFAULT_COHORT, CohortError, load_cohort
-from nic_core.store import DEFAULT_STORE, Store, StoreError
+from nic_core.cohort import CohortError, load_cohort
+from nic_core.store import Store, StoreError
 
 # what computes is imported in each command: torch alone takes a second
 
@@ -23,8 +23,12 @@ Folder = Annotated[Path, typer.Argument(help="folder of an encoder")]
 @encoder_app.command()
 def train(
     name: Annotated[str, typer.Argument(help="encoder of the cohort file")],
-    cohort: Annotated[Path, typer.Option(help="cohort file")] = DEFAULT_COHORT,
-    store: Annotated[Path, typer.Option(help="folder of the products")] = DEFAULT_STORE,
+    cohort: Annotated[
+        Path | None, typer.Option(help="cohort file; default: $NIC_COHORT, else the demo's")
+    ] = None,
+    store: Annotated[
+        Path | None, typer.Option(help="folder of the products; default: $NIC_STORE")
+    ] = None,
 ) -> None:
     """Train one encoder of a cohort file; patch tasks that the store lacks are made first.
 
@@ -34,7 +38,8 @@ def train(
     from nic_core.reports import encoder_results, results_table
 
     with _one_line(), progress_bars() as progress:
-        study, products = load_cohort(cohort), Store(store.resolve())
+        study = load_cohort(cohort)
+        products = Store(store.resolve()) if store else Store.from_environment()
         for task in study.encoder(name).tasks:
             if not products.patch_task(task).exists():
                 steps.make_patch_task(study, products, task)

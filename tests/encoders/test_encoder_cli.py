@@ -70,3 +70,10 @@ def test_probe_writes_its_table_and_pictures(encoder: Path, tmp_path: Path):
     assert scores["seen"].to_list() == [False] * 4
     for name in ("codes.png", "nearest_patches.png"):
         assert Image.open(out / name).size > (100, 100)
+
+
+def test_training_takes_cohort_and_store_from_the_environment(tiny_cohort, tmp_path):
+    places = {"NIC_COHORT": str(tiny_cohort), "NIC_STORE": str(tmp_path)}
+    told = run(app, ["encoder", "train", "mean-rgb"], env=places)
+    assert told.exit_code == 0, told.output
+    assert load_encoder(tmp_path / "encoders" / "mean-rgb").card.name == "mean-rgb"
