@@ -9,7 +9,7 @@ from nic_assets.assets.grids import grid_assets
 from nic_assets.assets.models import model_assets
 from nic_assets.assets.reports import report_assets
 from nic_assets.assets.slides import slide_assets
-from nic_assets.executors import local_executor
+from nic_assets.executors import chosen_executor
 from nic_assets.inputs import external_assets
 from nic_assets.jobs import study_jobs
 from nic_assets.logs import brief_logger
@@ -33,6 +33,6 @@ def build_defs(cohort: Cohort, store: Store) -> dg.Definitions:
         ],
         jobs=study_jobs(partitions),
         resources={"cohort": cohort, "store": store, "tracking": Tracking.in_store(store)},
-        executor=local_executor(),
+        executor=chosen_executor(),
         loggers={"console": brief_logger},
     )

@@ -28,6 +28,7 @@ from dagster._core.storage.tags import (
 from dotenv import dotenv_values
 from rich.console import Console
 
+from nic_assets.executors import set_gpu_slots
 from nic_assets.inputs import INPUTS_TAG, LOOKS_TAG
 from nic_core.cohort import CohortError
 from nic_core.reports import results_table
@@ -179,10 +180,11 @@ def main() -> int:
     os.environ.setdefault("DAGSTER_HOME", str(Path.cwd()))
     try:
         from nic_assets.definitions import defs  # the environment decides what they declare
-    except CohortError as error:
+    except (CohortError, dg.DagsterInvalidDefinitionError) as error:
         console.print(f"[red]{error}[/red]")
         return 2
     with dg.DagsterInstance.get() as instance:
+        set_gpu_slots(instance)
         problems = refresh(defs, instance, console)
     table = Store.from_environment().reports / RESULTS
     if table.exists():
