@@ -65,11 +65,7 @@ _ENGINES: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
         {
             "broker": {"env": "NIC_CELERY_BROKER"},
             "backend": {"env": "NIC_CELERY_BACKEND"},
-            "config_source": {
-                # s: a step that a worker has kept for longer is handed out a second time
-                "broker_transport_options": {"visibility_timeout": 30 * 24 * 3600},
-                "task_default_queue": "cpu",
-            },
+            "config_source": {"task_default_queue": "cpu"},
         },
     ),
     "ray": ("dagster_ray", "ray_executor", {"ray": {}}),
@@ -156,5 +152,8 @@ def _prepared(
         return create_engine(context)
 
     return dg.ExecutorDefinition(
-        engine.name, engine.config_schema.as_field(), multiple_process_executor_requirements(), create
+        engine.name,
+        engine.config_schema.as_field(),
+        multiple_process_executor_requirements(),
+        create,
     )
