@@ -123,9 +123,7 @@ def test_one_setting_keeps_them_on_a_server(home, server, monkeypatch):
     assert not list(home.rglob("*.db"))
 
 
-@pytest.mark.parametrize(
-    "url", ["mysql://u:pw@h/name", "postgresql:/u:pw@h", "u:pw@localhost:5432/name"]
-)
+@pytest.mark.parametrize("url", ["mysql://u:pw@h/name", "postgresql:/u:pw@h", "u:pw@h:5432/name"])
 def test_another_kind_of_url_is_refused_without_repeating_it(home, monkeypatch, url):
     monkeypatch.setenv("NIC_DAGSTER_POSTGRES", url)
     with pytest.raises(dg.DagsterInvalidDefinitionError, match="is no URL such as") as refused:
