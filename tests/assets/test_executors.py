@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import dagster as dg
 import pytest
@@ -13,7 +15,9 @@ from dagster._core.definitions.job_base import InMemoryJob
 from nic_assets import executors
 from nic_assets.build import build_defs
 from nic_assets.executors import CPU_TAGS, GPU_POOL, GPU_TAGS, chosen_executor, threads_a_step
+from nic_core import steps
 from nic_core.cohort import load_cohort
+from nic_core.encoders import EncoderError
 from nic_core.store import Store
 
 
@@ -105,6 +109,43 @@ def test_every_asset_says_to_every_engine_what_it_needs(tiny_cohort, tmp_path):
         assert ("num_gpus" in operation.tags["dagster-ray/config"]) == (device == "gpu")
         assert ("nvidia.com/gpu" in operation.tags["dagster-k8s/config"]) == (device == "gpu")
         assert (operation.pool == GPU_POOL) == (device == "gpu"), key
+
+
+# --- the device ------------------------------------------------------------------------------
+
+
+@contextmanager
+def _eighth_gpu() -> Iterator[str]:
+    yield "cuda:7"
+
+
+def test_gpu_bound_assets_work_on_the_device_that_they_lease(tiny_cohort, tmp_path, monkeypatch):
+    monkeypatch.setattr("nic_assets.assets.encoders.leased_device", _eighth_gpu)
+    monkeypatch.setattr("nic_assets.assets.grids.leased_device", _eighth_gpu)
+    cohort, store = load_cohort(tiny_cohort), Store(tmp_path / "store")
+    job = build_defs(cohort, store).resolve_implicit_global_asset_job_def()
+    steps.make_encoder(cohort, store, "mean-rgb")
+
+    def trained_on(*_: object, device: str, **__: object) -> None:
+        raise EncoderError(f"trained on {device}")
+
+    monkeypatch.setattr(steps, "load_patch_task", lambda folder: folder)
+    monkeypatch.setattr(steps, "train_encoder", trained_on)
+    with dg.DagsterInstance.ephemeral() as instance:
+        instance.add_dynamic_partitions("slides", ["s1"])
+
+        def failure(asset: str, partition: str) -> str:
+            result = job.execute_in_process(
+                instance=instance,
+                asset_selection=[dg.AssetKey(asset)],
+                partition_key=partition,
+                raise_on_error=False,
+            )
+            [event] = result.get_step_failure_events()
+            return event.step_failure_data.error_display_string
+
+        assert "trained on cuda:7" in failure("encoder", "mtl-4")
+        assert "device 'cuda:7' is not here" in failure("grid", "mean-rgb|s1")
 
 
 # --- the pool --------------------------------------------------------------------------------
