@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import dagster as dg
@@ -81,74 +81,23 @@ def chosen_executor() -> dg.ExecutorDefinition:
     dagster.DagsterInvalidDefinitionError
         There is none of that name, or its extra is not installed.
     """
-    name = os.environ.get(EXECUTOR_VARIABLE) or "local"
-    if name not in _ENGINES:
-        raise dg.DagsterInvalidDefinitionError(
-            f"{EXECUTOR_VARIABLE} is '{name}'; give one of {', '.join(_ENGINES)}"
-        )
+    name = _chosen_name()
     package, attribute, config = _ENGINES[name]
     try:
-        engine = getattr(importlib.import_module(package), attribute)
+        engine: dg.ExecutorDefinition = getattr(importlib.import_module(package), attribute)
     except ModuleNotFoundError as error:
         raise dg.DagsterInvalidDefinitionError(
             f"{EXECUTOR_VARIABLE} is '{name}', but {error.name} is not installed; "
             f"its extra brings it: pip install -e '.[{name}]'"
         ) from error
-    prepare = _prepare_local_run if name == "local" else _prepare_remote_run
-    return _prepared(engine, prepare).configured(config)
-
-
-def gpu_slots() -> int:
-    """GPU-bound steps that this machine can run beside each other."""
-    return max(1, torch.cuda.device_count())
-
-
-def set_gpu_slots(instance: dg.DagsterInstance) -> None:
-    """Give the pool ``gpu`` as many slots as this machine has GPUs, one where it has none."""
-    instance.event_log_storage.set_concurrency_slots(GPU_POOL, gpu_slots())
-
-
-def threads_a_step(*, gpu_bound: bool, gpus: int, runs: int) -> int:
-    """This machine's cores for each step of a run, so that the steps together have as many
-    threads as there are cores.
-
-    GPU-bound steps are as many as the pool's slots, whatever else runs: the same training has the
-    same number of threads each time, and so gives the same weights. CPU-bound steps share with
-    the ``runs`` under way, which their results do not depend on.
-    """
-    return max(1, cores() // (gpus if gpu_bound else max(1, runs)))
-
-
-def _prepare_local_run(context: dg.InitExecutorContext) -> None:
-    set_gpu_slots(context.instance)
-    if THREAD_VARIABLES[0] in os.environ:
-        return  # the operator's word
-    nodes = context.job.get_definition().nodes
-    threads = threads_a_step(
-        gpu_bound=any(node.definition.tags.get(DEVICE_TAG) == "gpu" for node in nodes),
-        gpus=gpu_slots(),
-        runs=context.instance.get_runs_count(
-            dg.RunsFilter(statuses=[dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.STARTED])
-        ),
-    )
-    if threads < cores():
-        # the processes of this run's steps inherit it, before their libraries look
-        os.environ |= dict.fromkeys(THREAD_VARIABLES, str(threads))
-
-
-def _prepare_remote_run(context: dg.InitExecutorContext) -> None:
-    context.instance.event_log_storage.delete_concurrency_limit(GPU_POOL)
-
-
-def _prepared(
-    engine: dg.ExecutorDefinition, prepare: Callable[[dg.InitExecutorContext], None]
-) -> dg.ExecutorDefinition:
-    """The same engine, which first does ``prepare`` in the process of every run."""
     create_engine = engine.executor_creation_fn
     assert create_engine is not None
 
     def create(context: dg.InitExecutorContext) -> dg.Executor:
-        prepare(context)
+        # in the process of a run, before its first step
+        set_gpu_slots(context.instance)
+        if name == "local":
+            _share_cores(context)
         return create_engine(context)
 
     return dg.ExecutorDefinition(
@@ -156,4 +105,56 @@ def _prepared(
         engine.config_schema.as_field(),
         multiple_process_executor_requirements(),
         create,
+    ).configured(config)
+
+
+def set_gpu_slots(instance: dg.DagsterInstance) -> None:
+    """Give the pool ``gpu`` its slots: one a GPU of this machine, or one where it has none.
+
+    Where an engine of several machines hands out the steps, the pool has no limit.
+    """
+    if _chosen_name() == "local":
+        instance.event_log_storage.set_concurrency_slots(GPU_POOL, _local_slots())
+    else:
+        instance.event_log_storage.delete_concurrency_limit(GPU_POOL)
+
+
+def threads_a_step(*, gpu_bound: bool, gpus: int, runs: int) -> int:
+    """Threads for each step of a run, so that steps beside each other do not fight for the cores.
+
+    GPU-bound steps divide the cores by the pool's slots, whatever else runs: the same training
+    has the same number of threads each time, and so gives the same weights on a CPU. CPU-bound
+    steps, whose results do not depend on it, divide them by the ``runs`` under way when theirs
+    starts, itself included; a run keeps that share, so the first of several has more.
+    """
+    return max(1, cores() // (gpus if gpu_bound else max(1, runs)))
+
+
+def _chosen_name() -> str:
+    name = os.environ.get(EXECUTOR_VARIABLE) or "local"
+    if name not in _ENGINES:
+        raise dg.DagsterInvalidDefinitionError(
+            f"{EXECUTOR_VARIABLE} is '{name}'; give one of {', '.join(_ENGINES)}"
+        )
+    return name
+
+
+def _local_slots() -> int:
+    return max(1, torch.cuda.device_count())
+
+
+def _share_cores(context: dg.InitExecutorContext) -> None:
+    """Tell the processes of a run's steps how many threads they may have, unless somebody has."""
+    if THREAD_VARIABLES[0] in os.environ:
+        return
+    nodes = context.job.get_definition().nodes
+    threads = threads_a_step(
+        gpu_bound=any(node.definition.tags.get(DEVICE_TAG) == "gpu" for node in nodes),
+        gpus=_local_slots(),
+        runs=context.instance.get_runs_count(
+            dg.RunsFilter(statuses=[dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.STARTED])
+        ),
     )
+    if threads < cores():
+        # they inherit it before their libraries look
+        os.environ |= dict.fromkeys(THREAD_VARIABLES, str(threads))

@@ -181,7 +181,7 @@ def main() -> int:
     try:
         from nic_assets.definitions import defs  # the environment decides what they declare
     except (CohortError, dg.DagsterInvalidDefinitionError) as error:
-        console.print(f"[red]{error}[/red]")
+        console.print(str(error), style="red", markup=False)
         return 2
     with dg.DagsterInstance.get() as instance:
         set_gpu_slots(instance)
