@@ -10,7 +10,7 @@ from nic_assets.assets.models import model_assets
 from nic_assets.assets.reports import report_assets
 from nic_assets.assets.slides import slide_assets
 from nic_assets.automation import automate, study_sensors
-from nic_assets.executors import local_executor
+from nic_assets.executors import chosen_executor
 from nic_assets.inputs import external_assets
 from nic_assets.jobs import study_jobs
 from nic_assets.logs import brief_logger
@@ -36,6 +36,6 @@ def build_defs(cohort: Cohort, store: Store) -> dg.Definitions:
         jobs=jobs.values(),
         sensors=study_sensors(cohort, jobs["find_slides"]),
         resources={"cohort": cohort, "store": store, "tracking": Tracking.in_store(store)},
-        executor=local_executor(),
+        executor=chosen_executor(),
         loggers={"console": brief_logger},
     )

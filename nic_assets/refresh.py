@@ -23,6 +23,7 @@ from dagster._core.storage.tags import (
 from dotenv import dotenv_values
 from rich.console import Console
 
+from nic_assets.executors import set_gpu_slots
 from nic_assets.inputs import LOOKS_TAG
 from nic_assets.staleness import Partition, due
 from nic_core.cohort import CohortError
@@ -132,10 +133,11 @@ def main() -> int:
     os.environ.setdefault("DAGSTER_HOME", str(Path.cwd()))
     try:
         from nic_assets.definitions import defs  # the environment decides what they declare
-    except CohortError as error:
-        console.print(f"[red]{error}[/red]")
+    except (CohortError, dg.DagsterInvalidDefinitionError) as error:
+        console.print(str(error), style="red", markup=False)
         return 2
     with dg.DagsterInstance.get() as instance:
+        set_gpu_slots(instance)
         problems = refresh(defs, instance, console)
     table = Store.from_environment().reports / RESULTS
     if table.exists():

@@ -365,6 +365,8 @@ def make_encoder(
     encoder: str,
     tracker: Tracker | None = None,
     progress: Callable[[int, int], None] | None = None,
+    *,
+    device: str = "auto",
 ) -> Trained:
     """Train an encoder on its patch tasks, or import a ready one; writes and returns it.
 
@@ -381,6 +383,7 @@ def make_encoder(
             patch=settings.patch,
             mpp=settings.mpp,
             code=settings.code,
+            device=device,
             tracker=tracker,
             checkpoint=store.training(encoder),
             progress=progress,
@@ -411,12 +414,12 @@ def probe_encoder(
 # --- grids -----------------------------------------------------------------------------------
 
 
-def prepare_encoder(cohort: Cohort, store: Store, encoder: str) -> PreparedEncoder:
+def prepare_encoder(
+    cohort: Cohort, store: Store, encoder: str, device: str = "auto"
+) -> PreparedEncoder:
     """Load an encoder for compression as the cohort's settings say."""
     how = cohort.settings.compression
-    return load_encoder(store.encoder(encoder)).prepare(
-        precision=how.precision, reading=how.reading
-    )
+    return load_encoder(store.encoder(encoder)).prepare(device, how.precision, how.reading)
 
 
 def compress(cohort: Cohort, store: Store, encoder: PreparedEncoder, slide: str) -> Grid:

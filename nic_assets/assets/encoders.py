@@ -12,6 +12,7 @@ from nic_assets.partitions import Partitions
 from nic_assets.tracking import Tracking
 from nic_core import steps
 from nic_core.cohort import Cohort, CohortError
+from nic_core.devices import leased_device
 from nic_core.encoders import EncoderError
 from nic_core.encoders.files import PROGRAMS
 from nic_core.encoders.pictures import patch_examples
@@ -102,7 +103,9 @@ def encoder_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
 
         def work(key: str) -> Product:
             with tracking.run(context, partition=key, experiment="encoders") as run:
-                encoder = steps.make_encoder(cohort, store, key, run, log_progress(context)).encoder
+                encoder = steps.make_encoder(
+                    cohort, store, key, run, log_progress(context), device=device
+                ).encoder
                 card = encoder.card
                 run.card(card.model_dump(mode="json"))
                 pages = {}
@@ -133,7 +136,8 @@ def encoder_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
                 checks={"beats_chance": checks.beats_chance(card)},
             )
 
-        yield from materialize_each(context, work, expected=(EncoderError,))
+        with leased_device() as device:
+            yield from materialize_each(context, work, expected=(EncoderError,))
 
     @batch_asset(
         partitions_def=partitions.encoders,

@@ -13,6 +13,7 @@ from nic_assets.metadata import code_version, picture, table
 from nic_assets.partitions import Partitions
 from nic_core import steps
 from nic_core.cohort import Cohort
+from nic_core.devices import leased_device
 from nic_core.grids import grid_hash, grid_preview
 from nic_core.patches import read_patch_table
 from nic_core.slides import SlideError
@@ -42,7 +43,7 @@ def grid_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         store: dg.ResourceParam[Store],
     ) -> Events:
         """A compressed slide: the code of every kept patch, at its place."""
-        load = cache(lambda name: steps.prepare_encoder(cohort, store, name))
+        load = cache(lambda name: steps.prepare_encoder(cohort, store, name, device))
 
         def work(key: str) -> Product:
             encoder, slide = key.split("|")
@@ -70,7 +71,8 @@ def grid_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
                 },
             )
 
-        yield from materialize_each(context, work, expected=(SlideError,))
+        with leased_device() as device:
+            yield from materialize_each(context, work, expected=(SlideError,))
 
     @batch_asset(
         partitions_def=partitions.encoders,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -32,6 +31,7 @@ from nic_core.encoders.patch_sources import (
     task_error,
 )
 from nic_core.encoders.splits import SPLITS, split_by_group
+from nic_core.slides.blocks import cores
 
 PATCHES = "patches.npy"
 TABLE = "patches.parquet"
@@ -338,7 +338,7 @@ def _fill(
 
 def _in_threads(work: Callable[[_Item], _Result], items: Sequence[_Item]) -> Iterator[_Result]:
     """Results in order; never more than a block of them waits."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(cores()) as pool:
         for start in range(0, len(items), _BLOCK):
             yield from pool.map(work, items[start : start + _BLOCK])
 

@@ -147,7 +147,7 @@ def train_encoder(
             seed=spec.seed,
             **({"task_weights": spec.task_weights} if spec.objective == "mtl" else {}),
         )
-        setting = repr((spec, patch, mpp, code, data, software, str(target), precision))
+        setting = repr((spec, patch, mpp, code, data, software, target.type, precision))
         history = fit(
             objective,
             spec,

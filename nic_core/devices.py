@@ -1,0 +1,81 @@
+"""The GPUs of a machine, one to a process.
+
+A GPU-bound step takes one with :func:`leased_device` for as long as it works. The lease is a
+lock of the system, under the GPU's own UUID: it holds whatever indices ``CUDA_VISIBLE_DEVICES``
+gives, among all processes of a user on the machine whoever started them, and a process that dies
+gives it back.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import torch
+
+from nic_core.store import StoreBusyError, exclusive
+
+PATIENCE = 1.0  # s between two looks for a free GPU
+
+log = logging.getLogger(__name__)
+
+
+def gpu_names() -> list[str]:
+    """The UUID of each CUDA device that this process sees, by its index."""
+    return [
+        str(torch.cuda.get_device_properties(index).uuid)
+        for index in range(torch.cuda.device_count())
+    ]
+
+
+@contextmanager
+def leased_device() -> Iterator[str]:
+    """A device of one's own: ``cuda:1``, or ``cpu`` on a machine without GPUs.
+
+    Waits while every GPU is in use. In the block the GPU is the thread's current one, which
+    page-locked memory belongs to. The CPU is not leased: who wants turns there has to see to it.
+    """
+    names = gpu_names()
+    if not names:
+        yield "cpu"
+        return
+    with leased(names) as index, torch.cuda.device(index):
+        try:
+            yield f"cuda:{index}"
+        finally:
+            # a process that lives on leaves the next holder its memory
+            torch.cuda.empty_cache()
+
+
+@contextmanager
+def leased(names: Sequence[str], folder: Path | None = None) -> Iterator[int]:
+    """Hold one of ``names`` that nobody else holds, waiting for it; gives its place.
+
+    Parameters
+    ----------
+    names
+        At least one. Whoever shares something calls it by the same name.
+    folder
+        Where the locks lie; default: one of this user and machine.
+    """
+    folder = folder or Path(tempfile.gettempdir()) / f"nic-devices-{os.getuid()}"
+    with ExitStack() as stack:
+        while (place := _free_place(names, folder, stack)) is None:
+            log.info("waits for one of %d GPUs: all are in use", len(names))
+            time.sleep(PATIENCE)
+        yield place
+
+
+def _free_place(names: Sequence[str], folder: Path, stack: ExitStack) -> int | None:
+    for place, name in enumerate(names):
+        try:
+            stack.enter_context(exclusive(folder / name, wait=False))
+        except StoreBusyError:
+            continue
+        return place
+    return None

@@ -1,0 +1,165 @@
+"""Steps on Celery workers, started as the example starts them, with a broker of their own."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import dagster as dg
+import pytest
+from dagster._core.definitions.reconstruct import ReconstructableRepository
+from dagster._core.storage.tags import (
+    ASSET_PARTITION_RANGE_END_TAG,
+    ASSET_PARTITION_RANGE_START_TAG,
+)
+
+from nic_assets.build import build_defs
+from nic_core import steps
+from nic_core.cohort import load_cohort
+from nic_core.grids import open_grid
+from nic_core.store import Store
+
+ROOT = Path(__file__).parents[2]
+PROCFILE = ROOT / "examples" / "celery" / "Procfile"
+SLIDES = ("demo-01-1", "demo-03-1")
+
+
+@pytest.fixture
+def broker() -> Iterator[str]:
+    """The address of a Redis server that lives as long as the test."""
+    pytest.importorskip("dagster_celery", reason="the extra 'celery' is not installed")
+    redis = pytest.importorskip("redis", reason="the extra 'celery' is not installed")
+    program = shutil.which("redis-server")
+    if program is None:
+        pytest.skip("redis-server is not installed")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = subprocess.Popen(
+        [program, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"],
+        stdout=subprocess.DEVNULL,
+    )
+    try:
+        client = redis.Redis(port=port)
+        while server.poll() is None:
+            try:
+                client.ping()
+                break
+            except redis.ConnectionError:
+                time.sleep(0.05)
+        assert server.poll() is None, "redis-server did not start"
+        yield f"redis://127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        server.wait()
+
+
+@pytest.fixture
+def environment(
+    broker: str, tiny_cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> dict[str, str]:
+    """What runs and workers are told, and nothing else."""
+    home = tmp_path / "home"
+    home.mkdir()
+    shutil.copy(ROOT / "dagster.yaml", home)
+    told = {
+        "NIC_COHORT": str(tiny_cohort),
+        "NIC_STORE": str(tmp_path / "store"),
+        "NIC_DAGSTER_STORAGE": str(tmp_path / "store" / "dagster"),
+        "NIC_CELERY_BROKER": f"{broker}/0",
+        "NIC_CELERY_BACKEND": f"{broker}/1",
+        "DAGSTER_HOME": str(home),
+        "NIC_EXECUTOR": "celery",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+    }
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    # what is loaded already may be of another environment
+    monkeypatch.delitem(sys.modules, "nic_assets.definitions", raising=False)
+    return {**os.environ, **told}
+
+
+@pytest.fixture
+def workers(environment: dict[str, str], tmp_path: Path) -> Iterator[None]:
+    """The workers of the example's Procfile."""
+    started = []
+    # Dagster's first process makes its tables; several first ones would get in each other's way
+    dg.DagsterInstance.get().get_runs_count()
+    try:
+        for line in PROCFILE.read_text().splitlines():
+            name, _, command = line.partition(": ")
+            if name.startswith("#"):
+                continue
+            log = tmp_path / f"{name}.log"
+            with log.open("w") as output:
+                worker = subprocess.Popen(
+                    shlex.split(command),
+                    cwd=ROOT,
+                    env=environment,
+                    stdout=output,
+                    stderr=output,
+                    start_new_session=True,
+                )
+            started.append((worker, log))
+        for worker, log in started:
+            while " ready." not in log.read_text():
+                assert worker.poll() is None, log.read_text()
+                time.sleep(0.1)
+        yield
+    finally:
+        for worker, _ in started:
+            os.killpg(worker.pid, signal.SIGKILL)
+            worker.wait()
+
+
+def materialize(instance: dg.DagsterInstance, assets: Sequence[str], first: str, last: str) -> None:
+    """A run of a range of partitions, as the daemon or the command line starts it."""
+    definitions = ReconstructableRepository.for_module("nic_assets.definitions", "defs")
+    with dg.execute_job(
+        definitions.get_reconstructable_job("__ASSET_JOB"),
+        instance,
+        asset_selection=[dg.AssetKey(name) for name in assets],
+        tags={ASSET_PARTITION_RANGE_START_TAG: first, ASSET_PARTITION_RANGE_END_TAG: last},
+    ) as result:
+        assert result.success
+
+
+def ran_on(instance: dg.DagsterInstance) -> dict[str, str]:
+    """The worker of every step that a worker took, from the event log."""
+    events = (
+        entry.dagster_event
+        for run in instance.get_runs()
+        for entry in instance.all_logs(run.run_id, of_type=dg.DagsterEventType.ENGINE_EVENT)
+    )
+    return {
+        event.step_key: event.engine_event_data.metadata["Celery worker"].value.partition("@")[0]
+        for event in events
+        if event is not None and "Celery worker" in event.engine_event_data.metadata
+    }
+
+
+@pytest.mark.usefixtures("workers")
+def test_gpu_bound_steps_run_on_the_gpu_worker_alone_and_the_others_beside(tiny_cohort, tmp_path):
+    cohort, store = load_cohort(tiny_cohort), Store(tmp_path / "store")
+    instance = dg.DagsterInstance.get()
+    job = build_defs(cohort, store).resolve_implicit_global_asset_job_def()
+    job.execute_in_process(instance=instance, asset_selection=[dg.AssetKey("slide_index")])
+    steps.make_encoder(cohort, store, "mean-rgb")
+    first, last = SLIDES
+
+    materialize(instance, ["slide", "patch_table"], first, last)
+    materialize(instance, ["grid"], f"mean-rgb|{first}", f"mean-rgb|{last}")
+
+    assert ran_on(instance) == {"slide": "cpu", "patch_table": "cpu", "grid": "gpu"}
+    made = sorted(path.stem for path in (tmp_path / "store/grids/mean-rgb").iterdir())
+    assert (made[0], made[-1]) == SLIDES
+    assert all(open_grid(store.grid("mean-rgb", slide)).valid.any() for slide in made)

@@ -1,0 +1,214 @@
+"""The executor that a setting picks, the pool's slots, and the threads of a step."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import dagster as dg
+import pytest
+import torch
+from dagster._core.definitions.job_base import InMemoryJob
+
+from nic_assets import executors
+from nic_assets.build import build_defs
+from nic_assets.executors import CPU_TAGS, GPU_POOL, GPU_TAGS, chosen_executor, threads_a_step
+from nic_core import steps
+from nic_core.cohort import load_cohort
+from nic_core.encoders import EncoderError
+from nic_core.store import Store
+
+
+@dg.asset(op_tags=GPU_TAGS)
+def training() -> None: ...
+
+
+@dg.asset(op_tags=CPU_TAGS)
+def tissue() -> None: ...
+
+
+@pytest.fixture
+def instance(tmp_path):
+    return dg.DagsterInstance.local_temp(str(tmp_path))
+
+
+@pytest.fixture(autouse=True)
+def _no_word_of_the_operator(monkeypatch):
+    monkeypatch.delenv(executors.EXECUTOR_VARIABLE, raising=False)
+    for name in executors.THREAD_VARIABLES:
+        monkeypatch.setenv(name, "")  # so that what the test leaves is undone
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(executors, "cores", lambda: 8)
+
+
+def start(instance: dg.DagsterInstance, asset: dg.AssetsDefinition) -> None:
+    """What happens in the process of a run before its first step."""
+    executor = chosen_executor()
+    job = dg.Definitions([asset]).resolve_implicit_global_asset_job_def()
+    assert executor.executor_creation_fn is not None
+    config = executor.apply_config_mapping({}).value["config"]
+    executor.executor_creation_fn(
+        dg.InitExecutorContext(InMemoryJob(job), executor, config, instance)
+    )
+
+
+def under_way(instance: dg.DagsterInstance, runs: int) -> None:
+    job = dg.Definitions([tissue]).resolve_implicit_global_asset_job_def()
+    for _ in range(runs):
+        instance.create_run_for_job(job, status=dg.DagsterRunStatus.STARTED)
+
+
+def slots(instance: dg.DagsterInstance) -> int | None:
+    limits = {pool.name: pool.limit for pool in instance.event_log_storage.get_pool_limits()}
+    return limits.get(GPU_POOL)
+
+
+# --- the setting -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["", "local"])
+def test_steps_run_on_this_machine_unless_told_otherwise(monkeypatch, name):
+    monkeypatch.setenv("NIC_EXECUTOR", name)
+    assert chosen_executor().name == "multiprocess"
+
+
+@pytest.mark.parametrize(
+    ("name", "package"), [("celery", "dagster_celery"), ("ray", "dagster_ray")]
+)
+def test_the_setting_picks_an_engine(monkeypatch, name, package):
+    pytest.importorskip(package, reason=f"the extra '{name}' is not installed")
+    monkeypatch.setenv("NIC_EXECUTOR", name)
+    assert chosen_executor().name == name
+
+
+def test_an_unknown_engine_is_refused_with_those_that_there_are(monkeypatch):
+    monkeypatch.setenv("NIC_EXECUTOR", "sellery")
+    with pytest.raises(dg.DagsterInvalidDefinitionError, match="'sellery'; give one of local, cel"):
+        chosen_executor()
+
+
+@pytest.mark.parametrize(
+    ("name", "package"),
+    [("celery", "dagster_celery"), ("ray", "dagster_ray"), ("kubernetes", "dagster_k8s")],
+)
+def test_a_missing_engine_names_its_extra(monkeypatch, name, package):
+    monkeypatch.setenv("NIC_EXECUTOR", name)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(dg.DagsterInvalidDefinitionError, match=rf"pip install -e '\.\[{name}\]'"):
+        chosen_executor()
+
+
+def test_every_asset_says_to_every_engine_what_it_needs(tiny_cohort, tmp_path):
+    graph = build_defs(load_cohort(tiny_cohort), Store(tmp_path)).resolve_asset_graph()
+    for key in graph.materializable_asset_keys:
+        operation = graph.get(key).assets_def.op
+        device = operation.tags["nic/device"]
+        assert operation.tags["dagster-celery/queue"] == device
+        assert ("num_gpus" in operation.tags["dagster-ray/config"]) == (device == "gpu")
+        assert ("nvidia.com/gpu" in operation.tags["dagster-k8s/config"]) == (device == "gpu")
+        assert (operation.pool == GPU_POOL) == (device == "gpu"), key
+
+
+# --- the device ------------------------------------------------------------------------------
+
+
+@contextmanager
+def _eighth_gpu() -> Iterator[str]:
+    yield "cuda:7"
+
+
+def test_gpu_bound_assets_work_on_the_device_that_they_lease(tiny_cohort, tmp_path, monkeypatch):
+    monkeypatch.setattr("nic_assets.assets.encoders.leased_device", _eighth_gpu)
+    monkeypatch.setattr("nic_assets.assets.grids.leased_device", _eighth_gpu)
+    cohort, store = load_cohort(tiny_cohort), Store(tmp_path / "store")
+    job = build_defs(cohort, store).resolve_implicit_global_asset_job_def()
+    steps.make_encoder(cohort, store, "mean-rgb")
+
+    def trained_on(*_: object, device: str, **__: object) -> None:
+        raise EncoderError(f"trained on {device}")
+
+    monkeypatch.setattr(steps, "load_patch_task", lambda folder: folder)
+    monkeypatch.setattr(steps, "train_encoder", trained_on)
+    with dg.DagsterInstance.ephemeral() as instance:
+        instance.add_dynamic_partitions("slides", ["s1"])
+
+        def failure(asset: str, partition: str) -> str:
+            result = job.execute_in_process(
+                instance=instance,
+                asset_selection=[dg.AssetKey(asset)],
+                partition_key=partition,
+                raise_on_error=False,
+            )
+            [event] = result.get_step_failure_events()
+            return event.step_failure_data.error_display_string
+
+        assert "trained on cuda:7" in failure("encoder", "mtl-4")
+        assert "device 'cuda:7' is not here" in failure("grid", "mean-rgb|s1")
+
+
+# --- the pool --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("gpus", "expected"), [(0, 1), (1, 1), (4, 4)])
+def test_the_pool_has_a_slot_a_gpu_and_one_without(instance, monkeypatch, gpus, expected):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    start(instance, tissue)
+    assert slots(instance) == expected
+
+
+def test_the_pool_follows_the_machine(instance, monkeypatch):
+    for gpus in (4, 2):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
+        start(instance, training)
+    assert slots(instance) == 2
+
+
+def test_on_several_machines_the_pool_holds_nothing_back(instance, monkeypatch):
+    pytest.importorskip("dagster_celery", reason="the extra 'celery' is not installed")
+    start(instance, training)
+    assert slots(instance) == 1
+    monkeypatch.setenv("NIC_EXECUTOR", "celery")
+    monkeypatch.setenv("NIC_CELERY_BROKER", "redis://127.0.0.1:1/0")
+    monkeypatch.setenv("NIC_CELERY_BACKEND", "redis://127.0.0.1:1/1")
+    start(instance, training)
+    assert slots(instance) is None
+
+
+# --- threads ---------------------------------------------------------------------------------
+
+
+def test_cpu_bound_steps_share_the_cores_with_the_runs_under_way(instance):
+    under_way(instance, 4)
+    start(instance, tissue)
+    assert [os.environ[name] for name in executors.THREAD_VARIABLES] == ["2", "2"]
+
+
+def test_gpu_bound_steps_share_them_among_the_gpus_whatever_else_runs(instance, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    under_way(instance, 4)
+    start(instance, training)
+    assert os.environ["OMP_NUM_THREADS"] == "4"
+
+
+def test_a_step_that_has_the_machine_for_itself_is_left_alone(instance):
+    under_way(instance, 1)
+    start(instance, tissue)
+    under_way(instance, 3)
+    start(instance, training)
+    assert not set(executors.THREAD_VARIABLES) & set(os.environ)
+
+
+def test_what_the_operator_says_of_threads_stands(instance, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    under_way(instance, 4)
+    start(instance, tissue)
+    assert os.environ["OMP_NUM_THREADS"] == "3"
+
+
+def test_steps_never_have_more_threads_than_cores_together_nor_none():
+    for runs in range(12):
+        each = threads_a_step(gpu_bound=False, gpus=1, runs=runs)
+        assert each >= 1
+        assert each * runs <= 8 or each == 1
