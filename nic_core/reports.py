@@ -95,10 +95,12 @@ def results_table(results: pl.DataFrame) -> Table:
 def encoder_results(card: EncoderCard) -> pl.DataFrame:
     """How an encoder's heads do on their tasks' test patients (:data:`RESULT_SCHEMA`)."""
     rows = [
-        ("patch task", task, card.name, "patch head", "test", metric, value, None, None, scores.n)
+        ("patch task", task, card.name, "patch head", "test", metric, value, *bounds, scores.n)
         for task, scores in card.scores.items()
         for name, metric in METRICS_OF_PATCHES.items()
         if (value := getattr(scores, name)) is not None
+        for known in [scores.interval if name == "balanced_accuracy" else None]
+        for bounds in [known or (None, None)]
     ]
     return pl.DataFrame(rows, schema=RESULT_SCHEMA, orient="row")
 
@@ -174,13 +176,9 @@ def compare_models(
     for split, part in (("cv", CROSS_VALIDATED), ("test", "test")):
         for pair in pairs:
             one, other = (predictions[name].filter(model=m, split=split) for name, m in pair)
-            one = one.join(other, on="unit", how="semi").sort("unit")
-            other = other.join(one, on="unit", how="semi").sort("unit")
+            one, other = common_units(target, one, other)
             if one.is_empty():
                 continue
-            if target.kind == "survival" and not one["horizons"].equals(other["horizons"]):
-                # one of the cohorts lacked units, so functions are known at other times
-                one, other = (rows.drop("survival", "horizons") for rows in (one, other))
             first, second = (f"{name}: {BASELINE_NAMES.get(m, m)}" for name, m in pair)
             differences = compare(
                 rows_metrics(target, one),
@@ -195,6 +193,18 @@ def compare_models(
                 for metric, d in differences.items()
             ]
     return pl.DataFrame(found, schema=COMPARISON_SCHEMA, orient="row").fill_nan(None)
+
+
+def common_units(
+    target: Target, one: pl.DataFrame, other: pl.DataFrame
+) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """The rows of two models' predictions on the units of both, in one order."""
+    one = one.join(other, on="unit", how="semi").sort("unit")
+    other = other.join(one, on="unit", how="semi").sort("unit")
+    if target.kind == "survival" and not one["horizons"].equals(other["horizons"]):
+        # one of the cohorts lacked units, so functions are known at other times
+        one, other = (rows.drop("survival", "horizons") for rows in (one, other))
+    return one, other
 
 
 def map_results(item: ProbabilityMap, scores: pl.DataFrame, *, resamples: int) -> pl.DataFrame:
