@@ -562,6 +562,11 @@ class Cohort(_Model):
         """The encoder of that name; raises :class:`CohortError` with the known ones."""
         return _pick("encoder", name, self.encoders)
 
+    def with_encoder(self, entry: EncoderEntry) -> Self:
+        """This cohort with another entry for the encoder of that name."""
+        changed = (entry if known.name == entry.name else known for known in self.encoders)
+        return self.model_copy(update={"encoders": tuple(changed)})
+
     def patch_task(self, name: str) -> PatchTask:
         return _pick("patch task", name, self.patch_tasks)
 

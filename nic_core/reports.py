@@ -92,6 +92,17 @@ def results_table(results: pl.DataFrame) -> Table:
     return table
 
 
+def results_markdown(results: pl.DataFrame) -> str:
+    """The results (:data:`RESULT_SCHEMA`) as a Markdown table, for a model's description."""
+    lines = ["| about | model | scored on | metric | value | n |", "|---|---|---|---|---|---|"]
+    for row in results.iter_rows(named=True):
+        bounds = "" if row["low"] is None else f" [{row['low']:.3f}, {row['high']:.3f}]"
+        value = "undefined" if row["value"] is None else f"{row['value']:.3f}{bounds}"
+        cells = [row[name] for name in ("about", "model", "part", "metric")]
+        lines.append(f"| {' | '.join([*cells, value, str(row['n'])])} |")
+    return "\n".join(lines)
+
+
 def encoder_results(card: EncoderCard) -> pl.DataFrame:
     """How an encoder's heads do on their tasks' test patients (:data:`RESULT_SCHEMA`)."""
     rows = [
@@ -99,8 +110,7 @@ def encoder_results(card: EncoderCard) -> pl.DataFrame:
         for task, scores in card.scores.items()
         for name, metric in METRICS_OF_PATCHES.items()
         if (value := getattr(scores, name)) is not None
-        for known in [scores.interval if name == "balanced_accuracy" else None]
-        for bounds in [known or (None, None)]
+        for bounds in [(name == "balanced_accuracy" and scores.interval) or (None, None)]
     ]
     return pl.DataFrame(rows, schema=RESULT_SCHEMA, orient="row")
 

@@ -18,6 +18,7 @@ from nic_assets.inputs import (
 )
 from nic_assets.metadata import OWNERS, code_version, column_schema, picture, table
 from nic_assets.partitions import Partitions
+from nic_assets.tracking import Tracking
 from nic_core import steps
 from nic_core.cohort import Cohort
 from nic_core.patches import PATCH_SCHEMA
@@ -43,13 +44,15 @@ def slide_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         context: dg.AssetExecutionContext,
         cohort: dg.ResourceParam[Cohort],
         store: dg.ResourceParam[Store],
+        tracking: dg.ResourceParam[Tracking],
     ) -> dg.MaterializeResult[None]:
         """Every slide of the cohort: path, patient, split. Finds new and changed inputs."""
         index = find_slides(cohort)
         versions = {
             SLIDE_FILE: steps.slide_versions(index),
             PATCH_TASK_SOURCE: steps.patch_task_versions(cohort),
-            ENCODER_ENTRY: steps.encoder_versions(cohort),
+            ENCODER_ENTRY: steps.encoder_versions(cohort)
+            | tracking.pinned_versions(cohort, context.log.warning),
             TARGET_ENTRY: steps.target_versions(cohort, index),
         }
         steps.write_index(store, index)

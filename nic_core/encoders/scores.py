@@ -55,7 +55,9 @@ def score_task(
         auc=float(np.mean(aucs)) if aucs else None,
         f1=float(f1_score(labels, predicted, labels=present, average="macro", zero_division=0)),
         confusion=tuple(tuple(int(n) for n in row) for row in confusion),
-        interval=_interval(labels, predicted, patients, classes) if len(set(patients)) > 1 else None,
+        interval=_interval(labels, predicted, patients, classes)
+        if len(set(patients)) > 1
+        else None,
     )
 
 

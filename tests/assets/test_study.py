@@ -24,7 +24,6 @@ from nic_core.cohort import load_cohort
 from nic_core.encoders.probes import KNN, LINEAR
 from nic_core.grids import open_grid
 from nic_core.heatmaps import read_heatmap
-from nic_core.models.files import ensemble_module, load_model
 from nic_core.reports import RESULT_SCHEMA
 from nic_core.store import Store
 
@@ -131,19 +130,9 @@ def test_the_report_holds_every_target_encoder_and_task(study):
     assert set(results["part"]) >= {"cross-validated", "test"}
 
 
-def test_mlflow_holds_a_version_of_every_encoder_and_model_with_its_origin(study):
-    mlflow.set_tracking_uri(f"sqlite:///{study.store.mlflow / 'mlflow.db'}")
-    client = mlflow.MlflowClient()
-    names = {model.name for model in client.search_registered_models()}
-    assert names == {"encoder-mean-rgb", "encoder-mtl-4"} | {
-        f"model-{target.name}-{encoder.name}"
-        for target in study.cohort.targets
-        for encoder in study.cohort.encoders
-    }
+def test_mlflow_holds_the_parameters_curves_and_pictures_of_every_training(study):
+    client = mlflow.MlflowClient(f"sqlite:///{study.store.mlflow / 'mlflow.db'}")
     version = client.get_model_version_by_alias("encoder-mtl-4", "candidate")
-    assert version.tags["dagster/asset_key"] == "encoder"
-    assert version.tags["dagster/partition"] == "mtl-4"
-    assert study.instance.get_run_by_id(version.tags["dagster/run_id"]) is not None
     run = client.get_run(version.run_id)
     assert run.data.params["patches_seen"] == "256"
     tasks = [task.name for task in study.cohort.patch_tasks]
@@ -162,14 +151,6 @@ def test_mlflow_holds_a_version_of_every_encoder_and_model_with_its_origin(study
     ).records[0]
     assert event.asset_materialization is not None
     assert pictures | {"test_scores"} <= set(event.asset_materialization.metadata)
-
-
-def test_a_registered_model_gives_the_numbers_of_the_one_in_the_store(study):
-    mlflow.set_tracking_uri(f"sqlite:///{study.store.mlflow / 'mlflow.db'}")
-    registered = mlflow.pytorch.load_model("models:/model-survival-mtl-4@candidate")
-    model = load_model(study.store.model("survival", "mtl-4"))
-    crops = torch.randn(3, 128, 8, 8)
-    torch.testing.assert_close(registered(crops), ensemble_module(model.networks)(crops))
 
 
 def test_a_second_refresh_only_looks(study):
@@ -260,8 +241,8 @@ def test_a_network_from_elsewhere_is_an_encoder_like_any_other(tiny_cohort, tmp_
     grid = open_grid(study.store.grid("means", slides["slide"][0]))
     assert grid.shape[0] == 12
     assert grid.valid.any()
-    mlflow.set_tracking_uri(f"sqlite:///{study.store.mlflow / 'mlflow.db'}")
-    assert mlflow.MlflowClient().search_registered_models() == []
+    client = mlflow.MlflowClient(f"sqlite:///{study.store.mlflow / 'mlflow.db'}")
+    assert client.search_registered_models() == []
 
     def versions(asset: str) -> list[str]:
         events = study.instance.fetch_materializations(dg.AssetKey(asset), limit=100).records
