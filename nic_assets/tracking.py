@@ -53,7 +53,7 @@ CANDIDATE, CHAMPION = "candidate", "champion"
 PRODUCT = "product"  # among a run's artifacts: the folder of the store
 DATASETS = {"patch task": "patch_task", "target": "target_folds"}  # by nic_core.reports' kinds
 
-LIVE_PAUSE = 60.0  # seconds without a try after MLflow failed while a training runs
+LIVE_PAUSE = 300.0  # seconds without a try after a fault while a training runs; a try may take 20
 LAST_PAUSES = (1.0, 5.0, 15.0)  # between the tries at its end
 # of a client: no connection, a locked database, an error of the server, no place for artifacts
 FAULTS = (MlflowException, SQLAlchemyError, OSError)
