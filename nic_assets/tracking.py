@@ -128,7 +128,7 @@ class Tracking:
             "dagster/partition": partition,
         }
         if commit := git_commit():
-            tags |= {"git/commit": commit, "mlflow.source.git.commit": commit}
+            tags["git/commit"] = commit
 
         def ended(dagster_run: str) -> bool:
             known = context.instance.get_run_by_id(dagster_run)
@@ -282,7 +282,7 @@ class TrackedRun:
 
         MLflow takes up to 36 letters of a digest.
         """
-        self._datasets = {name: digest_[:36] for name, (_, digest_) in data.items()}
+        self._datasets = {name: identity[:36] for name, (_, identity) in data.items()}
         inputs = [
             DatasetInput(
                 Dataset(
@@ -409,7 +409,7 @@ class TrackedRun:
                     # `from None`: an address with a password may stand in the cause
                     raise TrackingError(
                         f"{product} is made and safe, but MLflow does not take its record "
-                        f"({_reason(error)}); run again when it answers: nothing is trained anew"
+                        f"({_reason(error)}); run again when it answers: no training is repeated"
                     ) from None
             time.sleep(pause)
 

@@ -236,7 +236,7 @@ def test_a_database_that_stays_locked_fails_the_step_and_the_next_only_logs(lab,
     mlflow.MlflowClient(f"sqlite:///{database}").search_experiments()  # makes it
     with locked(database):
         assert not lab.materialize().success
-    assert "nothing is trained anew" in lab.said
+    assert "no training is repeated" in lab.said
     trained = lab.epochs
     assert lab.materialize().success
     assert lab.epochs == trained
