@@ -13,6 +13,7 @@ from nic_assets.partitions import Partitions
 from nic_assets.tracking import CANDIDATE, TrackedRun, Tracking
 from nic_core import steps
 from nic_core.cohort import Cohort, CohortError
+from nic_core.encoders.files import read_card
 from nic_core.models.files import ModelCard, ensemble_module
 from nic_core.models.pictures import evaluation_figure, metrics_figure, training_figure
 from nic_core.models.training import TrainingError
@@ -190,6 +191,7 @@ def remember(run: TrackedRun, evaluated: Evaluated, card: ModelCard, store: Stor
             "target": target,
             "encoder": encoder,
             "weights_hash": card.weights_hash,
+            "tasks": ", ".join(read_card(store.encoder(encoder)).tasks),
             "training_digest": card.training.digest,
             **{f"data/{name}": version for name, (_, version) in data.items()},
         },

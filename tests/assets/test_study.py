@@ -60,6 +60,24 @@ class Study:
         return self.instance.get_runs_count()
 
 
+def study_of_one_slide(
+    tiny_cohort: Path, root: Path, encoder: dict[str, object]
+) -> tuple[Study, str]:
+    """A cohort of its own: the first slide, one encoder, nothing to train. Also the slide's id."""
+    slides = pl.read_csv(tiny_cohort.parent / "slides.csv", infer_schema=False).head(1)
+    slides = slides.select("slide", "patient", path=f"{tiny_cohort.parent}/" + pl.col("path"))
+    slides.write_csv(root / "slides.csv")
+    settings = load_cohort(tiny_cohort).settings
+    cohort = {
+        "name": "other",
+        "slides": {"table": "slides.csv"},
+        "encoders": [encoder],
+        "settings": {"patch": settings.patch, "mpp": settings.mpp},
+    }
+    (root / "cohort.yaml").write_text(yaml.safe_dump(cohort))
+    return Study(root / "cohort.yaml", root), slides["slide"][0]
+
+
 @pytest.fixture(scope="module")
 def study(tiny_cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> Study:
     study = Study(tiny_cohort, tmp_path_factory.mktemp("study"))
@@ -324,23 +342,12 @@ def test_a_cohort_takes_the_encoder_that_carries_an_alias_and_follows_it(
     shutil.copy(study.store.mlflow / "mlflow.db", tmp_path / "mlflow.db")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
-    slides = pl.read_csv(tiny_cohort.parent / "slides.csv", infer_schema=False).head(1)
-    slides = slides.select("slide", "patient", path=f"{tiny_cohort.parent}/" + pl.col("path"))
-    slides.write_csv(tmp_path / "slides.csv")
-    settings = load_cohort(tiny_cohort).settings
     pinned = {"name": "blessed", "objective": "registered", "version": "encoder-mtl-4@champion"}
-    cohort = {
-        "name": "routine",
-        "slides": {"table": "slides.csv"},
-        "encoders": [pinned],
-        "settings": {"patch": settings.patch, "mpp": settings.mpp},
-    }
-    (tmp_path / "cohort.yaml").write_text(yaml.safe_dump(cohort))
-    routine = Study(tmp_path / "cohort.yaml", tmp_path)
+    routine, slide = study_of_one_slide(tiny_cohort, tmp_path, pinned)
     assert "encoder: waits for a missing input: blessed" in routine.refresh()
 
     def weights() -> str:
-        grid = open_grid(routine.store.grid("blessed", slides["slide"][0]))
+        grid = open_grid(routine.store.grid("blessed", slide))
         return grid.provenance.weights_hash
 
     def events() -> int:
@@ -444,9 +451,6 @@ class Scale(torch.nn.Module):
 
 def test_a_network_from_elsewhere_is_an_encoder_like_any_other(tiny_cohort, tmp_path):
     scripted(tmp_path / "means.pt", 1.0)
-    slides = pl.read_csv(tiny_cohort.parent / "slides.csv", infer_schema=False).head(1)
-    slides = slides.select("slide", "patient", path=f"{tiny_cohort.parent}/" + pl.col("path"))
-    slides.write_csv(tmp_path / "slides.csv")
     settings = load_cohort(tiny_cohort).settings
     network = {
         "patch": settings.patch,
@@ -455,16 +459,9 @@ def test_a_network_from_elsewhere_is_an_encoder_like_any_other(tiny_cohort, tmp_
         "preprocess": {"mean": [0.5] * 3, "std": [0.25] * 3, "resize": 32},
     }
     encoder = {"name": "means", "objective": "imported", "file": "means.pt", "network": network}
-    cohort = {
-        "name": "elsewhere",
-        "slides": {"table": "slides.csv"},
-        "encoders": [encoder],
-        "settings": {"patch": settings.patch, "mpp": settings.mpp},
-    }
-    (tmp_path / "cohort.yaml").write_text(yaml.safe_dump(cohort))
-    study = Study(tmp_path / "cohort.yaml", tmp_path)
+    study, slide = study_of_one_slide(tiny_cohort, tmp_path, encoder)
     assert study.refresh() == []
-    grid = open_grid(study.store.grid("means", slides["slide"][0]))
+    grid = open_grid(study.store.grid("means", slide))
     assert grid.shape[0] == 12
     assert grid.valid.any()
     client = mlflow.MlflowClient(f"sqlite:///{study.store.mlflow / 'mlflow.db'}")
