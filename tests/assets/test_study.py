@@ -344,7 +344,7 @@ def test_a_cohort_takes_the_encoder_that_carries_an_alias_and_follows_it(
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
     pinned = {"name": "blessed", "objective": "registered", "version": "encoder-mtl-4@champion"}
     routine, slide = study_of_one_slide(tiny_cohort, tmp_path, pinned)
-    assert "encoder: waits for a missing input: blessed" in routine.refresh()
+    assert "set the alias 'champion' on a version of 'encoder-mtl-4'" in routine.refresh()[0]
 
     def weights() -> str:
         grid = open_grid(routine.store.grid("blessed", slide))
@@ -360,9 +360,10 @@ def test_a_cohort_takes_the_encoder_that_carries_an_alias_and_follows_it(
         weights() == card.weights_hash == read_card(routine.store.encoder("blessed")).weights_hash
     )
 
-    # version 2 has the same weights, version 3 others
+    numbers = []  # a version of the same weights, and one of others
     encoder = load_encoder(study.store.encoder("mtl-4"))
-    for number, shift in enumerate((0.0, 1.0), start=2):
+    experiment = client.create_experiment("by hand", (tmp_path / "artifacts").as_uri())
+    for shift in (0.0, 1.0):
         module = copy.deepcopy(encoder.module)
         with torch.no_grad():
             next(module.parameters()).add_(shift)
@@ -370,17 +371,18 @@ def test_a_cohort_takes_the_encoder_that_carries_an_alias_and_follows_it(
         other = replace(
             encoder, module=module, card=card.model_copy(update={"weights_hash": hashed})
         )
-        save_encoder(tmp_path / str(number), other)
-        run = client.create_run("0")
-        client.log_artifacts(run.info.run_id, str(tmp_path / str(number)), "product")
+        save_encoder(tmp_path / f"by {shift}", other)
+        run = client.create_run(experiment)
+        client.log_artifacts(run.info.run_id, str(tmp_path / f"by {shift}"), "product")
         source = f"runs:/{run.info.run_id}/product"
-        client.create_model_version(
+        version = client.create_model_version(
             "encoder-mtl-4", source, run.info.run_id, tags={"weights_hash": hashed}
         )
-    client.set_registered_model_alias("encoder-mtl-4", "champion", "2")
+        numbers.append(version.version)
+    client.set_registered_model_alias("encoder-mtl-4", "champion", numbers[0])
     assert routine.refresh() == []
     assert events() == 1
-    client.set_registered_model_alias("encoder-mtl-4", "champion", "3")
+    client.set_registered_model_alias("encoder-mtl-4", "champion", numbers[1])
     assert routine.refresh() == []
     assert events() == 2
     assert weights() == hashed != card.weights_hash
