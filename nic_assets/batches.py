@@ -47,12 +47,14 @@ Events: TypeAlias = Iterator[dg.MaterializeResult[None] | dg.AssetCheckResult]
 class Product:
     """What one partition's work made: its content's version, and what a person wants to see.
 
-    ``checks`` maps a check's name to what is wrong, or to None where it passes.
+    ``checks`` maps a check's name to what is wrong, or to None where it passes; ``remarks`` to
+    what it has to say either way.
     """
 
     version: str
     metadata: Mapping[str, Any] = field(default_factory=dict)
     checks: Mapping[str, str | None] = field(default_factory=dict)
+    remarks: Mapping[str, str] = field(default_factory=dict)
 
 
 def materialize_each(
@@ -75,6 +77,7 @@ def materialize_each(
     failed: dict[str, str] = {}
     done: list[dg.AssetMaterialization] = []
     found: dict[str, dict[str, str]] = {check.name: {} for check in _check_specs(context)}
+    remarks: dict[str, dict[str, str]] = {}
     # a step that yields no output makes the run skip its children, see below
     children_run = _children_run(context)
     keys = sorted(context.partition_keys)
@@ -89,6 +92,8 @@ def materialize_each(
         for check, problem in product.checks.items():
             if problem is not None:
                 found[check][key] = problem
+        for check, remark in product.remarks.items():
+            remarks.setdefault(check, {})[key] = remark
         event = dg.AssetMaterialization(
             context.asset_key,
             partition=key,
@@ -99,7 +104,7 @@ def materialize_each(
             done.append(event)
         else:
             context.log_event(event)
-    yield from _check_results(context, found)
+    yield from _check_results(context, found, remarks)
     if children_run and not failed:
         # Yielding the output lets the children go on, but also records every partition with
         # the batch's version. Our own events must be the later ones.
@@ -156,12 +161,18 @@ def _check_specs(context: dg.AssetExecutionContext) -> Sequence[dg.AssetCheckSpe
 
 
 def _check_results(
-    context: dg.AssetExecutionContext, found: Mapping[str, Mapping[str, str]]
+    context: dg.AssetExecutionContext,
+    found: Mapping[str, Mapping[str, str]],
+    remarks: Mapping[str, Mapping[str, str]],
 ) -> Iterator[dg.AssetCheckResult]:
     for name, problems in found.items():
         yield dg.AssetCheckResult(
             check_name=name,
             passed=not problems,
             severity=dg.AssetCheckSeverity.WARN,
-            metadata={"checked": len(context.partition_keys), "problems": dict(problems)},
+            metadata={
+                "checked": len(context.partition_keys),
+                "problems": dict(problems),
+                **({"remarks": dict(remarks[name])} if name in remarks else {}),
+            },
         )

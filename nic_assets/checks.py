@@ -6,16 +6,27 @@ costs no step more, and a check sees the product that was just made.
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import numpy as np
 import polars as pl
 
-from nic_core.cohort import Settings
+from nic_core.cohort import Settings, Target
 from nic_core.encoders import EncoderCard, PatchDataset
 from nic_core.grids import Grid
+from nic_core.metrics import PRIMARY, compare
 from nic_core.models.labels import shuffle_labels
 from nic_core.models.training import primary_metric
-from nic_core.models.validation import NETWORK, Evaluated, prediction_array
+from nic_core.models.validation import (
+    NETWORK,
+    Evaluated,
+    prediction_array,
+    prediction_columns,
+    rows_metrics,
+)
 from nic_core.patches import PatchTableError, read_patch_table
+from nic_core.reports import METRIC_NAMES, common_units
 from nic_core.steps import SlideRecord
 from nic_core.store import Store
 
@@ -147,9 +158,7 @@ def above_permutation(evaluated: Evaluated) -> str | None:
     target = evaluated.target
     rows = evaluated.predictions.filter(model=NETWORK, split="cv").sort("unit")
     prediction = prediction_array(target, rows)
-    labels = rows.select(
-        "unit", "patient", "split", *(("time", "event") if target.kind == "survival" else ("y",))
-    )
+    labels = rows.select("unit", "patient", "split", *_labels(target))
     value = primary_metric(target, rows, prediction)
     control = [
         primary_metric(target, shuffle_labels(labels, seed=seed), prediction)
@@ -161,9 +170,81 @@ def above_permutation(evaluated: Evaluated) -> str | None:
     return f"{value:.3f} is within what exchanged labels give (95 % of them below {bar:.3f})"
 
 
+@dataclass(frozen=True)
+class Champion:
+    """The registered model to beat: what it is called, and its
+    :attr:`~nic_core.models.validation.Evaluated.predictions` if the registry has them."""
+
+    title: str
+    predictions: pl.DataFrame | None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a new model becomes the champion, and why, in words; ``compared`` is false where
+    nobody can tell, so that a person must."""
+
+    better: bool
+    words: str
+    compared: bool = True
+
+
+def against_champion(evaluated: Evaluated, champion: Champion | None) -> Verdict:
+    """A new model becomes champion if there is none, or if its primary metric is better.
+
+    Better: the lower bound of the 95 % interval of the difference, by the paired bootstrap over
+    patients, is above 0. On cross-validated predictions of the units of both, by today's labels.
+    """
+    target, settings = evaluated.target, evaluated.settings
+    if settings.permute_labels is not None:
+        return Verdict(False, "trained on exchanged labels: a control, never champion")
+    if champion is None:
+        return Verdict(True, "the first of its name: champion")
+
+    def unknown(why: str) -> Verdict:
+        words = f"cannot be compared with the champion, {champion.title}: {why}; set the alias"
+        return Verdict(False, f"{words} by hand", compared=False)
+
+    columns, labels = prediction_columns(target), _labels(target)
+    held = champion.predictions
+    if held is None or not {"model", "split", "unit", *columns} <= set(held.columns):
+        return unknown("its run holds no predictions of this target")
+    one = evaluated.predictions.filter(model=NETWORK, split="cv")
+    other = held.filter(model=NETWORK, split="cv").drop(*labels, strict=False)
+    one, other = common_units(target, one, other.join(one.select("unit", *labels), on="unit"))
+    if one.is_empty():
+        return unknown("no unit is predicted by both")
+    name = PRIMARY[target.kind]
+    difference = compare(
+        {name: rows_metrics(target, one)[name]},
+        {name: rows_metrics(target, other)[name]},
+        one["patient"].to_list(),
+        resamples=settings.bootstrap,
+        seed=settings.seed,
+    )[name]
+    if not math.isfinite(difference.low):
+        return unknown(f"{METRIC_NAMES[name]} is undefined on their {one.height} common units")
+    new, old = (
+        primary_metric(target, rows, prediction_array(target, rows)) for rows in (one, other)
+    )
+    figures = (
+        f"{METRIC_NAMES[name]} {new:.3f} against {old:.3f}, difference {difference.value:+.3f} "
+        f"[{difference.low:+.3f}, {difference.high:+.3f}] on {one.height} units of "
+        f"{one['patient'].n_unique()} patients"
+    )
+    if difference.low > 0:
+        return Verdict(True, f"takes the place of {champion.title}: {figures}")
+    return Verdict(False, f"{champion.title} stays champion: {figures}")
+
+
 def folds_disjoint(folds: pl.DataFrame) -> str | None:
     """Each patient is in one fold only."""
     torn = (folds.group_by("patient").agg(pl.col("fold").n_unique()).filter(pl.col("fold") > 1))[
         "patient"
     ]
     return f"patients in more than one fold: {torn.sort().to_list()[:5]}" if len(torn) else None
+
+
+def _labels(target: Target) -> list[str]:
+    """Columns of a target's labels in a table of predictions."""
+    return ["time", "event"] if target.kind == "survival" else ["y"]

@@ -395,7 +395,29 @@ class ReadyEncoder(_Model):
         return self
 
 
-EncoderEntry = Annotated[EncoderSpec | ReadyEncoder, Field(discriminator="objective")]
+class RegisteredEncoder(_Model):
+    """An encoder of the team's registry: whatever version carries the alias.
+
+    The version is looked up whenever inputs are; an alias that moves to other weights makes the
+    encoder stale, and with it its grids and their models.
+    """
+
+    name: Name
+    objective: Literal["registered"]
+    version: str = Field(
+        pattern=r"^encoder-[\w.-]+@[\w-]+$",
+        description="registered model and alias: encoder-mtl-4@champion",
+    )
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """None: it is not trained here."""
+        return ()
+
+
+EncoderEntry = Annotated[
+    EncoderSpec | ReadyEncoder | RegisteredEncoder, Field(discriminator="objective")
+]
 
 
 class _TargetBase(_Model):
@@ -568,9 +590,14 @@ class Cohort(_Model):
             raise ValueError("targets need a 'labels' table")
         return self
 
-    def encoder(self, name: str) -> EncoderSpec | ReadyEncoder:
+    def encoder(self, name: str) -> EncoderSpec | ReadyEncoder | RegisteredEncoder:
         """The encoder of that name; raises :class:`CohortError` with the known ones."""
         return _pick("encoder", name, self.encoders)
+
+    def with_encoder(self, entry: EncoderEntry) -> Self:
+        """This cohort with another entry for the encoder of that name."""
+        changed = (entry if known.name == entry.name else known for known in self.encoders)
+        return self.model_copy(update={"encoders": tuple(changed)})
 
     def patch_task(self, name: str) -> PatchTask:
         return _pick("patch task", name, self.patch_tasks)

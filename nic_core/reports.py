@@ -92,13 +92,25 @@ def results_table(results: pl.DataFrame) -> Table:
     return table
 
 
+def results_markdown(results: pl.DataFrame) -> str:
+    """The results (:data:`RESULT_SCHEMA`) as a Markdown table, for a model's description."""
+    lines = ["| about | model | scored on | metric | value | n |", "|---|---|---|---|---|---|"]
+    for row in results.iter_rows(named=True):
+        bounds = "" if row["low"] is None else f" [{row['low']:.3f}, {row['high']:.3f}]"
+        value = "undefined" if row["value"] is None else f"{row['value']:.3f}{bounds}"
+        cells = [row[name] for name in ("about", "model", "part", "metric")]
+        lines.append(f"| {' | '.join([*cells, value, str(row['n'])])} |")
+    return "\n".join(lines)
+
+
 def encoder_results(card: EncoderCard) -> pl.DataFrame:
     """How an encoder's heads do on their tasks' test patients (:data:`RESULT_SCHEMA`)."""
     rows = [
-        ("patch task", task, card.name, "patch head", "test", metric, value, None, None, scores.n)
+        ("patch task", task, card.name, "patch head", "test", metric, value, *bounds, scores.n)
         for task, scores in card.scores.items()
         for name, metric in METRICS_OF_PATCHES.items()
         if (value := getattr(scores, name)) is not None
+        for bounds in [(name == "balanced_accuracy" and scores.interval) or (None, None)]
     ]
     return pl.DataFrame(rows, schema=RESULT_SCHEMA, orient="row")
 
@@ -174,13 +186,9 @@ def compare_models(
     for split, part in (("cv", CROSS_VALIDATED), ("test", "test")):
         for pair in pairs:
             one, other = (predictions[name].filter(model=m, split=split) for name, m in pair)
-            one = one.join(other, on="unit", how="semi").sort("unit")
-            other = other.join(one, on="unit", how="semi").sort("unit")
+            one, other = common_units(target, one, other)
             if one.is_empty():
                 continue
-            if target.kind == "survival" and not one["horizons"].equals(other["horizons"]):
-                # one of the cohorts lacked units, so functions are known at other times
-                one, other = (rows.drop("survival", "horizons") for rows in (one, other))
             first, second = (f"{name}: {BASELINE_NAMES.get(m, m)}" for name, m in pair)
             differences = compare(
                 rows_metrics(target, one),
@@ -195,6 +203,18 @@ def compare_models(
                 for metric, d in differences.items()
             ]
     return pl.DataFrame(found, schema=COMPARISON_SCHEMA, orient="row").fill_nan(None)
+
+
+def common_units(
+    target: Target, one: pl.DataFrame, other: pl.DataFrame
+) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """The rows of two models' predictions on the units of both, in one order."""
+    one = one.join(other, on="unit", how="semi").sort("unit")
+    other = other.join(one, on="unit", how="semi").sort("unit")
+    if target.kind == "survival" and not one["horizons"].equals(other["horizons"]):
+        # one of the cohorts lacked units, so functions are known at other times
+        one, other = (rows.drop("survival", "horizons") for rows in (one, other))
+    return one, other
 
 
 def map_results(item: ProbabilityMap, scores: pl.DataFrame, *, resamples: int) -> pl.DataFrame:

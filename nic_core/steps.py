@@ -16,13 +16,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import polars as pl
+import torch
 from matplotlib.figure import Figure
 from matplotlib.image import imread, imsave
 from pydantic import BaseModel, ConfigDict
 
-from nic_core.cohort import Cohort, CohortError, ProbabilityMap, ReadyEncoder
+from nic_core.cohort import (
+    Cohort,
+    CohortError,
+    ProbabilityMap,
+    ReadyEncoder,
+    RegisteredEncoder,
+)
 from nic_core.compression import compress_slide
 from nic_core.encoders import (
+    EncoderError,
     PatchDataset,
     Trained,
     build_patch_task,
@@ -46,6 +54,7 @@ from nic_core.models.files import (
     GridSettings,
     ModelCard,
     load_model,
+    metrics_frame,
     save_model,
     training_cohort,
 )
@@ -81,6 +90,8 @@ INDEX, SEEN = "index.parquet", "seen.parquet"
 RECORD, THUMBNAIL, TISSUE = "slide.json", "thumbnail.jpg", "tissue.png"
 PREDICTIONS, METRICS, RESULTS = "predictions.parquet", "metrics.parquet", "results.parquet"
 COMPARISONS = "comparisons.parquet"
+HISTORY = "history.parquet"
+UNTRACKED = "untracked"  # in a model's folder: its recipe, until its tracker has taken it
 SCORES = "scores.parquet"
 PICTURED = 4  # slides of highest predictions whose heat is drawn, and of lowest
 EXPLANATION_SCHEMA = pl.Schema(
@@ -265,12 +276,16 @@ def patch_task_versions(cohort: Cohort) -> dict[str, str]:
 
 
 def encoder_versions(cohort: Cohort) -> dict[str, str]:
-    """A version for every encoder: its entry in the cohort file, and the file that it names."""
+    """A version for every encoder: its entry in the cohort file, and the file that it names.
+
+    Not of those of a registry: what it holds is not known here.
+    """
     return {
         encoder.name: digest(encoder, _listing(encoder.file))
         if isinstance(encoder, ReadyEncoder)
         else digest(encoder)
         for encoder in cohort.encoders
+        if not isinstance(encoder, RegisteredEncoder)
     }
 
 
@@ -370,9 +385,20 @@ def make_encoder(
 ) -> Trained:
     """Train an encoder on its patch tasks, or import a ready one; writes and returns it.
 
-    A training that was killed goes on from its last epoch.
+    A training that was killed goes on from its last epoch. With a tracker its state stays until
+    :func:`encoder_tracked`: called again, it tells the tracker all and trains nothing.
+
+    Raises
+    ------
+    EncoderError
+        The entry cannot be trained or imported, or names a version of a registry.
     """
     spec, settings = cohort.encoder(encoder), cohort.settings
+    if isinstance(spec, RegisteredEncoder):
+        raise EncoderError(
+            f"encoder '{encoder}' is a version of a registry, which is not asked here; give the "
+            "file of an imported one"
+        )
     if isinstance(spec, ReadyEncoder):
         ready = import_encoder(spec, patch=settings.patch, mpp=settings.mpp)
         trained = Trained(ready, pl.DataFrame())
@@ -390,8 +416,15 @@ def make_encoder(
         )
     with whole_folder(store.encoder(encoder)) as folder:
         save_encoder(folder, trained.encoder)
-        trained.history.write_parquet(folder / "history.parquet")
+        trained.history.write_parquet(folder / HISTORY)
+    if tracker is None:
+        encoder_tracked(store, encoder)
     return trained
+
+
+def encoder_tracked(store: Store, encoder: str) -> None:
+    """Forget a training's state: its product is kept, and its tracker has taken everything."""
+    store.training(encoder).unlink(missing_ok=True)
 
 
 def probe_encoder(
@@ -481,7 +514,9 @@ def make_model(
 ) -> tuple[Evaluated, ModelCard]:
     """Cross-validate a target's networks on an encoder's grids; writes them and their figures.
 
-    Slides whose grid could not be made are left out.
+    Slides whose grid could not be made are left out. With a tracker the product is marked until
+    :func:`model_tracked`: called again before, on the same inputs, this reads it, tells the
+    tracker all and trains nothing.
 
     Raises
     ------
@@ -489,7 +524,14 @@ def make_model(
         The grids were not all made in one way.
     """
     settings = cohort.settings
-    table = _with_grids(pl.read_parquet(store.folds(target)), gather_grids(store, encoder))
+    made = gather_grids(store, encoder)
+    table = _with_grids(pl.read_parquet(store.folds(target)), made)
+    weights = read_card(store.encoder(encoder)).weights_hash
+    recipe = digest(
+        cohort.target(target), settings, table.rows(), made.rows(), weights, torch.__version__
+    )
+    if tracker is not None and _untracked_recipe(store.model(target, encoder)) == recipe:
+        return _told_again(store.model(target, encoder), tracker)
     origins = {
         slide: open_grid(store.grid(encoder, slide)).provenance
         for slide in table["slides"].explode().unique()
@@ -509,7 +551,7 @@ def make_model(
             folder,
             evaluated,
             encoder=encoder,
-            weights_hash=read_card(store.encoder(encoder)).weights_hash,
+            weights_hash=weights,
             patch=settings.patch,
             mpp=settings.mpp,
             grids=grids,
@@ -518,9 +560,16 @@ def make_model(
             ),
         )
         evaluated.predictions.write_parquet(folder / PREDICTIONS)
-        evaluated.history.write_parquet(folder / "history.parquet")
+        evaluated.history.write_parquet(folder / HISTORY)
         model_results(card).write_parquet(folder / METRICS)
+        if tracker is not None:
+            (folder / UNTRACKED).write_text(recipe)
     return evaluated, card
+
+
+def model_tracked(store: Store, encoder: str, target: str) -> None:
+    """Unmark a model: its tracker has taken everything."""
+    (store.model(target, encoder) / UNTRACKED).unlink(missing_ok=True)
 
 
 def explain_model(cohort: Cohort, store: Store, encoder: str, target: str) -> Explained:
@@ -743,6 +792,30 @@ def _grid_settings(
     return GridSettings.model_validate(
         {"precision": precision, "reading": reading, "tissue": cohort.settings.tissue}
     )
+
+
+def _untracked_recipe(model: Path) -> str | None:
+    """What a model was made of that a tracker has not taken; see :func:`make_model`."""
+    mark = model / UNTRACKED
+    return mark.read_text() if mark.exists() else None
+
+
+def _told_again(folder: Path, tracker: Tracker) -> tuple[Evaluated, ModelCard]:
+    """A model as it was evaluated, read back; its tracker receives the curves."""
+    model, history = load_model(folder), pl.read_parquet(folder / HISTORY)
+    for row in history.iter_rows(named=True):
+        fold, epoch = row.pop("fold"), row.pop("epoch")
+        tracker.metrics({f"fold_{fold}_{name}": value for name, value in row.items()}, step=epoch)
+    evaluated = Evaluated(
+        target=model.card.target,
+        settings=model.card.settings,
+        predictions=pl.read_parquet(folder / PREDICTIONS),
+        metrics=metrics_frame(model.card),
+        networks=model.networks,
+        history=history,
+        best_epochs=model.card.best_epochs,
+    )
+    return evaluated, model.card
 
 
 def _with_grids(table: pl.DataFrame, grids: pl.DataFrame) -> pl.DataFrame:

@@ -1,5 +1,7 @@
 """Patch-task datasets, and the encoders trained on them."""
 
+from typing import Any
+
 import dagster as dg
 import torch
 
@@ -9,14 +11,14 @@ from nic_assets.executors import CPU_TAGS, GPU_POOL, GPU_TAGS
 from nic_assets.inputs import ENCODER_ENTRY, PATCH_TASK_SOURCE, SOME_INPUTS
 from nic_assets.metadata import code_version, figure, log_progress, table
 from nic_assets.partitions import Partitions
-from nic_assets.tracking import Tracking
+from nic_assets.tracking import TrackedRun, Tracking
 from nic_core import steps
-from nic_core.cohort import Cohort, CohortError
+from nic_core.cohort import Cohort, CohortError, RegisteredEncoder
 from nic_core.devices import leased_device
-from nic_core.encoders import EncoderError
+from nic_core.encoders import Encoder, EncoderCard, EncoderError
 from nic_core.encoders.files import PROGRAMS
 from nic_core.encoders.pictures import patch_examples
-from nic_core.reports import encoder_results, probe_results
+from nic_core.reports import encoder_results, probe_results, results_markdown
 from nic_core.store import Store
 
 FINDINGS_SHOWN = 50
@@ -102,36 +104,42 @@ def encoder_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         """A trained or imported encoder: patch to code, with the heads that taught it."""
 
         def work(key: str) -> Product:
-            with tracking.run(context, partition=key, experiment="encoders") as run:
+            entry = cohort.encoder(key)
+            if isinstance(entry, RegisteredEncoder):
+                with tracking.fetched(entry) as (ready, page):
+                    local = cohort.with_encoder(ready)
+                    card = steps.make_encoder(local, store, key).encoder.card
+                return made(key, card, {"mlflow_model": dg.MetadataValue.url(page)})
+            with tracking.run(
+                context,
+                cohort=cohort,
+                partition=key,
+                experiment="encoders",
+                product=store.encoder(key),
+            ) as run:
                 encoder = steps.make_encoder(
                     cohort, store, key, run, log_progress(context), device=device
                 ).encoder
                 card = encoder.card
-                run.card(card.model_dump(mode="json"))
-                pages = {}
-                # an archive from elsewhere stays the file that it is: it is not exported anew
-                if card.architecture not in PROGRAMS:
-                    page = run.register(
-                        encoder.module,
-                        torch.zeros((2, 3, card.patch, card.patch), dtype=torch.uint8),
-                        name=f"encoder-{key}",
-                        description=f"{card.objective}: patch of {card.patch} px at "
-                        f"{card.mpp:g} um/px to code of {card.code}",
-                        tags={
-                            "cohort": cohort.name,
-                            "tasks": ", ".join(card.tasks),
-                            "weights_hash": card.weights_hash,
-                        },
-                    )
-                    pages["mlflow_model"] = dg.MetadataValue.url(page)
+                remember(run, encoder, cohort, store)
+            steps.encoder_tracked(store, key)
+            pages = {"mlflow_run": run.url} | ({"mlflow_model": run.page} if run.page else {})
+            return made(
+                key,
+                card,
+                {
+                    **{name: figure(drawing, name) for name, drawing in run.figures.items()},
+                    **{name: dg.MetadataValue.url(page) for name, page in pages.items()},
+                },
+            )
+
+        def made(key: str, card: EncoderCard, metadata: dict[str, Any]) -> Product:
             return Product(
                 version=card.weights_hash[:16],
                 metadata={
-                    **{name: figure(drawing, name) for name, drawing in run.figures.items()},
+                    **metadata,
                     "test_scores": table(encoder_results(card)),
                     "folder": dg.MetadataValue.path(store.encoder(key)),
-                    "mlflow_run": dg.MetadataValue.url(run.url),
-                    **pages,
                 },
                 checks={"beats_chance": checks.beats_chance(card)},
             )
@@ -157,7 +165,13 @@ def encoder_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         """What simple classifiers read off an encoder's codes, on every patch task."""
 
         def work(key: str) -> Product:
-            with tracking.run(context, partition=key, experiment="probes") as run:
+            with tracking.run(
+                context,
+                cohort=cohort,
+                partition=key,
+                experiment="probes",
+                product=store.probe(key),
+            ) as run:
                 scores, drawings = steps.probe_encoder(cohort, store, key)
                 run.summary(probe_results(key, scores))
                 for name, drawing in drawings.items():
@@ -175,3 +189,30 @@ def encoder_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         yield from materialize_each(context, work, expected=(EncoderError,))
 
     return [patch_task, encoder, encoder_probe] if partitions.cohort.patch_tasks else [encoder]
+
+
+def remember(run: TrackedRun, encoder: Encoder, cohort: Cohort, store: Store) -> None:
+    """Tell MLflow of an encoder: its card, data, files, figures, and a version of its own."""
+    card, results = encoder.card, encoder_results(encoder.card)
+    run.card(card.model_dump(mode="json"))
+    run.inputs({f"patch_task/{task}": (store.patch_task(task), i) for task, i in card.data.items()})
+    # what comes from a file is imported from that file, and an archive is not exported anew
+    if card.objective != "imported":
+        run.files(store.encoder(card.name))
+    if card.architecture not in PROGRAMS:
+        run.register(
+            encoder.module,
+            torch.zeros((2, 3, card.patch, card.patch), dtype=torch.uint8),
+            name=f"encoder-{card.name}",
+            description=f"{card.objective}: patch of {card.patch} px at {card.mpp:g} um/px to code "
+            f"of {card.code}\n\n{results_markdown(results)}",
+            tags={
+                "objective": card.objective,
+                "architecture": card.architecture,
+                "weights_hash": card.weights_hash,
+                "tasks": ", ".join(card.tasks),
+                "targets": ", ".join(target.name for target in cohort.targets),
+                **{f"data/{task}": identity for task, identity in card.data.items()},
+            },
+        )
+    run.summary(results)

@@ -10,13 +10,15 @@ from nic_assets.executors import CPU_TAGS, GPU_POOL, GPU_TAGS
 from nic_assets.inputs import TARGET_ENTRY
 from nic_assets.metadata import code_version, figure, log_progress, picture, table
 from nic_assets.partitions import Partitions
-from nic_assets.tracking import Tracking
+from nic_assets.tracking import CANDIDATE, TrackedRun, Tracking
 from nic_core import steps
 from nic_core.cohort import Cohort, CohortError
-from nic_core.models.files import ensemble_module
+from nic_core.encoders.files import read_card
+from nic_core.models.files import ModelCard, ensemble_module
 from nic_core.models.pictures import evaluation_figure, metrics_figure, training_figure
 from nic_core.models.training import TrainingError
-from nic_core.reports import model_results
+from nic_core.models.validation import Evaluated
+from nic_core.reports import model_results, results_markdown
 from nic_core.slides import SlideError
 from nic_core.store import Store
 
@@ -69,7 +71,15 @@ def model_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         pool=GPU_POOL,
         op_tags=GPU_TAGS,
         code_version=code_version(2, settings),
-        check_specs=[dg.AssetCheckSpec("above_permutation_control", asset="task_model")],
+        check_specs=[
+            dg.AssetCheckSpec("above_permutation_control", asset="task_model"),
+            dg.AssetCheckSpec(
+                "compared_with_champion",
+                asset="task_model",
+                description="The alias champion of the target's registered model moves to a new "
+                "version that is better, or is the first; the remark says why it moved or stayed.",
+            ),
+        ],
     )
     def task_model(
         context: dg.AssetExecutionContext,
@@ -81,7 +91,13 @@ def model_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
 
         def work(key: str) -> Product:
             encoder, target = key.split("|")
-            with tracking.run(context, partition=key, experiment=f"target-{target}") as run:
+            with tracking.run(
+                context,
+                cohort=cohort,
+                partition=key,
+                experiment=f"target-{target}",
+                product=store.model(target, encoder),
+            ) as run:
                 run.params({"encoder": encoder, "target": target, **settings.model_dump()})
                 evaluated, card = steps.make_model(
                     cohort, store, encoder, target, run, log_progress(context)
@@ -89,21 +105,10 @@ def model_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
                 run.figure("predictions", evaluation_figure(evaluated))
                 run.figure("metrics", metrics_figure(evaluated))
                 run.figure("training_curves", training_figure(evaluated))
-                run.summary(model_results(card))
-                page = run.register(
-                    ensemble_module(evaluated.networks),
-                    torch.zeros((2, card.code, settings.crop, settings.crop)),
-                    name=f"model-{target}-{encoder}",
-                    description=f"{card.target.kind}: crop of {settings.crop} x {settings.crop} "
-                    f"cells of encoder {encoder} to {target}, mean of {settings.folds} folds",
-                    tags={
-                        "cohort": cohort.name,
-                        "target": target,
-                        "encoder": encoder,
-                        "weights_hash": card.weights_hash,
-                    },
-                )
-                run.card(card.model_dump(mode="json"))
+                remember(run, evaluated, card, store)
+                run.challenge(lambda champion: checks.against_champion(evaluated, champion))
+            steps.model_tracked(store, encoder, target)
+            assert run.verdict is not None  # the block's last call, and all are through
             return Product(
                 version=steps.digest(evaluated.predictions.rows()),
                 metadata={
@@ -111,9 +116,13 @@ def model_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
                     **{name: figure(drawing, name) for name, drawing in run.figures.items()},
                     "folder": dg.MetadataValue.path(store.model(target, encoder)),
                     "mlflow_run": dg.MetadataValue.url(run.url),
-                    "mlflow_model": dg.MetadataValue.url(page),
+                    "mlflow_model": dg.MetadataValue.url(run.page),
                 },
-                checks={"above_permutation_control": checks.above_permutation(evaluated)},
+                checks={
+                    "above_permutation_control": checks.above_permutation(evaluated),
+                    "compared_with_champion": None if run.verdict.compared else run.verdict.words,
+                },
+                remarks={"compared_with_champion": run.verdict.words},
             )
 
         yield from materialize_each(context, work, expected=(CohortError, TrainingError))
@@ -152,3 +161,40 @@ def model_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         yield from materialize_each(context, work, expected=(CohortError, SlideError))
 
     return [target_folds, task_model, explanation]
+
+
+def remember(run: TrackedRun, evaluated: Evaluated, card: ModelCard, store: Store) -> None:
+    """Tell MLflow of a model: its card, data, files, figures, and a version of its target's."""
+    target, encoder, crop = card.target.name, card.encoder, card.settings.crop
+    results = model_results(card)
+    networks = results.filter(model=results["model"][0])
+    data = {
+        f"encoded_cohort/{encoder}": (
+            store.grid(encoder, "").parent,
+            steps.digest(steps.gather_grids(store, encoder).rows()),
+        ),
+        f"target_folds/{target}": (
+            store.folds(target),
+            steps.digest(pl.read_parquet(store.folds(target)).to_dicts()),
+        ),
+    }
+    run.card(card.model_dump(mode="json"))
+    run.inputs(data)
+    run.files(store.model(target, encoder))
+    run.register(
+        ensemble_module(evaluated.networks),
+        torch.zeros((2, card.code, crop, crop)),
+        name=f"model-{target}",
+        description=f"{card.target.kind}: crop of {crop} x {crop} cells of encoder {encoder} to "
+        f"{target}, mean of {card.settings.folds} folds\n\n{results_markdown(networks)}",
+        tags={
+            "target": target,
+            "encoder": encoder,
+            "weights_hash": card.weights_hash,
+            "tasks": ", ".join(read_card(store.encoder(encoder)).tasks),
+            "training_digest": card.training.digest,
+            **{f"data/{name}": version for name, (_, version) in data.items()},
+        },
+        aliases=(f"{CANDIDATE}-{encoder.replace('.', '-')}",),
+    )
+    run.summary(results)

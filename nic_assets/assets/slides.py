@@ -19,6 +19,7 @@ from nic_assets.inputs import (
 )
 from nic_assets.metadata import OWNERS, code_version, column_schema, picture, table
 from nic_assets.partitions import Partitions
+from nic_assets.tracking import Tracking
 from nic_core import steps
 from nic_core.cohort import Cohort
 from nic_core.patches import PATCH_SCHEMA
@@ -45,6 +46,7 @@ def slide_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         config: LookConfig,
         cohort: dg.ResourceParam[Cohort],
         store: dg.ResourceParam[Store],
+        tracking: dg.ResourceParam[Tracking],
     ) -> Events:
         """Every slide of the cohort: path, patient, split. Finds new and changed inputs."""
         found = steps.find_slides(cohort, store, **config.model_dump())
@@ -52,7 +54,8 @@ def slide_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         versions = {
             SLIDE_FILE: found.versions,
             PATCH_TASK_SOURCE: steps.patch_task_versions(cohort),
-            ENCODER_ENTRY: steps.encoder_versions(cohort),
+            ENCODER_ENTRY: steps.encoder_versions(cohort)
+            | tracking.pinned_versions(cohort, context.log.warning),
             TARGET_ENTRY: steps.target_versions(cohort, index),
         }
         new = add_slides(context.instance, index["slide"].to_list())

@@ -73,9 +73,9 @@ def fit(
         Of the forward and backward pass (autocast); weights, losses, optimiser and
         validation are float32 either way.
     checkpoint
-        A file that is written after each epoch and removed at the end. If it exists and was
-        written under the same ``fingerprint``, training goes on from it, to the same result
-        on a CPU as if it had never stopped.
+        A file that is written after each epoch; whoever keeps the result removes it. If it
+        exists and was written under the same ``fingerprint``, training goes on from it, to the
+        same result on a CPU as if it had never stopped; one that was done is not repeated.
     progress
         Called with (patches seen, patches in all) after each step.
 
@@ -99,8 +99,6 @@ def fit(
         if checkpoint is not None:
             run.save(checkpoint, fingerprint)
     run.select()
-    if checkpoint is not None:
-        checkpoint.unlink(missing_ok=True)
     return pl.DataFrame(run.rows)
 
 

@@ -84,8 +84,9 @@ def train_encoder(
     code
         Numbers a patch; mean-RGB always has 3.
     checkpoint
-        File to go on from after a kill; written after each epoch, removed at the end. One of
-        another spec, data, version of torch or device is not used.
+        File to go on from after a kill; written after each epoch, and left at the end to
+        whoever keeps the encoder. One of another spec, data, version of torch or device is not
+        used.
     progress
         Called with (patches seen, patches in all) after each step.
 
@@ -189,7 +190,9 @@ def _test_scores(objective: Objective, task: PatchDataset, device: torch.device)
     rows = task.rows("test")
     head = objective.heads[task.name]
     return score_task(
-        task.labels[rows], class_probabilities(objective.encoder, head, task, rows, device)
+        task.labels[rows],
+        class_probabilities(objective.encoder, head, task, rows, device),
+        task.table["group"].gather(rows).to_list(),
     )
 
 

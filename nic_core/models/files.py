@@ -136,6 +136,16 @@ class ModelCard(BaseModel):
         return self
 
 
+def metrics_frame(card: ModelCard) -> pl.DataFrame:
+    """The card's metrics as the table that they were; see :class:`ModelMetric`."""
+    return pl.DataFrame(
+        [metric.model_dump() for metric in card.metrics],
+        schema_overrides=dict.fromkeys(
+            ("value", "low", "high", "seeds_mean", "seeds_deviation"), pl.Float64
+        ),
+    )
+
+
 @dataclass(frozen=True)
 class SlideModel:
     """A model as it lies in its folder."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import dagster as dg
@@ -21,6 +24,9 @@ from nic_assets.build import build_defs
 from nic_assets.inputs import SLIDE_FILE
 from nic_assets.refresh import refresh
 from nic_core.cohort import load_cohort
+from nic_core.encoders import load_encoder, save_encoder
+from nic_core.encoders.encoder import encoder_tensors, weights_hash
+from nic_core.encoders.files import read_card
 from nic_core.encoders.probes import KNN, LINEAR
 from nic_core.grids import open_grid
 from nic_core.heatmaps import read_heatmap
@@ -52,6 +58,24 @@ class Study:
 
     def runs(self) -> int:
         return self.instance.get_runs_count()
+
+
+def study_of_one_slide(
+    tiny_cohort: Path, root: Path, encoder: dict[str, object]
+) -> tuple[Study, str]:
+    """A cohort of its own: the first slide, one encoder, nothing to train. Also the slide's id."""
+    slides = pl.read_csv(tiny_cohort.parent / "slides.csv", infer_schema=False).head(1)
+    slides = slides.select("slide", "patient", path=f"{tiny_cohort.parent}/" + pl.col("path"))
+    slides.write_csv(root / "slides.csv")
+    settings = load_cohort(tiny_cohort).settings
+    cohort = {
+        "name": "other",
+        "slides": {"table": "slides.csv"},
+        "encoders": [encoder],
+        "settings": {"patch": settings.patch, "mpp": settings.mpp},
+    }
+    (root / "cohort.yaml").write_text(yaml.safe_dump(cohort))
+    return Study(root / "cohort.yaml", root), slides["slide"][0]
 
 
 @pytest.fixture(scope="module")
@@ -131,19 +155,9 @@ def test_the_report_holds_every_target_encoder_and_task(study):
     assert set(results["part"]) >= {"cross-validated", "test"}
 
 
-def test_mlflow_holds_a_version_of_every_encoder_and_model_with_its_origin(study):
-    mlflow.set_tracking_uri(f"sqlite:///{study.store.mlflow / 'mlflow.db'}")
-    client = mlflow.MlflowClient()
-    names = {model.name for model in client.search_registered_models()}
-    assert names == {"encoder-mean-rgb", "encoder-mtl-4"} | {
-        f"model-{target.name}-{encoder.name}"
-        for target in study.cohort.targets
-        for encoder in study.cohort.encoders
-    }
+def test_mlflow_holds_the_parameters_curves_and_pictures_of_every_training(study):
+    client = mlflow.MlflowClient(f"sqlite:///{study.store.mlflow / 'mlflow.db'}")
     version = client.get_model_version_by_alias("encoder-mtl-4", "candidate")
-    assert version.tags["dagster/asset_key"] == "encoder"
-    assert version.tags["dagster/partition"] == "mtl-4"
-    assert study.instance.get_run_by_id(version.tags["dagster/run_id"]) is not None
     run = client.get_run(version.run_id)
     assert run.data.params["patches_seen"] == "256"
     tasks = [task.name for task in study.cohort.patch_tasks]
@@ -164,12 +178,217 @@ def test_mlflow_holds_a_version_of_every_encoder_and_model_with_its_origin(study
     assert pictures | {"test_scores"} <= set(event.asset_materialization.metadata)
 
 
-def test_a_registered_model_gives_the_numbers_of_the_one_in_the_store(study):
-    mlflow.set_tracking_uri(f"sqlite:///{study.store.mlflow / 'mlflow.db'}")
-    registered = mlflow.pytorch.load_model("models:/model-survival-mtl-4@candidate")
-    model = load_model(study.store.model("survival", "mtl-4"))
-    crops = torch.randn(3, 128, 8, 8)
-    torch.testing.assert_close(registered(crops), ensemble_module(model.networks)(crops))
+def registry(study: Study) -> mlflow.MlflowClient:
+    return mlflow.MlflowClient(f"sqlite:///{study.store.mlflow / 'mlflow.db'}")
+
+
+def test_every_encoder_and_model_is_registered_with_its_origin_data_and_figures(study):
+    client, cohort = registry(study), study.cohort
+    counts = {
+        model.name: len(client.search_model_versions(f"name='{model.name}'"))
+        for model in client.search_registered_models()
+    }
+    assert counts == {f"encoder-{encoder.name}": 1 for encoder in cohort.encoders} | {
+        f"model-{target.name}": len(cohort.encoders) for target in cohort.targets
+    }
+    made = [(f"encoder-{e.name}", "candidate", "encoder", e.name) for e in cohort.encoders]
+    made += [
+        (f"model-{t.name}", f"candidate-{e.name}", "task_model", f"{e.name}|{t.name}")
+        for t in cohort.targets
+        for e in cohort.encoders
+    ]
+    for name, alias, asset, partition in made:
+        version = client.get_model_version_by_alias(name, alias)
+        assert version.tags["cohort"] == cohort.name
+        assert version.tags["dagster/asset_key"] == asset
+        assert version.tags["dagster/partition"] == partition
+        assert study.instance.get_run_by_id(version.tags["dagster/run_id"]) is not None
+        event = study.instance.fetch_materializations(
+            dg.AssetRecordsFilter(dg.AssetKey(asset), asset_partitions=[partition]), limit=1
+        ).records[0]
+        metadata = event.asset_materialization.metadata
+        page, run_page = (metadata[f"mlflow_{what}"].value for what in ("model", "run"))
+        assert page.endswith(f"/models/{name}/versions/{version.version}")
+        assert run_page.endswith(f"/runs/{version.run_id}")
+        encoder = read_card(study.store.encoder(partition.partition("|")[0]))
+        assert version.tags["weights_hash"] == encoder.weights_hash
+
+
+def figures(
+    client: mlflow.MlflowClient, version: mlflow.entities.model_registry.ModelVersion
+) -> list[mlflow.entities.Metric]:
+    """The metrics that MLflow shows with a version."""
+    return client.get_logged_model(version.source.removeprefix("models:/")).metrics
+
+
+def datasets(client: mlflow.MlflowClient, run: str) -> dict[str, str]:
+    inputs = client.get_run(run).inputs.dataset_inputs
+    return {item.dataset.name: item.dataset.digest for item in inputs}
+
+
+def test_a_registered_encoder_knows_its_patch_tasks_and_their_scores(study):
+    client, card = registry(study), read_card(study.store.encoder("mtl-4"))
+    version = client.get_model_version_by_alias("encoder-mtl-4", "candidate")
+    identities = {f"patch_task/{task}": identity for task, identity in card.data.items()}
+    assert datasets(client, version.run_id) == {k: v[:36] for k, v in identities.items()}
+    assert {tag: version.tags[f"data/{tag}"] for tag in card.data} == card.data
+    assert version.tags["tasks"] == ", ".join(card.tasks)
+    metrics = {metric.key: metric for metric in figures(client, version)}
+    for task, scores in card.scores.items():
+        name = f"test/{task}/patch_head/balanced_accuracy"
+        value = metrics[name].value
+        assert value == scores.balanced_accuracy
+        bounds = tuple(metrics[f"{name}/{end}"].value for end in ("low", "high") if scores.interval)
+        assert bounds == (scores.interval or ())
+        assert metrics[name].dataset_name == f"patch_task/{task}"
+        assert f"| {task} | patch head | test | balanced accuracy | {value:.3f} " in (
+            version.description
+        )
+
+
+def test_a_registered_model_knows_its_grids_folds_and_figures(study):
+    client = registry(study)
+    version = client.get_model_version_by_alias("model-growth", "candidate-mtl-4")
+    folds = study.instance.fetch_materializations(
+        dg.AssetRecordsFilter(dg.AssetKey("target_folds"), asset_partitions=["growth"]), limit=1
+    ).records[0]
+    grids = study.instance.fetch_materializations(
+        dg.AssetRecordsFilter(dg.AssetKey("encoded_cohort"), asset_partitions=["mtl-4"]), limit=1
+    ).records[0]
+    assert datasets(client, version.run_id) == {
+        name: event.asset_materialization.tags["dagster/data_version"]
+        for name, event in (("target_folds/growth", folds), ("encoded_cohort/mtl-4", grids))
+    }
+    card = load_model(study.store.model("growth", "mtl-4")).card
+    auc = next(m for m in card.metrics if (m.model, m.split, m.metric) == ("network", "cv", "auc"))
+    metrics = {m.key: m.value for m in figures(client, version)}
+    name = "cross-validated/small_grid_CNN/AUC"
+    found = [metrics[f"{name}{part}"] for part in ("", "/low", "/high")]
+    assert found == [auc.value, auc.low, auc.high]
+    kept = {Path(item.path).name for item in client.list_artifacts(version.run_id, "product")}
+    assert kept == {path.name for path in study.store.model("growth", "mtl-4").iterdir()}
+
+
+def test_one_model_of_each_target_is_champion_and_the_check_says_why(study):
+    client = registry(study)
+    result = next(
+        record.event.dagster_event.event_specific_data
+        for record in study.instance.event_log_storage.get_asset_check_execution_history(
+            dg.AssetCheckKey(dg.AssetKey("task_model"), "compared_with_champion"), limit=1
+        )
+        if record.event is not None
+    )
+    assert result.passed
+    remarks = result.metadata["remarks"].value
+    for target in study.cohort.targets:
+        champion = client.get_model_version_by_alias(f"model-{target.name}", "champion")
+        for version in client.search_model_versions(f"name='model-{target.name}'"):
+            words = version.tags["champion"]
+            assert remarks.get(version.tags["dagster/partition"], words) == words
+            if version.version == champion.version:
+                assert re.match("the first of its name|takes the place of", words)
+
+
+CLEAN = """
+import sys
+
+class Nowhere:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("nic_core", "nic_assets", "dagster"):
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Nowhere())
+import mlflow, numpy, torch
+uri, folder = sys.argv[1:]
+mlflow.set_tracking_uri(uri)
+for name in ("encoder-mtl-4", "model-survival"):
+    given = numpy.load(f"{folder}/{name}.npy")
+    where = f"models:/{name}@{'candidate' if name[0] == 'e' else 'candidate-mtl-4'}"
+    numpy.save(f"{folder}/{name}.pyfunc.npy", mlflow.pyfunc.load_model(where).predict(given))
+    with torch.no_grad():
+        found = mlflow.pytorch.load_model(where)(torch.from_numpy(given)).numpy()
+    numpy.save(f"{folder}/{name}.torch.npy", found)
+assert not {name.partition(".")[0] for name in sys.modules} & {"nic_core", "nic_assets"}
+"""
+
+
+def test_registered_networks_give_the_numbers_of_the_store_without_this_project(study, tmp_path):
+    random = np.random.default_rng(0)
+    patches = random.integers(0, 256, (5, 3, 128, 128), np.uint8)
+    crops = random.normal(size=(3, 128, 8, 8)).astype(np.float32)
+    np.save(tmp_path / "encoder-mtl-4.npy", patches)
+    np.save(tmp_path / "model-survival.npy", crops)
+    uri = f"sqlite:///{study.store.mlflow / 'mlflow.db'}"
+    command = [sys.executable, "-I", "-c", CLEAN, uri, str(tmp_path)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    encoder = load_encoder(study.store.encoder("mtl-4"))
+    model = ensemble_module(load_model(study.store.model("survival", "mtl-4")).networks)
+    with torch.no_grad():
+        ours = {
+            "encoder-mtl-4": encoder.module(torch.from_numpy(patches)).numpy(),
+            "model-survival": model(torch.from_numpy(crops)).numpy(),
+        }
+    for name, expected in ours.items():
+        for flavour in ("torch", "pyfunc"):
+            found = np.load(tmp_path / f"{name}.{flavour}.npy")
+            np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_cohort_takes_the_encoder_that_carries_an_alias_and_follows_it(
+    study, tiny_cohort, tmp_path, monkeypatch
+):
+    """Another cohort, in a registry whose aliases this test may move."""
+    shutil.copy(study.store.mlflow / "mlflow.db", tmp_path / "mlflow.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    pinned = {"name": "blessed", "objective": "registered", "version": "encoder-mtl-4@champion"}
+    routine, slide = study_of_one_slide(tiny_cohort, tmp_path, pinned)
+    assert "set the alias 'champion' on a version of 'encoder-mtl-4'" in routine.refresh()[0]
+
+    def weights() -> str:
+        grid = open_grid(routine.store.grid("blessed", slide))
+        return grid.provenance.weights_hash
+
+    def events() -> int:
+        return len(routine.instance.fetch_materializations(dg.AssetKey("grid"), limit=9).records)
+
+    client.set_registered_model_alias("encoder-mtl-4", "champion", "1")
+    assert routine.refresh() == []
+    card = read_card(study.store.encoder("mtl-4"))
+    assert (
+        weights() == card.weights_hash == read_card(routine.store.encoder("blessed")).weights_hash
+    )
+
+    numbers = []  # a version of the same weights, and one of others
+    encoder = load_encoder(study.store.encoder("mtl-4"))
+    experiment = client.create_experiment("by hand", (tmp_path / "artifacts").as_uri())
+    for shift in (0.0, 1.0):
+        module = copy.deepcopy(encoder.module)
+        with torch.no_grad():
+            next(module.parameters()).add_(shift)
+        hashed = weights_hash(card.architecture, encoder_tensors(module, encoder.heads))
+        other = replace(
+            encoder, module=module, card=card.model_copy(update={"weights_hash": hashed})
+        )
+        save_encoder(tmp_path / f"by {shift}", other)
+        run = client.create_run(experiment)
+        client.log_artifacts(run.info.run_id, str(tmp_path / f"by {shift}"), "product")
+        source = f"runs:/{run.info.run_id}/product"
+        version = client.create_model_version(
+            "encoder-mtl-4", source, run.info.run_id, tags={"weights_hash": hashed}
+        )
+        numbers.append(version.version)
+    client.set_registered_model_alias("encoder-mtl-4", "champion", numbers[0])
+    assert routine.refresh() == []
+    assert events() == 1
+    client.set_registered_model_alias("encoder-mtl-4", "champion", numbers[1])
+    assert routine.refresh() == []
+    assert events() == 2
+    assert weights() == hashed != card.weights_hash
+    client.delete_registered_model_alias("encoder-mtl-4", "champion")
+    assert routine.refresh() == []  # not known is not changed
+    assert events() == 2
 
 
 def test_a_second_refresh_only_looks(study):
@@ -234,9 +453,6 @@ class Scale(torch.nn.Module):
 
 def test_a_network_from_elsewhere_is_an_encoder_like_any_other(tiny_cohort, tmp_path):
     scripted(tmp_path / "means.pt", 1.0)
-    slides = pl.read_csv(tiny_cohort.parent / "slides.csv", infer_schema=False).head(1)
-    slides = slides.select("slide", "patient", path=f"{tiny_cohort.parent}/" + pl.col("path"))
-    slides.write_csv(tmp_path / "slides.csv")
     settings = load_cohort(tiny_cohort).settings
     network = {
         "patch": settings.patch,
@@ -245,20 +461,13 @@ def test_a_network_from_elsewhere_is_an_encoder_like_any_other(tiny_cohort, tmp_
         "preprocess": {"mean": [0.5] * 3, "std": [0.25] * 3, "resize": 32},
     }
     encoder = {"name": "means", "objective": "imported", "file": "means.pt", "network": network}
-    cohort = {
-        "name": "elsewhere",
-        "slides": {"table": "slides.csv"},
-        "encoders": [encoder],
-        "settings": {"patch": settings.patch, "mpp": settings.mpp},
-    }
-    (tmp_path / "cohort.yaml").write_text(yaml.safe_dump(cohort))
-    study = Study(tmp_path / "cohort.yaml", tmp_path)
+    study, slide = study_of_one_slide(tiny_cohort, tmp_path, encoder)
     assert study.refresh() == []
-    grid = open_grid(study.store.grid("means", slides["slide"][0]))
+    grid = open_grid(study.store.grid("means", slide))
     assert grid.shape[0] == 12
     assert grid.valid.any()
-    mlflow.set_tracking_uri(f"sqlite:///{study.store.mlflow / 'mlflow.db'}")
-    assert mlflow.MlflowClient().search_registered_models() == []
+    client = mlflow.MlflowClient(f"sqlite:///{study.store.mlflow / 'mlflow.db'}")
+    assert client.search_registered_models() == []
 
     def versions(asset: str) -> list[str]:
         events = study.instance.fetch_materializations(dg.AssetKey(asset), limit=100).records

@@ -30,6 +30,8 @@ from nic_core.encoders.objectives.mtl import Multitask, uncertainty_loss
 from nic_core.encoders.patch_tasks import PatchDataset
 from nic_core.encoders.pictures import augmentation_sheet
 from nic_core.encoders.scores import score_task
+from nic_core.metrics import classification_metrics, score
+from nic_core.reports import encoder_results
 
 from .conftest import REPOSITORY, make_dataset, texture, write_image
 
@@ -98,6 +100,10 @@ def test_multitask_training_learns_both_tasks(trained):
     scores = result.encoder.card.scores
     assert scores["stripes"].balanced_accuracy > 0.8
     assert scores["directions"].balanced_accuracy > 0.6
+    rows = encoder_results(result.encoder.card).filter(metric="balanced accuracy")
+    assert rows.select("low", "high").rows() == [s.interval for s in scores.values()]
+    assert (rows["low"] <= rows["value"]).all()
+    assert (rows["value"] <= rows["high"]).all()
     assert np.sum(scores["directions"].confusion) == scores["directions"].n == 36
 
 
@@ -444,6 +450,19 @@ def test_scores_agree_with_scikit_learn():
     assert scores.balanced_accuracy == pytest.approx(balanced_accuracy_score(labels, predicted))
     assert scores.auc == pytest.approx(roc_auc_score(labels, probabilities, multi_class="ovr"))
     assert scores.f1 == pytest.approx(f1_score(labels, predicted, average="macro"))
+
+
+def test_the_interval_is_that_of_the_bootstrap_over_patients():
+    rng = np.random.default_rng(0)
+    labels, patients = rng.integers(0, 3, 120), [f"p{i}" for i in rng.integers(0, 9, 120)]
+    probabilities = rng.dirichlet(np.ones(3), 120) + 0.4 * np.eye(3)[labels]
+    metric = {"accuracy": classification_metrics(labels, probabilities)["balanced_accuracy"]}
+    expected = score(metric, patients, resamples=1000, seed=0)["accuracy"]
+    found = score_task(labels, probabilities, patients)
+    assert found.balanced_accuracy == pytest.approx(expected.value)
+    assert found.interval == pytest.approx((expected.low, expected.high), abs=1e-9)
+    assert score_task(labels, probabilities, ["one"] * 120).interval is None
+    assert score_task(labels, probabilities).interval is None
 
 
 def test_scores_leave_out_classes_without_a_patch():

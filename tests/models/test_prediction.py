@@ -313,3 +313,52 @@ def test_the_training_digest_follows_labels_and_slides_and_nothing_else(study):
     assert digest() == digest(
         table.with_columns(pl.when(split="test").then(1 - pl.col("y")).otherwise("y").alias("y"))
     )
+
+
+class Heard:
+    """A tracker that remembers the curves."""
+
+    def __init__(self) -> None:
+        self.curves: list[tuple[int, dict[str, float]]] = []
+
+    def metrics(self, values, step):
+        self.curves.append((step, dict(values)))
+
+
+def test_a_model_that_its_tracker_has_not_taken_is_told_again_without_training(
+    study, tmp_path, monkeypatch
+):
+    cohort, _ = study
+    shutil.copytree(study[1].root, tmp_path / "store")
+    store, first, again = Store(tmp_path / "store"), Heard(), Heard()
+    for target in TARGETS:
+        made, card = steps.make_model(cohort, store, ENCODER, target, first)
+        with monkeypatch.context() as patch:
+            patch.setattr(steps, "cross_validate", lambda *_, **__: pytest.fail("trained again"))
+            read, same = steps.make_model(cohort, store, ENCODER, target, again)
+        assert same == card
+        assert read.predictions.equals(made.predictions)
+        assert read.history.equals(made.history)
+        assert read.metrics.equals(made.metrics.fill_nan(None))
+        assert read.best_epochs == made.best_epochs
+    assert again.curves == first.curves
+
+
+def test_a_model_is_trained_anew_once_it_is_tracked_or_its_inputs_differ(
+    study, tmp_path, monkeypatch
+):
+    cohort, _ = study
+    shutil.copytree(study[1].root, tmp_path / "store")
+    store, target = Store(tmp_path / "store"), TARGETS[0]
+    trained = []
+    cross_validate = steps.cross_validate
+    monkeypatch.setattr(
+        steps, "cross_validate", lambda *a, **k: trained.append(1) or cross_validate(*a, **k)
+    )
+    steps.make_model(cohort, store, ENCODER, target, Heard())
+    models = cohort.settings.models.model_copy(update={"seed": 1})
+    other = cohort.settings.model_copy(update={"models": models})
+    steps.make_model(cohort.model_copy(update={"settings": other}), store, ENCODER, target, Heard())
+    steps.model_tracked(store, ENCODER, target)
+    steps.make_model(cohort, store, ENCODER, target, Heard())
+    assert len(trained) == 3
