@@ -124,8 +124,10 @@ class StoredCodes:
                 start, size = map(int, index[tuple(within)])
                 if start != _ABSENT:
                     file.seek(start)
-                    decoded = codes.reshape(-1).view(np.uint8).data
-                    imagecodecs.blosc_decode(file.read(size), numthreads=1, out=decoded)
+                    room = codes.reshape(-1).view(np.uint8).data
+                    decoded = imagecodecs.blosc_decode(file.read(size), numthreads=1, out=room)
+                    if len(decoded) != codes.nbytes:
+                        raise ValueError(f"a chunk of {len(decoded)}, not {codes.nbytes} bytes")
         except FileNotFoundError:
             pass  # a shard of zeros alone is not written
         except (OSError, ValueError, OverflowError, imagecodecs.BloscError) as error:
