@@ -314,10 +314,10 @@ class Crops:
     def _apply(self, codes: NDArray[Any], out: NDArray[np.float32], room: _Room) -> None:
         """What :class:`Normalise` does, of codes (C, rows, columns) to features (k, rows,
         columns), and without torch's threads, which the network is using meanwhile."""
-        # as the network sees it, should a tissue cell have the code 0 (or -0)
-        occupied = (np.bitwise_or.reduce(codes.view(np.uint16)) & 0x7FFF) != 0
         cells = room.of(codes.shape)
         np.copyto(cells, codes)
+        # as the network sees it, should a tissue cell have the code 0 (or -0: but for the sign)
+        occupied = (np.bitwise_or.reduce(cells.view(np.uint32)) & 0x7FFFFFFF) != 0
         cells -= self._mean
         if self._weight.ndim == 1:
             cells *= self._weight[:, None, None]
