@@ -1,11 +1,13 @@
 """Training and cross-validation on planted grids: what is learned, and what must not be."""
 
+import io
 import math
 
 import numpy as np
 import polars as pl
 import pytest
 import torch
+from rich.console import Console
 from sksurv.datasets import load_whas500
 from sksurv.linear_model import CoxPHSurvivalAnalysis
 
@@ -37,7 +39,7 @@ from nic_core.models.validation import (
     cross_validate,
     prediction_array,
 )
-from nic_core.reports import COMPARISON_SCHEMA, compare_models
+from nic_core.reports import COMPARISON_SCHEMA, compare_models, comparisons_table
 
 from .conftest import ArrayGrid
 
@@ -205,6 +207,24 @@ def test_encoders_and_baselines_are_compared_in_pairs(few):
             for name in ("mean code", "tissue area")
         ),
     }
+
+
+def test_the_terminal_shows_each_pair_once_by_its_first_metric(few):
+    evaluated = evaluate(few, DEATH, QUICK).predictions
+    found = compare_models(DEATH, {"a": evaluated, "b": evaluated}, resamples=50, seed=0)
+    console = Console(width=150, record=True, file=io.StringIO())
+    undefined = dict.fromkeys(["difference", "low", "high", "p"])
+    other = (
+        found[:1]
+        .with_columns(target=pl.lit("other"))
+        .with_columns(pl.lit(value, pl.Float64).alias(name) for name, value in undefined.items())
+    )
+    console.print(comparisons_table(pl.concat([found, other])))
+    lines = [line for line in console.export_text().splitlines() if ": network" in line]
+    assert len(lines) == 5 + 1
+    texts = [" ".join(line.split()) for line in lines]
+    assert texts[0] == "death a: network b: network Harrell's C +0.000 +0.000 to +0.000 1 12"
+    assert texts[-1] == "other a: network b: network Harrell's C 12"
 
 
 def test_survival_risk_is_higher_for_those_who_die_earlier(planted):
