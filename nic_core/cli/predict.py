@@ -157,16 +157,16 @@ def _table(card: ModelCard, predictions: pl.DataFrame, times: Sequence[float]) -
             *(_value(row, column, len(card.networks)) for column in columns),
             *([escape(row[last] or "")] if last else []),
             *([_median(row)] if unit else []),
-            *(_value(row, f"survival_{time:g}", len(card.networks)) for time in times),
+            *(_value(row, f"survival_{time:g}", len(card.networks), ".2f") for time in times),
         )
     return table
 
 
-def _value(row: dict[str, Any], column: str, folds: int) -> str:
+def _value(row: dict[str, Any], column: str, folds: int, form: str = ".3g") -> str:
     if row[column] is None:
         return "none"
     each = [row[f"fold_{k}_{column}"] for k in range(folds)]
-    return escape(f"{row[column]:.3g} [{min(each):.3g}, {max(each):.3g}]")
+    return escape(f"{row[column]:{form}} [{min(each):{form}}, {max(each):{form}}]")
 
 
 def _median(row: dict[str, Any]) -> str:
@@ -181,6 +181,7 @@ def _legend(card: ModelCard) -> str:
     if card.target.kind == "survival":
         told += (
             "; a higher risk means an earlier event; high: above the training cohort's median "
-            f"risk of {card.median_risk:.3g}"
+            f"risk of {card.median_risk:.3g}; median survival: when the folds' mean probability to "
+            "be alive is one half"
         )
     return told
