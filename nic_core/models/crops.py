@@ -214,6 +214,7 @@ class Crops:
         self._normalise = normalise
         self._crop = crop
         self._room = cache_bytes
+        self._rooms = _Room(), _Room()
         self._whole: dict[tuple[str, int], list[_Block]] = {}
         self._reserving = Lock()
         self._open = lru_cache(maxsize=64)(grids)
@@ -245,15 +246,14 @@ class Crops:
         with what came with the views; large crops by a thread a core.
 
         The next ones are made while the caller works on these, in two arrays in turn: what is
-        given is good until the next is asked for.
+        given is good until the next is asked for. One such iterator at a time.
         """
-        rooms = _Room(), _Room()
         workers = 1 if self._crop <= SMALL_CROP else cores()
 
         def made() -> Iterator[tuple[_Item, NDArray[np.float32]]]:
             with ThreadPoolExecutor(workers, thread_name_prefix="crops") as pool:
                 for i, (item, views) in enumerate(batches):
-                    features = rooms[i % 2].of((len(views), *self.shape))
+                    features = self._rooms[i % 2].of((len(views), *self.shape))
                     each = map if workers == 1 else pool.map
                     list(each(self._put, views, features))
                     yield item, features
