@@ -216,6 +216,7 @@ class Crops:
         self._room = cache_bytes
         self._rooms = _Room(), _Room()
         self._whole: dict[tuple[str, int], list[_Block]] = {}
+        self._reserved: set[tuple[str, int]] = set()
         self._reserving = Lock()
         self._open = lru_cache(maxsize=64)(grids)
         self._centres = lru_cache(maxsize=64)(self._centre_table)
@@ -299,8 +300,9 @@ class Crops:
         tissue = [cells for cells in blocks if valid[cells].any()]
         size = 4 * self._normalise.channels * sum(valid[cells].size for cells in tissue)
         with self._reserving:
-            if size > self._room:
-                return None
+            if key in self._reserved or size > self._room:
+                return None  # another thread is at it, or there is no room
+            self._reserved.add(key)
             self._room -= size
         whole: list[_Block] = [(cells, None) for cells in blocks if not valid[cells].any()]
         room = _Room()

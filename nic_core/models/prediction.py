@@ -86,7 +86,7 @@ def check_times(model: ModelCard, times: Sequence[float]) -> None:
     Raises
     ------
     ValueError
-        The target is not survival, or a time is negative.
+        The target is not survival, or a time is negative or there twice.
     """
     if len(times) and model.target.kind != "survival":
         raise ValueError(
@@ -95,6 +95,8 @@ def check_times(model: ModelCard, times: Sequence[float]) -> None:
         )
     if wrong := [time for time in times if not time >= 0]:
         raise ValueError(f"time {wrong[0]:g}: give times from 0 on")
+    if len({f"{time:g}" for time in times}) < len(times):
+        raise ValueError("a time is given twice (six digits count); leave one out")
 
 
 def check_grid(model: ModelCard, grid: Grid) -> None:

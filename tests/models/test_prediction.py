@@ -171,6 +171,10 @@ def test_times_are_asked_of_survival_alone(study):
     done = predict("--model", f"survival/{ENCODER}", "--times", -1, slide, store=store)
     assert done.exit_code == 2
     assert "give times from 0 on" in done.output
+    twice = ["--times", 365, "--times", 365.0]
+    done = predict("--model", f"survival/{ENCODER}", *twice, slide, store=store)
+    assert done.exit_code == 2
+    assert "given twice" in done.output
 
 
 def test_the_class_is_the_most_probable_one(study):
