@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nic_core.grids import Grid, GridProvenance, open_grid, write_grid
-from nic_core.models.crops import Crops, all_moments, normalise_for, prefetch
+from nic_core.models.crops import Crops, all_moments, normalise_for
 from nic_core.models.networks import build_network
 from nic_core.models.training import training_batches
 
@@ -88,7 +88,7 @@ def main() -> None:
         crops = Crops(grids, normalise, arguments.side)
         random = np.random.default_rng(0)
         table = pl.DataFrame({"slides": [[slide] for slide in slides]})
-        for _ in prefetch(training_batches(table, crops, arguments.batch, random)):
+        for _ in training_batches(table, crops, arguments.batch, random):
             pass
         memory[f"crops of {len(slides)} slides"] = peak()
 
@@ -102,7 +102,7 @@ def main() -> None:
 
         # slides beyond the cache: each crop is read from its store
         few = table[-arguments.batch * arguments.batches :]
-        held = next(training_batches(few, crops, arguments.batch, random))[1]
+        held = next(training_batches(few, crops, arguments.batch, random))[1].copy()
         step(held)
         alone = loading = together = 0.0
         for _ in range(2):  # turn about, as the machine's speed drifts
@@ -111,7 +111,7 @@ def main() -> None:
                 step(held)
             alone += time.perf_counter() - start
             start = time.perf_counter()
-            for _, features in prefetch(training_batches(few, crops, arguments.batch, random)):
+            for _, features in training_batches(few, crops, arguments.batch, random):
                 step(features)
             together += time.perf_counter() - start
             start = time.perf_counter()

@@ -27,8 +27,8 @@ from nic_assets.executors import set_gpu_slots
 from nic_assets.inputs import LOOKS_TAG
 from nic_assets.staleness import Partition, due
 from nic_core.cohort import CohortError
-from nic_core.reports import results_table
-from nic_core.steps import RESULTS
+from nic_core.reports import comparisons_table, results_table
+from nic_core.steps import COMPARISONS, RESULTS
 from nic_core.store import Store
 
 
@@ -126,7 +126,7 @@ def _reason(failure: StepFailureData) -> str:
 
 
 def main() -> int:
-    """Refresh the cohort and store that the environment names; print the report's table."""
+    """Refresh the cohort and store that the environment names; print the report's tables."""
     console = Console(stderr=True)
     for name, value in dotenv_values(".env").items():
         os.environ.setdefault(name, value or "")
@@ -139,9 +139,10 @@ def main() -> int:
     with dg.DagsterInstance.get() as instance:
         set_gpu_slots(instance)
         problems = refresh(defs, instance, console)
-    table = Store.from_environment().reports / RESULTS
-    if table.exists():
-        Console(width=max(120, console.width)).print(results_table(pl.read_parquet(table)))
+    reports = Store.from_environment().reports
+    for name, table in ((RESULTS, results_table), (COMPARISONS, comparisons_table)):
+        if (reports / name).exists() and (rows := pl.read_parquet(reports / name)).height:
+            Console(width=max(120, console.width)).print(table(rows))
     for problem in problems:
         console.print(f"[red]{problem}[/red]")
     return 1 if problems else 0

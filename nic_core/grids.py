@@ -42,6 +42,7 @@ from pydantic import (
 )
 from zarr.abc.buffer import Buffer
 
+from nic_core.chunks import StoredCodes
 from nic_core.orientations import ORIENTATIONS, orient
 from nic_core.store import whole_folder
 
@@ -144,7 +145,7 @@ class Grid:
     Attributes
     ----------
     codes : float16 (C, rows, columns)
-        A numpy array, or a zarr array that reads only what is indexed. 0 where not valid.
+        A numpy array, or a stored one that reads only what is indexed. 0 where not valid.
     valid : bool (rows, columns)
         Cells with a code.
     provenance : GridProvenance
@@ -189,8 +190,9 @@ class Grid:
 
 @dataclass(frozen=True)
 class _StoredOrientations:
-    upright: Codes
-    others: Codes  # (7, C, rows, columns)
+    upright: StoredCodes
+    others: zarr.Array[Any]  # (7, C, rows, columns)
+    folder: Path  # of the others
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -199,26 +201,7 @@ class _StoredOrientations:
     def __getitem__(self, k: int) -> Codes:
         if not 0 <= k < ORIENTATIONS:
             raise IndexError(f"orientation {k}: there are 0 to {ORIENTATIONS - 1}")
-        return _OneOf(self.others, k - 1) if k else self.upright
-
-
-@dataclass(frozen=True)
-class _OneOf:
-    """Entry ``at`` of an array's first axis, read where it is indexed."""
-
-    array: Codes
-    at: int
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.array.shape[1:]
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        return self.array.dtype
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.array[(self.at, *(index if isinstance(index, tuple) else (index,)))]
+        return StoredCodes(self.others, self.folder, (k - 1,)) if k else self.upright
 
 
 def write_grid(path: Path, grid: Grid) -> None:
@@ -279,8 +262,9 @@ def _create(
     dtype: str = "float16",
 ) -> zarr.Array[Any]:
     """An array (..., rows, columns) in chunks and shards of cells; ``whole`` is what each holds
-    along the axes before."""
+    along the axes before. An array of cells alone is small, and a shard of it is one chunk."""
     chunk, shard = zip(*(_blocks(length) for length in shape[-2:]), strict=True)
+    chunk = chunk if whole else shard
     return group.create_array(
         name,
         shape=shape,
@@ -317,13 +301,14 @@ def open_grid(path: Path) -> Grid:
         raise GridError(
             f"{path}: codes {codes.dtype} {codes.shape} do not fit the mask {mask.shape}"
         )
+    upright = StoredCodes(codes, path / CODES)
     if turned is None:
-        return Grid(codes, mask, provenance)
+        return Grid(upright, mask, provenance)
     if not isinstance(turned, zarr.Array) or turned.shape != (ORIENTATIONS - 1, *codes.shape):
         raise GridError(
             f"{path}: orientations do not fit codes {codes.shape}; compress the slide again"
         )
-    return Grid(codes, mask, provenance, _StoredOrientations(codes, turned))
+    return Grid(upright, mask, provenance, _StoredOrientations(upright, turned, path / TURNED))
 
 
 def grid_hash(grid: Grid | Path) -> str:

@@ -103,6 +103,38 @@ def results_markdown(results: pl.DataFrame) -> str:
     return "\n".join(lines)
 
 
+def comparisons_table(comparisons: pl.DataFrame) -> Table:
+    """How cross-validated networks differ (:data:`COMPARISON_SCHEMA`), for the terminal.
+
+    Each target's first metric; the others, and the split ``test``, are in the table itself.
+    """
+    shown = comparisons.filter(part=CROSS_VALIDATED).unique(
+        ["target", "first", "second"], keep="first", maintain_order=True
+    )
+    table = Table(
+        title="Differences, cross-validated; p not corrected for their number",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
+    for column in ("target", "model", "against", "metric"):
+        table.add_column(column, no_wrap=True)
+    for column in ("difference", "95 % interval", "p", "n"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for target in shown.partition_by("target", maintain_order=True):
+        for row in target.iter_rows(named=True):
+            defined = row["p"] is not None
+            table.add_row(
+                *(row[name] for name in ("target", "first", "second", "metric")),
+                "" if row["difference"] is None else f"{row['difference']:+.3f}",
+                f"{row['low']:+.3f} to {row['high']:+.3f}" if defined else "",
+                f"{row['p']:.2g}" if defined else "",
+                str(row["n"]),
+            )
+        table.add_section()
+    return table
+
+
 def encoder_results(card: EncoderCard) -> pl.DataFrame:
     """How an encoder's heads do on their tasks' test patients (:data:`RESULT_SCHEMA`)."""
     rows = [

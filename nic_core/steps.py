@@ -652,10 +652,10 @@ def map_slide(cohort: Cohort, store: Store, name: str, slide: str) -> tuple[pl.D
 
 
 def score_map(cohort: Cohort, store: Store, name: str) -> pl.DataFrame:
-    """Score a map on every slide with a truth image; see :func:`nic_core.maps.score_maps`.
+    """Score a map on every slide with a truth image; writes and returns the scores.
 
-    Adds ``patient``, and ``seen``: whether the encoder trained on patches of that patient, so that
-    the figure says little about others.
+    They are those of :func:`nic_core.maps.score_maps` with ``patient``, and ``seen``: whether the
+    encoder trained on patches of that patient, so that the figure says little about others.
     """
     index = read_index(store)
     found = [store.map(name, slide) / CELLS for slide in index["slide"]]
@@ -663,7 +663,10 @@ def score_map(cohort: Cohort, store: Store, name: str) -> pl.DataFrame:
     patches = load_patch_task(store.patch_task(cohort.probability_map(name).task)).table
     trained_on = patches.filter(pl.col("split") != "test")["group"].unique()
     about = index.select("slide", "patient", seen=pl.col("patient").is_in(trained_on.implode()))
-    return scores.join(about, on="slide", maintain_order="left")
+    scores = scores.join(about, on="slide", maintain_order="left")
+    with whole_file(store.map_scores(name)) as path:
+        scores.write_parquet(path)
+    return scores
 
 
 # --- report ----------------------------------------------------------------------------------
@@ -685,8 +688,9 @@ def write_report(cohort: Cohort, store: Store) -> Report:
         if store.probe(encoder.name).exists():
             parts.append(probe_results(encoder.name, pl.read_parquet(store.probe(encoder.name))))
     for item in cohort.maps:
-        scores = score_map(cohort, store, item.name)
-        parts.append(map_results(item, scores, resamples=settings.bootstrap))
+        if store.map_scores(item.name).exists():
+            scores = pl.read_parquet(store.map_scores(item.name))
+            parts.append(map_results(item, scores, resamples=settings.bootstrap))
     results = pl.concat(parts)
     comparisons = pl.concat(
         [

@@ -10,6 +10,7 @@
       probes/<encoder>.parquet  scores of its codes on every patch task
       grids/<encoder>/<slide>.zarr
       maps/<map>/<slide>/       cells.parquet, overlay.jpg
+      maps/<map>.parquet        scores of the map by slide
       models/<target>/folds.parquet
       models/<target>/<encoder>/  fold-*.safetensors, card.json, predictions.parquet
       explanations/<target>/<encoder>/  scores.parquet, <slide>/: heat.tif, heat.zarr, ...
@@ -79,6 +80,10 @@ class Store:
 
     def map(self, name: str, slide: str) -> Path:
         return self.root / "maps" / name / slide
+
+    def map_scores(self, name: str) -> Path:
+        """Scores of a map on the slides with a truth image."""
+        return self.root / "maps" / f"{name}.parquet"
 
     def folds(self, target: str) -> Path:
         return self.root / "models" / target / "folds.parquet"

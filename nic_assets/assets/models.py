@@ -70,7 +70,7 @@ def model_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         kinds={"pytorch", "mlflow"},
         pool=GPU_POOL,
         op_tags=GPU_TAGS,
-        code_version=code_version(2, settings),
+        code_version=code_version(3, settings),
         check_specs=[
             dg.AssetCheckSpec("above_permutation_control", asset="task_model"),
             dg.AssetCheckSpec(

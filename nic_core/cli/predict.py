@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -33,6 +34,10 @@ def predict(
     patients: Annotated[
         Path | None, typer.Option(help="CSV with the columns slide and patient")
     ] = None,
+    times: Annotated[
+        list[float] | None,
+        typer.Option(help="of survival: probability to be alive then, in the target's unit"),
+    ] = None,
     heatmaps: Annotated[
         bool, typer.Option("--explain", help="write heatmaps too, into the folder --out")
     ] = False,
@@ -50,6 +55,7 @@ def predict(
     from nic_core.models.prediction import (
         PatientsError,
         check_encoder,
+        check_times,
         predict_slides,
         read_patients,
         write_predictions,
@@ -63,6 +69,7 @@ def predict(
     try:
         resolve_device(device)
         check_encoder(card, network.card)
+        check_times(card, times or ())
         named = name_slides(slides)
         of_slide = read_patients(patients) if patients is not None else None
     except ValueError as error:
@@ -77,13 +84,14 @@ def predict(
             named,
             out,
             patients=of_slide,
+            times=times or (),
             mpp=mpp,
             device=device,
             heatmaps=heatmaps,
             progress=show,
             tell=tell,
         )
-    console.print(_table(card, predicted.predictions))
+    console.print(_table(card, predicted.predictions, times or ()))
     console.print(_legend(card), soft_wrap=True, markup=False)
     if predicted.predictions["seen"].any():
         console.print(
@@ -123,18 +131,21 @@ def _model(name: str) -> SlideModel:
         raise typer.BadParameter(str(error), param_hint="--model") from error
 
 
-def _table(card: ModelCard, predictions: pl.DataFrame) -> Table:
+def _table(card: ModelCard, predictions: pl.DataFrame, times: Sequence[float]) -> Table:
     """A row a unit: the ensemble, in brackets the lowest and the highest fold, the conclusion."""
     from nic_core.models.validation import prediction_columns
 
     columns = prediction_columns(card.target)
     last = {"classification": "class", "survival": "risk_group"}.get(card.target.kind)
+    unit = card.target.unit if card.target.kind == "survival" else ""
     by_patient = card.target.level == "patient"
     about = ["patient", "slides"] if by_patient else ["slide", "patient"]
     table = Table(
         *about,
         *(escape(name.replace("_", " ")) for name in columns),
         *([last.replace("_", " ")] if last else []),
+        *([f"median survival ({unit})"] if unit else []),
+        *(f"alive after {time:g} {unit}" for time in times),
         title=f"{card.target.name} ({card.target.kind}), encoder {card.encoder}",
     )
     for row in predictions.rows(named=True):
@@ -145,15 +156,24 @@ def _table(card: ModelCard, predictions: pl.DataFrame) -> Table:
             escape(other),
             *(_value(row, column, len(card.networks)) for column in columns),
             *([escape(row[last] or "")] if last else []),
+            *([_median(row)] if unit else []),
+            *(_value(row, f"survival_{time:g}", len(card.networks), ".2f") for time in times),
         )
     return table
 
 
-def _value(row: dict[str, Any], column: str, folds: int) -> str:
+def _value(row: dict[str, Any], column: str, folds: int, form: str = ".3g") -> str:
     if row[column] is None:
         return "none"
     each = [row[f"fold_{k}_{column}"] for k in range(folds)]
-    return escape(f"{row[column]:.3g} [{min(each):.3g}, {max(each):.3g}]")
+    return escape(f"{row[column]:{form}} [{min(each):{form}}, {max(each):{form}}]")
+
+
+def _median(row: dict[str, Any]) -> str:
+    if row["risk"] is None:
+        return "none"
+    median = row["median_survival"]
+    return "not reached" if median is None else f"{median:.3g}"
 
 
 def _legend(card: ModelCard) -> str:
@@ -161,6 +181,7 @@ def _legend(card: ModelCard) -> str:
     if card.target.kind == "survival":
         told += (
             "; a higher risk means an earlier event; high: above the training cohort's median "
-            f"risk of {card.median_risk:.3g}"
+            f"risk of {card.median_risk:.3g}; median survival: when the folds' mean probability to "
+            "be alive is one half"
         )
     return told

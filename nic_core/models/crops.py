@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from threading import Lock
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -15,11 +17,14 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor
 
+from nic_core.chunks import StoredCodes, Window
 from nic_core.cohort import NetworkName
 from nic_core.models.networks import Normalise, component_count, occupied
 from nic_core.orientations import ORIENTATIONS, undo
+from nic_core.slides.blocks import cores
 
 CACHE_BYTES = 1 << 30
+SMALL_CROP = 100  # cells a side up to which one thread is as fast as several
 _BLOCK = 1 << 14  # cells whose moments are summed at once
 
 _Item = TypeVar("_Item")
@@ -45,6 +50,8 @@ class GridLike(Protocol):
 
 
 GridSource = Callable[[str], GridLike]  # slide id -> its grid
+View = tuple[str, tuple[int, int], int]  # slide, centre, orientation
+_Block = tuple[Window, NDArray[np.float32] | None]  # cells, their features; None: not held or 0
 
 
 @dataclass(frozen=True)
@@ -134,9 +141,7 @@ def centre_weights(valid: NDArray[np.bool_]) -> NDArray[np.float64]:
     return weights
 
 
-def windows(
-    shape: tuple[int, ...], centre: tuple[int, int], crop: int
-) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
+def windows(shape: tuple[int, ...], centre: tuple[int, int], crop: int) -> tuple[Window, Window]:
     """Where a crop lies in a grid (rows, columns), and where the grid lies in the crop.
 
     The crop covers ``crop`` cells a side from ``centre - crop // 2``.
@@ -150,15 +155,52 @@ def windows(
     return (inner[0], inner[1]), (outer[0], outer[1])
 
 
+def overlap(cells: Window, window: Window) -> tuple[Window, Window]:
+    """Where two windows of a grid meet, counted in the first and in the second."""
+    within, there = [], []
+    for one, other in zip(cells, window, strict=True):
+        low = max(one.start, other.start)
+        high = max(low, min(one.stop, other.stop))
+        within.append(slice(low - one.start, high - one.start))
+        there.append(slice(low - other.start, high - other.start))
+    return (within[0], within[1]), (there[0], there[1])
+
+
+def _blocks(codes: Any, window: Window) -> Iterable[Window]:
+    """What is read together of a window: the chunks of a store, else all of it."""
+    return codes.blocks(window) if isinstance(codes, StoredCodes) else [window]
+
+
+def _read(codes: Any, cells: Window) -> NDArray[Any]:
+    """One of the :func:`_blocks`."""
+    if isinstance(codes, StoredCodes):
+        return codes.block(cells)
+    return np.asarray(codes[:, cells[0], cells[1]])
+
+
+class _Room:
+    """Memory for one block after another: new memory costs more than what is done in it."""
+
+    def __init__(self) -> None:
+        self._held = np.empty(0, np.float32)
+
+    def of(self, shape: tuple[int, ...]) -> NDArray[np.float32]:
+        size = math.prod(shape)
+        if size > len(self._held):
+            self._held = np.empty(size, np.float32)
+        return self._held[:size].reshape(shape)
+
+
 class Crops:
     """Crops of normalised features, float32 (k, crop, crop) with 0 for background.
 
-    Features of whole slides are kept until they fill ``cache_bytes``; of the other slides each
-    crop reads its window alone, so memory is bounded whatever the cohort.
+    Blocks of features of whole slides are kept until they fill ``cache_bytes``; of the other
+    slides each crop reads the blocks with tissue in its window, one after another, so memory is
+    bounded whatever the cohort.
 
     Orientation ``k`` of a crop has the codes of the turned pixels where the grid holds them
     (B); of other grids the upright codes are turned, which is cheaper and not the same: a turned
-    patch has another code. Safe to use from one thread at a time.
+    patch has another code.
     """
 
     def __init__(
@@ -172,82 +214,120 @@ class Crops:
         self._normalise = normalise
         self._crop = crop
         self._room = cache_bytes
-        self._whole: dict[tuple[str, int], NDArray[np.float32]] = {}
+        self._rooms = _Room(), _Room()
+        self._whole: dict[tuple[str, int], list[_Block]] = {}
+        self._reserved: set[tuple[str, int]] = set()
+        self._reserving = Lock()
         self._open = lru_cache(maxsize=64)(grids)
         self._centres = lru_cache(maxsize=64)(self._centre_table)
-        self._mean = normalise.mean.numpy()[:, None]
+        self._mean = normalise.mean.numpy()[:, None, None]
         self._weight = normalise.weight.numpy()
 
     @property
-    def bytes(self) -> int:
-        """Size of one crop."""
-        return 4 * self._normalise.channels * self._crop**2
+    def shape(self) -> tuple[int, int, int]:
+        """Of one crop: (k, crop, crop)."""
+        return self._normalise.channels, self._crop, self._crop
 
-    def empty(self, count: int) -> NDArray[np.float32]:
-        """Room for so many crops, (count, k, crop, crop): all background."""
-        return np.zeros((count, self._normalise.channels, self._crop, self._crop), np.float32)
-
-    def draw(self, slide: str, random: np.random.Generator, out: NDArray[np.float32]) -> None:
-        """A crop about a random centre in a random orientation, put into ``out``.
+    def draw(self, slide: str, random: np.random.Generator) -> View:
+        """A random centre in a random orientation.
 
         A grid that fits into the crop along an axis is shifted in it but never cut.
         """
-        self.at(slide, self._centre(slide, random), int(random.integers(ORIENTATIONS)), out)
+        return slide, self._centre(slide, random), int(random.integers(ORIENTATIONS))
 
     def fixed(self, slide: str, count: int, seed: int) -> list[tuple[int, int]]:
         """Centres that depend on the slide's id and the seed alone."""
         random = np.random.default_rng([seed, zlib.crc32(slide.encode())])
         return [self._centre(slide, random) for _ in range(count)]
 
-    def at(
-        self,
-        slide: str,
-        centre: tuple[int, int],
-        orientation: int,
-        out: NDArray[np.float32] | None = None,
-    ) -> NDArray[np.float32]:
-        """The crop about a cell (row, column) of the upright grid, turned.
+    def ahead(
+        self, batches: Iterable[tuple[_Item, Sequence[View]]]
+    ) -> Iterator[tuple[_Item, NDArray[np.float32]]]:
+        """The crops of several views after those of several others, (views, k, crop, crop), each
+        with what came with the views; large crops by a thread a core.
 
-        Put into ``out`` (k, crop, crop), all 0, if it is given: large crops are written once.
+        The next ones are made while the caller works on these, in two arrays in turn: what is
+        given is good until the next is asked for. One such iterator at a time.
         """
+        workers = 1 if self._crop <= SMALL_CROP else cores()
+
+        def made() -> Iterator[tuple[_Item, NDArray[np.float32]]]:
+            with ThreadPoolExecutor(workers, thread_name_prefix="crops") as pool:
+                for i, (item, views) in enumerate(batches):
+                    features = self._rooms[i % 2].of((len(views), *self.shape))
+                    each = map if workers == 1 else pool.map
+                    list(each(self._put, views, features))
+                    yield item, features
+
+        return prefetch(made())
+
+    def at(self, slide: str, centre: tuple[int, int], orientation: int) -> NDArray[np.float32]:
+        """The crop about a cell (row, column) of the upright grid, turned."""
+        out = np.empty(self.shape, np.float32)
+        self._put((slide, centre, orientation), out)
+        return out
+
+    def _put(self, view: View, out: NDArray[np.float32]) -> None:
+        """Write a crop, all of it, into ``out`` (k, crop, crop)."""
+        slide, centre, orientation = view
         grid = self._open(slide)
         valid = np.asarray(grid.valid)
         inner, place = windows(valid.shape, centre, self._crop)
-        cells = self._features(
-            slide, grid, orientation if grid.orientations is not None else 0, inner
-        )
-        out = self.empty(1)[0] if out is None else out
-        undo(out, orientation)[:, place[0], place[1]][:, valid[inner]] = cells
-        return out
+        stored = orientation if grid.orientations is not None else 0
+        shown = undo(out, orientation)[:, place[0], place[1]]
+        if shown.shape != out.shape:
+            out.fill(0)
+        codes, room = grid.oriented(stored), _Room()
+        kept = self._kept(slide, stored, grid)
+        for cells, features in kept or [(cells, None) for cells in _blocks(codes, inner)]:
+            here, there = overlap(cells, inner)
+            part = shown[:, there[0], there[1]]
+            if features is not None:
+                np.copyto(part, features[:, here[0], here[1]])
+            elif valid[cells].any():
+                self._apply(_read(codes, cells)[:, here[0], here[1]], part, room)
+            else:
+                part.fill(0)
 
-    def _features(
-        self, slide: str, grid: GridLike, stored: int, inner: tuple[slice, slice]
-    ) -> NDArray[np.float32]:
-        """Features (k, cells) of the tissue cells in a window, of a stored orientation."""
-        valid = np.asarray(grid.valid)
+    def _kept(self, slide: str, stored: int, grid: GridLike) -> list[_Block] | None:
+        """A whole slide, of a stored orientation, if there is room for its features."""
         key = slide, stored
-        if key not in self._whole:
-            size = 4 * self._normalise.channels * int(valid.sum())
-            if size > self._room:
-                codes = np.asarray(grid.oriented(stored)[:, inner[0], inner[1]])
-                return self._apply(codes[:, valid[inner]])
+        if key in self._whole:
+            return self._whole[key]
+        codes, valid = grid.oriented(stored), np.asarray(grid.valid)
+        rows, columns = valid.shape
+        blocks = list(_blocks(codes, (slice(0, rows), slice(0, columns))))
+        tissue = [cells for cells in blocks if valid[cells].any()]
+        size = 4 * self._normalise.channels * sum(valid[cells].size for cells in tissue)
+        with self._reserving:
+            if key in self._reserved or size > self._room:
+                return None  # another thread is at it, or there is no room
+            self._reserved.add(key)
             self._room -= size
-            self._whole[key] = self._apply(np.asarray(grid.oriented(stored)[:])[:, valid])
-        number = valid.cumsum().reshape(valid.shape) - 1
-        return self._whole[key][:, number[inner][valid[inner]]]
+        whole: list[_Block] = [(cells, None) for cells in blocks if not valid[cells].any()]
+        room = _Room()
+        for cells in tissue:
+            features = np.empty((self._normalise.channels, *valid[cells].shape), np.float32)
+            self._apply(_read(codes, cells), features, room)
+            whole.append((cells, features))
+        self._whole[key] = whole
+        return whole
 
-    def _apply(self, codes: NDArray[Any]) -> NDArray[np.float32]:
-        """What :class:`Normalise` does, of cells (C, n) and without torch's threads, which the
-        network is using meanwhile."""
-        cells = codes.astype(np.float32)
-        occupied = cells.any(0)  # as the network sees it, should a tissue cell have the code 0
+    def _apply(self, codes: NDArray[Any], out: NDArray[np.float32], room: _Room) -> None:
+        """What :class:`Normalise` does, of codes (C, rows, columns) to features (k, rows,
+        columns), and without torch's threads, which the network is using meanwhile."""
+        cells = room.of(codes.shape)
+        np.copyto(cells, codes)
+        # as the network sees it, should a tissue cell have the code 0 (or -0: but for the sign)
+        occupied = (np.bitwise_or.reduce(cells.view(np.uint32)) & 0x7FFFFFFF) != 0
         cells -= self._mean
         if self._weight.ndim == 1:
-            cells *= self._weight[:, None]
+            cells *= self._weight[:, None, None]
         else:
-            cells = self._weight @ cells
-        cells *= occupied
-        return cells
+            cells = (self._weight @ cells.reshape(len(codes), -1)).reshape(out.shape)
+        if not occupied.all():
+            cells *= occupied.astype(np.float32)
+        np.copyto(out, cells)  # faster, where it is turned, than to compute into it
 
     def _centre_table(self, slide: str) -> tuple[NDArray[np.float64], int]:
         weights = centre_weights(np.asarray(self._open(slide).valid))

@@ -81,7 +81,7 @@ def explain(
         for centre in _centres(valid, crop):
             inner, outer = windows(valid.shape, centre, crop)
             for k in range(ORIENTATIONS):
-                features = torch.from_numpy(crops.at("", centre, k).copy())[None]
+                features = torch.from_numpy(crops.at("", centre, k))[None]
                 heat, covered = _heat(model, features, output)
                 total[inner] += undo(np.where(covered, heat, 0), k)[outer]
                 count[inner] += undo(covered, k)[outer]

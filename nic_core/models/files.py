@@ -37,6 +37,7 @@ from nic_core.models.networks import (
     build_network,
     component_count,
 )
+from nic_core.models.survival import BaselineHazard
 from nic_core.models.training import output_count
 from nic_core.models.validation import NETWORK, Evaluated
 
@@ -109,11 +110,13 @@ class ModelCard(BaseModel):
         Of survival alone: the median over the training cohort of the risk that each unit had
         when it was held out [choice]. A higher risk means an earlier event, so a unit above it is
         of the high risk group.
+    baselines
+        Of survival alone: the baseline hazard of each fold's training units.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    format: Literal[2] = 2
+    format: Literal[3] = 3
     target: Target
     encoder: str
     weights_hash: str
@@ -126,13 +129,16 @@ class ModelCard(BaseModel):
     networks: tuple[str, ...] = Field(min_length=1)
     best_epochs: tuple[int, ...]
     median_risk: float | None
+    baselines: tuple[BaselineHazard, ...]
     metrics: tuple[ModelMetric, ...]
     software: dict[str, str]
 
     @model_validator(mode="after")
-    def _survival_has_a_median_risk(self) -> Self:
+    def _survival_has_what_it_needs(self) -> Self:
         if (self.target.kind == "survival") != (self.median_risk is not None):
             raise ValueError("median_risk: survival has one, other targets have none")
+        if len(self.baselines) != (len(self.networks) if self.target.kind == "survival" else 0):
+            raise ValueError("baselines: survival has one a network, other targets have none")
         return self
 
 
@@ -216,6 +222,7 @@ def save_model(
         median_risk=(
             float(np.median(held_out["risk"])) if evaluated.target.kind == "survival" else None
         ),
+        baselines=evaluated.baselines,
         metrics=tuple(ModelMetric(**row) for row in rows),
         software={"nic": nic_version(), "torch": torch.__version__},
     )

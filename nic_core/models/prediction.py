@@ -9,7 +9,7 @@ grid is larger than the crop, the places depend on the slide's id: a renamed fil
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from nic_core.heatmaps import write_heatmap
 from nic_core.models.crops import Crops
 from nic_core.models.explanation import explain
 from nic_core.models.files import ModelCard, SlideModel
+from nic_core.models.survival import median_survival
 from nic_core.models.training import fitting_threads, predict_units
 from nic_core.models.validation import prediction_columns
 from nic_core.slides import SlideError, open_slide
@@ -79,6 +80,25 @@ def check_encoder(model: ModelCard, encoder: Card) -> None:
     )
 
 
+def check_times(model: ModelCard, times: Sequence[float]) -> None:
+    """Refuse times of which the model has nothing to say.
+
+    Raises
+    ------
+    ValueError
+        The target is not survival, or a time is negative or there twice.
+    """
+    if len(times) and model.target.kind != "survival":
+        raise ValueError(
+            f"target '{model.target.name}' ({model.target.kind}) has no survival at a time; "
+            "leave the times out"
+        )
+    if wrong := [time for time in times if not time >= 0]:
+        raise ValueError(f"time {wrong[0]:g}: give times from 0 on")
+    if len({f"{time:g}" for time in times}) < len(times):
+        raise ValueError("a time is given twice (six digits count); leave one out")
+
+
 def check_grid(model: ModelCard, grid: Grid) -> None:
     """Refuse a grid that was not made as the model's were.
 
@@ -103,7 +123,11 @@ def check_grid(model: ModelCard, grid: Grid) -> None:
 
 
 def predict_grids(
-    model: SlideModel, units: pl.DataFrame, grids: Callable[[str], Grid]
+    model: SlideModel,
+    units: pl.DataFrame,
+    grids: Callable[[str], Grid],
+    *,
+    times: Sequence[float] = (),
 ) -> pl.DataFrame:
     """Predict units from their slides' grids.
 
@@ -113,6 +137,8 @@ def predict_grids(
         ``unit``, ``patient`` and ``slides`` (list of at least one id).
     grids
         Gives the grid of a slide.
+    times
+        Of survival: when to give the probability to be alive, in the target's unit.
 
     Returns
     -------
@@ -122,16 +148,20 @@ def predict_grids(
         :func:`nic_core.models.validation.prediction_columns` for the ensemble, then for each
         fold with the prefix ``fold_<k>_``. After the ensemble's, of classification ``class``
         (the most probable one), of survival ``risk_group``: ``high`` above the training cohort's
-        median risk, else ``low``.
+        median risk, else ``low``; ``median_survival``, the time at which the mean of the folds'
+        survival functions falls to one half (null where it does not before the last event in
+        training); and ``survival_<time>`` for each of ``times``, the mean of the folds', which
+        ``fold_<k>_survival_<time>`` are.
 
     Raises
     ------
     ModelMismatchError
         A grid does not fit the model.
     ValueError
-        A grid has no tissue.
+        A grid has no tissue, or the target has no survival at ``times``.
     """
     card = model.card
+    check_times(card, times)
     trained_on, seen = set(card.training.slides), []
     for slides in units["slides"]:
         opened = [grids(slide) for slide in slides]
@@ -158,11 +188,19 @@ def predict_grids(
                 ]
             )
     ensemble = folds.mean(0)
+    later = [f"survival_{time:g}" for time in times]
+    alive = [
+        baseline.survival(risk[:, 0], np.asarray(times, np.float64))
+        for baseline, risk in zip(card.baselines, folds, strict=bool(card.baselines))
+    ]
     return units.select("unit", "patient", "slides").with_columns(
         pl.Series("seen", seen, pl.Boolean),
         *_named(columns, ensemble),
         *_conclusion(card, ensemble),
+        *_median(card, folds),
+        *_named(later, np.mean(alive, axis=0) if alive else ensemble),
         *(s for k, fold in enumerate(folds) for s in _named(columns, fold, f"fold_{k}_")),
+        *(s for k, fold in enumerate(alive) for s in _named(later, fold, f"fold_{k}_")),
     )
 
 
@@ -173,6 +211,7 @@ def predict_slides(
     out: Path | None = None,
     *,
     patients: Mapping[str, str] | None = None,
+    times: Sequence[float] = (),
     mpp: float | None = None,
     device: str = "auto",
     heatmaps: bool = False,
@@ -194,6 +233,8 @@ def predict_slides(
     patients
         Slide id to patient. None: of a model at patient level each slide counts as a patient of
         its own.
+    times
+        As in :func:`predict_grids`.
     mpp
         um/px at level 0 of all slides; overrides the files'.
     device
@@ -210,12 +251,13 @@ def predict_slides(
     PatientsError
         ``patients`` lacks a slide.
     ValueError
-        Heatmaps have no place.
+        Heatmaps have no place, or the target has no survival at ``times``.
     StoreError
         ``out`` cannot be written.
     """
     card = model.card
     check_encoder(card, encoder.card)
+    check_times(card, times)
     if heatmaps and out is None:
         raise ValueError("heatmaps are files: give a folder for them")
     wanted = _units(card, slides, patients)
@@ -258,7 +300,8 @@ def predict_slides(
             pl.col("slides").list.eval(pl.element().filter(good)),
             pl.col("slides").list.eval(pl.element().filter(~good)).alias("failed"),
         )
-        found = predict_grids(model, parted.filter(pl.col("slides").list.len() > 0), grid)
+        usable = parted.filter(pl.col("slides").list.len() > 0)
+        found = predict_grids(model, usable, grid, times=times)
     predictions = parted.join(
         found.drop("patient", "slides"), on="unit", how="left", maintain_order="left"
     )
@@ -339,6 +382,14 @@ def _conclusion(card: ModelCard, ensemble: NDArray[np.float64]) -> list[pl.Serie
         groups = ["high" if risk > card.median_risk else "low" for risk in ensemble[:, 0]]
         return [pl.Series("risk_group", groups, pl.String)]
     return []
+
+
+def _median(card: ModelCard, folds: NDArray[np.float64]) -> list[pl.Series]:
+    """Of predictions (folds, units, outputs)."""
+    if card.target.kind != "survival":
+        return []
+    median = median_survival(card.baselines, folds[..., 0])
+    return [pl.Series("median_survival", median, pl.Float64).fill_nan(None)]
 
 
 def _named(columns: list[str], values: NDArray[np.float64], prefix: str = "") -> list[pl.Series]:

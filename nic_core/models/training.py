@@ -25,12 +25,13 @@ from nic_core.metrics import (
     survival_metrics,
 )
 from nic_core.models.crops import (
+    SMALL_CROP,
     Crops,
     GridMoments,
     GridSource,
+    View,
     disturb,
     normalise_for,
-    prefetch,
 )
 from nic_core.models.losses import cox_loss
 from nic_core.models.networks import FoldModel, build_network, check_crop
@@ -42,12 +43,9 @@ if TYPE_CHECKING:
 L2 = 1e-5  # B: penalty L2 * sum of squares of kernels
 LOWEST_RATE = 1e-5  # B
 WARM_UP = 0.3  # part of the epochs in which a rate that is not B's rises [choice]
-SMALL_CROP = 100  # cells a side up to which one thread is as fast as several
 PATIENCE = 10  # epochs without a better validation metric before the rate falls [choice]
 VALIDATION_VIEWS = 4  # fixed crops of each slide, each in another orientation [choice]
 _BATCH_BYTES = 1 << 28  # features that a network is given at once outside of training
-
-_View = tuple[str, tuple[int, int], int]  # slide, centre, orientation
 
 
 class TrainingError(RuntimeError):
@@ -87,7 +85,7 @@ def fit_fold(
     metric is too coarse to steer by. The epoch with the best validation metric is kept, of equal
     ones that with the lower validation loss [choice]; one whose metric is undefined comes last.
     An epoch shows each unit once: one random crop, turned at random, of one of its slides
-    drawn at random; a thread cuts the next batch's while the network has this one. Equal seeds
+    drawn at random; the next batch's are cut while the network has this one. Equal seeds
     give equal networks on one machine.
 
     Parameters
@@ -242,13 +240,15 @@ def batches(
 def training_batches(
     train: pl.DataFrame, crops: Crops, size: int, random: np.random.Generator
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
-    """An epoch's :func:`batches` of rows, each with a random crop of one of its slides."""
+    """An epoch's :func:`batches` of rows, each with a random crop of one of its slides.
+
+    The crops are good until the next batch is asked for: see :meth:`Crops.ahead`.
+    """
     slides = train["slides"].to_list()
-    for rows in batches(train, size, random):
-        features = crops.empty(len(rows))
-        for i, out in zip(rows, features, strict=True):
-            crops.draw(slides[i][random.integers(len(slides[i]))], random, out)
-        yield rows, features
+    return crops.ahead(
+        (rows, [crops.draw(slides[i][random.integers(len(slides[i]))], random) for i in rows])
+        for rows in batches(train, size, random)
+    )
 
 
 def _schedule(optimiser: torch.optim.Optimizer, settings: ModelSettings) -> Callable[[float], None]:
@@ -283,7 +283,7 @@ def _train_epoch(
 ) -> float:
     model.train()
     losses = []
-    for rows, features in prefetch(training_batches(train, crops, settings.batch, random)):
+    for rows, features in training_batches(train, crops, settings.batch, random):
         raw = model.network(
             disturb(
                 torch.from_numpy(features),
@@ -335,17 +335,13 @@ def _validate(
 
 @torch.no_grad()
 def _mean_of_views(
-    module: Callable[[Tensor], Tensor], crops: Crops, views: Sequence[Sequence[_View]]
+    module: Callable[[Tensor], Tensor], crops: Crops, views: Sequence[Sequence[View]]
 ) -> Tensor:
     """Mean output over each unit's views, (units, outputs); each slide has equally many."""
     flat = [view for of_unit in views for view in of_unit]
-    step = max(1, _BATCH_BYTES // crops.bytes)
-    outputs = []
-    for some in (flat[i : i + step] for i in range(0, len(flat), step)):
-        features = crops.empty(len(some))
-        for view, out in zip(some, features, strict=True):
-            crops.at(*view, out)
-        outputs.append(module(torch.from_numpy(features)))
+    step = max(1, _BATCH_BYTES // (4 * math.prod(crops.shape)))
+    parts = ((None, flat[i : i + step]) for i in range(0, len(flat), step))
+    outputs = [module(torch.from_numpy(features)) for _, features in crops.ahead(parts)]
     per_unit = torch.split(torch.cat(outputs), [len(of_unit) for of_unit in views])
     return torch.stack([of_unit.mean(0) for of_unit in per_unit])
 

@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
-from sksurv.linear_model.coxph import BreslowEstimator
 
 from nic_core.cohort import CohortError, ModelSettings, Target
 from nic_core.metrics import Metric, event_horizons, log_rank, score
@@ -30,6 +29,7 @@ from nic_core.models.crops import Crops, GridMoments, GridSource, all_moments
 from nic_core.models.folds import check_folds, make_folds
 from nic_core.models.labels import shuffle_labels
 from nic_core.models.networks import FoldModel
+from nic_core.models.survival import BaselineHazard, fit_baseline
 from nic_core.models.training import fit_fold, fitting_threads, predict_units, target_metrics
 
 if TYPE_CHECKING:
@@ -66,6 +66,8 @@ class Evaluated:
         ``fold`` and the columns of :class:`nic_core.models.training.FittedFold`.
     best_epochs
         One a fold.
+    baselines
+        Of survival: the baseline hazard of each of ``networks``.
     """
 
     target: Target
@@ -75,6 +77,7 @@ class Evaluated:
     networks: tuple[FoldModel, ...]
     history: pl.DataFrame
     best_epochs: tuple[int, ...]
+    baselines: tuple[BaselineHazard, ...] = ()
 
 
 def prediction_columns(target: Target) -> list[str]:
@@ -137,7 +140,7 @@ def cross_validate(
     held_out: dict[str, list[pl.DataFrame]] = {name: [] for name in (*seeds, *BASELINES)}
     external: dict[str, list[_Predictions]] = {name: [] for name in held_out}
     horizons = {part["split"][0]: _horizons(target, part) for part in (cv, test) if part.height}
-    fits = []
+    fits, hazards = [], []
     for fold in range(count):
         validating = (fold + 1) % count
         holdout = cv.filter(pl.col("fold") == fold)
@@ -161,9 +164,12 @@ def cross_validate(
                         tracker=None if seed else tracker,
                         name=f"fold_{fold}_",
                     )
-                    predict = _network_predictor(target, fitted.model, train, grids, settings)
+                    predict, hazard = _network_predictor(
+                        target, fitted.model, train, grids, settings
+                    )
                     if not seed:
                         fits.append(fitted)
+                        hazards += [hazard] if hazard is not None else []
                 found = predict(holdout, horizons["cv"])
                 held_out[name].append(_rows(target, holdout, found, horizons["cv"]))
                 if test.height:
@@ -196,6 +202,7 @@ def cross_validate(
             for fold, fit in enumerate(fits)
         ),
         best_epochs=tuple(fit.best_epoch for fit in fits),
+        baselines=tuple(hazards),
     )
 
 
@@ -205,25 +212,21 @@ def _network_predictor(
     train: pl.DataFrame,
     grids: GridSource,
     settings: ModelSettings,
-) -> _Predictor:
+) -> tuple[_Predictor, BaselineHazard | None]:
+    """Brings a survival model's risks to mean 0 and deviation 1 over its training units."""
     crops = Crops(grids, model.normalise, settings.crop)
 
     def predict(units: pl.DataFrame) -> Floats:
         return predict_units(model, units, crops, count=settings.crops_at_test, seed=settings.seed)
 
     if target.kind != "survival":
-        return lambda units, horizons: (predict(units), np.empty((units.height, 0)))
+        return _without_survival(predict), None
     risk = predict(train)
     mean, deviation = _standard(risk)
     model.shift.fill_(-mean / deviation)
     model.scale.fill_(1 / deviation)
-    survival = fit_survival(train, risk[:, 0])
-
-    def with_survival(units: pl.DataFrame, horizons: Floats) -> _Predictions:
-        values = predict(units)
-        return values, survival(values[:, 0] * deviation + mean, horizons)
-
-    return with_survival
+    baseline = fit_baseline(train, (risk[:, 0] - mean) / deviation, deviation)
+    return _with_survival(predict, baseline), baseline
 
 
 def _linear_predictor(
@@ -240,47 +243,25 @@ def _linear_predictor(
         return predict_linear(target, linear, baseline_features(name, units, moments))
 
     if target.kind != "survival":
-        return lambda units, horizons: (predict(units), np.empty((units.height, 0)))
+        return _without_survival(predict)
     risk = predict_linear(target, linear, x)
     mean, deviation = _standard(risk)
-    survival = fit_survival(train, risk[:, 0])
-
-    def with_survival(units: pl.DataFrame, horizons: Floats) -> _Predictions:
-        values = predict(units)
-        return (values - mean) / deviation, survival(values[:, 0], horizons)
-
-    return with_survival
+    baseline = fit_baseline(train, (risk[:, 0] - mean) / deviation, deviation)
+    return _with_survival(lambda units: (predict(units) - mean) / deviation, baseline)
 
 
-def fit_survival(train: pl.DataFrame, risk: Floats) -> Callable[[Floats, Floats], Floats]:
-    """Survival functions by risk: Breslow's cumulative baseline hazard of training units.
+def _without_survival(predict: Callable[[pl.DataFrame], Floats]) -> _Predictor:
+    return lambda units, horizons: (predict(units), np.empty((units.height, 0)))
 
-    Parameters
-    ----------
-    train
-        ``time`` and ``event`` of the units.
-    risk : float (n,)
-        Their log hazard ratios, as the model gives them.
 
-    Returns
-    -------
-    A function of risks (m,) and times (t,) to probabilities (m, t) to live beyond each time:
-    1 before the first event, after the last known time as at it.
-    """
-    middle = risk.mean()  # keeps exp() small
-    fitted = BreslowEstimator().fit(
-        risk - middle, train["event"].to_numpy(), train["time"].to_numpy()
-    )
-    steps = fitted.cum_baseline_hazard_
+def _with_survival(
+    predict: Callable[[pl.DataFrame], Floats], baseline: BaselineHazard
+) -> _Predictor:
+    def both(units: pl.DataFrame, horizons: Floats) -> _Predictions:
+        risk = predict(units)
+        return risk, baseline.survival(risk[:, 0], horizons)
 
-    def survival(risks: Floats, times: Floats) -> Floats:
-        hazard = np.append(0.0, steps.y)[np.searchsorted(steps.x, times, side="right")]
-        with np.errstate(over="ignore", invalid="ignore"):
-            cumulative = np.exp(risks - middle)[:, None] * hazard
-        # no hazard yet, however high the risk
-        return np.exp(-np.where(hazard > 0, cumulative, 0))
-
-    return survival
+    return both
 
 
 def rows_metrics(target: Target, rows: pl.DataFrame) -> dict[str, Metric]:

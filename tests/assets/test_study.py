@@ -16,6 +16,7 @@ import mlflow
 import numpy as np
 import polars as pl
 import pytest
+import tifffile
 import torch
 import yaml
 from rich.console import Console
@@ -29,7 +30,7 @@ from nic_core.encoders.encoder import encoder_tensors, weights_hash
 from nic_core.encoders.files import read_card
 from nic_core.encoders.probes import KNN, LINEAR
 from nic_core.grids import open_grid
-from nic_core.heatmaps import read_heatmap
+from nic_core.heatmaps import TIFF, read_heatmap
 from nic_core.models.files import ensemble_module, load_model
 from nic_core.reports import RESULT_SCHEMA
 from nic_core.store import Store
@@ -416,6 +417,31 @@ def test_a_changed_slide_is_compressed_again_and_no_other(
     grids = [open_grid(changed.store.grid("mtl-4", s.stem)) for s in (first, second)]
     np.testing.assert_array_equal(grids[0].codes[:], grids[1].codes[:])
     assert changed.instance.get_materialized_partitions(SLIDE_FILE)
+
+
+def test_attention_pooling_is_trained_and_explained_like_any_network(study, tiny_cohort, tmp_path):
+    models = yaml.safe_load(tiny_cohort.read_text())["settings"]["models"] | {"network": "mil"}
+    shutil.copytree(study.store.root, tmp_path / "store")
+    other = Study(edited(tiny_cohort, tmp_path, {"settings": {"models": models}}), tmp_path)
+    done = other.defs.resolve_implicit_global_asset_job_def().execute_in_process(
+        instance=other.instance,
+        partition_key=dg.MultiPartitionKey({"encoder": "mean-rgb", "target": "growth"}),
+        asset_selection=[dg.AssetKey("task_model"), dg.AssetKey("explanation")],
+    )
+    assert done.success
+    for asset in ("task_model", "explanation"):
+        made = other.instance.get_materialized_partitions(dg.AssetKey(asset))
+        assert made == {"mean-rgb|growth"}
+    model = load_model(other.store.model("growth", "mean-rgb"))
+    assert model.card.settings.network == "mil"
+    for slide in pl.read_parquet(other.store.folds("growth"))["slides"].explode():
+        folder = other.store.explanations("growth", "mean-rgb") / slide
+        heat, valid = read_heatmap(folder), open_grid(other.store.grid("mean-rgb", slide)).valid
+        np.testing.assert_array_equal(np.isfinite(heat), valid)
+        # attention, in multiples of its mean over the crop: these slides fit into it
+        assert np.nanmean(heat) == pytest.approx(1, rel=1e-3)
+        assert np.nanmin(heat) >= 0
+        np.testing.assert_array_equal(tifffile.imread(folder / TIFF), heat)
 
 
 def test_the_report_holds_both_probes_of_every_encoder_and_task(study):

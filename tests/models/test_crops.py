@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
+from nic_core.grids import Grid, GridProvenance, open_grid, write_grid
 from nic_core.models.crops import (
     Crops,
     all_moments,
@@ -190,6 +191,39 @@ def test_slides_beyond_the_cache_are_read_by_window_with_the_same_result(tmp_pat
     for centre in ((0, 0), (20, 20), (39, 5)):
         np.testing.assert_array_equal(bounded.at("s", centre, 3), cached.at("s", centre, 3))
     assert max(reads) <= 3 * 10 * 10
+
+
+@pytest.mark.parametrize("cache", [0, 1 << 22, 1 << 30])
+@pytest.mark.parametrize("components", [None, 2])
+def test_crops_of_stores_are_those_of_the_codes_whatever_is_kept(tmp_path, cache, components):
+    random = np.random.default_rng(0)
+    grids = {}
+    for name, side in (("a", 150), ("b", 101), ("c", 30)):
+        valid = random.random((side, side + 20)) < 0.9
+        valid[: side // 2, :70] = False  # of the largest, a chunk without tissue
+        codes = (random.normal(size=(3, *valid.shape)) * valid).astype(np.float16)
+        grids[name] = grid_of(codes, valid)
+        about = GridProvenance(
+            slide=name,
+            slide_identity=name,
+            slide_mpp=0.25,
+            encoder="e",
+            weights_hash="w",
+            mpp=0.5,
+            patch=128,
+        )
+        write_grid(tmp_path / name, Grid(codes, valid, about))
+    moments = all_moments(grids, grids.__getitem__).values()
+    normalise = fit_normalise(moments, components=components)
+    stored = Crops(lambda s: open_grid(tmp_path / s), normalise, 120, cache_bytes=cache)
+    held = Crops(grids.__getitem__, normalise, 120)
+    views = [held.draw("abc"[i % 3], random) for i in range(18)]
+    batches = [views[:8], views[8:12], views[12:]]
+    given = stored.ahead(enumerate(batches))
+    for (i, features), batch in zip(given, batches, strict=True):
+        for crop, view in zip(features, batch, strict=True):
+            np.testing.assert_allclose(crop, held.at(*view), atol=1e-5)
+        assert batches[i] is batch
 
 
 def test_the_window_of_a_crop_beside_the_grid_is_cut_off_but_in_place():

@@ -135,6 +135,48 @@ def test_risk_groups_part_at_the_median_risk_of_the_held_out_training_patients(s
     assert ((found["risk_group"] == "high") == (found["risk"] > card.median_risk)).all()
 
 
+def test_survival_functions_of_held_out_patients_are_those_of_the_brier_score(study):
+    _, store = study
+    model = load_model(store.model("survival", ENCODER))
+    stored = (
+        pl.read_parquet(store.model("survival", ENCODER) / steps.PREDICTIONS)
+        .filter(model=NETWORK, split="test")
+        .sort("unit")
+    )
+    horizons = stored["horizons"][0].to_list()
+    units = pl.read_parquet(store.folds("survival")).filter(split="test").sort("unit")
+    found = predict_grids(
+        model, units, lambda slide: open_grid(store.grid(ENCODER, slide)), times=[0, *horizons]
+    )
+    alive = found.select(f"survival_{time:g}" for time in horizons).to_numpy()
+    np.testing.assert_allclose(alive, stored["survival"].to_list(), atol=1e-5)
+    assert (found["survival_0"] == 1).all()
+    for k in range(4):
+        assert found[f"fold_{k}_survival_{horizons[0]:g}"].is_between(0, 1).all()
+    # where the ensemble's function has not fallen to a half by a horizon, the median is later
+    for median, functions in zip(found["median_survival"], alive, strict=True):
+        fallen = [time for time, a in zip(horizons, functions, strict=True) if a <= 0.5]
+        above = [time for time, a in zip(horizons, functions, strict=True) if a > 0.5]
+        assert median is not None or not fallen
+        assert median is None or (median <= min(fallen, default=np.inf))
+        assert median is None or median > max(above, default=0)
+
+
+def test_times_are_asked_of_survival_alone(study):
+    _, store = study
+    slide = next(iter(split(store, "test").values()))
+    done = predict("--model", f"growth/{ENCODER}", "--times", 365, slide, store=store)
+    assert done.exit_code == 2
+    assert "has no survival at a time" in done.output
+    done = predict("--model", f"survival/{ENCODER}", "--times", -1, slide, store=store)
+    assert done.exit_code == 2
+    assert "give times from 0 on" in done.output
+    twice = ["--times", 365, "--times", 365.0]
+    done = predict("--model", f"survival/{ENCODER}", *twice, slide, store=store)
+    assert done.exit_code == 2
+    assert "given twice" in done.output
+
+
 def test_the_class_is_the_most_probable_one(study):
     _, store = study
     model = load_model(store.model("growth", ENCODER))
@@ -234,11 +276,13 @@ def test_the_command_explains_and_pools_by_the_table_of_patients(study, tmp_path
     done = predict(
         *("--model", store.model("survival", ENCODER), "--encoder", store.encoder(ENCODER)),
         *("--patients", tmp_path / "patients.csv", "--out", tmp_path, "--explain"),
+        *("--times", 100, "--times", 12.5),
         *slides.values(),
         store=store,
     )
     assert done.exit_code == 0, done.output
     assert "a higher risk means an earlier event" in done.output
+    assert "alive after 12.5" in done.output
     assert pl.read_parquet(tmp_path / "predictions-survival.parquet")["unit"].to_list() == ["007"]
     assert (tmp_path / "heatmaps" / "survival" / next(iter(slides)) / "heat.tif").exists()
 
@@ -279,6 +323,10 @@ def test_a_model_file_of_another_kind_or_with_other_weights_is_refused(study, tm
     shutil.copytree(store.model("growth", ENCODER), tmp_path / "m")
     shutil.copy(tmp_path / "m" / "fold-0.safetensors", tmp_path / "m" / "fold-1.safetensors")
     with pytest.raises(ModelFileError, match=r"fold-1.*hash differs"):
+        load_model(tmp_path / "m")
+    card = json.loads((tmp_path / "m" / "card.json").read_text())
+    (tmp_path / "m" / "card.json").write_text(json.dumps(card | {"format": 2}))
+    with pytest.raises(ModelFileError, match=r"format: Input should be 3.*train it again"):
         load_model(tmp_path / "m")
     (tmp_path / "m" / "card.json").write_text("{")
     with pytest.raises(ModelFileError, match="not a model file"):

@@ -1,11 +1,13 @@
 """Training and cross-validation on planted grids: what is learned, and what must not be."""
 
+import io
 import math
 
 import numpy as np
 import polars as pl
 import pytest
 import torch
+from rich.console import Console
 from sksurv.datasets import load_whas500
 from sksurv.linear_model import CoxPHSurvivalAnalysis
 
@@ -30,14 +32,14 @@ from nic_core.models.files import (
 )
 from nic_core.models.folds import make_folds
 from nic_core.models.pictures import evaluation_figure, metrics_figure, training_figure
+from nic_core.models.survival import BaselineHazard, fit_baseline, median_survival
 from nic_core.models.training import TrainingError, batches, fit_fold, predict_units
 from nic_core.models.validation import (
     NETWORK,
     cross_validate,
-    fit_survival,
     prediction_array,
 )
-from nic_core.reports import COMPARISON_SCHEMA, compare_models
+from nic_core.reports import COMPARISON_SCHEMA, compare_models, comparisons_table
 
 from .conftest import ArrayGrid
 
@@ -124,20 +126,32 @@ def test_attention_pooling_learns_what_cells_hold(planted):
     assert primary(evaluate(planted, GRADE, mil))["value"] > 0.5
 
 
-def test_survival_functions_equal_those_of_scikit_survivals_cox_model():
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+def test_survival_functions_equal_those_of_scikit_survivals_cox_model(scale):
     frame, y = load_whas500()
     x = frame.astype(float).to_numpy()
     x = (x - x.mean(0)) / x.std(0)
     event, time = (np.ascontiguousarray(y[name]) for name in y.dtype.names)
     fitted = CoxPHSurvivalAnalysis().fit(x, y)
+    functions = fitted.predict_survival_function(x[:20])
     times = np.percentile(time, [5, 30, 60, 90])
-    expected = [[f(t) for t in times] for f in fitted.predict_survival_function(x[:20])]
-    table = pl.DataFrame({"time": time, "event": event})
-    ours = fit_survival(table, fitted.predict(x))(fitted.predict(x[:20]), times)
-    np.testing.assert_allclose(ours, expected, atol=1e-10)
-    late = fit_survival(table, fitted.predict(x))(np.array([0.0, 800.0]), np.array([-1.0, 1e9]))
+    table, risk = pl.DataFrame({"time": time, "event": event}), fitted.predict(x) / scale
+    baseline = fit_baseline(table, risk, scale)
+    assert BaselineHazard.model_validate_json(baseline.model_dump_json()) == baseline
+    expected = [[f(t) for t in times] for f in functions]
+    np.testing.assert_allclose(baseline.survival(risk[:20], times), expected, atol=1e-10)
+    late = baseline.survival(np.array([0.0, 800.0 / scale]), np.array([-1.0, 1e9]))
     assert late[:, 0].tolist() == [1, 1]  # no hazard before the first event
     assert late[1, 1] == 0
+    medians = median_survival([baseline], risk[None, :20])
+    for found, function in zip(medians, functions, strict=True):
+        assert found == function.x[function.y <= 0.5][0]
+    assert np.isnan(median_survival([baseline], np.array([[-50 / scale]]))).all()
+    # of several folds: that of their mean function
+    two = np.stack([risk[:20], risk[20:40]])
+    mean = np.mean([baseline.survival(r, np.array(baseline.times)) for r in two], 0)
+    for found, alive in zip(median_survival([baseline] * 2, two), mean, strict=True):
+        assert found == next(t for t, a in zip(baseline.times, alive, strict=True) if a <= 0.5)
 
 
 def test_survival_predictions_hold_functions_that_fall_and_are_scored(few):
@@ -193,6 +207,24 @@ def test_encoders_and_baselines_are_compared_in_pairs(few):
             for name in ("mean code", "tissue area")
         ),
     }
+
+
+def test_the_terminal_shows_each_pair_once_by_its_first_metric(few):
+    evaluated = evaluate(few, DEATH, QUICK).predictions
+    found = compare_models(DEATH, {"a": evaluated, "b": evaluated}, resamples=50, seed=0)
+    console = Console(width=150, record=True, file=io.StringIO())
+    undefined = dict.fromkeys(["difference", "low", "high", "p"])
+    other = (
+        found[:1]
+        .with_columns(target=pl.lit("other"))
+        .with_columns(pl.lit(value, pl.Float64).alias(name) for name, value in undefined.items())
+    )
+    console.print(comparisons_table(pl.concat([found, other])))
+    lines = [line for line in console.export_text().splitlines() if ": network" in line]
+    assert len(lines) == 5 + 1
+    texts = [" ".join(line.split()) for line in lines]
+    assert texts[0] == "death a: network b: network Harrell's C +0.000 +0.000 to +0.000 1 12"
+    assert texts[-1] == "other a: network b: network Harrell's C 12"
 
 
 def test_survival_risk_is_higher_for_those_who_die_earlier(planted):

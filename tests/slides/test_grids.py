@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from ome_zarr_models.v05.image import Image
 from zarr.storage import WrapperStore
 
+from nic_core.chunks import ChunkError
 from nic_core.grids import (
     Grid,
     GridError,
@@ -121,6 +122,51 @@ class Counting(WrapperStore):
         self.reads.append(key)
         self.bytes += len(found) if found is not None else 0
         return found
+
+
+@pytest.mark.parametrize("k", [0, 5])
+def test_blocks_are_the_chunks_of_a_window_as_zarr_reads_them(tmp_path, k):
+    grid = make(5, 130, 600, turned=True)
+    write_grid(tmp_path / "s.zarr", grid)
+    codes, seen = open_grid(tmp_path / "s.zarr").oriented(k), np.zeros((130, 600), int)
+    window = slice(60, 129), slice(500, 600)
+    for cells in codes.blocks(window):
+        np.testing.assert_array_equal(codes.block(cells), grid.oriented(k)[:, *cells])
+        seen[cells] += 1
+    # chunks of 64 cells, cut off at the edge, each once
+    assert (seen[:, 448:] == 1).all()
+    assert not seen[:, :448].any()
+
+
+def test_blocks_of_a_shard_that_was_not_written_are_empty(tmp_path):
+    grid = make(2, 4, 530)
+    grid.codes[:, :, 512:] = 0
+    write_grid(tmp_path / "s.zarr", grid)
+    assert not (tmp_path / "s.zarr/0/c/0/0/1").exists()
+    codes = open_grid(tmp_path / "s.zarr").codes
+    assert not codes.block((slice(0, 4), slice(512, 530))).any()
+
+
+def test_a_store_in_another_layout_is_one_block(tmp_path):
+    grid = make(3, 20, 30)
+    group = zarr.open_group(tmp_path / "s.zarr", mode="w", zarr_format=3)
+    group.attrs["nic"] = grid.provenance.model_dump()
+    group.create_array("0", data=grid.codes, chunks=(1, 8, 8))
+    group.create_array("valid", data=grid.valid)
+    codes, window = open_grid(tmp_path / "s.zarr").codes, (slice(3, 17), slice(5, 30))
+    assert list(codes.blocks(window)) == [window]
+    np.testing.assert_array_equal(codes.block(window), grid.codes[:, 3:17, 5:30])
+
+
+@pytest.mark.parametrize("damage", [b"", b"junk", None])
+def test_a_damaged_chunk_is_named(tmp_path, damage):
+    write_grid(tmp_path / "s.zarr", make())
+    codes, shard = open_grid(tmp_path / "s.zarr").codes, tmp_path / "s.zarr/0/c/0/0/0"
+    whole = shard.read_bytes()
+    # cut short, or with other bytes in the chunk's place
+    shard.write_bytes(bytes(len(whole) - 20) + whole[-20:] if damage is None else damage)
+    with pytest.raises(ChunkError, match=r"c/0/0/0: damaged .*compress the slide again"):
+        codes.block((slice(0, 9), slice(0, 13)))
 
 
 def test_a_large_store_is_a_few_files_and_a_crop_costs_few_reads(tmp_path):

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import ome_zarr.io
 import ome_zarr.reader
+import openslide
 import pytest
 import pyvips
 import tifffile
@@ -116,6 +117,32 @@ def test_the_tiff_of_a_large_slide_is_a_pyramid(tmp_path, slide, about):
         np.testing.assert_allclose(file.pages[1].asarray(), half, rtol=1e-6)
 
 
+def test_openslide_and_libvips_see_the_same_levels_and_resolution(tmp_path, slide, about):
+    heat = np.hypot(*np.mgrid[-300:300, -350:350]).astype(np.float32)
+    write_heatmap(tmp_path / "s1", heat, about, slide, name="growth", pictures=False)
+    path = tmp_path / "s1" / TIFF
+    with openslide.OpenSlide(path) as opened:
+        assert opened.properties["openslide.vendor"] == "generic-tiff"
+        assert opened.level_dimensions == ((700, 600), (350, 300), (175, 150))
+        assert opened.level_downsamples == (1, 2, 4)
+        for axis in "xy":
+            assert float(opened.properties[f"openslide.mpp-{axis}"]) == pytest.approx(25)
+    for level, (width, height) in enumerate(((700, 600), (350, 300), (175, 150))):
+        page = pyvips.Image.new_from_file(str(path), page=level)
+        assert (page.width, page.height, page.format, page.bands) == (width, height, "float", 1)
+        assert (page.get("tile-width"), page.get("tile-height")) == (256, 256)
+        assert page.get("resolution-unit") == "cm"
+    # levels are pages, each below the first marked as a smaller copy of it
+    with tifffile.TiffFile(path) as file:
+        assert [page.is_reduced for page in file.pages] == [False, True, True]
+        assert not any("SubIFDs" in page.tags for page in file.pages)
+        assert [level.shape for level in file.series[0].levels] == [
+            (600, 700),
+            (300, 350),
+            (150, 175),
+        ]
+
+
 def test_ome_zarr_opens_it_at_its_place_on_the_slide(folder, heat):
     location = ome_zarr.io.parse_url(folder / ZARR)
     (node,) = list(ome_zarr.reader.Reader(location)())[:1]
@@ -172,6 +199,33 @@ def test_the_areas_of_a_quantile_are_the_cells_that_reach_it(folder, heat, slide
         np.testing.assert_array_equal(mask, heat >= np.nanquantile(heat, quantile))
     features = json.loads((folder / GEOJSON).read_text())["features"]
     assert [f["properties"]["objectType"] for f in features] == ["annotation"] * 3
+
+
+def test_areas_are_annotations_as_qupath_writes_them(folder, heat, slide):
+    areas = json.loads((folder / GEOJSON).read_text())
+    assert set(areas) == {"type", "features"}
+    assert areas["type"] == "FeatureCollection"
+    for feature in areas["features"]:
+        assert set(feature) == {"type", "geometry", "properties"}
+        assert feature["type"] == "Feature"
+        properties = feature["properties"]
+        assert properties["objectType"] == "annotation"
+        assert isinstance(properties["name"], str)
+        assert set(properties["classification"]) == {"name", "color"}
+        colour = properties["classification"]["color"]
+        assert len(colour) == 3
+        assert all(isinstance(c, int) and 0 <= c <= 255 for c in colour)
+        assert feature["geometry"]["type"] == "MultiPolygon"
+        for polygon in feature["geometry"]["coordinates"]:
+            for ring in polygon:
+                assert len(ring) >= 4
+                assert ring[0] == ring[-1]
+                # level-0 px: a cell is 100 of them
+                x, y = np.array(ring).T
+                assert 0 <= x.min() <= x.max() <= 900
+                assert 0 <= y.min() <= y.max() <= 700
+    every = [p for f in areas["features"] for q in f["geometry"]["coordinates"] for p in q[0]]
+    assert np.ptp(every, axis=0).min() > 300  # px, not cells
 
 
 def test_heat_that_is_the_same_everywhere_is_one_area():
