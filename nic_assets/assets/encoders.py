@@ -73,7 +73,7 @@ def encoder_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
                 },
             )
 
-        yield from materialize_each(context, work, expected=(CohortError,))
+        yield from materialize_each(context, work, expected=(CohortError,), place=store.patch_task)
 
     @batch_asset(
         partitions_def=partitions.encoders,
@@ -133,7 +133,7 @@ def encoder_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
                 checks={"beats_chance": checks.beats_chance(card)},
             )
 
-        yield from materialize_each(context, work, expected=(EncoderError,))
+        yield from materialize_each(context, work, expected=(EncoderError,), place=store.encoder)
 
     @batch_asset(
         partitions_def=partitions.encoders,
@@ -168,6 +168,6 @@ def encoder_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
                 },
             )
 
-        yield from materialize_each(context, work, expected=(EncoderError,))
+        yield from materialize_each(context, work, expected=(EncoderError,), place=store.probe)
 
     return [patch_task, encoder, encoder_probe] if partitions.cohort.patch_tasks else [encoder]

@@ -70,7 +70,9 @@ def grid_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
                 },
             )
 
-        yield from materialize_each(context, work, expected=(SlideError,))
+        yield from materialize_each(
+            context, work, expected=(SlideError,), place=lambda key: store.grid(*key.split("|"))
+        )
 
     @batch_asset(
         partitions_def=partitions.encoders,
