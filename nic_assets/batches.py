@@ -14,6 +14,7 @@ partitions of a run:
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -46,6 +47,9 @@ batch_asset = partial(
 """``@dg.asset`` for an asset whose body is :func:`materialize_each`."""
 
 _PROBLEMS = "problems"  # metadata: name of a check to what it found
+
+HOST_TAG = "nic/host"
+"""Tags a run with the names of the machines that its steps ran on, for ``nic doctor``."""
 
 Events: TypeAlias = Iterator[dg.MaterializeResult[None] | dg.AssetCheckResult]
 """What the body of an asset of many partitions yields."""
@@ -85,6 +89,7 @@ def materialize_each(
         After all keys, when some failed; its metadata lists each with its reason. At once, for a
         fault that is neither expected nor transient.
     """
+    _tag_host(context)
     provenance = _provenance(context)
     failed: dict[str, str] = {}
     again = False
@@ -128,6 +133,13 @@ def materialize_each(
         yield dg.MaterializeResult()
         for event in done:
             context.log_event(event)
+
+
+def _tag_host(context: dg.AssetExecutionContext) -> None:
+    run = context.instance.get_run_by_id(context.run.run_id)
+    known = (run.tags.get(HOST_TAG) or "").split(",") if run is not None else []
+    hosts = ",".join(sorted({*known, socket.gethostname()} - {""}))
+    context.instance.add_run_tags(context.run.run_id, {HOST_TAG: hosts})
 
 
 def _materialization(

@@ -7,12 +7,10 @@ A failure stops what depends on it and nothing else; the exit status tells.
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import dagster as dg
@@ -25,9 +23,9 @@ from dagster._core.storage.tags import (
     ASSET_PARTITION_RANGE_END_TAG,
     ASSET_PARTITION_RANGE_START_TAG,
 )
-from dotenv import dotenv_values
 from rich.console import Console
 
+from nic_assets.environment import read_environment
 from nic_assets.inputs import INPUTS_TAG, LOOKS_TAG
 from nic_core.cohort import CohortError
 from nic_core.reports import results_table
@@ -174,9 +172,7 @@ def _reason(failure: StepFailureData) -> str:
 def main() -> int:
     """Refresh the cohort and store that the environment names; print the report's table."""
     console = Console(stderr=True)
-    for name, value in dotenv_values(".env").items():
-        os.environ.setdefault(name, value or "")
-    os.environ.setdefault("DAGSTER_HOME", str(Path.cwd()))
+    read_environment()
     try:
         from nic_assets.definitions import defs  # the environment decides what they declare
     except CohortError as error:
