@@ -228,8 +228,8 @@ def quick_demo(folder: Path) -> Path:
             "name": "mtl",
             "objective": "mtl",
             "tasks": [task["name"] for task in cohort["patch_tasks"]],
-            "patches_seen": 1024,  # a dozen epochs
-            "batch": 32,
+            "patches_seen": 256,  # ten epochs
+            "batch": 16,
         }
     ]
     cohort["targets"] = [target for target in cohort["targets"] if target["name"] == "growth"]
@@ -257,7 +257,7 @@ def main() -> None:
     for number in itertools.count(1):
         study = Study(cohort, out / f"killed-{number}")
         while kills.total() < arguments.kills and kill_refresh(
-            study, chance.uniform(0, seconds / 3)
+            study, chance.uniform(0, seconds / 6)
         ):
             kills["run"] += 1
         study.refresh()

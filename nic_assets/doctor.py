@@ -62,6 +62,17 @@ def examine(instance: dg.DagsterInstance, store: Store) -> list[Finding]:
     ]
 
 
+def release(instance: dg.DagsterInstance) -> list[Finding]:
+    """End what has no process any more, so that nothing waits for it; returns what that was."""
+    found = [*_lost_runs(instance), *_held_slots(instance)]
+    mended = []
+    for finding in found:
+        if finding.mend is not None:
+            finding.mend()
+            mended.append(finding)
+    return mended
+
+
 # --- runs and their slots --------------------------------------------------------------------
 
 
@@ -144,17 +155,21 @@ def _held_slots(instance: dg.DagsterInstance) -> Iterator[Finding]:
     storage = instance.event_log_storage
     for pool in sorted(storage.get_concurrency_keys()):
         info = storage.get_concurrency_info(pool)
-        for holder in (*info.claimed_slots, *info.pending_steps):
-            run = instance.get_run_by_id(holder.run_id)
+        holders = {
+            *((slot.run_id, slot.step_key) for slot in info.claimed_slots),
+            *((step.run_id, step.step_key) for step in info.pending_steps),
+        }
+        for run_id, step in sorted(holders):
+            run = instance.get_run_by_id(run_id)
             if run is not None and run.status not in FINISHED_STATUSES:
                 continue
             ended = run.status.value if run is not None else "deleted"
             yield Finding(
                 "pool slot held by a run that has ended",
-                f"pool {pool}: step {holder.step_key} of run {holder.run_id[:8]}, {ended}",
+                f"pool {pool}: step {step} of run {run_id[:8]}, {ended}",
                 f"of the pool's {info.slot_count} slot(s) it takes one: steps wait for it in vain",
                 "given back",
-                partial(storage.free_concurrency_slots_for_run, holder.run_id),
+                partial(storage.free_concurrency_slots_for_run, run_id),
             )
 
 

@@ -25,6 +25,7 @@ from dagster._core.storage.tags import (
 )
 from rich.console import Console
 
+from nic_assets.doctor import release
 from nic_assets.environment import read_environment
 from nic_assets.inputs import INPUTS_TAG, LOOKS_TAG
 from nic_core.cohort import CohortError
@@ -179,6 +180,8 @@ def main() -> int:
         console.print(f"[red]{error}[/red]")
         return 2
     with dg.DagsterInstance.get() as instance:
+        for finding in release(instance):  # else a killed refresh's slot would be waited for
+            console.print(f"[yellow]{finding.what}, {finding.remedy}: {finding.where}[/yellow]")
         problems = refresh(defs, instance, console)
     table = Store.from_environment().reports / RESULTS
     if table.exists():

@@ -350,7 +350,7 @@ def grid_hash(grid: Grid | Path) -> str:
     return digest.hexdigest()
 
 
-def check_grid(path: Path) -> bool:
+def verify_grid(path: Path) -> bool:
     """Compare a store with the hash that was recorded when it was written.
 
     Returns

@@ -16,8 +16,8 @@ import pyvips
 
 from nic_core import steps
 from nic_core.encoders import EncoderError, load_patch_task
-from nic_core.encoders.files import check_encoder
-from nic_core.grids import GridError, check_grid
+from nic_core.encoders.files import verify_encoder
+from nic_core.grids import GridError, verify_grid
 from nic_core.heatmaps import read_heatmap
 from nic_core.models.files import ModelFileError, load_model
 from nic_core.patches import PatchTableError, read_patch_table
@@ -88,7 +88,7 @@ def _patch_task(path: Path) -> bool:
 
 
 def _encoder(path: Path) -> bool:
-    check_encoder(path)
+    verify_encoder(path)
     return True
 
 
@@ -119,7 +119,7 @@ _CHECKS: dict[str, Callable[[Path], bool]] = {
     "patch_task": _patch_task,
     "encoder": _encoder,
     "probe": _tables,
-    "grid": check_grid,
+    "grid": verify_grid,
     "map": _tables,
     "folds": _tables,
     "model": _model,

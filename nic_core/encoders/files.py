@@ -91,7 +91,7 @@ def load_encoder(folder: Path) -> Encoder:
     return Encoder(card, module, heads)
 
 
-def check_encoder(folder: Path) -> None:
+def verify_encoder(folder: Path) -> None:
     """Compare an encoder's weights with the hash in its card; nothing of it is run.
 
     Raises
