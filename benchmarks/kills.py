@@ -75,6 +75,11 @@ class Study:
             "PYTHONWARNINGS": "ignore",
         }
 
+    @property
+    def log(self) -> str:
+        """The last that refreshes said."""
+        return (self.root / "log.txt").read_text()[-5000:]
+
     def start_refresh(self) -> BaseProcess:
         """Start ``python -m nic_assets.refresh`` in a process of its own."""
         (self.root / "home").mkdir(parents=True, exist_ok=True)
@@ -89,7 +94,7 @@ class Study:
         process = self.start_refresh()
         process.join()
         if process.exitcode:
-            raise SystemExit((self.root / "log.txt").read_text()[-5000:])
+            raise SystemExit(f"failed:\n{self.log}")
         return time.monotonic() - started
 
     def start_materialize(self, asset: str, *partition: str) -> subprocess.Popen[str]:
@@ -146,7 +151,9 @@ def kill_refresh(study: Study, moment: float) -> bool:
     process.join()
     if problems := study.broken():
         raise SystemExit(f"half a store after killing a run: {problems}")
-    return process.exitcode == -signal.SIGKILL
+    if process.exitcode not in (0, -signal.SIGKILL):
+        raise SystemExit(f"not killed, but failed:\n{study.log}")
+    return process.exitcode != 0
 
 
 def kill_steps(study: Study, kills: int, chance: random.Random, *asset: str) -> int:

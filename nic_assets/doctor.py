@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import dagster as dg
+from dagster._core.events import EngineEventData
 from dagster._core.storage.dagster_run import FINISHED_STATUSES
 from dagster._core.storage.runs import SqliteRunStorage
 
@@ -83,18 +84,17 @@ def _lost_runs(instance: dg.DagsterInstance) -> Iterator[Finding]:
         dg.DagsterRunStatus.STARTED,
         dg.DagsterRunStatus.CANCELING,
     ]
-    for run in instance.get_runs(dg.RunsFilter(statuses=under_way)):
-        processes, last = _processes(instance, run.run_id)
-        silent = time.time() - last
+    for record in instance.get_run_records(dg.RunsFilter(statuses=under_way)):
+        run = record.dagster_run
+        processes, spoke = _processes(instance, run.run_id)
+        silent = time.time() - (spoke or record.create_timestamp.timestamp())
         if any(_is_alive(pid, since) for pid, since in processes):
             continue
         if not processes and silent < SILENT:
             continue
         gone = "its process is gone" if processes else "no process of it is known"
-        where = (
-            f"run {run.run_id[:8]}, {run.status.value} "
-            f"({', '.join(key.to_user_string() for key in run.asset_selection or ())})"
-        )
+        assets = ", ".join(sorted(key.to_user_string() for key in run.asset_selection or ()))
+        where = f"run {run.run_id[:8]} ({assets or run.job_name}), {run.status.value}"
         meaning = (
             f"{gone}; it last spoke {_ago(silent)} ago. It will never end, and holds its slots"
         )
@@ -116,16 +116,18 @@ def _lost_runs(instance: dg.DagsterInstance) -> Iterator[Finding]:
             )
 
 
-def _processes(instance: dg.DagsterInstance, run: str) -> tuple[list[tuple[int, float]], float]:
+def _processes(
+    instance: dg.DagsterInstance, run: str
+) -> tuple[list[tuple[int, float]], float | None]:
     """The processes that a run had, each with the time at which it was there, and when the run
     last spoke."""
     found = []
     last = 0.0
     for entry in instance.all_logs(run):
-        last = max(last, entry.timestamp)
+        last = max(last or 0.0, entry.timestamp)
         event = entry.dagster_event
         data = event.event_specific_data if event is not None else None
-        pid = data.metadata.get("pid") if isinstance(data, dg.EngineEventData) else None
+        pid = data.metadata.get("pid") if isinstance(data, EngineEventData) else None
         if pid is not None:
             found.append((int(str(pid.value)), entry.timestamp))
     return found, last

@@ -80,8 +80,9 @@ def test_a_grid_of_an_older_version_is_read_and_has_no_hash(store):
 
 
 def test_edited_weights_and_a_lost_fold_are_found(store):
-    weights = store.encoder("mean-rgb") / "weights.safetensors"
-    flip(weights, weights.stat().st_size - 2)
+    card = store.encoder("mean-rgb") / "card.json"
+    recorded = json.loads(card.read_text())["weights_hash"]
+    card.write_text(card.read_text().replace(recorded, recorded[::-1]))
     (store.model("growth", "mean-rgb") / "fold-1.safetensors").unlink()
     fold = store.model("survival", "mean-rgb") / "fold-0.safetensors"
     flip(fold, fold.stat().st_size - 2)
@@ -92,6 +93,7 @@ def test_edited_weights_and_a_lost_fold_are_found(store):
         "model survival|mean-rgb",
     }
     assert "hash differs" in found["encoder mean-rgb"]
+    assert "hash differs" in found["model survival|mean-rgb"]
     assert "fold-1.safetensors" in found["model growth|mean-rgb"]
 
 
