@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import dagster as dg
 import polars as pl
 import yaml
 
@@ -75,6 +76,13 @@ class Study:
             "PYTHONWARNINGS": "ignore",
         }
 
+    def instance(self) -> dg.DagsterInstance:
+        """The Dagster home; to be made by one process before others use it."""
+        home = self.root / "home"
+        home.mkdir(parents=True, exist_ok=True)
+        (home / "dagster.yaml").write_text(HOME)
+        return dg.DagsterInstance.from_config(str(home))
+
     @property
     def log(self) -> str:
         """The last that refreshes said."""
@@ -82,8 +90,6 @@ class Study:
 
     def start_refresh(self) -> BaseProcess:
         """Start ``python -m nic_assets.refresh`` in a process of its own."""
-        (self.root / "home").mkdir(parents=True, exist_ok=True)
-        (self.root / "home" / "dagster.yaml").write_text(HOME)
         process = processes.Process(target=_refresh, args=(self.environment, self.root))
         process.start()
         return process
@@ -256,13 +262,16 @@ def main() -> None:
     cohort = quick_demo(out / "demo")
 
     undisturbed = Study(cohort, out / "undisturbed")
-    seconds = undisturbed.refresh()
+    with undisturbed.instance():
+        seconds = undisturbed.refresh()
     expected = undisturbed.results()
     print(f"undisturbed: {seconds:.0f} s, {len(expected)} results", flush=True)
 
     kills: Counter[str] = Counter()
     for number in itertools.count(1):
         study = Study(cohort, out / f"killed-{number}")
+        with study.instance():
+            pass
         while kills.total() < arguments.kills and kill_refresh(
             study, chance.uniform(0, seconds / 6)
         ):

@@ -207,7 +207,7 @@ def _daemons(instance: dg.DagsterInstance) -> Iterator[Finding]:
         for beat in instance.get_daemon_heartbeats().values()
         if time.time() - beat.timestamp < HEARTBEAT
     ]
-    here = _daemon_processes(Path(os.environ["DAGSTER_HOME"]))
+    here = _daemon_processes(Path(instance.root_directory))
     meaning = "each starts what the other has started: runs and sensor ticks come twice"
     if len(here) > 1:
         *older, kept = here

@@ -100,13 +100,14 @@ class Store:
 
     def products(self) -> Iterator[Product]:
         """What lies where the layout has a place for it, kind by kind: no report, no database,
-        nothing half made, nothing that somebody else put there."""
+        nothing half made, nothing that somebody else put there, nothing behind a link."""
+        root = self.root.resolve()
         for kind, pattern in _PLACES.items():
             place = re.compile(re.escape(pattern).replace(r"\*", "([^/.][^/]*)"))
             for path in sorted(self.root.glob(pattern)):
                 name = path.relative_to(self.root).as_posix()
                 names = place.fullmatch(f"{name}/" if pattern.endswith("/") else name)
-                if names is not None:
+                if names is not None and path.resolve() == root / name:
                     yield Product(kind, names.groups(), path)
 
     def leftovers(self) -> Iterator[Leftover]:

@@ -105,7 +105,10 @@ def test_a_truncated_table_and_picture_are_found(store):
     assert wrong(store).keys() == {"patch_table demo-01-1", "slide demo-02-1"}
 
 
-def test_the_command_counts_lists_and_tells_by_its_status(store):
+def test_the_command_counts_lists_and_tells_by_its_status(store, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # there is no .env here
+    monkeypatch.setenv("DAGSTER_HOME", str(tmp_path))
+
     def verify():
         variables = {"NIC_STORE": str(store.root), "COLUMNS": "200"}
         return CliRunner().invoke(app, ["store", "verify"], env=variables)

@@ -46,6 +46,7 @@ def home(tmp_path, monkeypatch):
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "dagster.yaml").write_text(HOME)
     monkeypatch.setenv("DAGSTER_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)  # there is no .env here
     return tmp_path / "home"
 
 
@@ -242,7 +243,6 @@ def test_the_command_explains_mends_on_request_and_tells_by_its_status(
 
 
 def test_no_home_and_no_cohort_are_told(home, store, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
     nowhere = doctor(DAGSTER_HOME=str(tmp_path))
     assert nowhere.exit_code == 1
     assert "no Dagster home" in nowhere.output
