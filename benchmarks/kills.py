@@ -49,6 +49,7 @@ KILLS_A_RUN = 8
 LONGEST = 2.0  # seconds that a step lives before it is killed
 HOME = """telemetry: {enabled: false}
 concurrency: {pools: {granularity: op, default_limit: 1}}
+run_monitoring: {enabled: true}
 """
 
 # runs are forked from a server with the slow imports behind it, as steps are

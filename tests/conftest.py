@@ -74,4 +74,5 @@ def mount(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
 
     yield make
     for folder in mounted:
-        subprocess.run(["umount", str(folder)], check=True)
+        # lazily: a failed test may have left a file open
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import dagster as dg
+import polars as pl
 import pytest
 import yaml
 from rich.console import Console
@@ -18,13 +19,16 @@ from nic_assets.refresh import refresh
 from nic_core import steps
 from nic_core.cohort import load_cohort
 
-SLIDES = 12
+SLIDES = 6
 
 
 @pytest.fixture(scope="module")
 def cohort(tiny_cohort: Path) -> Path:
     """The tiny cohort with nothing but grids of mean colours."""
     entries = yaml.safe_load(tiny_cohort.read_text())
+    table = pl.read_csv(tiny_cohort.with_name("slides.csv"), infer_schema=False).head(SLIDES)
+    table.write_csv(tiny_cohort.with_name("some_slides.csv"))
+    entries |= {"slides": {"table": "some_slides.csv"}}
     entries |= {"patch_tasks": [], "maps": [], "targets": [], "labels": None}
     entries["encoders"] = [e for e in entries["encoders"] if e["name"] == "mean-rgb"]
     path = tiny_cohort.with_name("grids.yaml")
@@ -104,6 +108,8 @@ def protect(folder: Path) -> Callable[[], None]:
 def test_a_disk_that_fails_in_the_middle_stops_the_run_and_the_next_one_goes_on(
     cohort, undisturbed, mount, tmp_path, monkeypatch, fail, reason
 ):
+    # the database would keep a file open there for writing, and so the disk from being protected
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     study = Study(cohort, tmp_path)
     (tmp_path / "store").symlink_to(mount("size=40m"))
     defs = build_defs(load_cohort(cohort), study.store)
@@ -111,7 +117,7 @@ def test_a_disk_that_fails_in_the_middle_stops_the_run_and_the_next_one_goes_on(
 
     def failing(*arguments):
         calls.append(arguments[-1])
-        if len(calls) == 5:
+        if len(calls) == 4:
             mend.append(fail(study.store.root.resolve()))
         return compress(*arguments)
 
@@ -121,12 +127,12 @@ def test_a_disk_that_fails_in_the_middle_stops_the_run_and_the_next_one_goes_on(
         assert f"grid: mean-rgb|{calls[-1]}: StoreError: " in problem
         assert reason in problem
         assert waiting == []
-        assert len(calls) == 5
+        assert len(calls) == 4
         assert study.broken() == []
-        assert made(instance, "grid").total() == 4
+        assert made(instance, "grid").total() == 3
         [mended] = mend
         mended()
         assert refresh(defs, instance, Console(quiet=True)) == []
-        assert len(calls) == 5 + SLIDES - 4
+        assert len(calls) == 4 + SLIDES - 3
         assert examine(instance, study.store) == []
     compare(study, undisturbed[0].results())
