@@ -195,8 +195,10 @@ def _provenance(context: dg.AssetExecutionContext) -> dict[str, str]:
         materialization = records[0].asset_materialization if records else None
         version = (materialization.tags or {}).get(DATA_VERSION_TAG) if materialization else None
         tags[get_input_data_version_tag(dependency)] = version or "INITIAL"
+        # Dagster's own "no event yet" is taken for "whatever is there now": an input that appears
+        # later would make nothing stale. Before the first event is a place too.
         tags[get_input_event_pointer_tag(dependency)] = (
-            str(records[0].storage_id) if records else "NULL"
+            str(records[0].storage_id) if records else "-1"
         )
     return tags
 

@@ -9,6 +9,7 @@ from nic_assets.assets.grids import grid_assets
 from nic_assets.assets.models import model_assets
 from nic_assets.assets.reports import report_assets
 from nic_assets.assets.slides import slide_assets
+from nic_assets.automation import automate, study_sensors
 from nic_assets.executors import local_executor
 from nic_assets.inputs import external_assets
 from nic_assets.jobs import study_jobs
@@ -22,16 +23,18 @@ from nic_core.store import Store
 def build_defs(cohort: Cohort, store: Store) -> dg.Definitions:
     """The definitions of a study; tests build theirs on a cohort and a store of their own."""
     partitions = Partitions(cohort)
+    made = [
+        *slide_assets(partitions),
+        *encoder_assets(partitions),
+        *grid_assets(partitions),
+        *model_assets(partitions),
+        *report_assets(partitions),
+    ]
+    jobs = study_jobs(partitions)
     return dg.Definitions(
-        assets=[
-            *external_assets(partitions),
-            *slide_assets(partitions),
-            *encoder_assets(partitions),
-            *grid_assets(partitions),
-            *model_assets(partitions),
-            *report_assets(partitions),
-        ],
-        jobs=study_jobs(partitions),
+        assets=[*external_assets(partitions), *automate(made, cohort.automation)],
+        jobs=jobs.values(),
+        sensors=study_sensors(cohort, jobs["find_slides"]),
         resources={"cohort": cohort, "store": store, "tracking": Tracking.in_store(store)},
         executor=local_executor(),
         loggers={"console": brief_logger},

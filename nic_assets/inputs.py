@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import dagster as dg
 from dagster._core.definitions.data_version import DATA_VERSION_TAG
+from pydantic import Field
 
 from nic_assets.partitions import SLIDES, Partitions
 
@@ -25,6 +26,18 @@ SLIDE_FILE = dg.AssetKey("slide_file")
 PATCH_TASK_SOURCE = dg.AssetKey("patch_task_source")
 ENCODER_ENTRY = dg.AssetKey("encoder_entry")
 TARGET_ENTRY = dg.AssetKey("target_entry")
+
+
+class LookConfig(dg.Config):
+    """How ``slide_index`` looks; the defaults are those of a person who asks for it."""
+
+    leave: list[str] = Field(default=[], description="paths that are still being written")
+    reread: bool = Field(
+        default=True, description="read every slide's identity, not only where size or time differ"
+    )
+    accept_loss: bool = Field(
+        default=False, description="more than half of the slides may be gone since the last look"
+    )
 
 
 def external_assets(partitions: Partitions) -> list[dg.AssetSpec]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import dagster as dg
 from dagster._core.definitions.unresolved_asset_job_definition import UnresolvedAssetJobDefinition
@@ -10,16 +10,13 @@ from dagster._core.definitions.unresolved_asset_job_definition import Unresolved
 from nic_assets.partitions import Partitions
 
 
-def study_jobs(partitions: Partitions) -> Sequence[UnresolvedAssetJobDefinition]:
-    """One job a layer; a layer's assets share their partitions."""
-    return [
-        dg.define_asset_job("find_slides", selection=["slide_index"]),
-        dg.define_asset_job("prepare_slides", selection=["slide", "patch_table"]),
-        dg.define_asset_job("train_encoders", selection=["encoder"]),
-        dg.define_asset_job("compress_slides", selection=["grid"]),
-        *(
-            [dg.define_asset_job("train_models", selection=["task_model"])]
-            if partitions.cohort.targets
-            else []
-        ),
-    ]
+def study_jobs(partitions: Partitions) -> Mapping[str, UnresolvedAssetJobDefinition]:
+    """One job a layer, by name; a layer's assets share their partitions."""
+    layers = {
+        "find_slides": ["slide_index"],
+        "prepare_slides": ["slide", "patch_table"],
+        "train_encoders": ["encoder"],
+        "compress_slides": ["grid"],
+        **({"train_models": ["task_model"]} if partitions.cohort.targets else {}),
+    }
+    return {name: dg.define_asset_job(name, selection=assets) for name, assets in layers.items()}

@@ -9,16 +9,11 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterator
 
 import dagster as dg
 import polars as pl
-from dagster._core.definitions.data_version import CachingStaleStatusResolver, StaleStatus
-from dagster._core.definitions.partitions.context import partition_loading_context
 from dagster._core.execution.plan.objects import StepFailureData
-from dagster._core.loader import LoadingContext
 from dagster._core.storage.tags import (
     ASSET_PARTITION_RANGE_END_TAG,
     ASSET_PARTITION_RANGE_START_TAG,
@@ -27,27 +22,12 @@ from rich.console import Console
 
 from nic_assets.doctor import release
 from nic_assets.environment import read_environment
-from nic_assets.inputs import INPUTS_TAG, LOOKS_TAG
+from nic_assets.inputs import LOOKS_TAG
+from nic_assets.staleness import Partition, due
 from nic_core.cohort import CohortError
 from nic_core.reports import results_table
 from nic_core.steps import RESULTS
 from nic_core.store import Store
-
-
-@dataclass
-class _Lookups(LoadingContext):
-    """What Dagster's staleness wants of a request: an instance and a cache."""
-
-    dagster_instance: dg.DagsterInstance
-    cache: dict[type, Any] = field(default_factory=dict)
-
-    @property
-    def instance(self) -> dg.DagsterInstance:
-        return self.dagster_instance
-
-    @property
-    def loaders(self) -> dict[type, Any]:
-        return self.cache
 
 
 def refresh(defs: dg.Definitions, instance: dg.DagsterInstance, console: Console) -> list[str]:
@@ -66,18 +46,18 @@ def _refresh_asset(
     defs: dg.Definitions, instance: dg.DagsterInstance, key: dg.AssetKey, console: Console
 ) -> list[str]:
     name = key.to_user_string()
-    due, blocked = _due(defs, instance, key)
+    to_do, blocked = _due_and_blocked(defs, instance, key)
     problems = []
     if blocked:
         keys = ", ".join(partition for partition in blocked[:3] if partition is not None)
         more = f" and {len(blocked) - 3} more" if len(blocked) > 3 else ""
         problems.append(f"{name}: waits for a missing input: {keys or 'all'}{more}")
-    if not due:
+    if not to_do:
         console.print(f"[dim]{name}: {'waits' if blocked else 'up to date'}[/dim]")
         return problems
     started = time.monotonic()
-    console.print(f"[bold]{name}[/bold]" + ("" if due == [None] else f": {len(due)} to do"))
-    for tags in _run_tags(defs, instance, key, due):
+    console.print(f"[bold]{name}[/bold]" + ("" if to_do == [None] else f": {len(to_do)} to do"))
+    for tags in _run_tags(defs, instance, key, to_do):
         job = defs.resolve_implicit_global_asset_job_def()
         result = job.execute_in_process(
             instance=instance,
@@ -94,46 +74,19 @@ def _refresh_asset(
     return problems
 
 
-def _due(
+def _due_and_blocked(
     defs: dg.Definitions, instance: dg.DagsterInstance, key: dg.AssetKey
-) -> tuple[list[str | None], list[str | None]]:
+) -> tuple[list[Partition], list[Partition]]:
     """The partitions to materialize, and those that wait for a missing input."""
     graph = defs.resolve_asset_graph()
-    # a resolver caches what it reads, so each layer needs one that has seen nothing yet
-    resolver = CachingStaleStatusResolver(instance, graph, _Lookups(instance))
-    definition = graph.get(key).partitions_def
-    partitions: Sequence[str | None] = (
-        definition.get_partition_keys(dynamic_partitions_store=instance) if definition else [None]
-    )
-    looks = LOOKS_TAG in graph.get(key).tags
-    due: list[str | None] = []
-    blocked: list[str | None] = []
-    with partition_loading_context(dynamic_partitions_store=instance):
-        for partition in partitions:
-            if not looks and resolver.get_status(key, partition) is StaleStatus.FRESH:
-                continue
-            (due if _inputs_exist(resolver, key, partition) else blocked).append(partition)
-    return due, blocked
-
-
-def _inputs_exist(
-    resolver: CachingStaleStatusResolver, key: dg.AssetKey, partition: str | None
-) -> bool:
-    """Whether everything that this partition needs is there.
-
-    An asset that gathers a layer needs one partition of each parent, any other needs all.
-    """
-    graph = resolver.asset_graph
-    found: dict[dg.AssetKey, list[bool]] = {parent: [] for parent in graph.get(key).parent_keys}
-    for parent in graph.get_parents_partitions(key, partition).parent_partitions:
-        status = resolver.get_status(parent.asset_key, parent.partition_key)
-        found[parent.asset_key].append(status is not StaleStatus.MISSING)
-    enough = any if INPUTS_TAG in graph.get(key).tags else all
-    return all(enough(statuses) for statuses in found.values())
+    if graph.get(key).tags.get(LOOKS_TAG) == "outside":
+        return [None], []
+    judged = due(instance, graph, only={key})[key]
+    return list(judged.ready), sorted(judged.waiting, key=str)
 
 
 def _run_tags(
-    defs: dg.Definitions, instance: dg.DagsterInstance, key: dg.AssetKey, due: list[str | None]
+    defs: dg.Definitions, instance: dg.DagsterInstance, key: dg.AssetKey, to_do: list[Partition]
 ) -> Iterator[dict[str, str]]:
     """One run a range: neighbouring partitions that share all dimensions but the last."""
     definition = defs.resolve_asset_graph().get(key).partitions_def
@@ -143,7 +96,7 @@ def _run_tags(
     order = definition.get_partition_keys(dynamic_partitions_store=instance)
     place = {partition: number for number, partition in enumerate(order)}
     ranges: list[list[str]] = []
-    for partition in sorted((p for p in due if p is not None), key=place.__getitem__):
+    for partition in sorted((p for p in to_do if p is not None), key=place.__getitem__):
         last = ranges[-1][-1] if ranges else None
         if (
             last is not None

@@ -11,6 +11,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Protocol, Self, TypeVar
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import yaml
 from pydantic import (
@@ -56,7 +57,23 @@ def _check_task_name(name: str) -> str:
     return name
 
 
+def _check_cron(text: str) -> str:
+    if len(text.split()) != 5:
+        raise ValueError("a cron schedule has five fields: '0 20 * * *' is every day at 20:00")
+    return text
+
+
+def _check_time_zone(name: str) -> str:
+    try:
+        ZoneInfo(name)
+    except (ZoneInfoNotFoundError, ValueError) as error:
+        raise ValueError(f"'{name}' is no time zone; 'Europe/Amsterdam' is one") from error
+    return name
+
+
 UserPath = Annotated[Path, AfterValidator(_resolve)]
+Cron = Annotated[str, AfterValidator(_check_cron)]
+TimeZone = Annotated[str, AfterValidator(_check_time_zone)]
 Name = Annotated[str, AfterValidator(_check_name)]
 TaskName = Annotated[str, AfterValidator(_check_task_name)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -502,6 +519,20 @@ class Settings(_Model):
     models: ModelSettings = ModelSettings()
 
 
+class Automation(_Model):
+    """When whatever is missing or stale is made without being asked for [choice].
+
+    From each tick of ``opens`` to the next of ``closes``, every partition is asked for once, and
+    again only if what it is made from changes. With ``closes: null`` there is no closing time:
+    ``opens`` then says how often a failed one is tried again.
+    """
+
+    opens: Cron = "0 20 * * *"
+    closes: Cron | None = "0 6 * * *"
+    timezone: TimeZone = "UTC"
+    look: PositiveInt = Field(default=60, description="seconds between two looks at the inputs")
+
+
 class Cohort(_Model):
     """A validated ``cohort.yaml``; see ``docs/cohort.md`` for a commented example."""
 
@@ -515,6 +546,7 @@ class Cohort(_Model):
     targets: tuple[Target, ...] = ()
     maps: tuple[ProbabilityMap, ...] = ()
     settings: Settings = Settings()
+    automation: Automation | None = Automation()
 
     @model_validator(mode="after")
     def _names_agree(self) -> Self:

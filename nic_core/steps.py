@@ -8,7 +8,7 @@ partition; a script can call them in the order in which they stand here.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,11 +71,13 @@ from nic_core.reports import (
     results_figure,
 )
 from nic_core.slides import Level, Slide, content_identity, open_slide
+from nic_core.slides.index import absent_files, slide_index
+from nic_core.slides.watch import SEEN_SCHEMA, take_in
 from nic_core.store import Store, whole_file, whole_folder
 from nic_core.tissue import TissueMask, read_mask, tissue_mask, tissue_outline
 from nic_core.tracker import Tracker
 
-INDEX = "index.parquet"
+INDEX, SEEN = "index.parquet", "seen.parquet"
 RECORD, THUMBNAIL, TISSUE = "slide.json", "thumbnail.jpg", "tissue.png"
 PREDICTIONS, METRICS, RESULTS = "predictions.parquet", "metrics.parquet", "results.parquet"
 COMPARISONS = "comparisons.parquet"
@@ -94,6 +96,28 @@ CELLS, OVERLAY = "cells.parquet", "overlay.jpg"
 THUMBNAIL_SIDE = 1024  # px
 
 Pixels = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What :func:`find_slides` found.
+
+    Attributes
+    ----------
+    index
+        The slides that are there; see :func:`nic_core.slides.index.slide_index`.
+    versions
+        Of each: its file's content, and what the slide table says of it.
+    absent
+        Slides of which a file is not there or cannot be read, with the reason.
+    gone
+        Slides that were in the index before, and are no more.
+    """
+
+    index: pl.DataFrame
+    versions: dict[str, str]
+    absent: dict[str, str]
+    gone: list[str]
 
 
 @dataclass(frozen=True)
@@ -155,16 +179,77 @@ def read_index(store: Store) -> pl.DataFrame:
     return pl.read_parquet(path)
 
 
-def slide_versions(index: pl.DataFrame) -> dict[str, str]:
-    """A version for every slide: its file's content, and what the slide table says of it."""
-    return {
-        row["slide"]: digest(
-            content_identity(Path(row["path"])),
-            row["mpp"],
-            content_identity(Path(row["mask"])) if row["mask"] else None,
-        )
-        for row in index.iter_rows(named=True)
+def find_slides(
+    cohort: Cohort,
+    store: Store,
+    *,
+    leave: Collection[str] = (),
+    reread: bool = True,
+    accept_loss: bool = False,
+) -> Found:
+    """Find the cohort's slides and what changed; writes the index, and what was seen of each file.
+
+    Parameters
+    ----------
+    leave : collection of str
+        Paths that are still being written: a new slide waits, a known one stays as it was.
+    reread : bool
+        Read every file's identity anew; else only where its size or time has changed.
+    accept_loss : bool
+        More than half of the known slides may be gone.
+
+    Raises
+    ------
+    CohortError
+        See :func:`nic_core.slides.index.slide_index`; or most slides are gone at once.
+    """
+    before = pl.read_parquet(path) if (path := store.slides / INDEX).exists() else None
+    index = slide_index(cohort, absent=True)
+    seen = read_seen(store)
+    tables = [str(table) for table in (cohort.slides.table, cohort.labels) if table is not None]
+    files = [path for column in ("path", "mask") for path in index[column].drop_nulls()]
+    paths = {**dict.fromkeys(files, True), **dict.fromkeys(tables, False)}
+    now, unreadable = take_in(
+        {path: content for path, content in paths.items() if path not in leave},
+        seen.clear() if reread else seen,
+    )
+    # of what is still being written, the state that was last taken in stands
+    now = pl.concat([now, seen.filter(pl.col("path").is_in(list(leave)))])
+    identity = dict(now.select("path", "identity").iter_rows())
+    absent = absent_files(index) | {
+        slide: unreadable[path]
+        for slide, *own in index.select("slide", "path", "mask").iter_rows()
+        for path in own
+        if path in unreadable
     }
+    index = index.filter(
+        ~pl.col("slide").is_in(list(absent)),
+        pl.col("path").is_in(list(identity)),
+        pl.col("mask").is_null() | pl.col("mask").is_in(list(identity)),
+    )
+    gone = [] if before is None else sorted(set(before["slide"]) - set(index["slide"]))
+    if before is not None and len(gone) > max(1, before.height / 2) and not accept_loss:
+        raise CohortError(
+            f"{len(gone)} of {before.height} slides are gone at once, {gone[0]} among them: is "
+            "their folder mounted? If they were taken away, materialize 'slide_index' with the "
+            "configuration 'accept_loss: true'"
+        )
+    if index.is_empty():
+        raise CohortError(f"cohort '{cohort.name}': none of its slides can be read yet")
+    write_index(store, index)
+    with whole_file(store.slides / SEEN) as partial:
+        now.write_parquet(partial)
+    versions = {
+        slide: digest(identity[path], mpp, identity[mask] if mask else None)
+        for slide, path, mpp, mask in index.select("slide", "path", "mpp", "mask").iter_rows()
+    }
+    return Found(index, versions, absent, gone)
+
+
+def read_seen(store: Store) -> pl.DataFrame:
+    """What :func:`find_slides` last saw of each file; empty where it has not looked yet."""
+    path = store.slides / SEEN
+    return pl.read_parquet(path) if path.exists() else pl.DataFrame(schema=SEEN_SCHEMA)
 
 
 def patch_task_versions(cohort: Cohort) -> dict[str, str]:

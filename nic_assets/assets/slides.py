@@ -12,6 +12,7 @@ from nic_assets.inputs import (
     PATCH_TASK_SOURCE,
     SLIDE_FILE,
     TARGET_ENTRY,
+    LookConfig,
     add_slides,
     drop_slides,
     report_versions,
@@ -23,7 +24,6 @@ from nic_core.cohort import Cohort
 from nic_core.patches import PATCH_SCHEMA
 from nic_core.quality import summarize
 from nic_core.slides import SlideError
-from nic_core.slides.index import slide_index as find_slides
 from nic_core.store import Store
 
 
@@ -38,39 +38,49 @@ def slide_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         tags={LOOKS_TAG: "outside"},
         op_tags=CPU_TAGS,
         code_version=code_version(1),
+        check_specs=[dg.AssetCheckSpec("slide_files_there", asset="slide_index")],
     )
     def slide_index(
         context: dg.AssetExecutionContext,
+        config: LookConfig,
         cohort: dg.ResourceParam[Cohort],
         store: dg.ResourceParam[Store],
-    ) -> dg.MaterializeResult[None]:
+    ) -> Events:
         """Every slide of the cohort: path, patient, split. Finds new and changed inputs."""
-        index = find_slides(cohort)
+        found = steps.find_slides(cohort, store, **config.model_dump())
+        index = found.index
         versions = {
-            SLIDE_FILE: steps.slide_versions(index),
+            SLIDE_FILE: found.versions,
             PATCH_TASK_SOURCE: steps.patch_task_versions(cohort),
             ENCODER_ENTRY: steps.encoder_versions(cohort),
             TARGET_ENTRY: steps.target_versions(cohort, index),
         }
-        steps.write_index(store, index)
         new = add_slides(context.instance, index["slide"].to_list())
-        gone = drop_slides(context.instance, index["slide"].to_list())
+        drop_slides(context.instance, index["slide"].to_list())
         changed = {
             asset.to_user_string(): report_versions(context.instance, asset, found)
             for asset, found in versions.items()
         }
-        return dg.MaterializeResult(
+        yield dg.MaterializeResult(
             data_version=dg.DataVersion(steps.digest(index.rows())),
             metadata={
                 "slides": index.height,
                 "patients": index["patient"].n_unique(),
                 "new": new,
-                "gone": gone,
+                "gone": found.gone,
                 "changed": changed,
                 "preview": table(index.head(20).drop("path")),
                 "dagster/column_schema": column_schema(index.schema),
                 "dagster/row_count": index.height,
             },
+            check_results=[
+                dg.AssetCheckResult(
+                    check_name="slide_files_there",
+                    passed=not found.absent and not found.gone,
+                    severity=dg.AssetCheckSeverity.WARN,
+                    metadata={"absent": found.absent, "gone_since_the_last_look": found.gone},
+                )
+            ],
         )
 
     @batch_asset(

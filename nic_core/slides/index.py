@@ -23,8 +23,13 @@ _FILES = ("path", "mask", "truth")
 _SPLITS = ("cv", "test")
 
 
-def slide_index(cohort: Cohort) -> pl.DataFrame:
+def slide_index(cohort: Cohort, *, absent: bool = False) -> pl.DataFrame:
     """Every slide of the cohort, sorted by slide id.
+
+    Parameters
+    ----------
+    absent : bool
+        Keep slides of the table of which a file is not there (:func:`absent_files` finds them).
 
     Returns
     -------
@@ -35,12 +40,12 @@ def slide_index(cohort: Cohort) -> pl.DataFrame:
     Raises
     ------
     CohortError
-        No slides; a file that is not there; an id that stands twice or cannot name a folder; a
-        table that cannot be read, lacks a column or has an impossible value.
+        No slides; a file that is not there (unless ``absent``); an id that stands twice or cannot
+        name a folder; a table that cannot be read, lacks a column or has an impossible value.
     """
     rows = [row for folder in cohort.slides.folders for row in _of_folder(folder)]
     if cohort.slides.table is not None:
-        rows += _of_table(cohort.slides.table)
+        rows += table_rows(cohort.slides.table)
     if not rows:
         places = [f"{f.path}/{f.pattern}" for f in cohort.slides.folders]
         places += [str(cohort.slides.table)] if cohort.slides.table else []
@@ -53,7 +58,33 @@ def slide_index(cohort: Cohort) -> pl.DataFrame:
         slide = twice["slide"][0]
         paths = twice.filter(pl.col("slide") == slide)["path"].to_list()
         raise CohortError(f"slide '{slide}' stands more than once: {', '.join(paths)}")
+    if not absent:
+        for slide, problem in absent_files(index).items():
+            raise CohortError(f"slide '{slide}': {problem}")
     return index
+
+
+def absent_files(index: pl.DataFrame) -> dict[str, str]:
+    """The slides of an index of which a file does not exist, and which."""
+    return {
+        row["slide"]: f"{column} {row[column]} does not exist"
+        for row in index.iter_rows(named=True)
+        for column in reversed(_FILES)
+        if row[column] and not Path(row[column]).is_file()
+    }
+
+
+def folder_files(folder: SlideFolder) -> list[Path]:
+    """What a folder holds by its pattern, sorted; not yet asked whether each is a file.
+
+    Raises
+    ------
+    CohortError
+        There is no such folder.
+    """
+    if not folder.path.is_dir():
+        raise CohortError(f"slides.folders: {folder.path} is no folder")
+    return sorted(p for p in folder.path.glob(folder.pattern) if not p.name.startswith("."))
 
 
 def slide_id(path: Path) -> str:
@@ -62,8 +93,6 @@ def slide_id(path: Path) -> str:
 
 
 def _of_folder(folder: SlideFolder) -> list[dict[str, object]]:
-    if not folder.path.is_dir():
-        raise CohortError(f"slides.folders: {folder.path} is no folder")
     try:
         rule = re.compile(folder.patient) if folder.patient else None
     except re.error as error:
@@ -73,8 +102,8 @@ def _of_folder(folder: SlideFolder) -> list[dict[str, object]]:
             f"slides.folders: patient '{folder.patient}' has no group (?P<patient>...)"
         )
     rows: list[dict[str, object]] = []
-    for path in sorted(folder.path.glob(folder.pattern)):
-        if not path.is_file() or path.name.startswith("."):
+    for path in folder_files(folder):
+        if not path.is_file():
             continue
         slide = slide_id(path)
         match = rule.search(slide) if rule else None
@@ -87,7 +116,14 @@ def _of_folder(folder: SlideFolder) -> list[dict[str, object]]:
     return rows
 
 
-def _of_table(path: Path) -> list[dict[str, object]]:
+def table_rows(path: Path) -> list[dict[str, object]]:
+    """The rows of a slide table, their paths absolute, each of ``INDEX_SCHEMA``'s columns.
+
+    Raises
+    ------
+    CohortError
+        It cannot be read, lacks a column or has an impossible value.
+    """
     try:
         # as text first: an id such as 007 must keep its zeros
         table = (
@@ -129,8 +165,5 @@ def _check(row: dict[str, object]) -> None:
             f"slide '{slide}' ({row['path']}): an id becomes a folder and a partition key: "
             "use letters, digits, '-', '_' and '.', and give it in the slide table"
         )
-    for column in _FILES:
-        if row.get(column) and not Path(str(row[column])).is_file():
-            raise CohortError(f"slide '{slide}': {column} {row[column]} does not exist")
     if row["split"] not in _SPLITS:
         raise CohortError(f"slide '{slide}': split '{row['split']}' is neither 'cv' nor 'test'")

@@ -1,0 +1,288 @@
+"""What orchestration costs by number of slides, without any work in the assets.
+
+    python benchmarks/orchestration.py overhead   # a slide in a run of its own, and in batches
+    python benchmarks/orchestration.py ticks      # the sensors, partitions, definitions
+    python benchmarks/orchestration.py pages      # the webserver behind the UI's pages
+
+Everything lies in a temporary folder (``--folder``), Dagster's storage is SQLite. The definitions
+are the real ones, of a cohort of empty files; only ``overhead`` runs an asset, which does nothing.
+"""
+
+import argparse
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import dagster as dg
+from dagster._core.definitions.data_version import (
+    CODE_VERSION_TAG,
+    DATA_VERSION_IS_USER_PROVIDED_TAG,
+    DATA_VERSION_TAG,
+    get_input_data_version_tag,
+    get_input_event_pointer_tag,
+)
+from dagster._core.storage.tags import (
+    ASSET_PARTITION_RANGE_END_TAG,
+    ASSET_PARTITION_RANGE_START_TAG,
+)
+
+from nic_assets.batches import Product, batch_asset, materialize_each
+from nic_assets.build import build_defs
+from nic_assets.executors import local_executor
+from nic_assets.inputs import add_slides
+from nic_assets.partitions import SLIDES
+from nic_assets.staleness import due
+from nic_core import steps
+from nic_core.cohort import load_cohort
+from nic_core.slides.watch import look
+from nic_core.store import Store
+
+ENCODERS = 9
+Result = TypeVar("Result")
+
+
+def timed(label: str, work: Callable[[], Result], per: int = 1) -> Result:
+    """Do ``work`` and print how long it took, by item where there are several."""
+    start = time.perf_counter()
+    result = work()
+    seconds = (time.perf_counter() - start) / per
+    print(f"{label:<68} {1000 * seconds:10,.1f} ms{' each' if per > 1 else ''}", flush=True)
+    return result
+
+
+# --- a slide in a run ------------------------------------------------------------------------
+
+
+@batch_asset(partitions_def=SLIDES, code_version="1")
+def nothing(context: dg.AssetExecutionContext) -> Iterator[dg.MaterializeResult]:  # type: ignore[type-arg]
+    """An asset that does nothing for each slide."""
+    yield from materialize_each(context, lambda key: Product(key), expected=())
+
+
+def nothing_job() -> dg.JobDefinition:
+    """For a process of its own: the multiprocess executor loads the job anew."""
+    return dg.Definitions(
+        assets=[nothing],
+        jobs=[dg.define_asset_job("do_nothing", selection="nothing")],
+        executor=local_executor(),
+    ).resolve_job_def("do_nothing")
+
+
+def overhead(folder: Path, slides: int) -> None:
+    keys = [f"s{number:06d}" for number in range(slides)]
+    # a step's process has the real definitions loaded before it is forked
+    os.environ |= {"NIC_COHORT": str(cohort_of(folder / "c", 1)), "NIC_STORE": str(folder / "s")}
+    home = folder / "dagster"
+    home.mkdir()
+    with dg.DagsterInstance.local_temp(str(home)) as instance:
+        add_slides(instance, keys)
+        job = nothing_job()
+
+        def run(first: str, last: str) -> None:
+            tags = {ASSET_PARTITION_RANGE_START_TAG: first, ASSET_PARTITION_RANGE_END_TAG: last}
+            assert job.execute_in_process(instance=instance, tags=tags).success
+
+        def one_by_one() -> None:
+            for key in keys[:20]:
+                run(key, key)
+
+        def processes() -> None:
+            for key in keys[20:23]:
+                result = dg.execute_job(
+                    dg.reconstructable(nothing_job),
+                    instance=instance,
+                    tags={"dagster/partition": key},
+                )
+                assert result.success
+
+        timed("a run a slide, in this process", one_by_one, per=20)
+        timed("a run a slide, a process a step", processes, per=3)
+        timed(f"one run of {slides:,} slides", lambda: run(keys[0], keys[-1]), per=slides)
+
+
+# --- ticks -----------------------------------------------------------------------------------
+
+
+def cohort_of(folder: Path, slides: int) -> Path:
+    """A cohort of empty files and nine encoders."""
+    (folder / "wsi").mkdir(parents=True)
+    for number in range(slides):
+        (folder / "wsi" / f"s{number:06d}.tif").touch()
+    encoders = "\n".join(f"- {{name: e{n}, objective: mean_rgb}}" for n in range(ENCODERS))
+    path = folder / "cohort.yaml"
+    path.write_text(f"name: big\nslides: {{folders: [{{path: wsi}}]}}\nencoders:\n{encoders}\n")
+    return path
+
+
+def ticks(folder: Path, slides: int) -> None:
+    path = folder / "cohort.yaml"
+    timed(f"{slides:,} files: made", lambda: cohort_of(folder, slides))
+    cohort, store = load_cohort(path), Store(folder / "store")
+    defs = timed("definitions built", lambda: build_defs(cohort, store))
+    graph = defs.resolve_asset_graph()
+    first = timed("sensor tick, all new", lambda: look(cohort, steps.read_seen(store)))
+    timed("sensor tick, all settled", lambda: look(cohort, steps.read_seen(store), first.marks))
+    timed("slide_index looks at all, reads each", lambda: steps.find_slides(cohort, store))
+    timed("sensor tick, nothing new", lambda: look(cohort, steps.read_seen(store)))
+    size = len(json.dumps(first.marks)) / 1000
+    print(f"{'cursor of a tick at which all are new':<68} {size:10,.1f} kB")
+    keys = steps.read_index(store)["slide"].to_list()
+    home = folder / "dagster"
+    home.mkdir()
+    with dg.DagsterInstance.local_temp(str(home)) as instance:
+        timed(f"{slides:,} partitions added", lambda: add_slides(instance, keys))
+        timed(f"{slides:,} partitions added again", lambda: add_slides(instance, keys))
+        timed(
+            f"rebuild: what is due of {slides * ENCODERS:,} grids, none made",
+            lambda: due(instance, graph),
+        )
+        made = min(len(keys), 10_000)
+        fill(instance, graph, keys[:made])
+        timed(
+            f"rebuild: first look at {made * (ENCODERS + 2):,} events", lambda: due(instance, graph)
+        )
+        timed("rebuild: the next look, nothing new", lambda: due(instance, graph))
+
+
+def fill(instance: dg.DagsterInstance, graph: object, keys: list[str]) -> None:
+    """Record every slide as made under every encoder."""
+    start = time.perf_counter()
+    count = 0
+    for asset, parents, partitions in (
+        ("slide", ["slide_file"], keys),
+        ("patch_table", ["slide"], keys),
+        ("encoder", ["encoder_entry"], [f"e{n}" for n in range(ENCODERS)]),
+        (
+            "grid",
+            ["slide_file", "patch_table", "encoder"],
+            [f"e{n}|{key}" for n in range(ENCODERS) for key in keys],
+        ),
+    ):
+        version = graph.get(dg.AssetKey(asset)).code_version  # type: ignore[attr-defined]
+        last = {
+            parent: instance.fetch_materializations(dg.AssetKey(parent), limit=1).records
+            for parent in parents
+        }
+        tags = {CODE_VERSION_TAG: version, DATA_VERSION_IS_USER_PROVIDED_TAG: "true"}
+        for parent, records in last.items():
+            key = dg.AssetKey(parent)
+            tags[get_input_data_version_tag(key)] = "INITIAL"
+            tags[get_input_event_pointer_tag(key)] = str(records[0].storage_id) if records else "-1"
+        for partition in partitions:
+            instance.report_runless_asset_event(
+                dg.AssetMaterialization(
+                    asset,
+                    partition=partition,
+                    metadata={"cells": 1000, "preview": dg.MetadataValue.md("x" * 8000)},
+                    tags={**tags, DATA_VERSION_TAG: partition},
+                )
+            )
+            count += 1
+    seconds = time.perf_counter() - start
+    print(f"{'recording an event without a run':<68} {1000 * seconds / count:10,.1f} ms each")
+
+
+# --- pages -----------------------------------------------------------------------------------
+
+GRAPH_QUERY = """query { assetNodes { assetKey { path } dependencyKeys { path } groupName kinds
+  opNames isPartitioned staleStatus } }"""
+PAGE_QUERY = """query($key: [String!]!) { assetNodeOrError(assetKey: {path: $key}) {
+  ... on AssetNode {
+  partitionKeysByDimension { name partitionKeys }
+  assetPartitionStatuses { ... on MultiPartitionStatuses { primaryDimensionName ranges {
+    primaryDimStartKey primaryDimEndKey secondaryDim { ... on DefaultPartitionStatuses {
+    materializedPartitions } } } } }
+  partitionStats { numMaterialized numPartitions numFailed } } } }"""
+
+
+def pages(folder: Path, slides: int) -> None:
+    path = cohort_of(folder, slides)
+    cohort, store = load_cohort(path), Store(folder / "store")
+    graph = build_defs(cohort, store).resolve_asset_graph()
+    home = folder / "home"
+    home.mkdir()
+    (home / "dagster.yaml").write_text("telemetry: {enabled: false}\n")
+    keys = [f"s{number:06d}" for number in range(slides)]
+    with dg.DagsterInstance.from_config(str(home)) as instance:
+        add_slides(instance, keys)
+        fill(instance, graph, keys)
+    environment = {
+        **os.environ,
+        "DAGSTER_HOME": str(home),
+        "NIC_COHORT": str(path),
+        "NIC_STORE": str(store.root),
+    }
+    with webserver(environment, folder) as ask:
+        for _ in range(2):
+            timed("asset graph with staleness", lambda: ask(GRAPH_QUERY, {}))
+        for asset in ("slide", "grid"):
+            for _ in range(2):
+                timed(
+                    f"partitions of {asset}", lambda asset=asset: ask(PAGE_QUERY, {"key": [asset]})
+                )
+
+
+@contextmanager
+def webserver(environment: dict[str, str], folder: Path) -> Iterator[Callable[..., object]]:
+    """A webserver of its own on a free port; gives a function that asks GraphQL."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = subprocess.Popen(
+        [str(Path(sys.executable).with_name("dagster-webserver")), "-m", "nic_assets.definitions"]
+        + ["--host", "127.0.0.1", "--port", str(port)],
+        env=environment,
+        cwd=folder,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+
+    def ask(query: str, variables: dict[str, object]) -> object:
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{port}/graphql",
+            json.dumps({"query": query, "variables": variables}).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=600) as answer:
+            found = json.load(answer)
+        assert "errors" not in found, found
+        return found
+
+    try:
+        for _ in range(300):
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/server_info", timeout=5).close()
+                break
+            except OSError:
+                time.sleep(0.2)
+        yield ask
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("what", choices=("overhead", "ticks", "pages"))
+    parser.add_argument("--slides", type=int, default=10_000)
+    parser.add_argument("--folder", type=Path, help="a place to write to; default: temporary")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        {"overhead": overhead, "ticks": ticks, "pages": pages}[options.what](
+            Path(folder), options.slides
+        )
+
+
+if __name__ == "__main__":
+    main()
