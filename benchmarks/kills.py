@@ -274,7 +274,7 @@ def main() -> None:
         with study.instance():
             pass
         while kills.total() < arguments.kills and kill_refresh(
-            study, chance.uniform(0, seconds / 6)
+            study, chance.uniform(0, seconds / 12)
         ):
             kills["run"] += 1
         study.refresh()

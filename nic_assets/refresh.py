@@ -20,10 +20,12 @@ from dagster._core.storage.tags import (
 )
 from rich.console import Console
 
+from nic_assets.databases import make_database
 from nic_assets.doctor import release
 from nic_assets.environment import read_environment
 from nic_assets.inputs import LOOKS_TAG
 from nic_assets.staleness import Partition, due
+from nic_assets.tracking import Tracking
 from nic_core.cohort import CohortError
 from nic_core.reports import results_table
 from nic_core.steps import RESULTS
@@ -132,6 +134,7 @@ def main() -> int:
     except CohortError as error:
         console.print(f"[red]{error}[/red]")
         return 2
+    make_database(Tracking.in_store(Store.from_environment()).uri)
     with dg.DagsterInstance.get() as instance:
         for finding in release(instance):  # else a killed refresh's slot would be waited for
             console.print(f"[yellow]{finding.what}, {finding.remedy}: {finding.where}[/yellow]")

@@ -15,6 +15,7 @@ from pathlib import Path
 import dagster as dg
 import mlflow
 
+from nic_assets.databases import SQLITE
 from nic_assets.partitions import SLIDES
 from nic_assets.tracking import Tracking
 from nic_core.encoders import EncoderError
@@ -23,7 +24,6 @@ from nic_core.grids import GridError, open_grid
 from nic_core.models.files import ModelFileError, read_model_card
 from nic_core.store import Product, Store
 
-SQLITE = "sqlite:///"
 _ASSETS = {
     "slide": "slide",
     "patch_table": "patch_table",
