@@ -4,6 +4,7 @@ import random
 import subprocess
 from collections import Counter
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import dagster as dg
@@ -13,11 +14,12 @@ import yaml
 from rich.console import Console
 
 from benchmarks.kills import Study, compare, kill_refresh
+from nic_assets import batches
 from nic_assets.build import build_defs
 from nic_assets.doctor import examine
 from nic_assets.refresh import refresh
-from nic_core import steps
 from nic_core.cohort import load_cohort
+from nic_core.store import exclusive
 
 SLIDES = 6
 
@@ -113,15 +115,16 @@ def test_a_disk_that_fails_in_the_middle_stops_the_run_and_the_next_one_goes_on(
     study = Study(cohort, tmp_path)
     (tmp_path / "store").symlink_to(mount("size=40m"))
     defs = build_defs(load_cohort(cohort), study.store)
-    compress, calls, mend = steps.compress, [], []
+    calls, mend = [], []
 
-    def failing(*arguments):
-        calls.append(arguments[-1])
-        if len(calls) == 4:
-            mend.append(fail(study.store.root.resolve()))
-        return compress(*arguments)
+    def failing(place: Path) -> AbstractContextManager[None]:
+        if place.suffix == ".zarr":
+            calls.append(place.stem)
+            if len(calls) == 4:
+                mend.append(fail(study.store.root.resolve()))
+        return exclusive(place)
 
-    monkeypatch.setattr(steps, "compress", failing)
+    monkeypatch.setattr(batches, "exclusive", failing)
     with study.instance() as instance:
         [problem, *waiting] = refresh(defs, instance, Console(quiet=True))
         assert f"grid: mean-rgb|{calls[-1]}: StoreError: " in problem
