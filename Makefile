@@ -28,7 +28,7 @@ ui: .venv/installed  ## Dagster on http://127.0.0.1:3000
 
 mlflow: .venv/installed  ## MLflow on http://127.0.0.1:5000
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow server --workers 1 \
-		--backend-store-uri sqlite:///$${NIC_STORE:-data/store}/mlflow/mlflow.db --port 5000
+		--backend-store-uri sqlite:///$${NIC_STORE:-data/store}/mlflow/mlflow.db --host 127.0.0.1 --port 5000
 
 test: .venv/installed-tests
 	$(BIN)/pytest --numprocesses auto

@@ -8,14 +8,18 @@ partitions of a run:
   not change makes nothing downstream stale;
 * a bad slide fails itself, not its batch: the good ones are recorded, the bad ones listed, the
   run fails, and a retry has only the bad ones left to do;
-* a partition is recorded as soon as it is done, so a killed run loses one slide at most.
+* a partition is recorded as soon as it is done, so a killed run loses one slide at most, and
+  neither a second attempt nor another run that was asked for the same does it again.
 """
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import dagster as dg
@@ -29,15 +33,24 @@ from dagster._core.definitions.data_version import (
 from dagster._core.storage.tags import MULTIDIMENSIONAL_PARTITION_PREFIX
 
 from nic_assets.metadata import OWNERS
+from nic_assets.retries import RETRIES, is_transient
+from nic_core.store import exclusive
 
 batch_asset = partial(
     dg.asset,
     backfill_policy=dg.BackfillPolicy.single_run(),
+    retry_policy=RETRIES,
     owners=OWNERS,
     # the body records its own materializations
     output_required=False,
 )
 """``@dg.asset`` for an asset whose body is :func:`materialize_each`."""
+
+# metadata: name of a check to what it found, and to what it has to say either way
+_PROBLEMS, _REMARKS = "problems", "remarks"
+
+HOST_TAG = "nic/host"
+"""Tags a run with the names of the machines that its steps ran on, for ``nic doctor``."""
 
 Events: TypeAlias = Iterator[dg.MaterializeResult[None] | dg.AssetCheckResult]
 """What the body of an asset of many partitions yields."""
@@ -62,62 +75,123 @@ def materialize_each(
     work: Callable[[str], Product],
     *,
     expected: tuple[type[Exception], ...],
+    place: Callable[[str], Path] | None = None,
 ) -> Events:
     """Do ``work`` for every partition key of the run; yield the checks' results.
 
     The asset must be declared with :data:`batch_asset`. An exception of the ``expected``
-    types fails its partition alone; any other is a fault of ours and stops the run at once.
+    types fails its partition alone; any other stops the run at once. The step is tried again if
+    a fault is transient (:mod:`nic_assets.retries`).
+
+    ``place`` is where a partition's product goes. Its lock is held while the partition is made, so
+    another run that wants to make the same waits, and then takes what it finds.
 
     Raises
     ------
     dagster.Failure
-        After all keys, when some failed; its metadata lists each with its reason.
+        After all keys, when some failed; its metadata lists each with its reason. At once, for a
+        fault that is neither expected nor transient.
     """
+    _tag_host(context)
     provenance = _provenance(context)
     failed: dict[str, str] = {}
+    again = False
     done: list[dg.AssetMaterialization] = []
     found: dict[str, dict[str, str]] = {check.name: {} for check in _check_specs(context)}
     remarks: dict[str, dict[str, str]] = {}
-    # a step that yields no output makes the run skip its children, see below
-    children_run = _children_run(context)
     keys = sorted(context.partition_keys)
     for number, key in enumerate(keys, start=1):
         context.log.info(f"{context.asset_key.to_user_string()} {number}/{len(keys)}: {key}")
         try:
-            product = work(key)
+            with exclusive(place(key)) if place is not None else nullcontext():
+                event = _recorded(context, key, provenance)
+                if event is None:
+                    event = _materialization(context, key, work(key), provenance)
+                    context.log_event(event)
         except expected as error:
             failed[key] = str(error)
+            again |= is_transient(error)
             context.log.error(f"{key}: {error}")
             continue
-        for check, problem in product.checks.items():
-            if problem is not None:
+        except Exception as error:
+            if is_transient(error):
+                raise
+            raise dg.Failure(
+                f"{key}: {type(error).__name__}: {error}", allow_retries=False
+            ) from error
+        done.append(event)
+        for check, problem in _of_checks(event, _PROBLEMS).items():
+            if check in found:
                 found[check][key] = problem
-        for check, remark in product.remarks.items():
+        for check, remark in _of_checks(event, _REMARKS).items():
             remarks.setdefault(check, {})[key] = remark
-        event = dg.AssetMaterialization(
-            context.asset_key,
-            partition=key,
-            metadata=dict(product.metadata),
-            tags={**provenance, **_dimension_tags(context, key), DATA_VERSION_TAG: product.version},
-        )
-        if children_run:
-            done.append(event)
-        else:
-            context.log_event(event)
     yield from _check_results(context, found, remarks)
-    if children_run and not failed:
-        # Yielding the output lets the children go on, but also records every partition with
-        # the batch's version. Our own events must be the later ones.
-        yield dg.MaterializeResult()
-    for event in done:
-        context.log_event(event)
     if failed:
         raise dg.Failure(
             f"{len(failed)} of {len(keys)} failed: "
             + "; ".join(f"{key}: {reason}" for key, reason in list(failed.items())[:5]),
             metadata={"failed": dg.MetadataValue.json(failed)},
-            allow_retries=False,
+            allow_retries=again,
         )
+    if _children_run(context):
+        # A step that yields no output makes the run skip its children. Yielding it lets them go
+        # on, but also records every partition with the batch's version: ours must be the later.
+        yield dg.MaterializeResult()
+        for event in done:
+            context.log_event(event)
+
+
+def _tag_host(context: dg.AssetExecutionContext) -> None:
+    run = context.instance.get_run_by_id(context.run.run_id)
+    known = (run.tags.get(HOST_TAG) or "").split(",") if run is not None else []
+    hosts = ",".join(sorted({*known, socket.gethostname()} - {""}))
+    context.instance.add_run_tags(context.run.run_id, {HOST_TAG: hosts})
+
+
+def _materialization(
+    context: dg.AssetExecutionContext, key: str, product: Product, provenance: Mapping[str, str]
+) -> dg.AssetMaterialization:
+    problems = {check: problem for check, problem in product.checks.items() if problem is not None}
+    return dg.AssetMaterialization(
+        context.asset_key,
+        partition=key,
+        metadata={
+            **product.metadata,
+            **({_PROBLEMS: problems} if problems else {}),
+            **({_REMARKS: dict(product.remarks)} if product.remarks else {}),
+        },
+        tags={**provenance, **_dimension_tags(context, key), DATA_VERSION_TAG: product.version},
+    )
+
+
+def _recorded(
+    context: dg.AssetExecutionContext, key: str, provenance: Mapping[str, str]
+) -> dg.AssetMaterialization | None:
+    """What already stands for a partition: what an earlier attempt of this run recorded, or
+    another run, since this one was asked for, from the same inputs."""
+    records = context.instance.fetch_materializations(
+        dg.AssetRecordsFilter(context.asset_key, asset_partitions=[key]), limit=1
+    ).records
+    event: dg.AssetMaterialization | None = records[0].asset_materialization if records else None
+    if event is None or event.tags is None or DATA_VERSION_IS_USER_PROVIDED_TAG not in event.tags:
+        return None
+    if records[0].run_id == context.run.run_id:
+        return event
+    asked = context.instance.get_run_record_by_id(context.run.run_id)
+    # SQLite keeps the whole seconds of that time
+    if asked is None or records[0].timestamp < asked.create_timestamp.timestamp() + 1:
+        return None
+    if not provenance.items() <= event.tags.items():
+        return None
+    context.log.info(f"{key}: run {records[0].run_id} has just made it")
+    context.log_event(event)
+    return event
+
+
+def _of_checks(event: dg.AssetMaterialization, what: str) -> Mapping[str, str]:
+    """What the checks found or remarked, as the partition's own record has it."""
+    kept = event.metadata.get(what)
+    return kept.value if isinstance(kept, dg.JsonMetadataValue) else {}  # type: ignore[return-value]
 
 
 def _provenance(context: dg.AssetExecutionContext) -> dict[str, str]:

@@ -7,11 +7,9 @@ A failure stops what depends on it and nothing else; the exit status tells.
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import dagster as dg
 import polars as pl
@@ -20,12 +18,15 @@ from dagster._core.storage.tags import (
     ASSET_PARTITION_RANGE_END_TAG,
     ASSET_PARTITION_RANGE_START_TAG,
 )
-from dotenv import dotenv_values
 from rich.console import Console
 
+from nic_assets.databases import make_database
+from nic_assets.doctor import release
+from nic_assets.environment import read_environment
 from nic_assets.executors import set_gpu_slots
 from nic_assets.inputs import LOOKS_TAG
 from nic_assets.staleness import Partition, due
+from nic_assets.tracking import Tracking
 from nic_core.cohort import CohortError
 from nic_core.reports import comparisons_table, results_table
 from nic_core.steps import COMPARISONS, RESULTS
@@ -128,16 +129,17 @@ def _reason(failure: StepFailureData) -> str:
 def main() -> int:
     """Refresh the cohort and store that the environment names; print the report's tables."""
     console = Console(stderr=True)
-    for name, value in dotenv_values(".env").items():
-        os.environ.setdefault(name, value or "")
-    os.environ.setdefault("DAGSTER_HOME", str(Path.cwd()))
+    read_environment()
     try:
         from nic_assets.definitions import defs  # the environment decides what they declare
     except (CohortError, dg.DagsterInvalidDefinitionError) as error:
         console.print(str(error), style="red", markup=False)
         return 2
+    make_database(Tracking.in_store(Store.from_environment()).uri)
     with dg.DagsterInstance.get() as instance:
         set_gpu_slots(instance)
+        for finding in release(instance):  # else a killed refresh's slot would be waited for
+            console.print(f"[yellow]{finding.what}, {finding.remedy}: {finding.where}[/yellow]")
         problems = refresh(defs, instance, console)
     reports = Store.from_environment().reports
     for name, table in ((RESULTS, results_table), (COMPARISONS, comparisons_table)):

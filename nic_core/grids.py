@@ -9,7 +9,7 @@ A store is a zarr v3 group:
 - array ``orientations``, on request: float16 (7, C, rows, columns), the codes of the slide in
   orientations 1 to 7 (:mod:`nic_core.orientations`), each put back at its upright cell: one mask
   and one frame serve all;
-- attribute ``nic``: the provenance.
+- attribute ``nic``: the provenance; attribute ``nic_hash``: what :func:`grid_hash` gives.
 
 Chunks hold all numbers of 64 x 64 cells and lie in shards of 512 x 512, so a crop of
 400 x 400 cells comes from four files at most, in whichever orientation, and a whole store is a
@@ -47,7 +47,7 @@ from nic_core.orientations import ORIENTATIONS, orient
 from nic_core.store import whole_folder
 
 _CHUNK, _SHARD = 64, 512
-CODES, VALID, TURNED, PROVENANCE = "0", "valid", "orientations", "nic"
+CODES, VALID, TURNED, PROVENANCE, HASH = "0", "valid", "orientations", "nic", "nic_hash"
 METADATA = "zarr.json"
 
 Precision = Literal["float32", "bfloat16"]
@@ -229,6 +229,7 @@ def write_grid(path: Path, grid: Grid) -> None:
             {
                 "ome": ome_image(grid.provenance, channels=True),
                 PROVENANCE: grid.provenance.model_dump(),
+                HASH: grid_hash(grid),
             }
         )
         _create(group, CODES, codes.shape, codes.shape[:1])[:] = codes
@@ -332,6 +333,34 @@ def grid_hash(grid: Grid | Path) -> str:
         for k in range(1, ORIENTATIONS):
             digest.update(np.ascontiguousarray(grid.orientations[k][:], np.float16).tobytes())
     return digest.hexdigest()
+
+
+def verify_grid(path: Path) -> bool:
+    """Compare a store with the hash that was recorded when it was written.
+
+    Returns
+    -------
+    bool
+        Whether there is one; a store of an older version has none, and is just read.
+
+    Raises
+    ------
+    GridError
+        It is no grid, cannot be read, or is not the one that was written.
+    """
+    try:
+        found = grid_hash(path)
+    except GridError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:  # of a chunk that cannot be decoded
+        raise GridError(f"{path}: cannot be read ({error}); compress the slide again") from error
+    recorded = zarr.open_group(path, mode="r", zarr_format=3).attrs.get(HASH)
+    if recorded not in (None, found):
+        raise GridError(
+            f"{path}: the codes are not those that were written (hash differs); "
+            "compress the slide again"
+        )
+    return recorded is not None
 
 
 def grid_preview(grid: Grid, *, cell: int = 4) -> NDArray[np.uint8]:

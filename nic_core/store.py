@@ -30,6 +30,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import re
 import shutil
 import threading
 from collections.abc import Iterator
@@ -101,6 +102,103 @@ class Store:
     @property
     def mlflow(self) -> Path:
         return self.root / "mlflow"
+
+    def products(self) -> Iterator[Product]:
+        """What lies where the layout has a place for it, kind by kind: no report, no database,
+        nothing half made, nothing that somebody else put there, nothing behind a link."""
+        root = self.root.resolve()
+        for kind, pattern in _PLACES.items():
+            place = re.compile(re.escape(pattern).replace(r"\*", "([^/.][^/]*)"))
+            for path in sorted(self.root.glob(pattern)):
+                name = path.relative_to(self.root).as_posix()
+                names = place.fullmatch(f"{name}/" if pattern.endswith("/") else name)
+                if names is not None and path.resolve() == root / name:
+                    yield Product(kind, names.groups(), path)
+
+    def leftovers(self) -> Iterator[Leftover]:
+        """What a writer that died left beside its product, and what writers at work have there."""
+        found: dict[Path, list[Path]] = {}
+        for folder, folders, files in os.walk(self.root):
+            for name in folders + files:
+                mark = _MARKED.fullmatch(name)
+                if mark is not None:
+                    found.setdefault(Path(folder, mark["product"]), []).append(Path(folder, name))
+            # products hold no others; what is half made is looked at from outside
+            folders[:] = [name for name in folders if not _CLOSED.search(name)]
+        for product, litter in sorted(found.items()):
+            yield Leftover(product, tuple(sorted(litter)), _is_locked(product))
+
+
+# what can lie where; each kind is a method of Store that takes the parts that the stars stand for
+_PLACES = {
+    "slide": "slides/*/",
+    "patch_table": "patch_tables/*.parquet",
+    "patch_task": "patch_tasks/*/",
+    "encoder": "encoders/*/",
+    "training": "encoders/.*.training.pt",
+    "probe": "probes/*.parquet",
+    "grid": "grids/*/*.zarr",
+    "map": "maps/*/*/",
+    "folds": "models/*/folds.parquet",
+    "model": "models/*/*/",
+    "explanations": "explanations/*/*/",
+}
+_MARKED = re.compile(r"\.(new|old|lock)\.(?P<product>.+)")
+_CLOSED = re.compile(r"\.zarr$|^\.(new|old)\.|^(mlflow|dagster)$")
+
+
+@dataclass(frozen=True)
+class Product:
+    """Something in the store.
+
+    Attributes
+    ----------
+    kind
+        The method of :class:`Store` that gives its place.
+    names
+        What that method takes: a slide, an encoder, ...
+    """
+
+    kind: str
+    names: tuple[str, ...]
+    path: Path
+
+    def __str__(self) -> str:
+        return f"{self.kind} {'|'.join(self.names)}"
+
+
+@dataclass(frozen=True)
+class Leftover:
+    """Temporary files beside a product; ``held``: a living writer is at it."""
+
+    product: Path
+    files: tuple[Path, ...]
+    held: bool
+
+    def clear(self) -> None:
+        """Remove the files, as the product's next writer would.
+
+        Raises
+        ------
+        StoreBusyError
+            There is a writer after all.
+        """
+        with exclusive(self.product, wait=False):
+            pass
+
+
+def remove(path: Path) -> None:
+    """Remove a product; a reader finds it whole or not at all.
+
+    Raises
+    ------
+    StoreBusyError
+        Somebody is writing it.
+    """
+    with exclusive(path, wait=False), _naming(path):
+        old = _beside(path, "old")
+        os.replace(path, old)
+        _remove(old)
 
 
 class StoreError(Exception):
@@ -269,6 +367,21 @@ def _locked(path: Path, wait: bool) -> int:
             os.close(file)
             raise
         os.close(file)
+
+
+def _is_locked(path: Path) -> bool:
+    """Whether a writer holds a product's lock; asking is over before another could notice."""
+    try:
+        file = os.open(path.with_name(f".lock.{path.name}"), os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(file)
+    return False
 
 
 def _swap(first: Path, second: Path) -> bool:

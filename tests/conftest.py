@@ -9,7 +9,11 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from nic_core import steps
+from nic_core.cohort import Cohort, load_cohort
 from nic_core.demo.cohort import make_demo
+from nic_core.slides.index import slide_index
+from nic_core.store import Store
 
 # no test is timed: a busy machine is no fault of the code
 settings.register_profile("untimed", deadline=None)
@@ -33,6 +37,26 @@ def tiny_cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return cohort
 
 
+@pytest.fixture(scope="session")
+def mean_rgb_study(
+    tiny_cohort: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Cohort, Store]:
+    """The tiny cohort up to its models, on grids of mean colours; not to be changed."""
+    cohort, store = load_cohort(tiny_cohort), Store(tmp_path_factory.mktemp("study"))
+    steps.write_index(store, slide_index(cohort))
+    for slide in steps.read_index(store)["slide"]:
+        steps.prepare_slide(store, slide)
+        steps.tabulate_patches(cohort, store, slide)
+    steps.make_encoder(cohort, store, "mean-rgb")
+    encoder = steps.prepare_encoder(cohort, store, "mean-rgb")
+    for slide in steps.read_index(store)["slide"]:
+        steps.compress(cohort, store, encoder, slide)
+    for target in cohort.targets:
+        steps.divide(cohort, store, target.name)
+        steps.make_model(cohort, store, "mean-rgb", target.name)
+    return cohort, store
+
+
 @pytest.fixture
 def mount(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
     """Mounts a small file system with options, such as ``ro`` or ``size=64k``."""
@@ -50,4 +74,5 @@ def mount(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
 
     yield make
     for folder in mounted:
-        subprocess.run(["umount", str(folder)], check=True)
+        # lazily: a failed test may have left a file open
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)

@@ -11,10 +11,12 @@ import pytest
 
 from nic_core import store as store_module
 from nic_core.store import (
+    Product,
     Store,
     StoreBusyError,
     StoreError,
     exclusive,
+    remove,
     whole_file,
     whole_folder,
 )
@@ -233,3 +235,90 @@ def test_other_faults_of_a_block_stay_what_they_are(tmp_path):
     with pytest.raises(FileNotFoundError), whole_file(tmp_path / "table.parquet"):
         (tmp_path / "gone").read_text()
     assert names(tmp_path) == []
+
+
+def put(path):
+    """A file, or a folder with one."""
+    if path.suffix in (".parquet", ".pt"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("x")
+    else:
+        path.mkdir(parents=True)
+        (path / "part").write_text("x")
+
+
+EVERY = {
+    "slide": ("s1",),
+    "patch_table": ("s1",),
+    "patch_task": ("nodes",),
+    "encoder": ("mtl",),
+    "training": ("mtl",),
+    "probe": ("mtl",),
+    "grid": ("mtl", "s1"),
+    "map": ("tumour", "s1"),
+    "folds": ("growth",),
+    "model": ("growth", "mtl"),
+    "explanations": ("growth", "mtl"),
+}
+
+
+def test_the_store_lists_every_kind_of_product_by_the_names_that_make_its_place(tmp_path):
+    store = Store(tmp_path)
+    for kind, names_ in EVERY.items():
+        put(getattr(store, kind)(*names_))
+    assert list(store.products()) == [
+        Product(kind, names_, getattr(store, kind)(*names_)) for kind, names_ in EVERY.items()
+    ]
+
+
+def test_the_store_lists_nothing_that_it_has_no_place_for(tmp_path):
+    store = Store(tmp_path)
+    for place in (
+        "slides/index.parquet",
+        "slides/.new.s1",
+        "grids/mtl/notes",
+        "grids/mtl/.old.s1.zarr",
+        "reports",
+        "mlflow/artifacts",
+        "dagster/storage",
+        "mine/grids/mtl/s1.zarr",
+    ):
+        put(tmp_path / place)
+    assert list(store.products()) == []
+
+
+def test_a_removed_product_is_gone_whole_and_leaves_nothing(tmp_path):
+    store = Store(tmp_path)
+    for kind in ("grid", "folds"):
+        path = getattr(store, kind)(*EVERY[kind])
+        put(path)
+        remove(path)
+        assert names(path.parent) == []
+
+
+def test_what_is_being_written_is_not_removed(tmp_path, writer):
+    replace_often(tmp_path / "other.zarr", 1)
+    with pytest.raises(StoreBusyError):
+        remove(tmp_path / "grid.zarr")
+
+
+def test_leftovers_of_the_dead_are_told_from_files_of_the_living(tmp_path, writer):
+    [at_work] = Store(tmp_path).leftovers()
+    assert at_work.held
+    assert at_work.product == tmp_path / "grid.zarr"
+    with pytest.raises(StoreBusyError):
+        at_work.clear()
+    writer.kill()
+    writer.join()
+    (tmp_path / "maps").mkdir()
+    (tmp_path / "maps" / ".new.cells").write_text("half")
+    left = list(Store(tmp_path).leftovers())
+    assert [(item.product.name, item.held) for item in left] == [
+        ("grid.zarr", False),
+        ("cells", False),
+    ]
+    assert [file.name for file in left[0].files] == [".lock.grid.zarr", ".new.grid.zarr"]
+    for item in left:
+        item.clear()
+    assert names(tmp_path) == ["maps"]
+    assert names(tmp_path / "maps") == []

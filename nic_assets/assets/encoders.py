@@ -76,7 +76,7 @@ def encoder_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
                 },
             )
 
-        yield from materialize_each(context, work, expected=(CohortError,))
+        yield from materialize_each(context, work, expected=(CohortError,), place=store.patch_task)
 
     @batch_asset(
         partitions_def=partitions.encoders,
@@ -145,7 +145,9 @@ def encoder_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
             )
 
         with leased_device() as device:
-            yield from materialize_each(context, work, expected=(EncoderError,))
+            yield from materialize_each(
+                context, work, expected=(EncoderError,), place=store.encoder
+            )
 
     @batch_asset(
         partitions_def=partitions.encoders,
@@ -186,7 +188,7 @@ def encoder_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
                 },
             )
 
-        yield from materialize_each(context, work, expected=(EncoderError,))
+        yield from materialize_each(context, work, expected=(EncoderError,), place=store.probe)
 
     return [patch_task, encoder, encoder_probe] if partitions.cohort.patch_tasks else [encoder]
 

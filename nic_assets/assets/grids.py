@@ -72,7 +72,9 @@ def grid_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
             )
 
         with leased_device() as device:
-            yield from materialize_each(context, work, expected=(SlideError,))
+            yield from materialize_each(
+                context, work, expected=(SlideError,), place=lambda key: store.grid(*key.split("|"))
+            )
 
     @batch_asset(
         partitions_def=partitions.encoders,

@@ -61,7 +61,7 @@ def model_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
                 checks={"folds_disjoint_by_patient": checks.folds_disjoint(folds)},
             )
 
-        yield from materialize_each(context, work, expected=(CohortError,))
+        yield from materialize_each(context, work, expected=(CohortError,), place=store.folds)
 
     @batch_asset(
         partitions_def=partitions.models,
@@ -125,7 +125,12 @@ def model_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
                 remarks={"compared_with_champion": run.verdict.words},
             )
 
-        yield from materialize_each(context, work, expected=(CohortError, TrainingError))
+        yield from materialize_each(
+            context,
+            work,
+            expected=(CohortError, TrainingError),
+            place=lambda key: store.model(*reversed(key.split("|"))),
+        )
 
     @batch_asset(
         partitions_def=partitions.models,
@@ -158,7 +163,12 @@ def model_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
                 },
             )
 
-        yield from materialize_each(context, work, expected=(CohortError, SlideError))
+        yield from materialize_each(
+            context,
+            work,
+            expected=(CohortError, SlideError),
+            place=lambda key: store.explanations(*reversed(key.split("|"))),
+        )
 
     return [target_folds, task_model, explanation]
 

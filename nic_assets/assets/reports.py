@@ -81,7 +81,12 @@ def _map_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
                 },
             )
 
-        yield from materialize_each(context, work, expected=(SlideError, CohortError))
+        yield from materialize_each(
+            context,
+            work,
+            expected=(SlideError, CohortError),
+            place=lambda key: store.map(*key.split("|")),
+        )
 
     @batch_asset(
         partitions_def=partitions.maps,

@@ -124,7 +124,7 @@ def slide_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
                 },
             )
 
-        yield from materialize_each(context, work, expected=(SlideError,))
+        yield from materialize_each(context, work, expected=(SlideError,), place=store.slide)
 
     @batch_asset(
         partitions_def=partitions.slides,
@@ -157,6 +157,6 @@ def slide_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
                 checks={"schema_valid": checks.patch_table_valid(store, key)},
             )
 
-        yield from materialize_each(context, work, expected=(SlideError,))
+        yield from materialize_each(context, work, expected=(SlideError,), place=store.patch_table)
 
     return [slide_index, slide, patch_table]

@@ -77,25 +77,9 @@ def load_encoder(folder: Path) -> Encoder:
         A file is missing or unreadable, the tensors do not fit the card's architecture, or
         they are not those whose hash the card holds.
     """
-    card = read_card(folder)
-    try:
-        if card.architecture in PROGRAMS:
-            archive = folder / PROGRAMS[card.architecture]
-            found = _archive_hash(card, archive)
-        else:
-            tensors = load_file(folder / WEIGHTS)
-            found = weights_hash(_network(card), tensors)
-    except OSError as error:
-        raise EncoderError(f"{folder}: no encoder here ({error}); train or import one") from error
-    except SafetensorError as error:
-        raise EncoderError(f"{folder}: not an encoder file: {error}") from error
-    if found != card.weights_hash:
-        raise EncoderError(
-            f"{folder}: the weights are not those of the card (hash differs); "
-            "restore both files from one source, or train again"
-        )
+    card, tensors = _recorded(folder)
     if card.architecture in PROGRAMS:
-        return Encoder(card, _program(card, archive))
+        return Encoder(card, _program(card, folder / PROGRAMS[card.architecture]))
     try:
         module = _timm(card) if card.architecture == "timm" else build_module(card)
         heads = build_heads(card.tasks, card.code)
@@ -105,6 +89,17 @@ def load_encoder(folder: Path) -> Encoder:
     except (RuntimeError, ValueError) as error:  # of torch and of sizes that no network has
         raise EncoderError(f"{folder}: weights do not fit the card: {error}") from error
     return Encoder(card, module, heads)
+
+
+def verify_encoder(folder: Path) -> None:
+    """Compare an encoder's weights with the hash in its card; nothing of it is run.
+
+    Raises
+    ------
+    EncoderError
+        As of :func:`load_encoder`.
+    """
+    _recorded(folder)
 
 
 def import_encoder(entry: ReadyEncoder, *, patch: int, mpp: float) -> Encoder:
@@ -139,6 +134,28 @@ def import_encoder(entry: ReadyEncoder, *, patch: int, mpp: float) -> Encoder:
             "encoder out"
         )
     return encoder
+
+
+def _recorded(folder: Path) -> tuple[EncoderCard, dict[str, Tensor]]:
+    """Card and tensors (none of a program) of a folder whose weights have the card's hash."""
+    card = read_card(folder)
+    tensors: dict[str, Tensor] = {}
+    try:
+        if card.architecture in PROGRAMS:
+            found = _archive_hash(card, folder / PROGRAMS[card.architecture])
+        else:
+            tensors = load_file(folder / WEIGHTS)
+            found = weights_hash(_network(card), tensors)
+    except OSError as error:
+        raise EncoderError(f"{folder}: no encoder here ({error}); train or import one") from error
+    except SafetensorError as error:
+        raise EncoderError(f"{folder}: not an encoder file: {error}") from error
+    if found != card.weights_hash:
+        raise EncoderError(
+            f"{folder}: the weights are not those of the card (hash differs); "
+            "restore both files from one source, or train again"
+        )
+    return card, tensors
 
 
 def _import_network(

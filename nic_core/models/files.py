@@ -230,6 +230,27 @@ def save_model(
     return card
 
 
+def read_model_card(folder: Path) -> ModelCard:
+    """The card of a model that :func:`save_model` wrote.
+
+    Raises
+    ------
+    ModelFileError
+        It is missing, or no card.
+    """
+    try:
+        return ModelCard.model_validate_json((folder / CARD).read_bytes())
+    except OSError as error:
+        raise _no_model(folder, error) from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or CARD
+        raise ModelFileError(
+            f"{folder}: not a model file of this version ({where}: {first['msg']}); "
+            "give a model's folder, or train it again"
+        ) from error
+
+
 def load_model(folder: Path) -> SlideModel:
     """Read a model that :func:`save_model` wrote, on the CPU, in evaluation mode.
 
@@ -239,21 +260,14 @@ def load_model(folder: Path) -> SlideModel:
         A file is missing or unreadable, the tensors do not fit the card, or they are not those
         whose hashes the card holds.
     """
+    card = read_model_card(folder)
     try:
-        card = ModelCard.model_validate_json((folder / CARD).read_bytes())
         networks = tuple(
             _load_fold(card, folder / f"fold-{k}.safetensors", hash_)
             for k, hash_ in enumerate(card.networks)
         )
     except OSError as error:
-        raise ModelFileError(f"{folder}: no model here ({error}); train one") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or CARD
-        raise ModelFileError(
-            f"{folder}: not a model file of this version ({where}: {first['msg']}); "
-            "give a model's folder, or train it again"
-        ) from error
+        raise _no_model(folder, error) from error
     except (SafetensorError, RuntimeError) as error:
         raise ModelFileError(f"{folder}: not a model file: {error}") from error
     return SlideModel(card, networks)
@@ -267,6 +281,10 @@ def ensemble_module(networks: Sequence[FoldModel]) -> Ensemble:
     module = Ensemble(networks)
     module.eval().requires_grad_(False)
     return module
+
+
+def _no_model(folder: Path, error: OSError) -> ModelFileError:
+    return ModelFileError(f"{folder}: no model here ({error}); train one")
 
 
 def _load_fold(card: ModelCard, path: Path, expected: str) -> FoldModel:

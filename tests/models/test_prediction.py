@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from nic_core import steps
 from nic_core.cli import app
-from nic_core.cohort import Cohort, load_cohort
+from nic_core.cohort import Cohort
 from nic_core.encoders import load_encoder
 from nic_core.grids import open_grid
 from nic_core.models.files import ModelFileError, load_model, training_cohort
@@ -26,7 +26,6 @@ from nic_core.models.prediction import (
     read_patients,
 )
 from nic_core.models.validation import NETWORK, prediction_columns
-from nic_core.slides.index import slide_index
 from nic_core.store import Store
 
 ENCODER = "mean-rgb"
@@ -34,21 +33,9 @@ TARGETS = ("proliferation", "growth", "survival")
 
 
 @pytest.fixture(scope="module")
-def study(tiny_cohort, tmp_path_factory) -> tuple[Cohort, Store]:
+def study(mean_rgb_study) -> tuple[Cohort, Store]:
     """Every target's model on grids of mean colours."""
-    cohort, store = load_cohort(tiny_cohort), Store(tmp_path_factory.mktemp("study"))
-    steps.write_index(store, slide_index(cohort))
-    for slide in steps.read_index(store)["slide"]:
-        steps.prepare_slide(store, slide)
-        steps.tabulate_patches(cohort, store, slide)
-    steps.make_encoder(cohort, store, ENCODER)
-    encoder = steps.prepare_encoder(cohort, store, ENCODER)
-    for slide in steps.read_index(store)["slide"]:
-        steps.compress(cohort, store, encoder, slide)
-    for target in TARGETS:
-        steps.divide(cohort, store, target)
-        steps.make_model(cohort, store, ENCODER, target)
-    return cohort, store
+    return mean_rgb_study
 
 
 def split(store: Store, name: str) -> dict[str, Path]:

@@ -1,0 +1,12 @@
+"""The study that the environment names, with steps that are tried again at once and often: they
+are killed often (``benchmarks/kills.py``)."""
+
+import dagster as dg
+
+from nic_assets.batches import batch_asset
+from nic_assets.build import build_defs
+from nic_core.cohort import load_cohort
+from nic_core.store import Store
+
+batch_asset.keywords["retry_policy"] = dg.RetryPolicy(max_retries=50)
+defs = build_defs(load_cohort(), Store.from_environment())

@@ -1,0 +1,292 @@
+"""Kill a study at random moments, again and again, and look at what is left.
+
+    python benchmarks/kills.py OUT --kills 100
+
+A small demo cohort is compressed and trained undisturbed, then in rounds: SIGKILL hits the process
+of a run (a refresh: what is missing or stale, in one process) or that of a step (a run of Dagster's
+command, a process a step, which tries a killed step again). After every kill each product in the
+store must be whole; after the next materialization no lock and no temporary file may be left,
+and all grids, weights and predictions must be those of the undisturbed study.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import dagster as dg
+import polars as pl
+import yaml
+
+from nic_assets.refresh import main as refresh_main
+from nic_core.demo.cohort import make_demo
+from nic_core.encoders.files import read_card
+from nic_core.grids import grid_hash
+from nic_core.models.files import load_model
+from nic_core.steps import PREDICTIONS, digest
+from nic_core.store import Store
+from nic_core.store_check import verify_store
+
+MATERIALIZE = ("-m", "dagster", "asset", "materialize")
+DEFINITIONS = ("-f", str(Path(__file__).with_name("killed_definitions.py")))
+STEPS = (
+    ("encoder", "--partition", "mtl"),
+    ("grid", "--partition-range", "mtl|demo-01-1...mtl|demo-10-1"),
+    ("task_model", "--partition", "mtl|growth"),
+)
+KILLS_A_RUN = 8
+LONGEST = 2.0  # seconds that a step lives before it is killed
+HOME = """telemetry: {enabled: false}
+concurrency: {pools: {granularity: op, default_limit: 1}}
+run_monitoring: {enabled: true}
+"""
+
+# runs are forked from a server with the slow imports behind it, as steps are
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(["torch", "mlflow", "nic_assets.build", "nic_assets.refresh"])
+
+
+@dataclass(frozen=True)
+class Study:
+    """A cohort, a store and a Dagster home of its own."""
+
+    cohort: Path
+    root: Path
+
+    @property
+    def store(self) -> Store:
+        return Store(self.root / "store")
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {
+            "NIC_COHORT": str(self.cohort),
+            "NIC_STORE": str(self.store.root),
+            "DAGSTER_HOME": str(self.root / "home"),
+            "PYTHONWARNINGS": "ignore",
+        }
+
+    def instance(self) -> dg.DagsterInstance:
+        """The Dagster home; to be made by one process before others use it."""
+        home = self.root / "home"
+        home.mkdir(parents=True, exist_ok=True)
+        (home / "dagster.yaml").write_text(HOME)
+        return dg.DagsterInstance.from_config(str(home))
+
+    @property
+    def log(self) -> str:
+        """The last that refreshes said."""
+        return (self.root / "log.txt").read_text()[-5000:]
+
+    def start_refresh(self) -> BaseProcess:
+        """Start ``python -m nic_assets.refresh`` in a process of its own."""
+        process = processes.Process(target=_refresh, args=(self.environment, self.root))
+        process.start()
+        return process
+
+    def refresh(self) -> float:
+        """Bring the study up to date, undisturbed; returns the seconds it took."""
+        started = time.monotonic()
+        process = self.start_refresh()
+        process.join()
+        if process.exitcode:
+            raise SystemExit(f"failed:\n{self.log}")
+        return time.monotonic() - started
+
+    def start_materialize(self, asset: str, *partition: str) -> subprocess.Popen[str]:
+        """Start ``dagster asset materialize``: a run with a process a step."""
+        command = [sys.executable, *MATERIALIZE, *DEFINITIONS, "--select", asset, *partition]
+        return subprocess.Popen(
+            command,
+            env=os.environ | self.environment | {"PYTHONPATH": str(Path(__file__).parents[1])},
+            cwd=self.root,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def results(self) -> dict[str, str]:
+        """Hashes of all that was computed."""
+        found = {}
+        for product in self.store.products():
+            match product.kind:
+                case "grid":
+                    found[str(product)] = grid_hash(product.path)
+                case "encoder":
+                    found[str(product)] = read_card(product.path).weights_hash
+                case "model":
+                    found[str(product)] = digest(
+                        load_model(product.path).card.networks,
+                        pl.read_parquet(product.path / PREDICTIONS).rows(),
+                    )
+        return found
+
+    def broken(self) -> list[str]:
+        """Products that are not whole."""
+        return [found.problem for found in verify_store(self.store) if found.problem is not None]
+
+    def litter(self) -> list[str]:
+        """Locks and temporary files."""
+        return [file.name for item in self.store.leftovers() for file in item.files]
+
+
+def _refresh(environment: dict[str, str], root: Path) -> None:
+    os.environ.update(environment)
+    os.chdir(root)
+    with (root / "log.txt").open("a") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    sys.exit(refresh_main())
+
+
+def kill_refresh(study: Study, moment: float) -> bool:
+    """SIGKILL a refresh after ``moment`` seconds; False if it was done before."""
+    process = study.start_refresh()
+    process.join(moment)
+    process.kill()
+    process.join()
+    if problems := study.broken():
+        raise SystemExit(f"half a store after killing a run: {problems}")
+    if process.exitcode not in (0, -signal.SIGKILL):
+        raise SystemExit(f"not killed, but failed:\n{study.log}")
+    return process.exitcode != 0
+
+
+def kill_steps(study: Study, kills: int, chance: random.Random, *asset: str) -> int:
+    """SIGKILL the step of a run up to ``kills`` times, each a moment after it came up."""
+    process = study.start_materialize(*asset)
+    done = 0
+    while process.poll() is None:
+        step = _step(process.pid) if done < kills else None
+        if step is None:
+            time.sleep(0.02)
+            continue
+        time.sleep(chance.uniform(0, LONGEST))
+        try:
+            os.kill(step, signal.SIGKILL)
+        except ProcessLookupError:  # it was done
+            continue
+        done += 1
+        while _alive(step):
+            time.sleep(0.01)
+        if problems := study.broken():
+            raise SystemExit(f"half a store after killing a step: {problems}")
+    said, _ = process.communicate()
+    if process.returncode:
+        raise SystemExit(f"the run did not survive its step's end:\n{said[-5000:]}")
+    return done
+
+
+def _step(run: int) -> int | None:
+    """The process of a run's step: a child of the server that Dagster forks steps from."""
+    for child in _children(run):
+        if b"forkserver" in _command(child):
+            for step in _children(child):
+                return step
+    return None
+
+
+def _children(pid: int) -> list[int]:
+    try:
+        tasks = list(Path(f"/proc/{pid}/task").iterdir())
+        return [int(c) for task in tasks for c in (task / "children").read_text().split()]
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+
+
+def _command(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return b""
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def compare(study: Study, expected: dict[str, str]) -> None:
+    """Stop where the study differs from an undisturbed one or has something lying about."""
+    if problems := study.broken():
+        raise SystemExit(f"half a store: {problems}")
+    if litter := study.litter():
+        raise SystemExit(f"left lying about: {litter}")
+    found = study.results()
+    if found != expected:
+        differing = {k for k in found.keys() | expected.keys() if found.get(k) != expected.get(k)}
+        raise SystemExit(f"other results than undisturbed: {sorted(differing)}")
+
+
+def quick_demo(folder: Path) -> Path:
+    """The cohort file of a dozen small slides, one encoder and one target, with quick settings."""
+    path = make_demo(folder, slides=12, patches_per_task=60, side=1024, workers=1)
+    cohort = yaml.safe_load(path.read_text())
+    cohort["patch_tasks"] = cohort["patch_tasks"][:2]
+    cohort["maps"] = []
+    cohort["encoders"] = [
+        {
+            "name": "mtl",
+            "objective": "mtl",
+            "tasks": [task["name"] for task in cohort["patch_tasks"]],
+            "patches_seen": 256,  # ten epochs
+            "batch": 16,
+        }
+    ]
+    cohort["targets"] = [target for target in cohort["targets"] if target["name"] == "growth"]
+    cohort["settings"]["models"] |= {"crop": 8, "epochs": 4, "bootstrap": 50}
+    quick = folder / "quick.yaml"
+    quick.write_text(yaml.safe_dump(cohort))
+    return quick
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    out, chance = arguments.out.resolve(), random.Random(arguments.seed)
+    cohort = quick_demo(out / "demo")
+
+    undisturbed = Study(cohort, out / "undisturbed")
+    with undisturbed.instance():
+        seconds = undisturbed.refresh()
+    expected = undisturbed.results()
+    print(f"undisturbed: {seconds:.0f} s, {len(expected)} results", flush=True)
+
+    kills: Counter[str] = Counter()
+    for number in itertools.count(1):
+        study = Study(cohort, out / f"killed-{number}")
+        with study.instance():
+            pass
+        while kills.total() < arguments.kills and kill_refresh(
+            study, chance.uniform(0, seconds / 12)
+        ):
+            kills["run"] += 1
+        study.refresh()
+        compare(study, expected)
+        for asset, *partition in STEPS:
+            left = min(KILLS_A_RUN, arguments.kills - kills.total())
+            kills["step"] += kill_steps(study, left, chance, asset, *partition)
+            compare(study, expected)
+        print(f"round {number}: killed {dict(kills)}; all as undisturbed", flush=True)
+        if kills.total() >= arguments.kills:
+            break
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,240 @@
+"""What passes by itself is tried again, what does not fails at once, and nothing is done twice."""
+
+import errno
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import dagster as dg
+import pytest
+from dagster._core.storage.tags import (
+    ASSET_PARTITION_RANGE_END_TAG,
+    ASSET_PARTITION_RANGE_START_TAG,
+)
+
+from nic_assets.batches import Product, materialize_each
+from nic_assets.build import build_defs
+from nic_assets.retries import RETRIES, is_transient
+from nic_core.cohort import load_cohort
+from nic_core.store import Store, StoreBusyError, StoreError, whole_file
+
+KEYS = ["s1", "s2", "s3"]
+SLIDES = dg.StaticPartitionsDefinition(KEYS)
+
+
+class BadSlideError(Exception):
+    pass
+
+
+def disk(code: int) -> OSError:
+    return OSError(code, os.strerror(code))
+
+
+def caused(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "transient"),
+    [
+        (disk(errno.EIO), True),
+        (disk(errno.ESTALE), True),
+        (disk(errno.ETIMEDOUT), True),
+        (ConnectionRefusedError(), True),
+        (StoreBusyError("p", "another process is at it", "run again later"), True),
+        (caused(StoreError("p", "stale", "check the disk"), disk(errno.ESTALE)), True),
+        (caused(BadSlideError(), caused(ValueError(), disk(errno.EIO))), True),
+        (disk(errno.ENOSPC), False),
+        (disk(errno.EROFS), False),
+        (caused(StoreError("p", "full", "make room"), disk(errno.ENOSPC)), False),
+        (FileNotFoundError("gone"), False),
+        (ValueError(), False),
+    ],
+)
+def test_what_passes_by_itself_is_told_from_what_stays(error, transient):
+    assert is_transient(error) is transient
+
+
+def run(
+    work: Callable[[str], Product], instance: dg.DagsterInstance, place: Path | None = None
+) -> dg.ExecuteInProcessResult:
+    """A batch of all keys whose step may be tried twice more."""
+
+    @dg.asset(
+        partitions_def=SLIDES,
+        backfill_policy=dg.BackfillPolicy.single_run(),
+        output_required=False,
+        retry_policy=dg.RetryPolicy(max_retries=2),
+        check_specs=[dg.AssetCheckSpec("tidy", asset="mask")],
+        code_version="1",
+    )
+    def mask(
+        context: dg.AssetExecutionContext,
+    ) -> Iterator[dg.MaterializeResult | dg.AssetCheckResult]:
+        yield from materialize_each(
+            context,
+            work,
+            expected=(BadSlideError,),
+            place=None if place is None else lambda key: place / key,
+        )
+
+    @dg.asset(
+        deps=[mask],
+        partitions_def=SLIDES,
+        backfill_policy=dg.BackfillPolicy.single_run(),
+    )
+    def grid(context: dg.AssetExecutionContext) -> None:
+        pass
+
+    return (
+        dg.Definitions(assets=[mask, grid])
+        .resolve_implicit_global_asset_job_def()
+        .execute_in_process(
+            instance=instance,
+            tags={
+                ASSET_PARTITION_RANGE_START_TAG: KEYS[0],
+                ASSET_PARTITION_RANGE_END_TAG: KEYS[-1],
+            },
+            raise_on_error=False,
+        )
+    )
+
+
+def version(instance: dg.DagsterInstance, key: str) -> str:
+    [record] = instance.fetch_materializations(
+        dg.AssetRecordsFilter(dg.AssetKey("mask"), asset_partitions=[key]), limit=1
+    ).records
+    return record.asset_materialization.tags["dagster/data_version"]
+
+
+class Faulty:
+    """Work on whose second key something goes wrong a few times."""
+
+    def __init__(self, error: Exception, times: int = 1) -> None:
+        self.error, self.times = error, times
+        self.done: list[str] = []
+
+    def __call__(self, key: str) -> Product:
+        if key == "s2" and self.times:
+            self.times -= 1
+            raise self.error
+        self.done.append(key)
+        return Product(f"v-{key}", checks={"tidy": "a pen" if key == "s1" else None})
+
+
+def test_a_fault_that_passes_is_tried_again_and_what_was_recorded_is_not_done_again():
+    instance = dg.DagsterInstance.ephemeral()
+    work = Faulty(disk(errno.EIO), times=2)
+    result = run(work, instance)
+    assert result.success
+    assert work.done == KEYS
+    assert [version(instance, key) for key in KEYS] == ["v-s1", "v-s2", "v-s3"]
+    assert instance.get_materialized_partitions(dg.AssetKey("grid")) == set(KEYS)
+    # the check knows of slides that an earlier attempt made
+    [evaluation] = result.get_asset_check_evaluations()
+    assert evaluation.metadata["problems"].value == {"s1": "a pen"}
+
+
+def test_a_bad_slide_is_tried_again_only_if_the_disk_was_to_blame():
+    flaky = Faulty(caused(BadSlideError("cut short"), disk(errno.EIO)))
+    assert run(flaky, dg.DagsterInstance.ephemeral()).success
+    assert flaky.done == ["s1", "s3", "s2"]
+    bad = Faulty(BadSlideError("cut short"))
+    assert not run(bad, dg.DagsterInstance.ephemeral()).success
+    assert bad.done == ["s1", "s3"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ValueError("a fault of ours"), caused(StoreError("p", "full", "make room"), disk(28))],
+)
+def test_what_does_not_pass_by_itself_stops_the_run_at_once_and_says_why(error):
+    work = Faulty(error)
+    result = run(work, dg.DagsterInstance.ephemeral())
+    assert not result.success
+    assert work.done == ["s1"]
+    [failure] = result.get_step_failure_events()
+    told = failure.step_failure_data.user_failure_data.description
+    assert told == f"s2: {type(error).__name__}: {error}"
+    assert [e for e in result.all_events if e.event_type_value == "STEP_UP_FOR_RETRY"] == []
+
+
+def test_a_fault_that_does_not_pass_after_all_fails():
+    work = Faulty(disk(errno.EIO), times=9)
+    assert not run(work, dg.DagsterInstance.ephemeral()).success
+    assert work.times == 6
+
+
+def test_every_asset_of_many_partitions_is_tried_again(tiny_cohort, tmp_path):
+    graph = build_defs(load_cohort(tiny_cohort), Store(tmp_path)).resolve_asset_graph()
+    policies = {
+        key.to_user_string(): graph.get(key).assets_def.op.retry_policy
+        for key in graph.materializable_asset_keys
+        if graph.get(key).partitions_def is not None
+    }
+    assert policies == dict.fromkeys(policies, RETRIES)
+    assert len(policies) > 8
+
+
+class Slow:
+    """Work that takes a while, and says when it began."""
+
+    def __init__(self, folder: Path, version: str) -> None:
+        self.folder, self.version = folder, version
+        self.begun = threading.Event()
+        self.go_on = threading.Event()
+        self.done: list[str] = []
+
+    def __call__(self, key: str) -> Product:
+        self.begun.set()
+        assert self.go_on.wait(60)
+        with whole_file(self.folder / key) as path:
+            path.write_text(self.version)
+        self.done.append(key)
+        return Product(self.version)
+
+
+@pytest.fixture
+def shared(tmp_path: Path) -> dg.DagsterInstance:
+    (tmp_path / "home").mkdir()
+    return dg.DagsterInstance.local_temp(str(tmp_path / "home"))
+
+
+def test_a_second_run_of_the_same_partitions_waits_and_takes_what_the_first_made(tmp_path, shared):
+    first, second = Slow(tmp_path, "one"), Slow(tmp_path, "two")
+    outcomes = {}
+    threads = {
+        work: threading.Thread(
+            target=lambda work=work: outcomes.update({work: run(work, shared, tmp_path)})
+        )
+        for work in (first, second)
+    }
+    threads[first].start()
+    assert first.begun.wait(60)
+    threads[second].start()
+    second.go_on.set()
+    while shared.get_runs_count(dg.RunsFilter(statuses=[dg.DagsterRunStatus.STARTED])) < 2:
+        time.sleep(0.05)
+    time.sleep(2)  # whatever is made now was made after the second was asked for
+    assert second.done == []
+    first.go_on.set()
+    for thread in threads.values():
+        thread.join()
+    assert all(outcome.success for outcome in outcomes.values())
+    assert first.done == KEYS
+    assert second.done == []
+    assert [(tmp_path / key).read_text() for key in KEYS] == ["one"] * 3
+    for outcome in outcomes.values():
+        made = [e.partition for e in outcome.asset_materializations_for_node("mask")]
+        assert set(made) == set(KEYS)
+
+
+def test_a_run_that_is_asked_for_later_makes_its_partitions_again(tmp_path, shared):
+    first, second = Slow(tmp_path, "one"), Slow(tmp_path, "two")
+    for work in (first, second):
+        work.go_on.set()
+        assert run(work, shared, tmp_path).success
+        assert work.done == KEYS
