@@ -20,7 +20,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import dagster as dg
 from dagster._core.definitions.data_version import (
@@ -34,7 +34,10 @@ from dagster._core.storage.tags import MULTIDIMENSIONAL_PARTITION_PREFIX
 
 from nic_assets.metadata import OWNERS
 from nic_assets.retries import RETRIES, is_transient
+from nic_core.parallel import ahead
 from nic_core.store import exclusive
+
+Made = TypeVar("Made")
 
 batch_asset = partial(
     dg.asset,
@@ -104,9 +107,12 @@ def materialize_each(
         context.log.info(f"{context.asset_key.to_user_string()} {number}/{len(keys)}: {key}")
         try:
             with exclusive(place(key)) if place is not None else nullcontext():
-                event = _recorded(context, key, provenance)
+                event, own = _recorded(context, key, provenance)
                 if event is None:
                     event = _materialization(context, key, work(key), provenance)
+                    context.log_event(event)
+                elif not own:
+                    context.log.info(f"{key}: another run has just made it")
                     context.log_event(event)
         except expected as error:
             failed[key] = str(error)
@@ -148,6 +154,30 @@ def _tag_host(context: dg.AssetExecutionContext) -> None:
     context.instance.add_run_tags(context.run.run_id, {HOST_TAG: hosts})
 
 
+def materialize_ahead(
+    context: dg.AssetExecutionContext,
+    make: Callable[[str], Made],
+    describe: Callable[[str, Made], Product],
+    *,
+    expected: tuple[type[Exception], ...],
+) -> Events:
+    """As :func:`materialize_each`, for work that is bound by the CPU: by a process a core.
+
+    ``make`` can be pickled, as what it gives and raises; ``describe`` is called in the step's own
+    process. Two runs that are asked for the same may both make it: the store keeps it whole.
+    """
+    provenance = _provenance(context)
+    to_do = [
+        key
+        for key in sorted(context.partition_keys)
+        if _recorded(context, key, provenance)[0] is None
+    ]
+    with ahead(make, to_do) as made:
+        yield from materialize_each(
+            context, lambda key: describe(key, made(key)), expected=expected
+        )
+
+
 def _materialization(
     context: dg.AssetExecutionContext, key: str, product: Product, provenance: Mapping[str, str]
 ) -> dg.AssetMaterialization:
@@ -166,26 +196,24 @@ def _materialization(
 
 def _recorded(
     context: dg.AssetExecutionContext, key: str, provenance: Mapping[str, str]
-) -> dg.AssetMaterialization | None:
-    """What already stands for a partition: what an earlier attempt of this run recorded, or
-    another run, since this one was asked for, from the same inputs."""
+) -> tuple[dg.AssetMaterialization | None, bool]:
+    """What already stands for a partition: what an earlier attempt of this run recorded (True),
+    or another run, since this one was asked for, from the same inputs."""
     records = context.instance.fetch_materializations(
         dg.AssetRecordsFilter(context.asset_key, asset_partitions=[key]), limit=1
     ).records
     event: dg.AssetMaterialization | None = records[0].asset_materialization if records else None
     if event is None or event.tags is None or DATA_VERSION_IS_USER_PROVIDED_TAG not in event.tags:
-        return None
+        return None, False
     if records[0].run_id == context.run.run_id:
-        return event
+        return event, True
     asked = context.instance.get_run_record_by_id(context.run.run_id)
     # SQLite keeps the whole seconds of that time
     if asked is None or records[0].timestamp < asked.create_timestamp.timestamp() + 1:
-        return None
+        return None, False
     if not provenance.items() <= event.tags.items():
-        return None
-    context.log.info(f"{key}: run {records[0].run_id} has just made it")
-    context.log_event(event)
-    return event
+        return None, False
+    return event, False
 
 
 def _of_checks(event: dg.AssetMaterialization, what: str) -> Mapping[str, str]:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator
+from concurrent.futures import BrokenExecutor
 
 import dagster as dg
 
+from nic_assets.tracking import TrackingError
 from nic_core.store import StoreBusyError
 
 RETRIES = dg.RetryPolicy(
@@ -20,7 +22,13 @@ RETRIES = dg.RetryPolicy(
     jitter=dg.Jitter.PLUS_MINUS,
 )
 
-TRANSIENT: tuple[type[Exception], ...] = (StoreBusyError, ConnectionError, TimeoutError)
+TRANSIENT: tuple[type[Exception], ...] = (
+    StoreBusyError,
+    ConnectionError,
+    TimeoutError,
+    BrokenExecutor,  # one of the processes that work ahead was killed
+    TrackingError,
+)
 """Exceptions that pass by themselves, beside those of :data:`TRANSIENT_CODES`."""
 
 TRANSIENT_CODES = frozenset(

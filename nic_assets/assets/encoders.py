@@ -11,7 +11,7 @@ from nic_assets.executors import CPU_TAGS, GPU_POOL, GPU_TAGS
 from nic_assets.inputs import ENCODER_ENTRY, PATCH_TASK_SOURCE, SOME_INPUTS
 from nic_assets.metadata import code_version, figure, log_progress, table
 from nic_assets.partitions import Partitions
-from nic_assets.tracking import TrackedRun, Tracking
+from nic_assets.tracking import TrackedRun, Tracking, TrackingError
 from nic_core import steps
 from nic_core.cohort import Cohort, CohortError, RegisteredEncoder
 from nic_core.devices import leased_device
@@ -146,7 +146,7 @@ def encoder_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
 
         with leased_device() as device:
             yield from materialize_each(
-                context, work, expected=(EncoderError,), place=store.encoder
+                context, work, expected=(EncoderError, TrackingError), place=store.encoder
             )
 
     @batch_asset(
@@ -188,7 +188,9 @@ def encoder_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
                 },
             )
 
-        yield from materialize_each(context, work, expected=(EncoderError,), place=store.probe)
+        yield from materialize_each(
+            context, work, expected=(EncoderError, TrackingError), place=store.probe
+        )
 
     return [patch_task, encoder, encoder_probe] if partitions.cohort.patch_tasks else [encoder]
 

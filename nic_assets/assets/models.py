@@ -10,7 +10,7 @@ from nic_assets.executors import CPU_TAGS, GPU_POOL, GPU_TAGS
 from nic_assets.inputs import TARGET_ENTRY
 from nic_assets.metadata import code_version, figure, log_progress, picture, table
 from nic_assets.partitions import Partitions
-from nic_assets.tracking import CANDIDATE, TrackedRun, Tracking
+from nic_assets.tracking import CANDIDATE, TrackedRun, Tracking, TrackingError
 from nic_core import steps
 from nic_core.cohort import Cohort, CohortError
 from nic_core.encoders.files import read_card
@@ -128,7 +128,7 @@ def model_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         yield from materialize_each(
             context,
             work,
-            expected=(CohortError, TrainingError),
+            expected=(CohortError, TrainingError, TrackingError),
             place=lambda key: store.model(*reversed(key.split("|"))),
         )
 

@@ -1,10 +1,12 @@
 """From files to patch tables: the slide index, the opened slide, the patch table."""
 
+from functools import partial
+
 import dagster as dg
 import polars as pl
 
 from nic_assets import checks
-from nic_assets.batches import Events, Product, batch_asset, materialize_each
+from nic_assets.batches import Events, Product, batch_asset, materialize_ahead
 from nic_assets.executors import CPU_TAGS
 from nic_assets.inputs import (
     ENCODER_ENTRY,
@@ -25,6 +27,7 @@ from nic_core.cohort import Cohort
 from nic_core.patches import PATCH_SCHEMA
 from nic_core.quality import summarize
 from nic_core.slides import SlideError
+from nic_core.steps import Pixels, SlideRecord
 from nic_core.store import Store
 
 
@@ -104,8 +107,8 @@ def slide_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
     ) -> Events:
         """An opened slide: metadata, thumbnail and tissue mask."""
 
-        def work(key: str) -> Product:
-            record, outline = steps.prepare_slide(store, key)
+        def describe(key: str, made: tuple[SlideRecord, Pixels]) -> Product:
+            record, outline = made
             return Product(
                 version=steps.digest(record, outline.tobytes()),
                 metadata={
@@ -124,7 +127,8 @@ def slide_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
                 },
             )
 
-        yield from materialize_each(context, work, expected=(SlideError,), place=store.slide)
+        make = partial(steps.prepare_slide, store)
+        yield from materialize_ahead(context, make, describe, expected=(SlideError,))
 
     @batch_asset(
         partitions_def=partitions.slides,
@@ -143,8 +147,7 @@ def slide_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
     ) -> Events:
         """One row a grid cell: place, tissue fraction, focus, colour, kept or why not."""
 
-        def work(key: str) -> Product:
-            cells = steps.tabulate_patches(cohort, store, key)
+        def describe(key: str, cells: pl.DataFrame) -> Product:
             return Product(
                 version=steps.digest(cells.rows()),
                 metadata={
@@ -157,6 +160,7 @@ def slide_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
                 checks={"schema_valid": checks.patch_table_valid(store, key)},
             )
 
-        yield from materialize_each(context, work, expected=(SlideError,), place=store.patch_table)
+        make = partial(steps.tabulate_patches, cohort, store)
+        yield from materialize_ahead(context, make, describe, expected=(SlideError,))
 
     return [slide_index, slide, patch_table]

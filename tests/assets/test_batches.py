@@ -1,5 +1,6 @@
 """A batch run through Dagster itself: outcomes, versions and staleness of each partition."""
 
+import os
 from collections.abc import Iterator
 
 import dagster as dg
@@ -10,10 +11,11 @@ from dagster._core.storage.tags import (
 )
 from rich.console import Console
 
-from nic_assets.batches import Product, materialize_each
+from nic_assets.batches import Product, batch_asset, materialize_ahead, materialize_each
 from nic_assets.inputs import SLIDE_FILE, add_slides, report_versions
 from nic_assets.partitions import SLIDES
 from nic_assets.refresh import refresh
+from nic_core.slides import SlideError
 
 KEYS = ["s1", "s2", "s3", "s4"]
 
@@ -174,3 +176,31 @@ def test_once_mended_only_the_bad_slide_is_left_to_do(world):
     world.bad = set()
     assert world.refresh() == []
     assert world.done == ["mask s2", "grid s2"]
+
+
+def process_of(key: str) -> int:
+    """In which process a slide is worked on; one is bad."""
+    if key == "s3":
+        raise SlideError("s3.tif", "it is cut short", "copy it again")
+    return os.getpid()
+
+
+def test_work_bound_by_the_cpu_is_done_ahead_by_other_processes(monkeypatch):
+    monkeypatch.setattr("nic_core.parallel.WORTH", 1)
+    monkeypatch.setattr("nic_core.parallel.cores", lambda: 2)
+    world = World()
+
+    @batch_asset(partitions_def=SLIDES, deps=[SLIDE_FILE], code_version="1")
+    def mask(context: dg.AssetExecutionContext) -> Iterator[dg.MaterializeResult]:
+        def describe(key: str, process: int) -> Product:
+            return Product(key, {"process": process})
+
+        yield from materialize_ahead(context, process_of, describe, expected=(SlideError,))
+
+    world.definitions = lambda: dg.Definitions(
+        [dg.AssetSpec(SLIDE_FILE, partitions_def=SLIDES), mask]
+    )
+    assert not world.run("mask").success
+    assert world.instance.get_materialized_partitions(dg.AssetKey("mask")) == {"s1", "s2", "s4"}
+    event = world.instance.get_latest_materialization_event(dg.AssetKey("mask"))
+    assert event.asset_materialization.metadata["process"].value != os.getpid()
