@@ -10,6 +10,7 @@ import errno
 from collections.abc import Iterator
 
 import dagster as dg
+from sqlalchemy.exc import OperationalError
 
 from nic_core.store import StoreBusyError
 
@@ -20,7 +21,12 @@ RETRIES = dg.RetryPolicy(
     jitter=dg.Jitter.PLUS_MINUS,
 )
 
-TRANSIENT: tuple[type[Exception], ...] = (StoreBusyError, ConnectionError, TimeoutError)
+TRANSIENT: tuple[type[Exception], ...] = (
+    StoreBusyError,
+    ConnectionError,
+    TimeoutError,
+    OperationalError,  # of a database: locked, or its server is away
+)
 """Exceptions that pass by themselves, beside those of :data:`TRANSIENT_CODES`."""
 
 TRANSIENT_CODES = frozenset(
