@@ -20,13 +20,11 @@ from dagster._core.storage.tags import (
 )
 from rich.console import Console
 
-from nic_assets.databases import make_database
 from nic_assets.doctor import release
 from nic_assets.environment import read_environment
 from nic_assets.executors import set_gpu_slots
 from nic_assets.inputs import LOOKS_TAG
 from nic_assets.staleness import Partition, due
-from nic_assets.tracking import Tracking
 from nic_core.cohort import CohortError
 from nic_core.reports import comparisons_table, results_table
 from nic_core.steps import COMPARISONS, RESULTS
@@ -135,7 +133,6 @@ def main() -> int:
     except (CohortError, dg.DagsterInvalidDefinitionError) as error:
         console.print(str(error), style="red", markup=False)
         return 2
-    make_database(Tracking.in_store(Store.from_environment()).uri)
     with dg.DagsterInstance.get() as instance:
         set_gpu_slots(instance)
         for finding in release(instance):  # else a killed refresh's slot would be waited for

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import BrokenExecutor
 
 import dagster as dg
+from sqlalchemy.exc import OperationalError
 
 from nic_assets.tracking import TrackingError
 from nic_core.store import StoreBusyError
@@ -28,6 +29,7 @@ TRANSIENT: tuple[type[Exception], ...] = (
     TimeoutError,
     BrokenExecutor,  # one of the processes that work ahead was killed
     TrackingError,
+    OperationalError,  # of a database: locked, or its server is away
 )
 """Exceptions that pass by themselves, beside those of :data:`TRANSIENT_CODES`."""
 

@@ -138,11 +138,12 @@ class Ledger:
                 after = page[-1].storage_id
 
     def status(self, graph: Graph, key: dg.AssetKey, partition: Partition) -> StaleStatus:
-        """Fresh, stale or missing, by Dagster's rule."""
+        """Fresh, stale or missing, by Dagster's rule (which calls no external asset missing)."""
+        if self._events[key].version(partition) is None:
+            # of an input that nobody has looked at yet too: its first version would be news
+            return StaleStatus.MISSING
         if graph.get(key).is_external:
             return StaleStatus.FRESH
-        if self._events[key].version(partition) is None:
-            return StaleStatus.MISSING
         stale = self._is_stale(graph, key, partition)
         return StaleStatus.STALE if stale else StaleStatus.FRESH
 

@@ -43,6 +43,7 @@ from mlflow.models import infer_signature
 from sqlalchemy.exc import SQLAlchemyError
 
 from nic_assets.checks import Champion, Verdict
+from nic_assets.databases import make_database
 from nic_core.cohort import Cohort, ReadyEncoder, RegisteredEncoder
 from nic_core.encoders import EncoderError
 from nic_core.steps import PREDICTIONS, UNTRACKED, digest
@@ -97,8 +98,7 @@ class Tracking:
 
     @property
     def client(self) -> mlflow.MlflowClient:
-        if self.uri.startswith("sqlite:///"):
-            Path(self.uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+        make_database(self.uri)
         return mlflow.MlflowClient(self.uri)
 
     @contextmanager

@@ -126,7 +126,10 @@ class Store:
             # products hold no others; what is half made is looked at from outside
             folders[:] = [name for name in folders if not _CLOSED.search(name)]
         for product, litter in sorted(found.items()):
-            yield Leftover(product, tuple(sorted(litter)), _is_locked(product))
+            held = _is_locked(product)
+            # a writer may have ended since
+            if there := tuple(sorted(file for file in litter if held or os.path.lexists(file))):
+                yield Leftover(product, there, held)
 
 
 # what can lie where; each kind is a method of Store that takes the parts that the stars stand for

@@ -99,6 +99,14 @@ def test_what_is_missing_when_it_is_first_switched_on_is_built_in_the_order_of_t
     assert len(world.made) == len(set(world.made)), "nothing is made twice"
 
 
+def test_nothing_is_made_of_an_input_that_nobody_has_looked_at_yet():
+    world = World(look=False)
+    operator = Operator(world, ALWAYS)
+    assert operator.tick() == {}
+    world.look()
+    assert operator.tick() == {"mask": set(SLIDE_KEYS), "encoder": set(ENCODERS)}
+
+
 def test_nothing_is_built_outside_the_hours_but_a_layer_is_summed_up():
     world, operator = made()
     world.slides["s1"] = "b"

@@ -60,7 +60,7 @@ def test_after_kills_at_random_moments_the_next_refresh_goes_on_to_the_same_end(
     with study.instance():
         pass
     kills = 0
-    while kills < 3 and kill_refresh(study, chance.uniform(0.2, 0.8) * seconds):
+    while kills < 2 and kill_refresh(study, chance.uniform(0.2, 0.8) * seconds):
         kills += 1
     study.refresh()
     compare(study, left_alone.results())

@@ -13,8 +13,9 @@ from dagster._core.storage.tags import (
     ASSET_PARTITION_RANGE_END_TAG,
     ASSET_PARTITION_RANGE_START_TAG,
 )
+from sqlalchemy.exc import OperationalError
 
-from nic_assets.batches import Product, materialize_each
+from nic_assets.batches import HOST_TAG, Product, materialize_each
 from nic_assets.build import build_defs
 from nic_assets.retries import RETRIES, is_transient
 from nic_core.cohort import load_cohort
@@ -44,6 +45,7 @@ def caused(error: Exception, cause: Exception) -> Exception:
         (disk(errno.ESTALE), True),
         (disk(errno.ETIMEDOUT), True),
         (ConnectionRefusedError(), True),
+        (OperationalError("select 1", None, Exception("database is locked")), True),
         (StoreBusyError("p", "another process is at it", "run again later"), True),
         (caused(StoreError("p", "stale", "check the disk"), disk(errno.ESTALE)), True),
         (caused(BadSlideError(), caused(ValueError(), disk(errno.EIO))), True),
@@ -168,6 +170,15 @@ def test_a_fault_that_does_not_pass_after_all_fails():
     assert work.times == 6
 
 
+def test_no_secret_of_the_environment_is_recorded(monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "hush-hush")
+    instance = dg.DagsterInstance.ephemeral()
+    run(Faulty(disk(errno.EIO)), instance)
+    [record] = instance.get_runs()
+    assert HOST_TAG in record.tags
+    assert "hush-hush" not in str(record) + str(instance.all_logs(record.run_id))
+
+
 def test_every_asset_of_many_partitions_is_tried_again(tiny_cohort, tmp_path):
     graph = build_defs(load_cohort(tiny_cohort), Store(tmp_path)).resolve_asset_graph()
     policies = {
@@ -236,5 +247,6 @@ def test_a_run_that_is_asked_for_later_makes_its_partitions_again(tmp_path, shar
     first, second = Slow(tmp_path, "one"), Slow(tmp_path, "two")
     for work in (first, second):
         work.go_on.set()
-        assert run(work, shared, tmp_path).success
+        outcome = run(work, shared, tmp_path)
+        assert outcome.success, outcome.all_events
         assert work.done == KEYS

@@ -35,7 +35,7 @@ class BadSlideError(Exception):
 class World:
     """What is outside, which slides are bad, and what was made."""
 
-    def __init__(self, slides: Iterable[str] = SLIDE_KEYS) -> None:
+    def __init__(self, slides: Iterable[str] = SLIDE_KEYS, *, look: bool = True) -> None:
         self.slides = dict.fromkeys(slides, "a")
         self.encoders = dict.fromkeys(ENCODERS, "a")
         self.bad: set[str] = set()
@@ -44,7 +44,9 @@ class World:
         # what happens outside while a partition is being made
         self.meanwhile: Callable[[], None] = lambda: None
         self.instance = dg.DagsterInstance.ephemeral()
-        self.look()
+        add_slides(self.instance, list(self.slides))
+        if look:
+            self.look()
 
     def look(self) -> None:
         """Report what the outside is now."""
