@@ -38,7 +38,7 @@ from dagster._core.storage.tags import (
 
 from nic_assets.batches import Product, batch_asset, materialize_each
 from nic_assets.build import build_defs
-from nic_assets.executors import local_executor
+from nic_assets.executors import chosen_executor
 from nic_assets.inputs import add_slides
 from nic_assets.partitions import SLIDES
 from nic_assets.staleness import due
@@ -74,7 +74,7 @@ def nothing_job() -> dg.JobDefinition:
     return dg.Definitions(
         assets=[nothing],
         jobs=[dg.define_asset_job("do_nothing", selection="nothing")],
-        executor=local_executor(),
+        executor=chosen_executor(),
     ).resolve_job_def("do_nothing")
 
 

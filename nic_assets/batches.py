@@ -30,7 +30,13 @@ from dagster._core.definitions.data_version import (
     get_input_data_version_tag,
     get_input_event_pointer_tag,
 )
-from dagster._core.storage.tags import MULTIDIMENSIONAL_PARTITION_PREFIX
+from dagster._core.storage.tags import (
+    MULTIDIMENSIONAL_PARTITION_PREFIX,
+    PARENT_RUN_ID_TAG,
+    RESUME_RETRY_TAG,
+    RETRY_NUMBER_TAG,
+    ROOT_RUN_ID_TAG,
+)
 
 from nic_assets.metadata import OWNERS
 from nic_assets.retries import RETRIES, is_transient
@@ -197,15 +203,15 @@ def _materialization(
 def _recorded(
     context: dg.AssetExecutionContext, key: str, provenance: Mapping[str, str]
 ) -> tuple[dg.AssetMaterialization | None, bool]:
-    """What already stands for a partition: what an earlier attempt of this run recorded (True),
-    or another run, since this one was asked for, from the same inputs."""
+    """What already stands for a partition: what an earlier attempt recorded (True), or another
+    run, since this one was asked for, from the same inputs."""
     records = context.instance.fetch_materializations(
         dg.AssetRecordsFilter(context.asset_key, asset_partitions=[key]), limit=1
     ).records
     event: dg.AssetMaterialization | None = records[0].asset_materialization if records else None
     if event is None or event.tags is None or DATA_VERSION_IS_USER_PROVIDED_TAG not in event.tags:
         return None, False
-    if records[0].run_id == context.run.run_id:
+    if records[0].run_id in _attempts(context.run):
         return event, True
     asked = context.instance.get_run_record_by_id(context.run.run_id)
     # SQLite keeps the whole seconds of that time
@@ -214,6 +220,14 @@ def _recorded(
     if not provenance.items() <= event.tags.items():
         return None, False
     return event, False
+
+
+def _attempts(run: dg.DagsterRun) -> set[str]:
+    """This run, and those whose work it takes up: it was started since they failed or were
+    killed. A person who runs a run again has everything done again."""
+    taken_up = {RETRY_NUMBER_TAG, RESUME_RETRY_TAG} & run.tags.keys()
+    before = [run.tags[tag] for tag in (PARENT_RUN_ID_TAG, ROOT_RUN_ID_TAG) if tag in run.tags]
+    return {run.run_id, *(before if taken_up else ())}
 
 
 def _of_checks(event: dg.AssetMaterialization, what: str) -> Mapping[str, str]:

@@ -74,7 +74,7 @@ class World:
 
         return dg.Definitions(assets=[dg.AssetSpec(SLIDE_FILE, partitions_def=SLIDES), mask, grid])
 
-    def run(self, *assets: str) -> dg.ExecuteInProcessResult:
+    def run(self, *assets: str, **tags: str) -> dg.ExecuteInProcessResult:
         return (
             self.definitions()
             .resolve_implicit_global_asset_job_def()
@@ -84,6 +84,7 @@ class World:
                 tags={
                     ASSET_PARTITION_RANGE_START_TAG: KEYS[0],
                     ASSET_PARTITION_RANGE_END_TAG: KEYS[-1],
+                    **{f"dagster/{name}": value for name, value in tags.items()},
                 },
                 raise_on_error=False,
             )
@@ -183,6 +184,22 @@ def process_of(key: str) -> int:
     if key == "s3":
         raise SlideError("s3.tif", "it is cut short", "copy it again")
     return os.getpid()
+
+
+def test_a_run_that_takes_up_another_does_only_what_that_left(world):
+    world.bad = {"s3"}
+    first = world.run("mask").run_id
+    world.bad = set()
+    world.done.clear()
+    assert world.run("mask", parent_run_id=first, root_run_id=first, retry_number="1").success
+    assert world.done == ["mask s3"]
+
+
+def test_a_run_that_a_person_runs_again_does_everything_again(world):
+    first = world.run("mask").run_id
+    world.done.clear()
+    assert world.run("mask", parent_run_id=first, root_run_id=first).success
+    assert world.done == [f"mask {key}" for key in KEYS]
 
 
 def test_work_bound_by_the_cpu_is_done_ahead_by_other_processes(monkeypatch):
