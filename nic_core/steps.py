@@ -511,6 +511,8 @@ def make_model(
     target: str,
     tracker: Tracker | None = None,
     progress: Callable[[int, int], None] | None = None,
+    *,
+    device: str = "auto",
 ) -> tuple[Evaluated, ModelCard]:
     """Cross-validate a target's networks on an encoder's grids; writes them and their figures.
 
@@ -543,6 +545,7 @@ def make_model(
         table.filter(pl.col("split") == "cv").select("patient", "fold").unique().sort("patient"),
         lambda slide: open_grid(store.grid(encoder, slide)),
         settings.models,
+        device=device,
         tracker=tracker,
         progress=progress,
     )

@@ -13,6 +13,7 @@ from nic_assets.partitions import Partitions
 from nic_assets.tracking import CANDIDATE, TrackedRun, Tracking, TrackingError
 from nic_core import steps
 from nic_core.cohort import Cohort, CohortError
+from nic_core.devices import leased_device
 from nic_core.encoders.files import read_card
 from nic_core.models.files import ModelCard, ensemble_module
 from nic_core.models.pictures import evaluation_figure, metrics_figure, training_figure
@@ -100,7 +101,7 @@ def model_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
             ) as run:
                 run.params({"encoder": encoder, "target": target, **settings.model_dump()})
                 evaluated, card = steps.make_model(
-                    cohort, store, encoder, target, run, log_progress(context)
+                    cohort, store, encoder, target, run, log_progress(context), device=device
                 )
                 run.figure("predictions", evaluation_figure(evaluated))
                 run.figure("metrics", metrics_figure(evaluated))
@@ -125,12 +126,13 @@ def model_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
                 remarks={"compared_with_champion": run.verdict.words},
             )
 
-        yield from materialize_each(
-            context,
-            work,
-            expected=(CohortError, TrainingError, TrackingError),
-            place=lambda key: store.model(*reversed(key.split("|"))),
-        )
+        with leased_device() as device:
+            yield from materialize_each(
+                context,
+                work,
+                expected=(CohortError, TrainingError, TrackingError),
+                place=lambda key: store.model(*reversed(key.split("|"))),
+            )
 
     @batch_asset(
         partitions_def=partitions.models,

@@ -181,13 +181,18 @@ def _read(codes: Any, cells: Window) -> NDArray[Any]:
 class _Room:
     """Memory for one block after another: new memory costs more than what is done in it."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, pinned: bool = False) -> None:
         self._held = np.empty(0, np.float32)
+        self._pinned = pinned
 
     def of(self, shape: tuple[int, ...]) -> NDArray[np.float32]:
         size = math.prod(shape)
         if size > len(self._held):
-            self._held = np.empty(size, np.float32)
+            self._held = (
+                torch.empty(size, pin_memory=True).numpy()
+                if self._pinned
+                else np.empty(size, np.float32)
+            )
         return self._held[:size].reshape(shape)
 
 
@@ -201,6 +206,9 @@ class Crops:
     Orientation ``k`` of a crop has the codes of the turned pixels where the grid holds them
     (B); of other grids the upright codes are turned, which is cheaper and not the same: a turned
     patch has another code.
+
+    ``pinned``: those of :meth:`ahead` lie in page-locked memory, from which a GPU copies while the
+    caller goes on; it must be through before the next are asked for.
     """
 
     def __init__(
@@ -210,18 +218,19 @@ class Crops:
         crop: int,
         *,
         cache_bytes: int = CACHE_BYTES,
+        pinned: bool = False,
     ) -> None:
         self._normalise = normalise
         self._crop = crop
         self._room = cache_bytes
-        self._rooms = _Room(), _Room()
+        self._rooms = _Room(pinned=pinned), _Room(pinned=pinned)
         self._whole: dict[tuple[str, int], list[_Block]] = {}
         self._reserved: set[tuple[str, int]] = set()
         self._reserving = Lock()
         self._open = lru_cache(maxsize=64)(grids)
         self._centres = lru_cache(maxsize=64)(self._centre_table)
-        self._mean = normalise.mean.numpy()[:, None, None]
-        self._weight = normalise.weight.numpy()
+        self._mean = normalise.mean.cpu().numpy()[:, None, None]
+        self._weight = normalise.weight.cpu().numpy()
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -364,10 +373,14 @@ def disturb(
     """
     tissue = occupied(features)
     if noise:
-        drawn = torch.randn(features.shape, generator=generator, dtype=features.dtype)
+        drawn = torch.randn(
+            features.shape, generator=generator, dtype=features.dtype, device=features.device
+        )
         features = features + noise * drawn * tissue
     if dropout:
-        kept = torch.rand(features.shape[:2], generator=generator) >= dropout
+        kept = (
+            torch.rand(features.shape[:2], generator=generator, device=features.device) >= dropout
+        )
         features = features * (kept[:, :, None, None] / (1 - dropout))
     return features
 

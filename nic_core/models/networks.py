@@ -210,6 +210,11 @@ class FoldModel(nn.Module):
         self.register_buffer("shift", torch.zeros(()))
         self.register_buffer("scale", torch.ones(()))
 
+    @property
+    def device(self) -> torch.device:
+        """Where it works."""
+        return self.shift.device
+
     def predict(self, features: Tensor) -> Tensor:
         """Predictions from features that are already normalised."""
         return self.finish(self.network(features))

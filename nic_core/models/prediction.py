@@ -238,7 +238,7 @@ def predict_slides(
     mpp
         um/px at level 0 of all slides; overrides the files'.
     device
-        For the encoder: ``auto``, ``cpu`` or ``cuda``.
+        For the encoder: ``auto``, ``cpu`` or ``cuda``. The networks work on the CPU.
     heatmaps
         Write what speaks for each slide's prediction; needs ``out``.
     progress, tell

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nic_core.cohort import ModelSettings, Target
+from nic_core.encoders.inference import resolve_device
 from nic_core.metrics import (
     PRIMARY,
     Metric,
@@ -54,7 +55,8 @@ class TrainingError(RuntimeError):
 
 @dataclass(frozen=True)
 class FittedFold:
-    """A trained fold: its model (evaluation mode), best epoch and one history row an epoch.
+    """A trained fold: its model (evaluation mode, on the device that it was trained on), best
+    epoch and one history row an epoch.
 
     ``history`` has ``epoch``, ``loss``, ``validation_loss``, ``validation_metric`` and
     ``learning_rate``.
@@ -74,6 +76,7 @@ def fit_fold(
     settings: ModelSettings,
     *,
     seed: int,
+    device: str = "auto",
     tracker: Tracker | None = None,
     name: str = "",
 ) -> FittedFold:
@@ -86,7 +89,7 @@ def fit_fold(
     ones that with the lower validation loss [choice]; one whose metric is undefined comes last.
     An epoch shows each unit once: one random crop, turned at random, of one of its slides
     drawn at random; the next batch's are cut while the network has this one. Equal seeds
-    give equal networks on one machine.
+    give equal networks on one machine's CPU.
 
     Parameters
     ----------
@@ -94,6 +97,8 @@ def fit_fold(
         Rows of the target table; patients must differ.
     moments
         Of every slide in ``train``.
+    device
+        ``auto``, ``cpu`` or ``cuda``.
     tracker
         Receives the history, each name prefixed by ``name``.
 
@@ -101,13 +106,17 @@ def fit_fold(
     ------
     TrainingError
         The loss is no longer finite.
+    ValueError
+        There is no such device.
     """
     check_crop(settings.network, settings.crop)
+    at = resolve_device(device)
     random = np.random.default_rng(seed)
     slides = [slide for row in train["slides"] for slide in row]
     normalise = normalise_for(settings.network, [moments[slide] for slide in slides])
-    crops = Crops(grids, normalise, settings.crop)
-    with torch.random.fork_rng(devices=[]):
+    cuda = at.type == "cuda"
+    crops = Crops(grids, normalise, settings.crop, pinned=cuda)
+    with torch.random.fork_rng(devices=[at] if cuda else []):
         torch.manual_seed(seed)
         network = build_network(
             settings.network,
@@ -120,6 +129,7 @@ def fit_fold(
             y = train["y"].to_numpy()
             model.shift.fill_(y.mean())
             model.scale.fill_(y.std())
+        model.to(at)
         optimiser = torch.optim.Adam(_parameter_groups(network), lr=settings.learning_rate)
         schedule = _schedule(optimiser, settings)
         best: tuple[tuple[float, float], int, dict[str, Tensor]] | None = None
@@ -191,7 +201,7 @@ def predict_units(
         ]
         for slides in table["slides"]
     ]
-    return _mean_of_views(model.predict, crops, views).double().numpy()
+    return _mean_of_views(model.predict, crops, views, model.device).double().numpy()
 
 
 def target_metrics(
@@ -286,7 +296,7 @@ def _train_epoch(
     for rows, features in training_batches(train, crops, settings.batch, random):
         raw = model.network(
             disturb(
-                torch.from_numpy(features),
+                _on(model.device, features),
                 noise=settings.feature_noise,
                 dropout=settings.feature_dropout,
             )
@@ -295,18 +305,18 @@ def _train_epoch(
         optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
-        losses.append(loss.item())
+        losses.append(loss.item())  # waits for the device: the crops may be overwritten
     return float(np.mean(losses))
 
 
 def _loss(model: FoldModel, target: Target, rows: pl.DataFrame, raw: Tensor) -> Tensor:
     """The target's loss of network outputs; squared errors in units of the labels' deviation."""
     if target.kind == "regression":
-        y = torch.tensor(rows["y"].to_numpy(), dtype=raw.dtype)
+        y = torch.tensor(rows["y"].to_numpy(), dtype=raw.dtype, device=raw.device)
         return functional.mse_loss(raw[:, 0], (y - model.shift) / model.scale)
     if target.kind == "classification":
-        return functional.cross_entropy(raw, torch.tensor(rows["y"].to_numpy()))
-    time, event = torch.tensor(rows["time"].to_numpy()), torch.tensor(rows["event"].to_numpy())
+        return functional.cross_entropy(raw, torch.tensor(rows["y"].to_numpy(), device=raw.device))
+    time, event = (torch.tensor(rows[k].to_numpy(), device=raw.device) for k in ("time", "event"))
     return cox_loss(raw[:, 0], time, event)
 
 
@@ -328,22 +338,32 @@ def _validate(
         ]
         for slides in table["slides"]
     ]
-    raw = _mean_of_views(model.network, crops, views)
-    metric = primary_metric(target, table, model.finish(raw).double().numpy())
+    raw = _mean_of_views(model.network, crops, views, model.device).to(model.device)
+    metric = primary_metric(target, table, model.finish(raw).double().cpu().numpy())
     return _loss(model, target, table, raw).item(), metric
 
 
 @torch.no_grad()
 def _mean_of_views(
-    module: Callable[[Tensor], Tensor], crops: Crops, views: Sequence[Sequence[View]]
+    module: Callable[[Tensor], Tensor],
+    crops: Crops,
+    views: Sequence[Sequence[View]],
+    device: torch.device,
 ) -> Tensor:
-    """Mean output over each unit's views, (units, outputs); each slide has equally many."""
+    """Mean output over each unit's views, (units, outputs) on the CPU, of a module on a device;
+    each slide has equally many."""
     flat = [view for of_unit in views for view in of_unit]
     step = max(1, _BATCH_BYTES // (4 * math.prod(crops.shape)))
     parts = ((None, flat[i : i + step]) for i in range(0, len(flat), step))
-    outputs = [module(torch.from_numpy(features)) for _, features in crops.ahead(parts)]
+    # the copy back waits for the device: the crops may be overwritten
+    outputs = [module(_on(device, features)).cpu() for _, features in crops.ahead(parts)]
     per_unit = torch.split(torch.cat(outputs), [len(of_unit) for of_unit in views])
     return torch.stack([of_unit.mean(0) for of_unit in per_unit])
+
+
+def _on(device: torch.device, features: NDArray[np.float32]) -> Tensor:
+    """Crops on a device; from page-locked memory the copy runs while the caller goes on."""
+    return torch.from_numpy(features).to(device, non_blocking=True)
 
 
 def _parameter_groups(network: nn.Module) -> list[dict[str, object]]:

@@ -99,6 +99,7 @@ def cross_validate(
     grids: GridSource,
     settings: ModelSettings,
     *,
+    device: str = "auto",
     tracker: Tracker | None = None,
     progress: Progress | None = None,
 ) -> Evaluated:
@@ -116,6 +117,8 @@ def cross_validate(
         Output of :func:`nic_core.models.folds.make_folds`, shared by the encoders to compare.
     grids
         Gives the grid of a slide; called whenever one is read.
+    device
+        For the networks: ``auto``, ``cpu`` or ``cuda``. Those that are given are on the CPU.
 
     Raises
     ------
@@ -123,6 +126,8 @@ def cross_validate(
         The network cannot take crops of ``settings.crop`` cells, or a grid has no tissue.
     TrainingError
         A loss is not finite.
+    ValueError
+        There is no such device.
     """
     if settings.permute_labels is not None:
         table = shuffle_labels(table, seed=settings.permute_labels)
@@ -161,6 +166,7 @@ def cross_validate(
                         moments,
                         settings,
                         seed=int(np.random.SeedSequence(entropy).generate_state(1)[0]),
+                        device=device,
                         tracker=None if seed else tracker,
                         name=f"fold_{fold}_",
                     )
@@ -174,6 +180,7 @@ def cross_validate(
                 held_out[name].append(_rows(target, holdout, found, horizons["cv"]))
                 if test.height:
                     external[name].append(predict(test, horizons["test"]))
+        fits[-1].model.cpu()
         if progress is not None:
             progress(fold + 1, count)
 
@@ -214,7 +221,8 @@ def _network_predictor(
     settings: ModelSettings,
 ) -> tuple[_Predictor, BaselineHazard | None]:
     """Brings a survival model's risks to mean 0 and deviation 1 over its training units."""
-    crops = Crops(grids, model.normalise, settings.crop)
+    pinned = model.device.type == "cuda"
+    crops = Crops(grids, model.normalise, settings.crop, pinned=pinned)
 
     def predict(units: pl.DataFrame) -> Floats:
         return predict_units(model, units, crops, count=settings.crops_at_test, seed=settings.seed)

@@ -122,6 +122,7 @@ def _eighth_gpu() -> Iterator[str]:
 def test_gpu_bound_assets_work_on_the_device_that_they_lease(tiny_cohort, tmp_path, monkeypatch):
     monkeypatch.setattr("nic_assets.assets.encoders.leased_device", _eighth_gpu)
     monkeypatch.setattr("nic_assets.assets.grids.leased_device", _eighth_gpu)
+    monkeypatch.setattr("nic_assets.assets.models.leased_device", _eighth_gpu)
     cohort, store = load_cohort(tiny_cohort), Store(tmp_path / "store")
     job = build_defs(cohort, store).resolve_implicit_global_asset_job_def()
     steps.make_encoder(cohort, store, "mean-rgb")
@@ -131,6 +132,7 @@ def test_gpu_bound_assets_work_on_the_device_that_they_lease(tiny_cohort, tmp_pa
 
     monkeypatch.setattr(steps, "load_patch_task", lambda folder: folder)
     monkeypatch.setattr(steps, "train_encoder", trained_on)
+    monkeypatch.setattr(steps, "make_model", trained_on)
     with dg.DagsterInstance.ephemeral() as instance:
         instance.add_dynamic_partitions("slides", ["s1"])
 
@@ -146,6 +148,7 @@ def test_gpu_bound_assets_work_on_the_device_that_they_lease(tiny_cohort, tmp_pa
 
         assert "trained on cuda:7" in failure("encoder", "mtl-4")
         assert "device 'cuda:7' is not here" in failure("grid", "mean-rgb|s1")
+        assert "trained on cuda:7" in failure("task_model", f"mean-rgb|{cohort.targets[0].name}")
 
 
 # --- the pool --------------------------------------------------------------------------------

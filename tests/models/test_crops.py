@@ -226,6 +226,25 @@ def test_crops_of_stores_are_those_of_the_codes_whatever_is_kept(tmp_path, cache
         assert batches[i] is batch
 
 
+def test_crops_for_a_gpu_are_made_in_page_locked_memory(monkeypatch):
+    grid = grid_of(np.ones((2, 6, 6), np.float16), np.ones((6, 6), bool))
+    normalise = Normalise(torch.zeros(2), torch.ones(2))
+    empty, locked = torch.empty, []
+
+    def lock(size: int, *, pin_memory: bool) -> torch.Tensor:
+        assert pin_memory
+        locked.append(empty(size))
+        return locked[-1]
+
+    monkeypatch.setattr(torch, "empty", lock)
+    views = [[("a", (3, 3), k)] for k in range(4)]
+    given = Crops({"a": grid}.__getitem__, normalise, 6, pinned=True).ahead(enumerate(views))
+    for i, features in given:
+        assert (features == 1).all()
+        assert np.shares_memory(features, locked[i % 2].numpy())
+    assert len(locked) == 2  # in turn
+
+
 def test_the_window_of_a_crop_beside_the_grid_is_cut_off_but_in_place():
     inner, place = windows((4, 4), (0, 3), 2)
     assert inner == (slice(0, 1), slice(2, 4))

@@ -388,12 +388,14 @@ def test_a_model_is_trained_anew_once_it_is_tracked_or_its_inputs_differ(
     trained = []
     cross_validate = steps.cross_validate
     monkeypatch.setattr(
-        steps, "cross_validate", lambda *a, **k: trained.append(1) or cross_validate(*a, **k)
+        steps,
+        "cross_validate",
+        lambda *a, **k: trained.append(k["device"]) or cross_validate(*a, **k),
     )
     steps.make_model(cohort, store, ENCODER, target, Heard())
     models = cohort.settings.models.model_copy(update={"seed": 1})
     other = cohort.settings.model_copy(update={"models": models})
     steps.make_model(cohort.model_copy(update={"settings": other}), store, ENCODER, target, Heard())
     steps.model_tracked(store, ENCODER, target)
-    steps.make_model(cohort, store, ENCODER, target, Heard())
-    assert len(trained) == 3
+    steps.make_model(cohort, store, ENCODER, target, Heard(), device="cpu")
+    assert trained == ["auto", "auto", "cpu"]

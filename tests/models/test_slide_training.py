@@ -42,6 +42,7 @@ from nic_core.models.validation import (
 from nic_core.reports import COMPARISON_SCHEMA, compare_models, comparisons_table
 
 from .conftest import ArrayGrid
+from .second_device import SecondDevice
 
 RIM = ClassificationTarget(name="rim", kind="classification", column="rim", classes=("none", "rim"))
 GRADE = RegressionTarget(name="grade", kind="regression", column="grade")
@@ -310,6 +311,36 @@ def test_training_does_not_touch_the_global_random_state(few):
     moments = all_moments(table["unit"], few.source)
     fit_fold(RIM, table[:12], table[12:], few.source, moments, QUICK, seed=0)
     assert torch.equal(torch.rand(1), expected)
+
+
+@pytest.mark.parametrize(("target", "network"), [(RIM, "small"), (GRADE, "small"), (DEATH, "mil")])
+def test_a_device_trains_and_predicts_what_the_cpu_does_and_gives_its_networks_back(
+    few, target, network
+):
+    settings = QUICK.model_copy(
+        update={
+            "network": network,
+            "positions": network == "mil",
+            "folds": 3,
+            "feature_noise": 0.2,
+            "feature_dropout": 0.2,
+        }
+    )
+    expected = evaluate(few, target, settings, device="cpu")
+    with SecondDevice() as device:
+        found = evaluate(few, target, settings, device="meta")
+    assert device.operations > 1000
+    assert found.history.equals(expected.history)
+    assert found.predictions.equals(expected.predictions)
+    for one, other in zip(found.networks, expected.networks, strict=True):
+        assert one.device.type == "cpu"
+        for name, tensor in other.state_dict().items():
+            assert torch.equal(one.state_dict()[name], tensor)
+
+
+def test_a_device_that_is_not_there_is_refused(few):
+    with pytest.raises(ValueError, match="device 'cuda:99' is not here"):
+        evaluate(few, RIM, QUICK, device="cuda:99")
 
 
 def test_the_kept_epoch_is_the_best_by_validation_metric_then_loss(rim):
