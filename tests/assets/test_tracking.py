@@ -77,6 +77,8 @@ class Lab:
         monkeypatch.setattr(_Run, "train_epoch", counted)
         monkeypatch.setattr(tracking, "LIVE_PAUSE", 0.0)
         monkeypatch.setattr(tracking, "LAST_PAUSES", (0.0,))
+        # the step's own tries
+        monkeypatch.setattr(dg.RetryPolicy, "calculate_delay", lambda policy, attempt: 0)
 
     def materialize(self) -> dg.ExecuteInProcessResult:
         job = build_defs(self.cohort, self.store).resolve_implicit_global_asset_job_def()
