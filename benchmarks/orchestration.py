@@ -132,7 +132,10 @@ def ticks(folder: Path, slides: int) -> None:
     graph = defs.resolve_asset_graph()
     first = timed("sensor tick, all new", lambda: look(cohort, steps.read_seen(store)))
     timed("sensor tick, all settled", lambda: look(cohort, steps.read_seen(store), first.marks))
-    timed("slide_index looks at all, reads each", lambda: steps.find_slides(cohort, store))
+    timed(
+        "slide_index looks at all, reads each",
+        lambda: steps.write_found(store, steps.find_slides(cohort, store)),
+    )
     timed("sensor tick, nothing new", lambda: look(cohort, steps.read_seen(store)))
     size = len(json.dumps(first.marks)) / 1000
     print(f"{'cursor of a tick at which all are new':<68} {size:10,.1f} kB")

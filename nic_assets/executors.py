@@ -19,11 +19,13 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import dagster as dg
 import torch
 from dagster import multiple_process_executor_requirements
+from sqlalchemy.exc import IntegrityError
 
 from nic_core.slides.blocks import cores
 
@@ -114,7 +116,9 @@ def set_gpu_slots(instance: dg.DagsterInstance) -> None:
     Where an engine of several machines hands out the steps, the pool has no limit.
     """
     if _chosen_name() == "local":
-        instance.event_log_storage.set_concurrency_slots(GPU_POOL, _local_slots())
+        # the first two runs of an instance may both be about to make its row: one has
+        with suppress(IntegrityError):
+            instance.event_log_storage.set_concurrency_slots(GPU_POOL, _local_slots())
     else:
         instance.event_log_storage.delete_concurrency_limit(GPU_POOL)
 

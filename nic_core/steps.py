@@ -123,12 +123,15 @@ class Found:
         Slides of which a file is not there or cannot be read, with the reason.
     gone
         Slides that were in the index before, and are no more.
+    seen
+        What was seen of each file (:data:`nic_core.slides.watch.SEEN_SCHEMA`).
     """
 
     index: pl.DataFrame
     versions: dict[str, str]
     absent: dict[str, str]
     gone: list[str]
+    seen: pl.DataFrame
 
 
 @dataclass(frozen=True)
@@ -198,7 +201,7 @@ def find_slides(
     reread: bool = True,
     accept_loss: bool = False,
 ) -> Found:
-    """Find the cohort's slides and what changed; writes the index, and what was seen of each file.
+    """Find the cohort's slides and what changed since :func:`write_found` was last called.
 
     Parameters
     ----------
@@ -247,18 +250,22 @@ def find_slides(
         )
     if index.is_empty():
         raise CohortError(f"cohort '{cohort.name}': none of its slides can be read yet")
-    write_index(store, index)
-    with whole_file(store.slides / SEEN) as partial:
-        now.write_parquet(partial)
     versions = {
         slide: digest(identity[path], mpp, identity[mask] if mask else None)
         for slide, path, mpp, mask in index.select("slide", "path", "mpp", "mask").iter_rows()
     }
-    return Found(index, versions, absent, gone)
+    return Found(index, versions, absent, gone, now)
+
+
+def write_found(store: Store, found: Found) -> None:
+    """Leave the slide index in the store, and what was seen of each file."""
+    write_index(store, found.index)
+    with whole_file(store.slides / SEEN) as path:
+        found.seen.write_parquet(path)
 
 
 def read_seen(store: Store) -> pl.DataFrame:
-    """What :func:`find_slides` last saw of each file; empty where it has not looked yet."""
+    """What :func:`write_found` left of each file; empty where nobody has looked yet."""
     path = store.slides / SEEN
     return pl.read_parquet(path) if path.exists() else pl.DataFrame(schema=SEEN_SCHEMA)
 

@@ -61,6 +61,9 @@ def slide_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
             | tracking.pinned_versions(cohort, context.log.warning),
             TARGET_ENTRY: steps.target_versions(cohort, index),
         }
+        for slide, problem in found.absent.items():
+            context.log.warning(f"slide '{slide}' is left out: {problem}")
+        steps.write_found(store, found)
         new = add_slides(context.instance, index["slide"].to_list())
         drop_slides(context.instance, index["slide"].to_list())
         changed = {

@@ -49,7 +49,7 @@ def patients(store: Store) -> dict[str, str]:
 
 def predict(*arguments: object, store: Store):
     return CliRunner().invoke(
-        app, ["predict", *map(str, arguments)], env={"NIC_STORE": str(store.root), "COLUMNS": "200"}
+        app, ["predict", *map(str, arguments)], env={"NIC_STORE": str(store.root), "COLUMNS": "300"}
     )
 
 

@@ -40,7 +40,10 @@ class Folder:
         return {Path(p).stem for p in found.settled}, {Path(p).stem for p in found.moving}
 
     def find(self, **options: object) -> steps.Found:
-        return steps.find_slides(self.cohort, self.store, **options)
+        """Find the slides, and take in what was found."""
+        found = steps.find_slides(self.cohort, self.store, **options)
+        steps.write_found(self.store, found)
+        return found
 
 
 @pytest.fixture
