@@ -85,7 +85,7 @@ def report_versions(
     instance: dg.DagsterInstance, asset: dg.AssetKey, versions: Mapping[str, str]
 ) -> list[str]:
     """Record the versions that differ from the last recorded; returns their partition keys."""
-    known = _known_versions(instance, asset, list(versions))
+    known = known_versions(instance, asset, list(versions))
     changed = sorted(key for key, version in versions.items() if known.get(key) != version)
     for key in changed:
         tags = {DATA_VERSION_TAG: versions[key]}
@@ -118,9 +118,10 @@ def drop_slides(instance: dg.DagsterInstance, slides: Sequence[str]) -> list[str
     return gone
 
 
-def _known_versions(
+def known_versions(
     instance: dg.DagsterInstance, asset: dg.AssetKey, keys: Sequence[str]
 ) -> dict[str, str]:
+    """The versions that were last recorded, of those partitions that have one."""
     tags = instance.event_log_storage.get_latest_tags_by_partition(
         asset, dg.DagsterEventType.ASSET_MATERIALIZATION, [DATA_VERSION_TAG], list(keys)
     )

@@ -22,7 +22,7 @@ import tempfile
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -142,11 +142,14 @@ class Tracking:
             raise
         run.finish(product)
 
-    def pinned_versions(self, cohort: Cohort, warn: Callable[[str], None]) -> dict[str, str]:
+    def pinned_versions(
+        self, cohort: Cohort, warn: Callable[[str], None], known: Collection[str]
+    ) -> dict[str, str]:
         """A version for every encoder that the cohort takes from the registry: its entry, and
         the weights that carry the alias.
 
-        One that cannot be looked up is left out with a warning: not known is not changed.
+        One that cannot be looked up gives a warning. If it is among the ``known`` it is left
+        out: it is taken as unchanged. Else its version is its entry, and who makes it is told.
         """
         found = {}
         for entry in cohort.encoders:
@@ -154,7 +157,9 @@ class Tracking:
                 try:
                     found[entry.name] = digest(entry, self._pinned(entry).tags["weights_hash"])
                 except (TrackingError, EncoderError) as error:
-                    warn(f"{error}; it is taken as unchanged")
+                    warn(str(error))
+                    if entry.name not in known:
+                        found[entry.name] = digest(entry)
         return found
 
     @contextmanager

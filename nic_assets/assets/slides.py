@@ -17,6 +17,7 @@ from nic_assets.inputs import (
     LookConfig,
     add_slides,
     drop_slides,
+    known_versions,
     report_versions,
 )
 from nic_assets.metadata import OWNERS, code_version, column_schema, picture, table
@@ -53,12 +54,14 @@ def slide_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
     ) -> Events:
         """Every slide of the cohort: path, patient, split. Finds new and changed inputs."""
         found = steps.find_slides(cohort, store, **config.model_dump())
+        encoders = [encoder.name for encoder in cohort.encoders]
+        known = known_versions(context.instance, ENCODER_ENTRY, encoders)
         index = found.index
         versions = {
             SLIDE_FILE: found.versions,
             PATCH_TASK_SOURCE: steps.patch_task_versions(cohort),
             ENCODER_ENTRY: steps.encoder_versions(cohort)
-            | tracking.pinned_versions(cohort, context.log.warning),
+            | tracking.pinned_versions(cohort, context.log.warning, known),
             TARGET_ENTRY: steps.target_versions(cohort, index),
         }
         for slide, problem in found.absent.items():
