@@ -149,7 +149,7 @@ def ticks(folder: Path, slides: int) -> None:
             f"rebuild: what is due of {slides * ENCODERS:,} grids, none made",
             lambda: due(instance, graph),
         )
-        made = min(len(keys), 2_000)  # recording them takes the longest
+        made = min(len(keys), 1_000)  # recording them takes the longest
         fill(instance, graph, keys[:made])
         timed(
             f"rebuild: first look at {made * (ENCODERS + 2):,} events", lambda: due(instance, graph)
