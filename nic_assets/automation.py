@@ -148,15 +148,17 @@ def study_sensors(
         use_user_code_server=True,
         description="Makes what is missing or stale, within the cohort's hours.",
     )
-    return [watch_inputs(cohort, find_slides), rebuilding]
+    return [watch_inputs(cohort, cohort.automation, find_slides), rebuilding]
 
 
-def watch_inputs(cohort: Cohort, find_slides: UnresolvedAssetJobDefinition) -> dg.SensorDefinition:
+def watch_inputs(
+    cohort: Cohort, hours: Automation, find_slides: UnresolvedAssetJobDefinition
+) -> dg.SensorDefinition:
     """The sensor that looks at the files."""
 
     @dg.sensor(
         job=find_slides,
-        minimum_interval_seconds=cohort.automation.look if cohort.automation else None,
+        minimum_interval_seconds=hours.look,
         default_status=dg.DefaultSensorStatus.RUNNING,
         description="Looks at the slides and tables, one stat a file; asks for slide_index when "
         "two looks in a row found the same change.",

@@ -23,7 +23,7 @@ from dagster._core.storage.dagster_run import FINISHED_STATUSES
 from dagster._core.storage.runs import SqliteRunStorage
 
 from nic_assets.batches import HOST_TAG
-from nic_assets.executors import GPU_POOL
+from nic_assets.executors import GPU_POOL, chosen_engine, set_gpu_slots
 from nic_core.store import Store
 
 SILENT = 300  # s without an event after which a run of which no process is known counts as lost
@@ -180,13 +180,14 @@ def _settings(instance: dg.DagsterInstance) -> Iterator[Finding]:
     storage = instance.event_log_storage
     limits = {limit.name: limit.limit for limit in storage.get_pool_limits()}
     default = instance.get_concurrency_config().pool_config.default_pool_limit
-    if limits.get(GPU_POOL, default) is None:
+    # the engines of several machines hand out the steps: there it has none
+    if chosen_engine() == "local" and limits.get(GPU_POOL, default) is None:
         yield Finding(
             "pool without a limit",
             f"pool {GPU_POOL}",
             "any number of trainings runs at once, on one device",
-            "set to 1; with more devices: dagster instance concurrency set gpu N",
-            lambda: storage.set_concurrency_slots(GPU_POOL, 1),
+            "a slot for each GPU, one where there is none",
+            partial(set_gpu_slots, instance),
         )
     if not instance.run_monitoring_enabled:
         yield Finding(

@@ -83,7 +83,7 @@ def chosen_executor() -> dg.ExecutorDefinition:
     dagster.DagsterInvalidDefinitionError
         There is none of that name, or its extra is not installed.
     """
-    name = _chosen_name()
+    name = chosen_engine()
     package, attribute, config = _ENGINES[name]
     try:
         engine: dg.ExecutorDefinition = getattr(importlib.import_module(package), attribute)
@@ -115,7 +115,7 @@ def set_gpu_slots(instance: dg.DagsterInstance) -> None:
 
     Where an engine of several machines hands out the steps, the pool has no limit.
     """
-    if _chosen_name() == "local":
+    if chosen_engine() == "local":
         # the first two runs of an instance may both be about to make its row: one has
         with suppress(IntegrityError):
             instance.event_log_storage.set_concurrency_slots(GPU_POOL, _local_slots())
@@ -134,7 +134,8 @@ def threads_a_step(*, gpu_bound: bool, gpus: int, runs: int) -> int:
     return max(1, cores() // (gpus if gpu_bound else max(1, runs)))
 
 
-def _chosen_name() -> str:
+def chosen_engine() -> str:
+    """The name in ``$NIC_EXECUTOR``; raises as :func:`chosen_executor` for one that is none."""
     name = os.environ.get(EXECUTOR_VARIABLE) or "local"
     if name not in _ENGINES:
         raise dg.DagsterInvalidDefinitionError(

@@ -3,7 +3,7 @@
 The rule is Dagster's own: code versions, data versions and the provenance of each
 materialization. Dagster applies it a partition at a time, with several queries each, and not to
 an asset that reads 100 partitions or more; here every event is read once and kept, so ten
-thousand slides are judged in a second and a cohort is judged by each of its slides.
+thousand partitions are judged in half a second and a cohort by each of its slides.
 """
 
 from __future__ import annotations
@@ -139,13 +139,16 @@ class Ledger:
 
     def status(self, graph: Graph, key: dg.AssetKey, partition: Partition) -> StaleStatus:
         """Fresh, stale or missing, by Dagster's rule (which calls no external asset missing)."""
-        if self._events[key].version(partition) is None:
-            # of an input that nobody has looked at yet too: its first version would be news
+        if self.is_missing(key, partition):
             return StaleStatus.MISSING
         if graph.get(key).is_external:
             return StaleStatus.FRESH
         stale = self._is_stale(graph, key, partition)
         return StaleStatus.STALE if stale else StaleStatus.FRESH
+
+    def is_missing(self, key: dg.AssetKey, partition: Partition) -> bool:
+        """Never made; or an input nobody has looked at yet: its first version would be news."""
+        return self._events[key].version(partition) is None
 
     def _is_stale(self, graph: Graph, key: dg.AssetKey, partition: Partition) -> bool:
         node, events = graph.get(key), self._events[key]
@@ -250,7 +253,7 @@ def due(
                 if book.status(graph, key, partition) is StaleStatus.FRESH:
                     continue
                 there = all(
-                    enough(book.status(graph, parent, p) is not StaleStatus.MISSING for p in items)
+                    enough(not book.is_missing(parent, p) for p in items)
                     for parent, items in parents.items()
                 )
                 (to_do if there else waiting).add(partition)
