@@ -99,10 +99,10 @@ def main() -> None:
         tasks = [noise_task(Path(folder), name, 800, k) for k, name in enumerate(names)]
         torch.manual_seed(0)
         encoder = build_encoder(spec.architecture, patch=PATCH, code=CODE).to(device)
-        channels_last(encoder)
         objective = OBJECTIVES[spec.objective](
             encoder, tasks, batch=spec.batch, validation=64, seed=0
         )
+        channels_last(objective.networks)
         objective.networks.train()
         rate = PUBLISHED_RATES[spec.objective]
         optimizer = torch.optim.Adam(objective.networks.parameters(), lr=rate, fused=True)

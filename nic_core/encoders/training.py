@@ -138,7 +138,6 @@ def train_encoder(
     with torch.random.fork_rng():
         torch.manual_seed(spec.seed)
         encoder = build_encoder(spec.architecture, patch=patch, code=code).to(target)
-        channels_last(encoder)
         objective = OBJECTIVES[spec.objective](
             encoder,
             tasks,
@@ -148,6 +147,7 @@ def train_encoder(
             seed=spec.seed,
             **({"task_weights": spec.task_weights} if spec.objective == "mtl" else {}),
         )
+        channels_last(objective.networks)
         setting = repr((spec, patch, mpp, code, data, software, target.type, precision))
         history = fit(
             objective,
