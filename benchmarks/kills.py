@@ -34,7 +34,8 @@ from nic_core.demo.cohort import make_demo
 from nic_core.encoders.files import read_card
 from nic_core.grids import grid_hash
 from nic_core.models.files import load_model
-from nic_core.steps import PREDICTIONS, digest
+from nic_core.steps import digest
+from nic_core.steps.models import PREDICTIONS
 from nic_core.store import Store
 from nic_core.store_check import verify_store
 

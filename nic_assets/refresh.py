@@ -27,7 +27,7 @@ from nic_assets.inputs import LOOKS_TAG
 from nic_assets.staleness import Partition, due
 from nic_core.cohort import CohortError
 from nic_core.reports import comparisons_table, results_table
-from nic_core.steps import COMPARISONS, RESULTS
+from nic_core.steps.reports import COMPARISONS, RESULTS
 from nic_core.store import Store
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator
 from concurrent.futures import BrokenExecutor
+from contextlib import contextmanager
 
 import dagster as dg
 from sqlalchemy.exc import OperationalError
@@ -56,6 +57,25 @@ def is_transient(error: BaseException) -> bool:
         or (isinstance(fault, OSError) and fault.errno in TRANSIENT_CODES)
         for fault in _chain(error)
     )
+
+
+@contextmanager
+def transient_again() -> Iterator[None]:
+    """In the body of a step with :data:`RETRIES`: whatever is not transient fails it at once.
+
+    Raises
+    ------
+    dagster.Failure
+        For such a fault, which it names.
+    """
+    try:
+        yield
+    except dg.Failure:
+        raise
+    except Exception as error:
+        if is_transient(error):
+            raise
+        raise dg.Failure(f"{type(error).__name__}: {error}", allow_retries=False) from error
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

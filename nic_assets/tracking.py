@@ -46,7 +46,8 @@ from nic_assets.checks import Champion, Verdict
 from nic_assets.databases import make_database
 from nic_core.cohort import Cohort, ReadyEncoder, RegisteredEncoder
 from nic_core.encoders import EncoderError
-from nic_core.steps import PREDICTIONS, UNTRACKED, digest
+from nic_core.steps import digest
+from nic_core.steps.models import PREDICTIONS, UNTRACKED
 from nic_core.store import Store
 
 DEFAULT_UI = "http://127.0.0.1:5000"

@@ -14,13 +14,14 @@ import numpy as np
 import polars as pl
 import pyvips
 
-from nic_core import steps
 from nic_core.encoders import EncoderError, load_patch_task
 from nic_core.encoders.files import verify_encoder
 from nic_core.grids import GridError, verify_grid
 from nic_core.heatmaps import read_heatmap
 from nic_core.models.files import ModelFileError, load_model
 from nic_core.patches import PatchTableError, read_patch_table
+from nic_core.steps.models import METRICS, PREDICTIONS
+from nic_core.steps.slides import RECORD, THUMBNAIL, TISSUE, SlideRecord
 from nic_core.store import Product, Store
 from nic_core.tissue import TissueMask
 
@@ -71,9 +72,9 @@ def verify_store(
 
 
 def _slide(path: Path) -> bool:
-    record = steps.SlideRecord.model_validate_json((path / steps.RECORD).read_bytes())
-    TissueMask.load(path / steps.TISSUE, record.tissue_mpp)
-    pyvips.Image.new_from_file(str(path / steps.THUMBNAIL), fail_on="error").avg()
+    record = SlideRecord.model_validate_json((path / RECORD).read_bytes())
+    TissueMask.load(path / TISSUE, record.tissue_mpp)
+    pyvips.Image.new_from_file(str(path / THUMBNAIL), fail_on="error").avg()
     return False
 
 
@@ -94,7 +95,7 @@ def _encoder(path: Path) -> bool:
 
 def _model(path: Path) -> bool:
     load_model(path)
-    for name in (steps.PREDICTIONS, steps.METRICS):
+    for name in (PREDICTIONS, METRICS):
         pl.read_parquet(path / name)
     return True
 

@@ -7,6 +7,7 @@ from nic_assets.executors import CPU_TAGS
 from nic_assets.inputs import LOOKS_TAG, SOME_INPUTS
 from nic_assets.metadata import OWNERS, code_version, figure, picture, table
 from nic_assets.partitions import Partitions
+from nic_assets.retries import RETRIES, transient_again
 from nic_core import steps
 from nic_core.cohort import Cohort, CohortError
 from nic_core.slides import SlideError
@@ -30,13 +31,15 @@ def report_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         owners=OWNERS,
         tags=SOME_INPUTS,
         op_tags=CPU_TAGS,
+        retry_policy=RETRIES,
         code_version=code_version(2, cohort.name),
     )
     def evaluation_report(
         cohort: dg.ResourceParam[Cohort], store: dg.ResourceParam[Store]
     ) -> dg.MaterializeResult[None]:
         """Every figure of the study in one table: target, encoder, metric, interval."""
-        report = steps.write_report(cohort, store)
+        with transient_again():
+            report = steps.write_report(cohort, store)
         return dg.MaterializeResult(
             data_version=dg.DataVersion(
                 steps.digest(report.results.rows(), report.comparisons.rows())

@@ -22,13 +22,14 @@ from nic_assets.inputs import (
 )
 from nic_assets.metadata import OWNERS, code_version, column_schema, picture, table
 from nic_assets.partitions import Partitions
+from nic_assets.retries import RETRIES, transient_again
 from nic_assets.tracking import Tracking
 from nic_core import steps
 from nic_core.cohort import Cohort
 from nic_core.patches import PATCH_SCHEMA
 from nic_core.quality import summarize
 from nic_core.slides import SlideError
-from nic_core.steps import Pixels, SlideRecord
+from nic_core.steps.slides import Pixels, SlideRecord
 from nic_core.store import Store
 
 
@@ -42,6 +43,7 @@ def slide_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         owners=OWNERS,
         tags={LOOKS_TAG: "outside"},
         op_tags=CPU_TAGS,
+        retry_policy=RETRIES,
         code_version=code_version(1),
         check_specs=[dg.AssetCheckSpec("slide_files_there", asset="slide_index")],
     )
@@ -53,20 +55,21 @@ def slide_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         tracking: dg.ResourceParam[Tracking],
     ) -> Events:
         """Every slide of the cohort: path, patient, split. Finds new and changed inputs."""
-        found = steps.find_slides(cohort, store, **config.model_dump())
-        encoders = [encoder.name for encoder in cohort.encoders]
-        known = known_versions(context.instance, ENCODER_ENTRY, encoders)
-        index = found.index
-        versions = {
-            SLIDE_FILE: found.versions,
-            PATCH_TASK_SOURCE: steps.patch_task_versions(cohort),
-            ENCODER_ENTRY: steps.encoder_versions(cohort)
-            | tracking.pinned_versions(cohort, context.log.warning, known),
-            TARGET_ENTRY: steps.target_versions(cohort, index),
-        }
+        with transient_again():
+            found = steps.find_slides(cohort, store, **config.model_dump())
+            encoders = [encoder.name for encoder in cohort.encoders]
+            known = known_versions(context.instance, ENCODER_ENTRY, encoders)
+            index = found.index
+            versions = {
+                SLIDE_FILE: found.versions,
+                PATCH_TASK_SOURCE: steps.patch_task_versions(cohort),
+                ENCODER_ENTRY: steps.encoder_versions(cohort)
+                | tracking.pinned_versions(cohort, context.log.warning, known),
+                TARGET_ENTRY: steps.target_versions(cohort, index),
+            }
+            steps.write_found(store, found)
         for slide, problem in found.absent.items():
             context.log.warning(f"slide '{slide}' is left out: {problem}")
-        steps.write_found(store, found)
         new = add_slides(context.instance, index["slide"].to_list())
         drop_slides(context.instance, index["slide"].to_list())
         changed = {

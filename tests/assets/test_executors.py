@@ -130,8 +130,8 @@ def test_gpu_bound_assets_work_on_the_device_that_they_lease(tiny_cohort, tmp_pa
     def trained_on(*_: object, device: str, **__: object) -> None:
         raise EncoderError(f"trained on {device}")
 
-    monkeypatch.setattr(steps, "load_patch_task", lambda folder: folder)
-    monkeypatch.setattr(steps, "train_encoder", trained_on)
+    monkeypatch.setattr("nic_core.steps.encoders.load_patch_task", lambda folder: folder)
+    monkeypatch.setattr("nic_core.steps.encoders.train_encoder", trained_on)
     monkeypatch.setattr(steps, "make_model", trained_on)
     with dg.DagsterInstance.ephemeral() as instance:
         instance.add_dynamic_partitions("slides", ["s1"])

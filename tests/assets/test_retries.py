@@ -17,8 +17,8 @@ from sqlalchemy.exc import OperationalError
 
 from nic_assets.batches import HOST_TAG, Product, materialize_each
 from nic_assets.build import build_defs
-from nic_assets.retries import RETRIES, is_transient
-from nic_core.cohort import load_cohort
+from nic_assets.retries import RETRIES, is_transient, transient_again
+from nic_core.cohort import CohortError, load_cohort
 from nic_core.store import Store, StoreBusyError, StoreError, whole_file
 
 KEYS = ["s1", "s2", "s3"]
@@ -179,15 +179,35 @@ def test_no_secret_of_the_environment_is_recorded(monkeypatch):
     assert "hush-hush" not in str(record) + str(instance.all_logs(record.run_id))
 
 
-def test_every_asset_of_many_partitions_is_tried_again(tiny_cohort, tmp_path):
+@pytest.mark.parametrize(
+    ("error", "attempts"), [(disk(errno.EIO), 2), (CohortError("labels.csv: no such column"), 1)]
+)
+def test_a_step_of_one_product_is_tried_again_for_transient_faults_alone(error, attempts):
+    begun = []
+
+    @dg.asset(retry_policy=dg.RetryPolicy(max_retries=2))
+    def index() -> None:
+        begun.append(1)
+        with transient_again():
+            if len(begun) == 1:
+                raise error
+
+    result = dg.materialize([index], raise_on_error=False)
+    assert len(begun) == attempts
+    assert result.success == (attempts == 2)
+    for failure in result.get_step_failure_events():
+        told = failure.step_failure_data.user_failure_data.description
+        assert told == "CohortError: labels.csv: no such column"
+
+
+def test_every_asset_is_tried_again(tiny_cohort, tmp_path):
     graph = build_defs(load_cohort(tiny_cohort), Store(tmp_path)).resolve_asset_graph()
     policies = {
         key.to_user_string(): graph.get(key).assets_def.op.retry_policy
         for key in graph.materializable_asset_keys
-        if graph.get(key).partitions_def is not None
     }
     assert policies == dict.fromkeys(policies, RETRIES)
-    assert len(policies) > 8
+    assert len(policies) > 10
 
 
 class Slow:

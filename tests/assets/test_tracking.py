@@ -39,6 +39,7 @@ from nic_core import steps
 from nic_core.cohort import Cohort, EncoderSpec, load_cohort
 from nic_core.encoders.files import read_card
 from nic_core.encoders.loop import _Run
+from nic_core.steps.models import PREDICTIONS
 from nic_core.store import Store
 from tests.assets.test_checks import evaluated
 
@@ -269,7 +270,7 @@ class Registry:
         model = evaluated(label + np.random.default_rng(1).normal(0, error, 40), label)
         folder = self.root / "model"
         folder.mkdir(exist_ok=True)
-        model.predictions.write_parquet(folder / steps.PREDICTIONS)
+        model.predictions.write_parquet(folder / PREDICTIONS)
         run = self.run()
         run.files(folder)
         run.register(

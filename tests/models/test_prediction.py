@@ -26,6 +26,8 @@ from nic_core.models.prediction import (
     read_patients,
 )
 from nic_core.models.validation import NETWORK, prediction_columns
+from nic_core.steps import models as model_steps
+from nic_core.steps.models import PREDICTIONS
 from nic_core.store import Store
 
 ENCODER = "mean-rgb"
@@ -58,7 +60,7 @@ def test_held_out_slides_get_what_cross_validation_gave_them(study, target):
     _, store = study
     model = load_model(store.model(target, ENCODER))
     stored = (
-        pl.read_parquet(store.model(target, ENCODER) / steps.PREDICTIONS)
+        pl.read_parquet(store.model(target, ENCODER) / PREDICTIONS)
         .filter(model=NETWORK, split="test")
         .sort("unit")
     )
@@ -85,7 +87,7 @@ def test_files_get_the_same_as_their_stored_grids(study, target, tmp_path):
         model, load_encoder(store.encoder(ENCODER)), slides, patients=patients(store)
     ).predictions.sort("unit")
     stored = (
-        pl.read_parquet(store.model(target, ENCODER) / steps.PREDICTIONS)
+        pl.read_parquet(store.model(target, ENCODER) / PREDICTIONS)
         .filter(model=NETWORK, split="test")
         .sort("unit")
     )
@@ -106,7 +108,7 @@ def test_slides_that_were_learned_from_are_marked(study):
 def test_risk_groups_part_at_the_median_risk_of_the_held_out_training_patients(study):
     _, store = study
     model = load_model(store.model("survival", ENCODER))
-    stored = pl.read_parquet(store.model("survival", ENCODER) / steps.PREDICTIONS)
+    stored = pl.read_parquet(store.model("survival", ENCODER) / PREDICTIONS)
     held_out = stored.filter(model=NETWORK, split="cv")["risk"]
     assert model.card.median_risk == held_out.median()
     units = pl.read_parquet(store.folds("survival"))
@@ -126,7 +128,7 @@ def test_survival_functions_of_held_out_patients_are_those_of_the_brier_score(st
     _, store = study
     model = load_model(store.model("survival", ENCODER))
     stored = (
-        pl.read_parquet(store.model("survival", ENCODER) / steps.PREDICTIONS)
+        pl.read_parquet(store.model("survival", ENCODER) / PREDICTIONS)
         .filter(model=NETWORK, split="test")
         .sort("unit")
     )
@@ -371,7 +373,9 @@ def test_a_model_that_its_tracker_has_not_taken_is_told_again_without_training(
     for target in TARGETS:
         made, card = steps.make_model(cohort, store, ENCODER, target, first)
         with monkeypatch.context() as patch:
-            patch.setattr(steps, "cross_validate", lambda *_, **__: pytest.fail("trained again"))
+            patch.setattr(
+                model_steps, "cross_validate", lambda *_, **__: pytest.fail("trained again")
+            )
             read, same = steps.make_model(cohort, store, ENCODER, target, again)
         assert same == card
         assert read.predictions.equals(made.predictions)
@@ -388,9 +392,9 @@ def test_a_model_is_trained_anew_once_it_is_tracked_or_its_inputs_differ(
     shutil.copytree(study[1].root, tmp_path / "store")
     store, target = Store(tmp_path / "store"), TARGETS[0]
     trained = []
-    cross_validate = steps.cross_validate
+    cross_validate = model_steps.cross_validate
     monkeypatch.setattr(
-        steps,
+        model_steps,
         "cross_validate",
         lambda *a, **k: trained.append(k["device"]) or cross_validate(*a, **k),
     )

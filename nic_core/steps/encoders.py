@@ -1,0 +1,118 @@
+"""Patch tasks and encoders: read the images, train or import, probe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import polars as pl
+from matplotlib.figure import Figure
+
+from nic_core.cohort import Cohort, ReadyEncoder, RegisteredEncoder
+from nic_core.encoders import (
+    EncoderError,
+    PatchDataset,
+    Trained,
+    build_patch_task,
+    import_encoder,
+    load_encoder,
+    load_patch_task,
+    save_encoder,
+    train_encoder,
+)
+from nic_core.encoders.pictures import code_map, neighbour_sheet
+from nic_core.encoders.probes import probe_table, task_codes
+from nic_core.store import Store, whole_file, whole_folder
+from nic_core.tracker import Tracker
+
+HISTORY = "history.parquet"
+
+
+def make_patch_task(
+    cohort: Cohort,
+    store: Store,
+    task: str,
+    progress: Callable[[int, int], None] | None = None,
+) -> PatchDataset:
+    """Read a patch task's images; writes and returns the dataset, its patches on disk."""
+    settings = cohort.settings
+    with whole_folder(store.patch_task(task)) as folder:
+        build_patch_task(
+            cohort.patch_task(task),
+            patch=settings.patch,
+            mpp=settings.mpp,
+            tissue=settings.tissue,
+            seed=0,
+            folder=folder,
+            progress=progress,
+        )
+    return load_patch_task(store.patch_task(task))
+
+
+def make_encoder(
+    cohort: Cohort,
+    store: Store,
+    encoder: str,
+    tracker: Tracker | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    device: str = "auto",
+) -> Trained:
+    """Train an encoder on its patch tasks, or import a ready one; writes and returns it.
+
+    A training that was killed goes on from its last epoch. With a tracker its state stays until
+    :func:`encoder_tracked`: called again, it tells the tracker all and trains nothing.
+
+    Raises
+    ------
+    EncoderError
+        The entry cannot be trained or imported, or names a version of a registry.
+    """
+    spec, settings = cohort.encoder(encoder), cohort.settings
+    if isinstance(spec, RegisteredEncoder):
+        raise EncoderError(
+            f"encoder '{encoder}' is a version of a registry, which is not asked here; give the "
+            "file of an imported one"
+        )
+    if isinstance(spec, ReadyEncoder):
+        ready = import_encoder(spec, patch=settings.patch, mpp=settings.mpp)
+        trained = Trained(ready, pl.DataFrame())
+    else:
+        trained = train_encoder(
+            spec,
+            [load_patch_task(store.patch_task(task)) for task in spec.tasks],
+            patch=settings.patch,
+            mpp=settings.mpp,
+            code=settings.code,
+            device=device,
+            tracker=tracker,
+            checkpoint=store.training(encoder),
+            progress=progress,
+        )
+    with whole_folder(store.encoder(encoder)) as folder:
+        save_encoder(folder, trained.encoder)
+        trained.history.write_parquet(folder / HISTORY)
+    if tracker is None:
+        encoder_tracked(store, encoder)
+    return trained
+
+
+def encoder_tracked(store: Store, encoder: str) -> None:
+    """Forget a training's state: its product is kept, and its tracker has taken everything."""
+    store.training(encoder).unlink(missing_ok=True)
+
+
+def probe_encoder(
+    cohort: Cohort, store: Store, encoder: str
+) -> tuple[pl.DataFrame, dict[str, Figure]]:
+    """Probe an encoder on every patch task that could be made; writes and returns the scores.
+
+    The scores are those of :data:`~nic_core.encoders.probes.PROBE_SCHEMA`; the figures show the
+    codes' principal axes and nearest neighbours.
+    """
+    loaded = load_encoder(store.encoder(encoder))
+    made = [path for task in cohort.patch_tasks if (path := store.patch_task(task.name)).exists()]
+    codes = [task_codes(loaded, load_patch_task(path)) for path in made]
+    scores = probe_table(loaded, codes)
+    with whole_file(store.probe(encoder)) as path:
+        scores.write_parquet(path)
+    return scores, {"codes": code_map(codes), "nearest_patches": neighbour_sheet(codes)}

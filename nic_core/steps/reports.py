@@ -1,0 +1,100 @@
+"""The report: every figure of the study in one table, and its pictures."""
+
+from __future__ import annotations
+
+import polars as pl
+from matplotlib.figure import Figure
+from matplotlib.image import imread
+
+from nic_core.cohort import Cohort
+from nic_core.encoders.files import read_card
+from nic_core.grids import open_grid
+from nic_core.pictures import compressed_slide
+from nic_core.reports import (
+    COMPARISON_SCHEMA,
+    Report,
+    compare_models,
+    encoder_results,
+    map_results,
+    probe_results,
+    results_figure,
+)
+from nic_core.steps.inputs import open_indexed, read_index
+from nic_core.steps.maps import OVERLAY
+from nic_core.steps.models import METRICS, PREDICTIONS
+from nic_core.steps.slides import TISSUE, read_record
+from nic_core.store import Store, whole_folder
+from nic_core.tissue import TissueMask
+
+RESULTS, COMPARISONS = "results.parquet", "comparisons.parquet"
+
+
+def write_report(cohort: Cohort, store: Store) -> Report:
+    """Gather every figure of the study; writes ``results.parquet``, ``comparisons.parquet`` and
+    ``results.png``."""
+    settings = cohort.settings.models
+    parts = [
+        pl.read_parquet(path)
+        for target in cohort.targets
+        for encoder in cohort.encoders
+        if (path := store.model(target.name, encoder.name) / METRICS).exists()
+    ]
+    for encoder in cohort.encoders:
+        if store.encoder(encoder.name).exists():
+            parts.append(encoder_results(read_card(store.encoder(encoder.name))))
+        if store.probe(encoder.name).exists():
+            parts.append(probe_results(encoder.name, pl.read_parquet(store.probe(encoder.name))))
+    for item in cohort.maps:
+        if store.map_scores(item.name).exists():
+            scores = pl.read_parquet(store.map_scores(item.name))
+            parts.append(map_results(item, scores, resamples=settings.bootstrap))
+    results = pl.concat(parts)
+    comparisons = pl.concat(
+        [
+            COMPARISON_SCHEMA.to_frame(),
+            *(
+                compare_models(
+                    target,
+                    {
+                        encoder.name: pl.read_parquet(path)
+                        for encoder in cohort.encoders
+                        if (path := store.model(target.name, encoder.name) / PREDICTIONS).exists()
+                    },
+                    resamples=settings.bootstrap,
+                    seed=settings.seed,
+                )
+                for target in cohort.targets
+            ),
+        ]
+    )
+    figures = {"results": results_figure(results)}
+    if (example := _first_compressed(cohort, store)) is not None:
+        figures["compressed_slide"] = draw_slide(cohort, store, example)
+    with whole_folder(store.reports) as folder:
+        results.write_parquet(folder / RESULTS)
+        comparisons.write_parquet(folder / COMPARISONS)
+        for name, figure in figures.items():
+            figure.savefig(folder / f"{name}.png", dpi=110)
+    return Report(results, comparisons, figures)
+
+
+def draw_slide(cohort: Cohort, store: Store, slide: str) -> Figure:
+    """A slide with everything that was made of it; see :mod:`nic_core.pictures`."""
+    paths = {encoder.name: store.grid(encoder.name, slide) for encoder in cohort.encoders}
+    overlays = {item.name: store.map(item.name, slide) / OVERLAY for item in cohort.maps}
+    mask = TissueMask.load(store.slide(slide) / TISSUE, read_record(store, slide).tissue_mpp)
+    with open_indexed(store, slide) as opened:
+        return compressed_slide(
+            opened,
+            mask,
+            {name: open_grid(path) for name, path in paths.items() if path.exists()},
+            {f"{n} probability": imread(p) for n, p in overlays.items() if p.exists()},
+        )
+
+
+def _first_compressed(cohort: Cohort, store: Store) -> str | None:
+    """A slide that every encoder has compressed."""
+    for slide in read_index(store)["slide"]:
+        if all(store.grid(encoder.name, slide).exists() for encoder in cohort.encoders):
+            return str(slide)
+    return None

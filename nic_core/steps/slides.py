@@ -1,0 +1,90 @@
+"""Slides and patch tables: open a slide, find its tissue, lay the grid over it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+from matplotlib.image import imsave
+from pydantic import BaseModel, ConfigDict
+
+from nic_core.cohort import Cohort
+from nic_core.patches import patch_table, write_patch_table
+from nic_core.quality import measure_quality
+from nic_core.slides import Level, content_identity
+from nic_core.steps.inputs import index_row, open_indexed
+from nic_core.store import Store, whole_folder
+from nic_core.tissue import TissueMask, read_mask, tissue_mask, tissue_outline
+
+RECORD, THUMBNAIL, TISSUE = "slide.json", "thumbnail.jpg", "tissue.png"
+THUMBNAIL_SIDE = 1024  # px
+
+Pixels = npt.NDArray[np.uint8]
+
+
+class SlideRecord(BaseModel):
+    """What is known of an opened slide; ``slide.json`` in the slide's folder."""
+
+    model_config = ConfigDict(frozen=True)
+
+    slide: str
+    identity: str  # of the file's content
+    engine: str  # library that reads it
+    width: int  # level-0 px
+    height: int
+    mpp: float  # um/px at level 0
+    levels: tuple[Level, ...]  # finest first
+    tissue_mpp: float  # um/px of tissue.png
+    tissue_mm2: float
+
+
+def prepare_slide(store: Store, slide: str) -> tuple[SlideRecord, Pixels]:
+    """Open a slide, find its tissue, draw a thumbnail.
+
+    Returns the record, and the thumbnail with the tissue outlined, uint8 (H, W, 3).
+    """
+    with open_indexed(store, slide) as opened:
+        ready = index_row(store, slide)["mask"]
+        mask = read_mask(Path(ready), opened) if ready else tissue_mask(opened)
+        record = SlideRecord(
+            slide=slide,
+            identity=content_identity(opened.path),
+            engine=opened.engine,
+            width=opened.width,
+            height=opened.height,
+            mpp=opened.mpp,
+            levels=opened.levels,
+            tissue_mpp=mask.mpp,
+            tissue_mm2=float(mask.array.sum()) * (mask.mpp / 1000) ** 2,
+        )
+        with whole_folder(store.slide(slide)) as folder:
+            (folder / RECORD).write_text(record.model_dump_json(indent=2) + "\n")
+            imsave(folder / THUMBNAIL, opened.thumbnail(THUMBNAIL_SIDE))
+            mask.save(folder / TISSUE)
+        return record, tissue_outline(opened, mask, side=320)
+
+
+def read_record(store: Store, slide: str) -> SlideRecord:
+    """The record that :func:`prepare_slide` wrote."""
+    return SlideRecord.model_validate_json((store.slide(slide) / RECORD).read_bytes())
+
+
+def tabulate_patches(cohort: Cohort, store: Store, slide: str) -> pl.DataFrame:
+    """Lay the cohort's grid over a slide and measure its cells; writes and returns the patch
+    table."""
+    settings = cohort.settings
+    mask = TissueMask.load(store.slide(slide) / TISSUE, read_record(store, slide).tissue_mpp)
+    with open_indexed(store, slide) as opened:
+        cells = patch_table(
+            slide,
+            opened,
+            mask,
+            patch=settings.patch,
+            mpp=settings.mpp,
+            tissue=settings.tissue,
+        )
+        cells = measure_quality(cells, opened)
+    write_patch_table(store.patch_table(slide), cells)
+    return cells
