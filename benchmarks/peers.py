@@ -9,8 +9,8 @@ with the package's own defaults (batch of 32).
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -130,9 +130,13 @@ PEERS = {"lazyslide": lazyslide, "tiatoolbox": tiatoolbox, "hs2p": hs2p}
 
 
 def main() -> None:
-    name, slide, encoder = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+    arguments = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    arguments.add_argument("peer", choices=PEERS)
+    arguments.add_argument("slide", type=Path)
+    arguments.add_argument("encoder", type=Path)
+    given = arguments.parse_args()
     rates = []
-    for work in PEERS[name](slide, encoder):
+    for work in PEERS[given.peer](given.slide, given.encoder):
         start = time.perf_counter()
         count = work()
         rates.append(count / (time.perf_counter() - start))

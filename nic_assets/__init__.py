@@ -1,7 +1,8 @@
-"""Neural image compression as Dagster data assets: declarations only.
+"""Neural image compression as Dagster data assets.
 
-Assets, checks, partitions, resources, jobs. The work itself is in ``nic_core``, which knows
-nothing of this package.
+Declarations (assets, checks, partitions, resources, jobs, sensors), and what runs and looks after
+them: staleness, tracking, executors, ``nic doctor``. The work itself is in ``nic_core``, which
+knows nothing of this package.
 """
 
 import warnings

@@ -1,8 +1,8 @@
 """What is done without being asked: looking for new inputs, and making what is missing or stale.
 
-``watch_inputs`` looks at the files every minute and asks for ``slide_index`` when they have
-changed; that asset finds out what is new. ``rebuild`` asks, while the cohort's hours are open,
-for whatever is missing or stale by Dagster's own rule, in the order of the graph.
+``watch_inputs`` looks at the files every minute (``automation.look``) and asks for ``slide_index``
+when they have changed; that asset finds out what is new. ``rebuild`` asks, while the cohort's hours
+are open, for whatever is missing or stale by Dagster's own rule, in the order of the graph.
 """
 
 from __future__ import annotations

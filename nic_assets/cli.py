@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -19,6 +21,18 @@ if TYPE_CHECKING:
     import dagster as dg
 
 # what computes or knows Dagster is imported in each command: that takes seconds
+
+
+@app.callback()
+def environment() -> None:
+    """Every step of the method on the command line, and what looks after a study.
+
+    The cohort and the store are those of NIC_COHORT and NIC_STORE, or of .env in this folder.
+    """
+    from nic_assets.environment import read_environment
+
+    read_environment()
+
 
 store_app = typer.Typer(no_args_is_help=True, help="Verify and clean the store ($NIC_STORE).")
 app.add_typer(store_app, name="store")
@@ -127,9 +141,6 @@ def gc(
 
 
 def _store() -> Store:
-    from nic_assets.environment import read_environment
-
-    read_environment()
     store = Store.from_environment()
     if not store.root.is_dir():
         console.print(f"{store.root}: there is no store; set NIC_STORE", style="red")
@@ -140,9 +151,7 @@ def _store() -> Store:
 @contextmanager
 def _study() -> Iterator[tuple[dg.Definitions, dg.DagsterInstance]]:
     """The definitions and the Dagster instance that the environment names."""
-    from nic_assets.environment import read_environment
-
-    home = read_environment()
+    home = Path(os.environ["DAGSTER_HOME"])
     if not (home / "dagster.yaml").exists():
         console.print(
             f"{home}: no Dagster home (no dagster.yaml here): call this from the project's folder, "

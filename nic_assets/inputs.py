@@ -1,7 +1,7 @@
 """The files that come from outside, as external assets with data versions.
 
 Slides, patch-task sources, encoder entries and label tables are the user's. Whoever looks
-(the ``slide_index`` asset, later a sensor) reports a new version only for what changed, so
+(the ``slide_index`` asset, which a sensor asks for) reports a new version only for what changed, so
 everything downstream of it, and nothing else, becomes stale.
 """
 

@@ -7,6 +7,7 @@ A failure stops what depends on it and nothing else; the exit status tells.
 
 from __future__ import annotations
 
+import argparse
 import sys
 import time
 from collections.abc import Iterator
@@ -126,6 +127,7 @@ def _reason(failure: StepFailureData) -> str:
 
 def main() -> int:
     """Refresh the cohort and store that the environment names; print the report's tables."""
+    argparse.ArgumentParser(prog="python -m nic_assets.refresh", description=__doc__).parse_args()
     console = Console(stderr=True)
     read_environment()
     try:

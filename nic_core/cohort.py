@@ -473,7 +473,7 @@ class ProbabilityMap(_Model):
 
 
 class ModelSettings(_Model):
-    """How slide models are trained; the defaults are the paper's (section 5 of the reference)."""
+    """How slide models are trained; the defaults are paper B's, or [choice]."""
 
     network: NetworkName = Field(
         default="published",
@@ -531,7 +531,7 @@ class CompressionSettings(_Model):
 
 
 class Settings(_Model):
-    """Constants of the method; every default is the paper's."""
+    """Constants of the method; the defaults are the papers'."""
 
     patch: PositiveInt = Field(default=128, description="px a side, at `mpp`")
     mpp: PositiveFloat = Field(default=0.5, description="um/px")
@@ -552,7 +552,7 @@ class Automation(_Model):
     opens: Cron = "0 20 * * *"
     closes: Cron | None = "0 6 * * *"
     timezone: TimeZone = "UTC"
-    look: PositiveInt = Field(default=60, description="seconds between two looks at the inputs")
+    look: PositiveInt = Field(default=60, description="seconds between two looks of each sensor")
 
 
 class Cohort(_Model):

@@ -22,9 +22,6 @@ Floats = NDArray[np.float64]
 Metric = Callable[[Floats], Floats]  # counts (B, n) -> values (B,)
 
 PRIMARY = {"regression": "spearman", "classification": "auc", "survival": "harrell_c"}
-CHANCE = {"spearman": 0.0, "pearson": 0.0, "auc": 0.5, "harrell_c": 0.5, "uno_c": 0.5}
-
-
 CALIBRATION_BINS = 10
 
 

@@ -3,10 +3,12 @@
 ::
 
     <root>/
+      slides/index.parquet, seen.parquet   the slides, and what was seen of each file
       slides/<slide>/           slide.json, thumbnail.jpg, tissue.png
       patch_tables/<slide>.parquet
       patch_tasks/<task>/       patches.npy, patches.parquet, findings.parquet
       encoders/<encoder>/       weights.safetensors (or network.*), card.json, history.parquet
+      encoders/.<encoder>.training.pt      the state of a training that goes on
       probes/<encoder>.parquet  scores of its codes on every patch task
       grids/<encoder>/<slide>.zarr
       maps/<map>/<slide>/       cells.parquet, overlay.jpg
@@ -56,6 +58,16 @@ class Store:
     @property
     def slides(self) -> Path:
         return self.root / "slides"
+
+    @property
+    def index(self) -> Path:
+        """The slide index."""
+        return self.slides / "index.parquet"
+
+    @property
+    def seen(self) -> Path:
+        """What was seen of each input file at the last look."""
+        return self.slides / "seen.parquet"
 
     def slide(self, slide: str) -> Path:
         return self.slides / slide

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from matplotlib.image import imsave
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from nic_core.demo.cohort import PATCHES_PER_TASK, SIDE, SLIDES, make_demo
+from nic_core.demo.pictures import contact_sheet, slide_sheet
 
 
 def main() -> None:
@@ -18,6 +20,7 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=SIDE, help="of a slide, px")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=None, help="processes; default: cores")
+    parser.add_argument("--pictures", type=Path, help="folder for pictures of what was painted")
     given = parser.parse_args()
     columns = (
         TextColumn("painting the demo cohort"),
@@ -42,6 +45,11 @@ def main() -> None:
             progress=show,
         )
     print(f"{cohort}")
+    if given.pictures is not None:
+        given.pictures.mkdir(parents=True, exist_ok=True)
+        contact_sheet(given.root).savefig(given.pictures / "demo-patches.png", dpi=110)
+        imsave(given.pictures / "demo-slides.png", slide_sheet(given.root, 4))
+        print(f"{given.pictures}: demo-patches.png, demo-slides.png")
 
 
 if __name__ == "__main__":

@@ -40,10 +40,8 @@ def contact_sheet(root: Path, *, columns: int = 12, seed: int = 0) -> Figure:
     return figure
 
 
-def slide_sheet(root: Path, slides: tuple[str, ...], *, side: int = 640) -> NDArray[np.uint8]:
-    """Thumbnails of slides beside one another, uint8 (side, side * slides, 3)."""
-    thumbnails = [
-        pyvips.Image.thumbnail(str(root / "slides" / f"{slide}.tif"), side).numpy()
-        for slide in slides
-    ]
+def slide_sheet(root: Path, slides: int, *, side: int = 640) -> NDArray[np.uint8]:
+    """Thumbnails of the first slides beside one another, uint8 (side, side * slides, 3)."""
+    paths = sorted((root / "slides").glob("*.tif"))[:slides]
+    thumbnails = [pyvips.Image.thumbnail(str(path), side).numpy() for path in paths]
     return np.ascontiguousarray(np.hstack(thumbnails), np.uint8)

@@ -3,11 +3,12 @@
 Schedule (paper B): Adam, learning rate divided by 10 on a plateau of the validation value
 down to 1e-5, weights with the best validation value kept. [choice]: the budget is a number
 of patches, not of passes over data sets that differ in size, and an epoch is a fixed share of
-it; the patience; the early stop, when the rate is at its floor and as many epochs more as the
-patience brought nothing better; and that the rate falls by 60 % and by 85 % of the budget even
+it; the patience; the early stop, when the rate is at its floor and one epoch more than the patience
+brought nothing better; and that the rate falls by 60 % and by 85 % of the budget even
 without a plateau, because the noise of a high rate hides plateaus and a short training would
-end in it. Without a budget an epoch is a pass over the training patches, the rate falls at
-plateaus alone, and training lasts until the early stop or for the published 200,000 steps.
+end in it. Without a budget an epoch is a pass over the training patches (500 steps at least), the
+rate falls at plateaus alone, and training lasts until the early stop or for the published 200,000
+steps.
 """
 
 from __future__ import annotations

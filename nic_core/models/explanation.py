@@ -1,6 +1,6 @@
 """What in a grid speaks for a prediction: Grad-CAM of the grid CNNs, attention of others.
 
-Grad-CAM as in B (reference section 5): gradients of the output with respect to the first
+Grad-CAM as in paper B: gradients of the output with respect to the first
 convolution's maps, their spatial means as weights, weighted sum of the maps. The sign is kept: a
 high value speaks for a higher output, a low one for a lower. What B leaves open [choice]:
 

@@ -11,7 +11,7 @@ Ties = Literal["breslow", "efron"]
 
 
 def cox_loss(risk: Tensor, time: Tensor, event: Tensor, *, ties: Ties = "breslow") -> Tensor:
-    """Negative log partial likelihood, mean over deaths (A; reference section 5).
+    """Negative log partial likelihood, mean over deaths (paper A).
 
     The risk set of a death at ``t`` is everyone with time >= ``t``, the death itself included.
     A higher risk means an earlier death. The paper names no rule for ties [choice]: Breslow's

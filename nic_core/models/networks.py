@@ -23,7 +23,7 @@ Kind = Literal["regression", "classification", "survival"]
 
 
 class PublishedGridCNN(nn.Module):
-    """The grid CNN of B (reference section 5).
+    """The grid CNN of paper B.
 
     Eight depthwise-separable 3 x 3 convolutions with 128 filters and valid padding, each with
     batch normalisation, LeakyReLU and feature-wise dropout of 0.2; stride 2 except in layers 7

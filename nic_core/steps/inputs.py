@@ -18,8 +18,6 @@ from nic_core.slides.index import absent_files, slide_index
 from nic_core.slides.watch import SEEN_SCHEMA, take_in
 from nic_core.store import Store, whole_file
 
-INDEX, SEEN = "index.parquet", "seen.parquet"
-
 
 @dataclass(frozen=True)
 class Found:
@@ -48,7 +46,7 @@ class Found:
 
 def write_index(store: Store, index: pl.DataFrame) -> None:
     """Leave the slide index (:func:`nic_core.slides.index.slide_index`) in the store."""
-    with whole_file(store.slides / INDEX) as path:
+    with whole_file(store.index) as path:
         index.write_parquet(path)
 
 
@@ -60,10 +58,9 @@ def read_index(store: Store) -> pl.DataFrame:
     CohortError
         There is none yet.
     """
-    path = store.slides / INDEX
-    if not path.exists():
-        raise CohortError(f"{path} is missing; materialize 'slide_index' first")
-    return pl.read_parquet(path)
+    if not store.index.exists():
+        raise CohortError(f"{store.index} is missing; materialize 'slide_index' first")
+    return pl.read_parquet(store.index)
 
 
 def find_slides(
@@ -90,7 +87,7 @@ def find_slides(
     CohortError
         See :func:`nic_core.slides.index.slide_index`; or most slides are gone at once.
     """
-    before = pl.read_parquet(path) if (path := store.slides / INDEX).exists() else None
+    before = pl.read_parquet(store.index) if store.index.exists() else None
     index = slide_index(cohort, absent=True)
     seen = read_seen(store)
     tables = [str(table) for table in (cohort.slides.table, cohort.labels) if table is not None]
@@ -133,14 +130,13 @@ def find_slides(
 def write_found(store: Store, found: Found) -> None:
     """Leave the slide index in the store, and what was seen of each file."""
     write_index(store, found.index)
-    with whole_file(store.slides / SEEN) as path:
+    with whole_file(store.seen) as path:
         found.seen.write_parquet(path)
 
 
 def read_seen(store: Store) -> pl.DataFrame:
     """What :func:`write_found` left of each file; empty where nobody has looked yet."""
-    path = store.slides / SEEN
-    return pl.read_parquet(path) if path.exists() else pl.DataFrame(schema=SEEN_SCHEMA)
+    return pl.read_parquet(store.seen) if store.seen.exists() else pl.DataFrame(schema=SEEN_SCHEMA)
 
 
 def patch_task_versions(cohort: Cohort) -> dict[str, str]:
