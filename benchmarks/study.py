@@ -9,7 +9,9 @@ RGB, colour and texture features, an untrained network and ready encoders stand 
 Each is judged by the linear probe of every patch task; with ``--slides`` also by the slides:
 compressed with it, its targets cross-validated. A seed deals the splits of the patch tasks (by
 group), and starts the encoders. What is done stays in FOLDER, a file an encoder: run it again to
-go on. ``show`` gathers that into ``study.parquet``, prints the means and draws the picture.
+go on. ``show`` gathers that into ``study.parquet``, prints the means by number of tasks and by
+tasks, and draws the picture. Ready encoders (``--published``) read patches at the study's um/px,
+whatever theirs is.
 """
 
 from __future__ import annotations
@@ -283,6 +285,7 @@ def show(options: argparse.Namespace) -> None:
     console = Console(width=110)
     for (cohort,), own in rows.group_by("cohort", maintain_order=True):
         console.print(summary(own, str(cohort)))
+        console.print(by_tasks(own, str(cohort)))
     figure = picture(rows)
     figure.savefig(options.picture, dpi=90)
     console.print(str(options.picture))
@@ -324,13 +327,31 @@ def summary(rows: pl.DataFrame, cohort: str) -> Table:
         for measure, model, on in columns.iter_rows()
     ]
     table = Table("encoder", *names, title=f"{cohort}: mean (sd over seeds); * trained on it")
-    for kind, count in found.select("kind", "count").unique(maintain_order=True).iter_rows():
+    kinds = found.select("kind", "count").unique(maintain_order=True)
+    for kind, count in kinds.sort("count", maintain_order=True).iter_rows():
         own = found.filter(kind=kind, count=count)
         cells = []
         for measure, model, on in columns.iter_rows():
             values = own.filter(measure=measure, model=model, on=on).sort("saw")
             cells.append("  ".join(_cell(row) for row in values.iter_rows(named=True)))
         table.add_row(f"{kind}, {count} tasks" if count else kind, *cells)
+    return table
+
+
+def by_tasks(rows: pl.DataFrame, cohort: str) -> Table:
+    """A row a set of tasks: does their number count, or which they are?"""
+    keys = ("count", "tasks", "measure", "model", "on")
+    found = (
+        rows.filter(pl.col("kind") == "mtl", pl.col("model").is_in(("linear probe", "network")))
+        .group_by(*keys, maintain_order=True)
+        .agg(pl.col("saw").first(), mean=pl.col("value").mean(), sd=pl.col("value").std())
+        .sort("count", "tasks", maintain_order=True)
+    )
+    columns = found["on"].unique(maintain_order=True).to_list()
+    table = Table("trained on", *columns, title=f"{cohort}, supervised: mean (sd); * trained on it")
+    for (_, tasks), own in found.group_by("count", "tasks", maintain_order=True):
+        cells = {row["on"]: _cell(row) for row in own.iter_rows(named=True)}
+        table.add_row(str(tasks).replace("+", " + "), *(cells.get(on, "") for on in columns))
     return table
 
 
