@@ -21,6 +21,8 @@ VARIANTS = 12
 
 
 class Nucleus(StrEnum):
+    """The kinds of nuclei that are painted."""
+
     LYMPHOCYTE = "lymphocyte"
     EPITHELIAL = "epithelial"
     SPINDLE = "spindle"

@@ -61,6 +61,7 @@ _VECTORS = np.array([(0.57, 0.73, 0.38), (0.17, 0.84, 0.46), (0.10, 0.78, 0.66)]
 
 
 def ordinary_stain() -> Stain:
+    """The stain that those of patients vary around [choice]."""
     return Stain(_VECTORS, 1.0, 1.0, np.array([244, 242, 244], np.float32), 0.6, 1.5, 0.005, 0.10)
 
 
@@ -201,6 +202,7 @@ def _enlarge_rows(a: Floats) -> Floats:
 
 
 def blurred(picture: NDArray[np.uint8], sigma: float) -> NDArray[np.uint8]:
+    """uint8 (H, W, 3) after a Gaussian of ``sigma`` px."""
     image = pyvips.Image.new_from_array(np.ascontiguousarray(picture))
     return np.ascontiguousarray(image.gaussblur(sigma, min_ampl=0.05).numpy(), np.uint8)
 

@@ -30,6 +30,8 @@ Doubles = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class PlannedSlide:
+    """What is decided of a slide before anything is painted."""
+
     slide: str
     patient: str
     split: str

@@ -107,6 +107,7 @@ def source_files(task: PatchTask) -> list[Path]:
 
 
 def task_error(task: PatchTask, problem: str) -> CohortError:
+    """The error that says which task has the problem."""
     return CohortError(f"patch task '{task.name}': {problem}")
 
 

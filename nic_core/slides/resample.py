@@ -75,6 +75,7 @@ def settle(start: float, scale: float) -> tuple[float, float]:
 
 
 def is_whole(start: float, scale: float) -> bool:
+    """Whether output px are whole blocks of source px, so that plain means resample exactly."""
     return scale >= 1 and scale == int(scale) and start == int(start)
 
 

@@ -33,7 +33,13 @@ def make_patch_task(
     task: str,
     progress: Callable[[int, int], None] | None = None,
 ) -> PatchDataset:
-    """Read a patch task's images; writes and returns the dataset, its patches on disk."""
+    """Read a patch task's images; writes and returns the dataset, its patches on disk.
+
+    Raises
+    ------
+    CohortError
+        See :func:`~nic_core.encoders.patch_tasks.build_patch_task`.
+    """
     settings = cohort.settings
     with whole_folder(store.patch_task(task)) as folder:
         build_patch_task(

@@ -24,7 +24,13 @@ def prepare_encoder(
 
 
 def compress(cohort: Cohort, store: Store, encoder: PreparedEncoder, slide: str) -> Grid:
-    """Compress a slide with an encoder; writes and returns the grid."""
+    """Compress a slide with an encoder; writes and returns the grid.
+
+    Raises
+    ------
+    SlideError, PatchTableError
+        See :func:`~nic_core.compression.compress_slide`.
+    """
     cells = read_patch_table(store.patch_table(slide))
     with open_indexed(store, slide) as opened:
         grid = compress_slide(

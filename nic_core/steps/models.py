@@ -66,7 +66,9 @@ def make_model(
     Raises
     ------
     CohortError
-        The grids were not all made in one way.
+        The grids were not all made in one way, or cannot be used; see :func:`cross_validate`.
+    TrainingError
+        A loss is not finite.
     """
     settings = cohort.settings
     made = gather_grids(store, encoder)
