@@ -4,9 +4,12 @@ The kinds are the paper's (B: rotation, colour, brightness, contrast, zoom, elas
 deformation, Gaussian noise; heavy colour augmentation helps, A); ranges, the stain-space
 jitter and their order are [choice].
 
-It works on *pooled* patches (64 px at 1.0 um/px for a 128 px patch) [choice]: the encoder
-pools anyway, so this costs a quarter. All spatial changes of a patch are one resampling, all
-colour changes two 3 x 3 matrices, one in optical density and one in RGB.
+It works on what the network sees [choice]: on *pooled* patches (64 px at 1.0 um/px for a 128 px
+patch) where the encoder pools anyway, which costs a quarter; on whole ones for the VAE, whose
+decoder draws them, and for an encoder that does not pool. The tissue moves as far either way;
+noise is that of a pixel, so of whole patches half as strong once it is pooled. All spatial changes
+of a patch are one resampling, all colour changes two 3 x 3 matrices, one in optical density and one
+in RGB.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ class Strength:
 
     rotation: float = math.radians(15)  # uniform +-, rad, besides the 8 orientations
     zoom: float = 0.12  # scale uniform in 1 +- zoom
-    elastic: float = 1.5  # standard deviation of the displacement, px of the pooled patch
+    elastic: float = 1.5 / 64  # standard deviation of the displacement, of the patch's side
     elastic_nodes: int = 6  # nodes a side of the displacement field
     stain: float = 0.20  # H and E multiplied by uniform 1 +- stain
     stain_shift: float = 0.03  # added to H and E, uniform +-
@@ -44,27 +47,27 @@ class Strength:
 HEAVY = Strength()
 
 
-def augment(pooled: Tensor, generator: torch.Generator, strength: Strength = HEAVY) -> Tensor:
+def augment(patches: Tensor, generator: torch.Generator, strength: Strength = HEAVY) -> Tensor:
     """A random variant of each patch: float (B, 3, S, S) in [0, 1] to the same.
 
     ``generator`` lives on the batch's device and is the only source of chance.
     """
     warped = functional.grid_sample(
-        pooled,
-        _sampling_grid(pooled, generator, strength),
+        patches,
+        _sampling_grid(patches, generator, strength),
         padding_mode="reflection",
         align_corners=False,
     )
     coloured = _jitter_colour(warped, generator, strength)
     size = (len(coloured), 1, 1, 1)
-    sigma = torch.rand(size, generator=generator, device=pooled.device) * strength.noise
-    noise = torch.randn(coloured.shape, generator=generator, device=pooled.device)
+    sigma = torch.rand(size, generator=generator, device=patches.device) * strength.noise
+    noise = torch.randn(coloured.shape, generator=generator, device=patches.device)
     return coloured.addcmul_(noise, sigma).clamp_(0, 1)
 
 
-def _sampling_grid(pooled: Tensor, generator: torch.Generator, strength: Strength) -> Tensor:
+def _sampling_grid(patches: Tensor, generator: torch.Generator, strength: Strength) -> Tensor:
     """Where each output pixel looks, (B, S, S, 2) in [-1, 1]: orientation, turn, zoom, warp."""
-    size, side, device = len(pooled), pooled.shape[-1], pooled.device
+    size, side, device = len(patches), patches.shape[-1], patches.device
 
     def uniform(extent: float) -> Tensor:
         return torch.empty(size, device=device).uniform_(-extent, extent, generator=generator)
@@ -79,7 +82,7 @@ def _sampling_grid(pooled: Tensor, generator: torch.Generator, strength: Strengt
     nodes = torch.randn(size, 2, count, count, generator=generator, device=device)
     between = _interpolation(count, side).to(device)
     field = between @ nodes @ between.T
-    return grid.add_(field.permute(0, 2, 3, 1), alpha=strength.elastic * 2 / side)
+    return grid.add_(field.permute(0, 2, 3, 1), alpha=strength.elastic * 2)
 
 
 @lru_cache(maxsize=8)

@@ -87,6 +87,18 @@ def test_the_elastic_field_is_bicubic_interpolation_of_its_nodes(nodes: int, sid
     assert torch.allclose(between @ values @ between.T, expected, atol=1e-5)
 
 
+def test_tissue_moves_as_far_in_pooled_and_in_whole_patches():
+    elastic = dataclasses.replace(NOTHING, elastic=HEAVY.elastic)
+    pooled, whole = (
+        augmentation._sampling_grid(patches(side=side), generator(), elastic)
+        - augmentation._sampling_grid(patches(side=side), generator(), NOTHING)
+        for side in (64, 128)
+    )
+    # the field's nodes: corners of both
+    torch.testing.assert_close(pooled[:, ::63, ::63], whole[:, ::127, ::127])
+    assert 0.5 < pooled.std() / (2 * HEAVY.elastic) < 1.1
+
+
 def test_hue_turns_about_the_grey_axis_and_keeps_its_length():
     angle = torch.tensor([0.3, -1.2])
     turn = augmentation._hue_turn(angle)
