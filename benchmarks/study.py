@@ -17,6 +17,7 @@ whatever theirs is.
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Iterator
 from itertools import combinations, product
@@ -53,7 +54,14 @@ from nic_core.models.validation import cross_validate
 from nic_core.patches import read_patch_table
 from nic_core.slides import open_slide
 from nic_core.slides.index import slide_index
-from nic_core.steps import divide, prepare_slide, read_index, tabulate_patches, write_index
+from nic_core.steps import (
+    digest,
+    divide,
+    prepare_slide,
+    read_index,
+    tabulate_patches,
+    write_index,
+)
 from nic_core.store import Store, whole_file, whole_folder
 
 UNSUPERVISED = ("vae", "contrastive", "bigan")
@@ -109,6 +117,7 @@ def run(options: argparse.Namespace) -> None:
         settings = cohort.settings.model_copy(update={"mpp": options.mpp})
         cohort = cohort.model_copy(update={"settings": settings})
     out: Path = options.out
+    _settle(cohort, options)
     slides = Slides(cohort, Store(out / "slides")) if options.slides else None
     # the unsupervised ones, which take longest, last
     for last, seed in product((False, True), range(options.seeds)):
@@ -136,13 +145,38 @@ def run(options: argparse.Namespace) -> None:
             print(f"seed {seed} {name}: {time.monotonic() - start:.0f} s", flush=True)
 
 
+def _settle(cohort: Cohort, options: argparse.Namespace) -> None:
+    """Write what all encoders of the folder have in common; refuse to go on with anything else."""
+    held_out = [task.name for task in cohort.patch_tasks if task.test_groups]
+    if options.slides and held_out:
+        raise SystemExit(
+            f"patch tasks {held_out} hold test_groups out, which may be patients of the slides; a "
+            "study deals its own splits and would train on them: take them out of the task's table"
+        )
+    settings = {
+        "cohort": digest(cohort),
+        "mpp": cohort.settings.mpp,
+        "patches": options.patches,
+        "slides": options.slides,
+        "pairs": sorted(options.pairs or ()),
+        "unseen": sorted(options.unseen),
+    }
+    path: Path = options.out / "settings.json"
+    if not path.exists():
+        with whole_file(path) as partial:
+            partial.write_text(json.dumps(settings, indent=2) + "\n")
+    elif (before := json.loads(path.read_text())) != settings:
+        others = {name: before[name] for name in settings if before[name] != settings[name]}
+        raise SystemExit(f"{options.out} was made with {others}: give another --out, or these")
+
+
 def _unseen(entry: str) -> PatchTask:
     name, folder = entry.split("=", 1)
     return PatchTask(name=name, organ="unknown", mpp="unknown", folder=Path(folder))
 
 
 def _dataset(cohort: Cohort, task: PatchTask, seed: int, out: Path) -> PatchDataset:
-    """A patch task whose splits are dealt anew by the seed."""
+    """A patch task whose splits are dealt anew by the seed, where they are not published."""
     folder = out / "patch_tasks" / f"{task.name}-{seed}"
     if not folder.exists():
         settings = cohort.settings
@@ -281,7 +315,11 @@ class Slides:
 
 
 def show(options: argparse.Namespace) -> None:
-    rows = pl.concat([gather(folder) for folder in options.folders])
+    gathered = [gather(folder) for folder in options.folders]
+    names = [name for rows in gathered for name in rows["cohort"].unique()]
+    if len(set(names)) < len(names):
+        raise SystemExit(f"two folders are of one cohort ({sorted(names)}): show them one by one")
+    rows = pl.concat(gathered)
     console = Console(width=110)
     for (cohort,), own in rows.group_by("cohort", maintain_order=True):
         console.print(summary(own, str(cohort)))
