@@ -49,7 +49,8 @@ def noise_task(folder: Path, name: str, patches: int, seed: int) -> PatchDataset
     rows = []
     for index in range(patches):
         label = index // 4 % 2
-        place = PATCH * (index % 2), PATCH * (index // 2 % 2)
+        row, column = index // 2 % 2, index % 2
+        place = PATCH * column, PATCH * row, row, column
         split = ("train", "train", "train", "validation", "test")[index // 16 % 5]
         group = f"patient-{index // 16}"
         rows.append((index, f"{index // 4}.png", *place, CLASSES[label], label, group, split))

@@ -34,7 +34,7 @@ def encoder_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         group_name="encoders",
         kinds={"numpy", "parquet"},
         op_tags=CPU_TAGS,
-        code_version=code_version(2, settings.patch, settings.mpp, settings.tissue),
+        code_version=code_version(3, settings.patch, settings.mpp, settings.tissue),
         check_specs=[
             dg.AssetCheckSpec(check, asset="patch_task")
             for check in (

@@ -262,7 +262,9 @@ class _Run:
         if score > self.best:
             self.best, self.stale = score, 0
             self.kept = copy.deepcopy(self.networks.state_dict())
-        self.stopped = row["learning_rate"] <= LOWEST_RATE and self.stale > PATIENCE
+        # a tenth of a tenth ... is not the floor to the last bit
+        at_floor = row["learning_rate"] < 1.001 * LOWEST_RATE
+        self.stopped = at_floor and self.stale > PATIENCE
 
     def select(self) -> None:
         if self.kept is not None:
@@ -289,14 +291,17 @@ class _Run:
             torch.save(state, temporary)
 
     def restore(self, path: Path, fingerprint: str) -> None:
+        wrong = EncoderError(
+            f"encoder '{self.spec.name}': {path} is not a checkpoint of its training; "
+            "remove it to train anew"
+        )
         # weights_only: tensors and plain values, no code of a pickle is run
         try:
             state = torch.load(path, weights_only=True, map_location="cpu")
         except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            raise EncoderError(
-                f"encoder '{self.spec.name}': {path} is not a checkpoint of its training; "
-                "remove it to train anew"
-            ) from error
+            raise wrong from error
+        if not isinstance(state, dict) or "fingerprint" not in state:
+            raise wrong
         if state["fingerprint"] != fingerprint:
             log.warning(
                 "encoder '%s': the checkpoint %s is of another training (settings, data or "

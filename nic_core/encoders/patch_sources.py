@@ -46,7 +46,8 @@ class PatchSource:
     ----------
     listing : polars.DataFrame
         A row an image, by source: source (what was read, for people), x, y (level-0 px in a
-        slide, else 0), label, group and, where the source has one, split.
+        slide, else 0), grid_row, grid_column (of the patch grid over a slide, else 0), label, group
+        and, where the source has one, split.
     read : callable
         Number of a row to uint8 RGB (H, W, 3); safe in threads; raises :class:`ImageError`.
     scale : float
@@ -241,7 +242,9 @@ def _groups(task: PatchTask, table: pl.DataFrame | None, source: pl.Series) -> p
 
 
 def _at_origin(listing: pl.DataFrame) -> pl.DataFrame:
-    return listing.with_columns(x=pl.lit(0, pl.Int64), y=pl.lit(0, pl.Int64))
+    return listing.with_columns(
+        pl.lit(0, pl.Int64).alias(name) for name in ("x", "y", "grid_row", "grid_column")
+    )
 
 
 # --- HDF5 ------------------------------------------------------------------------------------
@@ -346,8 +349,8 @@ def _annotated_slides(
         if task.classes is not None:
             cells = cells.filter(pl.col("label").is_in(task.classes))
         slides[str(path)] = slide
-        rows = _draw(cells, about.most, path.name, seed).select(
-            "x", "y", "label", source=pl.lit(str(path)), group=pl.lit(group)
+        rows = _draw(cells, about.most, path.name, seed).with_columns(
+            source=pl.lit(str(path)), group=pl.lit(group)
         )
         if "split" in table.columns:
             rows = rows.with_columns(split=pl.lit(row["split"], pl.String))
@@ -378,7 +381,7 @@ def _labelled_cells(
     mpp: float,
     tissue: float,
 ) -> pl.DataFrame:
-    """x, y (level-0 px) and label of a slide's tissue cells that have one."""
+    """x, y (level-0 px), grid_row, grid_column, label of a slide's tissue cells that have one."""
     base = about.table.parent
     ready, drawn = row.get("mask"), row["annotations"]
     mask = read_mask(base / ready, slide) if ready else tissue_mask(slide)
@@ -391,7 +394,9 @@ def _labelled_cells(
         cells = cells.with_columns(
             label=pl.when(untouched).then(pl.lit(about.rest)).otherwise("label")
         )
-    return cells.filter(pl.col("kept") & pl.col("label").is_not_null()).select("x", "y", "label")
+    return cells.filter(pl.col("kept") & pl.col("label").is_not_null()).select(
+        "x", "y", pl.col("row", "column").cast(pl.Int64).name.prefix("grid_"), "label"
+    )
 
 
 def _draw(cells: pl.DataFrame, most: int | None, slide: str, seed: int) -> pl.DataFrame:

@@ -44,6 +44,9 @@ TABLE_SCHEMA: dict[str, pl.DataType] = {
     # left edge: px of the image after resampling (negative: mirrored margin), level-0 px of a slide
     "x": pl.Int64(),
     "y": pl.Int64(),
+    # place in the grid of patches of its image or slide: neighbours differ by one
+    "row": pl.Int64(),
+    "column": pl.Int64(),
     "label": pl.String(),
     "class": pl.Int64(),  # number of the label in `classes`
     "group": pl.String(),
@@ -101,9 +104,11 @@ class PatchDataset:
 
     @cached_property
     def identity(self) -> str:
-        """sha256 of everything a training sees: pixels, classes, splits."""
+        """sha256 of everything a training sees: pixels, classes, splits, groups, neighbours."""
         digest = hashlib.sha256(f"{self.name}{self.classes}{self.mpp}".encode())
-        digest.update(self.table.select("class", "split").write_csv().encode())
+        # sources by number: a folder that moved is the same data
+        seen = self.table.select("class", "split", "group", "row", "column")
+        digest.update(seen.with_columns(self.table["source"].rle_id()).write_csv().encode())
         for start in range(0, len(self.patches), 1024):
             digest.update(np.ascontiguousarray(self.patches[start : start + 1024]).data)
         return digest.hexdigest()
@@ -397,7 +402,7 @@ def _lay_out(
 ) -> tuple[list[tuple[int, int]], pl.DataFrame]:
     """Row and first patch of each image, and the table of patches."""
     images: list[tuple[int, int]] = []
-    rows: list[tuple[int, str, int, int, str, int, str, str]] = []
+    rows: list[tuple[int, str, int, int, int, int, str, int, str, str]] = []
     for image in kept.iter_rows(named=True):
         height, width = (scaled_side(image[side], scale) for side in ("height", "width"))
         if 3 * min(height, width) < patch:
@@ -409,8 +414,12 @@ def _lay_out(
         images.append((image["row"], len(rows)))
         label = image["label"]
         about = (label, classes.index(label), image["group"], image["split"])
-        for x, y in patch_places(height, width, patch):
-            rows.append((len(rows), image["source"], image["x"] + x, image["y"] + y, *about))
+        places = patch_places(height, width, patch)
+        columns = sum(y == places[0][1] for _, y in places)
+        for number, (x, y) in enumerate(places):
+            row, column = divmod(number, columns)
+            cell = (image["grid_row"] + row, image["grid_column"] + column)
+            rows.append((len(rows), image["source"], image["x"] + x, image["y"] + y, *cell, *about))
     return images, pl.DataFrame(rows, schema=TABLE_SCHEMA, orient="row")
 
 

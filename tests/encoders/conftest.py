@@ -63,7 +63,7 @@ def make_dataset(
         for k in range(each):
             split = ("train", "train", "train", "validation", "test")[k % 5]
             group = f"{split}-{k % 10}"
-            rows.append((len(rows), f"{label}/{k}.png", 0, 0, label, number, group, split))
+            rows.append((len(rows), f"{label}/{k}.png", 0, 0, 0, 0, label, number, group, split))
             patches.append(texture(rng, side, kinds[number]))
     table = pl.DataFrame(rows, schema=TABLE_SCHEMA, orient="row")
     return PatchDataset(name, "none", classes, 0.5, np.stack(patches), table)

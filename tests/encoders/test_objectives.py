@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import dataclasses
-from itertools import pairwise
+import json
+from itertools import pairwise, product
 
 import numpy as np
 import polars as pl
 import pytest
+import tifffile
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,7 +15,7 @@ from pydantic import ValidationError
 from torch import nn
 from torch.distributions import Normal, kl_divergence
 
-from nic_core.cohort import EncoderSpec
+from nic_core.cohort import EncoderSpec, PatchTask
 from nic_core.encoders import EncoderError, load_encoder, loop, save_encoder, train_encoder
 from nic_core.encoders.networks import (
     ClassHead,
@@ -22,15 +24,15 @@ from nic_core.encoders.networks import (
     TellezEncoder,
     pool_patches,
 )
-from nic_core.encoders.objectives import vae
+from nic_core.encoders.objectives import sampling, vae
 from nic_core.encoders.objectives.bigan import BidirectionalGAN, Discriminator, Generator
 from nic_core.encoders.objectives.contrastive import Contrastive
 from nic_core.encoders.objectives.sampling import Sampler, pool_stored
 from nic_core.encoders.objectives.vae import Decoder, VariationalAutoencoder
-from nic_core.encoders.patch_tasks import TABLE_SCHEMA, PatchDataset
+from nic_core.encoders.patch_tasks import TABLE_SCHEMA, PatchDataset, build_patch_task
 from nic_core.encoders.training import OBJECTIVES, PUBLISHED_RATES
 
-from .conftest import make_dataset
+from .conftest import make_dataset, write_image
 
 
 def convolution(inputs: int, outputs: int) -> int:
@@ -73,8 +75,8 @@ def neighbours():
     place = pl.int_range(pl.len()).over("split", "group")
     table = table.with_columns(
         source=pl.format("{}-{}", "group", place // 4),
-        x=place % 2 * 64,
-        y=place // 2 % 2 * 64,
+        row=place // 2 % 2,
+        column=place % 2,
     )
     return dataclasses.replace(dataset, table=table)
 
@@ -115,6 +117,29 @@ def test_kl_is_positive_and_that_of_torch():
     assert vae.kl_divergence(torch.zeros(2, 3), torch.zeros(2, 3)) == 0
 
 
+def test_bigan_networks_pull_the_discriminator_in_opposite_directions(tasks):
+    def judged() -> tuple[float, float]:
+        """The discriminator's logits of encoded patches and of generated ones, means."""
+        codes, generated = objective.encoder.network(patches), objective.generator(z)
+        real = objective.discriminator(patches, codes)
+        return real.mean().item(), objective.discriminator(generated, z).mean().item()
+
+    for loss, direction in (("loss/discriminator", 1), ("loss/encoder_generator", -1)):
+        torch.manual_seed(0)
+        objective = BidirectionalGAN(
+            PatchEncoder(TellezEncoder(16, 32)), tasks, batch=16, validation=8, seed=0
+        )
+        patches, z = objective.batch(torch.Generator().manual_seed(0))
+        objective.networks.eval()  # no dropout: what moves is what was learned
+        before = judged()
+        optimizer = torch.optim.SGD(objective.networks.parameters(), lr=1e-3)
+        objective.losses((patches, z))[loss].backward()
+        optimizer.step()
+        after = judged()
+        assert direction * (after[0] - before[0]) > 0
+        assert direction * (after[1] - before[1]) < 0
+
+
 def test_bigan_losses_move_only_their_own_networks(tasks):
     objective = BidirectionalGAN(
         PatchEncoder(TellezEncoder(16, 32)), tasks, batch=8, validation=8, seed=0
@@ -145,10 +170,69 @@ def test_contrastive_pairs_are_half_same_and_of_the_others_three_quarters_adjace
     first, second = (neighbours.table[pairs[~same, column]] for column in (0, 1))
     together = (first["source"] == second["source"]).to_numpy()
     assert abs(together.mean() - 0.75) < 0.04
-    step = (first["x"] - second["x"]).abs() + (first["y"] - second["y"]).abs()
-    assert set(step.to_numpy()[together]) == {64}
+    step = (first["row"] - second["row"]).abs() + (first["column"] - second["column"]).abs()
+    assert set(step.to_numpy()[together]) == {1}
     assert (first["group"] != second["group"]).to_numpy()[~together].all()
     assert set(neighbours.table[pairs.ravel()]["split"]) == {"train"}
+
+
+def test_a_pair_is_called_same_where_both_inputs_are_variants_of_one_patch(neighbours, monkeypatch):
+    colours = np.arange(len(neighbours.table), dtype=np.uint8)  # the patch's number
+    pixels = np.broadcast_to(colours[:, None, None, None], neighbours.patches.shape).copy()
+    objective = contrastive(dataclasses.replace(neighbours, patches=pixels))
+    monkeypatch.setattr(sampling, "augment", lambda patches, _: patches)
+    batch = objective.batch(torch.Generator().manual_seed(0))
+    first, second = (side.mean(dim=(1, 2, 3)) for side in (batch.first, batch.second))
+    assert 0 < batch.same.sum() < len(batch.same)
+    assert torch.equal(first == second, batch.same == 1)
+
+
+@pytest.mark.parametrize("mpp", [0.25, 0.5, 1.0])
+def test_neighbours_are_found_whatever_the_slide_s_own_resolution(tmp_path, mpp):
+    rng = np.random.default_rng(0)
+    for number in range(10):
+        tifffile.imwrite(
+            tmp_path / f"s{number}.tif",
+            rng.integers(0, 256, (256, 512, 3), dtype=np.uint8),
+            tile=(128, 128), photometric="rgb", resolution=(1e4 / mpp, 1e4 / mpp),
+            resolutionunit="CENTIMETER",
+        )  # fmt: skip
+        write_image(tmp_path / "all.png", np.full((8, 16), 255, np.uint8))
+        square = [[0, 0], [256, 0], [256, 128], [0, 128], [0, 0]]
+        region = {
+            "type": "Feature",
+            "geometry": {"type": "Polygon", "coordinates": [square]},
+            "properties": {"classification": {"name": "tumour"}},
+        }
+        (tmp_path / f"s{number}.geojson").write_text(json.dumps(region))
+    rows = [(f"s{n}.tif", f"s{n}.geojson", f"p{n}", mpp, "all.png") for n in range(10)]
+    schema = ["path", "annotations", "patient", "mpp", "mask"]
+    pl.DataFrame(rows, schema=schema, orient="row").write_csv(tmp_path / "slides.csv")
+    slides = {"table": tmp_path / "slides.csv", "rest": "normal"}
+    task = PatchTask(name="cut", organ="breast", slides=slides, group_column="patient")
+    dataset = build_patch_task(task, patch=32, mpp=0.5, seed=0)
+    objective = contrastive(dataset)
+    pairs = objective.training_pairs[0].adjacent
+    first, second = (dataset.table[pairs[:, column]] for column in (0, 1))
+    assert (first["source"] == second["source"]).all()
+    moved = pl.DataFrame({"x": first["x"] - second["x"], "y": first["y"] - second["y"]})
+    cell = int(32 * 0.5 / mpp)
+    assert set(moved.rows()) == {(cell, 0), (-cell, 0), (0, cell), (0, -cell)}
+    rows, columns = 256 // cell, 512 // cell
+    a_slide = 2 * (rows * (columns - 1) + (rows - 1) * columns)
+    assert len(pairs) == a_slide * dataset.table.filter(split="train")["source"].n_unique()
+
+
+@pytest.mark.parametrize("declared", [0.25, 1.0])
+def test_neighbours_are_found_in_images_of_another_resolution(tmp_path, declared):
+    rng = np.random.default_rng(0)
+    side = int(64 * 0.5 / declared)
+    for label, number in product(("a", "b"), range(6)):
+        pixels = rng.integers(0, 256, (side, side, 3), dtype=np.uint8)
+        write_image(tmp_path / label / f"{number}.png", pixels)
+    task = PatchTask(name="images", organ="none", mpp=declared, folder=tmp_path)
+    pairs = contrastive(build_patch_task(task, patch=32, mpp=0.5, seed=0)).training_pairs[0]
+    assert len(pairs.adjacent) == 8 * len(pairs.rows) / 4  # 2 x 2 patches an image
 
 
 def contrastive(task):
@@ -223,7 +307,9 @@ def test_stored_patches_are_pooled_as_the_encoder_pools_them(shares, pooling, se
 @given(counts=st.lists(st.integers(1, 40), min_size=2, max_size=4), seed=st.integers(0, 99))
 def test_every_class_is_drawn_equally_often_whatever_its_size(counts, seed):
     labels = np.repeat(np.arange(len(counts)), counts)
-    rows = [(k, f"{k}", 0, 0, str(label), label, "g", "train") for k, label in enumerate(labels)]
+    rows = [
+        (k, f"{k}", 0, 0, 0, 0, str(label), label, "g", "train") for k, label in enumerate(labels)
+    ]
     table = pl.DataFrame(rows, schema=TABLE_SCHEMA, orient="row")
     pixels = np.zeros((len(rows), 2, 2, 3), np.uint8)
     task = PatchDataset("t", "none", tuple(map(str, range(len(counts)))), 0.5, pixels, table)
@@ -257,7 +343,7 @@ def test_vae_learns_to_rebuild_patches_and_is_saved(tasks, tmp_path, architectur
     assert np.allclose(plain, loaded.embed(pixels), atol=1e-4 * np.abs(plain).max())
 
 
-def test_bigan_trains_at_a_fixed_rate_and_keeps_the_last_weights(tasks):
+def test_bigan_trains_at_a_fixed_rate_and_its_seed_decides(tasks):
     spec = EncoderSpec(
         name="bigan", objective="bigan", tasks=("stripes", "other"), patches_seen=48, batch=16
     )
@@ -268,12 +354,17 @@ def test_bigan_trains_at_a_fixed_rate_and_keeps_the_last_weights(tasks):
     assert first.encoder.card == again.encoder.card  # dropout too comes from the seed
 
 
-def test_contrastive_training_reports_pair_accuracy(neighbours):
+def test_contrastive_training_learns_which_pairs_are_one_place(neighbours):
+    # every image its own grey: neighbours are told apart by it, variants keep it roughly
+    grey = np.random.default_rng(0).integers(30, 226, len(neighbours.table))
+    pixels = np.broadcast_to(grey[:, None, None, None], neighbours.patches.shape)
+    easy = dataclasses.replace(neighbours, patches=pixels.astype(np.uint8))
     spec = EncoderSpec(
-        name="c", objective="contrastive", tasks=("stripes",), patches_seen=320, batch=16
-    )
-    result = train_encoder(spec, [neighbours], patch=64, mpp=0.5, code=16, device="cpu")
-    assert 0 <= result.history["validation/accuracy"].min() <= 1
+        name="c", objective="contrastive", tasks=("stripes",), patches_seen=6400, batch=32,
+        learning_rate=2e-3,
+    )  # fmt: skip
+    result = train_encoder(spec, [easy], patch=64, mpp=0.5, code=16, device="cpu")
+    assert result.history["validation/accuracy"].max() > 0.7
     assert result.encoder.card.scores == {}
 
 

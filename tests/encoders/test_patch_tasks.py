@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -301,17 +302,24 @@ def test_a_saved_task_comes_back_and_stays_on_disk(tmp_path: Path):
     assert loaded.identity == dataset.identity
 
 
-def test_identity_changes_with_pixels_and_with_splits():
+def test_identity_changes_with_whatever_a_training_sees():
     dataset = make_dataset(each=10)
     pixels = dataset.patches.copy()
     pixels[3, 0, 0, 0] ^= 1
-    table = dataset.table.with_columns(split=pl.lit("train"))
-    parts = (dataset.name, dataset.organ, dataset.classes, dataset.mpp)
-    others = [
-        type(dataset)(*parts, pixels, dataset.table),
-        type(dataset)(*parts, dataset.patches, table),
+    table = dataset.table
+    tables = [
+        table.with_columns(split=pl.lit("train")),
+        table.with_columns(group=pl.col("group").reverse()),
+        table.with_columns(column=pl.col("index") % 2),
+        table.with_columns(source=pl.col("source").first()),
     ]
-    assert len({dataset.identity, *(other.identity for other in others)}) == 3
+    others = [
+        dataclasses.replace(dataset, patches=pixels),
+        *(dataclasses.replace(dataset, table=other) for other in tables),
+    ]
+    assert len({dataset.identity, *(other.identity for other in others)}) == 6
+    moved = table.with_columns(source=pl.format("elsewhere/{}", "source"))
+    assert dataclasses.replace(dataset, table=moved).identity == dataset.identity
 
 
 def test_a_table_without_its_patches_is_refused(tmp_path: Path):

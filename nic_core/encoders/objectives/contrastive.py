@@ -12,6 +12,7 @@ another slide is another group.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -53,7 +54,7 @@ class _Pairs:
         groups = table["group"].rle_id().to_numpy()
         self.start = np.searchsorted(groups, groups, "left")
         self.size = np.searchsorted(groups, groups, "right") - self.start
-        self.adjacent = _adjacent(table, task.patch)
+        self.adjacent = _adjacent(table)
         self.shared = np.flatnonzero(self.size > 1)  # places of rows that are not alone in a group
         if self.size.max(initial=0) == len(self.rows) or not len(self.adjacent) + len(self.shared):
             raise EncoderError(
@@ -106,15 +107,16 @@ class _Pairs:
         return pairs, same
 
 
-def _adjacent(table: pl.DataFrame, patch: int) -> NDArray[np.int64]:
+def _adjacent(table: pl.DataFrame) -> NDArray[np.int64]:
     """Rows (N, 2) of patches of one image that share an edge, each pair in both orders."""
-    at = {(source, x, y): row for source, x, y, row in table["source", "x", "y", "index"].rows()}
-    steps = ((patch, 0), (-patch, 0), (0, patch), (0, -patch))
+    places = table["source", "row", "column", "index"].rows()
+    at = {(source, row, column): index for source, row, column, index in places}
+    steps = ((0, 1), (0, -1), (1, 0), (-1, 0))
     pairs = [
-        (row, at[source, x + dx, y + dy])
-        for (source, x, y), row in at.items()
-        for dx, dy in steps
-        if (source, x + dx, y + dy) in at
+        (index, at[source, row + down, column + right])
+        for (source, row, column), index in at.items()
+        for down, right in steps
+        if (source, row + down, column + right) in at
     ]
     return np.array(pairs, dtype=np.int64).reshape(-1, 2)
 
@@ -165,11 +167,14 @@ class Contrastive:
     def validate(self) -> Validation:
         """Accuracy on pairs that are the same at every call."""
         generator = torch.Generator(self.device).manual_seed(self.seed)
-        right, count = 0, 0
+        right, count = 0.0, 0
         for pairs in self.validation_pairs:
             for start in range(0, self.validation, 64):
                 batch = self._draw([pairs], min(64, self.validation - start), generator)
-                right += int(((self._logits(batch) > 0) == (batch.same > 0)).sum())
+                logits = self._logits(batch)
+                if not logits.isfinite().all():  # a comparison with NaN is merely false
+                    return Validation({self.selection.value: math.nan})
+                right += int(((logits > 0) == (batch.same > 0)).sum())
                 count += len(batch.same)
         return Validation({self.selection.value: right / count})
 
