@@ -302,7 +302,24 @@ class EncoderSpec(_Model):
             )
         if self.objective == "mean_rgb" and self.tasks:
             raise ValueError(f"encoder '{self.name}': 'mean_rgb' is not trained and takes no tasks")
+        _no_duplicates(f"encoder '{self.name}': tasks", self.tasks)
         return self
+
+    def check_patch(self, patch: int) -> None:
+        """Raises ValueError where its networks cannot take patches of so many px a side."""
+        if self.objective == "mean_rgb":
+            return
+        # the network of 2020 convolves without padding; that of 2019, and what draws patches,
+        # halves a side of 128 px five times
+        least, step = (62, 2) if self.architecture == "tellez2020" else (32, 32)
+        if self.objective in ("vae", "bigan"):
+            step = 32
+        first = -(-least // step) * step
+        if patch < first or patch % step:
+            raise ValueError(
+                f"encoder '{self.name}': {self.objective} with {self.architecture} takes patches "
+                f"of {first}, {first + step}, {first + 2 * step}, ... px, not {patch}"
+            )
 
 
 Three = tuple[float, float, float]
@@ -580,6 +597,8 @@ class Cohort(_Model):
         for encoder in self.encoders:
             for task in encoder.tasks:
                 _known(f"encoder '{encoder.name}': patch task", task, tasks)
+            if isinstance(encoder, EncoderSpec):
+                encoder.check_patch(self.settings.patch)
         encoders = {encoder.name: encoder for encoder in self.encoders}
         for m in self.maps:
             _known(f"map '{m.name}': encoder", m.encoder, list(encoders))

@@ -45,6 +45,14 @@ def test_relative_paths_start_at_the_file_not_at_the_working_folder(tmp_path, mo
             "encoders.0",
             "needs at least one task",
         ),
+        (
+            "objective: mean_rgb",
+            "objective: vae\n    tasks: [a]\nsettings: {patch: 100}\n"
+            "patch_tasks: [{name: a, organ: none, mpp: 0.5, folder: a}]",
+            1,
+            "cohort",
+            "vae with tellez2020 takes patches of 64, 96, 128, ... px, not 100",
+        ),
     ],
 )
 def test_an_error_names_the_line_and_the_field(tmp_path, old, new, line, field, reason):

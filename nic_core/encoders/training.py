@@ -93,9 +93,14 @@ def train_encoder(
     Raises
     ------
     EncoderError
-        The data sets are not those of the spec, or the training diverged.
+        The data sets are not those of the spec, its networks cannot take the patch, or the
+        training diverged.
     """
     tasks = _matching_tasks(spec, tasks, patch, mpp)
+    try:
+        spec.check_patch(patch)
+    except ValueError as error:
+        raise EncoderError(str(error)) from error
     if spec.objective == "mean_rgb":
         module = mean_rgb_module()
         card = EncoderCard(

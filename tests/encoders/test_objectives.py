@@ -17,6 +17,7 @@ from torch.distributions import Normal, kl_divergence
 
 from nic_core.cohort import EncoderSpec, PatchTask
 from nic_core.encoders import EncoderError, load_encoder, loop, save_encoder, train_encoder
+from nic_core.encoders.encoder import build_encoder
 from nic_core.encoders.networks import (
     ClassHead,
     PatchEncoder,
@@ -386,8 +387,44 @@ def test_vae_loss_is_mse_plus_weighted_kl(tasks):
             "weighs the tasks of objective 'mtl'",
         ),
         ({"objective": "mtl", "tasks": ("a",), "architecture": "tellez2019"}, "is for vae and"),
+        ({"objective": "mtl", "tasks": ("a", "a")}, r"name \['a'\] stands more than once"),
     ],
 )
 def test_specs_that_cannot_be_are_refused(values, message):
     with pytest.raises(ValidationError, match=message):
         EncoderSpec(name="x", **values)
+
+
+@pytest.mark.parametrize("patch", [30, 32, 60, 61, 62, 63, 64, 66, 96, 100, 128, 130])
+@pytest.mark.parametrize(
+    ("objective", "architecture"),
+    [
+        *product(("mtl", "vae", "contrastive", "bigan"), ["tellez2020"]),
+        ("vae", "tellez2019"),
+        ("contrastive", "tellez2019"),
+    ],
+)
+def test_patches_are_refused_that_the_networks_cannot_take(objective, architecture, patch):
+    spec = EncoderSpec(name="x", objective=objective, tasks=("a",), architecture=architecture)
+    try:
+        network = build_encoder(architecture, patch=patch, code=8).network
+        if objective == "vae":
+            Decoder(8, patch)
+        if objective == "bigan":
+            Generator(8, network.side)
+    except (ValueError, EncoderError):
+        with pytest.raises(ValueError, match=f"encoder 'x': .*, not {patch}$"):
+            spec.check_patch(patch)
+    else:
+        spec.check_patch(patch)
+
+
+@pytest.mark.parametrize("names", [("type", "values"), ("train", "float")])
+def test_a_task_may_have_any_name(names):
+    tasks = [make_dataset(name, side=64, each=15) for name in names]
+    spec = EncoderSpec(
+        name="x", objective="mtl", tasks=names, patches_seen=48, batch=16,
+        task_weights="uncertainty",
+    )  # fmt: skip
+    encoder = train_encoder(spec, tasks, patch=64, mpp=0.5, code=8, device="cpu").encoder
+    assert tuple(encoder.card.tasks) == names

@@ -314,7 +314,7 @@ class Bowl:
     def __init__(self, values: list[float], task: PatchDataset) -> None:
         self.networks = nn.ModuleDict({"encoder": nn.Linear(1, 1)})
         self.start = copy.deepcopy(self.networks.state_dict())
-        self.heads = nn.ModuleDict()
+        self.heads = {}
         self.tasks = (task,)
         self.values = iter(values)
         self.weights: list[float] = []
@@ -381,9 +381,9 @@ def test_bfloat16_training_agrees_with_float32_in_its_losses_and_keeps_float32_w
 
 def test_uncertainty_weights_start_equal_and_fall_where_a_loss_stays_high():
     losses = {"easy": torch.tensor(0.1), "hard": torch.tensor(2.0)}
-    variances = nn.ParameterDict({name: nn.Parameter(torch.zeros(())) for name in losses})
+    variances = {name: nn.Parameter(torch.zeros(())) for name in losses}
     assert uncertainty_loss(losses, variances).item() == pytest.approx(1.05)
-    optimizer = torch.optim.SGD(variances.parameters(), lr=0.5)
+    optimizer = torch.optim.SGD(variances.values(), lr=0.5)
     for _ in range(400):
         optimizer.zero_grad()
         uncertainty_loss(losses, variances).backward()

@@ -39,9 +39,12 @@ class Objective(Protocol):
 
     encoder: PatchEncoder
     tasks: tuple[PatchDataset, ...]
-    heads: nn.ModuleDict
     networks: nn.ModuleDict
     patches_a_step: int
+
+    @property
+    def heads(self) -> Mapping[str, nn.Module]:
+        """Of supervised tasks, by name."""
 
     @property
     def selection(self) -> Selection | None: ...

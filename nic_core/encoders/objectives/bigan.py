@@ -113,7 +113,7 @@ class BidirectionalGAN:
         network = encoder.network
         self.generator = Generator(network.code, network.side).to(self.device)
         self.discriminator = Discriminator(network.code, network.side).to(self.device)
-        self.heads = nn.ModuleDict()
+        self.heads: dict[str, nn.Module] = {}
         self.networks = nn.ModuleDict(
             {"encoder": encoder, "generator": self.generator, "discriminator": self.discriminator}
         )

@@ -146,7 +146,7 @@ class Contrastive:
         self.tasks = tuple(tasks)
         self.device = next(encoder.parameters()).device
         self.judge = ClassHead(2 * encoder.network.code, 1).to(self.device)
-        self.heads = nn.ModuleDict()
+        self.heads: dict[str, nn.Module] = {}
         self.networks = nn.ModuleDict({"encoder": encoder, "judge": self.judge})
         self.share = max(2, batch // len(self.tasks))
         self.patches_a_step = 2 * self.share * len(self.tasks)

@@ -61,16 +61,17 @@ class Multitask:
         self.encoder = encoder
         self.tasks = tuple(tasks)
         code = encoder.network.code
-        self.heads = nn.ModuleDict(
-            {task.name: ClassHead(code, len(task.classes)) for task in tasks}
-        ).to(device)
-        self.networks = nn.ModuleDict({"encoder": encoder, "heads": self.heads})
-        self.log_variances: nn.ParameterDict | None = None
+        self.heads = {task.name: ClassHead(code, len(task.classes)).to(device) for task in tasks}
+        # lists: a name that a module dictionary has itself, such as "type", cannot be its key
+        self.networks = nn.ModuleDict(
+            {"encoder": encoder, "heads": nn.ModuleList(self.heads.values())}
+        )
+        self.log_variances: dict[str, nn.Parameter] = {}
         if task_weights == "uncertainty":
-            self.log_variances = nn.ParameterDict(
-                {task.name: nn.Parameter(torch.zeros((), device=device)) for task in tasks}
-            )
-            self.networks["log_variances"] = self.log_variances
+            self.log_variances = {
+                task.name: nn.Parameter(torch.zeros((), device=device)) for task in tasks
+            }
+            self.networks["log_variances"] = nn.ParameterList(self.log_variances.values())
         # BatchNorm needs two rows of a task
         self.share = max(2, batch // len(self.tasks))
         self.patches_a_step = self.share * len(self.tasks)
@@ -92,7 +93,7 @@ class Multitask:
             for task, part, labels in zip(self.tasks, parts, batch.labels, strict=True)
         }
         named = {f"loss/{name}": loss for name, loss in losses.items()}
-        if self.log_variances is None:
+        if not self.log_variances:
             return {"loss": torch.stack(list(losses.values())).mean(), **named}
         return {
             "loss": uncertainty_loss(losses, self.log_variances),
@@ -121,7 +122,7 @@ class Multitask:
         return Validation(values, found)
 
 
-def uncertainty_loss(losses: Mapping[str, Tensor], log_variances: nn.ParameterDict) -> Tensor:
+def uncertainty_loss(losses: Mapping[str, Tensor], log_variances: Mapping[str, Tensor]) -> Tensor:
     """Mean over tasks of ``exp(-s) * loss + s / 2``, s the task's learned log-variance.
 
     Kendall et al. 2018: their term of a classification, with s = log sigma^2. Their sum over tasks

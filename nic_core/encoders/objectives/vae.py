@@ -100,7 +100,7 @@ class VariationalAutoencoder:
         self.decoder = Decoder(network.code, network.side * network.pooling).to(self.device)
         self.log_variance = nn.Linear(network.dense.in_features, network.code).to(self.device)
         initialise_as_keras(self.log_variance)
-        self.heads = nn.ModuleDict()
+        self.heads: dict[str, nn.Module] = {}
         self.networks = nn.ModuleDict(
             {"encoder": encoder, "log_variance": self.log_variance, "decoder": self.decoder}
         )
