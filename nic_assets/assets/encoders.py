@@ -157,6 +157,7 @@ def encoder_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         tags=SOME_INPUTS,
         op_tags=CPU_TAGS,
         code_version=code_version(1),
+        check_specs=[dg.AssetCheckSpec("test_patients_unseen", asset="encoder_probe")],
     )
     def encoder_probe(
         context: dg.AssetExecutionContext,
@@ -185,6 +186,10 @@ def encoder_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
                     **{name: figure(drawing, name) for name, drawing in drawings.items()},
                     "file": dg.MetadataValue.path(store.probe(key)),
                     "mlflow_run": dg.MetadataValue.url(run.url),
+                },
+                checks={
+                    "test_patients_unseen": "; ".join(steps.leaked_groups(cohort, store, key))
+                    or None
                 },
             )
 

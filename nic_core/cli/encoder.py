@@ -30,7 +30,9 @@ def train(
         Path | None, typer.Option(help="folder of the products; default: $NIC_STORE")
     ] = None,
 ) -> None:
-    """Train one encoder of a cohort file; patch tasks that the store lacks are made first.
+    """Train one encoder of a cohort file.
+
+    Patch tasks that the store lacks, or whose entry or files changed, are made first.
 
     A training that was stopped goes on from its last epoch.
     """
@@ -41,7 +43,7 @@ def train(
         study = load_cohort(cohort)
         products = Store(store.resolve()) if store else Store.from_environment()
         for task in study.encoder(name).tasks:
-            if not products.patch_task(task).exists():
+            if not steps.patch_task_is_current(study, products, task):
                 steps.make_patch_task(study, products, task)
         bar = progress.add_task(name, total=None, unit="patches")
         trained = steps.make_encoder(
@@ -108,13 +110,14 @@ def probe(
     from nic_core.encoders.files import load_encoder
     from nic_core.encoders.patch_tasks import load_patch_task
     from nic_core.encoders.pictures import code_map, neighbour_sheet
-    from nic_core.encoders.probes import probe_table, task_codes
+    from nic_core.encoders.probes import check_scale, probe_table, task_codes
 
     with _one_line():
         encoder = load_encoder(folder)
-        codes = [
-            task_codes(encoder, load_patch_task(path), patches=patches, seed=seed) for path in tasks
-        ]
+        datasets = [load_patch_task(path) for path in tasks]
+        for task in datasets:
+            check_scale(encoder, task)
+        codes = [task_codes(encoder, task, patches=patches, seed=seed) for task in datasets]
         scores = probe_table(encoder, codes)
         out.mkdir(parents=True, exist_ok=True)
         scores.write_parquet(out / "probes.parquet")

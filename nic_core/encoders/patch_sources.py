@@ -30,6 +30,7 @@ from nic_core.tissue import read_mask, tissue_mask
 Pixels = NDArray[np.uint8]
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+_OPTIONAL = ("split", "mpp", "mask")  # columns that a table may have
 # PatchCamelyon's chunks are read one image after the other: each is to be unpacked once
 _CHUNK_CACHE = 64 * 2**20  # bytes
 
@@ -124,10 +125,10 @@ def read_image(path: Path) -> Pixels:
         Missing, not an image, or cut short.
     """
     try:
-        image = pyvips.Image.new_from_file(str(path), fail_on="truncated")
-        if image.hasalpha():
+        image = pyvips.Image.new_from_file(str(path), fail_on="truncated").colourspace("srgb")
+        if image.hasalpha():  # now of 8 bits: white is 255
             image = image.flatten(background=[255])
-        return np.ascontiguousarray(image.colourspace("srgb").cast("uchar").numpy())
+        return np.ascontiguousarray(image.cast("uchar").numpy())
     except pyvips.Error as error:
         raise ImageError(str(error).strip().splitlines()[-1]) from error
 
@@ -220,7 +221,12 @@ def _read_table(task: PatchTask, path: Path, columns: Sequence[str | None]) -> p
     for column in columns:
         if column is not None and column not in table.columns:
             raise task_error(task, f"table {path} has no column '{column}'; it has {table.columns}")
-    return table.cast(pl.String)
+    # a column that nobody asks for may be of any type
+    used = {*columns, *_OPTIONAL} & set(table.columns)
+    try:
+        return table.select(pl.col(name).cast(pl.String) for name in table.columns if name in used)
+    except pl.exceptions.PolarsError as error:
+        raise task_error(task, f"table {path} has a column that is no text: {error}") from error
 
 
 def _refuse_empty(task: PatchTask, path: Path, table: pl.DataFrame, columns: Sequence[str]) -> None:
@@ -332,6 +338,8 @@ def _annotated_slides(
     table = _read_table(task, about.table, (task.path_column, "annotations", task.group_column))
     # with a label for the rest, a slide without annotations is all rest
     required = [task.path_column, *([] if about.rest is not None else ["annotations"])]
+    if table.is_empty():
+        raise task_error(task, f"table {about.table} has no slide")
     _refuse_empty(task, about.table, table, required)
     groups = _groups(task, table, table[task.path_column])
     slides: dict[str, Slide] = {}

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,6 +21,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from nic_core.cohort import PatchTask
+from nic_core.encoders.errors import EncoderError
 from nic_core.encoders.near_duplicates import near_duplicates
 from nic_core.encoders.patch_sources import (
     ImageError,
@@ -234,18 +236,23 @@ def load_patch_task(folder: Path) -> PatchDataset:
 
     Raises
     ------
-    FileNotFoundError
-        One of the three files is missing.
-    ValueError
-        They are not a patch task's, or not of one another.
+    EncoderError
+        One of the three files is missing or damaged, they are not a patch task's, or not of one
+        another.
     """
-    patches = np.load(folder / PATCHES, mmap_mode="r")
-    table = pl.read_parquet(folder / TABLE)
-    metadata = pl.read_parquet_metadata(folder / TABLE)
+    try:
+        patches = np.load(folder / PATCHES, mmap_mode="r")
+        table = pl.read_parquet(folder / TABLE)
+        metadata = pl.read_parquet_metadata(folder / TABLE)
+        findings = pl.read_parquet(folder / FINDINGS)
+    except (OSError, ValueError, EOFError, pl.exceptions.PolarsError) as error:
+        raise EncoderError(
+            f"{folder}: not a whole patch task ({str(error).splitlines()[0]}); make it again"
+        ) from error
     if _METADATA not in metadata or table.schema != pl.Schema(TABLE_SCHEMA):
-        raise ValueError(f"{folder / TABLE} is not the table of a patch task; make it again")
+        raise EncoderError(f"{folder / TABLE} is not the table of a patch task; make it again")
     if len(table) != len(patches):
-        raise ValueError(
+        raise EncoderError(
             f"{folder}: {len(patches)} patches but {len(table)} rows; make the patch task again"
         )
     about = json.loads(metadata[_METADATA])
@@ -256,8 +263,28 @@ def load_patch_task(folder: Path) -> PatchDataset:
         about["mpp"],
         patches,
         table,
-        pl.read_parquet(folder / FINDINGS),
+        findings,
     )
+
+
+def leaks(trained: Sequence[PatchDataset], tested: Sequence[PatchDataset]) -> list[str]:
+    """Test groups of one task that training on another sees, a sentence a pair of tasks.
+
+    Each task deals its own groups, so a patient of two tasks can stand on both sides. Groups of the
+    same name are taken for the same patient; they may be of two data sets that number alike.
+    """
+    found = []
+    for test, train in product(tested, trained):
+        if test.name == train.name:
+            continue
+        seen = set(train.table.filter(pl.col("split") != "test")["group"])
+        both = sorted(seen & set(test.table.filter(split="test")["group"]))
+        if both:
+            found.append(
+                f"{len(both)} group(s) of the test split of '{test.name}' are in the training of "
+                f"'{train.name}', '{both[0]}' for one"
+            )
+    return found
 
 
 def cut_patches(image: Pixels, patch: int) -> Iterator[tuple[int, int, Pixels]]:

@@ -20,6 +20,7 @@ from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 from sklearn.preprocessing import StandardScaler
 
 from nic_core.encoders.encoder import Encoder
+from nic_core.encoders.errors import EncoderError
 from nic_core.encoders.patch_tasks import PatchDataset
 from nic_core.encoders.scores import TaskScores, score_task
 
@@ -84,6 +85,16 @@ def task_codes(
     scaler = StandardScaler().fit(codes := _embed(encoder, task, train))
     scaled_test = scaler.transform(_embed(encoder, task, test))
     return TaskCodes(task, scaler.transform(codes), scaled_test, train, test)
+
+
+def check_scale(encoder: Encoder, task: PatchDataset) -> None:
+    """Raises :class:`EncoderError` where a task's patches have not the encoder's size or um/px."""
+    card = encoder.card
+    if (card.patch, card.mpp) != (task.patch, task.mpp):
+        raise EncoderError(
+            f"encoder '{card.name}' reads patches of {card.patch} px at {card.mpp:g} um/px; those "
+            f"of patch task '{task.name}' are of {task.patch} px at {task.mpp:g} um/px"
+        )
 
 
 def linear_probe(codes: TaskCodes) -> TaskScores:

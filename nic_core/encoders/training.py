@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,9 +30,11 @@ from nic_core.encoders.objectives.contrastive import Contrastive
 from nic_core.encoders.objectives.mean_rgb import CODE, mean_rgb_module
 from nic_core.encoders.objectives.mtl import Multitask, class_probabilities
 from nic_core.encoders.objectives.vae import VariationalAutoencoder
-from nic_core.encoders.patch_tasks import PatchDataset
+from nic_core.encoders.patch_tasks import PatchDataset, leaks
 from nic_core.encoders.scores import TaskScores, score_task
 from nic_core.tracker import Tracker
+
+log = logging.getLogger(__name__)
 
 OBJECTIVES: dict[str, type[Multitask | VariationalAutoencoder | Contrastive | BidirectionalGAN]] = {
     "mtl": Multitask,
@@ -90,6 +93,9 @@ def train_encoder(
     progress
         Called with (patches seen, patches in all) after each step.
 
+    What the validation says, each epoch and when the best weights are chosen, is of a seeded sample
+    of at most half an epoch's patches, and 64 of a task at least [choice].
+
     Raises
     ------
     EncoderError
@@ -97,6 +103,12 @@ def train_encoder(
         training diverged.
     """
     tasks = _matching_tasks(spec, tasks, patch, mpp)
+    for leak in leaks(tasks, tasks):
+        log.warning(
+            "encoder '%s': %s; if they are the same patients, test scores tell less about others",
+            spec.name,
+            leak,
+        )
     try:
         spec.check_patch(patch)
     except ValueError as error:

@@ -6,7 +6,14 @@ partition; a script can call them in this order: ``inputs``, ``slides``, ``encod
 ``maps``, ``models``, ``explanations``, ``reports``.
 """
 
-from nic_core.steps.encoders import encoder_tracked, make_encoder, make_patch_task, probe_encoder
+from nic_core.steps.encoders import (
+    encoder_tracked,
+    leaked_groups,
+    make_encoder,
+    make_patch_task,
+    patch_task_is_current,
+    probe_encoder,
+)
 from nic_core.steps.explanations import Explained, explain_model
 from nic_core.steps.grids import compress, gather_grids, prepare_encoder
 from nic_core.steps.inputs import (
@@ -39,11 +46,13 @@ __all__ = [
     "explain_model",
     "find_slides",
     "gather_grids",
+    "leaked_groups",
     "make_encoder",
     "make_model",
     "make_patch_task",
     "map_slide",
     "model_tracked",
+    "patch_task_is_current",
     "patch_task_versions",
     "prepare_encoder",
     "prepare_slide",

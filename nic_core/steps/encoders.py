@@ -19,12 +19,15 @@ from nic_core.encoders import (
     save_encoder,
     train_encoder,
 )
+from nic_core.encoders.patch_tasks import leaks
 from nic_core.encoders.pictures import code_map, neighbour_sheet
-from nic_core.encoders.probes import probe_table, task_codes
+from nic_core.encoders.probes import check_scale, probe_table, task_codes
+from nic_core.steps.inputs import digest, patch_task_version
 from nic_core.store import Store, whole_file, whole_folder
 from nic_core.tracker import Tracker
 
 HISTORY = "history.parquet"
+RECIPE = "recipe"  # in a patch task's folder: a digest of what it was made of
 
 
 def make_patch_task(
@@ -41,6 +44,7 @@ def make_patch_task(
         See :func:`~nic_core.encoders.patch_tasks.build_patch_task`.
     """
     settings = cohort.settings
+    recipe = _recipe(cohort, task)  # before anything is read
     with whole_folder(store.patch_task(task)) as folder:
         build_patch_task(
             cohort.patch_task(task),
@@ -51,7 +55,20 @@ def make_patch_task(
             folder=folder,
             progress=progress,
         )
+        (folder / RECIPE).write_text(recipe)
     return load_patch_task(store.patch_task(task))
+
+
+def patch_task_is_current(cohort: Cohort, store: Store, task: str) -> bool:
+    """Whether a patch task is there, made of what its entry, files and settings are now."""
+    recipe = store.patch_task(task) / RECIPE
+    return recipe.exists() and recipe.read_text() == _recipe(cohort, task)
+
+
+def _recipe(cohort: Cohort, task: str) -> str:
+    settings = cohort.settings
+    made_of = patch_task_version(cohort.patch_task(task))
+    return digest(made_of, settings.patch, settings.mpp, settings.tissue)
 
 
 def make_encoder(
@@ -107,6 +124,14 @@ def encoder_tracked(store: Store, encoder: str) -> None:
     store.training(encoder).unlink(missing_ok=True)
 
 
+def leaked_groups(cohort: Cohort, store: Store, encoder: str) -> list[str]:
+    """What training an encoder saw of the test patients of the patch tasks that are made; see
+    :func:`~nic_core.encoders.patch_tasks.leaks`."""
+    made = [path for task in cohort.patch_tasks if (path := store.patch_task(task.name)).exists()]
+    tasks = [load_patch_task(path) for path in made]
+    return leaks([task for task in tasks if task.name in cohort.encoder(encoder).tasks], tasks)
+
+
 def probe_encoder(
     cohort: Cohort, store: Store, encoder: str
 ) -> tuple[pl.DataFrame, dict[str, Figure]]:
@@ -114,10 +139,23 @@ def probe_encoder(
 
     The scores are those of :data:`~nic_core.encoders.probes.PROBE_SCHEMA`; the figures show the
     codes' principal axes and nearest neighbours.
+
+    Raises
+    ------
+    EncoderError
+        No patch task has been made, or one is of another size or um/px than the encoder's.
     """
     loaded = load_encoder(store.encoder(encoder))
     made = [path for task in cohort.patch_tasks if (path := store.patch_task(task.name)).exists()]
-    codes = [task_codes(loaded, load_patch_task(path)) for path in made]
+    if not made:
+        raise EncoderError(
+            f"encoder '{encoder}' cannot be probed: no patch task has been made; materialize "
+            "'patch_task' first"
+        )
+    tasks = [load_patch_task(path) for path in made]
+    for task in tasks:
+        check_scale(loaded, task)
+    codes = [task_codes(loaded, task) for task in tasks]
     scores = probe_table(loaded, codes)
     with whole_file(store.probe(encoder)) as path:
         scores.write_parquet(path)

@@ -10,7 +10,7 @@ from typing import Any
 
 import polars as pl
 
-from nic_core.cohort import Cohort, CohortError, ReadyEncoder, RegisteredEncoder
+from nic_core.cohort import Cohort, CohortError, PatchTask, ReadyEncoder, RegisteredEncoder
 from nic_core.encoders.patch_sources import source_files
 from nic_core.models.labels import target_table
 from nic_core.slides import Slide, content_identity, open_slide
@@ -140,15 +140,17 @@ def read_seen(store: Store) -> pl.DataFrame:
 
 
 def patch_task_versions(cohort: Cohort) -> dict[str, str]:
-    """A version for every patch task: its entry, its files, and the listing of its folder."""
-    return {
-        task.name: digest(
-            task,
-            [content_identity(path) for path in source_files(task)],
-            _listing(task.folder) if task.folder is not None else None,
-        )
-        for task in cohort.patch_tasks
-    }
+    """A version for every patch task (:func:`patch_task_version`)."""
+    return {task.name: patch_task_version(task) for task in cohort.patch_tasks}
+
+
+def patch_task_version(task: PatchTask) -> str:
+    """Of its entry, its files, and the listing of its folder."""
+    return digest(
+        task,
+        [content_identity(path) for path in source_files(task)],
+        _listing(task.folder) if task.folder is not None else None,
+    )
 
 
 def encoder_versions(cohort: Cohort) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import polars as pl
@@ -70,6 +71,14 @@ def test_probe_writes_its_table_and_pictures(encoder: Path, tmp_path: Path):
     assert scores["seen"].to_list() == [False] * 4
     for name in ("codes.png", "nearest_patches.png"):
         assert Image.open(out / name).size > (100, 100)
+
+
+def test_patches_of_another_resolution_are_not_probed(encoder: Path, tmp_path: Path):
+    coarse = dataclasses.replace(make_dataset("coarse", side=62), mpp=1.0)
+    save_patch_task(tmp_path / "coarse", coarse)
+    done = run(app, ["encoder", "probe", str(encoder), str(tmp_path / "coarse"), "--out", "never"])
+    assert done.exit_code == 1
+    assert "those of patch task 'coarse' are of 62 px at 1 um/px" in " ".join(done.output.split())
 
 
 def test_training_takes_cohort_and_store_from_the_environment(tiny_cohort, tmp_path):

@@ -199,6 +199,12 @@ def test_without_a_label_for_the_rest_each_slide_needs_annotations(annotated: Pa
         build(slide_task(annotated, rest=None))
 
 
+def test_a_table_without_slides_is_refused(annotated: Path):
+    pl.read_csv(annotated).clear().write_csv(annotated)
+    with pytest.raises(CohortError, match=r"slides\.csv has no slide"):
+        build(slide_task(annotated))
+
+
 def test_a_slide_that_cannot_be_opened_is_named(annotated: Path):
     (annotated.parent / "s2.tif").write_bytes(b"nothing")
     with pytest.raises(CohortError, match=r"patch task 'cut': .*s2\.tif"):

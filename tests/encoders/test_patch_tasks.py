@@ -6,15 +6,18 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+import pyvips
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nic_core.cohort import CohortError, PatchTask
+from nic_core.encoders import EncoderError
 from nic_core.encoders.patch_sources import read_image, rescale
 from nic_core.encoders.patch_tasks import (
     TABLE_SCHEMA,
     build_patch_task,
     cut_patches,
+    leaks,
     load_patch_task,
     save_patch_task,
 )
@@ -327,6 +330,49 @@ def test_a_table_without_its_patches_is_refused(tmp_path: Path):
     np.save(tmp_path / "patches.npy", np.zeros((3, 8, 8, 3), np.uint8))
     with pytest.raises(ValueError, match="3 patches but 20 rows"):
         load_patch_task(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["patches.npy", "patches.parquet", "findings.parquet"])
+@pytest.mark.parametrize("damage", ["missing", "empty", "torn"])
+def test_a_damaged_patch_task_is_named(tmp_path: Path, name, damage):
+    save_patch_task(tmp_path, make_dataset(each=10))
+    if damage == "missing":
+        (tmp_path / name).unlink()
+    else:
+        content = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(content[: len(content) // 2 if damage == "torn" else 0])
+    with pytest.raises(EncoderError, match=f"{tmp_path}: not a whole patch task .*make it again"):
+        load_patch_task(tmp_path)
+
+
+def test_patients_of_one_task_s_test_that_another_trains_on_are_found():
+    one, other = make_dataset("one", each=10), make_dataset("other", each=10)
+    assert leaks([one, other], [one, other]) == []
+    swapped = pl.col("split").replace({"test": "train", "train": "test"})
+    other = dataclasses.replace(other, table=other.table.with_columns(split=swapped))
+    found = leaks([other], [one, other])
+    assert found == [
+        "2 group(s) of the test split of 'one' are in the training of 'other', 'test-4' for one"
+    ]
+
+
+def test_a_column_that_nobody_asks_for_may_be_of_any_type(table: Path):
+    path = table.with_suffix(".parquet")
+    extra = (pl.lit(b"\xff\xfe").alias("note"), pl.lit([1, 2]).alias("many"))
+    pl.read_csv(table).with_columns(*extra).write_parquet(path)
+    assert build(task_of(path)).table.equals(build(task_of(table)).table)
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_transparency_is_white_at_any_depth(tmp_path: Path, bits):
+    pixels = np.zeros((8, 8, 4), np.dtype(f"uint{bits}"))
+    pixels[:4, :, 1] = pixels[:4, :, 3] = 2**bits - 1  # opaque green above, nothing below
+    image = pyvips.Image.new_from_array(pixels)
+    interpretation = "srgb" if bits == 8 else "rgb16"
+    image.copy(interpretation=interpretation).write_to_file(str(tmp_path / "a.png"))
+    read = read_image(tmp_path / "a.png")
+    assert (read[:4] == (0, 255, 0)).all()
+    assert (read[4:] == 255).all()
 
 
 def test_real_patches_split_by_patient(real_data: Path):

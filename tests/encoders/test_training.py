@@ -585,6 +585,16 @@ def test_the_command_trains_an_encoder_of_a_cohort_file_and_makes_its_patch_task
     assert "128/128" in done.output
     encoder = load_encoder(tmp_path / "store" / "encoders" / "e")
     assert encoder.card.training["patches_seen"] == 128
+    made = tmp_path / "store" / "patch_tasks" / "stripes"
+    first = made.stat().st_ino
+    runner.invoke(app, ["encoder", "train", "e", *arguments])
+    assert made.stat().st_ino == first  # nothing changed: not made again
+    file = tmp_path / "cohort.yaml"
+    file.write_text(file.read_text().replace("folder:", "classes: [fine, coarse], folder:"))
+    runner.invoke(app, ["encoder", "train", "e", *arguments])
+    card = load_encoder(tmp_path / "store" / "encoders" / "e").card
+    assert card.tasks == {"stripes": ("fine", "coarse")}
+    assert encoder.card.tasks == {"stripes": ("coarse", "fine")}
     unknown = runner.invoke(app, ["encoder", "train", "f", *arguments])
     assert unknown.exit_code == 1
     assert "'f'" in unknown.output
