@@ -6,7 +6,7 @@
       slides/index.parquet, seen.parquet   the slides, and what was seen of each file
       slides/<slide>/           slide.json, thumbnail.jpg, tissue.png
       patch_tables/<slide>.parquet
-      patch_tasks/<task>/       patches.npy, patches.parquet, findings.parquet
+      patch_tasks/<task>/       patches.npy, patches.parquet, findings.parquet, recipe
       encoders/<encoder>/       weights.safetensors (or network.*), card.json, history.parquet
       encoders/.<encoder>.training.pt      the state of a training that goes on
       probes/<encoder>.parquet  scores of its codes on every patch task
