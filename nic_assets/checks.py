@@ -6,9 +6,12 @@ costs no step more, and a check sees the product that was just made.
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import dagster as dg
 import numpy as np
 import polars as pl
 
@@ -35,6 +38,12 @@ FINE_ENOUGH = 1.02
 # of all codes of a slide, the share that may equal the commonest one
 COLLAPSED = 0.5
 PERMUTATIONS = 200
+
+
+def declared(name: str, asset: str, judge: Callable[..., object]) -> dg.AssetCheckSpec:
+    """A check's declaration; the UI shows what its function says of itself."""
+    about = (inspect.getdoc(judge) or "").split("\n\n")[0].replace("\n", " ")
+    return dg.AssetCheckSpec(name, asset=asset, description=about)
 
 
 def resolution_suffices(record: SlideRecord, settings: Settings) -> str | None:
@@ -119,6 +128,11 @@ def beats_chance(card: EncoderCard) -> str | None:
         if scores.balanced_accuracy <= 1 / len(card.tasks[task])
     }
     return f"balanced accuracy at or below chance: {weak}" if weak else None
+
+
+def patients_unseen(leaks: Sequence[str]) -> str | None:
+    """No patch task's test patients are in the encoder's training, in another task."""
+    return "; ".join(leaks) or None
 
 
 def covers_patch_table(grid: Grid, cells: pl.DataFrame) -> str | None:

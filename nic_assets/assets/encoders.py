@@ -36,13 +36,13 @@ def encoder_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         op_tags=CPU_TAGS,
         code_version=code_version(3, settings.patch, settings.mpp, settings.tissue),
         check_specs=[
-            dg.AssetCheckSpec(check, asset="patch_task")
-            for check in (
-                "splits_disjoint_by_group",
-                "classes_present",
-                "labels_agree",
-                "no_near_duplicates_across_splits",
-                "images_readable",
+            checks.declared(name, "patch_task", judge)
+            for name, judge in (
+                ("splits_disjoint_by_group", checks.splits_disjoint),
+                ("classes_present", checks.classes_present),
+                ("labels_agree", checks.labels_agree),
+                ("no_near_duplicates_across_splits", checks.no_near_duplicates),
+                ("images_readable", checks.images_readable),
             )
         ],
     )
@@ -93,7 +93,7 @@ def encoder_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         pool=GPU_POOL,
         op_tags=GPU_TAGS,
         code_version=code_version(1, settings.patch, settings.mpp, settings.code),
-        check_specs=[dg.AssetCheckSpec("beats_chance", asset="encoder")],
+        check_specs=[checks.declared("beats_chance", "encoder", checks.beats_chance)],
     )
     def encoder(
         context: dg.AssetExecutionContext,
@@ -157,7 +157,9 @@ def encoder_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         tags=SOME_INPUTS,
         op_tags=CPU_TAGS,
         code_version=code_version(1),
-        check_specs=[dg.AssetCheckSpec("test_patients_unseen", asset="encoder_probe")],
+        check_specs=[
+            checks.declared("test_patients_unseen", "encoder_probe", checks.patients_unseen)
+        ],
     )
     def encoder_probe(
         context: dg.AssetExecutionContext,
@@ -188,8 +190,9 @@ def encoder_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
                     "mlflow_run": dg.MetadataValue.url(run.url),
                 },
                 checks={
-                    "test_patients_unseen": "; ".join(steps.leaked_groups(cohort, store, key))
-                    or None
+                    "test_patients_unseen": checks.patients_unseen(
+                        steps.leaked_groups(cohort, store, key)
+                    )
                 },
             )
 

@@ -32,9 +32,9 @@ def grid_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         op_tags=GPU_TAGS,
         code_version=code_version(2, partitions.cohort.settings.compression),
         check_specs=[
-            dg.AssetCheckSpec("covers_patch_table", asset="grid"),
-            dg.AssetCheckSpec("codes_finite", asset="grid"),
-            dg.AssetCheckSpec("codes_not_collapsed", asset="grid"),
+            checks.declared("covers_patch_table", "grid", checks.covers_patch_table),
+            checks.declared("codes_finite", "grid", checks.codes_finite),
+            checks.declared("codes_not_collapsed", "grid", checks.codes_not_collapsed),
         ],
     )
     def grid(

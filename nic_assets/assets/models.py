@@ -37,7 +37,9 @@ def model_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         kinds={"polars", "parquet"},
         op_tags=CPU_TAGS,
         code_version=code_version(1, settings.folds, settings.seed),
-        check_specs=[dg.AssetCheckSpec("folds_disjoint_by_patient", asset="target_folds")],
+        check_specs=[
+            checks.declared("folds_disjoint_by_patient", "target_folds", checks.folds_disjoint)
+        ],
     )
     def target_folds(
         context: dg.AssetExecutionContext,
@@ -73,7 +75,7 @@ def model_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         op_tags=GPU_TAGS,
         code_version=code_version(3, settings),
         check_specs=[
-            dg.AssetCheckSpec("above_permutation_control", asset="task_model"),
+            checks.declared("above_permutation_control", "task_model", checks.above_permutation),
             dg.AssetCheckSpec(
                 "compared_with_champion",
                 asset="task_model",

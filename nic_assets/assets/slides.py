@@ -45,7 +45,14 @@ def slide_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         op_tags=CPU_TAGS,
         retry_policy=RETRIES,
         code_version=code_version(1),
-        check_specs=[dg.AssetCheckSpec("slide_files_there", asset="slide_index")],
+        check_specs=[
+            dg.AssetCheckSpec(
+                "slide_files_there",
+                asset="slide_index",
+                description="Every file that the slide table names can be read, and none of the "
+                "last look is gone.",
+            )
+        ],
     )
     def slide_index(
         context: dg.AssetExecutionContext,
@@ -106,8 +113,8 @@ def slide_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         op_tags=CPU_TAGS,
         code_version=code_version(2),
         check_specs=[
-            dg.AssetCheckSpec("resolution_suffices", asset="slide"),
-            dg.AssetCheckSpec("tissue_found", asset="slide"),
+            checks.declared("resolution_suffices", "slide", checks.resolution_suffices),
+            checks.declared("tissue_found", "slide", checks.tissue_found),
         ],
     )
     def slide(
@@ -147,7 +154,7 @@ def slide_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         op_tags=CPU_TAGS,
         code_version=code_version(2, settings.patch, settings.mpp, settings.tissue),
         metadata={"dagster/column_schema": column_schema(pl.Schema(PATCH_SCHEMA))},
-        check_specs=[dg.AssetCheckSpec("schema_valid", asset="patch_table")],
+        check_specs=[checks.declared("schema_valid", "patch_table", checks.patch_table_valid)],
     )
     def patch_table(
         context: dg.AssetExecutionContext,

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 from pathlib import Path
 
+import dagster as dg
 import numpy as np
 import polars as pl
 
 from nic_assets import checks
-from nic_core.cohort import ModelSettings, RegressionTarget, Settings
+from nic_assets.build import build_defs
+from nic_core.cohort import ModelSettings, RegressionTarget, Settings, load_cohort
 from nic_core.encoders import EncoderCard, PatchDataset
 from nic_core.encoders.patch_tasks import FINDINGS_SCHEMA
 from nic_core.encoders.scores import TaskScores
@@ -251,3 +254,21 @@ def test_a_control_on_exchanged_labels_is_never_champion():
     control = challenger(1)
     control = replace(control, settings=ModelSettings(permute_labels=0))
     assert not checks.against_champion(control, None).better
+
+
+def test_every_check_says_what_it_checks(tiny_cohort, tmp_path):
+    defs = build_defs(load_cohort(tiny_cohort), Store(tmp_path))
+    specs = {
+        check.name: check.description
+        for assets in defs.assets or ()
+        if isinstance(assets, dg.AssetsDefinition)
+        for check in assets.check_specs
+    }
+    assert len(specs) > 12
+    assert all((about or "").endswith(".") for about in specs.values()), specs
+    assert specs["beats_chance"] == inspect.getdoc(checks.beats_chance)
+
+
+def test_test_patients_that_another_task_trains_on_are_told():
+    assert checks.patients_unseen([]) is None
+    assert checks.patients_unseen(["one", "two"]) == "one; two"
