@@ -172,7 +172,7 @@ def slide(files):
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(
-    width=st.integers(20, 2000),
+    width=st.integers(60, 2000),  # less, and rounding makes it another shape than the slide's
     stretch=st.floats(0.97, 1.03),
     corners=st.tuples(*[st.floats(0, 1)] * 4),
     mpp=st.sampled_from([1.0, 2.0, 8.0]),
