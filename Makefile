@@ -17,11 +17,11 @@ export DAGSTER_HOME ?= $(CURDIR)
 
 demo: .venv/installed  ## make the demo cohort, materialize every asset, print the results
 	$(BIN)/python -m nic_core.demo data/demo
-	$(BIN)/python -m nic_assets.refresh
+	$(BIN)/python -m nic_assets.operations.refresh
 	@echo "Dagster: make ui      MLflow: make mlflow"
 
 refresh: .venv/installed  ## materialize what is missing or stale
-	$(BIN)/python -m nic_assets.refresh
+	$(BIN)/python -m nic_assets.operations.refresh
 
 ui: .venv/installed  ## Dagster on http://127.0.0.1:3000
 	$(BIN)/dagster dev --host 127.0.0.1 --port 3000

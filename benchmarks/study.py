@@ -47,22 +47,21 @@ from nic_core.encoders import (
 )
 from nic_core.encoders.encoder import build_encoder, encoder_tensors, weights_hash
 from nic_core.encoders.keras_import import import_keras_encoder
-from nic_core.encoders.probes import Embedder, linear_probe, task_codes
+from nic_core.encoders.probes import Embedder, linear_probe, task_embeddings
 from nic_core.grids import Grid
-from nic_core.metrics import PRIMARY
-from nic_core.models.validation import cross_validate
-from nic_core.patches import read_patch_table
+from nic_core.models.cross_validation import cross_validate
+from nic_core.models.metrics import PRIMARY
 from nic_core.slides import open_slide
-from nic_core.slides.index import slide_index
 from nic_core.steps import (
     digest,
-    divide,
-    prepare_slide,
-    read_index,
-    tabulate_patches,
-    write_index,
+    make_patch_table,
+    make_slide,
+    make_slide_index,
+    make_target_folds,
+    read_slide_index,
 )
-from nic_core.store import Store, whole_file, whole_folder
+from nic_core.store import Store, atomic_file, atomic_folder
+from nic_core.tiling.patches import read_patch_table
 
 UNSUPERVISED = ("vae", "contrastive", "bigan")
 # the published rates, but 1e-2 is too high for so few steps [choice]
@@ -78,7 +77,7 @@ SCHEMA = pl.Schema(
         "tasks": pl.String(),  # whose labels it was trained with, joined by +
         "count": pl.Int64(),  # of those tasks
         "measure": pl.String(),  # PROBE, or the metric of a slide target
-        "model": pl.String(),  # linear probe, network, mean_code or tissue_area
+        "model": pl.String(),  # linear probe, network, mean_embedding or tissue_area
         "on": pl.String(),  # patch task or slide target
         "saw": pl.String(),  # of the patch task: labels, pixels or nothing
         "value": pl.Float64(),
@@ -99,8 +98,10 @@ class ColourAndTexture:
         grey = rgb2gray(patch)
         found = [colours.mean(0), colours.std(0), *np.percentile(colours, (10, 50, 90), axis=0)]
         for radius in (1, 3):
-            codes = local_binary_pattern((grey * 255).astype(np.uint8), 8, radius, "uniform")
-            found.append(np.bincount(codes.astype(int).ravel(), minlength=10) / codes.size)
+            embeddings = local_binary_pattern((grey * 255).astype(np.uint8), 8, radius, "uniform")
+            found.append(
+                np.bincount(embeddings.astype(int).ravel(), minlength=10) / embeddings.size
+            )
         for sigma in (1, 2, 4):  # contrast at several scales
             smooth = gaussian(grey, sigma)
             steps = np.hypot(*np.gradient(smooth))
@@ -136,11 +137,13 @@ def run(options: argparse.Namespace) -> None:
             rows = [
                 (*about, PROBE, "linear probe", task.name, saw.get(task.name, "nothing"), value)
                 for task in (*tasks, *unseen)
-                for value in [linear_probe(task_codes(encoder, task, seed=seed)).balanced_accuracy]
+                for value in [
+                    linear_probe(task_embeddings(encoder, task, seed=seed)).balanced_accuracy
+                ]
             ]
             if slides is not None and isinstance(encoder, Encoder):
                 rows += [(*about, *row) for row in slides.judge(encoder, seed)]
-            with whole_file(path) as partial:
+            with atomic_file(path) as partial:
                 pl.DataFrame(rows, SCHEMA, orient="row").write_parquet(partial)
             print(f"seed {seed} {name}: {time.monotonic() - start:.0f} s", flush=True)
 
@@ -163,7 +166,7 @@ def _settle(cohort: Cohort, options: argparse.Namespace) -> None:
     }
     path: Path = options.out / "settings.json"
     if not path.exists():
-        with whole_file(path) as partial:
+        with atomic_file(path) as partial:
             partial.write_text(json.dumps(settings, indent=2) + "\n")
     elif (before := json.loads(path.read_text())) != settings:
         others = {name: before[name] for name in settings if before[name] != settings[name]}
@@ -180,7 +183,7 @@ def _dataset(cohort: Cohort, task: PatchTask, seed: int, out: Path) -> PatchData
     folder = out / "patch_tasks" / f"{task.name}-{seed}"
     if not folder.exists():
         settings = cohort.settings
-        with whole_folder(folder) as partial:
+        with atomic_folder(folder) as partial:
             build_patch_task(
                 task.model_copy(update={"test_groups": ()}),
                 patch=settings.patch,
@@ -252,14 +255,16 @@ def _make(
     if kind == "untrained":
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            module = build_encoder("tellez2020", patch=settings.patch, code=settings.code)
+            module = build_encoder(
+                "tellez2020", patch=settings.patch, embedding_size=settings.embedding_size
+            )
         card = EncoderCard(
             name=name,
             architecture="tellez2020",
             objective=kind,
             patch=settings.patch,
             mpp=settings.mpp,
-            code=settings.code,
+            embedding_size=settings.embedding_size,
             weights_hash=weights_hash("tellez2020", encoder_tensors(module, {})),
         )
         return Encoder(card, module.eval().requires_grad_(False))
@@ -270,7 +275,7 @@ def _make(
         [by_name[task] for task in spec.tasks],
         patch=settings.patch,
         mpp=settings.mpp,
-        code=settings.code,
+        embedding_size=settings.embedding_size,
     ).encoder
 
 
@@ -279,14 +284,16 @@ class Slides:
 
     def __init__(self, cohort: Cohort, store: Store) -> None:
         self.cohort, self.store = cohort, store
-        write_index(store, slide_index(cohort))
-        self.index = read_index(store)
+        make_slide_index(cohort, store)
+        self.index = read_slide_index(store)
         for slide in self.index["slide"]:
             if not store.patch_table(slide).exists():
-                prepare_slide(store, slide)
-                tabulate_patches(cohort, store, slide)
+                make_slide(store, slide)
+                make_patch_table(cohort, store, slide)
         self.targets = [target for target in cohort.targets if target.kind != "survival"]
-        self.folds = {target.name: divide(cohort, store, target.name) for target in self.targets}
+        self.folds = {
+            target.name: make_target_folds(cohort, store, target.name) for target in self.targets
+        }
 
     def judge(self, encoder: Encoder, seed: int) -> Iterator[tuple[str, str, str, None, float]]:
         """Measure, model, target, None and value; the seed also starts the networks."""
@@ -332,7 +339,7 @@ def show(options: argparse.Namespace) -> None:
 def gather(folder: Path) -> pl.DataFrame:
     """All rows of a folder; also left there as ``study.parquet``."""
     rows = pl.read_parquet(folder / "rows" / "*.parquet")
-    with whole_file(folder / "study.parquet") as path:
+    with atomic_file(folder / "study.parquet") as path:
         rows.write_parquet(path)
     return rows
 

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nic_core.demo.artefacts import Mask, Section, sections
-from nic_core.tissue import TISSUE_MPP, find_tissue, outlined
+from nic_core.tiling.tissue import TISSUE_MPP, find_tissue, outlined
 
 
 def main() -> None:

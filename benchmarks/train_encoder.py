@@ -25,10 +25,10 @@ from rich.table import Table
 from torch import Tensor
 
 from nic_core.cohort import EncoderSpec
+from nic_core.devices import resolve_device, resolve_precision
 from nic_core.encoders import augmentation
 from nic_core.encoders.augmentation import HEAVY, augment
 from nic_core.encoders.encoder import build_encoder
-from nic_core.encoders.inference import resolve_device, resolve_precision
 from nic_core.encoders.networks import channels_last
 from nic_core.encoders.objectives.sampling import pool_stored
 from nic_core.encoders.patch_tasks import (
@@ -39,7 +39,7 @@ from nic_core.encoders.patch_tasks import (
 )
 from nic_core.encoders.training import OBJECTIVES, PUBLISHED_RATES
 
-PATCH, MPP, CODE = 128, 0.5, 128
+PATCH, MPP, EMBEDDING_SIZE = 128, 0.5, 128
 CLASSES = ("one", "other")
 
 
@@ -99,7 +99,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         tasks = [noise_task(Path(folder), name, 800, k) for k, name in enumerate(names)]
         torch.manual_seed(0)
-        encoder = build_encoder(spec.architecture, patch=PATCH, code=CODE).to(device)
+        encoder = build_encoder(spec.architecture, patch=PATCH, embedding_size=EMBEDDING_SIZE).to(
+            device
+        )
         objective = OBJECTIVES[spec.objective](
             encoder, tasks, batch=spec.batch, validation=64, seed=0
         )

@@ -15,7 +15,7 @@ from rich.table import Table
 from nic_core.cli import app
 from nic_core.cli.shared import console, one_line, progress_bars
 from nic_core.cohort import CohortError
-from nic_core.store import Store, StoreError, remove
+from nic_core.store import Store, StoreError, remove_product
 
 if TYPE_CHECKING:
     import dagster as dg
@@ -29,7 +29,7 @@ def environment() -> None:
 
     The cohort and the store are those of NIC_COHORT and NIC_STORE, or of .env in this folder.
     """
-    from nic_assets.environment import read_environment
+    from nic_assets.operations.environment import read_environment
 
     read_environment()
 
@@ -48,7 +48,7 @@ def doctor(
     """
     left = 0
     with _study() as (_, instance):
-        from nic_assets.doctor import examine
+        from nic_assets.operations.doctor import examine
 
         table = Table("what", "where", "what it means", "what to do", box=SIMPLE_HEAD)
         for finding in examine(instance, Store.from_environment()):
@@ -74,7 +74,7 @@ def verify() -> None:
 
     The exit status is 1 where something differs or cannot be read.
     """
-    from nic_core.store_check import verify_store
+    from nic_core.steps.verification import verify_store
 
     store = _store()
     with progress_bars() as bars:
@@ -83,12 +83,12 @@ def verify() -> None:
             store, lambda done, total: bars.update(bar, completed=done, total=total)
         )
     kinds = Table("", "products", "as recorded", "readable, no hash", "wrong", box=SIMPLE_HEAD)
-    for kind in dict.fromkeys(item.product.kind for item in found):
-        of_kind = [item for item in found if item.product.kind == kind]
-        wrong = sum(item.problem is not None for item in of_kind)
-        hashed = sum(item.problem is None and item.hashed for item in of_kind)
+    for asset in dict.fromkeys(item.product.asset for item in found):
+        of_asset = [item for item in found if item.product.asset == asset]
+        wrong = sum(item.problem is not None for item in of_asset)
+        hashed = sum(item.problem is None and item.hashed for item in of_asset)
         kinds.add_row(
-            kind, f"{len(of_kind)}", f"{hashed}", f"{len(of_kind) - hashed - wrong}", f"{wrong}"
+            asset, f"{len(of_asset)}", f"{hashed}", f"{len(of_asset) - hashed - wrong}", f"{wrong}"
         )
     console.print(kinds)
     problems = [item.problem for item in found if item.problem is not None]
@@ -108,18 +108,18 @@ def gc(
     """
     store = _store()
     with _study() as (defs, instance):
-        from nic_assets.retention import RetentionError, registered_tags, size, unneeded
+        from nic_assets.operations.retention import RetentionError, registered_tags, size, unneeded
         from nic_assets.tracking import Tracking
 
         with one_line(RetentionError):
             products = unneeded(store, defs, instance, registered_tags(Tracking.in_store(store)))
-    table = Table("kind", "name", "MB", box=SIMPLE_HEAD)
+    table = Table("asset", "partition", "MB", box=SIMPLE_HEAD)
     table.columns[2].justify = "right"
     total = 0.0
     for product in products:
         megabytes = size(product) / 1e6
         total += megabytes
-        table.add_row(product.kind, "|".join(product.names), f"{megabytes:.2f}")
+        table.add_row(product.asset, str(product.key), f"{megabytes:.2f}")
     if not products:
         console.print("everything is needed")
         return
@@ -131,7 +131,7 @@ def gc(
     busy = 0
     for product in products:
         try:
-            remove(product.path)
+            remove_product(product.path)
         except StoreError as error:
             busy += 1
             console.print(str(error), style="red", soft_wrap=True, markup=False)

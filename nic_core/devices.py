@@ -18,11 +18,46 @@ from pathlib import Path
 
 import torch
 
-from nic_core.store import StoreBusyError, exclusive
+from nic_core.store import StoreBusyError, exclusive_lock
+from nic_core.types import Precision, RequestedPrecision
 
 PATIENCE = 1.0  # s between two looks for a free GPU
 
 log = logging.getLogger(__name__)
+
+
+def resolve_device(device: str) -> torch.device:
+    """``auto``: the CUDA device if there is one, else the CPU.
+
+    Raises
+    ------
+    ValueError
+        There is no such device.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device '{device}' is none: give auto, cpu or cuda") from error
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device '{device}' is not here: PyTorch finds no such CUDA device")
+    return found
+
+
+def resolve_precision(precision: RequestedPrecision, device: torch.device) -> Precision:
+    """``auto``: bfloat16 where the device has matrix units for it, else float32.
+
+    Those are CUDA devices since Ampere and CPUs with AMX. A CPU that multiplies bfloat16 in its
+    vector units alone is slower with it than with float32, in training as in inference.
+    """
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+    return "bfloat16" if fast else "float32"
 
 
 def gpu_names() -> list[str]:
@@ -74,7 +109,7 @@ def leased(names: Sequence[str], folder: Path | None = None) -> Iterator[int]:
 def _free_place(names: Sequence[str], folder: Path, stack: ExitStack) -> int | None:
     for place, name in enumerate(names):
         try:
-            stack.enter_context(exclusive(folder / name, wait=False))
+            stack.enter_context(exclusive_lock(folder / name, wait=False))
         except StoreBusyError:
             continue
         return place

@@ -10,14 +10,19 @@ from contextlib import contextmanager
 from multiprocessing import get_context
 from typing import TypeVar
 
-from nic_core.slides.blocks import cores
-
 Result = TypeVar("Result")
 
 # a process takes seconds to start
 WORTH = 8  # items a process
 AHEAD = 4  # items a process that may wait to be fetched
 _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "POLARS_MAX_THREADS"), "1")
+
+
+def cores() -> int:
+    """Cores that this process may use: those it is bound to, ``OMP_NUM_THREADS`` at most."""
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return min(bound or 1, int(asked)) if asked.isdecimal() and int(asked) else bound or 1
 
 
 @contextmanager

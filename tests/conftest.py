@@ -12,8 +12,7 @@ from hypothesis import settings
 from nic_core import steps
 from nic_core.cohort import Cohort, load_cohort
 from nic_core.demo.cohort import make_demo
-from nic_core.slides.index import slide_index
-from nic_core.store import Store
+from nic_core.store import ModelKey, Store
 
 # no test is timed: a busy machine is no fault of the code
 settings.register_profile("untimed", deadline=None)
@@ -43,17 +42,17 @@ def mean_rgb_study(
 ) -> tuple[Cohort, Store]:
     """The tiny cohort up to its models, on grids of mean colours; not to be changed."""
     cohort, store = load_cohort(tiny_cohort), Store(tmp_path_factory.mktemp("study"))
-    steps.write_index(store, slide_index(cohort))
-    for slide in steps.read_index(store)["slide"]:
-        steps.prepare_slide(store, slide)
-        steps.tabulate_patches(cohort, store, slide)
+    steps.make_slide_index(cohort, store)
+    for slide in steps.read_slide_index(store)["slide"]:
+        steps.make_slide(store, slide)
+        steps.make_patch_table(cohort, store, slide)
     steps.make_encoder(cohort, store, "mean-rgb")
     encoder = steps.prepare_encoder(cohort, store, "mean-rgb")
-    for slide in steps.read_index(store)["slide"]:
-        steps.compress(cohort, store, encoder, slide)
+    for slide in steps.read_slide_index(store)["slide"]:
+        steps.make_grid(cohort, store, encoder, slide)
     for target in cohort.targets:
-        steps.divide(cohort, store, target.name)
-        steps.make_model(cohort, store, "mean-rgb", target.name)
+        steps.make_target_folds(cohort, store, target.name)
+        steps.make_slide_model(cohort, store, ModelKey(encoder="mean-rgb", target=target.name))
     return cohort, store
 
 

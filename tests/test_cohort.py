@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from nic_core.cohort import CohortError, ReadyEncoder, load_cohort
+from nic_core.cohort import CohortError, ImportedEncoder, load_cohort
 
 MINIMAL = """\
 name: study
@@ -22,7 +22,12 @@ def write(folder: Path, text: str) -> Path:
 
 def test_defaults_are_those_of_the_paper(tmp_path):
     settings = load_cohort(write(tmp_path, MINIMAL)).settings
-    assert (settings.patch, settings.mpp, settings.code, settings.tissue) == (128, 0.5, 128, 0.6)
+    assert (settings.patch, settings.mpp, settings.embedding_size, settings.tissue) == (
+        128,
+        0.5,
+        128,
+        0.6,
+    )
     assert (settings.models.crop, settings.models.folds) == (400, 4)
 
 
@@ -68,7 +73,7 @@ NETWORK = """
     network:
       patch: 128
       mpp: 0.5
-      code: 1024
+      embedding_size: 1024
       preprocess: {resize: 224, mean: [0.485, 0.456, 0.406], std: [0.229, 0.224, 0.225]}
 """
 
@@ -76,11 +81,11 @@ NETWORK = """
 def test_an_encoder_from_elsewhere_is_an_entry_with_a_file(tmp_path):
     text = IMPORTED.format(file="uni.pt2") + NETWORK
     entry = load_cohort(write(tmp_path, text)).encoder("mean-rgb")
-    assert isinstance(entry, ReadyEncoder)
+    assert isinstance(entry, ImportedEncoder)
     assert (entry.file, entry.kind, entry.tasks) == (tmp_path / "uni.pt2", "torch.export", ())
     (tmp_path / "mtl-4.v2").mkdir()
     entry = load_cohort(write(tmp_path, IMPORTED.format(file="mtl-4.v2"))).encoder("mean-rgb")
-    assert isinstance(entry, ReadyEncoder)
+    assert isinstance(entry, ImportedEncoder)
     assert entry.kind == "folder"
 
 
@@ -91,8 +96,20 @@ def test_an_encoder_from_elsewhere_is_an_entry_with_a_file(tmp_path):
         ("released.h5", NETWORK, 5, "encoders.0", "leave it out"),
         ("uni.onnx", NETWORK, 5, "encoders.0", "is no encoder file"),
         ("uni.bin", NETWORK, 5, "encoders.0", "names the model"),
-        ("u.pt2", NETWORK.replace("1024", "-1"), 12, "encoders.0.network.code", "greater than 0"),
-        ("u.pt2", NETWORK.replace("code: 1024", ""), 9, "encoders.0.network.code", "required"),
+        (
+            "u.pt2",
+            NETWORK.replace("1024", "-1"),
+            12,
+            "encoders.0.network.embedding_size",
+            "greater than 0",
+        ),
+        (
+            "u.pt2",
+            NETWORK.replace("embedding_size: 1024", ""),
+            9,
+            "encoders.0.network.embedding_size",
+            "required",
+        ),
         ("u.pt2", "\n    seed: 1\n", 9, "encoders.0.seed", "Extra inputs"),
     ],
 )

@@ -13,7 +13,7 @@ import torch
 
 from nic_core import devices
 from nic_core.devices import gpu_names, leased, leased_device
-from nic_core.slides.blocks import cores
+from nic_core.parallel import cores
 
 GPUS = ["GPU-a", "GPU-b"]
 

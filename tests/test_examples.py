@@ -11,8 +11,8 @@ import polars as pl
 import pytest
 
 from nic_core.cohort import load_cohort
+from nic_core.cohort.index import slide_index
 from nic_core.encoders import build_patch_task
-from nic_core.slides.index import slide_index
 
 PROJECT = Path(__file__).parents[1]
 REAL = Path(os.environ.get("NIC_REAL_DATA") or PROJECT.parent / "shared" / "real-data")

@@ -13,14 +13,14 @@ from rich.table import Table
 from rich.text import Text
 
 from nic_core.cli.shared import Mpp, console, one_line, progress_bars
-from nic_core.cohort import AskedPrecision, CompressionSettings
-from nic_core.grids import Reading
+from nic_core.cohort import CompressionSettings
 from nic_core.store import Store, StoreError
+from nic_core.types import Reading, RequestedPrecision
 
 if TYPE_CHECKING:
     import polars as pl
 
-    from nic_core.batch import Outcome
+    from nic_core.compression.batch import Outcome
     from nic_core.encoders.encoder import Encoder
 
 COMPRESSION = CompressionSettings()
@@ -37,7 +37,7 @@ def compress(
     ] = 0.6,
     orientations: Annotated[Orientations, typer.Option(help="1 (upright) or 8")] = "1",
     precision: Annotated[
-        AskedPrecision, typer.Option(help="auto: bfloat16 if the device has it")
+        RequestedPrecision, typer.Option(help="auto: bfloat16 if the device has it")
     ] = COMPRESSION.precision,
     reading: Annotated[
         Reading, typer.Option(help="pixels of the patch, or of the network's input")
@@ -53,8 +53,8 @@ def compress(
     and the exit status is 1.
     """
     # imports torch: slow, for this command alone
-    from nic_core.batch import REPORT, compress_slides, name_slides, write_report
-    from nic_core.encoders.inference import resolve_device
+    from nic_core.compression.batch import REPORT, compress_slides, name_slides, write_report
+    from nic_core.devices import resolve_device
 
     try:
         resolve_device(device)
@@ -95,7 +95,7 @@ def batch_progress(
 ) -> Iterator[tuple[Callable[[str, int, int], None], Callable[[Outcome], None]]]:
     """Bars of so many slides and of the one at hand, and a line for each outcome.
 
-    Gives ``progress`` and ``tell`` of :func:`nic_core.batch.compress_slides`.
+    Gives ``progress`` and ``tell`` of :func:`nic_core.compression.batch.compress_slides`.
     """
     with progress_bars() as bars:
         every = bars.add_task("slides", total=slides)

@@ -1,4 +1,4 @@
-"""``nic encoder``: train or import encoders, read their cards, probe their codes."""
+"""``nic encoder``: train or import encoders, read their cards, probe their embeddings."""
 
 from __future__ import annotations
 
@@ -103,26 +103,28 @@ def probe(
     patches: Annotated[int, typer.Option(min=1, help="patches of a split at most")] = 1500,
     seed: Annotated[int, typer.Option(help="of the sample of patches")] = 0,
 ) -> None:
-    """What simple classifiers read off an encoder's codes, on patients they were not fitted to.
+    """What simple classifiers read off an encoder's embeddings, on patients they were not fitted to.
 
-    Writes ``probes.parquet``, ``codes.png`` (principal axes) and ``nearest_patches.png``.
+    Writes ``probes.parquet``, ``embeddings.png`` (principal axes) and ``nearest_patches.png``.
     """
+    from nic_core.encoders.figures import embedding_map, neighbour_sheet
     from nic_core.encoders.files import load_encoder
     from nic_core.encoders.patch_tasks import load_patch_task
-    from nic_core.encoders.pictures import code_map, neighbour_sheet
-    from nic_core.encoders.probes import check_scale, probe_table, task_codes
+    from nic_core.encoders.probes import check_scale, probe_table, task_embeddings
 
     with _one_line():
         encoder = load_encoder(folder)
         datasets = [load_patch_task(path) for path in tasks]
         for task in datasets:
             check_scale(encoder, task)
-        codes = [task_codes(encoder, task, patches=patches, seed=seed) for task in datasets]
-        scores = probe_table(encoder, codes)
+        embeddings = [
+            task_embeddings(encoder, task, patches=patches, seed=seed) for task in datasets
+        ]
+        scores = probe_table(encoder, embeddings)
         out.mkdir(parents=True, exist_ok=True)
         scores.write_parquet(out / "probes.parquet")
-        code_map(codes).savefig(out / "codes.png", dpi=110)
-        neighbour_sheet(codes, seed=seed).savefig(out / "nearest_patches.png", dpi=110)
+        embedding_map(embeddings).savefig(out / "embeddings.png", dpi=110)
+        neighbour_sheet(embeddings, seed=seed).savefig(out / "nearest_patches.png", dpi=110)
         table = Table(
             "task", "probe", "balanced accuracy", "AUC", "F1", "test patches", box=SIMPLE_HEAD
         )

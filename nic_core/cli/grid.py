@@ -22,13 +22,13 @@ def info(store: StorePath) -> None:
     """What a grid is and where it comes from."""
     with one_line(SlideError, GridError):
         grid = open_grid(store)
-        code, rows, columns = grid.shape
+        embedding_size, rows, columns = grid.shape
         kept = int(grid.valid.sum())
         size = sum(part.stat().st_size for part in store.rglob("*") if part.is_file())
         table = facts()
-        table.add_row("codes", f"{code} numbers x {rows} rows x {columns} columns")
+        table.add_row("embeddings", f"{embedding_size} numbers x {rows} rows x {columns} columns")
         table.add_row("orientations", "1 (upright)" if grid.orientations is None else "8")
-        table.add_row("cells with a code", f"{kept} of {rows * columns}")
+        table.add_row("cells with a embedding", f"{kept} of {rows * columns}")
         table.add_row("on disk", f"{size / 1e6:.2f} MB")
         for name, value in grid.provenance.model_dump().items():
             table.add_row(name.replace("_", " "), str(value))
@@ -44,7 +44,9 @@ def preview(
     ] = None,
 ) -> None:
     """Draw a grid: its first three principal components as red, green and blue."""
-    from nic_core.pictures import slide_and_grid  # imports matplotlib: slow, for this alone
+    from nic_core.reports.slide_figure import (
+        slide_and_grid,  # imports matplotlib: slow, for this alone
+    )
 
     with one_line(SlideError, GridError):
         grid = open_grid(store)

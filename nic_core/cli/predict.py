@@ -12,7 +12,7 @@ from rich.table import Table
 
 from nic_core.cli.compress import batch_progress, find_encoder, print_failed
 from nic_core.cli.shared import Mpp, console, one_line
-from nic_core.store import Store, StoreError
+from nic_core.store import ModelKey, Store, StoreError
 
 if TYPE_CHECKING:
     import polars as pl
@@ -39,7 +39,7 @@ def predict(
         typer.Option(help="of survival: probability to be alive then, in the target's unit"),
     ] = None,
     heatmaps: Annotated[
-        bool, typer.Option("--explain", help="write heatmaps too, into the folder --out")
+        bool, typer.Option("--heatmaps", help="write heatmaps too, into the folder --out")
     ] = False,
     mpp: Mpp = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
@@ -50,8 +50,8 @@ def predict(
     that cannot be used does not stop the others, and the exit status is 1.
     """
     # imports torch: slow, for this command alone
-    from nic_core.batch import REPORT, name_slides, write_report
-    from nic_core.encoders.inference import resolve_device
+    from nic_core.compression.batch import REPORT, name_slides, write_report
+    from nic_core.devices import resolve_device
     from nic_core.models.prediction import (
         PatientsError,
         check_encoder,
@@ -62,7 +62,7 @@ def predict(
     )
 
     if heatmaps and out is None:
-        raise typer.BadParameter("heatmaps are files: give --out too", param_hint="--explain")
+        raise typer.BadParameter("heatmaps are files: give --out too", param_hint="--heatmaps")
     loaded = _model(model)
     card = loaded.card
     network = find_encoder(encoder or card.encoder)
@@ -93,7 +93,7 @@ def predict(
         )
     console.print(_table(card, predicted.predictions, times or ()))
     console.print(_legend(card), soft_wrap=True, markup=False)
-    if predicted.predictions["seen"].any():
+    if predicted.predictions["in_training"].any():
         console.print(
             "* the model was trained on this: how well it fits says nothing about others",
             style="yellow",
@@ -115,7 +115,11 @@ def _model(name: str) -> SlideModel:
 
     store = Store.from_environment()
     target, _, encoder = name.partition("/")
-    folder = Path(name) if Path(name).is_dir() else store.model(target, encoder)
+    folder = (
+        Path(name)
+        if Path(name).is_dir()
+        else store.slide_model(ModelKey(encoder=encoder, target=target))
+    )
     if not folder.is_dir() or (not encoder and folder != Path(name)):
         known = sorted(
             f"{path.parent.name}/{path.name}" for path in store.root.glob("models/*/[!.]*/")
@@ -133,7 +137,7 @@ def _model(name: str) -> SlideModel:
 
 def _table(card: ModelCard, predictions: pl.DataFrame, times: Sequence[float]) -> Table:
     """A row a unit: the ensemble, in brackets the lowest and the highest fold, the conclusion."""
-    from nic_core.models.validation import prediction_columns
+    from nic_core.models.cross_validation import prediction_columns
 
     columns = prediction_columns(card.target)
     last = {"classification": "class", "survival": "risk_group"}.get(card.target.kind)
@@ -150,7 +154,7 @@ def _table(card: ModelCard, predictions: pl.DataFrame, times: Sequence[float]) -
     )
     for row in predictions.rows(named=True):
         other = ", ".join(row["slides"]) if by_patient else row["patient"] or ""
-        name = f"{row['unit']}{' *' if row['seen'] else ''}"
+        name = f"{row['unit']}{' *' if row['in_training'] else ''}"
         table.add_row(
             escape(name),
             escape(other),

@@ -9,7 +9,7 @@ import typer
 
 from nic_core.cli.shared import Mpp, Out, console, facts, one_line, save_picture
 from nic_core.slides import SlideError, content_identity, open_slide
-from nic_core.tissue import read_mask, tissue_mask, tissue_outline
+from nic_core.tiling.tissue import read_mask, tissue_mask, tissue_outline
 
 SlidePath = Annotated[Path, typer.Argument(help="slide file")]
 MaskPath = Annotated[

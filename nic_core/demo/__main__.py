@@ -9,7 +9,7 @@ from matplotlib.image import imsave
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from nic_core.demo.cohort import PATCHES_PER_TASK, SIDE, SLIDES, make_demo
-from nic_core.demo.pictures import contact_sheet, slide_sheet
+from nic_core.demo.figures import contact_sheet, slide_sheet
 
 
 def main() -> None:

@@ -17,7 +17,8 @@ from nic_core.demo.cells import Tumour, populate
 from nic_core.demo.painter import RASTER, Scene, Stain, ordinary_stain, paint, smooth_noise
 from nic_core.demo.tissues import Tissue
 from nic_core.slides.resample import resample
-from nic_core.tissue import TISSUE_MPP
+from nic_core.tiling.tissue import TISSUE_MPP
+from nic_core.types import Pixels
 
 MPP = 0.5  # um/px of the painter
 SIDE = 2048  # px of the painting
@@ -29,7 +30,6 @@ INKS = {
     "black": (15, 15, 18),
 }
 
-Pixels = NDArray[np.uint8]
 Mask = NDArray[np.bool_]
 
 

@@ -22,7 +22,7 @@ from nic_core.demo.painter import paint
 from nic_core.demo.patches import TASKS, DemoTask
 from nic_core.demo.plan import GROWTH, PlannedSlide, plan_cohort
 from nic_core.demo.tissues import Tissue
-from nic_core.store import whole_file, whole_folder
+from nic_core.store import atomic_file, atomic_folder
 
 SLIDES = 64
 PATCHES_PER_TASK = 1500
@@ -93,7 +93,7 @@ def make_demo(
         return cohort
     if root.exists() and any(root.iterdir()) and not stamp.exists():
         raise FileExistsError(f"{root} holds files but no demo cohort; name an empty folder")
-    with whole_folder(root) as folder:
+    with atomic_folder(root) as folder:
         _write(folder, recipe, workers or os.cpu_count() or 1, progress)
     return cohort
 
@@ -187,7 +187,7 @@ def _make_slide(folder: Path, planned: PlannedSlide, side: int) -> list[tuple[fl
     rng = np.random.default_rng(planned.seed)
     slide = plant_slide(rng, side, planned.tumour, planned.capsules)
     pixels = paint(slide.scene, planned.stain, rng)[:side, :side]
-    with whole_file(folder / "slides" / f"{planned.slide}.tif") as path:
+    with atomic_file(folder / "slides" / f"{planned.slide}.tif") as path:
         pyvips.Image.new_from_array(np.ascontiguousarray(pixels)).tiffsave(
             str(path),
             pyramid=True,
@@ -200,7 +200,7 @@ def _make_slide(folder: Path, planned: PlannedSlide, side: int) -> list[tuple[fl
             xres=1000 / MPP,  # px a mm
             yres=1000 / MPP,
         )
-    with whole_file(folder / "truth" / f"{planned.slide}.png") as path:
+    with atomic_file(folder / "truth" / f"{planned.slide}.png") as path:
         pyvips.Image.new_from_array(slide.truth).pngsave(str(path))
     x, y = slide.mitoses
     return [(round(float(a), 1), round(float(b), 1)) for a, b in zip(x, y, strict=True)]

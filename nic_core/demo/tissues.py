@@ -1,4 +1,4 @@
-"""The codes of planted structures, in label rasters and in the truth images."""
+"""The embeddings of planted structures, in label rasters and in the truth images."""
 
 from __future__ import annotations
 

@@ -15,17 +15,11 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from nic_core.cohort import AskedPrecision, Preprocess, TimmModel
+from nic_core.cohort import Preprocess, TimmModel
+from nic_core.devices import resolve_device, resolve_precision
 from nic_core.encoders.errors import EncoderError as EncoderError
-from nic_core.encoders.foreign import ForeignEncoder
-from nic_core.encoders.inference import (
-    BATCH,
-    PreparedEncoder,
-    autocast,
-    fast_module,
-    resolve_device,
-    resolve_precision,
-)
+from nic_core.encoders.external import ExternalEncoder
+from nic_core.encoders.inference import BATCH, PreparedEncoder, autocast, fast_module
 from nic_core.encoders.networks import (
     ClassHead,
     MeanRGB,
@@ -36,7 +30,7 @@ from nic_core.encoders.networks import (
     pooled_side,
 )
 from nic_core.encoders.scores import TaskScores
-from nic_core.grids import Reading
+from nic_core.types import Reading, RequestedPrecision
 
 Architecture = Literal[
     "mean_rgb", "tellez2020", "tellez2019", "timm", "torchscript", "torch.export"
@@ -54,7 +48,7 @@ class EncoderCard(BaseModel):
     tasks: dict[str, tuple[str, ...]] = {}  # of the heads: name -> classes, in logit order
     patch: PositiveInt  # px a side
     mpp: PositiveFloat  # um/px
-    code: PositiveInt  # numbers a patch
+    embedding_size: PositiveInt  # numbers a patch
     pixels: Literal["uint8 RGB / 255 * 2 - 1"] | Preprocess = "uint8 RGB / 255 * 2 - 1"
     timm: TimmModel | None = None  # of architecture ``timm``
     weights_hash: str
@@ -67,10 +61,10 @@ class EncoderCard(BaseModel):
 
 @dataclass(frozen=True)
 class Encoder:
-    """A frozen network that maps patches to codes, its heads and its card.
+    """A frozen network that maps patches to embeddings, its heads and its card.
 
     ``module`` maps uint8 (B, 3, P, P) to float32 (B, C) and holds pixel scaling and pooling;
-    ``heads`` map codes (B, C) to logits, one a task (none for mean-RGB).
+    ``heads`` map embeddings (B, C) to logits, one a task (none for mean-RGB).
     """
 
     card: EncoderCard
@@ -78,7 +72,10 @@ class Encoder:
     heads: Mapping[str, nn.Module] = field(default_factory=dict)
 
     def prepare(
-        self, device: str = "auto", precision: AskedPrecision = "auto", reading: Reading = "patch"
+        self,
+        device: str = "auto",
+        precision: RequestedPrecision = "auto",
+        reading: Reading = "patch",
     ) -> PreparedEncoder:
         """The encoder for many patches: the fastest module of the same function.
 
@@ -101,7 +98,7 @@ class Encoder:
             module = fast_module(
                 network, pooling=network.pooling // pooling, device=at, precision=chosen
             )
-        elif isinstance(self.module, ForeignEncoder):
+        elif isinstance(self.module, ExternalEncoder):
             module = autocast(self.module.on(at), at, chosen)
         else:
             module = copy.deepcopy(self.module).eval()
@@ -118,7 +115,7 @@ class Encoder:
         )
 
     def embed(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Codes of patches: uint8 (B, P, P, 3) to float32 (B, C).
+        """Embeddings of patches: uint8 (B, P, P, 3) to float32 (B, C).
 
         Raises
         ------
@@ -132,13 +129,13 @@ class Encoder:
                 f"not {pixels.dtype} {pixels.shape}"
             )
         ready = self._embedder
-        codes = np.empty((len(pixels), self.card.code), np.float32)
+        embeddings = np.empty((len(pixels), self.card.embedding_size), np.float32)
         with torch.inference_mode():
             for start in range(0, len(pixels), BATCH):
                 part = torch.tensor(pixels[start : start + BATCH], device=ready.device)
                 found = ready.module(part.permute(0, 3, 1, 2))
-                codes[start : start + BATCH] = found.cpu().numpy()
-        return codes
+                embeddings[start : start + BATCH] = found.cpu().numpy()
+        return embeddings
 
     @cached_property
     def _embedder(self) -> PreparedEncoder:
@@ -146,51 +143,51 @@ class Encoder:
 
 
 def task_probabilities(
-    encoder: Encoder, task: str, codes: NDArray[np.floating]
+    encoder: Encoder, task: str, embeddings: NDArray[np.floating]
 ) -> NDArray[np.float32]:
-    """Class probabilities (N, classes) that the encoder's own head gives codes (N, C).
+    """Class probabilities (N, classes) that the encoder's own head gives embeddings (N, C).
 
     Columns are in the order of ``encoder.card.tasks[task]``.
 
     Raises
     ------
     EncoderError
-        The encoder has no head for ``task``, or the codes are of another size.
+        The encoder has no head for ``task``, or the embeddings are of another size.
     """
     if task not in encoder.heads:
         known = ", ".join(encoder.heads) or "none"
         raise EncoderError(
             f"encoder '{encoder.card.name}' has no head for task '{task}'; it has: {known}"
         )
-    if codes.ndim != 2 or codes.shape[1] != encoder.card.code:
+    if embeddings.ndim != 2 or embeddings.shape[1] != encoder.card.embedding_size:
         raise EncoderError(
-            f"encoder '{encoder.card.name}' has codes (N, {encoder.card.code}), not {codes.shape}"
+            f"encoder '{encoder.card.name}' has embeddings (N, {encoder.card.embedding_size}), not {embeddings.shape}"
         )
     head = encoder.heads[task].eval()
     device = next(head.parameters()).device
     with torch.inference_mode():
-        logits = head(torch.as_tensor(codes.astype(np.float32), device=device))
+        logits = head(torch.as_tensor(embeddings.astype(np.float32), device=device))
         probabilities: NDArray[np.float32] = logits.softmax(1).cpu().numpy()
     return probabilities
 
 
-def build_encoder(architecture: str, *, patch: int, code: int) -> PatchEncoder:
+def build_encoder(architecture: str, *, patch: int, embedding_size: int) -> PatchEncoder:
     """An encoder network with initial weights for patches of ``patch`` px a side."""
     if architecture == "tellez2019":
-        return PatchEncoder(StridedEncoder(code, patch))
-    return PatchEncoder(TellezEncoder(code, pooled_side(patch)))
+        return PatchEncoder(StridedEncoder(embedding_size, patch))
+    return PatchEncoder(TellezEncoder(embedding_size, pooled_side(patch)))
 
 
 def build_module(card: EncoderCard) -> nn.Module:
     """A module of the card's architecture with initial weights."""
     if card.architecture == "mean_rgb":
         return MeanRGB()
-    return build_encoder(card.architecture, patch=card.patch, code=card.code)
+    return build_encoder(card.architecture, patch=card.patch, embedding_size=card.embedding_size)
 
 
-def build_heads(tasks: Mapping[str, tuple[str, ...]], code: int) -> dict[str, nn.Module]:
+def build_heads(tasks: Mapping[str, tuple[str, ...]], embedding_size: int) -> dict[str, nn.Module]:
     """A classification head with initial weights for each task."""
-    return {task: ClassHead(code, len(classes)) for task, classes in tasks.items()}
+    return {task: ClassHead(embedding_size, len(classes)) for task, classes in tasks.items()}
 
 
 def encoder_tensors(module: nn.Module, heads: Mapping[str, nn.Module]) -> dict[str, Tensor]:

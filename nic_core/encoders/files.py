@@ -18,8 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from nic_core.cohort import Preprocess, ReadyEncoder
-from nic_core.encoders import foreign
+from nic_core.cohort import ImportedEncoder, Preprocess
+from nic_core.encoders import external as foreign
 from nic_core.encoders.encoder import (
     Encoder,
     EncoderCard,
@@ -29,7 +29,7 @@ from nic_core.encoders.encoder import (
     weights_hash,
 )
 from nic_core.encoders.errors import EncoderError
-from nic_core.encoders.foreign import ForeignEncoder
+from nic_core.encoders.external import ExternalEncoder
 from nic_core.encoders.keras_import import import_keras_encoder
 
 WEIGHTS = "weights.safetensors"
@@ -42,7 +42,7 @@ def save_encoder(folder: Path, encoder: Encoder) -> None:
     """Write the encoder's weights, heads and card into ``folder`` (made if missing)."""
     folder.mkdir(parents=True, exist_ok=True)
     module, architecture = encoder.module, encoder.card.architecture
-    if isinstance(module, ForeignEncoder) and module.archive is not None:
+    if isinstance(module, ExternalEncoder) and module.archive is not None:
         shutil.copyfile(module.archive, folder / PROGRAMS[architecture])
     else:
         save_file(encoder_tensors(module, encoder.heads), folder / WEIGHTS)
@@ -69,7 +69,7 @@ def load_encoder(folder: Path) -> Encoder:
     """Read an encoder that :func:`save_encoder` wrote, on the CPU, in evaluation mode.
 
     No pickled object is read. Of a program (TorchScript, ``torch.export``) nothing runs before
-    its hash is found to be the card's; see :mod:`nic_core.encoders.foreign`.
+    its hash is found to be the card's; see :mod:`nic_core.encoders.external`.
 
     Raises
     ------
@@ -82,7 +82,7 @@ def load_encoder(folder: Path) -> Encoder:
         return Encoder(card, _program(card, folder / PROGRAMS[card.architecture]))
     try:
         module = _timm(card) if card.architecture == "timm" else build_module(card)
-        heads = build_heads(card.tasks, card.code)
+        heads = build_heads(card.tasks, card.embedding_size)
         _load(module, "encoder.", tensors)
         for task, head in heads.items():
             _load(head, f"heads.{task}.", tensors)
@@ -102,7 +102,7 @@ def verify_encoder(folder: Path) -> None:
     _recorded(folder)
 
 
-def import_encoder(entry: ReadyEncoder, *, patch: int, mpp: float) -> Encoder:
+def import_encoder(entry: ImportedEncoder, *, patch: int, mpp: float) -> Encoder:
     """The encoder of a cohort's entry, from its local file, under the entry's name.
 
     Parameters
@@ -159,7 +159,7 @@ def _recorded(folder: Path) -> tuple[EncoderCard, dict[str, Tensor]]:
 
 
 def _import_network(
-    entry: ReadyEncoder, architecture: Literal["timm", "torchscript", "torch.export"]
+    entry: ImportedEncoder, architecture: Literal["timm", "torchscript", "torch.export"]
 ) -> Encoder:
     network, path = entry.network, entry.file
     assert network is not None  # the entry's own validation
@@ -171,7 +171,7 @@ def _import_network(
         objective="imported",
         patch=network.patch,
         mpp=network.mpp,
-        code=network.code,
+        embedding_size=network.embedding_size,
         pixels=network.preprocess,
         timm=network.timm,
         weights_hash="",
@@ -190,18 +190,18 @@ def _import_network(
     return Encoder(card.model_copy(update={"weights_hash": found}), module)
 
 
-def _timm(card: EncoderCard) -> ForeignEncoder:
+def _timm(card: EncoderCard) -> ExternalEncoder:
     assert card.timm is not None
     assert isinstance(card.pixels, Preprocess)
-    return ForeignEncoder(foreign.timm_network(card.timm), card.pixels)
+    return ExternalEncoder(foreign.timm_network(card.timm), card.pixels)
 
 
-def _program(card: EncoderCard, archive: Path) -> ForeignEncoder:
+def _program(card: EncoderCard, archive: Path) -> ExternalEncoder:
     assert isinstance(card.pixels, Preprocess)
     read = (
         foreign.read_exported if card.architecture == "torch.export" else foreign.read_torchscript
     )
-    return ForeignEncoder(read(archive), card.pixels, archive)
+    return ExternalEncoder(read(archive), card.pixels, archive)
 
 
 def _fill(network: nn.Module, path: Path, tensors: dict[str, Tensor]) -> None:

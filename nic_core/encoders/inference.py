@@ -21,15 +21,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from nic_core.cohort import AskedPrecision
-from nic_core.encoders.networks import (
-    FILTERS,
-    SLOPE,
-    TellezEncoder,
-    channels_last,
-    flatten_hwc,
-)
-from nic_core.grids import Precision, Reading
+from nic_core.encoders.networks import FILTERS, SLOPE, TellezEncoder, channels_last, flatten_hwc
+from nic_core.types import Precision, Reading
 
 BATCH = 32  # patches whose maps stay in a core's cache: faster than more
 
@@ -44,7 +37,7 @@ class Card(Protocol):
     @property
     def mpp(self) -> float: ...
     @property
-    def code(self) -> int: ...
+    def embedding_size(self) -> int: ...
     @property
     def weights_hash(self) -> str: ...
 
@@ -57,7 +50,7 @@ class PreparedEncoder:
     ----------
     card : EncoderCard
     module : nn.Module
-        uint8 (B, 3, side, side), fastest channels-last, to codes (B, C), float32 or ``precision``.
+        uint8 (B, 3, side, side), fastest channels-last, to embeddings (B, C), float32 or ``precision``.
     side : int
         Of what it reads, px.
     mpp : float
@@ -82,40 +75,6 @@ class PreparedEncoder:
     def on_cpu(self) -> bool:
         """Whether it encodes on the cores that also decode slides."""
         return self.device.type == "cpu"
-
-
-def resolve_device(device: str) -> torch.device:
-    """``auto``: the CUDA device if there is one, else the CPU.
-
-    Raises
-    ------
-    ValueError
-        There is no such device.
-    """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        found = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"device '{device}' is none: give auto, cpu or cuda") from error
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device '{device}' is not here: PyTorch finds no such CUDA device")
-    return found
-
-
-def resolve_precision(precision: AskedPrecision, device: torch.device) -> Precision:
-    """``auto``: bfloat16 where the device has matrix units for it, else float32.
-
-    Those are CUDA devices since Ampere and CPUs with AMX. A CPU that multiplies bfloat16 in its
-    vector units alone is slower with it than with float32, in training as in inference.
-    """
-    if precision != "auto":
-        return precision
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        fast = device.type == "cpu" and torch.cpu._is_amx_tile_supported()
-    return "bfloat16" if fast else "float32"
 
 
 def fast_module(
@@ -183,9 +142,9 @@ class FoldedEncoder(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         maps: Tensor = self.convolutions(pixels.to(self.dtype))
-        # the last sum in float32 costs nothing, and codes keep all the digits that grids store
-        codes: Tensor = self.dense(flatten_hwc(maps).float())
-        return codes
+        # the last sum in float32 costs nothing, and embeddings keep all the digits that grids store
+        embeddings: Tensor = self.dense(flatten_hwc(maps).float())
+        return embeddings
 
 
 class FusedEncoder(nn.Module):
@@ -211,8 +170,8 @@ class FusedEncoder(nn.Module):
             maps = torch.ops.mkldnn._convolution_pointwise(
                 maps, weight, bias, [0, 0], stride, [1, 1], 1, "leaky_relu", [SLOPE], ""
             )
-        codes: Tensor = self.dense(flatten_hwc(maps).float())
-        return codes
+        embeddings: Tensor = self.dense(flatten_hwc(maps).float())
+        return embeddings
 
 
 def can_fuse() -> bool:
@@ -229,8 +188,8 @@ class _Autocast(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         with torch.autocast(self._device, dtype=torch.bfloat16):
-            codes: Tensor = self.module(pixels)
-        return codes
+            embeddings: Tensor = self.module(pixels)
+        return embeddings
 
 
 def _affine_of(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:

@@ -35,7 +35,7 @@ from nic_core.encoders.networks import (
     PatchEncoder,
     TellezEncoder,
 )
-from nic_core.encoders.objectives.mean_rgb import CODE, mean_rgb_module
+from nic_core.encoders.objectives.mean_rgb import EMBEDDING_SIZE, mean_rgb_module
 
 PATCH = 128
 MPP = 0.5
@@ -67,11 +67,11 @@ def import_keras_encoder(path: Path, name: str) -> Encoder:
     if kinds == ["InputLayer", "GlobalAveragePooling2D"]:
         architecture: Architecture = "mean_rgb"
         module: nn.Module = mean_rgb_module()
-        code = CODE
+        embedding_size = EMBEDDING_SIZE
     else:
         architecture = "tellez2020"
-        code = _check_architecture(path, layers)
-        network = TellezEncoder(code, PATCH // POOLING)
+        embedding_size = _check_architecture(path, layers)
+        network = TellezEncoder(embedding_size, PATCH // POOLING)
         _copy_weights(path, layers, weights, network)
         module = PatchEncoder(network)
     module.eval().requires_grad_(False)
@@ -81,7 +81,7 @@ def import_keras_encoder(path: Path, name: str) -> Encoder:
         objective="imported",
         patch=PATCH,
         mpp=MPP,
-        code=code,
+        embedding_size=embedding_size,
         weights_hash=weights_hash(architecture, encoder_tensors(module, {})),
         source=f"{path.name} sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}",
     )
@@ -134,7 +134,7 @@ def _weights(path: Path, file: h5py.File) -> dict[str, Tensor]:
 
 
 def _check_architecture(path: Path, layers: list[Layer]) -> int:
-    """Raise unless the layers are exactly those of the published encoder; its code size."""
+    """Raise unless the layers are exactly those of the published encoder; its embedding size."""
     side = PATCH // POOLING
     convolution = {
         "filters": FILTERS,
@@ -172,10 +172,10 @@ def _check_architecture(path: Path, layers: list[Layer]) -> int:
                 raise _refusal(path, f"layer {number} ({kind}) has {setting} {value}, not {wanted}")
     if len(layers) != len(expected):
         raise _refusal(path, f"it has {len(layers)} layers, not {len(expected)}")
-    code = layers[-1]["config"].get("units")
-    if not isinstance(code, int) or code < 1:
-        raise _refusal(path, f"its last layer has {code} units")
-    return code
+    embedding_size = layers[-1]["config"].get("units")
+    if not isinstance(embedding_size, int) or embedding_size < 1:
+        raise _refusal(path, f"its last layer has {embedding_size} units")
+    return embedding_size
 
 
 def _copy_weights(

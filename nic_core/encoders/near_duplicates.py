@@ -58,43 +58,46 @@ def near_duplicates(patches: NDArray[np.uint8], splits: Sequence[str]) -> pl.Dat
         ``PAIRS_SCHEMA``: a patch of validation or test, the patch of an earlier split that agrees
         best with it, and their correlation (over ``AGREEMENT``).
     """
-    codes, busy = _codes(patches)
+    embeddings, busy = _embeddings(patches)
     order = np.array([SPLITS.index(split) for split in splits])
     pairs: list[tuple[int, int, float]] = []
     for split in range(1, len(SPLITS)):
         mine = np.flatnonzero((order == split) & busy)
         earlier = np.flatnonzero((order < split) & busy)
         if len(mine) and len(earlier):
-            pairs += _pairs(patches, codes, mine, earlier)
+            pairs += _pairs(patches, embeddings, mine, earlier)
     return pl.DataFrame(pairs, schema=PAIRS_SCHEMA, orient="row").sort("index")
 
 
-def _codes(patches: NDArray[np.uint8]) -> tuple[Tensor, NDArray[np.bool_]]:
+def _embeddings(patches: NDArray[np.uint8]) -> tuple[Tensor, NDArray[np.bool_]]:
     """Unit vectors (N, CELLS, CELLS) of the cells' means, and whether a patch has structure."""
-    codes, busy = torch.zeros((len(patches), CELLS, CELLS)), np.zeros(len(patches), bool)
+    embeddings, busy = torch.zeros((len(patches), CELLS, CELLS)), np.zeros(len(patches), bool)
     for start in range(0, len(patches), _BATCH):
         grey = _grey(patches[start : start + _BATCH])
         mean = _pooled(grey, CELLS)
         spread = (_pooled(grey**2, CELLS) - mean**2).clamp(min=0).sqrt()
         mean = mean - mean.mean((1, 2), keepdim=True)
-        codes[start : start + _BATCH] = F.normalize(mean.flatten(1)).reshape(mean.shape)
+        embeddings[start : start + _BATCH] = F.normalize(mean.flatten(1)).reshape(mean.shape)
         share = (spread > STRUCTURE).float().mean((1, 2))
         busy[start : start + _BATCH] = (share >= SHARE).numpy()
-    return codes, busy
+    return embeddings, busy
 
 
 def _pairs(
-    patches: NDArray[np.uint8], codes: Tensor, mine: NDArray[np.intp], earlier: NDArray[np.intp]
+    patches: NDArray[np.uint8],
+    embeddings: Tensor,
+    mine: NDArray[np.intp],
+    earlier: NDArray[np.intp],
 ) -> list[tuple[int, int, float]]:
     """The best of the earlier patches for each of mine that agrees with one."""
-    known = codes[earlier].flatten(1).T.contiguous()
+    known = embeddings[earlier].flatten(1).T.contiguous()
     best: dict[int, tuple[float, int]] = {}
     step = max(1, min(_BATCH, _PRODUCTS // len(earlier)))
     for start in range(0, len(mine), step):
         rows = mine[start : start + step]
         own = _grey(patches[rows])
         for turn in range(8):
-            likeness, nearest = (_turned(codes[rows], turn).flatten(1) @ known).max(1)
+            likeness, nearest = (_turned(embeddings[rows], turn).flatten(1) @ known).max(1)
             chosen = np.flatnonzero((likeness > CANDIDATE).numpy())
             others = earlier[nearest.numpy()[chosen]]
             one, other = _turned(own[chosen], turn), _grey(patches[others])

@@ -1,4 +1,4 @@
-"""The encoder networks: from patches to codes.
+"""The encoder networks: from patches to embeddings.
 
 :class:`TellezEncoder` is the architecture inside the released multitask and BiGAN encoders
 (Tellez et al., MIDL 2020): 4 strided 3x3 convolutions with **valid** padding, LeakyReLU
@@ -59,7 +59,7 @@ def initialise_as_keras(module: nn.Module) -> None:
 
 
 class TellezEncoder(nn.Module):
-    """Pooled patch in [-1, 1], float32 (B, 3, side, side), to code, float32 (B, code).
+    """Pooled patch in [-1, 1], float32 (B, 3, side, side), to embedding, float32 (B, embedding).
 
     595,968 parameters at the published size (``side`` 64, ``code`` 128). Other sides are
     [choice]; only the dense layer depends on them.
@@ -70,12 +70,12 @@ class TellezEncoder(nn.Module):
         ``side`` is too small for 4 valid convolutions (less than 31 px).
     """
 
-    def __init__(self, code: int = 128, side: int = 64) -> None:
+    def __init__(self, embedding_size: int = 128, side: int = 64) -> None:
         super().__init__()
         last = convolved_side(side)
         if last < 1:
             raise ValueError(f"a pooled patch of {side} px is too small: 31 px or more are needed")
-        self.code = code
+        self.embedding_size = embedding_size
         self.side = side
         layers: list[nn.Module] = []
         for channels in (3, *[FILTERS] * (CONVOLUTIONS - 1)):
@@ -85,7 +85,7 @@ class TellezEncoder(nn.Module):
                 nn.BatchNorm2d(FILTERS, eps=BN_EPSILON, momentum=BN_MOMENTUM),
             ]
         self.convolutions = nn.Sequential(*layers)
-        self.dense = nn.Linear(last * last * FILTERS, code)
+        self.dense = nn.Linear(last * last * FILTERS, embedding_size)
         initialise_as_keras(self)
 
     @property
@@ -94,19 +94,19 @@ class TellezEncoder(nn.Module):
         return POOLING
 
     def features(self, pooled: Tensor) -> Tensor:
-        """What the linear layer to the code sees, float32 (B, features)."""
+        """What the linear layer to the embedding sees, float32 (B, features)."""
         return flatten_hwc(self.convolutions(pooled))
 
     def forward(self, pooled: Tensor) -> Tensor:
-        codes: Tensor = self.dense(self.features(pooled))
-        return codes
+        embeddings: Tensor = self.dense(self.features(pooled))
+        return embeddings
 
 
 class StridedEncoder(nn.Module):
-    """Patch in [-1, 1], float32 (B, 3, side, side), to code, float32 (B, code) (paper B).
+    """Patch in [-1, 1], float32 (B, 3, side, side), to embedding, float32 (B, embedding) (paper B).
 
     5 convolutions 3x3 with stride 2 and 32, 64, 128, 256, 512 filters, each with BatchNorm and
-    LeakyReLU; dense 512; a linear layer to the code. Padding of 1 px (side 128 ends at 4 x 4,
+    LeakyReLU; dense 512; a linear layer to the embedding. Padding of 1 px (side 128 ends at 4 x 4,
     where the paper's decoder begins), LeakyReLU 0.2 and BatchNorm and LeakyReLU after the
     dense layer are [choice].
 
@@ -119,11 +119,11 @@ class StridedEncoder(nn.Module):
     FILTERS = (32, 64, 128, 256, 512)
     HIDDEN = 512
 
-    def __init__(self, code: int = 128, side: int = 128) -> None:
+    def __init__(self, embedding_size: int = 128, side: int = 128) -> None:
         super().__init__()
         if side % 2 ** len(self.FILTERS):
             raise ValueError(f"a patch of {side} px does not halve {len(self.FILTERS)} times")
-        self.code = code
+        self.embedding_size = embedding_size
         self.side = side
         layers: list[nn.Module] = []
         for channels, filters in zip((3, *self.FILTERS), self.FILTERS, strict=False):
@@ -139,7 +139,7 @@ class StridedEncoder(nn.Module):
             nn.BatchNorm1d(self.HIDDEN, eps=BN_EPSILON, momentum=BN_MOMENTUM),
             nn.LeakyReLU(SLOPE),
         )
-        self.dense = nn.Linear(self.HIDDEN, code)
+        self.dense = nn.Linear(self.HIDDEN, embedding_size)
         initialise_as_keras(self)
 
     @property
@@ -148,19 +148,19 @@ class StridedEncoder(nn.Module):
         return 1
 
     def features(self, pixels: Tensor) -> Tensor:
-        """What the linear layer to the code sees, float32 (B, 512)."""
+        """What the linear layer to the embedding sees, float32 (B, 512)."""
         features: Tensor = self.hidden(flatten_hwc(self.convolutions(pixels)))
         return features
 
     def forward(self, pixels: Tensor) -> Tensor:
-        codes: Tensor = self.dense(self.features(pixels))
-        return codes
+        embeddings: Tensor = self.dense(self.features(pixels))
+        return embeddings
 
 
 class PatchEncoder(nn.Module):
-    """uint8 (B, 3, P, P) to code, float32 (B, C): pools, scales to [-1, 1], encodes.
+    """uint8 (B, 3, P, P) to embedding, float32 (B, C): pools, scales to [-1, 1], encodes.
 
-    Everything between stored pixels and the code is inside, so the module exports as
+    Everything between stored pixels and the embedding is inside, so the module exports as
     exactly that function.
     """
 
@@ -170,8 +170,8 @@ class PatchEncoder(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         pooled = pool_patches(pixels, self.network.pooling).mul(2 / 255).sub_(1)
-        codes: Tensor = self.network(pooled)
-        return codes
+        embeddings: Tensor = self.network(pooled)
+        return embeddings
 
 
 class MeanRGB(nn.Module):
@@ -190,18 +190,18 @@ class ClassHead(nn.Module):
 
     HIDDEN = 256
 
-    def __init__(self, code: int, classes: int) -> None:
+    def __init__(self, embedding_size: int, classes: int) -> None:
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Linear(code, self.HIDDEN),
+            nn.Linear(embedding_size, self.HIDDEN),
             nn.BatchNorm1d(self.HIDDEN, eps=BN_EPSILON, momentum=BN_MOMENTUM),
             nn.LeakyReLU(SLOPE),
             nn.Linear(self.HIDDEN, classes),
         )
         initialise_as_keras(self)
 
-    def forward(self, codes: Tensor) -> Tensor:
-        logits: Tensor = self.layers(codes)
+    def forward(self, embeddings: Tensor) -> Tensor:
+        logits: Tensor = self.layers(embeddings)
         return logits
 
 

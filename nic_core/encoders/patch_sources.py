@@ -18,16 +18,14 @@ import h5py
 import numpy as np
 import polars as pl
 import pyvips
-from numpy.typing import NDArray
 
 from nic_core.cohort import AnnotatedSlides, CohortError, Hdf5Images, PatchTask
-from nic_core.patches import patch_table
 from nic_core.slides import Slide, SlideError, open_slide
-from nic_core.slides.annotations import label_patches, read_annotations
 from nic_core.slides.resample import resample, settle
-from nic_core.tissue import read_mask, tissue_mask
-
-Pixels = NDArray[np.uint8]
+from nic_core.tiling.annotations import label_patches, read_annotations
+from nic_core.tiling.patches import patch_table
+from nic_core.tiling.tissue import read_mask, tissue_mask
+from nic_core.types import Pixels
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 _OPTIONAL = ("split", "mpp", "mask")  # columns that a table may have
@@ -72,7 +70,7 @@ def open_source(
         The study's patch (px), resolution (um/px) and tissue fraction: the grid that is laid over
         annotated slides.
     seed
-        Draws a slide's patches where there are more than ``slides.most`` of a class.
+        Draws a slide's patches where there are more than ``slides.max_per_slide`` of a class.
 
     Raises
     ------
@@ -337,7 +335,7 @@ def _annotated_slides(
 ) -> PatchSource:
     table = _read_table(task, about.table, (task.path_column, "annotations", task.group_column))
     # with a label for the rest, a slide without annotations is all rest
-    required = [task.path_column, *([] if about.rest is not None else ["annotations"])]
+    required = [task.path_column, *([] if about.background_label is not None else ["annotations"])]
     if table.is_empty():
         raise task_error(task, f"table {about.table} has no slide")
     _refuse_empty(task, about.table, table, required)
@@ -357,7 +355,7 @@ def _annotated_slides(
         if task.classes is not None:
             cells = cells.filter(pl.col("label").is_in(task.classes))
         slides[str(path)] = slide
-        rows = _draw(cells, about.most, path.name, seed).with_columns(
+        rows = _draw(cells, about.max_per_slide, path.name, seed).with_columns(
             source=pl.lit(str(path)), group=pl.lit(group)
         )
         if "split" in table.columns:
@@ -395,12 +393,12 @@ def _labelled_cells(
     mask = read_mask(base / ready, slide) if ready else tissue_mask(slide)
     cells = patch_table(slide.path.stem, slide, mask, patch=patch, mpp=mpp, tissue=tissue)
     regions = read_annotations(base / drawn) if drawn else []
-    labels = label_patches(cells, regions, slide, share=about.share)
+    labels = label_patches(cells, regions, slide, min_coverage=about.min_coverage)
     cells = cells.hstack(labels.select("label", "share"))
-    if about.rest is not None:
+    if about.background_label is not None:
         untouched = pl.col("label").is_null() & (pl.col("share") == 0)
         cells = cells.with_columns(
-            label=pl.when(untouched).then(pl.lit(about.rest)).otherwise("label")
+            label=pl.when(untouched).then(pl.lit(about.background_label)).otherwise("label")
         )
     return cells.filter(pl.col("kept") & pl.col("label").is_not_null()).select(
         "x", "y", pl.col("row", "column").cast(pl.Int64).name.prefix("grid_"), "label"

@@ -26,14 +26,14 @@ from nic_core.encoders.near_duplicates import near_duplicates
 from nic_core.encoders.patch_sources import (
     ImageError,
     PatchSource,
-    Pixels,
     open_source,
     rescale,
     scaled_side,
     task_error,
 )
 from nic_core.encoders.splits import SPLITS, split_by_group
-from nic_core.slides.blocks import cores
+from nic_core.parallel import cores
+from nic_core.types import Pixels
 
 PATCHES = "patches.npy"
 TABLE = "patches.parquet"

@@ -69,7 +69,7 @@ def _interval(
 ) -> tuple[float, float]:
     """Bounds of the balanced accuracy when patients are drawn with replacement.
 
-    By patients, not patches as in :mod:`nic_core.metrics`: there may be 100,000 of these.
+    By patients, not patches as in :mod:`nic_core.models.metrics`: there may be 100,000 of these.
     """
     _, patient = np.unique(np.asarray(patients), return_inverse=True)
     people = int(patient.max()) + 1

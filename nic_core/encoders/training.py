@@ -12,7 +12,8 @@ import polars as pl
 import torch
 
 from nic_core.cohort import EncoderSpec
-from nic_core.encoders import pictures
+from nic_core.devices import resolve_device, resolve_precision
+from nic_core.encoders import figures as pictures
 from nic_core.encoders.encoder import (
     Encoder,
     EncoderCard,
@@ -21,17 +22,16 @@ from nic_core.encoders.encoder import (
     encoder_tensors,
     weights_hash,
 )
-from nic_core.encoders.inference import resolve_device, resolve_precision
-from nic_core.encoders.loop import fit, patches_an_epoch
 from nic_core.encoders.networks import channels_last
 from nic_core.encoders.objectives.base import Objective
 from nic_core.encoders.objectives.bigan import BidirectionalGAN
 from nic_core.encoders.objectives.contrastive import Contrastive
-from nic_core.encoders.objectives.mean_rgb import CODE, mean_rgb_module
+from nic_core.encoders.objectives.mean_rgb import EMBEDDING_SIZE, mean_rgb_module
 from nic_core.encoders.objectives.mtl import Multitask, class_probabilities
 from nic_core.encoders.objectives.vae import VariationalAutoencoder
 from nic_core.encoders.patch_tasks import PatchDataset, leaks
 from nic_core.encoders.scores import TaskScores, score_task
+from nic_core.encoders.training_loop import fit, patches_an_epoch
 from nic_core.tracker import Tracker
 
 log = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ def train_encoder(
     *,
     patch: int,
     mpp: float,
-    code: int,
+    embedding_size: int,
     device: str = "auto",
     checkpoint: Path | None = None,
     tracker: Tracker | None = None,
@@ -84,7 +84,7 @@ def train_encoder(
     ----------
     tasks
         Data sets of ``spec.tasks``, cut at ``patch`` px and ``mpp`` um/px.
-    code
+    embedding
         Numbers a patch; mean-RGB always has 3.
     checkpoint
         File to go on from after a kill; written after each epoch, and left at the end to
@@ -121,7 +121,7 @@ def train_encoder(
             objective=spec.objective,
             patch=patch,
             mpp=mpp,
-            code=CODE,
+            embedding_size=EMBEDDING_SIZE,
             weights_hash=weights_hash("mean_rgb", encoder_tensors(module, {})),
             software=_software(),
         )
@@ -154,7 +154,9 @@ def train_encoder(
         tracker.figure("augmented_patches", pictures.augmentation_sheet(tasks))
     with torch.random.fork_rng():
         torch.manual_seed(spec.seed)
-        encoder = build_encoder(spec.architecture, patch=patch, code=code).to(target)
+        encoder = build_encoder(spec.architecture, patch=patch, embedding_size=embedding_size).to(
+            target
+        )
         objective = OBJECTIVES[spec.objective](
             encoder,
             tasks,
@@ -165,7 +167,7 @@ def train_encoder(
             **({"task_weights": spec.task_weights} if spec.objective == "mtl" else {}),
         )
         channels_last(objective.networks)
-        setting = repr((spec, patch, mpp, code, data, software, target.type, precision))
+        setting = repr((spec, patch, mpp, embedding_size, data, software, target.type, precision))
         history = fit(
             objective,
             spec,
@@ -191,7 +193,7 @@ def train_encoder(
         tasks={task.name: task.classes for task in tasks if task.name in heads},
         patch=patch,
         mpp=mpp,
-        code=code,
+        embedding_size=embedding_size,
         weights_hash=weights_hash(spec.architecture, encoder_tensors(encoder, heads)),
         training=facts | {"patches_seen": int(history["patches"][-1])},
         data=data,

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-Pixels = NDArray[np.uint8]
+from nic_core.types import Pixels
 
 # Below a hundredth of a pixel a scale is the rounding of the file's own um/px: 2.00001 is 2.
 _SCALE_ROUNDING = 1e-5

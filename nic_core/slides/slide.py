@@ -12,7 +12,8 @@ import numpy as np
 from nic_core.slides.engines import Engine, EngineName, naming, open_engine
 from nic_core.slides.errors import SlideError
 from nic_core.slides.metadata import BRIGHTFIELD_REMEDY, check_size, settle_mpp
-from nic_core.slides.resample import Pixels, resample, settle
+from nic_core.slides.resample import resample, settle
+from nic_core.types import Pixels
 
 # Source pixels held by one read: a wide thumbnail of a slide without a pyramid comes in bands.
 _SOURCE_PIXELS = 1 << 24

@@ -186,3 +186,10 @@ def _directories_end(tiff: tifffile.TiffFile) -> int:
                     file.seek(value)
                     waiting += struct.unpack(f"{order}{number}{letter}", file.read(length))
     return end
+
+
+def tile_size(page: tifffile.TiffPage) -> tuple[int, int]:
+    """Width and height of a page's tiles or strips, px."""
+    if page.is_tiled:
+        return page.tilewidth, page.tilelength
+    return page.imagewidth, min(page.rowsperstrip, page.imagelength)

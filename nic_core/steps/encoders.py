@@ -7,7 +7,7 @@ from collections.abc import Callable
 import polars as pl
 from matplotlib.figure import Figure
 
-from nic_core.cohort import Cohort, ReadyEncoder, RegisteredEncoder
+from nic_core.cohort import Cohort, ImportedEncoder, RegisteredEncoder
 from nic_core.encoders import (
     EncoderError,
     PatchDataset,
@@ -19,11 +19,11 @@ from nic_core.encoders import (
     save_encoder,
     train_encoder,
 )
+from nic_core.encoders.figures import embedding_map, neighbour_sheet
 from nic_core.encoders.patch_tasks import leaks
-from nic_core.encoders.pictures import code_map, neighbour_sheet
-from nic_core.encoders.probes import check_scale, probe_table, task_codes
-from nic_core.steps.inputs import digest, patch_task_version
-from nic_core.store import Store, whole_file, whole_folder
+from nic_core.encoders.probes import check_scale, probe_table, task_embeddings
+from nic_core.steps.slide_index import digest, patch_task_version
+from nic_core.store import Store, atomic_file, atomic_folder
 from nic_core.tracker import Tracker
 
 HISTORY = "history.parquet"
@@ -45,7 +45,7 @@ def make_patch_task(
     """
     settings = cohort.settings
     recipe = _recipe(cohort, task)  # before anything is read
-    with whole_folder(store.patch_task(task)) as folder:
+    with atomic_folder(store.patch_task(task)) as folder:
         build_patch_task(
             cohort.patch_task(task),
             patch=settings.patch,
@@ -83,7 +83,7 @@ def make_encoder(
     """Train an encoder on its patch tasks, or import a ready one; writes and returns it.
 
     A training that was killed goes on from its last epoch. With a tracker its state stays until
-    :func:`encoder_tracked`: called again, it tells the tracker all and trains nothing.
+    :func:`remove_checkpoint`: called again, it tells the tracker all and trains nothing.
 
     Raises
     ------
@@ -96,7 +96,7 @@ def make_encoder(
             f"encoder '{encoder}' is a version of a registry, which is not asked here; give the "
             "file of an imported one"
         )
-    if isinstance(spec, ReadyEncoder):
+    if isinstance(spec, ImportedEncoder):
         ready = import_encoder(spec, patch=settings.patch, mpp=settings.mpp)
         trained = Trained(ready, pl.DataFrame())
     else:
@@ -105,23 +105,23 @@ def make_encoder(
             [load_patch_task(store.patch_task(task)) for task in spec.tasks],
             patch=settings.patch,
             mpp=settings.mpp,
-            code=settings.code,
+            embedding_size=settings.embedding_size,
             device=device,
             tracker=tracker,
-            checkpoint=store.training(encoder),
+            checkpoint=store.encoder_checkpoint(encoder),
             progress=progress,
         )
-    with whole_folder(store.encoder(encoder)) as folder:
+    with atomic_folder(store.encoder(encoder)) as folder:
         save_encoder(folder, trained.encoder)
         trained.history.write_parquet(folder / HISTORY)
     if tracker is None:
-        encoder_tracked(store, encoder)
+        remove_checkpoint(store, encoder)
     return trained
 
 
-def encoder_tracked(store: Store, encoder: str) -> None:
+def remove_checkpoint(store: Store, encoder: str) -> None:
     """Forget a training's state: its product is kept, and its tracker has taken everything."""
-    store.training(encoder).unlink(missing_ok=True)
+    store.encoder_checkpoint(encoder).unlink(missing_ok=True)
 
 
 def leaked_groups(cohort: Cohort, store: Store, encoder: str) -> list[str]:
@@ -132,13 +132,13 @@ def leaked_groups(cohort: Cohort, store: Store, encoder: str) -> list[str]:
     return leaks([task for task in tasks if task.name in cohort.encoder(encoder).tasks], tasks)
 
 
-def probe_encoder(
+def make_encoder_probe(
     cohort: Cohort, store: Store, encoder: str
 ) -> tuple[pl.DataFrame, dict[str, Figure]]:
     """Probe an encoder on every patch task that could be made; writes and returns the scores.
 
     The scores are those of :data:`~nic_core.encoders.probes.PROBE_SCHEMA`; the figures show the
-    codes' principal axes and nearest neighbours.
+    embeddings' principal axes and nearest neighbours.
 
     Raises
     ------
@@ -155,8 +155,11 @@ def probe_encoder(
     tasks = [load_patch_task(path) for path in made]
     for task in tasks:
         check_scale(loaded, task)
-    codes = [task_codes(loaded, task) for task in tasks]
-    scores = probe_table(loaded, codes)
-    with whole_file(store.probe(encoder)) as path:
+    embeddings = [task_embeddings(loaded, task) for task in tasks]
+    scores = probe_table(loaded, embeddings)
+    with atomic_file(store.encoder_probe(encoder)) as path:
         scores.write_parquet(path)
-    return scores, {"codes": code_map(codes), "nearest_patches": neighbour_sheet(codes)}
+    return scores, {
+        "embeddings": embedding_map(embeddings),
+        "nearest_patches": neighbour_sheet(embeddings),
+    }

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 import polars as pl
 from matplotlib.image import imsave
 from pydantic import BaseModel, ConfigDict
 
 from nic_core.cohort import Cohort
-from nic_core.patches import patch_table, write_patch_table
-from nic_core.quality import measure_quality
 from nic_core.slides import Level, content_identity
-from nic_core.steps.inputs import index_row, open_indexed
-from nic_core.store import Store, whole_folder
-from nic_core.tissue import TissueMask, read_mask, tissue_mask, tissue_outline
+from nic_core.steps.slide_index import index_row, open_indexed
+from nic_core.store import Store, atomic_folder
+from nic_core.tiling.patches import patch_table, write_patch_table
+from nic_core.tiling.quality import measure_quality
+from nic_core.tiling.tissue import TissueMask, read_mask, tissue_mask, tissue_outline
+from nic_core.types import Pixels
 
 RECORD, THUMBNAIL, TISSUE = "slide.json", "thumbnail.jpg", "tissue.png"
 THUMBNAIL_SIDE = 1024  # px
-
-Pixels = npt.NDArray[np.uint8]
 
 
 class SlideRecord(BaseModel):
@@ -40,7 +37,7 @@ class SlideRecord(BaseModel):
     tissue_mm2: float
 
 
-def prepare_slide(store: Store, slide: str) -> tuple[SlideRecord, Pixels]:
+def make_slide(store: Store, slide: str) -> tuple[SlideRecord, Pixels]:
     """Open a slide, find its tissue, draw a thumbnail.
 
     Returns the record, and the thumbnail with the tissue outlined, uint8 (H, W, 3).
@@ -59,7 +56,7 @@ def prepare_slide(store: Store, slide: str) -> tuple[SlideRecord, Pixels]:
             tissue_mpp=mask.mpp,
             tissue_mm2=float(mask.array.sum()) * (mask.mpp / 1000) ** 2,
         )
-        with whole_folder(store.slide(slide)) as folder:
+        with atomic_folder(store.slide(slide)) as folder:
             (folder / RECORD).write_text(record.model_dump_json(indent=2) + "\n")
             imsave(folder / THUMBNAIL, opened.thumbnail(THUMBNAIL_SIDE))
             mask.save(folder / TISSUE)
@@ -67,11 +64,11 @@ def prepare_slide(store: Store, slide: str) -> tuple[SlideRecord, Pixels]:
 
 
 def read_record(store: Store, slide: str) -> SlideRecord:
-    """The record that :func:`prepare_slide` wrote."""
+    """The record that :func:`make_slide` wrote."""
     return SlideRecord.model_validate_json((store.slide(slide) / RECORD).read_bytes())
 
 
-def tabulate_patches(cohort: Cohort, store: Store, slide: str) -> pl.DataFrame:
+def make_patch_table(cohort: Cohort, store: Store, slide: str) -> pl.DataFrame:
     """Lay the cohort's grid over a slide and measure its cells; writes and returns the patch
     table."""
     settings = cohort.settings

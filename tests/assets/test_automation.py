@@ -8,9 +8,9 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
+from nic_assets.assets.inputs import ENCODER_ENTRY, SLIDE_FILE
 from nic_assets.automation import automate
 from nic_assets.build import build_defs
-from nic_assets.inputs import ENCODER_ENTRY, SLIDE_FILE
 from nic_assets.partitions import SLIDES
 from nic_core.cohort import Automation, CohortError, load_cohort
 from nic_core.store import Store
@@ -281,7 +281,7 @@ class Watched:
             if request.run_key in self.asked:
                 return "known"
             self.asked.add(request.run_key)
-            result = self.defs.resolve_job_def("find_slides").execute_in_process(
+            result = self.defs.resolve_job_def("scan_slides").execute_in_process(
                 instance=self.instance, run_config=request.run_config, raise_on_error=False
             )
         return "asked" if result.success else "failed"

@@ -19,7 +19,7 @@ from sksurv.metrics import concordance_index_censored
 from nic_core.cohort import load_cohort
 from nic_core.demo import make_demo
 from nic_core.demo.__main__ import main
-from nic_core.demo.pictures import contact_sheet, slide_sheet
+from nic_core.demo.figures import contact_sheet, slide_sheet
 from nic_core.demo.plan import plan_cohort
 from nic_core.demo.tissues import Tissue
 

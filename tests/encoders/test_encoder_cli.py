@@ -24,7 +24,7 @@ run = CliRunner().invoke
 def encoder(tmp_path: Path) -> Path:
     spec = EncoderSpec(name="mean", objective="mean_rgb")
     folder = tmp_path / "mean"
-    save_encoder(folder, train_encoder(spec, [], patch=62, mpp=0.5, code=3).encoder)
+    save_encoder(folder, train_encoder(spec, [], patch=62, mpp=0.5, embedding_size=3).encoder)
     return folder
 
 
@@ -40,7 +40,7 @@ def test_a_released_encoder_is_imported_under_its_folders_name(published: Path, 
     done = run(app, ["encoder", "import", str(file), "--out", str(tmp_path / "bigan")])
     assert done.exit_code == 0
     card = load_encoder(tmp_path / "bigan").card
-    assert (card.name, card.code, card.patch, card.mpp) == ("bigan", 128, 128, 0.5)
+    assert (card.name, card.embedding_size, card.patch, card.mpp) == ("bigan", 128, 128, 0.5)
     assert card.weights_hash in done.stdout
 
 
@@ -69,7 +69,7 @@ def test_probe_writes_its_table_and_pictures(encoder: Path, tmp_path: Path):
     assert scores.schema == PROBE_SCHEMA
     assert scores["task"].to_list() == ["first", "first", "second", "second"]
     assert scores["seen"].to_list() == [False] * 4
-    for name in ("codes.png", "nearest_patches.png"):
+    for name in ("embeddings.png", "nearest_patches.png"):
         assert Image.open(out / name).size > (100, 100)
 
 

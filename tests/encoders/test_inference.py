@@ -8,14 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nic_core.devices import resolve_precision
 from nic_core.encoders.encoder import Encoder, EncoderCard
-from nic_core.encoders.inference import (
-    FoldedEncoder,
-    FusedEncoder,
-    can_fuse,
-    fast_module,
-    resolve_precision,
-)
+from nic_core.encoders.inference import FoldedEncoder, FusedEncoder, can_fuse, fast_module
 from nic_core.encoders.networks import (
     MeanRGB,
     PatchEncoder,
@@ -101,14 +96,14 @@ def test_auto_is_bfloat16_only_where_the_device_has_it(has: bool, expected: str,
         assert resolve_precision("float32", device) == "float32"
 
 
-def encoder_of(module: torch.nn.Module, architecture: str, code: int) -> Encoder:
+def encoder_of(module: torch.nn.Module, architecture: str, embedding_size: int) -> Encoder:
     card = EncoderCard(
         name="e",
         architecture=architecture,
         objective="vae",
         patch=128,
         mpp=0.5,
-        code=code,
+        embedding_size=embedding_size,
         weights_hash="0",
     )
     return Encoder(card, module)

@@ -31,7 +31,7 @@ def test_released_encoders_give_their_reference_embedding(published: Path, name:
 def test_released_mean_rgb_is_the_mean_of_scaled_pixels(published: Path):
     pixels = read_image(published / "example_128.jpg")[None]
     encoder = import_keras_encoder(published / "encoder_mean-rgb.h5", "mean-rgb")
-    assert encoder.card.code == 3
+    assert encoder.card.embedding_size == 3
     assert np.allclose(encoder.embed(pixels), pixels.mean((1, 2)) / 255 * 2 - 1, atol=1e-6)
 
 

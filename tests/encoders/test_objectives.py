@@ -16,7 +16,8 @@ from torch import nn
 from torch.distributions import Normal, kl_divergence
 
 from nic_core.cohort import EncoderSpec, PatchTask
-from nic_core.encoders import EncoderError, load_encoder, loop, save_encoder, train_encoder
+from nic_core.encoders import EncoderError, load_encoder, save_encoder, train_encoder
+from nic_core.encoders import training_loop as loop
 from nic_core.encoders.encoder import build_encoder
 from nic_core.encoders.networks import (
     ClassHead,
@@ -121,8 +122,8 @@ def test_kl_is_positive_and_that_of_torch():
 def test_bigan_networks_pull_the_discriminator_in_opposite_directions(tasks):
     def judged() -> tuple[float, float]:
         """The discriminator's logits of encoded patches and of generated ones, means."""
-        codes, generated = objective.encoder.network(patches), objective.generator(z)
-        real = objective.discriminator(patches, codes)
+        embeddings, generated = objective.encoder.network(patches), objective.generator(z)
+        real = objective.discriminator(patches, embeddings)
         return real.mean().item(), objective.discriminator(generated, z).mean().item()
 
     for loss, direction in (("loss/discriminator", 1), ("loss/encoder_generator", -1)):
@@ -330,7 +331,7 @@ def test_vae_learns_to_rebuild_patches_and_is_saved(tasks, tmp_path, architectur
         name="vae", objective="vae", tasks=("stripes", "other"), patches_seen=192, batch=16,
         architecture=architecture,
     )  # fmt: skip
-    result = train_encoder(spec, tasks, patch=64, mpp=0.5, code=16, device="cpu")
+    result = train_encoder(spec, tasks, patch=64, mpp=0.5, embedding_size=16, device="cpu")
     history = result.history
     assert history["loss/mse"][-1] < 0.9 * history["loss/mse"][0]
     assert result.encoder.card.training["learning_rate"] == 1e-3
@@ -349,7 +350,8 @@ def test_bigan_trains_at_a_fixed_rate_and_its_seed_decides(tasks):
         name="bigan", objective="bigan", tasks=("stripes", "other"), patches_seen=48, batch=16
     )
     first, again = (
-        train_encoder(spec, tasks, patch=64, mpp=0.5, code=16, device="cpu") for _ in range(2)
+        train_encoder(spec, tasks, patch=64, mpp=0.5, embedding_size=16, device="cpu")
+        for _ in range(2)
     )
     assert set(first.history["learning_rate"]) == {2e-4}
     assert first.encoder.card == again.encoder.card  # dropout too comes from the seed
@@ -364,7 +366,7 @@ def test_contrastive_training_learns_which_pairs_are_one_place(neighbours):
         name="c", objective="contrastive", tasks=("stripes",), patches_seen=6400, batch=32,
         learning_rate=2e-3,
     )  # fmt: skip
-    result = train_encoder(spec, [easy], patch=64, mpp=0.5, code=16, device="cpu")
+    result = train_encoder(spec, [easy], patch=64, mpp=0.5, embedding_size=16, device="cpu")
     assert result.history["validation/accuracy"].max() > 0.7
     assert result.encoder.card.scores == {}
 
@@ -407,7 +409,7 @@ def test_specs_that_cannot_be_are_refused(values, message):
 def test_patches_are_refused_that_the_networks_cannot_take(objective, architecture, patch):
     spec = EncoderSpec(name="x", objective=objective, tasks=("a",), architecture=architecture)
     try:
-        network = build_encoder(architecture, patch=patch, code=8).network
+        network = build_encoder(architecture, patch=patch, embedding_size=8).network
         if objective == "vae":
             Decoder(8, patch)
         if objective == "bigan":
@@ -426,5 +428,5 @@ def test_a_task_may_have_any_name(names):
         name="x", objective="mtl", tasks=names, patches_seen=48, batch=16,
         task_weights="uncertainty",
     )  # fmt: skip
-    encoder = train_encoder(spec, tasks, patch=64, mpp=0.5, code=8, device="cpu").encoder
+    encoder = train_encoder(spec, tasks, patch=64, mpp=0.5, embedding_size=8, device="cpu").encoder
     assert tuple(encoder.card.tasks) == names

@@ -177,8 +177,8 @@ def test_a_cell_is_labelled_by_the_share_that_its_region_covers(annotated: Path)
     path = annotated.parent / "s1.geojson"
     path.write_text(path.read_text().replace("256", "264"))  # a quarter of the next column
 
-    def tumours(share: float) -> int:
-        frame = build(slide_task(annotated, share=share)).table.filter(group="p1")
+    def tumours(min_coverage: float) -> int:
+        frame = build(slide_task(annotated, min_coverage=min_coverage)).table.filter(group="p1")
         assert frame.filter(label="normal").height == 224 - 4  # touched cells are no rest
         return frame.filter(label="tumour").height
 
@@ -187,7 +187,7 @@ def test_a_cell_is_labelled_by_the_share_that_its_region_covers(annotated: Path)
 
 
 def test_a_slide_gives_at_most_so_many_patches_of_a_class_by_seed(annotated: Path):
-    frames = [build(slide_task(annotated, most=10), seed=seed).table for seed in (0, 0, 1)]
+    frames = [build(slide_task(annotated, max_per_slide=10), seed=seed).table for seed in (0, 0, 1)]
     assert frames[0].group_by("group", "label").len()["len"].unique().to_list() == [10]
     assert frames[0].equals(frames[1])
     places = [frame.select("source", "x", "y").sort("source", "y", "x") for frame in frames]
@@ -196,7 +196,7 @@ def test_a_slide_gives_at_most_so_many_patches_of_a_class_by_seed(annotated: Pat
 
 def test_without_a_label_for_the_rest_each_slide_needs_annotations(annotated: Path):
     with pytest.raises(CohortError, match="1 kept rows have an empty 'annotations'"):
-        build(slide_task(annotated, rest=None))
+        build(slide_task(annotated, background_label=None))
 
 
 def test_a_table_without_slides_is_refused(annotated: Path):

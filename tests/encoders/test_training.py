@@ -19,24 +19,24 @@ from nic_core.cohort import EncoderSpec
 from nic_core.encoders import (
     EncoderError,
     load_encoder,
-    loop,
     save_encoder,
     task_probabilities,
     train_encoder,
 )
+from nic_core.encoders import training_loop as loop
 from nic_core.encoders.encoder import Encoder
+from nic_core.encoders.figures import augmentation_sheet
 from nic_core.encoders.networks import PatchEncoder, TellezEncoder
 from nic_core.encoders.objectives.base import Selection, Validation
 from nic_core.encoders.objectives.mtl import Multitask, uncertainty_loss
 from nic_core.encoders.patch_tasks import PatchDataset
-from nic_core.encoders.pictures import augmentation_sheet
 from nic_core.encoders.scores import score_task
-from nic_core.metrics import classification_metrics, score
+from nic_core.models.metrics import classification_metrics, score
 from nic_core.reports import encoder_results
 
 from .conftest import REPOSITORY, make_dataset, texture, write_image
 
-SIZES = {"patch": 62, "mpp": 0.5, "code": 16}
+SIZES = {"patch": 62, "mpp": 0.5, "embedding_size": 16}
 
 
 def make_tasks(side: int = 62):
@@ -277,10 +277,10 @@ class Planted:
         return Path.touch, (self.path,)
 
 
-@pytest.mark.parametrize("content", ["code", "cut", "other", "list", "weights"])
+@pytest.mark.parametrize("content", ["embedding_size", "cut", "other", "list", "weights"])
 def test_a_file_that_is_no_checkpoint_is_refused_and_no_code_in_it_runs(tasks, tmp_path, content):
     checkpoint, trace = tmp_path / "training.pt", tmp_path / "ran"
-    if content == "code":
+    if content == "embedding_size":
         torch.save({"fingerprint": Planted(trace)}, checkpoint)
     elif content in ("list", "weights"):
         torch.save([1] if content == "list" else {"w": torch.zeros(1)}, checkpoint)
@@ -409,8 +409,8 @@ def test_the_best_validated_weights_are_kept(trained, tasks):
     accuracies = []
     for task in tasks:
         rows = task.rows("validation")
-        codes = result.encoder.embed(task.patches[rows])
-        probabilities = task_probabilities(result.encoder, task.name, codes)
+        embeddings = result.encoder.embed(task.patches[rows])
+        probabilities = task_probabilities(result.encoder, task.name, embeddings)
         accuracies.append(balanced_accuracy_score(task.labels[rows], probabilities.argmax(1)))
     assert np.mean(accuracies) == pytest.approx(best, abs=1e-9)
 
@@ -458,17 +458,17 @@ def test_mean_rgb_goes_the_same_way_and_is_not_trained(tasks):
     mean = EncoderSpec(name="mean", objective="mean_rgb")
     result = train_encoder(mean, [], **SIZES)
     assert result.history.is_empty()
-    codes = result.encoder.embed(tasks[0].patches[:5])
+    embeddings = result.encoder.embed(tasks[0].patches[:5])
     expected = tasks[0].patches[:5].mean((1, 2)) / 255 * 2 - 1
-    assert np.allclose(codes, expected, atol=1e-6)
-    assert result.encoder.card.code == 3
+    assert np.allclose(embeddings, expected, atol=1e-6)
+    assert result.encoder.card.embedding_size == 3
 
 
 def test_tasks_that_are_not_those_of_the_spec_are_refused(tasks):
     with pytest.raises(EncoderError, match="trains on"):
         train_encoder(spec(), tasks[:1], **SIZES)
     with pytest.raises(EncoderError, match=r"takes 128 px .* 'stripes' has 62 px"):
-        train_encoder(spec(), tasks, patch=128, mpp=0.5, code=16)
+        train_encoder(spec(), tasks, patch=128, mpp=0.5, embedding_size=16)
 
 
 def test_a_saved_encoder_comes_back(trained, tasks, tmp_path):
@@ -478,10 +478,10 @@ def test_a_saved_encoder_comes_back(trained, tasks, tmp_path):
     assert loaded.card == encoder.card
     pixels = tasks[0].patches[:40]
     assert np.array_equal(loaded.embed(pixels), encoder.embed(pixels))
-    codes = loaded.embed(pixels)
+    embeddings = loaded.embed(pixels)
     for task in ("stripes", "directions"):
-        probabilities = task_probabilities(loaded, task, codes)
-        assert np.array_equal(probabilities, task_probabilities(encoder, task, codes))
+        probabilities = task_probabilities(loaded, task, embeddings)
+        assert np.array_equal(probabilities, task_probabilities(encoder, task, embeddings))
         assert np.allclose(probabilities.sum(1), 1, atol=1e-5)
     assert not loaded.module.training
 
@@ -519,7 +519,7 @@ def test_embedding_and_probabilities_refuse_wrong_shapes(trained):
         encoder.embed(np.zeros((2, 62, 62, 3), np.float32))
     with pytest.raises(EncoderError, match="no head for task 'other'; it has: stripes"):
         task_probabilities(encoder, "other", np.zeros((2, 16), np.float32))
-    with pytest.raises(EncoderError, match="codes"):
+    with pytest.raises(EncoderError, match="embeddings"):
         task_probabilities(encoder, "stripes", np.zeros((2, 3), np.float32))
 
 

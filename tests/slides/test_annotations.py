@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from skimage import draw
 
-from nic_core.patches import patch_table
 from nic_core.slides import SlideError, open_slide
-from nic_core.slides.annotations import Region, label_patches, read_annotations, region_mask
-from nic_core.tissue import TissueMask
+from nic_core.tiling.annotations import Region, label_patches, read_annotations, region_mask
+from nic_core.tiling.patches import patch_table
+from nic_core.tiling.tissue import TissueMask
 
 
 def rectangle(x0: float, y0: float, x1: float, y1: float) -> list[list[float]]:
@@ -184,7 +184,7 @@ def cells_of(columns: int, rows: int) -> pl.DataFrame:
 def test_the_share_of_a_rectangle_is_its_area_in_the_cell(x, y):
     # corners on 16ths of a cell: exact
     ring = np.array(rectangle(4 * x[0], 4 * y[0], 4 * x[1], 4 * y[1]))
-    labels = label_patches(cells_of(4, 3), [Region("a", (ring,))], Plain(), share=0.5)
+    labels = label_patches(cells_of(4, 3), [Region("a", (ring,))], Plain(), min_coverage=0.5)
     across, down = (
         np.clip(np.minimum(edges[1], at + 16) - np.maximum(edges[0], at), 0, None) / 16
         for edges, at in ((x, 16 * np.arange(4)), (y, 16 * np.arange(3)))
@@ -224,7 +224,7 @@ def region(label: str, *corners: float) -> Region:
     ],
 )
 def test_overlaps_ties_and_unlabelled_regions_follow_the_rule(regions, label, share):
-    labels = label_patches(cells_of(1, 1), regions, Plain(), share=0.5)
+    labels = label_patches(cells_of(1, 1), regions, Plain(), min_coverage=0.5)
     assert labels.row(0) == (0, 0, label, share)
     assert dict(labels.schema)["share"] == pl.Float32
 
@@ -246,7 +246,7 @@ def test_cells_have_the_label_of_most_of_their_area(files):
             Region("tumor", (np.array(rectangle(128, 0, 128 + 20, 64)),)),
         ]
         labels = label_patches(table, regions, slide)
-        strict = label_patches(table, regions, slide, share=0.7)
+        strict = label_patches(table, regions, slide, min_coverage=0.7)
     assert labels["label"].head(4).to_list() == ["tumor", "stroma", None, None]
     np.testing.assert_array_equal(labels["share"].head(4), [1, 0.625, 0.3125, 0])
     assert strict["label"].head(4).to_list() == ["tumor", None, None, None]

@@ -13,22 +13,24 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from nic_core.batch import BATCH_SCHEMA, compress_slides, name_slides, write_report
 from nic_core.cohort import EncoderSpec
+from nic_core.compression.batch import BATCH_SCHEMA, compress_slides, name_slides, write_report
 from nic_core.encoders import train_encoder
 from nic_core.encoders.inference import PreparedEncoder
 from nic_core.grids import grid_hash, open_grid
-from nic_core.store import exclusive
+from nic_core.store import exclusive_lock
 from tests.slides.conftest import paint, write_tiff
 
 # children that are started by the dozen share their imports
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["nic_core.batch", "nic_core.encoders", "tests.slides.test_batch"])
+processes.set_forkserver_preload(
+    ["nic_core.compression.batch", "nic_core.encoders", "tests.slides.test_batch"]
+)
 
 
 def mean_rgb(patch: int = 64) -> PreparedEncoder:
     spec = EncoderSpec(name="mean", objective="mean_rgb")
-    trained = train_encoder(spec, [], patch=patch, mpp=1.0, code=3, tracker=None)
+    trained = train_encoder(spec, [], patch=patch, mpp=1.0, embedding_size=3, tracker=None)
     return trained.encoder.prepare("cpu")
 
 
@@ -146,7 +148,7 @@ def test_a_slide_that_another_process_is_at_comes_last(slides, tmp_path):
     busy, free = threading.Event(), threading.Event()
 
     def hold():
-        with exclusive(out / "a.zarr"):
+        with exclusive_lock(out / "a.zarr"):
             busy.set()
             free.wait()
 

@@ -96,7 +96,7 @@ def test_what_is_no_grid_is_one_line_and_status_1(tmp_path):
 @pytest.fixture
 def encoder(tmp_path) -> Path:
     spec = EncoderSpec(name="mean", objective="mean_rgb")
-    trained = train_encoder(spec, [], patch=64, mpp=1.0, code=3, tracker=None)
+    trained = train_encoder(spec, [], patch=64, mpp=1.0, embedding_size=3, tracker=None)
     save_encoder(tmp_path / "mean", trained.encoder)
     return tmp_path / "mean"
 
@@ -144,7 +144,7 @@ def test_an_encoder_is_found_by_its_name_in_the_store(section, encoder, tmp_path
 def network(tmp_path) -> Path:
     """The published network with random weights, for patches of 64 um."""
     torch.manual_seed(0)
-    module = build_encoder("tellez2020", patch=128, code=8)
+    module = build_encoder("tellez2020", patch=128, embedding_size=8)
     tensors = encoder_tensors(module, {})
     card = EncoderCard(
         name="random",
@@ -152,7 +152,7 @@ def network(tmp_path) -> Path:
         objective="mtl",
         patch=128,
         mpp=0.5,
-        code=8,
+        embedding_size=8,
         weights_hash=weights_hash("tellez2020", tensors),
     )
     save_encoder(tmp_path / "random", Encoder(card, module))

@@ -14,12 +14,12 @@ from torch import nn
 from nic_core.compression import compress_slide, up_to_date
 from nic_core.encoders.inference import PreparedEncoder
 from nic_core.grids import open_grid, write_grid
-from nic_core.orientations import orient, undo
-from nic_core.patches import PatchTableError, patch_table
-from nic_core.quality import measure_quality
+from nic_core.grids.orientations import orient, undo
 from nic_core.slides import SlideError, content_identity, open_slide
-from nic_core.slides.blocks import plan_blocks, read_block
-from nic_core.tissue import TissueMask
+from nic_core.tiling.blocks import plan_blocks, read_block
+from nic_core.tiling.patches import PatchTableError, patch_table
+from nic_core.tiling.quality import measure_quality
+from nic_core.tiling.tissue import TissueMask
 from tests.slides.conftest import paint, write_tiff
 
 
@@ -28,7 +28,7 @@ class Card:
     name: str = "moments"
     patch: int = 32
     mpp: float = 0.5
-    code: int = 6
+    embedding_size: int = 6
     weights_hash: str = "0" * 32
 
 
@@ -83,11 +83,11 @@ def test_a_grid_is_every_kept_patch_at_its_place(kind, mpp, files):
             assert grid.valid[place] == row["kept"]
             if row["kept"]:
                 pixels = slide.read(row["x"], row["y"], 32, 32, 0.5).reshape(-1, 3)
-                code = np.concatenate([pixels.mean(0), pixels.std(0, ddof=1)])
+                expected = np.concatenate([pixels.mean(0), pixels.std(0, ddof=1)])
                 # float16 has 11 bits
-                np.testing.assert_allclose(grid.codes[:, *place], code, rtol=2e-3)
+                np.testing.assert_allclose(grid.embeddings[:, *place], expected, rtol=2e-3)
             else:
-                assert not grid.codes[:, *place].any()
+                assert not grid.embeddings[:, *place].any()
 
 
 def test_the_result_depends_neither_on_threads_nor_on_blocks(files, monkeypatch):
@@ -99,7 +99,7 @@ def test_the_result_depends_neither_on_threads_nor_on_blocks(files, monkeypatch)
         )
         second = compress(slide, table, workers=4)
     np.testing.assert_array_equal(first.valid, second.valid)
-    np.testing.assert_allclose(first.codes, second.codes, rtol=2e-3)
+    np.testing.assert_allclose(first.embeddings, second.embeddings, rtol=2e-3)
 
 
 def test_blocks_hold_every_kept_cell_once(files):
@@ -170,7 +170,7 @@ def test_an_undecodable_tile_leaves_its_cells_empty_and_the_rest_right(scratched
         np.testing.assert_array_equal(np.unique(empty), [4, 5, 6, 7])
         assert len(empty) == grid.provenance.unreadable == 16
         pixels = slide.read(3 * 32, 3 * 32, 32, 32, 0.5).reshape(-1, 3)
-        np.testing.assert_allclose(grid.codes[:3, 3, 3], pixels.mean(0), rtol=2e-3)
+        np.testing.assert_allclose(grid.embeddings[:3, 3, 3], pixels.mean(0), rtol=2e-3)
 
 
 def test_cells_that_the_patch_table_found_undecodable_are_not_tried_again(scratched, tmp_path):
@@ -230,7 +230,7 @@ def test_reading_at_the_input_resolution_gives_the_pooled_patch(kind, files):
     assert direct.provenance.reading == "input"
     np.testing.assert_array_equal(published.valid, direct.valid)
     # pixels are rounded once more, the stored half-size level another time
-    np.testing.assert_allclose(published.codes, direct.codes, atol=1.0)
+    np.testing.assert_allclose(published.embeddings, direct.embeddings, atol=1.0)
 
 
 def test_jpeg_tiles_are_shrunk_by_the_decoder_to_nearly_the_same_pixels(tmp_path):
@@ -248,7 +248,7 @@ def test_jpeg_tiles_are_shrunk_by_the_decoder_to_nearly_the_same_pixels(tmp_path
         direct = compress(slide, table, prepared(Pooled(), side=16, mpp=1.0, reading="input"))
         assert set(seen) == {4}
     assert direct.valid.all()
-    np.testing.assert_allclose(published.codes, direct.codes, atol=6.0)
+    np.testing.assert_allclose(published.embeddings, direct.embeddings, atol=6.0)
 
 
 class Corner(nn.Module):
@@ -274,7 +274,7 @@ def test_an_orientation_is_the_grid_of_the_turned_slide_turned_back(k, tmp_path)
             grids.append(compress(slide, table, prepared(Corner()), orientations=True))
     first, second = grids
     np.testing.assert_array_equal(first.valid, undo(second.valid, k))
-    np.testing.assert_array_equal(first.orientations[k], undo(second.codes, k))
+    np.testing.assert_array_equal(first.orientations[k], undo(second.embeddings, k))
     assert first.valid.any()
 
 
@@ -288,7 +288,7 @@ def test_orientations_share_one_read(files, monkeypatch):
         grid = compress(slide, table, orientations=True)
     assert len(reads) == len(plan_blocks(table))
     assert grid.orientations.shape == (8, *grid.shape)
-    np.testing.assert_array_equal(grid.orientations[0], grid.codes)
+    np.testing.assert_array_equal(grid.orientations[0], grid.embeddings)
 
 
 def test_a_device_that_is_no_cpu_is_fed_by_one_thread(files, monkeypatch):
@@ -306,4 +306,4 @@ def test_a_device_that_is_no_cpu_is_fed_by_one_thread(files, monkeypatch):
         monkeypatch.setattr(PreparedEncoder, "on_cpu", False)
         found = compress(slide, table, prepared(Noting()))
     assert threads == {threading.current_thread()}
-    np.testing.assert_allclose(found.codes, expected.codes, rtol=2e-3)
+    np.testing.assert_allclose(found.embeddings, expected.embeddings, rtol=2e-3)

@@ -1,4 +1,4 @@
-"""The grid store, opened by our code and by the OME-Zarr packages."""
+"""The grid store, opened by our embedding and by the OME-Zarr packages."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from ome_zarr_models.v05.image import Image
 from zarr.storage import WrapperStore
 
-from nic_core.chunks import ChunkError
 from nic_core.grids import (
     Grid,
     GridError,
@@ -25,7 +24,8 @@ from nic_core.grids import (
     open_grid,
     write_grid,
 )
-from nic_core.orientations import orient, undo
+from nic_core.grids.chunks import ChunkError
+from nic_core.grids.orientations import orient, undo
 from nic_core.store import StoreError
 
 
@@ -34,9 +34,9 @@ def make(
 ) -> Grid:
     rng = np.random.default_rng(seed)
     valid = rng.random((rows, columns)) < 0.6
-    codes = rng.normal(size=(count, rows, columns)).astype(np.float16) * valid
+    embeddings = rng.normal(size=(count, rows, columns)).astype(np.float16) * valid
     others = rng.normal(size=(7, count, rows, columns)).astype(np.float16) * valid
-    orientations = np.concatenate([codes[None], others]) if turned else None
+    orientations = np.concatenate([embeddings[None], others]) if turned else None
     provenance = {
         "slide": "s1",
         "slide_identity": "ab" * 16,
@@ -46,7 +46,7 @@ def make(
         "mpp": 0.5,
         "patch": 128,
     } | about
-    return Grid(codes, valid, GridProvenance(**provenance), orientations)
+    return Grid(embeddings, valid, GridProvenance(**provenance), orientations)
 
 
 @settings(max_examples=15, deadline=None)
@@ -62,17 +62,17 @@ def test_a_grid_survives_the_disk(tmp_path_factory, count, rows, columns, seed, 
     grid = make(count, rows, columns, seed, turned)
     write_grid(path, grid)
     again = open_grid(path)
-    np.testing.assert_array_equal(again.codes[:], grid.codes)
+    np.testing.assert_array_equal(again.embeddings[:], grid.embeddings)
     np.testing.assert_array_equal(again.valid, grid.valid)
     assert again.provenance == grid.provenance
     assert again.shape == grid.shape == (count, rows, columns)
     assert grid_hash(again) == grid_hash(grid) == grid_hash(path)
     assert (again.orientations is not None) == turned
     for k in range(8 if turned else 1):
-        codes = again.oriented(k)
-        assert (codes.shape, codes.dtype) == (grid.shape, np.float16)
-        np.testing.assert_array_equal(codes[:], grid.oriented(k))
-        np.testing.assert_array_equal(codes[:, :2, 1:], grid.oriented(k)[:, :2, 1:])
+        embeddings = again.oriented(k)
+        assert (embeddings.shape, embeddings.dtype) == (grid.shape, np.float16)
+        np.testing.assert_array_equal(embeddings[:], grid.oriented(k))
+        np.testing.assert_array_equal(embeddings[:, :2, 1:], grid.oriented(k)[:, :2, 1:])
 
 
 def test_a_stored_grid_is_copied_with_its_orientations(tmp_path):
@@ -99,8 +99,8 @@ def test_a_turned_grid_is_that_of_the_turned_slide(k):
     mask[0, 1] = False
     stacked = np.stack(upright) * mask
     grid = Grid(stacked[0], mask, make().provenance, stacked)
-    codes, valid = grid.turned(k)
-    np.testing.assert_array_equal(codes[:, valid], encode(orient(slide, k))[:, valid])
+    embeddings, valid = grid.turned(k)
+    np.testing.assert_array_equal(embeddings[:, valid], encode(orient(slide, k))[:, valid])
     np.testing.assert_array_equal(valid, orient(mask, k))
 
 
@@ -128,10 +128,10 @@ class Counting(WrapperStore):
 def test_blocks_are_the_chunks_of_a_window_as_zarr_reads_them(tmp_path, k):
     grid = make(5, 130, 600, turned=True)
     write_grid(tmp_path / "s.zarr", grid)
-    codes, seen = open_grid(tmp_path / "s.zarr").oriented(k), np.zeros((130, 600), int)
+    embeddings, seen = open_grid(tmp_path / "s.zarr").oriented(k), np.zeros((130, 600), int)
     window = slice(60, 129), slice(500, 600)
-    for cells in codes.blocks(window):
-        np.testing.assert_array_equal(codes.block(cells), grid.oriented(k)[:, *cells])
+    for cells in embeddings.blocks(window):
+        np.testing.assert_array_equal(embeddings.block(cells), grid.oriented(k)[:, *cells])
         seen[cells] += 1
     # chunks of 64 cells, cut off at the edge, each once
     assert (seen[:, 448:] == 1).all()
@@ -140,42 +140,42 @@ def test_blocks_are_the_chunks_of_a_window_as_zarr_reads_them(tmp_path, k):
 
 def test_blocks_of_a_shard_that_was_not_written_are_empty(tmp_path):
     grid = make(2, 4, 530)
-    grid.codes[:, :, 512:] = 0
+    grid.embeddings[:, :, 512:] = 0
     write_grid(tmp_path / "s.zarr", grid)
     assert not (tmp_path / "s.zarr/0/c/0/0/1").exists()
-    codes = open_grid(tmp_path / "s.zarr").codes
-    assert not codes.block((slice(0, 4), slice(512, 530))).any()
+    embeddings = open_grid(tmp_path / "s.zarr").embeddings
+    assert not embeddings.block((slice(0, 4), slice(512, 530))).any()
 
 
 def test_a_store_in_another_layout_is_one_block(tmp_path):
     grid = make(3, 20, 30)
     group = zarr.open_group(tmp_path / "s.zarr", mode="w", zarr_format=3)
     group.attrs["nic"] = grid.provenance.model_dump()
-    group.create_array("0", data=grid.codes, chunks=(1, 8, 8))
+    group.create_array("0", data=grid.embeddings, chunks=(1, 8, 8))
     group.create_array("valid", data=grid.valid)
-    codes, window = open_grid(tmp_path / "s.zarr").codes, (slice(3, 17), slice(5, 30))
-    assert list(codes.blocks(window)) == [window]
-    np.testing.assert_array_equal(codes.block(window), grid.codes[:, 3:17, 5:30])
+    embeddings, window = open_grid(tmp_path / "s.zarr").embeddings, (slice(3, 17), slice(5, 30))
+    assert list(embeddings.blocks(window)) == [window]
+    np.testing.assert_array_equal(embeddings.block(window), grid.embeddings[:, 3:17, 5:30])
 
 
 @pytest.mark.parametrize("damage", [b"", b"junk", None])
 def test_a_damaged_chunk_is_named(tmp_path, damage):
     write_grid(tmp_path / "s.zarr", make())
-    codes, shard = open_grid(tmp_path / "s.zarr").codes, tmp_path / "s.zarr/0/c/0/0/0"
+    embeddings, shard = open_grid(tmp_path / "s.zarr").embeddings, tmp_path / "s.zarr/0/c/0/0/0"
     whole = shard.read_bytes()
     # cut short, or with other bytes in the chunk's place
     shard.write_bytes(bytes(len(whole) - 20) + whole[-20:] if damage is None else damage)
     with pytest.raises(ChunkError, match=r"c/0/0/0: damaged .*compress the slide again"):
-        codes.block((slice(0, 9), slice(0, 13)))
+        embeddings.block((slice(0, 9), slice(0, 13)))
 
 
 def test_a_large_store_is_a_few_files_and_a_crop_costs_few_reads(tmp_path):
     rows, columns = 600, 700  # 4 shards
-    codes = np.random.default_rng(0).random((8, 16, rows, columns)).astype(np.float16)
+    embeddings = np.random.default_rng(0).random((8, 16, rows, columns)).astype(np.float16)
     valid = np.ones((rows, columns), bool)
     upright, turned = tmp_path / "upright.zarr", tmp_path / "turned.zarr"
-    write_grid(upright, Grid(codes[0], valid, make().provenance))
-    write_grid(turned, Grid(codes[0], valid, make().provenance, codes))
+    write_grid(upright, Grid(embeddings[0], valid, make().provenance))
+    write_grid(turned, Grid(embeddings[0], valid, make().provenance, embeddings))
     assert sum(p.is_file() for p in upright.rglob("*")) == 3 + 2 * 4
     assert sum(p.is_file() for p in turned.rglob("*")) == 4 + 9 * 4
     grid = open_grid(turned)
@@ -186,8 +186,8 @@ def test_a_large_store_is_a_few_files_and_a_crop_costs_few_reads(tmp_path):
         counting.reads.clear()
         window = np.s_[:, 100:500, 250:650]
         crop = array[(k - 1, *window)] if k else array[window]
-        np.testing.assert_array_equal(crop, codes[k][window])
-        np.testing.assert_array_equal(grid.oriented(k)[window], codes[k][window])
+        np.testing.assert_array_equal(crop, embeddings[k][window])
+        np.testing.assert_array_equal(grid.oriented(k)[window], embeddings[k][window])
         # one index of each shard, and the chunks: 7 x 8 of 64 x 64 cells hold 400 x 400
         assert len(set(counting.reads)) == 2
         assert len(counting.reads) == 2 + 7 * 8
@@ -201,7 +201,7 @@ def test_ome_zarr_opens_it_at_its_place_on_the_slide(tmp_path, turned):
     write_grid(path, grid)
     location = ome_zarr.io.parse_url(path)
     (node,) = list(ome_zarr.reader.Reader(location)())[:1]
-    np.testing.assert_array_equal(np.asarray(node.data[0]), grid.codes)
+    np.testing.assert_array_equal(np.asarray(node.data[0]), grid.embeddings)
     assert [axis["name"] for axis in node.metadata["axes"]] == ["c", "y", "x"]
     (transforms,) = node.metadata["coordinateTransformations"]
     scale, translation = transforms[0]["scale"], transforms[1]["translation"]
@@ -223,14 +223,14 @@ def test_the_metadata_are_valid_ome_zarr_0_5(tmp_path, turned):
 def test_the_hash_follows_the_content_alone():
     grid = make()
     about = grid.provenance
-    same = Grid(grid.codes, grid.valid, about.model_copy(update={"software": "other"}))
+    same = Grid(grid.embeddings, grid.valid, about.model_copy(update={"software": "other"}))
     assert grid_hash(same) == grid_hash(grid)
-    codes = grid.codes.copy()
+    embeddings = grid.embeddings.copy()
     row, column = np.argwhere(grid.valid)[0]
-    codes[3, row, column] += 1
-    assert grid_hash(Grid(codes, grid.valid, about)) != grid_hash(grid)
-    zero = Grid(np.zeros_like(grid.codes), grid.valid, about)
-    assert grid_hash(zero) != grid_hash(Grid(zero.codes, np.zeros_like(grid.valid), about))
+    embeddings[3, row, column] += 1
+    assert grid_hash(Grid(embeddings, grid.valid, about)) != grid_hash(grid)
+    zero = Grid(np.zeros_like(grid.embeddings), grid.valid, about)
+    assert grid_hash(zero) != grid_hash(Grid(zero.embeddings, np.zeros_like(grid.valid), about))
     assert grid_hash(make(patch=64)) != grid_hash(grid)
     turned = make(turned=True)
     assert grid_hash(turned) != grid_hash(grid)
@@ -273,12 +273,15 @@ def test_a_store_is_replaced_whole(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda g: Grid(g.codes, g.valid[:-1], g.provenance), "do not fit"),
-        (lambda g: Grid(g.codes * np.float16(np.nan), g.valid, g.provenance), "finite"),
-        (lambda g: Grid(g.codes, g.valid & False, g.provenance), "must be 0"),
-        (lambda g: replace(g, orientations=np.stack([g.codes] * 7)), "orientations .* do not fit"),
+        (lambda g: Grid(g.embeddings, g.valid[:-1], g.provenance), "do not fit"),
+        (lambda g: Grid(g.embeddings * np.float16(np.nan), g.valid, g.provenance), "finite"),
+        (lambda g: Grid(g.embeddings, g.valid & False, g.provenance), "must be 0"),
         (
-            lambda g: replace(g, orientations=np.stack([g.codes] * 7 + [g.codes + 1])),
+            lambda g: replace(g, orientations=np.stack([g.embeddings] * 7)),
+            "orientations .* do not fit",
+        ),
+        (
+            lambda g: replace(g, orientations=np.stack([g.embeddings] * 7 + [g.embeddings + 1])),
             "orientation 7: .* must be 0",
         ),
     ],
@@ -295,8 +298,8 @@ def test_a_disk_that_fills_up_is_one_error_and_leaves_the_old_store_alone(mount)
     path = folder / "s.zarr"
     write_grid(path, make())
     rng = np.random.default_rng(0)
-    codes = rng.random((4, 1100, 1100)).astype(np.float16)  # 9 shards
-    large = Grid(codes, np.ones((1100, 1100), bool), make().provenance)
+    embeddings = rng.random((4, 1100, 1100)).astype(np.float16)  # 9 shards
+    large = Grid(embeddings, np.ones((1100, 1100), bool), make().provenance)
     for _ in range(3):
         with pytest.raises(StoreError, match=r"s.zarr: .*No space left on device"):
             write_grid(path, large)
@@ -342,8 +345,8 @@ def test_the_preview_of_hardly_anything_is_a_picture():
     for kept in (0, 1):
         valid = np.zeros_like(grid.valid)
         valid.ravel()[:kept] = True
-        codes = grid.codes * valid
-        assert grid_preview(Grid(codes, valid, grid.provenance)).shape == (36, 52, 3)
+        embeddings = grid.embeddings * valid
+        assert grid_preview(Grid(embeddings, valid, grid.provenance)).shape == (36, 52, 3)
 
 
 def test_a_stale_place_is_named(tmp_path: Path):

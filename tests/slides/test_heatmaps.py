@@ -18,7 +18,7 @@ from hypothesis.extra.numpy import arrays
 from ome_zarr_models.v05.image import Image
 
 from nic_core.grids import GridError, GridProvenance
-from nic_core.heatmaps import (
+from nic_core.maps.heatmaps import (
     GEOJSON,
     OVERLAY,
     PATCHES,
@@ -33,7 +33,7 @@ from nic_core.heatmaps import (
     write_heatmap,
 )
 from nic_core.slides import SlideError, content_identity, open_slide
-from nic_core.slides.annotations import Region, read_annotations, region_mask
+from nic_core.tiling.annotations import Region, read_annotations, region_mask
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nic_core.patches import (
+from nic_core.slides import open_slide
+from nic_core.tiling.patches import (
     MEASURED,
     PATCH_SCHEMA,
     PatchTableError,
@@ -16,8 +17,7 @@ from nic_core.patches import (
     read_patch_table,
     write_patch_table,
 )
-from nic_core.slides import open_slide
-from nic_core.tissue import TissueMask
+from nic_core.tiling.tissue import TissueMask
 from tests.slides.conftest import write_tiff
 
 REASON = PATCH_SCHEMA["reason"]

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy import ndimage
 
-from nic_core.patches import MEASURED, check_patch_table, patch_table
-from nic_core.quality import cell_statistics, measure_quality, summarize
 from nic_core.slides import SlideError, open_slide
-from nic_core.tissue import TissueMask, tissue_mask
+from nic_core.tiling.patches import MEASURED, check_patch_table, patch_table
+from nic_core.tiling.quality import cell_statistics, measure_quality, summarize
+from nic_core.tiling.tissue import TissueMask, tissue_mask
 from tests.slides.conftest import GLASS, paint, write_tiff
 
 

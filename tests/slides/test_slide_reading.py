@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from nic_core.slides import SlideError, open_slide
-from nic_core.slides.engines import downsample
+from nic_core.slides.engines.base import downsample
 from nic_core.slides.resample import coverage, settle
 from tests.slides.conftest import area_mean, paint, reduced, write_tiff
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from nic_core.demo.artefacts import Section, sections
 from nic_core.slides import SlideError, open_slide
-from nic_core.tissue import TissueMask, find_tissue, read_mask, tissue_mask, tissue_outline
+from nic_core.tiling.tissue import TissueMask, find_tissue, read_mask, tissue_mask, tissue_outline
 from tests.slides.conftest import GLASS, paint, vips, write_tiff
 
 MPP = 8.0

@@ -133,7 +133,7 @@ def write_ndpi(
             file.write(data)
             scan = data.index(b"\xff\xda")
             first = scan + 2 + int.from_bytes(data[scan + 2 : scan + 4], "big")
-            marks = [first] + [
+            fingerprints = [first] + [
                 at + 2
                 for at in range(first, len(data) - 1)
                 if data[at] == 0xFF and 0xD0 <= data[at + 1] <= 0xD7
@@ -160,7 +160,7 @@ def write_ndpi(
                 (65422, 9, 0),
                 (65423, 9, 0),
                 (65424, 9, 0),
-                (65426, 4, tuple(marks)),
+                (65426, 4, tuple(fingerprints)),
             ]
             link = _ndpi_directory(file, tags, link)
     return path

@@ -1,7 +1,7 @@
 """Bidirectional GAN (paper B): encoder and generator fool a discriminator of pairs.
 
 The discriminator tells (patch, E(patch)) from (G(z), z), z ~ N(0, 1)^C. Fixed learning rate,
-last weights. One step trains all three networks: the discriminator's loss sees the codes and
+last weights. One step trains all three networks: the discriminator's loss sees the embeddings and
 patches without their gradient, the others' loss the discriminator without its own. Real and
 generated pairs pass the discriminator as two batches [choice].
 """
@@ -44,12 +44,12 @@ class Generator(nn.Module):
     FILTERS = 128
     STAGES = 4
 
-    def __init__(self, code: int, side: int) -> None:
+    def __init__(self, embedding_size: int, side: int) -> None:
         super().__init__()
         self.start = side // 2**self.STAGES
         if self.start * 2**self.STAGES != side:
             raise ValueError(f"a pooled patch of {side} px does not halve {self.STAGES} times")
-        self.dense = nn.Linear(code, self.start**2 * self.FIRST)
+        self.dense = nn.Linear(embedding_size, self.start**2 * self.FIRST)
         layers: list[nn.Module] = []
         for channels in (self.FIRST, *[self.FILTERS] * (self.STAGES - 1)):
             layers += upsampling_block(channels, self.FILTERS)
@@ -73,11 +73,11 @@ class Discriminator(nn.Module):
 
     HIDDEN = 1024
 
-    def __init__(self, code: int, side: int) -> None:
+    def __init__(self, embedding_size: int, side: int) -> None:
         super().__init__()
-        self.image = TellezEncoder(code, side)
+        self.image = TellezEncoder(embedding_size, side)
         self.pair = nn.Sequential(
-            nn.Linear(2 * code, self.HIDDEN),
+            nn.Linear(2 * embedding_size, self.HIDDEN),
             nn.LeakyReLU(SLOPE),
             nn.Dropout(0.5),
             nn.Linear(self.HIDDEN, self.HIDDEN),
@@ -111,8 +111,8 @@ class BidirectionalGAN:
         self.tasks = tuple(tasks)
         self.device = next(encoder.parameters()).device
         network = encoder.network
-        self.generator = Generator(network.code, network.side).to(self.device)
-        self.discriminator = Discriminator(network.code, network.side).to(self.device)
+        self.generator = Generator(network.embedding_size, network.side).to(self.device)
+        self.discriminator = Discriminator(network.embedding_size, network.side).to(self.device)
         self.heads: dict[str, nn.Module] = {}
         self.networks = nn.ModuleDict(
             {"encoder": encoder, "generator": self.generator, "discriminator": self.discriminator}
@@ -127,20 +127,22 @@ class BidirectionalGAN:
         network = self.encoder.network
         draws = zip(self.tasks, self.sampler.draw(generator), strict=True)
         patches = training_inputs(draws, network.pooling, generator)
-        z = torch.randn(len(patches), network.code, generator=generator, device=self.device)
+        z = torch.randn(
+            len(patches), network.embedding_size, generator=generator, device=self.device
+        )
         return patches, z
 
     def losses(self, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         patches, z = batch
-        codes, generated = self.encoder.network(patches), self.generator(z)
+        embeddings, generated = self.encoder.network(patches), self.generator(z)
         discriminator = _pair_loss(
-            self.discriminator(patches, codes.detach()),
+            self.discriminator(patches, embeddings.detach()),
             self.discriminator(generated.detach(), z),
         )
         frozen = {name: p.detach() for name, p in self.discriminator.named_parameters()}
         fooling = _pair_loss(
             functional_call(self.discriminator, frozen, (generated, z)),
-            functional_call(self.discriminator, frozen, (patches, codes)),
+            functional_call(self.discriminator, frozen, (patches, embeddings)),
         )
         return {
             "loss": discriminator + fooling,

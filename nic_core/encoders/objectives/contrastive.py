@@ -1,6 +1,6 @@
 """Contrastive training (paper B): do two patches show the same place?
 
-A Siamese encoder; the two codes, concatenated, pass a dense layer of 256 to one logit. 'Same'
+A Siamese encoder; the two embeddings, concatenated, pass a dense layer of 256 to one logit. 'Same'
 pairs are two heavy augmentations of one patch; of the others 75 % are adjacent,
 non-overlapping patches and 25 % patches of two slides. As many 'same' pairs as others,
 BatchNorm and LeakyReLU in the head are [choice], and so is what stands for the slide in a patch
@@ -145,7 +145,7 @@ class Contrastive:
         self.encoder = encoder
         self.tasks = tuple(tasks)
         self.device = next(encoder.parameters()).device
-        self.judge = ClassHead(2 * encoder.network.code, 1).to(self.device)
+        self.judge = ClassHead(2 * encoder.network.embedding_size, 1).to(self.device)
         self.heads: dict[str, nn.Module] = {}
         self.networks = nn.ModuleDict({"encoder": encoder, "judge": self.judge})
         self.share = max(2, batch // len(self.tasks))
@@ -179,8 +179,8 @@ class Contrastive:
         return Validation({self.selection.value: right / count})
 
     def _logits(self, batch: PairBatch) -> Tensor:
-        codes = self.encoder.network(torch.cat([batch.first, batch.second]))
-        first, second = codes.chunk(2)
+        embeddings = self.encoder.network(torch.cat([batch.first, batch.second]))
+        first, second = embeddings.chunk(2)
         logits: Tensor = self.judge(torch.cat([first, second], 1))
         return logits[:, 0]
 

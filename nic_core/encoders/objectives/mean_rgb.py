@@ -1,10 +1,10 @@
-"""Mean-RGB (paper B): the code is the patch's mean colour; nothing is trained."""
+"""Mean-RGB (paper B): the embedding is the patch's mean colour; nothing is trained."""
 
 from __future__ import annotations
 
 from nic_core.encoders.networks import MeanRGB
 
-CODE = 3
+EMBEDDING_SIZE = 3
 
 
 def mean_rgb_module() -> MeanRGB:

@@ -60,8 +60,10 @@ class Multitask:
         device = next(encoder.parameters()).device
         self.encoder = encoder
         self.tasks = tuple(tasks)
-        code = encoder.network.code
-        self.heads = {task.name: ClassHead(code, len(task.classes)).to(device) for task in tasks}
+        embedding_size = encoder.network.embedding_size
+        self.heads = {
+            task.name: ClassHead(embedding_size, len(task.classes)).to(device) for task in tasks
+        }
         # lists: a name that a module dictionary has itself, such as "type", cannot be its key
         self.networks = nn.ModuleDict(
             {"encoder": encoder, "heads": nn.ModuleList(self.heads.values())}
@@ -86,8 +88,8 @@ class Multitask:
         return MultitaskBatch(inputs, tuple(labels))
 
     def losses(self, batch: MultitaskBatch) -> dict[str, Tensor]:
-        codes = self.encoder.network(batch.inputs)
-        parts = codes.split([len(labels) for labels in batch.labels])
+        embeddings = self.encoder.network(batch.inputs)
+        parts = embeddings.split([len(labels) for labels in batch.labels])
         losses = {
             task.name: functional.cross_entropy(self.heads[task.name](part), labels)
             for task, part, labels in zip(self.tasks, parts, batch.labels, strict=True)

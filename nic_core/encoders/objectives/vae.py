@@ -1,8 +1,8 @@
 """Variational autoencoder (paper B).
 
-Encoder to mu and sigma, decoder from the code to the patch, MSE + 5e-5 * KL with the KL
+Encoder to mu and sigma, decoder from the embedding to the patch, MSE + 5e-5 * KL with the KL
 divergence positive. Augmented patches as input and target, log-variance for sigma, the KL
-summed over the code's numbers and the MSE averaged over pixels are [choice].
+summed over the embedding's numbers and the MSE averaged over pixels are [choice].
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ class Decoder(nn.Module):
     FILTERS = (256, 128, 64, 32, 16)
     FIRST = 512
 
-    def __init__(self, code: int, side: int) -> None:
+    def __init__(self, embedding_size: int, side: int) -> None:
         super().__init__()
         self.start = side // 2 ** len(self.FILTERS)
         if self.start * 2 ** len(self.FILTERS) != side:
             raise ValueError(f"a patch of {side} px does not halve {len(self.FILTERS)} times")
-        self.dense = nn.Linear(code, self.start**2 * self.FIRST)
+        self.dense = nn.Linear(embedding_size, self.start**2 * self.FIRST)
         layers: list[nn.Module] = []
         for channels, filters in zip((self.FIRST, *self.FILTERS), self.FILTERS, strict=False):
             layers += upsampling_block(channels, filters)
@@ -67,19 +67,19 @@ class Decoder(nn.Module):
         )
         initialise_as_keras(self)
 
-    def forward(self, codes: Tensor) -> Tensor:
-        maps = self.dense(codes).view(-1, self.FIRST, self.start, self.start)
+    def forward(self, embeddings: Tensor) -> Tensor:
+        maps = self.dense(embeddings).view(-1, self.FIRST, self.start, self.start)
         patches: Tensor = self.layers(maps)
         return patches
 
 
 def kl_divergence(mu: Tensor, log_variance: Tensor) -> Tensor:
-    """KL of N(mu, sigma^2) from N(0, 1), summed over the code, mean over the batch; >= 0."""
+    """KL of N(mu, sigma^2) from N(0, 1), summed over the embedding, mean over the batch; >= 0."""
     return 0.5 * (mu.square() + log_variance.exp() - 1 - log_variance).sum(1).mean()
 
 
 class VariationalAutoencoder:
-    """The VAE objective; the code that is kept is mu."""
+    """The VAE objective; the embedding that is kept is mu."""
 
     selection = Selection("validation/loss", "min")
 
@@ -97,8 +97,12 @@ class VariationalAutoencoder:
         self.tasks = tuple(tasks)
         self.device = next(encoder.parameters()).device
         network = encoder.network
-        self.decoder = Decoder(network.code, network.side * network.pooling).to(self.device)
-        self.log_variance = nn.Linear(network.dense.in_features, network.code).to(self.device)
+        self.decoder = Decoder(network.embedding_size, network.side * network.pooling).to(
+            self.device
+        )
+        self.log_variance = nn.Linear(network.dense.in_features, network.embedding_size).to(
+            self.device
+        )
         initialise_as_keras(self.log_variance)
         self.heads: dict[str, nn.Module] = {}
         self.networks = nn.ModuleDict(
@@ -110,19 +114,22 @@ class VariationalAutoencoder:
         self.validation_rows = validation_rows(self.tasks, validation, seed)
 
     def batch(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Augmented patches (B, 3, P, P) in [-1, 1] and the noise (B, C) of the code."""
+        """Augmented patches (B, 3, P, P) in [-1, 1] and the noise (B, C) of the embedding."""
         draws = zip(self.tasks, self.sampler.draw(generator), strict=True)
         patches = training_inputs(draws, 1, generator)
         noise = torch.randn(
-            len(patches), self.encoder.network.code, generator=generator, device=self.device
+            len(patches),
+            self.encoder.network.embedding_size,
+            generator=generator,
+            device=self.device,
         )
         return patches, noise
 
     def losses(self, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         patches, noise = batch
         mu, log_variance = self._posterior(patches)
-        codes = mu + noise * (0.5 * log_variance).exp()
-        mse = functional.mse_loss(self.decoder(codes), patches)
+        embeddings = mu + noise * (0.5 * log_variance).exp()
+        mse = functional.mse_loss(self.decoder(embeddings), patches)
         kl = kl_divergence(mu, log_variance)
         return {"loss": mse + KL_WEIGHT * kl, "loss/mse": mse, "loss/kl": kl}
 

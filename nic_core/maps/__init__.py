@@ -1,0 +1,12 @@
+"""Probability maps of an encoder's own heads, and heatmaps of slide models."""
+
+from nic_core.maps.probability import (
+    MAP_SCHEMA,
+    overlay,
+    probability_map,
+    score_maps,
+    tint,
+    truth_of_cells,
+)
+
+__all__ = ["MAP_SCHEMA", "overlay", "probability_map", "score_maps", "tint", "truth_of_cells"]

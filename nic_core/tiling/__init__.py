@@ -1,0 +1,1 @@
+"""Tiling of slides: tissue mask, patch table, quality of cells, annotated regions."""
