@@ -65,7 +65,9 @@ class World:
 
         return dg.Definitions(assets=[dg.AssetSpec(SLIDE_FILE, partitions_def=SLIDES), mask, grid])
 
-    def run(self, *assets: str, parent: str | None = None, **tags: str) -> dg.ExecuteInProcessResult:
+    def run(
+        self, *assets: str, parent: str | None = None, **tags: str
+    ) -> dg.ExecuteInProcessResult:
         if parent is not None:  # `execute_in_process` has no argument for it
             create = self.instance.create_run_for_job
             self.instance.create_run_for_job = lambda *args, **kwargs: create(

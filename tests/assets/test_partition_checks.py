@@ -71,7 +71,9 @@ class World:
 
             yield from materialize_each(context, make, parse=ModelKey.parse, expected=())
 
-        @dg.asset(partitions_def=SLIDES, deps=[mask], backfill_policy=dg.BackfillPolicy.single_run())
+        @dg.asset(
+            partitions_def=SLIDES, deps=[mask], backfill_policy=dg.BackfillPolicy.single_run()
+        )
         def child() -> None:
             pass
 
