@@ -82,6 +82,27 @@ def neighbours():
     return dataclasses.replace(dataset, table=table)
 
 
+@pytest.mark.parametrize(
+    ("objective", "options"),
+    [
+        ("mtl", {"task_weights": "uncertainty"}),
+        ("vae", {}),
+        ("contrastive", {}),
+        ("bigan", {}),
+    ],
+)
+def test_networks_are_on_the_device_of_the_encoder(tasks, objective, options):
+    encoder = PatchEncoder(TellezEncoder(16, 32)).to("meta")
+    made = OBJECTIVES[objective](encoder, tasks, batch=16, validation=8, seed=0, **options)
+    parameters = list(made.networks.parameters())
+    assert {parameter.device.type for parameter in parameters} == {"meta"}
+    trained = {id(parameter) for parameter in parameters}
+    for head in made.heads.values():
+        assert {id(parameter) for parameter in head.parameters()} <= trained
+    for variance in getattr(made, "log_variances", {}).values():
+        assert id(variance) in trained
+
+
 def test_vae_has_the_published_layers():
     encoder, decoder = StridedEncoder(128, 128), Decoder(128, 128)
     assert encoder.convolutions(torch.zeros(2, 3, 128, 128)).shape == (2, 512, 4, 4)

@@ -60,7 +60,9 @@ class Multitask(PatchObjective):
         self.add_networks(heads=nn.ModuleList(self.heads.values()))
         self.log_variances: dict[str, nn.Parameter] = {}
         if task_weights == "uncertainty":
-            self.log_variances = {task.name: nn.Parameter(torch.zeros(())) for task in tasks}
+            self.log_variances = {
+                task.name: nn.Parameter(torch.zeros((), device=self.device)) for task in tasks
+            }
             self.add_networks(log_variances=nn.ParameterList(self.log_variances.values()))
 
     def batch(self, generator: torch.Generator) -> MultitaskBatch:
