@@ -5,11 +5,11 @@ deformation and Gaussian noise [B]; heavy colour augmentation helps [A]. The ran
 stain space and the order are [choice].
 
 Augmentation is applied to the network's input [choice]: to *pooled* patches (64 px at 1.0 um/px for
-a patch of 128 px) if the encoder pools, which costs a quarter, and to full patches for the VAE,
-whose decoder generates full patches, and for encoders without pooling. Spatial changes are relative
-to the side of the patch, so both are the same. Noise is per pixel, so pooling halves the noise of a
-full patch. All spatial changes of a patch are one resampling; all colour changes are two 3 x 3
-matrices, one in optical density and one in RGB.
+a patch of 128 px) if the encoder pools, which takes a quarter of the time, and to full patches for
+the VAE, whose decoder generates full patches, and for encoders without pooling. Spatial changes are
+relative to the side of the patch, so both are the same. Noise is per pixel, so pooling halves the
+noise of a full patch. All spatial changes of a patch are one resampling; all colour changes are two
+3 x 3 matrices, one in optical density and one in RGB.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ LUMA = (0.299, 0.587, 0.114)
 
 @dataclass(frozen=True)
 class Strength:
-    """Ranges of the random changes; each value is drawn per patch from a uniform distribution."""
+    """Ranges of the random changes, drawn for each patch; uniform unless stated otherwise."""
 
     rotation: float = math.radians(15)  # +- rad, in addition to the 8 orientations
     zoom: float = 0.12  # scale in 1 +- zoom
-    elastic: float = 1.5 / 64  # standard deviation of the displacement / side of the patch
+    elastic: float = 1.5 / 64  # Gaussian, standard deviation of the displacement / side
     elastic_nodes: int = 6  # nodes per side of the displacement field
     stain: float = 0.20  # haematoxylin and eosin times 1 +- stain
     stain_shift: float = 0.03  # haematoxylin and eosin plus +- stain_shift, optical density

@@ -55,7 +55,7 @@ class EncoderCard(BaseModel):
     timm
         The timm model, for architecture ``timm``.
     weights_hash
-        sha256 of the weights, or of the file of an external network.
+        sha256 of architecture and weights; for an external network, of preprocessing and file.
     training
         Settings of the training.
     data
