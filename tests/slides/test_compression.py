@@ -161,8 +161,8 @@ def test_a_table_of_another_slide_is_refused(files):
 
 
 @pytest.mark.parametrize("how", ["tile", "middle"])
-def test_an_undecodable_tile_leaves_its_cells_empty_and_the_rest_right(scratched, how):
-    with open_slide(scratched(how)) as slide:
+def test_an_undecodable_tile_leaves_its_cells_empty_and_the_rest_right(damaged, how):
+    with open_slide(damaged(how)) as slide:
         table = table_of(slide, np.ones((32, 32), bool))
         grid = compress(slide, table, max_unreadable=0.1)
         empty = np.argwhere(~grid.valid)
@@ -173,8 +173,8 @@ def test_an_undecodable_tile_leaves_its_cells_empty_and_the_rest_right(scratched
         np.testing.assert_allclose(grid.embeddings[:3, 3, 3], pixels.mean(0), rtol=2e-3)
 
 
-def test_cells_that_the_patch_table_found_undecodable_are_not_tried_again(scratched, tmp_path):
-    with open_slide(scratched("tile")) as slide:
+def test_cells_that_the_patch_table_found_undecodable_are_not_tried_again(damaged, tmp_path):
+    with open_slide(damaged("tile")) as slide:
         table = measure_quality(table_of(slide, np.ones((32, 32), bool)), slide, max_unreadable=0.1)
         grid = compress(slide, table)
         kept = table["kept"].to_numpy().reshape(16, 16)
@@ -184,8 +184,8 @@ def test_cells_that_the_patch_table_found_undecodable_are_not_tried_again(scratc
         assert up_to_date(tmp_path / "s.zarr", slide, table, prepared(), slide_identity="ab")
 
 
-def test_too_many_undecodable_tiles_fail_the_slide(scratched):
-    with open_slide(scratched("tile")) as slide:
+def test_too_many_undecodable_tiles_fail_the_slide(damaged):
+    with open_slide(damaged("tile")) as slide:
         table = table_of(slide, np.ones((32, 32), bool))
         with pytest.raises(SlideError, match="16 of 256 patches cannot be decoded"):
             compress(slide, table)

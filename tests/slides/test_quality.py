@@ -93,8 +93,8 @@ def test_the_slides_end_is_no_edge_in_focus_nor_white_in_colour(tmp_path):
         assert measured[name].unique().to_list() == [value]
 
 
-def test_undecodable_cells_are_not_kept_and_the_rest_is_measured(scratched):
-    with open_slide(scratched("tile")) as slide:
+def test_undecodable_cells_are_not_kept_and_the_rest_is_measured(damaged):
+    with open_slide(damaged("tile")) as slide:
         table = table_of(slide, True)
         measured = measure_quality(table, slide, max_unreadable=0.1)
     check_patch_table(measured, "s")
@@ -114,9 +114,9 @@ def test_undecodable_cells_are_not_kept_and_the_rest_is_measured(scratched):
     }
 
 
-def test_too_many_undecodable_cells_fail_the_slide(scratched):
+def test_too_many_undecodable_cells_fail_the_slide(damaged):
     with (
-        open_slide(scratched("middle")) as slide,
+        open_slide(damaged("middle")) as slide,
         pytest.raises(SlideError, match=r"16 of 256 patches cannot be decoded \(allowed: 5%\)"),
     ):
         measure_quality(table_of(slide, True), slide)
