@@ -28,8 +28,8 @@ from nic_core.tiling.blocks import (
     BLOCK,
     MAX_UNREADABLE,
     Block,
-    allow_unreadable,
-    in_order,
+    check_unreadable,
+    map_in_order,
     plan_blocks,
     read_block,
 )
@@ -112,9 +112,9 @@ def compress_slide(
     blocks = plan_blocks(table, side=side)
     with _one_thread_each():
         if encoder.on_cpu:
-            encoded = in_order(blocks, lambda block: encode(read(block)), workers)
+            encoded = map_in_order(blocks, lambda block: encode(read(block)), workers)
         else:
-            encoded = map(encode, in_order(blocks, read, workers))
+            encoded = map(encode, map_in_order(blocks, read, workers))
         for cells, found in encoded:
             embeddings[:, :, cells[:, 0], cells[:, 1]] = found
             valid[cells[:, 0], cells[:, 1]] = True
@@ -122,7 +122,7 @@ def compress_slide(
             if progress is not None:
                 progress(done, total)
     unreadable = total - done
-    allow_unreadable(slide, unreadable, total, max_unreadable)
+    check_unreadable(slide, unreadable, total, max_unreadable)
     if not np.isfinite(embeddings).all():
         raise SlideError(
             slide.path,
