@@ -19,7 +19,6 @@ is therefore in at most four files, in any orientation, and a store consists of 
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self
@@ -45,6 +44,7 @@ from nic_core.grids.chunks import StoredEmbeddings
 from nic_core.grids.orientations import ORIENTATIONS, orient
 from nic_core.store import atomic_folder
 from nic_core.types import Precision, Reading
+from nic_core.version import __version__
 
 GRID_FORMAT: Literal[2] = 2
 """Version of the store's layout and provenance. Stores of other versions are refused."""
@@ -113,11 +113,8 @@ class GridProvenance(BaseModel):
 
 
 def nic_version() -> str:
-    """Return the version of this package."""
-    try:
-        return importlib.metadata.version("nic")
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"  # run from the source tree
+    """Return the version of the installed distribution."""
+    return __version__
 
 
 class Embeddings(Protocol):
