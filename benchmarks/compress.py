@@ -41,7 +41,7 @@ from nic_core.encoders.networks import PatchEncoder, TellezEncoder
 from nic_core.parallel import cores
 from nic_core.slides import Slide, open_slide
 from nic_core.slides.engines import EngineName
-from nic_core.tiling.blocks import Block, in_order, plan_blocks, read_block
+from nic_core.tiling.blocks import Block, map_in_order, plan_blocks, read_block
 from nic_core.tiling.patches import patch_table
 from nic_core.tiling.tissue import TissueMask
 
@@ -114,7 +114,7 @@ def read_rate(
             scaled = reading == "input"
             return len(read_block(slide, block, patch=side, mpp=mpp, scaled=scaled)[0])
 
-        return rate(lambda: sum(in_order(blocks, work, threads)))
+        return rate(lambda: sum(map_in_order(blocks, work, threads)))
 
 
 def encode_rate(module: nn.Module, side: int, threads: int) -> float:

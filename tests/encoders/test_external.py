@@ -214,14 +214,14 @@ def test_import_refuses_another_patch_size_than_the_cohort(files):
 
 def test_file_and_description_must_match(files, tmp_path):
     for file, network, message in (
-        (tmp_path / "x.onnx", NETWORK, "no encoder file; known: a folder, .h5"),
+        (tmp_path / "x.onnx", NETWORK, "not an encoder file; supported: a folder, .h5"),
         (tmp_path / "x.pt2", None, "needs 'network'"),
-        (tmp_path / "x.h5", NETWORK, "leave it out"),
-        (tmp_path / "x.safetensors", NETWORK, "names the model"),
+        (tmp_path / "x.h5", NETWORK, "leave 'network' out"),
+        (tmp_path / "x.safetensors", NETWORK, "is required for files of weights"),
         (
             tmp_path / "x.pt",
             NETWORK.model_copy(update={"timm": TimmModel(model="r")}),
-            "of no other",
+            "not allowed for others",
         ),
     ):
         with pytest.raises(ValueError, match=message):

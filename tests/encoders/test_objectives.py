@@ -407,10 +407,13 @@ def test_vae_loss_is_mse_plus_weighted_kl(tasks):
         ({"objective": "supervised", "tasks": ("a", "b")}, "takes one task"),
         (
             {"objective": "vae", "tasks": ("a",), "task_weights": "uncertainty"},
-            "weighs the tasks of objective 'mtl'",
+            "applies to objective 'mtl' only",
         ),
-        ({"objective": "mtl", "tasks": ("a",), "architecture": "tellez2019"}, "is for vae and"),
-        ({"objective": "mtl", "tasks": ("a", "a")}, r"name \['a'\] stands more than once"),
+        (
+            {"objective": "mtl", "tasks": ("a",), "architecture": "tellez2019"},
+            "is for the objectives vae and",
+        ),
+        ({"objective": "mtl", "tasks": ("a", "a")}, r"\['a'\] occurs more than once"),
     ],
 )
 def test_invalid_specs_are_refused(values, message):
