@@ -50,11 +50,11 @@ LOWEST_TESTS ?= tests/test_cohort.py tests/test_metrics.py tests/test_orientatio
 
 demo: .venv/installed  ## make the demo cohort, materialize every asset, print the results
 	$(BIN)/python -m nic_core.demo data/demo
-	$(BIN)/python -m nic_assets.refresh
+	$(BIN)/python -m nic_assets.operations.refresh
 	@echo "Dagster: make ui      MLflow: make mlflow"
 
 refresh: .venv/installed  ## materialize what is missing or stale
-	$(BIN)/python -m nic_assets.refresh
+	$(BIN)/python -m nic_assets.operations.refresh
 
 ui: PORT ?= 3000
 ui: .venv/installed  ## Dagster on http://127.0.0.1:3000, or make ui PORT=...

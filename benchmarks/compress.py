@@ -38,11 +38,12 @@ from nic_core.compression import compress_slide
 from nic_core.encoders.encoder import Encoder, EncoderCard
 from nic_core.encoders.inference import BATCH, PreparedEncoder
 from nic_core.encoders.networks import PatchEncoder, TellezEncoder
-from nic_core.patches import patch_table
+from nic_core.parallel import cores
 from nic_core.slides import Slide, open_slide
-from nic_core.slides.blocks import Block, cores, in_order, plan_blocks, read_block
 from nic_core.slides.engines import EngineName
-from nic_core.tissue import TissueMask
+from nic_core.tiling.blocks import Block, map_in_order, plan_blocks, read_block
+from nic_core.tiling.patches import patch_table
+from nic_core.tiling.tissue import TissueMask
 
 PATCH, MPP, STORED = 128, 0.5, 0.25
 FINEST, PYRAMID = "0.25 um/px only", "pyramid"
@@ -79,7 +80,7 @@ def published_encoder() -> Encoder:
         objective="random weights",
         patch=PATCH,
         mpp=MPP,
-        code=128,
+        embedding_size=128,
         weights_hash="random",
     )
     return Encoder(card, PatchEncoder(TellezEncoder()).eval())
@@ -113,7 +114,7 @@ def read_rate(
             scaled = reading == "input"
             return len(read_block(slide, block, patch=side, mpp=mpp, scaled=scaled)[0])
 
-        return rate(lambda: sum(in_order(blocks, work, threads)))
+        return rate(lambda: sum(map_in_order(blocks, work, threads)))
 
 
 def encode_rate(module: nn.Module, side: int, threads: int) -> float:

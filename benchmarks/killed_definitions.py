@@ -3,8 +3,8 @@ are killed often (``benchmarks/kills.py``)."""
 
 import dagster as dg
 
-from nic_assets.batches import batch_asset
 from nic_assets.build import build_defs
+from nic_assets.orchestration.batches import batch_asset
 from nic_core.cohort import load_cohort
 from nic_core.store import Store
 

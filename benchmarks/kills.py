@@ -29,22 +29,22 @@ import dagster as dg
 import polars as pl
 import yaml
 
-from nic_assets.refresh import main as refresh_main
+from nic_assets.operations.refresh import main as refresh_main
 from nic_core.demo.cohort import make_demo
 from nic_core.encoders.files import read_card
 from nic_core.grids import grid_hash
 from nic_core.models.files import load_model
 from nic_core.steps import digest
-from nic_core.steps.models import PREDICTIONS
+from nic_core.steps.slide_models import PREDICTIONS
+from nic_core.steps.verification import verify_store
 from nic_core.store import Store
-from nic_core.store_check import verify_store
 
 MATERIALIZE = ("-m", "dagster", "asset", "materialize")
 DEFINITIONS = ("-f", str(Path(__file__).with_name("killed_definitions.py")))
 STEPS = (
     ("encoder", "--partition", "mtl"),
     ("grid", "--partition-range", "mtl|demo-01-1...mtl|demo-10-1"),
-    ("task_model", "--partition", "mtl|growth"),
+    ("slide_model", "--partition", "mtl|growth"),
 )
 KILLS_A_RUN = 8
 LONGEST = 2.0  # seconds that a step lives before it is killed
@@ -55,7 +55,9 @@ run_monitoring: {enabled: true}
 
 # runs are forked from a server with the slow imports behind it, as steps are
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["torch", "mlflow", "nic_assets.build", "nic_assets.refresh"])
+processes.set_forkserver_preload(
+    ["torch", "mlflow", "nic_assets.build", "nic_assets.operations.refresh"]
+)
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ class Study:
         return (self.root / "log.txt").read_text()[-5000:]
 
     def start_refresh(self) -> BaseProcess:
-        """Start ``python -m nic_assets.refresh`` in a process of its own."""
+        """Start ``python -m nic_assets.operations.refresh`` in a process of its own."""
         process = processes.Process(target=_refresh, args=(self.environment, self.root))
         process.start()
         return process

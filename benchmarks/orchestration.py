@@ -36,15 +36,15 @@ from dagster._core.storage.tags import (
     ASSET_PARTITION_RANGE_START_TAG,
 )
 
-from nic_assets.batches import Product, batch_asset, materialize_each
+from nic_assets.assets.inputs import add_slides
 from nic_assets.build import build_defs
-from nic_assets.executors import chosen_executor
-from nic_assets.inputs import add_slides
+from nic_assets.orchestration.batches import Product, batch_asset, materialize_each
+from nic_assets.orchestration.executors import chosen_executor
+from nic_assets.orchestration.staleness import due
 from nic_assets.partitions import SLIDES
-from nic_assets.staleness import due
 from nic_core import steps
 from nic_core.cohort import load_cohort
-from nic_core.slides.watch import look
+from nic_core.cohort.scan import look
 from nic_core.store import Store
 
 ENCODERS = 9
@@ -130,16 +130,19 @@ def ticks(folder: Path, slides: int) -> None:
     cohort, store = load_cohort(path), Store(folder / "store")
     defs = timed("definitions built", lambda: build_defs(cohort, store))
     graph = defs.resolve_asset_graph()
-    first = timed("sensor tick, all new", lambda: look(cohort, steps.read_seen(store)))
-    timed("sensor tick, all settled", lambda: look(cohort, steps.read_seen(store), first.marks))
+    first = timed("sensor tick, all new", lambda: look(cohort, steps.read_file_snapshot(store)))
+    timed(
+        "sensor tick, all settled",
+        lambda: look(cohort, steps.read_file_snapshot(store), first.fingerprints),
+    )
     timed(
         "slide_index looks at all, reads each",
-        lambda: steps.write_found(store, steps.find_slides(cohort, store)),
+        lambda: steps.write_slide_index(store, steps.scan_slides(cohort, store)),
     )
-    timed("sensor tick, nothing new", lambda: look(cohort, steps.read_seen(store)))
-    size = len(json.dumps(first.marks)) / 1000
+    timed("sensor tick, nothing new", lambda: look(cohort, steps.read_file_snapshot(store)))
+    size = len(json.dumps(first.fingerprints)) / 1000
     print(f"{'cursor of a tick at which all are new':<68} {size:10,.1f} kB")
-    keys = steps.read_index(store)["slide"].to_list()
+    keys = steps.read_slide_index(store)["slide"].to_list()
     home = folder / "dagster"
     home.mkdir()
     with dg.DagsterInstance.local_temp(str(home)) as instance:

@@ -2,7 +2,7 @@
 
     python benchmarks/peers.py lazyslide SLIDE ENCODER.pt
 
-ENCODER.pt is TorchScript, uint8 (B, 3, 128, 128) to codes: ``benchmarks/compress.py --peer`` writes
+ENCODER.pt is TorchScript, uint8 (B, 3, 128, 128) to embeddings: ``benchmarks/compress.py --peer`` writes
 it and calls this file. Prints one JSON object: patches per second reading alone, and end to end,
 with the package's own defaults (batch of 32).
 """

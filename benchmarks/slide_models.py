@@ -4,7 +4,7 @@
     python benchmarks/slide_models.py --network small --side 24 --slides 40 --batches 2
 
 The cohort is synthetic: grids of 400 x 400 cells (--side) and 128 numbers, a disc of tissue of
-random codes, which compress badly. A few stores are written; all others are hard links to them,
+random embeddings, which compress badly. A few stores are written; all others are hard links to them,
 so that the cohort is small on disk but every slide is opened and read by itself. Nothing is
 learned.
 
@@ -34,7 +34,7 @@ from nic_core.models.crops import Crops, all_moments, normalise_for
 from nic_core.models.networks import build_network
 from nic_core.models.training import training_batches
 
-CODE, STORES = 128, 4
+EMBEDDING_SIZE, STORES = 128, 4
 
 
 def write_cohort(folder: Path, slides: int, side: int) -> list[str]:
@@ -46,8 +46,11 @@ def write_cohort(folder: Path, slides: int, side: int) -> list[str]:
             shutil.copytree(folder / names[i % STORES], folder / name, copy_function=os.link)
             continue
         valid = np.hypot(y, x) < side * (0.25 + 0.05 * i)
-        codes = np.random.default_rng(i).normal(size=(CODE, side, side)).astype(np.float16)
+        embeddings = (
+            np.random.default_rng(i).normal(size=(EMBEDDING_SIZE, side, side)).astype(np.float16)
+        )
         about = GridProvenance(
+            format=2,
             slide=name,
             slide_identity=name,
             slide_mpp=0.25,
@@ -56,8 +59,12 @@ def write_cohort(folder: Path, slides: int, side: int) -> list[str]:
             mpp=0.5,
             patch=128,
             stride=128,
+            unreadable=0,
+            precision="float32",
+            reading="patch",
+            software="random numbers",
         )
-        write_grid(folder / name, Grid(codes * valid, valid, about))
+        write_grid(folder / name, Grid(embeddings * valid, valid, about))
     return names
 
 

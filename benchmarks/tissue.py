@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nic_core.demo.artefacts import Mask, Section, sections
-from nic_core.tissue import TISSUE_MPP, find_tissue, outlined
+from nic_core.tiling.tissue import TISSUE_MPP, find_tissue, draw_outline
 
 
 def main() -> None:
@@ -49,7 +49,7 @@ def sheet(found: list[tuple[Section, Mask]], *, columns: int = 5) -> Figure:
     for axes, (section, mask) in zip(figure.axes, found, strict=False):
         # a margin, so that a picture full of tissue has an outline too; larger, for a thin line
         pixels = np.pad(section.pixels, ((3, 3), (3, 3), (0, 0)), constant_values=255)
-        axes.imshow(outlined(_larger(pixels), _larger(np.pad(mask, 3)), thick=2))
+        axes.imshow(draw_outline(_larger(pixels), _larger(np.pad(mask, 3)), thick=2))
         axes.set_title(section.name, fontsize=9)
     return figure
 

@@ -1,6 +1,6 @@
 """What is done without being asked: looking for new inputs, and making what is missing or stale.
 
-``watch_inputs`` looks at the files every minute (``automation.look``) and asks for ``slide_index``
+``watch_inputs`` looks at the files every minute (``automation.poll_seconds``) and asks for ``slide_index``
 when they have changed; that asset finds out what is new. ``rebuild`` asks, while the cohort's hours
 are open, for whatever is missing or stale by Dagster's own rule, in the order of the graph.
 """
@@ -21,11 +21,12 @@ from dagster._core.definitions.declarative_automation.automation_condition impor
 from dagster._core.definitions.unresolved_asset_job_definition import UnresolvedAssetJobDefinition
 from dagster._utils.schedules import is_valid_cron_schedule
 
-from nic_assets.inputs import LOOKS_TAG, LookConfig
-from nic_assets.staleness import Graph, Judged, due
+from nic_assets.assets.inputs import ScanConfig
+from nic_assets.orchestration.staleness import Graph, StaleAsset, due
+from nic_assets.tags import REFRESH_TAG
 from nic_core.cohort import Automation, Cohort, CohortError
-from nic_core.slides.watch import look
-from nic_core.steps import digest, read_seen
+from nic_core.cohort.scan import scan_files
+from nic_core.steps import digest, read_file_snapshot
 from nic_core.store import Store
 
 AC = dg.AutomationCondition
@@ -69,7 +70,7 @@ class Due(dg.AutomationCondition[dg.AssetKey]):
 @lru_cache(maxsize=1)
 def _of_tick(
     instance: dg.DagsterInstance, graph: Graph, tick: datetime
-) -> dict[dg.AssetKey, Judged]:
+) -> dict[dg.AssetKey, StaleAsset]:
     """All assets of one tick are judged by the same reading of the events."""
     return due(instance, graph)
 
@@ -85,14 +86,14 @@ def rebuild(hours: Automation) -> Condition:
     return within & ~asked & ~AC.in_progress() & Due(above=True)
 
 
-def gather(hours: Automation) -> Condition:
+def eager(hours: Automation) -> Condition:
     """Ask for what sums up a layer as soon as that has changed, at any hour: it takes a second,
     and what depends on it shows as stale only then."""
     waits = AC.any_deps_in_progress()
     return ~_asked(hours) & ~AC.in_progress() & ~waits & Due(above=False)
 
 
-def look_again(hours: Automation) -> dg.AutomationCondition[AssetOrCheckKey]:
+def rescan(hours: Automation) -> dg.AutomationCondition[AssetOrCheckKey]:
     """Look at every input when the hours open, also at those that nobody watches."""
     return _opens(hours) & ~AC.in_progress()
 
@@ -122,19 +123,19 @@ def automate(
         if cron is not None and not is_valid_cron_schedule(cron):
             raise CohortError(f"automation.{name}: '{cron}' is no cron schedule")
     conditions: Mapping[str, dg.AutomationCondition[Any]] = {
-        "outside": look_again(hours),
-        "layer": gather(hours),
+        "always": rescan(hours),
+        "eager": eager(hours),
     }
 
     def with_condition(spec: dg.AssetSpec) -> dg.AssetSpec:
-        condition = conditions.get(spec.tags.get(LOOKS_TAG, ""), rebuild(hours))
+        condition = conditions.get(spec.tags.get(REFRESH_TAG, ""), rebuild(hours))
         return spec.replace_attributes(automation_condition=condition)
 
     return dg.map_asset_specs(with_condition, assets)
 
 
 def study_sensors(
-    cohort: Cohort, find_slides: UnresolvedAssetJobDefinition
+    cohort: Cohort, make_slide_index: UnresolvedAssetJobDefinition
 ) -> Sequence[dg.SensorDefinition]:
     """Both sensors, running from the start; none for a cohort with ``automation: null``."""
     if cohort.automation is None:
@@ -143,22 +144,22 @@ def study_sensors(
         "rebuild",
         target=dg.AssetSelection.all(),
         default_status=dg.DefaultSensorStatus.RUNNING,
-        minimum_interval_seconds=cohort.automation.look,
+        minimum_interval_seconds=cohort.automation.poll_seconds,
         # our condition is code of this project
         use_user_code_server=True,
         description="Makes what is missing or stale, within the cohort's hours.",
     )
-    return [watch_inputs(cohort, cohort.automation, find_slides), rebuilding]
+    return [watch_inputs(cohort, cohort.automation, make_slide_index), rebuilding]
 
 
 def watch_inputs(
-    cohort: Cohort, hours: Automation, find_slides: UnresolvedAssetJobDefinition
+    cohort: Cohort, hours: Automation, make_slide_index: UnresolvedAssetJobDefinition
 ) -> dg.SensorDefinition:
     """The sensor that looks at the files."""
 
     @dg.sensor(
-        job=find_slides,
-        minimum_interval_seconds=hours.look,
+        job=make_slide_index,
+        minimum_interval_seconds=hours.poll_seconds,
         default_status=dg.DefaultSensorStatus.RUNNING,
         description="Looks at the slides and tables, one stat a file; asks for slide_index when "
         "two looks in a row found the same change.",
@@ -166,20 +167,20 @@ def watch_inputs(
     def watch_inputs(
         context: dg.SensorEvaluationContext, store: dg.ResourceParam[Store]
     ) -> dg.RunRequest | dg.SkipReason:
-        seen = read_seen(store)
+        snapshot = read_file_snapshot(store)
         try:
-            found = look(cohort, seen, json.loads(context.cursor or "[]"))
+            scan = scan_files(cohort, snapshot, json.loads(context.cursor or "[]"))
         except CohortError as error:
             return dg.SkipReason(str(error))
-        context.update_cursor(json.dumps(found.marks))
-        if not found.settled:
-            written = f", {len(found.moving)} still being written" if found.moving else ""
-            return dg.SkipReason(f"nothing new among {found.files} files{written}")
+        context.update_cursor(json.dumps(scan.fingerprints))
+        if not scan.stable:
+            written = f", {len(scan.changing)} still being written" if scan.changing else ""
+            return dg.SkipReason(f"nothing new among {scan.files} files{written}")
         return dg.RunRequest(
             # once for what differs from what was taken in, however often it is seen
-            run_key=digest(seen.rows(), found.settled, found.marks),
+            run_key=digest(snapshot.rows(), scan.stable, scan.fingerprints),
             run_config=dg.RunConfig(
-                ops={"slide_index": LookConfig(leave=list(found.moving), reread=False)}
+                ops={"slide_index": ScanConfig(ignore_paths=list(scan.changing), rehash=False)}
             ),
         )
 

@@ -6,14 +6,14 @@ import dagster as dg
 
 from nic_assets.assets.encoders import encoder_assets
 from nic_assets.assets.grids import grid_assets
+from nic_assets.assets.inputs import external_assets
 from nic_assets.assets.models import model_assets
 from nic_assets.assets.reports import report_assets
 from nic_assets.assets.slides import slide_assets
 from nic_assets.automation import automate, study_sensors
-from nic_assets.executors import chosen_executor
-from nic_assets.inputs import external_assets
 from nic_assets.jobs import study_jobs
-from nic_assets.logs import brief_logger
+from nic_assets.orchestration.executors import chosen_executor
+from nic_assets.orchestration.logs import brief_logger
 from nic_assets.partitions import Partitions
 from nic_assets.tracking import Tracking
 from nic_core.cohort import Cohort
@@ -34,7 +34,7 @@ def build_defs(cohort: Cohort, store: Store) -> dg.Definitions:
     return dg.Definitions(
         assets=[*external_assets(partitions), *automate(made, cohort.automation)],
         jobs=jobs.values(),
-        sensors=study_sensors(cohort, jobs["find_slides"]),
+        sensors=study_sensors(cohort, jobs["slide_index"]),
         resources={"cohort": cohort, "store": store, "tracking": Tracking.in_store(store)},
         executor=chosen_executor(),
         loggers={"console": brief_logger},

@@ -1,4 +1,4 @@
-"""Jobs: the layers of a study as a person starts them from the UI."""
+"""Jobs: one for each asset, to start from the UI."""
 
 from __future__ import annotations
 
@@ -11,23 +11,19 @@ from nic_assets.partitions import Partitions
 
 
 def study_jobs(partitions: Partitions) -> Mapping[str, UnresolvedAssetJobDefinition]:
-    """One job a layer, by name, in the order in which they can be run.
-
-    A job's assets share their partitions, so that it can be started for any of them.
-    """
+    """The job ``make_<asset>`` of every asset, by asset, in the order of the graph."""
     cohort = partitions.cohort
-    layers = {
-        "find_slides": ["slide_index"],
-        "prepare_slides": ["slide", "patch_table"],
-        **({"make_patch_tasks": ["patch_task"]} if cohort.patch_tasks else {}),
-        "train_encoders": ["encoder", *(["encoder_probe"] if cohort.patch_tasks else [])],
-        "compress_slides": ["grid"],
-        "gather_grids": ["encoded_cohort"],
-        **({"divide_patients": ["target_folds"]} if cohort.targets else {}),
-        **({"train_models": ["task_model", "explanation"]} if cohort.targets else {}),
-        **(
-            {"map_slides": ["probability_map"], "score_maps": ["map_scores"]} if cohort.maps else {}
-        ),
-        "write_report": ["evaluation_report"],
-    }
-    return {name: dg.define_asset_job(name, selection=assets) for name, assets in layers.items()}
+    assets = [
+        "slide_index",
+        "slide",
+        "patch_table",
+        *(["patch_task"] if cohort.patch_tasks else []),
+        "encoder",
+        *(["encoder_probe"] if cohort.patch_tasks else []),
+        "grid",
+        "grid_manifest",
+        *(["target_folds", "slide_model", "explanation"] if cohort.targets else []),
+        *(["probability_map", "map_scores"] if cohort.maps else []),
+        "evaluation_report",
+    ]
+    return {asset: dg.define_asset_job(f"make_{asset}", selection=[asset]) for asset in assets}

@@ -5,19 +5,20 @@ from typing import Any
 import dagster as dg
 import torch
 
-from nic_assets import checks
-from nic_assets.batches import Events, Product, batch_asset, materialize_each
-from nic_assets.executors import CPU_TAGS, GPU_POOL, GPU_TAGS
-from nic_assets.inputs import ENCODER_ENTRY, PATCH_TASK_SOURCE, SOME_INPUTS
-from nic_assets.metadata import code_version, figure, log_progress, table
+from nic_assets.assets import checks
+from nic_assets.assets.inputs import ENCODER_ENTRY, PATCH_TASK_SOURCE
+from nic_assets.orchestration.batches import Events, Product, batch_asset, materialize_each
+from nic_assets.orchestration.executors import CPU_TAGS, GPU_POOL, GPU_TAGS
+from nic_assets.orchestration.metadata import code_version, figure, log_progress, table
 from nic_assets.partitions import Partitions
+from nic_assets.tags import PARTIAL_INPUTS
 from nic_assets.tracking import TrackedRun, Tracking, TrackingError
 from nic_core import steps
 from nic_core.cohort import Cohort, CohortError, RegisteredEncoder
 from nic_core.devices import leased_device
 from nic_core.encoders import Encoder, EncoderCard, EncoderError
+from nic_core.encoders.figures import patch_examples
 from nic_core.encoders.files import PROGRAMS
-from nic_core.encoders.pictures import patch_examples
 from nic_core.reports import encoder_results, probe_results, results_markdown
 from nic_core.store import Store
 
@@ -92,7 +93,7 @@ def encoder_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         kinds={"pytorch", "mlflow"},
         pool=GPU_POOL,
         op_tags=GPU_TAGS,
-        code_version=code_version(1, settings.patch, settings.mpp, settings.code),
+        code_version=code_version(1, settings.patch, settings.mpp, settings.embedding_size),
         check_specs=[checks.declared("beats_chance", "encoder", checks.beats_chance)],
     )
     def encoder(
@@ -101,7 +102,7 @@ def encoder_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         store: dg.ResourceParam[Store],
         tracking: dg.ResourceParam[Tracking],
     ) -> Events:
-        """A trained or imported encoder: patch to code, with the heads that taught it."""
+        """A trained or imported encoder: patch to embedding, with the heads that taught it."""
 
         def work(key: str) -> Product:
             entry = cohort.encoder(key)
@@ -121,8 +122,8 @@ def encoder_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
                     cohort, store, key, run, log_progress(context), device=device
                 ).encoder
                 card = encoder.card
-                remember(run, encoder, cohort, store)
-            steps.encoder_tracked(store, key)
+                log_encoder(run, encoder, cohort, store)
+            steps.remove_checkpoint(store, key)
             pages = {"mlflow_run": run.url} | ({"mlflow_model": run.page} if run.page else {})
             return made(
                 key,
@@ -154,7 +155,7 @@ def encoder_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         deps=[encoder, dg.AssetDep(patch_task, partition_mapping=dg.AllPartitionMapping())],
         group_name="encoders",
         kinds={"scikitlearn", "mlflow"},
-        tags=SOME_INPUTS,
+        tags=PARTIAL_INPUTS,
         op_tags=CPU_TAGS,
         code_version=code_version(1),
         check_specs=[
@@ -167,7 +168,7 @@ def encoder_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         store: dg.ResourceParam[Store],
         tracking: dg.ResourceParam[Tracking],
     ) -> Events:
-        """What simple classifiers read off an encoder's codes, on every patch task."""
+        """What simple classifiers read off an encoder's embeddings, on every patch task."""
 
         def work(key: str) -> Product:
             with tracking.run(
@@ -175,9 +176,9 @@ def encoder_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
                 cohort=cohort,
                 partition=key,
                 experiment="probes",
-                product=store.probe(key),
+                product=store.encoder_probe(key),
             ) as run:
-                scores, drawings = steps.probe_encoder(cohort, store, key)
+                scores, drawings = steps.make_encoder_probe(cohort, store, key)
                 run.summary(probe_results(key, scores))
                 for name, drawing in drawings.items():
                     run.figure(name, drawing)
@@ -186,7 +187,7 @@ def encoder_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
                 metadata={
                     "scores": table(scores),
                     **{name: figure(drawing, name) for name, drawing in drawings.items()},
-                    "file": dg.MetadataValue.path(store.probe(key)),
+                    "file": dg.MetadataValue.path(store.encoder_probe(key)),
                     "mlflow_run": dg.MetadataValue.url(run.url),
                 },
                 checks={
@@ -197,13 +198,13 @@ def encoder_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
             )
 
         yield from materialize_each(
-            context, work, expected=(EncoderError, TrackingError), place=store.probe
+            context, work, expected=(EncoderError, TrackingError), place=store.encoder_probe
         )
 
     return [patch_task, encoder, encoder_probe] if partitions.cohort.patch_tasks else [encoder]
 
 
-def remember(run: TrackedRun, encoder: Encoder, cohort: Cohort, store: Store) -> None:
+def log_encoder(run: TrackedRun, encoder: Encoder, cohort: Cohort, store: Store) -> None:
     """Tell MLflow of an encoder: its card, data, files, figures, and a version of its own."""
     card, results = encoder.card, encoder_results(encoder.card)
     run.card(card.model_dump(mode="json"))
@@ -216,8 +217,8 @@ def remember(run: TrackedRun, encoder: Encoder, cohort: Cohort, store: Store) ->
             encoder.module,
             torch.zeros((2, 3, card.patch, card.patch), dtype=torch.uint8),
             name=f"encoder-{card.name}",
-            description=f"{card.objective}: patch of {card.patch} px at {card.mpp:g} um/px to code "
-            f"of {card.code}\n\n{results_markdown(results)}",
+            description=f"{card.objective}: patch of {card.patch} px at {card.mpp:g} um/px to embedding "
+            f"of {card.embedding_size}\n\n{results_markdown(results)}",
             tags={
                 "objective": card.objective,
                 "architecture": card.architecture,

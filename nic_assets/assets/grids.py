@@ -5,19 +5,20 @@ from functools import cache
 import dagster as dg
 import polars as pl
 
-from nic_assets import checks
-from nic_assets.batches import Events, Product, batch_asset, materialize_each
-from nic_assets.executors import CPU_TAGS, GPU_POOL, GPU_TAGS
-from nic_assets.inputs import LOOKS_TAG, SLIDE_FILE, SOME_INPUTS
-from nic_assets.metadata import code_version, picture, table
+from nic_assets.assets import checks
+from nic_assets.assets.inputs import SLIDE_FILE
+from nic_assets.orchestration.batches import Events, Product, batch_asset, materialize_each
+from nic_assets.orchestration.executors import CPU_TAGS, GPU_POOL, GPU_TAGS
+from nic_assets.orchestration.metadata import code_version, picture, table
 from nic_assets.partitions import Partitions
+from nic_assets.tags import PARTIAL_INPUTS, REFRESH_TAG
 from nic_core import steps
 from nic_core.cohort import Cohort
 from nic_core.devices import leased_device
 from nic_core.grids import grid_hash, grid_preview
-from nic_core.patches import read_patch_table
 from nic_core.slides import SlideError
-from nic_core.store import Store
+from nic_core.store import GridKey, Store
+from nic_core.tiling.patches import read_patch_table
 
 
 def grid_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
@@ -33,8 +34,8 @@ def grid_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         code_version=code_version(2, partitions.cohort.settings.compression),
         check_specs=[
             checks.declared("covers_patch_table", "grid", checks.covers_patch_table),
-            checks.declared("codes_finite", "grid", checks.codes_finite),
-            checks.declared("codes_not_collapsed", "grid", checks.codes_not_collapsed),
+            checks.declared("embeddings_finite", "grid", checks.embeddings_finite),
+            checks.declared("embeddings_not_collapsed", "grid", checks.embeddings_not_collapsed),
         ],
     )
     def grid(
@@ -42,38 +43,44 @@ def grid_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         cohort: dg.ResourceParam[Cohort],
         store: dg.ResourceParam[Store],
     ) -> Events:
-        """A compressed slide: the code of every kept patch, at its place."""
+        """A compressed slide: the embedding of every kept patch, at its place."""
         load = cache(lambda name: steps.prepare_encoder(cohort, store, name, device))
 
         def work(key: str) -> Product:
-            encoder, slide = key.split("|")
-            made = steps.compress(cohort, store, load(encoder), slide)
+            grid_key = GridKey.parse(key)
+            slide = grid_key.slide
+            made = steps.make_grid(cohort, store, load(grid_key.encoder), slide)
             channels, rows, columns = made.shape
             return Product(
                 version=grid_hash(made),
                 metadata={
-                    "preview": picture(grid_preview(made, cell=8), f"{slide}, colours by code"),
-                    "code": channels,
+                    "preview": picture(
+                        grid_preview(made, cell=8), f"{slide}, colours by embedding"
+                    ),
+                    "embedding_size": channels,
                     "rows": rows,
                     "columns": columns,
                     "cells": int(made.valid.sum()),
                     "unreadable": made.provenance.unreadable,
                     "precision": made.provenance.precision,
                     "reading": made.provenance.reading,
-                    "store": dg.MetadataValue.path(store.grid(encoder, slide)),
+                    "store": dg.MetadataValue.path(store.grid(grid_key)),
                 },
                 checks={
                     "covers_patch_table": checks.covers_patch_table(
                         made, read_patch_table(store.patch_table(slide))
                     ),
-                    "codes_finite": checks.codes_finite(made),
-                    "codes_not_collapsed": checks.codes_not_collapsed(made),
+                    "embeddings_finite": checks.embeddings_finite(made),
+                    "embeddings_not_collapsed": checks.embeddings_not_collapsed(made),
                 },
             )
 
         with leased_device() as device:
             yield from materialize_each(
-                context, work, expected=(SlideError,), place=lambda key: store.grid(*key.split("|"))
+                context,
+                work,
+                expected=(SlideError,),
+                place=lambda key: store.grid(GridKey.parse(key)),
             )
 
     @batch_asset(
@@ -81,18 +88,18 @@ def grid_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         deps=["grid"],
         group_name="grids",
         kinds={"polars", "parquet"},
-        tags={LOOKS_TAG: "layer", **SOME_INPUTS},
+        tags={REFRESH_TAG: "eager", **PARTIAL_INPUTS},
         op_tags=CPU_TAGS,
         code_version=code_version(1),
     )
-    def encoded_cohort(
+    def grid_manifest(
         context: dg.AssetExecutionContext,
         store: dg.ResourceParam[Store],
     ) -> Events:
         """All grids of one encoder, by their content: what models on them depend on."""
 
         def work(key: str) -> Product:
-            grids = steps.gather_grids(store, key)
+            grids = steps.make_grid_manifest(store, key)
             return Product(
                 version=steps.digest(grids.rows()),
                 metadata={
@@ -102,6 +109,6 @@ def grid_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
                 },
             )
 
-        yield from materialize_each(context, work, expected=())
+        yield from materialize_each(context, work, expected=(), place=store.grid_manifest)
 
-    return [grid, encoded_cohort]
+    return [grid, grid_manifest]

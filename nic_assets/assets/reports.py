@@ -2,16 +2,16 @@
 
 import dagster as dg
 
-from nic_assets.batches import Events, Product, batch_asset, materialize_each
-from nic_assets.executors import CPU_TAGS
-from nic_assets.inputs import LOOKS_TAG, SOME_INPUTS
-from nic_assets.metadata import OWNERS, code_version, figure, picture, table
+from nic_assets.orchestration.batches import Events, Product, batch_asset, materialize_each
+from nic_assets.orchestration.executors import CPU_TAGS
+from nic_assets.orchestration.metadata import OWNERS, code_version, figure, picture, table
+from nic_assets.orchestration.retries import RETRIES, transient_again
 from nic_assets.partitions import Partitions
-from nic_assets.retries import RETRIES, transient_again
+from nic_assets.tags import PARTIAL_INPUTS, REFRESH_TAG
 from nic_core import steps
 from nic_core.cohort import Cohort, CohortError
 from nic_core.slides import SlideError
-from nic_core.store import Store
+from nic_core.store import MapKey, Store
 
 
 def report_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
@@ -23,13 +23,13 @@ def report_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         deps=[
             "encoder",
             *(["encoder_probe"] if cohort.patch_tasks else []),
-            *(["task_model"] if cohort.targets else []),
+            *(["slide_model"] if cohort.targets else []),
             *maps[1:],
         ],
         group_name="reports",
         kinds={"polars", "parquet"},
         owners=OWNERS,
-        tags=SOME_INPUTS,
+        tags=PARTIAL_INPUTS,
         op_tags=CPU_TAGS,
         retry_policy=RETRIES,
         code_version=code_version(2, cohort.name),
@@ -39,7 +39,7 @@ def report_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
     ) -> dg.MaterializeResult[None]:
         """Every figure of the study in one table: target, encoder, metric, interval."""
         with transient_again():
-            report = steps.write_report(cohort, store)
+            report = steps.make_evaluation_report(cohort, store)
         return dg.MaterializeResult(
             data_version=dg.DataVersion(
                 steps.digest(report.results.rows(), report.comparisons.rows())
@@ -48,7 +48,7 @@ def report_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
                 "results": table(report.results),
                 "comparisons": table(report.comparisons),
                 **{name: figure(drawing, name) for name, drawing in report.figures.items()},
-                "folder": dg.MetadataValue.path(store.reports),
+                "folder": dg.MetadataValue.path(store.evaluation_report),
                 "dagster/row_count": report.results.height,
             },
         )
@@ -73,14 +73,14 @@ def _map_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         """The probability of one class in every cell of a slide, from an encoder's own head."""
 
         def work(key: str) -> Product:
-            name, slide = key.split("|")
-            cells, overlay = steps.map_slide(cohort, store, name, slide)
+            map_key = MapKey.parse(key)
+            cells, overlay = steps.make_probability_map(cohort, store, map_key)
             return Product(
                 version=steps.digest(cells.rows()),
                 metadata={
-                    "overlay": picture(overlay, f"{name} on {slide}"),
+                    "overlay": picture(overlay, f"{map_key.map} on {map_key.slide}"),
                     "dagster/row_count": cells.height,
-                    "file": dg.MetadataValue.path(store.map(name, slide)),
+                    "file": dg.MetadataValue.path(store.probability_map(map_key)),
                 },
             )
 
@@ -88,7 +88,7 @@ def _map_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
             context,
             work,
             expected=(SlideError, CohortError),
-            place=lambda key: store.map(*key.split("|")),
+            place=lambda key: store.probability_map(MapKey.parse(key)),
         )
 
     @batch_asset(
@@ -96,7 +96,7 @@ def _map_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         deps=[probability_map],
         group_name="reports",
         kinds={"polars", "parquet"},
-        tags={LOOKS_TAG: "layer", **SOME_INPUTS},
+        tags={REFRESH_TAG: "eager", **PARTIAL_INPUTS},
         op_tags=CPU_TAGS,
         code_version=code_version(1, partitions.cohort.maps),
     )
@@ -108,7 +108,7 @@ def _map_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         """Per-cell AUC of a map against the truth images of the slides that have one."""
 
         def work(key: str) -> Product:
-            scores = steps.score_map(cohort, store, key)
+            scores = steps.make_map_scores(cohort, store, key)
             return Product(version=steps.digest(scores.rows()), metadata={"scores": table(scores)})
 
         yield from materialize_each(context, work, expected=(CohortError,))

@@ -5,32 +5,33 @@ from functools import partial
 import dagster as dg
 import polars as pl
 
-from nic_assets import checks
-from nic_assets.batches import Events, Product, batch_asset, materialize_ahead
-from nic_assets.executors import CPU_TAGS
-from nic_assets.inputs import (
+from nic_assets.assets import checks
+from nic_assets.assets.inputs import (
     ENCODER_ENTRY,
-    LOOKS_TAG,
     PATCH_TASK_SOURCE,
     SLIDE_FILE,
     TARGET_ENTRY,
-    LookConfig,
+    ScanConfig,
     add_slides,
     drop_slides,
     known_versions,
     report_versions,
 )
-from nic_assets.metadata import OWNERS, code_version, column_schema, picture, table
+from nic_assets.orchestration.batches import Events, Product, batch_asset, materialize_ahead
+from nic_assets.orchestration.executors import CPU_TAGS
+from nic_assets.orchestration.metadata import OWNERS, code_version, column_schema, picture, table
+from nic_assets.orchestration.retries import RETRIES, transient_again
 from nic_assets.partitions import Partitions
-from nic_assets.retries import RETRIES, transient_again
+from nic_assets.tags import REFRESH_TAG
 from nic_assets.tracking import Tracking
 from nic_core import steps
 from nic_core.cohort import Cohort
-from nic_core.patches import PATCH_SCHEMA
-from nic_core.quality import summarize
 from nic_core.slides import SlideError
-from nic_core.steps.slides import Pixels, SlideRecord
+from nic_core.steps.slides import SlideRecord
 from nic_core.store import Store
+from nic_core.tiling.patches import PATCH_SCHEMA
+from nic_core.tiling.quality import summarize
+from nic_core.types import Pixels
 
 
 def slide_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
@@ -41,13 +42,13 @@ def slide_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         group_name="slides",
         kinds={"polars", "parquet"},
         owners=OWNERS,
-        tags={LOOKS_TAG: "outside"},
+        tags={REFRESH_TAG: "always"},
         op_tags=CPU_TAGS,
         retry_policy=RETRIES,
         code_version=code_version(1),
         check_specs=[
             dg.AssetCheckSpec(
-                "slide_files_there",
+                "slide_files_present",
                 asset="slide_index",
                 description="Every file that the slide table names can be read, and none of the "
                 "last look is gone.",
@@ -56,26 +57,26 @@ def slide_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
     )
     def slide_index(
         context: dg.AssetExecutionContext,
-        config: LookConfig,
+        config: ScanConfig,
         cohort: dg.ResourceParam[Cohort],
         store: dg.ResourceParam[Store],
         tracking: dg.ResourceParam[Tracking],
     ) -> Events:
         """Every slide of the cohort: path, patient, split. Finds new and changed inputs."""
         with transient_again():
-            found = steps.find_slides(cohort, store, **config.model_dump())
+            scan = steps.scan_slides(cohort, store, **config.model_dump())
             encoders = [encoder.name for encoder in cohort.encoders]
             known = known_versions(context.instance, ENCODER_ENTRY, encoders)
-            index = found.index
+            index = scan.index
             versions = {
-                SLIDE_FILE: found.versions,
+                SLIDE_FILE: scan.versions,
                 PATCH_TASK_SOURCE: steps.patch_task_versions(cohort),
                 ENCODER_ENTRY: steps.encoder_versions(cohort)
                 | tracking.pinned_versions(cohort, context.log.warning, known),
                 TARGET_ENTRY: steps.target_versions(cohort, index),
             }
-            steps.write_found(store, found)
-        for slide, problem in found.absent.items():
+            steps.write_slide_index(store, scan)
+        for slide, problem in scan.missing.items():
             context.log.warning(f"slide '{slide}' is left out: {problem}")
         new = add_slides(context.instance, index["slide"].to_list())
         drop_slides(context.instance, index["slide"].to_list())
@@ -89,7 +90,7 @@ def slide_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
                 "slides": index.height,
                 "patients": index["patient"].n_unique(),
                 "new": new,
-                "gone": found.gone,
+                "removed": scan.removed,
                 "changed": changed,
                 "preview": table(index.head(20).drop("path")),
                 "dagster/column_schema": column_schema(index.schema),
@@ -97,10 +98,10 @@ def slide_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
             },
             check_results=[
                 dg.AssetCheckResult(
-                    check_name="slide_files_there",
-                    passed=not found.absent and not found.gone,
+                    check_name="slide_files_present",
+                    passed=not scan.missing and not scan.removed,
                     severity=dg.AssetCheckSeverity.WARN,
-                    metadata={"absent": found.absent, "gone_since_the_last_look": found.gone},
+                    metadata={"missing": scan.missing, "removed_since_last_scan": scan.removed},
                 )
             ],
         )
@@ -143,7 +144,7 @@ def slide_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
                 },
             )
 
-        make = partial(steps.prepare_slide, store)
+        make = partial(steps.make_slide, store)
         yield from materialize_ahead(context, make, describe, expected=(SlideError,))
 
     @batch_asset(
@@ -176,7 +177,7 @@ def slide_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
                 checks={"schema_valid": checks.patch_table_valid(store, key)},
             )
 
-        make = partial(steps.tabulate_patches, cohort, store)
+        make = partial(steps.make_patch_table, cohort, store)
         yield from materialize_ahead(context, make, describe, expected=(SlideError,))
 
     return [slide_index, slide, patch_table]

@@ -1,6 +1,6 @@
 """What every network is held against: linear models that see no arrangement.
 
-Two feature sets: the mean code over a unit's tissue cells, and the tissue area alone. Each goes
+Two feature sets: the mean embedding over a unit's tissue cells, and the tissue area alone. Each goes
 through the same linear model: ridge (regression), logistic (classification) or Cox regression
 with a ridge penalty (survival), from scikit-learn and scikit-survival.
 """
@@ -23,7 +23,7 @@ from nic_core.cohort import Target
 from nic_core.models.crops import GridMoments
 from nic_core.models.training import primary_metric
 
-BASELINES = ("mean_code", "tissue_area")
+BASELINES = ("mean_embedding", "tissue_area")
 PENALTIES = tuple(10.0**i for i in range(-1, 5))  # weight of the sum of squared coefficients
 
 
@@ -32,7 +32,7 @@ def baseline_features(
 ) -> NDArray[np.float64]:
     """Features (units, features) of the baseline of that name.
 
-    Of a unit's slides the cells are pooled: the mean code of all their cells, and the number of
+    Of a unit's slides the cells are pooled: the mean embedding of all their cells, and the number of
     cells of all.
     """
     rows = []

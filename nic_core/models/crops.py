@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor
 
-from nic_core.chunks import StoredCodes, Window
 from nic_core.cohort import NetworkName
+from nic_core.grids.chunks import StoredEmbeddings, Window
+from nic_core.grids.orientations import ORIENTATIONS, undo
 from nic_core.models.networks import Normalise, component_count, occupied
-from nic_core.orientations import ORIENTATIONS, undo
-from nic_core.slides.blocks import cores
+from nic_core.parallel import cores
 
 CACHE_BYTES = 1 << 30
 SMALL_CROP = 100  # cells a side up to which one thread is as fast as several
@@ -34,7 +34,7 @@ class GridLike(Protocol):
     """What is asked of a compressed slide (:class:`nic_core.grids.Grid` has it)."""
 
     @property
-    def codes(self) -> Any:
+    def embeddings(self) -> Any:
         """float16 (C, rows, columns): a numpy array or a zarr array that is read lazily."""
 
     @property
@@ -43,10 +43,10 @@ class GridLike(Protocol):
 
     @property
     def orientations(self) -> Any:
-        """Codes of all 8 orientations, or None where the slide was compressed upright alone."""
+        """Embeddings of all 8 orientations, or None where the slide was compressed upright alone."""
 
     def oriented(self, k: int) -> Any:
-        """Codes of orientation ``k`` at the upright cells, like ``codes``."""
+        """Embeddings of orientation ``k`` at the upright cells, like ``embeddings``."""
 
 
 GridSource = Callable[[str], GridLike]  # slide id -> its grid
@@ -64,7 +64,7 @@ class GridMoments:
 
     @property
     def mean(self) -> NDArray[np.float64]:
-        """Mean code (C,): the mean-pooled embedding of the slide."""
+        """Mean embedding (C,): the mean-pooled embedding of the slide."""
         return self.total / self.cells
 
 
@@ -74,26 +74,28 @@ def grid_moments(slide: str, grid: GridLike) -> GridMoments:
     Raises
     ------
     ValueError
-        No cell is tissue, or a code is not finite.
+        No cell is tissue, or a embedding is not finite.
     """
-    cells = np.asarray(grid.codes[:])[:, np.asarray(grid.valid)]
+    cells = np.asarray(grid.embeddings[:])[:, np.asarray(grid.valid)]
     if not cells.shape[1]:
         raise ValueError(f"slide '{slide}': its grid has no tissue cell; leave the slide out")
     total, squares = np.zeros(len(cells)), np.zeros((len(cells), len(cells)))
     for start in range(0, cells.shape[1], _BLOCK):
-        codes = cells[:, start : start + _BLOCK].astype(np.float64)
-        total += codes.sum(1)
-        squares += codes @ codes.T
+        embeddings = cells[:, start : start + _BLOCK].astype(np.float64)
+        total += embeddings.sum(1)
+        squares += embeddings @ embeddings.T
     if not np.isfinite(total).all():
-        raise ValueError(f"slide '{slide}': its grid has codes that are not finite; compress again")
+        raise ValueError(
+            f"slide '{slide}': its grid has embeddings that are not finite; compress again"
+        )
     return GridMoments(cells.shape[1], total, squares)
 
 
 def fit_normalise(moments: Iterable[GridMoments], *, components: int | None) -> Normalise:
     """Normalisation learned from training slides alone [choice].
 
-    Codes are centred by the mean over all tissue cells. Without ``components`` each is then
-    divided by its standard deviation. With them, codes are projected on that many leading
+    Embeddings are centred by the mean over all tissue cells. Without ``components`` each is then
+    divided by its standard deviation. With them, embeddings are projected on that many leading
     principal components of the covariance *within* slides, so that differences of stain between
     slides do not lead; each is divided by the square root of its standard deviation (relative to
     the first one's), half way between keeping their sizes and making them equal: a few rare
@@ -104,7 +106,7 @@ def fit_normalise(moments: Iterable[GridMoments], *, components: int | None) -> 
     mean = np.sum([m.total for m in several], axis=0) / cells
     if components is None:
         variance = np.sum([np.diag(m.squares) for m in several], axis=0) / cells - mean**2
-        # a code that never varies carries nothing, however it is scaled
+        # a embedding that never varies carries nothing, however it is scaled
         weight = 1 / np.sqrt(np.maximum(variance, 1e-12))
         weight[variance < 1e-12] = 0
     else:
@@ -166,16 +168,16 @@ def overlap(cells: Window, window: Window) -> tuple[Window, Window]:
     return (within[0], within[1]), (there[0], there[1])
 
 
-def _blocks(codes: Any, window: Window) -> Iterable[Window]:
+def _blocks(embeddings: Any, window: Window) -> Iterable[Window]:
     """What is read together of a window: the chunks of a store, else all of it."""
-    return codes.blocks(window) if isinstance(codes, StoredCodes) else [window]
+    return embeddings.blocks(window) if isinstance(embeddings, StoredEmbeddings) else [window]
 
 
-def _read(codes: Any, cells: Window) -> NDArray[Any]:
+def _read(embeddings: Any, cells: Window) -> NDArray[Any]:
     """One of the :func:`_blocks`."""
-    if isinstance(codes, StoredCodes):
-        return codes.block(cells)
-    return np.asarray(codes[:, cells[0], cells[1]])
+    if isinstance(embeddings, StoredEmbeddings):
+        return embeddings.block(cells)
+    return np.asarray(embeddings[:, cells[0], cells[1]])
 
 
 class _Room:
@@ -203,9 +205,9 @@ class Crops:
     slides each crop reads the blocks with tissue in its window, one after another, so memory is
     bounded whatever the cohort.
 
-    Orientation ``k`` of a crop has the codes of the turned pixels where the grid holds them
-    (B); of other grids the upright codes are turned, which is cheaper and not the same: a turned
-    patch has another code.
+    Orientation ``k`` of a crop has the embeddings of the turned pixels where the grid holds them
+    (B); of other grids the upright embeddings are turned, which is cheaper and not the same: a turned
+    patch has another embedding.
 
     ``pinned``: those of :meth:`ahead` lie in page-locked memory, from which a GPU copies while the
     caller goes on; it must be through before the next are asked for.
@@ -286,15 +288,15 @@ class Crops:
         shown = undo(out, orientation)[:, place[0], place[1]]
         if shown.shape != out.shape:
             out.fill(0)
-        codes, room = grid.oriented(stored), _Room()
+        embeddings, room = grid.oriented(stored), _Room()
         kept = self._kept(slide, stored, grid)
-        for cells, features in kept or [(cells, None) for cells in _blocks(codes, inner)]:
+        for cells, features in kept or [(cells, None) for cells in _blocks(embeddings, inner)]:
             here, there = overlap(cells, inner)
             part = shown[:, there[0], there[1]]
             if features is not None:
                 np.copyto(part, features[:, here[0], here[1]])
             elif valid[cells].any():
-                self._apply(_read(codes, cells)[:, here[0], here[1]], part, room)
+                self._apply(_read(embeddings, cells)[:, here[0], here[1]], part, room)
             else:
                 part.fill(0)
 
@@ -303,9 +305,9 @@ class Crops:
         key = slide, stored
         if key in self._whole:
             return self._whole[key]
-        codes, valid = grid.oriented(stored), np.asarray(grid.valid)
+        embeddings, valid = grid.oriented(stored), np.asarray(grid.valid)
         rows, columns = valid.shape
-        blocks = list(_blocks(codes, (slice(0, rows), slice(0, columns))))
+        blocks = list(_blocks(embeddings, (slice(0, rows), slice(0, columns))))
         tissue = [cells for cells in blocks if valid[cells].any()]
         size = 4 * self._normalise.channels * sum(valid[cells].size for cells in tissue)
         with self._reserving:
@@ -317,23 +319,23 @@ class Crops:
         room = _Room()
         for cells in tissue:
             features = np.empty((self._normalise.channels, *valid[cells].shape), np.float32)
-            self._apply(_read(codes, cells), features, room)
+            self._apply(_read(embeddings, cells), features, room)
             whole.append((cells, features))
         self._whole[key] = whole
         return whole
 
-    def _apply(self, codes: NDArray[Any], out: NDArray[np.float32], room: _Room) -> None:
-        """What :class:`Normalise` does, of codes (C, rows, columns) to features (k, rows,
+    def _apply(self, embeddings: NDArray[Any], out: NDArray[np.float32], room: _Room) -> None:
+        """What :class:`Normalise` does, of embeddings (C, rows, columns) to features (k, rows,
         columns), and without torch's threads, which the network is using meanwhile."""
-        cells = room.of(codes.shape)
-        np.copyto(cells, codes)
-        # as the network sees it, should a tissue cell have the code 0 (or -0: but for the sign)
+        cells = room.of(embeddings.shape)
+        np.copyto(cells, embeddings)
+        # as the network sees it, should a tissue cell have the embedding 0 (or -0: but for the sign)
         occupied = (np.bitwise_or.reduce(cells.view(np.uint32)) & 0x7FFFFFFF) != 0
         cells -= self._mean
         if self._weight.ndim == 1:
             cells *= self._weight[:, None, None]
         else:
-            cells = (self._weight @ cells.reshape(len(codes), -1)).reshape(out.shape)
+            cells = (self._weight @ cells.reshape(len(embeddings), -1)).reshape(out.shape)
         if not occupied.all():
             cells *= occupied.astype(np.float32)
         np.copyto(out, cells)  # faster, where it is turned, than to compute into it

@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from nic_core.cohort import Target
+from nic_core.grids.orientations import ORIENTATIONS, undo
 from nic_core.models.crops import Crops, GridLike, windows
 from nic_core.models.networks import FoldModel, occupied
-from nic_core.orientations import ORIENTATIONS, undo
 
 
 @runtime_checkable
@@ -54,7 +54,7 @@ def explain(
     Parameters
     ----------
     networks
-        Of one target, trained without this patient: see :func:`blind_networks`.
+        Of one target, trained without this patient: see :func:`held_out_networks`.
     crop
         Cells a side of the crops that they were trained on.
     label
@@ -63,7 +63,7 @@ def explain(
     Returns
     -------
     float32 (rows, columns)
-        NaN where the grid has no code.
+        NaN where the grid has no embedding.
 
     Raises
     ------
@@ -88,7 +88,7 @@ def explain(
     return np.where(valid & (count > 0), total / np.maximum(count, 1), np.nan).astype(np.float32)
 
 
-def blind_networks(networks: Sequence[FoldModel], fold: int | None) -> Sequence[FoldModel]:
+def held_out_networks(networks: Sequence[FoldModel], fold: int | None) -> Sequence[FoldModel]:
     """The networks that have not seen a patient.
 
     Parameters

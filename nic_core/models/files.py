@@ -29,17 +29,12 @@ from safetensors.torch import load_file, save_file
 
 from nic_core.cohort import ModelSettings, Target
 from nic_core.encoders.encoder import weights_hash as tensors_hash
-from nic_core.grids import Reading, nic_version
-from nic_core.models.networks import (
-    Ensemble,
-    FoldModel,
-    Normalise,
-    build_network,
-    component_count,
-)
+from nic_core.grids import nic_version
+from nic_core.models.cross_validation import NETWORK, CrossValidation
+from nic_core.models.networks import Ensemble, FoldModel, Normalise, build_network, component_count
 from nic_core.models.survival import BaselineHazard
 from nic_core.models.training import output_count
-from nic_core.models.validation import NETWORK, Evaluated
+from nic_core.types import Reading
 
 CARD = "card.json"
 
@@ -49,7 +44,7 @@ class ModelFileError(ValueError):
 
 
 class ModelMetric(BaseModel):
-    """One row of :attr:`nic_core.models.validation.Evaluated.metrics`."""
+    """One row of :attr:`nic_core.models.cross_validation.CrossValidation.metrics`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -102,7 +97,7 @@ class ModelCard(BaseModel):
     ----------
     encoder, weights_hash
         A grid of another encoder does not fit; the hash decides, not the name.
-    patch, mpp, code
+    patch, mpp, embedding
         Of the grids: side of a patch, px, at um/px; numbers of a cell.
     networks
         Hash of each fold's tensors.
@@ -122,7 +117,7 @@ class ModelCard(BaseModel):
     weights_hash: str
     patch: PositiveInt
     mpp: PositiveFloat
-    code: PositiveInt
+    embedding_size: PositiveInt
     grids: GridSettings
     settings: ModelSettings
     training: TrainingCohort
@@ -189,7 +184,7 @@ def training_cohort(
 
 def save_model(
     folder: Path,
-    evaluated: Evaluated,
+    evaluated: CrossValidation,
     *,
     encoder: str,
     weights_hash: str,
@@ -213,7 +208,7 @@ def save_model(
         weights_hash=weights_hash,
         patch=patch,
         mpp=mpp,
-        code=len(evaluated.networks[0].normalise.mean),
+        embedding_size=len(evaluated.networks[0].normalise.mean),
         grids=grids,
         settings=evaluated.settings,
         training=training,
@@ -295,8 +290,12 @@ def _load_fold(card: ModelCard, path: Path, expected: str) -> FoldModel:
             "restore all files from one source, or train again"
         )
     components = component_count(card.settings.network)
-    shape = (card.code,) if components is None else (min(components, card.code), card.code)
-    normalise = Normalise(torch.zeros(card.code), torch.zeros(shape))
+    shape = (
+        (card.embedding_size,)
+        if components is None
+        else (min(components, card.embedding_size), card.embedding_size)
+    )
+    normalise = Normalise(torch.zeros(card.embedding_size), torch.zeros(shape))
     network = build_network(
         card.settings.network,
         normalise.channels,

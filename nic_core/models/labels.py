@@ -12,13 +12,7 @@ from typing import Literal
 import numpy as np
 import polars as pl
 
-from nic_core.cohort import (
-    ClassificationTarget,
-    Cohort,
-    CohortError,
-    RegressionTarget,
-    Target,
-)
+from nic_core.cohort import ClassificationTarget, Cohort, CohortError, RegressionTarget, Target
 
 _MISSING = ("", "NA", "N/A", "na", "nan", "NaN", "null", "None")
 _Key = Literal["slide", "patient"]

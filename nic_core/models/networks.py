@@ -1,4 +1,4 @@
-"""Networks on grids of patch codes: two CNNs, and pooling by gated attention.
+"""Networks on grids of patch embeddings: two CNNs, and pooling by gated attention.
 
 A :class:`FoldModel` is what one fold learns: it takes a raw crop of a grid and gives a
 prediction in the target's own terms, so normalisation can neither be forgotten nor differ
@@ -163,9 +163,9 @@ def position_waves(tissue: Tensor) -> Tensor:
 
 
 class Normalise(nn.Module):
-    """Codes to network features; background stays 0 (B: normalisation comes before filling).
+    """Embeddings to network features; background stays 0 (B: normalisation comes before filling).
 
-    ``weight`` (C,) scales each centred code, ``weight`` (k, C) projects them.
+    ``weight`` (C,) scales each centred embedding, ``weight`` (k, C) projects them.
     """
 
     mean: Tensor
@@ -181,14 +181,14 @@ class Normalise(nn.Module):
         """Number of features that come out."""
         return self.weight.shape[0]
 
-    def forward(self, codes: Tensor) -> Tensor:
-        """Codes float (B, C, H, W), 0 in all C where background, to features (B, k, H, W)."""
-        centred = codes - self.mean[:, None, None]
+    def forward(self, embeddings: Tensor) -> Tensor:
+        """Embeddings float (B, C, H, W), 0 in all C where background, to features (B, k, H, W)."""
+        centred = embeddings - self.mean[:, None, None]
         if self.weight.ndim == 1:
             features = centred * self.weight[:, None, None]
         else:
             features = torch.einsum("kc,bchw->bkhw", self.weight, centred)
-        return features * occupied(codes)
+        return features * occupied(embeddings)
 
 
 class FoldModel(nn.Module):
@@ -225,8 +225,8 @@ class FoldModel(nn.Module):
             return raw.softmax(1)
         return raw * self.scale + self.shift
 
-    def forward(self, codes: Tensor) -> Tensor:
-        return self.predict(self.normalise(codes))
+    def forward(self, embeddings: Tensor) -> Tensor:
+        return self.predict(self.normalise(embeddings))
 
 
 class Ensemble(nn.Module):
@@ -236,8 +236,8 @@ class Ensemble(nn.Module):
         super().__init__()
         self.models = nn.ModuleList(models)
 
-    def forward(self, codes: Tensor) -> Tensor:
-        return torch.stack([model(codes) for model in self.models]).mean(0)
+    def forward(self, embeddings: Tensor) -> Tensor:
+        return torch.stack([model(embeddings) for model in self.models]).mean(0)
 
 
 def occupied(grid: Tensor) -> Tensor:
@@ -257,7 +257,7 @@ def build_network(
 
 
 def component_count(name: NetworkName) -> int | None:
-    """Principal components of the codes that a network is given [choice]; None: all codes."""
+    """Principal components of the embeddings that a network is given [choice]; None: all embeddings."""
     return None if name == "published" else SMALL_COMPONENTS
 
 

@@ -18,19 +18,19 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from nic_core.batch import Outcome, compress_slides
+from nic_core.compression.batch import Outcome, compress_slides
 from nic_core.encoders.encoder import Encoder
 from nic_core.encoders.inference import Card
 from nic_core.grids import Grid, open_grid
-from nic_core.heatmaps import write_heatmap
+from nic_core.maps.heatmaps import write_heatmap
 from nic_core.models.crops import Crops
+from nic_core.models.cross_validation import prediction_columns
 from nic_core.models.explanation import explain
 from nic_core.models.files import ModelCard, SlideModel
 from nic_core.models.survival import median_survival
 from nic_core.models.training import fitting_threads, predict_units
-from nic_core.models.validation import prediction_columns
 from nic_core.slides import SlideError, open_slide
-from nic_core.store import whole_file
+from nic_core.store import atomic_file
 
 GRIDS, HEATMAPS = "grids", "heatmaps"
 
@@ -53,7 +53,7 @@ class Predicted:
         That of :func:`predict_grids`, with ``failed`` (list of the unit's slides that could not
         be used) after ``slides``. A unit without any usable slide has nulls.
     slides
-        What became of each slide, ``nic_core.batch.BATCH_SCHEMA``.
+        What became of each slide, ``nic_core.compression.batch.BATCH_SCHEMA``.
     """
 
     predictions: pl.DataFrame
@@ -61,12 +61,12 @@ class Predicted:
 
 
 def check_encoder(model: ModelCard, encoder: Card) -> None:
-    """Refuse an encoder whose codes the model does not know.
+    """Refuse an encoder whose embeddings the model does not know.
 
     Raises
     ------
     ModelMismatchError
-        Its weights, patch, um/px or number of codes are not those of the model's card.
+        Its weights, patch, um/px or number of embeddings are not those of the model's card.
     """
     _same(
         f"encoder '{encoder.name}'",
@@ -74,7 +74,7 @@ def check_encoder(model: ModelCard, encoder: Card) -> None:
             "weights": (encoder.weights_hash, model.weights_hash),
             "patch": (encoder.patch, model.patch),
             "um/px": (encoder.mpp, model.mpp),
-            "numbers a code": (encoder.code, model.code),
+            "numbers a embedding": (encoder.embedding_size, model.embedding_size),
         },
         f"give encoder '{model.encoder}', or train the model on this one's grids",
     )
@@ -105,7 +105,7 @@ def check_grid(model: ModelCard, grid: Grid) -> None:
     Raises
     ------
     ModelMismatchError
-        The encoder's weights, patch, um/px, numbers a code, precision or reading differ.
+        The encoder's weights, patch, um/px, numbers a embedding, precision or reading differ.
     """
     about = grid.provenance
     _same(
@@ -114,7 +114,7 @@ def check_grid(model: ModelCard, grid: Grid) -> None:
             "weights": (about.weights_hash, model.weights_hash),
             "patch": (about.patch, model.patch),
             "um/px": (about.mpp, model.mpp),
-            "numbers a code": (grid.shape[0], model.code),
+            "numbers a embedding": (grid.shape[0], model.embedding_size),
             "precision": (about.precision, model.grids.precision),
             "reading": (about.reading, model.grids.reading),
         },
@@ -143,9 +143,9 @@ def predict_grids(
     Returns
     -------
     polars.DataFrame
-        ``unit``, ``patient``, ``slides``; ``seen``: the model was trained on one of the slides,
+        ``unit``, ``patient``, ``slides``; ``in_training``: the model was trained on one of the slides,
         so its prediction says nothing about how good the model is; the columns of
-        :func:`nic_core.models.validation.prediction_columns` for the ensemble, then for each
+        :func:`nic_core.models.cross_validation.prediction_columns` for the ensemble, then for each
         fold with the prefix ``fold_<k>_``. After the ensemble's, of classification ``class``
         (the most probable one), of survival ``risk_group``: ``high`` above the training cohort's
         median risk, else ``low``; ``median_survival``, the time at which the mean of the folds'
@@ -162,14 +162,14 @@ def predict_grids(
     """
     card = model.card
     check_times(card, times)
-    trained_on, seen = set(card.training.slides), []
+    trained_on, in_training = set(card.training.slides), []
     for slides in units["slides"]:
         opened = [grids(slide) for slide in slides]
         for slide, grid in zip(slides, opened, strict=True):
             check_grid(card, grid)
             if not grid.valid.any():
                 raise ValueError(f"slide '{slide}': its grid has no tissue cell; leave it out")
-        seen.append(any(grid.provenance.slide_identity in trained_on for grid in opened))
+        in_training.append(any(grid.provenance.slide_identity in trained_on for grid in opened))
     columns = prediction_columns(card.target)
     if units.is_empty():
         folds = np.empty((len(model.networks), 0, len(columns)))
@@ -194,7 +194,7 @@ def predict_grids(
         for baseline, risk in zip(card.baselines, folds, strict=bool(card.baselines))
     ]
     return units.select("unit", "patient", "slides").with_columns(
-        pl.Series("seen", seen, pl.Boolean),
+        pl.Series("in_training", in_training, pl.Boolean),
         *_named(columns, ensemble),
         *_conclusion(card, ensemble),
         *_median(card, folds),
@@ -216,7 +216,7 @@ def predict_slides(
     device: str = "auto",
     heatmaps: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
-    tell: Callable[[Outcome], None] | None = None,
+    on_outcome: Callable[[Outcome], None] | None = None,
 ) -> Predicted:
     """Compress slides as the model's grids were and predict them.
 
@@ -226,7 +226,7 @@ def predict_slides(
     Parameters
     ----------
     slides
-        Slide id to file, as of :func:`nic_core.batch.name_slides`.
+        Slide id to file, as of :func:`nic_core.compression.batch.slides_by_id`.
     out
         Folder to keep ``grids/<slide>.zarr`` in, which are used again while they are up to date,
         and ``heatmaps/<target>/<slide>/``. None: nothing is kept.
@@ -241,8 +241,8 @@ def predict_slides(
         For the encoder: ``auto``, ``cpu`` or ``cuda``. The networks work on the CPU.
     heatmaps
         Write what speaks for each slide's prediction; needs ``out``.
-    progress, tell
-        As in :func:`nic_core.batch.compress_slides`.
+    progress, on_outcome
+        As in :func:`nic_core.compression.batch.compress_slides`.
 
     Raises
     ------
@@ -271,7 +271,7 @@ def predict_slides(
             mpp=mpp,
             tissue=card.grids.tissue,
             progress=progress,
-            tell=tell,
+            on_outcome=on_outcome,
         )
         report = _fail(
             report,
@@ -321,9 +321,9 @@ def write_predictions(folder: Path, target: str, predictions: pl.DataFrame) -> P
         They cannot be written.
     """
     table = folder / f"predictions-{target}.csv"
-    with whole_file(table.with_suffix(".parquet")) as path:
+    with atomic_file(table.with_suffix(".parquet")) as path:
         predictions.write_parquet(path)
-    with whole_file(table) as path:
+    with atomic_file(table) as path:
         predictions.with_columns(pl.col("slides", "failed").list.join(";")).write_csv(path)
     return table
 

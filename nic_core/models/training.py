@@ -17,14 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nic_core.cohort import ModelSettings, Target
-from nic_core.encoders.inference import resolve_device
-from nic_core.metrics import (
-    PRIMARY,
-    Metric,
-    classification_metrics,
-    regression_metrics,
-    survival_metrics,
-)
+from nic_core.devices import resolve_device
+from nic_core.grids.orientations import ORIENTATIONS
 from nic_core.models.crops import (
     SMALL_CROP,
     Crops,
@@ -35,8 +29,14 @@ from nic_core.models.crops import (
     normalise_for,
 )
 from nic_core.models.losses import cox_loss
+from nic_core.models.metrics import (
+    PRIMARY,
+    Metric,
+    classification_metrics,
+    regression_metrics,
+    survival_metrics,
+)
 from nic_core.models.networks import FoldModel, build_network, check_crop
-from nic_core.orientations import ORIENTATIONS
 
 if TYPE_CHECKING:
     from nic_core.tracker import Tracker
@@ -213,7 +213,7 @@ def target_metrics(
 ) -> dict[str, Metric]:
     """The target's metrics of predictions (units, outputs).
 
-    ``survival`` and ``horizons``: see :func:`nic_core.metrics.survival_metrics`.
+    ``survival`` and ``horizons``: see :func:`nic_core.models.metrics.survival_metrics`.
     """
     if target.kind == "regression":
         return regression_metrics(table["y"].to_numpy(), prediction[:, 0])

@@ -1,69 +1,71 @@
-"""The steps of a study, each from the store to the store.
+"""The steps of a study: each reads its inputs from the store and writes its product to the store.
 
-A step reads what earlier steps left in the :class:`~nic_core.store.Store`, calls the module
-that does the work and writes its product whole. An orchestrator calls them partition by
-partition; a script can call them in this order: ``inputs``, ``slides``, ``encoders``, ``grids``,
-``maps``, ``models``, ``explanations``, ``reports``.
+A step is named ``make_<asset>`` after the asset that it makes. It reads the products of earlier
+steps, calls the package that implements the method, and writes its own product atomically. A
+script calls the steps in this order: slide index, slides, patch tables, patch tasks, encoders,
+encoder probes, grids, grid manifests, target folds, slide models, explanations, probability maps,
+map scores, evaluation report.
 """
 
 from nic_core.steps.encoders import (
-    encoder_tracked,
     leaked_groups,
     make_encoder,
+    make_encoder_probe,
     make_patch_task,
     patch_task_is_current,
-    probe_encoder,
+    remove_checkpoint,
 )
-from nic_core.steps.explanations import Explained, explain_model
-from nic_core.steps.grids import compress, gather_grids, prepare_encoder
-from nic_core.steps.inputs import (
-    Found,
+from nic_core.steps.evaluation_report import draw_slide, make_evaluation_report
+from nic_core.steps.explanations import Explanation, make_explanation
+from nic_core.steps.grids import make_grid, make_grid_manifest, prepare_encoder, read_grid_manifest
+from nic_core.steps.probability_maps import make_map_scores, make_probability_map
+from nic_core.steps.slide_index import (
+    SlideScan,
     digest,
     encoder_versions,
-    find_slides,
+    make_slide_index,
     patch_task_versions,
-    read_index,
-    read_seen,
+    read_file_snapshot,
+    read_slide_index,
+    scan_slides,
     target_versions,
-    write_found,
-    write_index,
+    write_slide_index,
 )
-from nic_core.steps.maps import map_slide, score_map
-from nic_core.steps.models import divide, make_model, model_tracked
-from nic_core.steps.reports import draw_slide, write_report
-from nic_core.steps.slides import SlideRecord, prepare_slide, read_record, tabulate_patches
+from nic_core.steps.slide_models import make_slide_model, make_target_folds, mark_logged
+from nic_core.steps.slides import SlideRecord, make_patch_table, make_slide, read_record
 
 __all__ = [
-    "Explained",
-    "Found",
+    "Explanation",
     "SlideRecord",
-    "compress",
+    "SlideScan",
     "digest",
-    "divide",
     "draw_slide",
-    "encoder_tracked",
     "encoder_versions",
-    "explain_model",
-    "find_slides",
-    "gather_grids",
     "leaked_groups",
     "make_encoder",
-    "make_model",
+    "make_encoder_probe",
+    "make_evaluation_report",
+    "make_explanation",
+    "make_grid",
+    "make_grid_manifest",
+    "make_map_scores",
+    "make_patch_table",
     "make_patch_task",
-    "map_slide",
-    "model_tracked",
+    "make_probability_map",
+    "make_slide",
+    "make_slide_index",
+    "make_slide_model",
+    "make_target_folds",
+    "mark_logged",
     "patch_task_is_current",
     "patch_task_versions",
     "prepare_encoder",
-    "prepare_slide",
-    "probe_encoder",
-    "read_index",
+    "read_file_snapshot",
+    "read_grid_manifest",
     "read_record",
-    "read_seen",
-    "score_map",
-    "tabulate_patches",
+    "read_slide_index",
+    "remove_checkpoint",
+    "scan_slides",
     "target_versions",
-    "write_found",
-    "write_index",
-    "write_report",
+    "write_slide_index",
 ]

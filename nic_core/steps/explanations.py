@@ -10,16 +10,16 @@ from matplotlib.image import imread
 
 from nic_core.cohort import Cohort, CohortError
 from nic_core.grids import open_grid
-from nic_core.heatmaps import OVERLAY, score_heat, write_heatmap
-from nic_core.models.explanation import blind_networks, explain
+from nic_core.maps.heatmaps import OVERLAY, score_heat, write_heatmap
+from nic_core.models.cross_validation import NETWORK, prediction_columns
+from nic_core.models.explanation import explain, held_out_networks
 from nic_core.models.files import load_model
-from nic_core.models.validation import NETWORK, prediction_columns
-from nic_core.steps.grids import gather_grids
-from nic_core.steps.inputs import digest, open_indexed
-from nic_core.steps.maps import slide_truth
-from nic_core.steps.models import PREDICTIONS, with_grids
-from nic_core.steps.slides import Pixels
-from nic_core.store import Store, whole_folder
+from nic_core.steps.grids import read_grid_manifest
+from nic_core.steps.probability_maps import slide_truth
+from nic_core.steps.slide_index import digest, open_indexed
+from nic_core.steps.slide_models import PREDICTIONS, with_grids
+from nic_core.store import GridKey, ModelKey, Store, atomic_folder
+from nic_core.types import Pixels
 
 SCORES = "scores.parquet"
 PICTURED = 4  # slides of highest predictions whose heat is drawn, and of lowest
@@ -35,8 +35,8 @@ EXPLANATION_SCHEMA = pl.Schema(
 
 
 @dataclass(frozen=True)
-class Explained:
-    """What :func:`explain_model` made.
+class Explanation:
+    """What :func:`make_explanation` made.
 
     Attributes
     ----------
@@ -54,7 +54,7 @@ class Explained:
     versions: dict[str, str]
 
 
-def explain_model(cohort: Cohort, store: Store, encoder: str, target: str) -> Explained:
+def make_explanation(cohort: Cohort, store: Store, key: ModelKey) -> Explanation:
     """Heatmaps of every slide that a model was tested on; writes them and their scores.
 
     Each patient is explained by the networks that have not seen them: that of the fold in which
@@ -67,23 +67,23 @@ def explain_model(cohort: Cohort, store: Store, encoder: str, target: str) -> Ex
     CohortError
         No slide has a grid.
     """
-    model = load_model(store.model(target, encoder))
-    predictions = pl.read_parquet(store.model(target, encoder) / PREDICTIONS)
+    model = load_model(store.slide_model(key))
+    predictions = pl.read_parquet(store.slide_model(key) / PREDICTIONS)
     units = (
         predictions.filter(model=NETWORK)
-        .join(pl.read_parquet(store.folds(target)).select("unit", "slides"), on="unit")
+        .join(pl.read_parquet(store.target_folds(key.target)).select("unit", "slides"), on="unit")
         .sort(prediction_columns(model.card.target)[-1], descending=True)
     )
-    units = with_grids(units, gather_grids(store, encoder)).explode("slides")
+    units = with_grids(units, read_grid_manifest(store, key.encoder)).explode("slides")
     if units.is_empty():
-        raise CohortError(f"no slide of target '{target}' has a grid; materialize 'grid' again")
+        raise CohortError(f"no slide of target '{key.target}' has a grid; materialize 'grid' again")
     rows, versions = [], {}
-    with whole_folder(store.explanations(target, encoder)) as folder:
+    with atomic_folder(store.explanation(key)) as folder:
         for place, (slide, fold, split) in enumerate(
             units.select("slides", "fold", "split").rows()
         ):
-            grid = open_grid(store.grid(encoder, slide))
-            networks = blind_networks(model.networks, fold)
+            grid = open_grid(store.grid(GridKey(encoder=key.encoder, slide=slide)))
+            networks = held_out_networks(model.networks, fold)
             heat = explain(networks, grid, model.card.target, crop=model.card.settings.crop)
             versions[slide] = digest(heat.shape, heat.tobytes())
             with open_indexed(store, slide) as opened:
@@ -92,7 +92,7 @@ def explain_model(cohort: Cohort, store: Store, encoder: str, target: str) -> Ex
                     heat,
                     grid.provenance,
                     opened,
-                    name=target,
+                    name=key.target,
                     pictures=min(place, units.height - 1 - place) < PICTURED,
                 )
             for item in cohort.maps:
@@ -103,6 +103,6 @@ def explain_model(cohort: Cohort, store: Store, encoder: str, target: str) -> Ex
         scored.write_parquet(folder / SCORES)
     overlays = {}
     for end, slide in (("highest", units["slides"][0]), ("lowest", units["slides"][-1])):
-        drawn = imread(store.explanations(target, encoder) / slide / OVERLAY)
+        drawn = imread(store.explanation(key) / slide / OVERLAY)
         overlays[f"{end} prediction: {slide}"] = (255 * drawn[..., :3]).astype(np.uint8)
-    return Explained(scored, overlays, versions)
+    return Explanation(scored, overlays, versions)

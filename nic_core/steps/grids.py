@@ -1,33 +1,45 @@
-"""Grids: compress slides with an encoder, and gather what was made."""
+"""Make grids and grid manifests: compress slides with an encoder, and list the grids."""
 
 from __future__ import annotations
 
 import polars as pl
 
-from nic_core.cohort import Cohort
+from nic_core.cohort import Cohort, CohortError
 from nic_core.compression import compress_slide
 from nic_core.encoders import load_encoder
 from nic_core.encoders.inference import PreparedEncoder
 from nic_core.grids import Grid, grid_hash, open_grid, write_grid
-from nic_core.patches import read_patch_table
 from nic_core.slides import content_identity
-from nic_core.steps.inputs import open_indexed, read_index
-from nic_core.store import Store
+from nic_core.steps.slide_index import open_indexed, read_slide_index
+from nic_core.store import GridKey, Store, atomic_file
+from nic_core.tiling.patches import read_patch_table
+
+MANIFEST_SCHEMA = pl.Schema(
+    {
+        "slide": pl.String(),
+        "hash": pl.String(),  # content hash of the grid; null if the slide has no grid
+        "cells": pl.Int64(),  # cells with an embedding
+    }
+)
 
 
 def prepare_encoder(
     cohort: Cohort, store: Store, encoder: str, device: str = "auto"
 ) -> PreparedEncoder:
-    """Load an encoder for compression as the cohort's settings say."""
-    how = cohort.settings.compression
-    return load_encoder(store.encoder(encoder)).prepare(device, how.precision, how.reading)
+    """Load an encoder and prepare it for compression with the cohort's settings."""
+    settings = cohort.settings.compression
+    return load_encoder(store.encoder(encoder)).prepare(
+        device, settings.precision, settings.reading
+    )
 
 
-def compress(cohort: Cohort, store: Store, encoder: PreparedEncoder, slide: str) -> Grid:
-    """Compress a slide with an encoder; writes and returns the grid.
+def make_grid(cohort: Cohort, store: Store, encoder: PreparedEncoder, slide: str) -> Grid:
+    """Compress a slide with an encoder; write and return the grid.
 
     Raises
     ------
+    CohortError
+        The slide is not in the slide index.
     SlideError, PatchTableError
         See :func:`~nic_core.compression.compress_slide`.
     """
@@ -41,20 +53,50 @@ def compress(cohort: Cohort, store: Store, encoder: PreparedEncoder, slide: str)
             slide_identity=content_identity(opened.path),
             orientations=cohort.settings.compression.orientations,
         )
-    write_grid(store.grid(encoder.card.name, slide), grid)
+    write_grid(store.grid(GridKey(encoder=encoder.card.name, slide=slide)), grid)
     return grid
 
 
-def gather_grids(store: Store, encoder: str) -> pl.DataFrame:
-    """Every grid of an encoder: slide, content hash (null: no grid) and cells."""
+def make_grid_manifest(store: Store, encoder: str) -> pl.DataFrame:
+    """List the grids of all indexed slides; write and return the manifest.
+
+    Content hashes are computed from the grids, so the manifest changes exactly when a grid does.
+
+    Returns
+    -------
+    polars.DataFrame
+        :data:`MANIFEST_SCHEMA`, by slide id.
+
+    Raises
+    ------
+    GridError
+        A grid cannot be read.
+    """
     rows: list[tuple[str, str | None, int]] = []
-    for slide in read_index(store)["slide"]:
-        path = store.grid(encoder, slide)
+    for slide in read_slide_index(store)["slide"]:
+        path = store.grid(GridKey(encoder=encoder, slide=slide))
         if path.exists():
             grid = open_grid(path)
             rows.append((slide, grid_hash(grid), int(grid.valid.sum())))
         else:
             rows.append((slide, None, 0))
-    return pl.DataFrame(
-        rows, schema={"slide": pl.String, "hash": pl.String, "cells": pl.Int64}, orient="row"
-    )
+    manifest = pl.DataFrame(rows, schema=MANIFEST_SCHEMA, orient="row")
+    with atomic_file(store.grid_manifest(encoder)) as path:
+        manifest.write_parquet(path)
+    return manifest
+
+
+def read_grid_manifest(store: Store, encoder: str) -> pl.DataFrame:
+    """Read the manifest that :func:`make_grid_manifest` wrote.
+
+    Raises
+    ------
+    CohortError
+        The manifest does not exist yet.
+    """
+    path = store.grid_manifest(encoder)
+    if not path.exists():
+        raise CohortError(
+            f"encoder '{encoder}' has no grid manifest; materialize 'grid_manifest' first"
+        )
+    return pl.read_parquet(path)

@@ -8,9 +8,9 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
+from nic_assets.assets.inputs import ENCODER_ENTRY, SLIDE_FILE
 from nic_assets.automation import automate
 from nic_assets.build import build_defs
-from nic_assets.inputs import ENCODER_ENTRY, SLIDE_FILE
 from nic_assets.partitions import SLIDES
 from nic_core.cohort import Automation, CohortError, load_cohort
 from nic_core.store import Store
@@ -281,7 +281,7 @@ class Watched:
             if request.run_key in self.asked:
                 return "known"
             self.asked.add(request.run_key)
-            result = self.defs.resolve_job_def("find_slides").execute_in_process(
+            result = self.defs.resolve_job_def("scan_slides").execute_in_process(
                 instance=self.instance, run_config=request.run_config, raise_on_error=False
             )
         return "asked" if result.success else "failed"
@@ -355,7 +355,7 @@ def test_a_changed_file_makes_its_slide_stale_and_no_other(watched):
 
 def test_a_folder_that_is_not_there_is_said_and_nothing_asked_for(watched):
     watched.wsi.rename(watched.wsi.with_name("elsewhere"))
-    assert watched.tick().endswith("wsi is no folder")
+    assert watched.tick().endswith("wsi is not a folder")
 
 
 def versions(watched: Watched) -> dict[str, str]:

@@ -11,10 +11,15 @@ from dagster._core.storage.tags import (
 )
 from rich.console import Console
 
-from nic_assets.batches import Product, batch_asset, materialize_ahead, materialize_each
-from nic_assets.inputs import SLIDE_FILE, add_slides, report_versions
+from nic_assets.assets.inputs import SLIDE_FILE, add_slides, report_versions
+from nic_assets.operations.refresh import refresh
+from nic_assets.orchestration.batches import (
+    Product,
+    batch_asset,
+    materialize_ahead,
+    materialize_each,
+)
 from nic_assets.partitions import SLIDES
-from nic_assets.refresh import refresh
 from nic_core.slides import SlideError
 
 KEYS = ["s1", "s2", "s3", "s4"]
@@ -203,7 +208,7 @@ def test_a_run_that_a_person_runs_again_does_everything_again(world):
 
 
 def test_work_bound_by_the_cpu_is_done_ahead_by_other_processes(monkeypatch):
-    monkeypatch.setattr("nic_core.parallel.WORTH", 1)
+    monkeypatch.setattr("nic_core.parallel.ITEMS_PER_PROCESS", 1)
     monkeypatch.setattr("nic_core.parallel.cores", lambda: 2)
     world = World()
 

@@ -25,7 +25,7 @@ from nic_assets.build import build_defs
 from nic_core import steps
 from nic_core.cohort import load_cohort
 from nic_core.grids import open_grid
-from nic_core.store import Store
+from nic_core.store import GridKey, Store
 
 ROOT = Path(__file__).parents[2]
 PROCFILE = ROOT / "examples" / "celery" / "Procfile"
@@ -162,4 +162,7 @@ def test_gpu_bound_steps_run_on_the_gpu_worker_alone_and_the_others_beside(tiny_
     assert ran_on(instance) == {"slide": "cpu", "patch_table": "cpu", "grid": "gpu"}
     made = sorted(path.stem for path in (tmp_path / "store/grids/mean-rgb").iterdir())
     assert (made[0], made[-1]) == SLIDES
-    assert all(open_grid(store.grid("mean-rgb", slide)).valid.any() for slide in made)
+    assert all(
+        open_grid(store.grid(GridKey(encoder="mean-rgb", slide=slide))).valid.any()
+        for slide in made
+    )

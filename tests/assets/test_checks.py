@@ -10,17 +10,17 @@ import dagster as dg
 import numpy as np
 import polars as pl
 
-from nic_assets import checks
+from nic_assets.assets import checks
 from nic_assets.build import build_defs
 from nic_core.cohort import ModelSettings, RegressionTarget, Settings, load_cohort
 from nic_core.encoders import EncoderCard, PatchDataset
 from nic_core.encoders.patch_tasks import FINDINGS_SCHEMA
 from nic_core.encoders.scores import TaskScores
 from nic_core.grids import Grid, GridProvenance
-from nic_core.models.validation import Evaluated
-from nic_core.patches import MEASURED, PATCH_SCHEMA, write_patch_table
+from nic_core.models.cross_validation import CrossValidation
 from nic_core.steps import SlideRecord
 from nic_core.store import Store
+from nic_core.tiling.patches import MEASURED, PATCH_SCHEMA, write_patch_table
 
 
 def record(**changes: object) -> SlideRecord:
@@ -38,8 +38,9 @@ def record(**changes: object) -> SlideRecord:
     return SlideRecord.model_validate(values | changes)
 
 
-def grid(codes: np.ndarray, valid: np.ndarray, unreadable: int = 0) -> Grid:
-    about = GridProvenance(
+def grid(embeddings: np.ndarray, valid: np.ndarray, unreadable: int = 0) -> Grid:
+    provenance = GridProvenance(
+        format=2,
         slide="s",
         slide_identity="i",
         slide_mpp=0.5,
@@ -47,9 +48,13 @@ def grid(codes: np.ndarray, valid: np.ndarray, unreadable: int = 0) -> Grid:
         weights_hash="w",
         mpp=0.5,
         patch=128,
+        stride=128,
         unreadable=unreadable,
+        precision="float32",
+        reading="patch",
+        software="nic test",
     )
-    return Grid(codes.astype(np.float16), valid, about)
+    return Grid(embeddings.astype(np.float16), valid, provenance)
 
 
 def cells(kept: np.ndarray) -> pl.DataFrame:
@@ -132,7 +137,7 @@ def test_an_encoder_that_guesses_is_found():
             tasks={"t": ("a", "b")},
             patch=128,
             mpp=0.5,
-            code=128,
+            embedding_size=128,
             weights_hash="w",
             scores={"t": scores},
         )
@@ -143,26 +148,28 @@ def test_an_encoder_that_guesses_is_found():
 
 def test_a_grid_that_misses_cells_is_found_but_unreadable_ones_may_be_missing():
     kept = np.array([[True, True], [True, False]])
-    codes = np.ones((4, 2, 2))
-    assert checks.covers_patch_table(grid(codes, kept), cells(kept)) is None
+    embeddings = np.ones((4, 2, 2))
+    assert checks.covers_patch_table(grid(embeddings, kept), cells(kept)) is None
     fewer = kept & [[True, False], [True, True]]
-    assert "1 kept cells" in str(checks.covers_patch_table(grid(codes, fewer), cells(kept)))
-    assert checks.covers_patch_table(grid(codes, fewer, unreadable=1), cells(kept)) is None
-    assert "1 codes outside" in str(checks.covers_patch_table(grid(codes, ~fewer), cells(~kept)))
+    assert "1 kept cells" in str(checks.covers_patch_table(grid(embeddings, fewer), cells(kept)))
+    assert checks.covers_patch_table(grid(embeddings, fewer, unreadable=1), cells(kept)) is None
+    assert "1 embeddings outside" in str(
+        checks.covers_patch_table(grid(embeddings, ~fewer), cells(~kept))
+    )
 
 
 def test_codes_that_are_no_numbers_are_found():
-    codes = np.ones((4, 2, 2))
-    assert checks.codes_finite(grid(codes, np.ones((2, 2), bool))) is None
-    codes[2, 1, 1] = np.nan
-    assert checks.codes_finite(grid(codes, np.ones((2, 2), bool))) is not None
+    embeddings = np.ones((4, 2, 2))
+    assert checks.embeddings_finite(grid(embeddings, np.ones((2, 2), bool))) is None
+    embeddings[2, 1, 1] = np.nan
+    assert checks.embeddings_finite(grid(embeddings, np.ones((2, 2), bool))) is not None
 
 
 def test_an_encoder_with_one_answer_is_found():
     valid = np.ones((3, 3), bool)
     varied = np.random.default_rng(0).normal(size=(4, 3, 3))
-    assert checks.codes_not_collapsed(grid(varied, valid)) is None
-    assert "100%" in str(checks.codes_not_collapsed(grid(np.ones((4, 3, 3)), valid)))
+    assert checks.embeddings_not_collapsed(grid(varied, valid)) is None
+    assert "100%" in str(checks.embeddings_not_collapsed(grid(np.ones((4, 3, 3)), valid)))
 
 
 def test_a_patient_in_two_folds_is_found():
@@ -172,7 +179,7 @@ def test_a_patient_in_two_folds_is_found():
     assert "'p'" in str(checks.folds_disjoint(torn))
 
 
-def evaluated(prediction: np.ndarray, label: np.ndarray) -> Evaluated:
+def evaluated(prediction: np.ndarray, label: np.ndarray) -> CrossValidation:
     units = [f"u{i:02}" for i in range(len(label))]
     rows = pl.DataFrame(
         {
@@ -186,14 +193,16 @@ def evaluated(prediction: np.ndarray, label: np.ndarray) -> Evaluated:
     )
     target = RegressionTarget(name="t", kind="regression", column="y")
     nothing = pl.DataFrame()
-    return Evaluated(target, ModelSettings(), rows, nothing, (), nothing, ())
+    return CrossValidation(target, ModelSettings(), rows, nothing, (), nothing, ())
 
 
 def test_predictions_no_better_than_exchanged_labels_are_found():
     label = np.arange(40.0)
     random = np.random.default_rng(0)
-    assert checks.above_permutation(evaluated(label + random.normal(0, 5, 40), label)) is None
-    problem = checks.above_permutation(evaluated(random.permutation(label), label))
+    assert (
+        checks.above_permutation_control(evaluated(label + random.normal(0, 5, 40), label)) is None
+    )
+    problem = checks.above_permutation_control(evaluated(random.permutation(label), label))
     assert "exchanged labels" in str(problem)
 
 
@@ -206,19 +215,19 @@ def champion(error: float) -> checks.Champion:
     return checks.Champion("version 1 (e)", evaluated(noisy, label).predictions)
 
 
-def challenger(error: float) -> Evaluated:
+def challenger(error: float) -> CrossValidation:
     label = np.arange(40.0)
     return evaluated(label + np.random.default_rng(2).normal(0, error, 40), label)
 
 
 def test_a_model_is_champion_if_its_figure_is_better_beyond_chance():
-    assert checks.against_champion(challenger(5), None).better
-    assert checks.against_champion(challenger(1), champion(40)).better
-    assert not checks.against_champion(challenger(40), champion(1)).better
-    even = checks.against_champion(challenger(20), champion(21))
+    assert checks.compare_with_champion(challenger(5), None).better
+    assert checks.compare_with_champion(challenger(1), champion(40)).better
+    assert not checks.compare_with_champion(challenger(40), champion(1)).better
+    even = checks.compare_with_champion(challenger(20), champion(21))
     assert not even.better
     assert even.compared
-    again = checks.against_champion(challenger(5), champion=checks.Champion(
+    again = checks.compare_with_champion(challenger(5), champion=checks.Champion(
         "version 1 (e)", challenger(5).predictions))  # fmt: skip
     assert "difference +0.000 [+0.000, +0.000]" in again.words
     assert not again.better
@@ -228,7 +237,7 @@ def test_a_champion_is_judged_by_the_labels_of_today():
     held = champion(0).predictions
     assert held is not None
     wrong = held.with_columns(y=pl.col("y").shuffle(seed=0))  # as its labels were then
-    verdict = checks.against_champion(challenger(20), checks.Champion("version 1 (e)", wrong))
+    verdict = checks.compare_with_champion(challenger(20), checks.Champion("version 1 (e)", wrong))
     assert "against 1.000" in verdict.words
 
 
@@ -243,7 +252,7 @@ def test_a_champion_that_cannot_be_compared_is_left_to_a_person():
         (held.head(1), "undefined"),
     ):
         title = checks.Champion("version 1 (e)", predictions)
-        verdict = checks.against_champion(challenger(1), title)
+        verdict = checks.compare_with_champion(challenger(1), title)
         assert why in verdict.words
         assert "by hand" in verdict.words
         assert not verdict.better
@@ -253,7 +262,7 @@ def test_a_champion_that_cannot_be_compared_is_left_to_a_person():
 def test_a_control_on_exchanged_labels_is_never_champion():
     control = challenger(1)
     control = replace(control, settings=ModelSettings(permute_labels=0))
-    assert not checks.against_champion(control, None).better
+    assert not checks.compare_with_champion(control, None).better
 
 
 def test_every_check_says_what_it_checks(tiny_cohort, tmp_path):

@@ -3,7 +3,7 @@
 import mlflow
 import pytest
 
-from nic_assets.databases import make_database
+from nic_assets.tracking.database import make_database
 
 
 def test_a_database_is_made_once_and_whole(tmp_path, monkeypatch):

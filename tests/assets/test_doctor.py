@@ -14,10 +14,10 @@ from dagster._core.utils import make_new_run_id
 from dagster._daemon.types import DaemonHeartbeat
 from typer.testing import CliRunner
 
-from nic_assets.batches import HOST_TAG
 from nic_assets.cli import app
-from nic_assets.doctor import Finding, examine, release
-from nic_core.store import Store
+from nic_assets.operations.doctor import Finding, examine, release
+from nic_assets.tags import HOST_TAG
+from nic_core.store import GridKey, Store
 
 HOME = """
 telemetry: {enabled: false}
@@ -123,8 +123,8 @@ def test_a_killed_run_of_another_machine_is_told_and_left_alone(instance, store,
 
 def test_a_number_that_another_process_got_is_not_the_run(instance, store, training, monkeypatch):
     kill(training)
-    monkeypatch.setattr("nic_assets.doctor.os.kill", lambda pid, number: None)
-    monkeypatch.setattr("nic_assets.doctor._started", lambda pid: time.time() + 3600)
+    monkeypatch.setattr("nic_assets.operations.doctor.os.kill", lambda pid, number: None)
+    monkeypatch.setattr("nic_assets.operations.doctor._started", lambda pid: time.time() + 3600)
     assert names(examine(instance, store)) == ["lost run"]
 
 
@@ -149,13 +149,13 @@ def test_a_slot_of_a_run_that_has_ended_is_given_back(instance, store):
 def test_a_run_that_never_came_up_is_lost_after_a_while(instance, store, monkeypatch):
     add_run(instance, dg.DagsterRunStatus.STARTING)
     assert examine(instance, store) == []
-    monkeypatch.setattr("nic_assets.doctor.SILENT", -1)
+    monkeypatch.setattr("nic_assets.operations.doctor.SILENT", -1)
     [found] = examine(instance, store)
     assert "no process of it is known" in found.meaning
 
 
 def test_half_made_files_are_removed_and_those_of_a_writer_are_not(instance, store):
-    grids = store.grid("mtl", "s1").parent
+    grids = store.grid(GridKey(encoder="mtl", slide="s1")).parent
     (grids / ".new.s1.zarr").mkdir(parents=True)
     (grids / ".lock.s1.zarr").touch()
     [found] = examine(instance, store)

@@ -12,9 +12,15 @@ import pytest
 import torch
 from dagster._core.definitions.job_base import InMemoryJob
 
-from nic_assets import executors
 from nic_assets.build import build_defs
-from nic_assets.executors import CPU_TAGS, GPU_POOL, GPU_TAGS, chosen_executor, threads_a_step
+from nic_assets.orchestration import executors
+from nic_assets.orchestration.executors import (
+    CPU_TAGS,
+    GPU_POOL,
+    GPU_TAGS,
+    chosen_executor,
+    threads_a_step,
+)
 from nic_core import steps
 from nic_core.cohort import load_cohort
 from nic_core.encoders import EncoderError
@@ -132,7 +138,7 @@ def test_gpu_bound_assets_work_on_the_device_that_they_lease(tiny_cohort, tmp_pa
 
     monkeypatch.setattr("nic_core.steps.encoders.load_patch_task", lambda folder: folder)
     monkeypatch.setattr("nic_core.steps.encoders.train_encoder", trained_on)
-    monkeypatch.setattr(steps, "make_model", trained_on)
+    monkeypatch.setattr(steps, "make_slide_model", trained_on)
     with dg.DagsterInstance.ephemeral() as instance:
         instance.add_dynamic_partitions("slides", ["s1"])
 
@@ -148,7 +154,7 @@ def test_gpu_bound_assets_work_on_the_device_that_they_lease(tiny_cohort, tmp_pa
 
         assert "trained on cuda:7" in failure("encoder", "mtl-4")
         assert "device 'cuda:7' is not here" in failure("grid", "mean-rgb|s1")
-        assert "trained on cuda:7" in failure("task_model", f"mean-rgb|{cohort.targets[0].name}")
+        assert "trained on cuda:7" in failure("slide_model", f"mean-rgb|{cohort.targets[0].name}")
 
 
 # --- the pool --------------------------------------------------------------------------------

@@ -14,12 +14,12 @@ import yaml
 from rich.console import Console
 
 from benchmarks.kills import Study, compare, kill_refresh
-from nic_assets import batches
 from nic_assets.build import build_defs
-from nic_assets.doctor import examine
-from nic_assets.refresh import refresh
+from nic_assets.operations.doctor import examine
+from nic_assets.operations.refresh import refresh
+from nic_assets.orchestration import batches
 from nic_core.cohort import load_cohort
-from nic_core.store import exclusive
+from nic_core.store import exclusive_lock
 
 SLIDES = 6
 
@@ -122,9 +122,9 @@ def test_a_disk_that_fails_in_the_middle_stops_the_run_and_the_next_one_goes_on(
             calls.append(place.stem)
             if len(calls) == 4:
                 mend.append(fail(study.store.root.resolve()))
-        return exclusive(place)
+        return exclusive_lock(place)
 
-    monkeypatch.setattr(batches, "exclusive", failing)
+    monkeypatch.setattr(batches, "exclusive_lock", failing)
     with study.instance() as instance:
         [problem, *waiting] = refresh(defs, instance, Console(quiet=True))
         assert f"grid: mean-rgb|{calls[-1]}: StoreError: " in problem

@@ -9,7 +9,7 @@ import pytest
 from dagster._config import process_config, resolve_to_config_type
 from dagster._core.instance.ref import InstanceRef
 
-from nic_assets.executors import CPU_TAGS, GPU_TAGS, chosen_executor
+from nic_assets.orchestration.executors import CPU_TAGS, GPU_TAGS, chosen_executor
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "kubernetes"
 REASON = "the extra 'kubernetes' is not installed"

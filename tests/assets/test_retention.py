@@ -12,10 +12,10 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from nic_assets.assets.inputs import add_slides
 from nic_assets.build import build_defs
 from nic_assets.cli import app
-from nic_assets.inputs import add_slides
-from nic_assets.retention import RetentionError, registered_tags, unneeded
+from nic_assets.operations.retention import RetentionError, registered_tags, unneeded
 from nic_assets.tracking import Tracking
 from nic_core import steps
 from nic_core.cohort import Cohort, load_cohort
@@ -35,7 +35,7 @@ class World:
 
     @property
     def slides(self) -> list[str]:
-        return steps.read_index(self.store)["slide"].to_list()
+        return steps.read_slide_index(self.store)["slide"].to_list()
 
     @property
     def weights(self) -> str:
@@ -54,7 +54,7 @@ class World:
 def world(mean_rgb_study) -> World:
     cohort, store = mean_rgb_study
     instance = dg.DagsterInstance.ephemeral()
-    add_slides(instance, steps.read_index(store)["slide"].to_list())
+    add_slides(instance, steps.read_slide_index(store)["slide"].to_list())
     return World(cohort, store, instance)
 
 
@@ -103,7 +103,7 @@ def test_a_registered_model_keeps_its_encoder_and_the_grids_that_it_learned_from
     assert f"model growth|{ENCODER}" not in left
     assert f"model survival|{ENCODER}" in left
     assert f"encoder {ENCODER}" not in left
-    table = pl.read_parquet(world.store.folds("growth"))
+    table = pl.read_parquet(world.store.target_folds("growth"))
     learned = set(table.filter(split="cv")["slides"].explode())
     held_out = set(world.slides) - learned
     assert held_out

@@ -15,11 +15,12 @@ from dagster._core.storage.tags import (
 )
 from sqlalchemy.exc import OperationalError
 
-from nic_assets.batches import HOST_TAG, Product, materialize_each
 from nic_assets.build import build_defs
-from nic_assets.retries import RETRIES, is_transient, transient_again
+from nic_assets.orchestration.batches import Product, materialize_each
+from nic_assets.orchestration.retries import RETRIES, is_transient, transient_again
+from nic_assets.tags import HOST_TAG
 from nic_core.cohort import CohortError, load_cohort
-from nic_core.store import Store, StoreBusyError, StoreError, whole_file
+from nic_core.store import Store, StoreBusyError, StoreError, atomic_file
 
 KEYS = ["s1", "s2", "s3"]
 SLIDES = dg.StaticPartitionsDefinition(KEYS)
@@ -222,7 +223,7 @@ class Slow:
     def __call__(self, key: str) -> Product:
         self.begun.set()
         assert self.go_on.wait(60)
-        with whole_file(self.folder / key) as path:
+        with atomic_file(self.folder / key) as path:
             path.write_text(self.version)
         self.done.append(key)
         return Product(self.version)

@@ -12,8 +12,8 @@ from dagster._core.loader import LoadingContext
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nic_assets.inputs import ENCODER_ENTRY, SLIDE_FILE, report_versions
-from nic_assets.staleness import due, ledger
+from nic_assets.assets.inputs import ENCODER_ENTRY, SLIDE_FILE, report_versions
+from nic_assets.orchestration.staleness import due, ledger
 from tests.assets.worlds import ENCODERS, SLIDE_KEYS, World
 
 

@@ -21,24 +21,24 @@ import torch
 import yaml
 from rich.console import Console
 
+from nic_assets.assets.inputs import SLIDE_FILE
 from nic_assets.build import build_defs
-from nic_assets.inputs import SLIDE_FILE
-from nic_assets.refresh import refresh
+from nic_assets.operations.refresh import refresh
 from nic_core.cohort import load_cohort
 from nic_core.encoders import load_encoder, save_encoder
 from nic_core.encoders.encoder import encoder_tensors, weights_hash
 from nic_core.encoders.files import read_card
 from nic_core.encoders.probes import KNN, LINEAR
 from nic_core.grids import open_grid
-from nic_core.heatmaps import TIFF, read_heatmap
+from nic_core.maps.heatmaps import TIFF, read_heatmap
 from nic_core.models.files import ensemble_module, load_model
 from nic_core.reports import RESULT_SCHEMA
-from nic_core.store import Store
+from nic_core.store import GridKey, ModelKey, Store
 
 LAYERS = {
     "encoders": {"patch_task_source", "encoder_entry", "patch_task", "encoder", "encoder_probe"},
-    "grids": {"grid", "encoded_cohort"},
-    "models": {"target_entry", "target_folds", "task_model", "explanation"},
+    "grids": {"grid", "grid_manifest"},
+    "models": {"target_entry", "target_folds", "slide_model", "explanation"},
     "reports": {"probability_map", "map_scores", "evaluation_report"},
     "slides": {"slide_file", "slide_index", "slide", "patch_table"},
 }
@@ -105,7 +105,7 @@ def test_every_asset_says_what_it_is_and_whose(study):
 
 def test_gpu_bound_work_is_tagged_and_takes_turns(study):
     graph = study.defs.resolve_asset_graph()
-    for name in ("encoder", "grid", "task_model"):
+    for name in ("encoder", "grid", "slide_model"):
         definition = graph.get(dg.AssetKey(name)).assets_def
         assert definition.op.tags["nic/device"] == "gpu"
         assert definition.op.pool == "gpu"
@@ -125,19 +125,23 @@ def test_every_partition_of_every_asset_is_materialized(study):
 def test_a_grid_has_a_code_at_every_kept_cell(study):
     for slide in study.instance.get_dynamic_partitions("slides"):
         cells = pl.read_parquet(study.store.patch_table(slide)).filter("kept")
-        grid = open_grid(study.store.grid("mtl-4", slide))
+        grid = open_grid(study.store.grid(GridKey(encoder="mtl-4", slide=slide)))
         assert grid.shape[0] == 128
         assert int(grid.valid.sum()) == cells.height > 0
 
 
 def test_every_slide_of_every_model_is_explained_where_it_has_a_code(study):
     for target in study.cohort.targets:
-        tested = pl.read_parquet(study.store.folds(target.name))["slides"].explode().to_list()
+        tested = (
+            pl.read_parquet(study.store.target_folds(target.name))["slides"].explode().to_list()
+        )
         for encoder in study.cohort.encoders:
-            folder = study.store.explanations(target.name, encoder.name)
+            folder = study.store.explanation(ModelKey(encoder=encoder.name, target=target.name))
             assert sorted(p.name for p in folder.iterdir() if p.is_dir()) == sorted(tested)
             for slide in tested:
-                valid = open_grid(study.store.grid(encoder.name, slide)).valid
+                valid = open_grid(
+                    study.store.grid(GridKey(encoder=encoder.name, slide=slide))
+                ).valid
                 np.testing.assert_array_equal(np.isfinite(read_heatmap(folder / slide)), valid)
             scores = pl.read_parquet(folder / "scores.parquet")
             assert scores["auc"].is_between(0, 1).all()
@@ -145,7 +149,7 @@ def test_every_slide_of_every_model_is_explained_where_it_has_a_code(study):
 
 
 def test_the_report_holds_every_target_encoder_and_task(study):
-    results = pl.read_parquet(study.store.reports / "results.parquet")
+    results = pl.read_parquet(study.store.evaluation_report / "results.parquet")
     assert results.schema == RESULT_SCHEMA
     models = results.filter(kind="target").select("about", "encoder").unique()
     assert models.height == 6
@@ -194,7 +198,7 @@ def test_every_encoder_and_model_is_registered_with_its_origin_data_and_figures(
     }
     made = [(f"encoder-{e.name}", "candidate", "encoder", e.name) for e in cohort.encoders]
     made += [
-        (f"model-{t.name}", f"candidate-{e.name}", "task_model", f"{e.name}|{t.name}")
+        (f"model-{t.name}", f"candidate-{e.name}", "slide_model", f"{e.name}|{t.name}")
         for t in cohort.targets
         for e in cohort.encoders
     ]
@@ -254,20 +258,23 @@ def test_a_registered_model_knows_its_grids_folds_and_figures(study):
         dg.AssetRecordsFilter(dg.AssetKey("target_folds"), asset_partitions=["growth"]), limit=1
     ).records[0]
     grids = study.instance.fetch_materializations(
-        dg.AssetRecordsFilter(dg.AssetKey("encoded_cohort"), asset_partitions=["mtl-4"]), limit=1
+        dg.AssetRecordsFilter(dg.AssetKey("grid_manifest"), asset_partitions=["mtl-4"]), limit=1
     ).records[0]
     assert datasets(client, version.run_id) == {
         name: event.asset_materialization.tags["dagster/data_version"]
-        for name, event in (("target_folds/growth", folds), ("encoded_cohort/mtl-4", grids))
+        for name, event in (("target_folds/growth", folds), ("grid_manifest/mtl-4", grids))
     }
-    card = load_model(study.store.model("growth", "mtl-4")).card
+    card = load_model(study.store.slide_model(ModelKey(encoder="mtl-4", target="growth"))).card
     auc = next(m for m in card.metrics if (m.model, m.split, m.metric) == ("network", "cv", "auc"))
     metrics = {m.key: m.value for m in figures(client, version)}
     name = "cross-validated/small_grid_CNN/AUC"
     found = [metrics[f"{name}{part}"] for part in ("", "/low", "/high")]
     assert found == [auc.value, auc.low, auc.high]
     kept = {Path(item.path).name for item in client.list_artifacts(version.run_id, "product")}
-    assert kept == {path.name for path in study.store.model("growth", "mtl-4").iterdir()}
+    assert kept == {
+        path.name
+        for path in study.store.slide_model(ModelKey(encoder="mtl-4", target="growth")).iterdir()
+    }
 
 
 def test_one_model_of_each_target_is_champion_and_the_check_says_why(study):
@@ -275,7 +282,7 @@ def test_one_model_of_each_target_is_champion_and_the_check_says_why(study):
     result = next(
         record.event.dagster_event.event_specific_data
         for record in study.instance.event_log_storage.get_asset_check_execution_history(
-            dg.AssetCheckKey(dg.AssetKey("task_model"), "compared_with_champion"), limit=1
+            dg.AssetCheckKey(dg.AssetKey("slide_model"), "compared_with_champion"), limit=1
         )
         if record.event is not None
     )
@@ -324,7 +331,9 @@ def test_registered_networks_give_the_numbers_of_the_store_without_this_project(
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     encoder = load_encoder(study.store.encoder("mtl-4"))
-    model = ensemble_module(load_model(study.store.model("survival", "mtl-4")).networks)
+    model = ensemble_module(
+        load_model(study.store.slide_model(ModelKey(encoder="mtl-4", target="survival"))).networks
+    )
     with torch.no_grad():
         ours = {
             "encoder-mtl-4": encoder.module(torch.from_numpy(patches)).numpy(),
@@ -348,7 +357,7 @@ def test_a_cohort_takes_the_encoder_that_carries_an_alias_and_follows_it(
     assert "set the alias 'champion' on a version of 'encoder-mtl-4'" in routine.refresh()[0]
 
     def weights() -> str:
-        grid = open_grid(routine.store.grid("blessed", slide))
+        grid = open_grid(routine.store.grid(GridKey(encoder="blessed", slide=slide)))
         return grid.provenance.weights_hash
 
     def events() -> int:
@@ -414,8 +423,11 @@ def test_a_changed_slide_is_compressed_again_and_no_other(
     assert changed.refresh() == []
     after = {p.name: p.stat().st_ino for p in (tmp_path / "store/grids/mtl-4").iterdir()}
     assert [name for name in before if before[name] != after[name]] == [f"{first.stem}.zarr"]
-    grids = [open_grid(changed.store.grid("mtl-4", s.stem)) for s in (first, second)]
-    np.testing.assert_array_equal(grids[0].codes[:], grids[1].codes[:])
+    grids = [
+        open_grid(changed.store.grid(GridKey(encoder="mtl-4", slide=s.stem)))
+        for s in (first, second)
+    ]
+    np.testing.assert_array_equal(grids[0].embeddings[:], grids[1].embeddings[:])
     assert changed.instance.get_materialized_partitions(SLIDE_FILE)
 
 
@@ -426,17 +438,20 @@ def test_attention_pooling_is_trained_and_explained_like_any_network(study, tiny
     done = other.defs.resolve_implicit_global_asset_job_def().execute_in_process(
         instance=other.instance,
         partition_key=dg.MultiPartitionKey({"encoder": "mean-rgb", "target": "growth"}),
-        asset_selection=[dg.AssetKey("task_model"), dg.AssetKey("explanation")],
+        asset_selection=[dg.AssetKey("slide_model"), dg.AssetKey("explanation")],
     )
     assert done.success
-    for asset in ("task_model", "explanation"):
+    for asset in ("slide_model", "explanation"):
         made = other.instance.get_materialized_partitions(dg.AssetKey(asset))
         assert made == {"mean-rgb|growth"}
-    model = load_model(other.store.model("growth", "mean-rgb"))
+    model = load_model(other.store.slide_model(ModelKey(encoder="mean-rgb", target="growth")))
     assert model.card.settings.network == "mil"
-    for slide in pl.read_parquet(other.store.folds("growth"))["slides"].explode():
-        folder = other.store.explanations("growth", "mean-rgb") / slide
-        heat, valid = read_heatmap(folder), open_grid(other.store.grid("mean-rgb", slide)).valid
+    for slide in pl.read_parquet(other.store.target_folds("growth"))["slides"].explode():
+        folder = other.store.explanation(ModelKey(encoder="mean-rgb", target="growth")) / slide
+        heat, valid = (
+            read_heatmap(folder),
+            open_grid(other.store.grid(GridKey(encoder="mean-rgb", slide=slide))).valid,
+        )
         np.testing.assert_array_equal(np.isfinite(heat), valid)
         # attention, in multiples of its mean over the crop: these slides fit into it
         assert np.nanmean(heat) == pytest.approx(1, rel=1e-3)
@@ -445,7 +460,7 @@ def test_attention_pooling_is_trained_and_explained_like_any_network(study, tiny
 
 
 def test_the_report_holds_both_probes_of_every_encoder_and_task(study):
-    probes = pl.read_parquet(study.store.reports / "results.parquet").filter(
+    probes = pl.read_parquet(study.store.evaluation_report / "results.parquet").filter(
         pl.col("model").is_in([LINEAR, KNN]), metric="balanced accuracy"
     )
     assert set(probes.select("encoder", "about", "model").rows()) == {
@@ -455,7 +470,7 @@ def test_the_report_holds_both_probes_of_every_encoder_and_task(study):
         for model in (LINEAR, KNN)
     }
     event = study.instance.get_latest_materialization_event(dg.AssetKey("encoder_probe"))
-    assert {"codes", "nearest_patches", "scores"} <= set(event.asset_materialization.metadata)
+    assert {"embeddings", "nearest_patches", "scores"} <= set(event.asset_materialization.metadata)
 
 
 # --- encoders from elsewhere -----------------------------------------------------------------
@@ -483,13 +498,13 @@ def test_a_network_from_elsewhere_is_an_encoder_like_any_other(tiny_cohort, tmp_
     network = {
         "patch": settings.patch,
         "mpp": settings.mpp,
-        "code": 12,
+        "embedding_size": 12,
         "preprocess": {"mean": [0.5] * 3, "std": [0.25] * 3, "resize": 32},
     }
     encoder = {"name": "means", "objective": "imported", "file": "means.pt", "network": network}
     study, slide = study_of_one_slide(tiny_cohort, tmp_path, encoder)
     assert study.refresh() == []
-    grid = open_grid(study.store.grid("means", slide))
+    grid = open_grid(study.store.grid(GridKey(encoder="means", slide=slide)))
     assert grid.shape[0] == 12
     assert grid.valid.any()
     client = mlflow.MlflowClient(f"sqlite:///{study.store.mlflow / 'mlflow.db'}")
@@ -567,7 +582,7 @@ def test_the_command_line_materializes_a_partition_and_a_range(tiny_cohort, tmp_
     [
         (
             {"slides": {"folders": [{"path": "/nowhere"}]}},
-            "/nowhere is no folder",
+            "/nowhere is not a folder",
         ),
         ({"labels": "/nowhere/labels.csv"}, "cannot be read"),
         ({"encoders": [{"name": "x", "objective": "magic"}]}, "encoders.0.objective"),

@@ -27,19 +27,14 @@ from sqlalchemy.engine import Engine
 
 from nic_assets import tracking
 from nic_assets.build import build_defs
-from nic_assets.checks import against_champion
-from nic_assets.tracking import (
-    TrackedRun,
-    Tracking,
-    TrackingError,
-    git_commit,
-    without_secrets,
-)
+from nic_assets.tracking import TrackedRun, Tracking, TrackingError
+from nic_assets.tracking.runs import git_commit, without_secrets
 from nic_core import steps
 from nic_core.cohort import Cohort, EncoderSpec, load_cohort
 from nic_core.encoders.files import read_card
-from nic_core.encoders.loop import _Run
-from nic_core.steps.models import PREDICTIONS
+from nic_core.encoders.training_loop import _Run
+from nic_core.models.comparison import compare_with_champion
+from nic_core.steps.slide_models import PREDICTIONS
 from nic_core.store import Store
 from tests.assets.test_checks import evaluated
 
@@ -176,7 +171,7 @@ def test_a_server_killed_in_a_training_costs_no_training_and_no_password_is_told
     server.start()
     assert lab.materialize().success
     assert lab.epochs == trained
-    assert not lab.store.training(ENCODER).exists()
+    assert not lab.store.encoder_checkpoint(ENCODER).exists()
     client = mlflow.MlflowClient(f"http://127.0.0.1:{server.port}")
     (tags,) = versions(client, f"encoder-{ENCODER}").values()
     assert tags["weights_hash"] == weights == read_card(lab.store.encoder(ENCODER)).weights_hash
@@ -280,7 +275,7 @@ class Registry:
             description="",
             tags={"encoder": "mtl-4"},
         )
-        run.challenge(lambda champion: against_champion(model, champion))
+        run.challenge(lambda champion: compare_with_champion(model, champion))
         run.finish(folder)
         assert run.verdict is not None
         return run.verdict.words

@@ -13,16 +13,10 @@ from dagster._core.storage.tags import (
     ASSET_PARTITION_RANGE_START_TAG,
 )
 
-from nic_assets.batches import Product, materialize_each
-from nic_assets.inputs import (
-    ENCODER_ENTRY,
-    LOOKS_TAG,
-    SLIDE_FILE,
-    SOME_INPUTS,
-    add_slides,
-    report_versions,
-)
+from nic_assets.assets.inputs import ENCODER_ENTRY, SLIDE_FILE, add_slides, report_versions
+from nic_assets.orchestration.batches import Product, materialize_each
 from nic_assets.partitions import SLIDES
+from nic_assets.tags import PARTIAL_INPUTS, REFRESH_TAG
 
 SLIDE_KEYS = ("s1", "s2", "s3")
 ENCODERS = ("first", "second")
@@ -95,7 +89,7 @@ class World:
         @dg.asset(
             partitions_def=encoders,
             deps=[grid],
-            tags={LOOKS_TAG: "layer", **SOME_INPUTS},
+            tags={REFRESH_TAG: "eager", **PARTIAL_INPUTS},
             **common,
         )
         def gathered(context: dg.AssetExecutionContext) -> Iterator[dg.MaterializeResult]:

@@ -5,18 +5,18 @@ import pytest
 
 from nic_core.cohort import EncoderSpec
 from nic_core.encoders import train_encoder
-from nic_core.encoders.pictures import code_map, neighbour_sheet
+from nic_core.encoders.figures import embedding_map, neighbour_sheet
 from nic_core.encoders.probes import (
     KNN,
     LINEAR,
     PROBE_SCHEMA,
-    TaskCodes,
+    TaskEmbeddings,
     knn_probe,
     linear_probe,
     nearest_patches,
     principal_components,
     probe_table,
-    task_codes,
+    task_embeddings,
 )
 from nic_core.reports import probe_results
 
@@ -26,7 +26,7 @@ from .conftest import make_dataset
 @pytest.fixture(scope="module")
 def encoders():
     task = make_dataset(side=62)
-    sizes = {"patch": 62, "mpp": 0.5, "code": 16, "device": "cpu"}
+    sizes = {"patch": 62, "mpp": 0.5, "embedding_size": 16, "device": "cpu"}
     mean = train_encoder(EncoderSpec(name="mean", objective="mean_rgb"), [], **sizes).encoder
     spec = EncoderSpec(
         name="one", objective="supervised", tasks=("stripes",), patches_seen=960, batch=32,
@@ -36,90 +36,94 @@ def encoders():
 
 
 @pytest.mark.parametrize("probe", [linear_probe, knn_probe])
-def test_probes_tell_a_trained_encoder_from_mean_colour(encoders, probe):
+def test_probes_score_a_trained_encoder_above_mean_rgb(encoders, probe):
     mean, trained = encoders
     unseen = make_dataset("unseen", side=62, seed=9)
-    assert probe(task_codes(trained, unseen)).auc > 0.85
-    assert probe(task_codes(mean, unseen)).auc < 0.75
+    assert probe(task_embeddings(trained, unseen)).auc > 0.85
+    assert probe(task_embeddings(mean, unseen)).auc < 0.75
 
 
-def test_anything_that_gives_patches_numbers_can_be_probed():
+def test_any_embedding_function_can_be_probed():
     class Stripes:
         def embed(self, pixels):
             return np.abs(np.diff(pixels.astype(float), axis=2)).mean((1, 2))
 
-    assert linear_probe(task_codes(Stripes(), make_dataset(side=62))).auc > 0.85
+    assert linear_probe(task_embeddings(Stripes(), make_dataset(side=62))).auc > 0.85
 
 
-def test_a_sample_is_seeded_and_holds_every_class(encoders):
+def test_a_sample_is_seeded_and_has_every_class(encoders):
     mean, _ = encoders
     task = make_dataset("three", ("a", "b", "c"), (0, 1, 2), each=40, side=62)
-    codes = task_codes(mean, task, patches=5, seed=3)
-    assert len(codes.train_rows) == len(codes.test_rows) == 5
-    assert set(codes.train_labels) == {0, 1, 2}
-    assert set(codes.train_rows) <= set(task.rows("train"))
-    assert set(codes.test_rows) <= set(task.rows("test"))
-    again, other = (task_codes(mean, task, patches=5, seed=seed) for seed in (3, 4))
-    assert np.array_equal(again.train_rows, codes.train_rows)
-    assert not np.array_equal(other.train_rows, codes.train_rows)
-    assert len(task_codes(mean, task, patches=1).train_rows) == 3
-    whole = task_codes(mean, task)
+    embeddings = task_embeddings(mean, task, patches=5, seed=3)
+    assert len(embeddings.train_rows) == len(embeddings.test_rows) == 5
+    assert set(embeddings.train_labels) == {0, 1, 2}
+    assert set(embeddings.train_rows) <= set(task.rows("train"))
+    assert set(embeddings.test_rows) <= set(task.rows("test"))
+    again, other = (task_embeddings(mean, task, patches=5, seed=seed) for seed in (3, 4))
+    assert np.array_equal(again.train_rows, embeddings.train_rows)
+    assert not np.array_equal(other.train_rows, embeddings.train_rows)
+    assert len(task_embeddings(mean, task, patches=1).train_rows) == 3
+    whole = task_embeddings(mean, task)
     assert np.array_equal(whole.train_rows, task.rows("train"))
     assert np.allclose(whole.train.mean(0), 0, atol=1e-5)
     assert np.allclose(whole.train.std(0), 1, atol=1e-5)
 
 
-def test_the_table_tells_seen_tasks_from_unseen(encoders):
+def test_probe_table_marks_tasks_used_in_training(encoders):
     mean, trained = encoders
     tasks = [make_dataset(side=62), make_dataset("unseen", side=62, seed=9)]
-    scores = probe_table(trained, [task_codes(trained, task) for task in tasks])
+    scores = probe_table(trained, [task_embeddings(trained, task) for task in tasks])
     assert scores.schema == PROBE_SCHEMA
-    assert scores.select("task", "seen", "probe").rows() == [
+    assert scores.select("task", "in_training", "probe").rows() == [
         ("stripes", True, LINEAR),
         ("stripes", True, KNN),
         ("unseen", False, LINEAR),
         ("unseen", False, KNN),
     ]
     imported = mean.card.model_copy(update={"objective": "imported"})
-    elsewhere = probe_table(type(mean)(imported, mean.module), [task_codes(mean, tasks[0])])
-    assert elsewhere["seen"].to_list() == [None, None]
+    elsewhere = probe_table(type(mean)(imported, mean.module), [task_embeddings(mean, tasks[0])])
+    assert elsewhere["in_training"].to_list() == [None, None]
     results = probe_results("one", scores)
     assert results.filter(model=LINEAR, about="unseen", metric="AUC")["value"].item() == (
         scores.filter(probe=LINEAR, task="unseen")["auc"].item()
     )
 
 
-def blobs() -> TaskCodes:
-    """Codes whose classes lie far apart along one axis, and noise in the others."""
+def blobs() -> TaskEmbeddings:
+    """Embeddings with classes far apart along one axis and noise along the others."""
     task = make_dataset(each=40, side=32)
     rng = np.random.default_rng(0)
-    codes = rng.normal(0, 0.1, (80, 6)).astype(np.float32)
-    codes[:, 4] += 10 * task.labels
+    embeddings = rng.normal(0, 0.1, (80, 6)).astype(np.float32)
+    embeddings[:, 4] += 10 * task.labels
     train, test = task.rows("train"), task.rows("test")
-    return TaskCodes(task, codes[train], codes[test], train, test)
+    return TaskEmbeddings(task, embeddings[train], embeddings[test], train, test)
 
 
-def test_neighbours_and_axes_are_those_of_the_codes():
-    codes = blobs()
-    queries = np.arange(len(codes.test))
-    nearest = nearest_patches(codes, queries, 5)
-    distances = ((codes.test[:, None] - codes.train[None]) ** 2).sum(-1)
+def test_neighbours_and_principal_axes_are_correct():
+    embeddings = blobs()
+    queries = np.arange(len(embeddings.test))
+    nearest = nearest_patches(embeddings, queries, 5)
+    distances = ((embeddings.test[:, None] - embeddings.train[None]) ** 2).sum(-1)
     assert np.array_equal(nearest, np.argsort(distances, 1)[:, :5])
-    assert (codes.train_labels[nearest] == codes.test_labels[:, None]).all()
-    points, shares = principal_components(codes)
-    assert abs(np.corrcoef(points[:, 0], codes.test[:, 4])[0, 1]) > 0.999
+    assert (embeddings.train_labels[nearest] == embeddings.test_labels[:, None]).all()
+    points, shares = principal_components(embeddings)
+    assert abs(np.corrcoef(points[:, 0], embeddings.test[:, 4])[0, 1]) > 0.999
     assert shares[0] > 0.9
 
 
-def test_pictures_show_every_task_and_frame_neighbours_by_their_class():
-    codes = blobs()
-    wrong = TaskCodes(
-        codes.task, codes.train, codes.test[::-1].copy(), codes.train_rows, codes.test_rows
+def test_neighbour_frames_show_the_class():
+    embeddings = blobs()
+    wrong = TaskEmbeddings(
+        embeddings.task,
+        embeddings.train,
+        embeddings.test[::-1].copy(),
+        embeddings.train_rows,
+        embeddings.test_rows,
     )
-    drawn = code_map([codes, codes, codes])
+    drawn = embedding_map([embeddings, embeddings, embeddings])
     drawn.canvas.draw()
     assert sum(axes.axison for axes in drawn.axes) == 3
-    for shown, colour in ((codes, (0.17, 0.63, 0.17)), (wrong, (0.84, 0.15, 0.16))):
+    for shown, colour in ((embeddings, (0.17, 0.63, 0.17)), (wrong, (0.84, 0.15, 0.16))):
         sheet = neighbour_sheet([shown], queries=2, neighbours=4)
         sheet.canvas.draw()
         assert len(sheet.axes) == 2 * 5

@@ -12,19 +12,19 @@ import polars as pl
 import pytest
 from scipy import ndimage
 
-CODE = 16
+EMBEDDING_SIZE = 16
 
 
 @dataclass(frozen=True)
 class ArrayGrid:
     """A grid in memory, in the form that the models ask for."""
 
-    codes: np.ndarray
+    embeddings: np.ndarray
     valid: np.ndarray
     orientations: np.ndarray | None = None
 
     def oriented(self, k: int) -> np.ndarray:
-        return self.codes if k == 0 else self.orientations[k]
+        return self.embeddings if k == 0 else self.orientations[k]
 
 
 @dataclass(frozen=True)
@@ -53,15 +53,17 @@ def plant_grid(random: np.random.Generator, rim: bool, grade: float, means: np.n
         stroma = np.zeros_like(tissue)
         stroma.ravel()[best[np.isfinite(clumps.ravel()[best])]] = True
     kind = np.where(tumour, 0, np.where(stroma, 1, 2))
-    codes = means[kind] + grade * tumour[..., None] * means[3]
-    codes = codes + random.normal(size=codes.shape) + 0.2 * random.normal(size=CODE)
-    codes = np.where(tissue[..., None], codes, 0).transpose(2, 0, 1)
-    return ArrayGrid(np.ascontiguousarray(codes, np.float16), tissue)
+    embeddings = means[kind] + grade * tumour[..., None] * means[3]
+    embeddings = (
+        embeddings + random.normal(size=embeddings.shape) + 0.2 * random.normal(size=EMBEDDING_SIZE)
+    )
+    embeddings = np.where(tissue[..., None], embeddings, 0).transpose(2, 0, 1)
+    return ArrayGrid(np.ascontiguousarray(embeddings, np.float16), tissue)
 
 
 def plant(patients: int, seed: int = 0, slides: int = 1) -> Planted:
     random = np.random.default_rng(seed)
-    means = 1.5 * random.normal(size=(4, CODE))
+    means = 1.5 * random.normal(size=(4, EMBEDDING_SIZE))
     grids, rows = {}, []
     for i in range(patients):
         rim, grade = i % 2, random.uniform(0, 1)

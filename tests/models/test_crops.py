@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from scipy import ndimage
 
 from nic_core.grids import Grid, GridProvenance, open_grid, write_grid
+from nic_core.grids.orientations import orient
 from nic_core.models.crops import (
     Crops,
     all_moments,
@@ -22,7 +23,6 @@ from nic_core.models.crops import (
     windows,
 )
 from nic_core.models.networks import Normalise
-from nic_core.orientations import orient
 
 from .conftest import ArrayGrid
 
@@ -31,9 +31,9 @@ def identity(channels):
     return Normalise(torch.zeros(channels), torch.ones(channels))
 
 
-def grid_of(codes, valid=None):
-    codes = np.asarray(codes, np.float16)
-    return ArrayGrid(codes, np.ones(codes.shape[1:], bool) if valid is None else valid)
+def grid_of(embeddings, valid=None):
+    embeddings = np.asarray(embeddings, np.float16)
+    return ArrayGrid(embeddings, np.ones(embeddings.shape[1:], bool) if valid is None else valid)
 
 
 @given(
@@ -46,10 +46,10 @@ def grid_of(codes, valid=None):
 @settings(max_examples=100, deadline=None)
 def test_a_crop_is_the_window_of_the_zero_padded_grid(rows, columns, crop, row, column):
     row, column = row % rows, column % columns
-    codes = 1 + np.arange(rows * columns, dtype=np.float32).reshape(1, rows, columns)
-    padded = np.pad(codes, ((0, 0), (crop, crop), (crop, crop)))
+    embeddings = 1 + np.arange(rows * columns, dtype=np.float32).reshape(1, rows, columns)
+    padded = np.pad(embeddings, ((0, 0), (crop, crop), (crop, crop)))
     top, left = row - crop // 2 + crop, column - crop // 2 + crop
-    crops = Crops(lambda _: grid_of(codes), identity(1), crop)
+    crops = Crops(lambda _: grid_of(embeddings), identity(1), crop)
     np.testing.assert_array_equal(
         crops.at("s", (row, column), 0), padded[:, top : top + crop, left : left + crop]
     )
@@ -76,19 +76,19 @@ def test_the_edge_of_a_grid_without_background_counts_as_background():
 
 
 def test_a_grid_that_fits_is_shifted_but_never_cut():
-    codes = np.random.default_rng(0).normal(size=(2, 7, 9)).astype(np.float32)
-    crops = Crops(lambda _: grid_of(codes), identity(2), 12)
+    embeddings = np.random.default_rng(0).normal(size=(2, 7, 9)).astype(np.float32)
+    crops = Crops(lambda _: grid_of(embeddings), identity(2), 12)
     places = set()
     for centre in crops.fixed("s", 50, seed=0):
         crop = crops.at("s", centre, 0)
-        assert np.count_nonzero(crop) == codes.size
+        assert np.count_nonzero(crop) == embeddings.size
         places.add(tuple(np.argwhere(crop[0])[0]))
     assert len(places) > 5
 
 
 def test_a_crop_is_turned_into_each_of_the_eight_orientations():
-    codes = np.random.default_rng(0).normal(size=(2, 3, 3)).astype(np.float32)
-    crops = Crops(lambda _: grid_of(codes), identity(2), 3)
+    embeddings = np.random.default_rng(0).normal(size=(2, 3, 3)).astype(np.float32)
+    crops = Crops(lambda _: grid_of(embeddings), identity(2), 3)
     upright = crops.at("s", (1, 1), 0)
     turned = [crops.at("s", (1, 1), k) for k in range(8)]
     assert len({crop.tobytes() for crop in turned}) == 8
@@ -98,13 +98,13 @@ def test_a_crop_is_turned_into_each_of_the_eight_orientations():
 
 def test_stored_orientations_are_used_where_a_grid_has_them():
     random = np.random.default_rng(0)
-    codes = random.normal(size=(8, 2, 5, 4)).astype(np.float16)
-    grid = ArrayGrid(codes[0], np.ones((5, 4), bool), codes)
+    embeddings = random.normal(size=(8, 2, 5, 4)).astype(np.float16)
+    grid = ArrayGrid(embeddings[0], np.ones((5, 4), bool), embeddings)
     for cache in (1 << 20, 0):
         crops = Crops(lambda _: grid, identity(2), 5, cache_bytes=cache)
         for k in range(8):
             expected = np.zeros((2, 5, 5), np.float32)
-            expected[:, :, :4] = codes[k]
+            expected[:, :, :4] = embeddings[k]
             np.testing.assert_array_equal(crops.at("s", (2, 2), k), orient(expected, k))
 
 
@@ -112,12 +112,12 @@ def test_stored_orientations_are_used_where_a_grid_has_them():
 def test_crops_are_normalised_as_the_model_normalises_raw_codes(components):
     random = np.random.default_rng(0)
     valid = random.random((8, 8)) < 0.6
-    codes = (random.normal(size=(4, 8, 8)) + 2) * valid
-    codes[:, 3, 3] = 0  # a code of 0 counts as background in either
+    embeddings = (random.normal(size=(4, 8, 8)) + 2) * valid
+    embeddings[:, 3, 3] = 0  # a embedding of 0 counts as background in either
     valid[3, 3] = True
-    grid = grid_of(codes, valid)
+    grid = grid_of(embeddings, valid)
     normalise = fit_normalise([grid_moments("s", grid)], components=components)
-    raw = torch.from_numpy(grid.codes.astype(np.float32))[None]
+    raw = torch.from_numpy(grid.embeddings.astype(np.float32))[None]
     np.testing.assert_allclose(
         Crops(lambda _: grid, normalise, 8).at("s", (4, 4), 0), normalise(raw)[0], atol=1e-5
     )
@@ -170,14 +170,14 @@ def test_fixed_centres_depend_on_slide_and_seed_alone():
 
 
 def test_slides_beyond_the_cache_are_read_by_window_with_the_same_result(tmp_path):
-    codes = np.random.default_rng(0).normal(size=(3, 40, 40)).astype(np.float16)
-    array = zarr.create_array(tmp_path / "z", shape=codes.shape, dtype="f2", chunks=(3, 8, 8))
-    array[:] = codes
+    embeddings = np.random.default_rng(0).normal(size=(3, 40, 40)).astype(np.float16)
+    array = zarr.create_array(tmp_path / "z", shape=embeddings.shape, dtype="f2", chunks=(3, 8, 8))
+    array[:] = embeddings
 
     reads = []
 
     class Watched:
-        shape = codes.shape
+        shape = embeddings.shape
 
         def __getitem__(self, key):
             part = array[key]
@@ -187,7 +187,7 @@ def test_slides_beyond_the_cache_are_read_by_window_with_the_same_result(tmp_pat
     lazy = ArrayGrid(Watched(), np.ones((40, 40), bool))
     normalise = Normalise(torch.ones(3), torch.full((3,), 2.0))
     bounded = Crops(lambda _: lazy, normalise, 10, cache_bytes=1000)
-    cached = Crops(lambda _: grid_of(codes), normalise, 10)
+    cached = Crops(lambda _: grid_of(embeddings), normalise, 10)
     for centre in ((0, 0), (20, 20), (39, 5)):
         np.testing.assert_array_equal(bounded.at("s", centre, 3), cached.at("s", centre, 3))
     assert max(reads) <= 3 * 10 * 10
@@ -201,9 +201,10 @@ def test_crops_of_stores_are_those_of_the_codes_whatever_is_kept(tmp_path, cache
     for name, side in (("a", 150), ("b", 101), ("c", 30)):
         valid = random.random((side, side + 20)) < 0.9
         valid[: side // 2, :70] = False  # of the largest, a chunk without tissue
-        codes = (random.normal(size=(3, *valid.shape)) * valid).astype(np.float16)
-        grids[name] = grid_of(codes, valid)
+        embeddings = (random.normal(size=(3, *valid.shape)) * valid).astype(np.float16)
+        grids[name] = grid_of(embeddings, valid)
         about = GridProvenance(
+            format=2,
             slide=name,
             slide_identity=name,
             slide_mpp=0.25,
@@ -211,8 +212,13 @@ def test_crops_of_stores_are_those_of_the_codes_whatever_is_kept(tmp_path, cache
             weights_hash="w",
             mpp=0.5,
             patch=128,
+            stride=128,
+            unreadable=0,
+            precision="float32",
+            reading="patch",
+            software="nic test",
         )
-        write_grid(tmp_path / name, Grid(codes, valid, about))
+        write_grid(tmp_path / name, Grid(embeddings, valid, about))
     moments = all_moments(grids, grids.__getitem__).values()
     normalise = fit_normalise(moments, components=components)
     stored = Crops(lambda s: open_grid(tmp_path / s), normalise, 120, cache_bytes=cache)
@@ -256,13 +262,15 @@ def test_standardised_codes_have_mean_0_and_deviation_1_over_tissue():
     grids = {}
     for s in "ab":
         valid = random.random((20, 20)) < 0.5
-        codes = (random.normal(size=(4, 20, 20)) * [[[1]], [[2]], [[3]], [[0]]] + 5) * valid
-        grids[s] = grid_of(codes, valid)
+        embeddings = (random.normal(size=(4, 20, 20)) * [[[1]], [[2]], [[3]], [[0]]] + 5) * valid
+        grids[s] = grid_of(embeddings, valid)
     moments = all_moments("ab", grids.__getitem__)
     normalise = fit_normalise(moments.values(), components=None)
     cells = np.concatenate(
         [
-            normalise(torch.from_numpy(g.codes.astype(np.float32))[None])[0].numpy()[:, g.valid]
+            normalise(torch.from_numpy(g.embeddings.astype(np.float32))[None])[0].numpy()[
+                :, g.valid
+            ]
             for g in grids.values()
         ],
         axis=1,
@@ -270,7 +278,7 @@ def test_standardised_codes_have_mean_0_and_deviation_1_over_tissue():
     np.testing.assert_allclose(cells.mean(1), 0, atol=1e-3)
     np.testing.assert_allclose(cells.std(1), [1, 1, 1, 0], atol=1e-3)
     np.testing.assert_allclose(
-        moments["a"].mean, grids["a"].codes[:, grids["a"].valid].astype(float).mean(1)
+        moments["a"].mean, grids["a"].embeddings[:, grids["a"].valid].astype(float).mean(1)
     )
 
 
@@ -278,9 +286,9 @@ def test_components_follow_what_varies_within_slides_not_between():
     random = np.random.default_rng(0)
     grids = {}
     for i in range(10):
-        codes = random.normal(size=(3, 15, 15)) * [[[3]], [[1]], [[0.1]]]
-        codes[2] += 50 * random.normal()  # a stain: large, but the same all over the slide
-        grids[str(i)] = grid_of(codes)
+        embeddings = random.normal(size=(3, 15, 15)) * [[[3]], [[1]], [[0.1]]]
+        embeddings[2] += 50 * random.normal()  # a stain: large, but the same all over the slide
+        grids[str(i)] = grid_of(embeddings)
     moments = all_moments(grids, grids.__getitem__)
     weight = fit_normalise(moments.values(), components=2).weight.numpy()
     assert weight.shape == (2, 3)
@@ -289,12 +297,12 @@ def test_components_follow_what_varies_within_slides_not_between():
 
 
 @pytest.mark.parametrize(
-    ("codes", "valid", "words"),
+    ("embeddings", "valid", "words"),
     [
         (np.zeros((1, 2, 2)), np.zeros((2, 2), bool), "slide 's'.*no tissue"),
         (np.full((1, 2, 2), np.nan), np.ones((2, 2), bool), "slide 's'.*not finite"),
     ],
 )
-def test_empty_and_broken_grids_are_named(codes, valid, words):
+def test_empty_and_broken_grids_are_named(embeddings, valid, words):
     with pytest.raises(ValueError, match=words):
-        grid_moments("s", grid_of(codes, valid))
+        grid_moments("s", grid_of(embeddings, valid))

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from nic_core.cohort import ClassificationTarget, RegressionTarget, SurvivalTarget
-from nic_core.models.explanation import Attentive, blind_networks, explain, grad_cam
+from nic_core.grids.orientations import orient
+from nic_core.models.explanation import Attentive, explain, grad_cam, held_out_networks
 from nic_core.models.networks import FoldModel, Normalise, PublishedGridCNN, SmallGridCNN
-from nic_core.orientations import orient
 from tests.models.conftest import ArrayGrid
 
 REGRESSION = RegressionTarget(name="grade", kind="regression", column="grade")
@@ -22,15 +22,17 @@ CLASSES = ClassificationTarget(
 SURVIVAL = SurvivalTarget(name="os", kind="survival", time="t", event="e", unit="days")
 
 
-def make_grid(rows: int, columns: int, code: int = 4, seed: int = 0) -> ArrayGrid:
+def make_grid(rows: int, columns: int, embedding_size: int = 4, seed: int = 0) -> ArrayGrid:
     random = np.random.default_rng(seed)
     valid = random.random((rows, columns)) < 0.8
-    codes = random.normal(size=(code, rows, columns)) * valid
-    return ArrayGrid(codes.astype(np.float16), valid)
+    embeddings = random.normal(size=(embedding_size, rows, columns)) * valid
+    return ArrayGrid(embeddings.astype(np.float16), valid)
 
 
-def fold(network: nn.Module, kind: str = "regression", code: int = 4) -> FoldModel:
-    model = FoldModel(Normalise(torch.zeros(code), torch.ones(code)), network, kind)
+def fold(network: nn.Module, kind: str = "regression", embedding_size: int = 4) -> FoldModel:
+    model = FoldModel(
+        Normalise(torch.zeros(embedding_size), torch.ones(embedding_size)), network, kind
+    )
     model.eval().requires_grad_(False)
     return model
 
@@ -87,7 +89,7 @@ def test_a_hot_cell_heats_its_place_and_nothing_beyond_its_receptive_fields(
 
 def test_it_is_the_weighted_sum_of_the_first_maps():
     network = random_network()
-    features = torch.from_numpy(make_grid(9, 9).codes.astype(np.float32))[None]
+    features = torch.from_numpy(make_grid(9, 9).embeddings.astype(np.float32))[None]
     first = network.convolutions[0]
     tissue = (features != 0).any(1, keepdim=True).float()
     centred = (features - features.sum((2, 3), keepdim=True) / tissue.sum()) * tissue
@@ -116,7 +118,7 @@ def test_it_is_the_weighted_sum_of_the_first_maps():
 def test_a_turned_grid_has_the_turned_heat(shape, k):
     models = [fold(random_network(seed=seed)) for seed in (0, 1)]
     grid = make_grid(*shape)
-    turned = ArrayGrid(orient(grid.codes, k), orient(grid.valid, k))
+    turned = ArrayGrid(orient(grid.embeddings, k), orient(grid.valid, k))
     heat = explain(models, grid, REGRESSION, crop=16)
     assert heat.dtype == np.float32
     np.testing.assert_array_equal(np.isnan(heat), ~grid.valid)
@@ -186,7 +188,7 @@ def test_attention_is_given_in_multiples_of_its_mean():
     network, grid = Looks(), make_grid(9, 12)
     assert isinstance(network, Attentive)
     heat = explain([fold(network)], grid, REGRESSION, crop=14)
-    square = grid.codes[0].astype(np.float64) ** 2
+    square = grid.embeddings[0].astype(np.float64) ** 2
     np.testing.assert_allclose(
         heat[grid.valid], square[grid.valid] / square.sum() * grid.valid.sum(), rtol=1e-3
     )
@@ -195,8 +197,8 @@ def test_attention_is_given_in_multiples_of_its_mean():
 
 def test_only_networks_that_have_not_seen_a_patient_explain_it():
     models = [fold(random_network(seed=seed)) for seed in range(4)]
-    assert list(blind_networks(models, 2)) == [models[2]]
-    assert list(blind_networks(models, None)) == models
+    assert list(held_out_networks(models, 2)) == [models[2]]
+    assert list(held_out_networks(models, None)) == models
 
 
 def test_what_cannot_be_explained_is_named():

@@ -115,9 +115,9 @@ def test_small_network_does_not_see_where_in_the_crop_the_grid_lies():
 
 def test_background_is_zero_after_normalisation():
     normalise = Normalise(torch.tensor([1.0, 2.0]), torch.tensor([[1.0, 0.5]]))
-    codes = torch.zeros(1, 2, 1, 2)
-    codes[0, :, 0, 1] = torch.tensor([3.0, 4.0])
-    assert normalise(codes)[0, 0, 0].tolist() == [0.0, 3.0]
+    embeddings = torch.zeros(1, 2, 1, 2)
+    embeddings[0, :, 0, 1] = torch.tensor([3.0, 4.0])
+    assert normalise(embeddings)[0, 0, 0].tolist() == [0.0, 3.0]
 
 
 def make(kind, outputs, network="small", channels=6):
@@ -140,7 +140,7 @@ def test_ensemble_is_the_mean_of_the_folds_and_exports_with_any_batch(kind, outp
     example = torch.randn(2, 6, 24, 24)
     example[:, :, :8] = 0
     exported = torch.export.export(
-        module, (example,), dynamic_shapes={"codes": {0: torch.export.Dim("batch", min=1)}}
+        module, (example,), dynamic_shapes={"embeddings": {0: torch.export.Dim("batch", min=1)}}
     ).module()
     for batch in (1, 5):
         x = torch.randn(batch, 6, 24, 24)

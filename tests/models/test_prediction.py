@@ -17,6 +17,7 @@ from nic_core.cli import app
 from nic_core.cohort import Cohort
 from nic_core.encoders import load_encoder
 from nic_core.grids import open_grid
+from nic_core.models.cross_validation import NETWORK, prediction_columns
 from nic_core.models.files import ModelFileError, load_model, training_cohort
 from nic_core.models.prediction import (
     ModelMismatchError,
@@ -25,10 +26,9 @@ from nic_core.models.prediction import (
     predict_slides,
     read_patients,
 )
-from nic_core.models.validation import NETWORK, prediction_columns
-from nic_core.steps import models as model_steps
-from nic_core.steps.models import PREDICTIONS
-from nic_core.store import Store
+from nic_core.steps import slide_models as model_steps
+from nic_core.steps.slide_models import PREDICTIONS
+from nic_core.store import GridKey, ModelKey, Store
 
 ENCODER = "mean-rgb"
 TARGETS = ("proliferation", "growth", "survival")
@@ -41,12 +41,12 @@ def study(mean_rgb_study) -> tuple[Cohort, Store]:
 
 
 def split(store: Store, name: str) -> dict[str, Path]:
-    rows = steps.read_index(store).filter(split=name).sort("slide")
+    rows = steps.read_slide_index(store).filter(split=name).sort("slide")
     return {slide: Path(path) for slide, path in rows.select("slide", "path").rows()}
 
 
 def patients(store: Store) -> dict[str, str]:
-    return dict(steps.read_index(store).select("slide", "patient").rows())
+    return dict(steps.read_slide_index(store).select("slide", "patient").rows())
 
 
 def predict(*arguments: object, store: Store):
@@ -58,14 +58,16 @@ def predict(*arguments: object, store: Store):
 @pytest.mark.parametrize("target", TARGETS)
 def test_held_out_slides_get_what_cross_validation_gave_them(study, target):
     _, store = study
-    model = load_model(store.model(target, ENCODER))
+    model = load_model(store.slide_model(ModelKey(encoder=ENCODER, target=target)))
     stored = (
-        pl.read_parquet(store.model(target, ENCODER) / PREDICTIONS)
+        pl.read_parquet(store.slide_model(ModelKey(encoder=ENCODER, target=target)) / PREDICTIONS)
         .filter(model=NETWORK, split="test")
         .sort("unit")
     )
-    units = pl.read_parquet(store.folds(target)).filter(split="test").sort("unit")
-    found = predict_grids(model, units, lambda slide: open_grid(store.grid(ENCODER, slide)))
+    units = pl.read_parquet(store.target_folds(target)).filter(split="test").sort("unit")
+    found = predict_grids(
+        model, units, lambda slide: open_grid(store.grid(GridKey(encoder=ENCODER, slide=slide)))
+    )
     assert stored.height > 0
     assert found["unit"].equals(stored["unit"])
     columns = prediction_columns(model.card.target)
@@ -75,19 +77,19 @@ def test_held_out_slides_get_what_cross_validation_gave_them(study, target):
     for column in columns:
         folds = found.select(f"fold_{k}_{column}" for k in range(4)).to_numpy()
         np.testing.assert_allclose(folds.mean(1), found[column], rtol=1e-9, atol=1e-9)
-    assert not found["seen"].any()
+    assert not found["in_training"].any()
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_files_get_the_same_as_their_stored_grids(study, target, tmp_path):
     _, store = study
-    model = load_model(store.model(target, ENCODER))
+    model = load_model(store.slide_model(ModelKey(encoder=ENCODER, target=target)))
     slides = split(store, "test")
     predicted = predict_slides(
         model, load_encoder(store.encoder(ENCODER)), slides, patients=patients(store)
     ).predictions.sort("unit")
     stored = (
-        pl.read_parquet(store.model(target, ENCODER) / PREDICTIONS)
+        pl.read_parquet(store.slide_model(ModelKey(encoder=ENCODER, target=target)) / PREDICTIONS)
         .filter(model=NETWORK, split="test")
         .sort("unit")
     )
@@ -99,22 +101,27 @@ def test_files_get_the_same_as_their_stored_grids(study, target, tmp_path):
 
 def test_slides_that_were_learned_from_are_marked(study):
     _, store = study
-    model = load_model(store.model("growth", ENCODER))
+    model = load_model(store.slide_model(ModelKey(encoder=ENCODER, target="growth")))
     encoder = load_encoder(store.encoder(ENCODER))
     both = dict([*list(split(store, "cv").items())[:1], *list(split(store, "test").items())[:1]])
-    assert predict_slides(model, encoder, both).predictions["seen"].to_list() == [True, False]
+    assert predict_slides(model, encoder, both).predictions["in_training"].to_list() == [
+        True,
+        False,
+    ]
 
 
 def test_risk_groups_part_at_the_median_risk_of_the_held_out_training_patients(study):
     _, store = study
-    model = load_model(store.model("survival", ENCODER))
-    stored = pl.read_parquet(store.model("survival", ENCODER) / PREDICTIONS)
+    model = load_model(store.slide_model(ModelKey(encoder=ENCODER, target="survival")))
+    stored = pl.read_parquet(
+        store.slide_model(ModelKey(encoder=ENCODER, target="survival")) / PREDICTIONS
+    )
     held_out = stored.filter(model=NETWORK, split="cv")["risk"]
     assert model.card.median_risk == held_out.median()
-    units = pl.read_parquet(store.folds("survival"))
+    units = pl.read_parquet(store.target_folds("survival"))
 
     def grid(slide):
-        return open_grid(store.grid(ENCODER, slide))
+        return open_grid(store.grid(GridKey(encoder=ENCODER, slide=slide)))
 
     found = predict_grids(model, units, grid)
     # the tiny networks agree on a side by chance: part them in their middle
@@ -126,16 +133,21 @@ def test_risk_groups_part_at_the_median_risk_of_the_held_out_training_patients(s
 
 def test_survival_functions_of_held_out_patients_are_those_of_the_brier_score(study):
     _, store = study
-    model = load_model(store.model("survival", ENCODER))
+    model = load_model(store.slide_model(ModelKey(encoder=ENCODER, target="survival")))
     stored = (
-        pl.read_parquet(store.model("survival", ENCODER) / PREDICTIONS)
+        pl.read_parquet(
+            store.slide_model(ModelKey(encoder=ENCODER, target="survival")) / PREDICTIONS
+        )
         .filter(model=NETWORK, split="test")
         .sort("unit")
     )
     horizons = stored["horizons"][0].to_list()
-    units = pl.read_parquet(store.folds("survival")).filter(split="test").sort("unit")
+    units = pl.read_parquet(store.target_folds("survival")).filter(split="test").sort("unit")
     found = predict_grids(
-        model, units, lambda slide: open_grid(store.grid(ENCODER, slide)), times=[0, *horizons]
+        model,
+        units,
+        lambda slide: open_grid(store.grid(GridKey(encoder=ENCODER, slide=slide))),
+        times=[0, *horizons],
     )
     alive = found.select(f"survival_{time:g}" for time in horizons).to_numpy()
     np.testing.assert_allclose(alive, stored["survival"].to_list(), atol=1e-5)
@@ -168,9 +180,11 @@ def test_times_are_asked_of_survival_alone(study):
 
 def test_the_class_is_the_most_probable_one(study):
     _, store = study
-    model = load_model(store.model("growth", ENCODER))
-    units = pl.read_parquet(store.folds("growth"))
-    found = predict_grids(model, units, lambda slide: open_grid(store.grid(ENCODER, slide)))
+    model = load_model(store.slide_model(ModelKey(encoder=ENCODER, target="growth")))
+    units = pl.read_parquet(store.target_folds("growth"))
+    found = predict_grids(
+        model, units, lambda slide: open_grid(store.grid(GridKey(encoder=ENCODER, slide=slide)))
+    )
     columns = prediction_columns(model.card.target)
     most = found.select(columns).to_numpy().argmax(1)
     assert found["class"].to_list() == [model.card.target.classes[i] for i in most]
@@ -178,7 +192,7 @@ def test_the_class_is_the_most_probable_one(study):
 
 def test_a_patient_has_the_mean_of_the_slides_and_is_predicted_without_the_bad_one(study, tmp_path):
     _, store = study
-    model = load_model(store.model("survival", ENCODER))
+    model = load_model(store.slide_model(ModelKey(encoder=ENCODER, target="survival")))
     encoder = load_encoder(store.encoder(ENCODER))
     slides = dict(list(split(store, "cv").items())[:2])
     first, second = slides
@@ -205,12 +219,12 @@ def test_a_patient_has_the_mean_of_the_slides_and_is_predicted_without_the_bad_o
         ("weights_hash", "0" * 64, "weights 000000000000, not"),
         ("patch", 64, "patch 64, not 128"),
         ("mpp", 1.0, "um/px 1.0, not 0.5"),
-        ("code", 4, "numbers a code 4, not 3"),
+        ("embedding_size", 4, "numbers a embedding 4, not 3"),
     ],
 )
 def test_another_encoder_is_refused(study, field, value, told):
     _, store = study
-    model = load_model(store.model("growth", ENCODER))
+    model = load_model(store.slide_model(ModelKey(encoder=ENCODER, target="growth")))
     encoder = load_encoder(store.encoder(ENCODER))
     other = replace(encoder, card=encoder.card.model_copy(update={field: value}))
     with pytest.raises(ModelMismatchError, match=told):
@@ -220,8 +234,8 @@ def test_another_encoder_is_refused(study, field, value, told):
 @pytest.mark.parametrize("field", ["weights_hash", "precision", "reading"])
 def test_a_grid_that_was_made_otherwise_is_refused(study, field):
     _, store = study
-    model = load_model(store.model("growth", ENCODER))
-    grid = open_grid(store.grid(ENCODER, next(iter(split(store, "test")))))
+    model = load_model(store.slide_model(ModelKey(encoder=ENCODER, target="growth")))
+    grid = open_grid(store.grid(GridKey(encoder=ENCODER, slide=next(iter(split(store, "test"))))))
     check_grid(model.card, grid)
     other = {"weights_hash": "1", "precision": "bfloat16", "reading": "input"}[field]
     about = grid.provenance.model_copy(update={field: other})
@@ -263,7 +277,12 @@ def test_the_command_explains_and_pools_by_the_table_of_patients(study, tmp_path
     slides = dict(list(split(store, "test").items())[:1])
     (tmp_path / "patients.csv").write_text(f"slide,patient\n{next(iter(slides))},007\n")
     done = predict(
-        *("--model", store.model("survival", ENCODER), "--encoder", store.encoder(ENCODER)),
+        *(
+            "--model",
+            store.slide_model(ModelKey(encoder=ENCODER, target="survival")),
+            "--encoder",
+            store.encoder(ENCODER),
+        ),
         *("--patients", tmp_path / "patients.csv", "--out", tmp_path, "--explain"),
         *("--times", 100, "--times", 12.5),
         *slides.values(),
@@ -311,7 +330,7 @@ def test_a_model_file_of_another_kind_or_with_other_weights_is_refused(study, tm
     _, store = study
     with pytest.raises(ModelFileError, match="not a model file of this version"):
         load_model(store.encoder(ENCODER))
-    shutil.copytree(store.model("growth", ENCODER), tmp_path / "m")
+    shutil.copytree(store.slide_model(ModelKey(encoder=ENCODER, target="growth")), tmp_path / "m")
     shutil.copy(tmp_path / "m" / "fold-0.safetensors", tmp_path / "m" / "fold-1.safetensors")
     with pytest.raises(ModelFileError, match=r"fold-1.*hash differs"):
         load_model(tmp_path / "m")
@@ -326,8 +345,8 @@ def test_a_model_file_of_another_kind_or_with_other_weights_is_refused(study, tm
 
 def test_the_card_tells_how_the_model_came_about(study):
     cohort, store = study
-    card = load_model(store.model("growth", ENCODER)).card
-    learned = pl.read_parquet(store.folds("growth")).filter(split="cv")
+    card = load_model(store.slide_model(ModelKey(encoder=ENCODER, target="growth"))).card
+    learned = pl.read_parquet(store.target_folds("growth")).filter(split="cv")
     assert card.training.patients == learned["patient"].n_unique()
     assert card.training.units == learned.height == len(card.training.slides)
     assert (card.grids.precision, card.grids.reading) == ("float32", "patch")
@@ -338,7 +357,7 @@ def test_the_card_tells_how_the_model_came_about(study):
 
 def test_the_training_digest_follows_labels_and_slides_and_nothing_else(study):
     _, store = study
-    table = pl.read_parquet(store.folds("growth"))
+    table = pl.read_parquet(store.target_folds("growth"))
     names = {slide: slide for slide in table["slides"].explode()}
 
     def digest(table=table, names=names):
@@ -371,12 +390,16 @@ def test_a_model_that_its_tracker_has_not_taken_is_told_again_without_training(
     shutil.copytree(study[1].root, tmp_path / "store")
     store, first, again = Store(tmp_path / "store"), Heard(), Heard()
     for target in TARGETS:
-        made, card = steps.make_model(cohort, store, ENCODER, target, first)
+        made, card = steps.make_slide_model(
+            cohort, store, ModelKey(encoder=ENCODER, target=target), first
+        )
         with monkeypatch.context() as patch:
             patch.setattr(
                 model_steps, "cross_validate", lambda *_, **__: pytest.fail("trained again")
             )
-            read, same = steps.make_model(cohort, store, ENCODER, target, again)
+            read, same = steps.make_slide_model(
+                cohort, store, ModelKey(encoder=ENCODER, target=target), again
+            )
         assert same == card
         assert read.predictions.equals(made.predictions)
         assert read.history.equals(made.history)
@@ -398,10 +421,14 @@ def test_a_model_is_trained_anew_once_it_is_tracked_or_its_inputs_differ(
         "cross_validate",
         lambda *a, **k: trained.append(k["device"]) or cross_validate(*a, **k),
     )
-    steps.make_model(cohort, store, ENCODER, target, Heard())
+    steps.make_slide_model(cohort, store, ModelKey(encoder=ENCODER, target=target), Heard())
     models = cohort.settings.models.model_copy(update={"seed": 1})
     other = cohort.settings.model_copy(update={"models": models})
-    steps.make_model(cohort.model_copy(update={"settings": other}), store, ENCODER, target, Heard())
-    steps.model_tracked(store, ENCODER, target)
-    steps.make_model(cohort, store, ENCODER, target, Heard(), device="cpu")
+    steps.make_slide_model(
+        cohort.model_copy(update={"settings": other}), store, ENCODER, target, Heard()
+    )
+    steps.mark_logged(store, ModelKey(encoder=ENCODER, target=target))
+    steps.make_slide_model(
+        cohort, store, ModelKey(encoder=ENCODER, target=target), Heard(), device="cpu"
+    )
     assert trained == ["auto", "auto", "cpu"]

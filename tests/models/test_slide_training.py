@@ -18,10 +18,12 @@ from nic_core.cohort import (
     RegressionTarget,
     SurvivalTarget,
 )
-from nic_core.metrics import PRIMARY
 from nic_core.models.baselines import BASELINES
+from nic_core.models.comparison import COMPARISON_SCHEMA, compare_models
 from nic_core.models.crops import Crops, all_moments
+from nic_core.models.cross_validation import NETWORK, cross_validate, prediction_array
 from nic_core.models.explanation import explain
+from nic_core.models.figures import evaluation_figure, metrics_figure, training_figure
 from nic_core.models.files import (
     GridSettings,
     ModelFileError,
@@ -31,15 +33,10 @@ from nic_core.models.files import (
     save_model,
 )
 from nic_core.models.folds import make_folds
-from nic_core.models.pictures import evaluation_figure, metrics_figure, training_figure
+from nic_core.models.metrics import PRIMARY
 from nic_core.models.survival import BaselineHazard, fit_baseline, median_survival
 from nic_core.models.training import TrainingError, batches, fit_fold, predict_units
-from nic_core.models.validation import (
-    NETWORK,
-    cross_validate,
-    prediction_array,
-)
-from nic_core.reports import COMPARISON_SCHEMA, compare_models, comparisons_table
+from nic_core.reports import comparisons_table
 
 from .conftest import ArrayGrid
 from .second_device import SecondDevice
@@ -178,7 +175,7 @@ def test_seeds_repeat_the_network_on_the_same_folds_and_change_nothing_else(few)
     row = primary(three)
     assert row["seeds_deviation"] > 0
     assert row["seeds_mean"] != row["value"]
-    assert three.metrics.filter(model="mean_code")["seeds_mean"].null_count() == 4
+    assert three.metrics.filter(model="mean_embedding")["seeds_mean"].null_count() == 4
     assert len(three.networks) == 4
 
 
@@ -198,14 +195,14 @@ def test_encoders_and_baselines_are_compared_in_pairs(few):
     assert (pair["difference"] == 0).all()
     assert (pair["p"] == 1).all()
     assert set(pair["n"]) == {6}
-    linear = found.filter(second="a: mean code, linear", metric="Harrell's C")
+    linear = found.filter(second="a: mean embedding, linear", metric="Harrell's C")
     assert linear["n"].to_list() == [12]
     assert set(zip(found["first"], found["second"], strict=True)) == {
         ("a: network", "b: network"),
         *(
             (f"{e}: network", f"{e}: {name}, linear")
             for e in "ab"
-            for name in ("mean code", "tissue area")
+            for name in ("mean embedding", "tissue area")
         ),
     }
 
@@ -364,7 +361,7 @@ def test_history_goes_to_the_tracker(few):
 
 def test_a_loss_that_is_not_finite_names_target_fold_and_remedy(few):
     huge = {
-        s: ArrayGrid(np.where(g.valid, g.codes.astype(np.float32), 0), g.valid)
+        s: ArrayGrid(np.where(g.valid, g.embeddings.astype(np.float32), 0), g.valid)
         for s, g in few.grids.items()
     }
     table = labelled(few, GRADE)
@@ -376,7 +373,7 @@ def test_a_loss_that_is_not_finite_names_target_fold_and_remedy(few):
 
 def test_a_grid_without_tissue_names_target_and_slide(few):
     grids = dict(few.grids)
-    grids["s03-1"] = ArrayGrid(grids["s03-1"].codes * 0, np.zeros_like(grids["s03-1"].valid))
+    grids["s03-1"] = ArrayGrid(grids["s03-1"].embeddings * 0, np.zeros_like(grids["s03-1"].valid))
     table = labelled(few, RIM)
     folds = make_folds(table, target=RIM, folds=4, seed=0)
     with pytest.raises(CohortError, match=r"'rim'.*'s03-1'.*no tissue"):

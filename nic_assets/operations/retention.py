@@ -1,0 +1,140 @@
+"""What in the store nobody needs any more: ``nic store gc``.
+
+A product is needed if it belongs to a partition that the definitions have now, or if a version in
+MLflow's registry refers to it. A registered encoder keeps the encoder's folder. A registered model
+keeps its own, its folds and explanations, its encoder, and the grids that it learned from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import dagster as dg
+import mlflow
+
+from nic_assets.partitions import SLIDES
+from nic_assets.tracking import Tracking
+from nic_assets.tracking.database import SQLITE
+from nic_core.encoders import EncoderError
+from nic_core.encoders.files import read_card
+from nic_core.grids import GridError, open_grid
+from nic_core.models.files import ModelFileError, read_model_card
+from nic_core.store import ModelKey, Product, Store
+
+
+class RetentionError(Exception):
+    """What is needed cannot be told."""
+
+
+def registered_tags(tracking: Tracking) -> list[dict[str, str]]:
+    """The tags of every model version in MLflow's registry; none where there is no database."""
+    if tracking.uri.startswith(SQLITE) and not Path(tracking.uri.removeprefix(SQLITE)).exists():
+        return []
+    client = mlflow.MlflowClient(tracking.uri)
+    found: list[dict[str, str]] = []
+    token: str | None = None
+    while True:
+        page = client.search_model_versions(page_token=token)
+        found += [dict(version.tags) for version in page]
+        token = page.token
+        if not token:
+            return found
+
+
+def unneeded(
+    store: Store,
+    defs: dg.Definitions,
+    instance: dg.DagsterInstance,
+    registered: Collection[Mapping[str, str]],
+) -> list[Product]:
+    """Products that neither a partition nor a registered version needs.
+
+    Raises
+    ------
+    RetentionError
+        The instance knows no slide: it is not this store's, or nothing was materialized yet.
+    """
+    if not instance.get_dynamic_partitions(str(SLIDES.name)):
+        raise RetentionError(
+            "Dagster knows no slide, so every slide would look unneeded: "
+            "check DAGSTER_HOME, or materialize 'slide_index' first"
+        )
+    graph = defs.resolve_asset_graph()
+    current = {
+        key.to_user_string(): set(definition.get_partition_keys(dynamic_partitions_store=instance))
+        for key in graph.materializable_asset_keys
+        if (definition := graph.get(key).partitions_def) is not None
+    }
+    registry = _Registry(store, registered)
+    return [
+        product
+        for product in store.products()
+        if str(product.key) not in current.get(product.asset, set()) and not registry.needs(product)
+    ]
+
+
+def size(product: Product) -> int:
+    """Bytes of a product's files."""
+    parts = [product.path] if product.path.is_file() else product.path.rglob("*")
+    return sum(part.stat().st_size for part in parts if part.is_file())
+
+
+@dataclass(frozen=True)
+class _Registry:
+    """What registered versions refer to; whatever cannot be read counts as needed."""
+
+    store: Store
+    tags: Collection[Mapping[str, str]]
+
+    @cached_property
+    def weights(self) -> set[str]:
+        """Hashes of the encoders that are registered, or that a registered model is on."""
+        return {tags["weights_hash"] for tags in self.tags if "weights_hash" in tags}
+
+    @cached_property
+    def models(self) -> set[tuple[ModelKey, str]]:
+        """Key of every registered model, and the weights of its encoder."""
+        return {
+            (ModelKey(encoder=tags["encoder"], target=tags["target"]), tags["weights_hash"])
+            for tags in self.tags
+            if {"target", "encoder", "weights_hash"} <= tags.keys()
+        }
+
+    @cached_property
+    def training_grids(self) -> set[tuple[str, str]]:
+        """Weights and slide identity of every grid that a registered model was trained on."""
+        found = set()
+        for key, _ in self.models:
+            if self._is_registered(key):
+                card = read_model_card(self.store.slide_model(key))
+                found |= {(card.weights_hash, slide) for slide in card.training.slides}
+        return found
+
+    def needs(self, product: Product) -> bool:
+        try:
+            return self._needs(product)
+        except (EncoderError, GridError, ModelFileError):
+            return True
+
+    def _needs(self, product: Product) -> bool:
+        if not product.complete:
+            return False
+        match product.asset, product.key:
+            case "encoder", _:
+                return read_card(product.path).weights_hash in self.weights
+            case "grid", _:
+                origin = open_grid(product.path).provenance
+                return (origin.weights_hash, origin.slide_identity) in self.training_grids
+            case "target_folds", str(target):
+                return any(target == key.target for key, _ in self.models)
+            case (("slide_model" | "explanation"), ModelKey() as key):
+                return self._is_registered(key)
+            case _:
+                return False
+
+    def _is_registered(self, key: ModelKey) -> bool:
+        folder = self.store.slide_model(key)
+        return folder.exists() and (key, read_model_card(folder).weights_hash) in self.models

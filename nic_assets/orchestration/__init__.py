@@ -1,0 +1,1 @@
+"""What this project adds to Dagster: batches of partitions, staleness, retries, executors."""

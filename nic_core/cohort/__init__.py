@@ -1,0 +1,58 @@
+"""The cohort file and its tables: entries, the slide index, and the scan for changed files."""
+
+from nic_core.cohort.encoders import (
+    FILE_KINDS,
+    EncoderEntry,
+    EncoderSpec,
+    ExternalNetwork,
+    FileKind,
+    ImportedEncoder,
+    Preprocess,
+    RegisteredEncoder,
+    TimmModel,
+)
+from nic_core.cohort.fields import CohortError, NetworkName
+from nic_core.cohort.file import COHORT_VARIABLE, DEFAULT_COHORT, Cohort, cohort_path, load_cohort
+from nic_core.cohort.patch_tasks import AnnotatedSlides, Hdf5Images, PatchTask
+from nic_core.cohort.settings import Automation, CompressionSettings, ModelSettings, Settings
+from nic_core.cohort.slides import SlideFolder, Slides
+from nic_core.cohort.targets import (
+    ClassificationTarget,
+    ProbabilityMap,
+    RegressionTarget,
+    SurvivalTarget,
+    Target,
+)
+
+__all__ = [
+    "COHORT_VARIABLE",
+    "DEFAULT_COHORT",
+    "FILE_KINDS",
+    "AnnotatedSlides",
+    "Automation",
+    "ClassificationTarget",
+    "Cohort",
+    "CohortError",
+    "CompressionSettings",
+    "EncoderEntry",
+    "EncoderSpec",
+    "ExternalNetwork",
+    "FileKind",
+    "Hdf5Images",
+    "ImportedEncoder",
+    "ModelSettings",
+    "NetworkName",
+    "PatchTask",
+    "Preprocess",
+    "ProbabilityMap",
+    "RegisteredEncoder",
+    "RegressionTarget",
+    "Settings",
+    "SlideFolder",
+    "Slides",
+    "SurvivalTarget",
+    "Target",
+    "TimmModel",
+    "cohort_path",
+    "load_cohort",
+]

@@ -1,0 +1,220 @@
+"""Entries ``encoders`` of the cohort file: encoders that are trained, imported or registered."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from nic_core.cohort.fields import Entry, Name, UserPath, check_unique
+from nic_core.types import RequestedPrecision
+
+
+class EncoderSpec(Entry):
+    """An encoder to train.
+
+    ``supervised`` is ``mtl`` with one task. ``vae``, ``contrastive`` and ``bigan`` use the patches
+    of the tasks without their labels. ``mean_rgb`` is not trained.
+    """
+
+    name: Name
+    objective: Literal["mean_rgb", "mtl", "supervised", "vae", "contrastive", "bigan"]
+    tasks: tuple[str, ...] = Field(default=(), description="names of patch tasks to train on")
+    seed: int = 0
+    patches_seen: PositiveInt | None = Field(
+        default=200_000,
+        description="number of patches, with repetitions, that pass through the network during "
+        "training; keep it equal when encoders are compared [choice]. null: train as long as "
+        "published, which is 200,000 steps for bigan and, for the others, until the lowest "
+        "learning rate brings no more improvement",
+    )
+    batch: PositiveInt = Field(default=64, description="patches per training step")
+    learning_rate: PositiveFloat | None = Field(
+        default=None,
+        description="default: the published rate of the objective, 1e-3 for vae, 2e-4 for bigan, "
+        "1e-2 for the others",
+    )
+    architecture: Literal["tellez2020", "tellez2019"] = Field(
+        default="tellez2020",
+        description="tellez2019 is the network published for vae and contrastive; the default "
+        "compares all objectives at equal architecture [choice]",
+    )
+    task_weights: Literal["equal", "uncertainty"] = Field(
+        default="equal",
+        description="weights of the losses of mtl: equal, or by learned uncertainty (Kendall et "
+        "al. 2018)",
+    )
+    precision: RequestedPrecision = Field(
+        default="auto",
+        description="precision of the forward and backward pass; auto is bfloat16 on a GPU or CPU "
+        "with matrix units for it, else float32 [choice]",
+    )
+
+    @model_validator(mode="after")
+    def _tasks_fit_objective(self) -> Self:
+        if self.objective != "mean_rgb" and not self.tasks:
+            raise ValueError(
+                f"encoder '{self.name}': objective '{self.objective}' needs at least one task"
+            )
+        if self.objective == "supervised" and len(self.tasks) > 1:
+            raise ValueError(
+                f"encoder '{self.name}': objective 'supervised' takes one task; "
+                "use 'mtl' for several tasks"
+            )
+        if self.task_weights == "uncertainty" and self.objective != "mtl":
+            raise ValueError(
+                f"encoder '{self.name}': task_weights 'uncertainty' applies to objective 'mtl' "
+                f"only; leave it out for '{self.objective}'"
+            )
+        if self.architecture == "tellez2019" and self.objective not in ("vae", "contrastive"):
+            raise ValueError(
+                f"encoder '{self.name}': architecture 'tellez2019' is for the objectives vae and "
+                "contrastive only"
+            )
+        if self.objective == "mean_rgb" and self.tasks:
+            raise ValueError(f"encoder '{self.name}': 'mean_rgb' is not trained and takes no tasks")
+        check_unique(f"encoder '{self.name}': tasks", self.tasks)
+        return self
+
+    def check_patch(self, patch: int) -> None:
+        """Check that the networks of the encoder accept patches of ``patch`` px a side.
+
+        Raises
+        ------
+        ValueError
+            They do not.
+        """
+        if self.objective == "mean_rgb":
+            return
+        # the network of 2020 convolves without padding; that of 2019 and the decoders of vae and
+        # bigan change the side by a factor of two five times
+        least, step = (62, 2) if self.architecture == "tellez2020" else (32, 32)
+        if self.objective in ("vae", "bigan"):
+            step = 32
+        first = -(-least // step) * step
+        if patch < first or patch % step:
+            raise ValueError(
+                f"encoder '{self.name}': {self.objective} with {self.architecture} needs patches "
+                f"of {first}, {first + step}, {first + 2 * step}, ... px, not {patch}"
+            )
+
+
+class Preprocess(Entry):
+    """Preprocessing of an external network's input: ``(RGB / 255 - mean) / std``."""
+
+    mean: tuple[float, float, float] = Field(description="of red, green and blue, 0 to 1")
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = Field(
+        description="of red, green and blue, 0 to 1"
+    )
+    resize: PositiveInt | None = Field(
+        default=None,
+        description="side of the network's input, px; default: the side of the patch",
+    )
+
+
+class TimmModel(Entry):
+    """A model of the timm library."""
+
+    model: str = Field(description="name of the model in timm")
+    arguments: dict[str, bool | int | float | str] = Field(
+        default={}, description="further arguments of `timm.create_model`"
+    )
+
+
+class ExternalNetwork(Entry):
+    """Input and output of an external network, which its file does not state."""
+
+    patch: PositiveInt = Field(description="side of a patch, px, before `preprocess`")
+    mpp: PositiveFloat = Field(description="um/px of a patch")
+    embedding_size: PositiveInt = Field(description="length of an embedding")
+    preprocess: Preprocess
+    timm: TimmModel | None = Field(
+        default=None, description="the model, if the file contains weights only"
+    )
+
+
+FileKind = Literal["folder", "keras", "timm", "torchscript", "torch.export"]
+FILE_KINDS: dict[str, FileKind] = {
+    "": "folder",
+    ".h5": "keras",
+    ".hdf5": "keras",
+    ".safetensors": "timm",
+    ".bin": "timm",
+    ".pth": "timm",
+    ".pt": "torchscript",
+    ".ts": "torchscript",
+    ".pt2": "torch.export",
+}
+
+
+class ImportedEncoder(Entry):
+    """An encoder that was trained elsewhere, imported from a local file or folder.
+
+    Supported are a folder written by this project and, by suffix, a Keras encoder released with
+    the paper (``.h5``, ``.hdf5``), a TorchScript network (``.pt``, ``.ts``), a ``torch.export``
+    network (``.pt2``), and the weights of a timm model (``.safetensors``, ``.bin``, ``.pth``). The
+    last three need ``network``.
+    """
+
+    name: Name
+    objective: Literal["imported"]
+    file: UserPath
+    network: ExternalNetwork | None = None
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Always empty, since no patch task of the cohort trains it."""
+        return ()
+
+    @property
+    def kind(self) -> FileKind:
+        """Kind of the file, by its suffix."""
+        return "folder" if self.file.is_dir() else FILE_KINDS[self.file.suffix.lower()]
+
+    @model_validator(mode="after")
+    def _network_fits_file(self) -> Self:
+        if not self.file.is_dir() and self.file.suffix.lower() not in FILE_KINDS:
+            supported = ", ".join(suffix for suffix in FILE_KINDS if suffix)
+            raise ValueError(
+                f"encoder '{self.name}': {self.file.name} is not an encoder file; "
+                f"supported: a folder, {supported}"
+            )
+        if (self.network is None) != (self.kind in ("folder", "keras")):
+            problem = (
+                f"{self.file.name} needs 'network': patch, mpp, embedding_size and preprocess"
+                if self.network is None
+                else f"{self.file.name} describes its network itself: leave 'network' out"
+            )
+            raise ValueError(f"encoder '{self.name}': {problem}")
+        if self.network is not None and (self.network.timm is None) == (self.kind == "timm"):
+            raise ValueError(
+                f"encoder '{self.name}': 'network.timm' is required for files of weights "
+                f"(.safetensors, .bin, .pth) and not allowed for others; "
+                f"the file is {self.file.name}"
+            )
+        return self
+
+
+class RegisteredEncoder(Entry):
+    """An encoder of the model registry: the version that an alias points to.
+
+    The alias is resolved whenever the inputs are scanned. If it points to other weights, the
+    encoder, its grids and their models become stale.
+    """
+
+    name: Name
+    objective: Literal["registered"]
+    version: str = Field(
+        pattern=r"^encoder-[\w.-]+@[\w-]+$",
+        description="registered model and alias, for example encoder-mtl-4@champion",
+    )
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Always empty, since no patch task of the cohort trains it."""
+        return ()
+
+
+EncoderEntry = Annotated[
+    EncoderSpec | ImportedEncoder | RegisteredEncoder, Field(discriminator="objective")
+]

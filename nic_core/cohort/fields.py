@@ -1,0 +1,104 @@
+"""Field types and helpers that all entries of the cohort file use."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal, Protocol, TypeVar
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo
+
+
+class CohortError(ValueError):
+    """The cohort file, or a table that it names, is missing or invalid."""
+
+
+def _resolve(path: Path, info: ValidationInfo) -> Path:
+    base: Path = (info.context or {}).get("base", Path.cwd())
+    path = path.expanduser()
+    return path if path.is_absolute() else (base / path).resolve()
+
+
+def _check_name(name: str) -> str:
+    if not name or not all(c.isalnum() or c in "-_." for c in name) or name[0] in ".-":
+        raise ValueError(
+            "a name becomes a folder and a partition key: use letters, digits, '-', '_' and '.', "
+            "and do not start with '-' or '.'"
+        )
+    return name
+
+
+def _check_task_name(name: str) -> str:
+    # the head of a task is a PyTorch module of its name, and module names must not contain dots
+    if "." in _check_name(name):
+        raise ValueError("the name of a patch task must not contain '.'")
+    return name
+
+
+def _check_cron(text: str) -> str:
+    if len(text.split()) != 5:
+        raise ValueError("a cron schedule has five fields; '0 20 * * *' is every day at 20:00")
+    return text
+
+
+def _check_time_zone(name: str) -> str:
+    try:
+        ZoneInfo(name)
+    except (ZoneInfoNotFoundError, ValueError) as error:
+        raise ValueError(
+            f"'{name}' is not a time zone; write it like 'Europe/Amsterdam'"
+        ) from error
+    return name
+
+
+UserPath = Annotated[Path, AfterValidator(_resolve)]
+"""A path; a relative one is relative to the folder of the cohort file."""
+Cron = Annotated[str, AfterValidator(_check_cron)]
+TimeZone = Annotated[str, AfterValidator(_check_time_zone)]
+Name = Annotated[str, AfterValidator(_check_name)]
+TaskName = Annotated[str, AfterValidator(_check_task_name)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+NetworkName = Literal["published", "small", "mil"]
+
+
+class Entry(BaseModel):
+    """Base class of the entries: immutable, and unknown fields are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class _NamedItem(Protocol):
+    @property
+    def name(self) -> str: ...
+
+
+_Named = TypeVar("_Named", bound=_NamedItem)
+
+
+def check_unique(field: str, names: Sequence[str]) -> None:
+    """Raise ValueError if a name occurs more than once; ``field`` names the list in the error."""
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ValueError(f"{field}: {repeated} occurs more than once")
+
+
+def check_defined(kind: str, name: str, defined: Sequence[str]) -> None:
+    """Raise ValueError if a name that an entry refers to is not defined in the cohort file."""
+    if name not in defined:
+        raise ValueError(f"{kind} '{name}' is not defined; defined: {', '.join(defined) or 'none'}")
+
+
+def find(kind: str, name: str, entries: Sequence[_Named]) -> _Named:
+    """Return the entry of a name.
+
+    Raises
+    ------
+    CohortError
+        No entry has this name. The message lists all names.
+    """
+    for entry in entries:
+        if entry.name == name:
+            return entry
+    defined = ", ".join(entry.name for entry in entries) or "none"
+    raise CohortError(f"{kind} '{name}' is not in the cohort; defined: {defined}")

@@ -1,0 +1,175 @@
+"""Scan the input files for changes, with one ``stat`` call per file.
+
+The store has a snapshot of the input files, taken when the slide index was last written. A scan
+compares the files with the snapshot. A change is reported as stable only if the previous scan found
+the file in the same state, so that a file that is still being copied is not used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import polars as pl
+
+from nic_core.cohort.file import Cohort
+from nic_core.cohort.index import folder_files, table_rows
+from nic_core.slides.errors import SlideError
+from nic_core.slides.identity import content_identity
+
+SNAPSHOT_SCHEMA = pl.Schema(
+    {
+        "path": pl.String(),
+        "size": pl.Int64(),  # bytes
+        "modified": pl.Int64(),  # time of modification, ns since 1970
+        "identity": pl.String(),  # content identity; null for tables
+    }
+)
+
+
+class Stamp(NamedTuple):
+    """Size (bytes) and time of modification (ns since 1970) of a file."""
+
+    size: int
+    modified: int
+
+
+@dataclass(frozen=True)
+class FileScan:
+    """The result of one scan.
+
+    Attributes
+    ----------
+    files : int
+        Number of existing input files.
+    stable : tuple of str
+        Paths that are new, changed or removed since the snapshot, and that the previous scan found
+        in the same state.
+    changing : tuple of str
+        Paths that differ from both the snapshot and the previous scan: probably still being
+        written.
+    fingerprints : tuple of str
+        Fingerprint of the state of each path that differs from the snapshot. Pass them to the next
+        scan.
+    """
+
+    files: int
+    stable: tuple[str, ...]
+    changing: tuple[str, ...]
+    fingerprints: tuple[str, ...]
+
+
+def scan_files(
+    cohort: Cohort, snapshot: pl.DataFrame, fingerprints: Collection[str] = ()
+) -> FileScan:
+    """Compare the cohort's slides, masks and tables with the snapshot of the last slide index.
+
+    Parameters
+    ----------
+    snapshot : polars.DataFrame
+        :data:`SNAPSHOT_SCHEMA`.
+    fingerprints : collection of str
+        Fingerprints of the previous scan.
+
+    Raises
+    ------
+    CohortError
+        A slide folder does not exist, or the slide table cannot be read.
+    """
+    current = stamps(watched_files(cohort))
+    recorded = {
+        path: Stamp(size, modified)
+        for path, size, modified in snapshot.select("path", "size", "modified").iter_rows()
+    }
+    differing = {
+        path: _fingerprint(path, current.get(path))
+        for path in sorted(current.keys() | recorded.keys())
+        if current.get(path) != recorded.get(path)
+    }
+    previous = set(fingerprints)
+    return FileScan(
+        files=len(current),
+        stable=tuple(path for path, state in differing.items() if state in previous),
+        changing=tuple(path for path, state in differing.items() if state not in previous),
+        fingerprints=tuple(differing.values()),
+    )
+
+
+def watched_files(cohort: Cohort) -> list[Path]:
+    """Return the paths of all scanned files: slides, tissue masks, slide table and label table.
+
+    Raises
+    ------
+    CohortError
+        A slide folder does not exist, or the slide table cannot be read.
+    """
+    paths = [path for folder in cohort.slides.folders for path in folder_files(folder)]
+    if cohort.slides.table is not None:
+        paths.append(cohort.slides.table)
+        for row in table_rows(cohort.slides.table):
+            paths += [Path(str(row[column])) for column in ("path", "mask") if row.get(column)]
+    if cohort.labels is not None:
+        paths.append(cohort.labels)
+    return paths
+
+
+def stamps(paths: Iterable[Path]) -> dict[str, Stamp]:
+    """Return size and time of each regular file, by path; missing files are left out."""
+    result: dict[str, Stamp] = {}
+    for path in paths:
+        try:
+            status = os.stat(path)
+        except FileNotFoundError:
+            continue
+        if stat.S_ISREG(status.st_mode):
+            result[str(path)] = Stamp(status.st_size, status.st_mtime_ns)
+    return result
+
+
+def take_snapshot(
+    paths: Mapping[str, bool], previous: pl.DataFrame
+) -> tuple[pl.DataFrame, dict[str, str]]:
+    """Record size, time and content identity of files.
+
+    Parameters
+    ----------
+    paths : mapping of str to bool
+        Path, and whether to compute its content identity (true for slides and masks, false for
+        tables).
+    previous : polars.DataFrame
+        :data:`SNAPSHOT_SCHEMA`. The identity of a file with unchanged size and time is copied from
+        here. Of every other file, at most 0.25 MB are read.
+
+    Returns
+    -------
+    snapshot : polars.DataFrame
+        :data:`SNAPSHOT_SCHEMA`, without files that are missing or unreadable.
+    unreadable : dict of str to str
+        Path to reason.
+    """
+    recorded = {
+        (path, size, modified): identity for path, size, modified, identity in previous.iter_rows()
+    }
+    rows: list[tuple[str, int, int, str | None]] = []
+    unreadable: dict[str, str] = {}
+    # stamps are taken before contents are read, so that the next scan finds a change in between
+    for path, stamp in stamps(map(Path, paths)).items():
+        identity = recorded.get((path, *stamp))
+        if paths[path] and identity is None:
+            try:
+                identity = content_identity(Path(path))
+            except SlideError as error:
+                unreadable[path] = str(error)
+                continue
+        rows.append((path, *stamp, identity))
+    return pl.DataFrame(rows, SNAPSHOT_SCHEMA, orient="row"), unreadable
+
+
+def _fingerprint(path: str, stamp: Stamp | None) -> str:
+    # short, since the fingerprints of thousands of new slides must fit into the cursor of a sensor
+    return hashlib.blake2b(f"{path}:{stamp}".encode(), digest_size=4).hexdigest()

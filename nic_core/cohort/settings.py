@@ -1,0 +1,113 @@
+"""Entries ``settings`` and ``automation`` of the cohort file."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+
+from nic_core.cohort.fields import Cron, Entry, Fraction, NetworkName, TimeZone
+from nic_core.types import RequestedPrecision
+
+
+class ModelSettings(Entry):
+    """Training of slide models. Defaults are those of paper [B] or [choice]."""
+
+    network: NetworkName = Field(
+        default="published",
+        description="published: the grid CNN of the paper; small: a smaller CNN; mil: gated "
+        "attention pooling of cells",
+    )
+    positions: bool = Field(
+        default=False, description="add the position of each cell to the input of network mil"
+    )
+    crop: PositiveInt = Field(
+        default=400, description="cells per side of a crop; smaller grids are padded"
+    )
+    feature_noise: NonNegativeFloat = Field(
+        default=0.0,
+        description="standard deviation of noise added to normalised features in training",
+    )
+    feature_dropout: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="probability that a feature is set to 0 in a whole crop in training",
+    )
+    folds: int = Field(default=4, ge=3, description="number of folds of the cross-validation")
+    seeds: PositiveInt = Field(
+        default=1,
+        description="number of random initialisations per fold; more than one shows how much the "
+        "results depend on the initialisation",
+    )
+    epochs: PositiveInt = Field(
+        default=60, description="number of epochs; the best one by validation is kept"
+    )
+    batch: PositiveInt = Field(default=16, description="crops per training step")
+    learning_rate: PositiveFloat = Field(
+        default=1e-2, description="highest learning rate of the schedule"
+    )
+    crops_at_test: PositiveInt = Field(
+        default=10, description="random crops per slide that a prediction is averaged over"
+    )
+    bootstrap: PositiveInt = Field(
+        default=1000, description="bootstrap samples for confidence intervals"
+    )
+    seed: int = 0
+    permute_labels: int | None = Field(
+        default=None,
+        description="seed of a random permutation of labels between patients, as a control whose "
+        "metric must be at chance level",
+    )
+
+    @model_validator(mode="after")
+    def _positions_are_for_mil(self) -> Self:
+        if self.positions and self.network != "mil":
+            raise ValueError(
+                f"positions: only for network 'mil'; '{self.network}' uses positions anyway"
+            )
+        return self
+
+
+class CompressionSettings(Entry):
+    """Compression of slides; docs/grids.md gives the cost and the effect of each choice."""
+
+    precision: RequestedPrecision = Field(
+        default="auto",
+        description="auto: bfloat16 on a GPU or CPU with matrix units for it, else float32",
+    )
+    reading: Literal["patch", "input"] = Field(
+        default="patch",
+        description="patch: read at the um/px of the patch, and pool in the network (published); "
+        "input: read at the um/px of the network's pooled input",
+    )
+    orientations: bool = Field(default=False, description="encode each patch in all 8 orientations")
+
+
+class Settings(Entry):
+    """Constants of the method. Defaults are those of the papers."""
+
+    patch: PositiveInt = Field(default=128, description="side of a patch, px at `mpp`")
+    mpp: PositiveFloat = Field(default=0.5, description="um/px of a patch")
+    embedding_size: PositiveInt = Field(default=128, description="length of an embedding")
+    tissue: Fraction = Field(
+        default=0.6, description="a cell is kept if its tissue fraction exceeds this"
+    )
+    compression: CompressionSettings = CompressionSettings()
+    models: ModelSettings = ModelSettings()
+
+
+class Automation(Entry):
+    """The daily window in which missing and stale partitions are materialized [choice].
+
+    From each tick of ``opens`` to the next tick of ``closes``, a partition is requested once, and
+    again only if its inputs change. With ``closes: null`` the window never closes, and a failed
+    partition is requested again at each tick of ``opens``.
+    """
+
+    opens: Cron = Field(default="0 20 * * *", description="cron schedule")
+    closes: Cron | None = Field(default="0 6 * * *", description="cron schedule, or null")
+    timezone: TimeZone = Field(default="UTC", description="time zone of both schedules")
+    poll_seconds: PositiveInt = Field(
+        default=60, description="seconds between two evaluations of each sensor"
+    )

@@ -1,0 +1,64 @@
+"""Entries ``targets`` and ``maps`` of the cohort file: predictions of slides and of cells."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from nic_core.cohort.fields import Entry, Name
+
+
+class _TargetBase(Entry):
+    name: Name
+    level: Literal["slide", "patient"] = Field(
+        default="slide", description="whether a label belongs to a slide or to a patient"
+    )
+
+
+class RegressionTarget(_TargetBase):
+    """A number per slide or patient. Loss: mean squared error; metric: Spearman's rho."""
+
+    kind: Literal["regression"]
+    column: str = Field(description="column of the label table with the number")
+
+
+class ClassificationTarget(_TargetBase):
+    """A class per slide or patient. Loss: cross-entropy; metric: area under the ROC curve."""
+
+    kind: Literal["classification"]
+    column: str = Field(description="column of the label table with the class")
+    classes: tuple[str, ...] = Field(
+        min_length=2, description="names of the classes; of two, the second is the positive one"
+    )
+
+
+class SurvivalTarget(_TargetBase):
+    """Time to event with right censoring. Loss: Cox partial likelihood; metric: C-index."""
+
+    kind: Literal["survival"]
+    time: str = Field(description="column of the label table with the time to event or censoring")
+    event: str = Field(description="column of the label table: 1 event, 0 censored")
+    unit: Literal["days", "weeks", "months", "years"] = Field(description="unit of `time`")
+
+
+Target = Annotated[
+    RegressionTarget | ClassificationTarget | SurvivalTarget, Field(discriminator="kind")
+]
+
+
+class ProbabilityMap(Entry):
+    """The probability of a class in every cell, from a head of a multitask encoder.
+
+    If the slide table gives a ``truth`` image, which is stretched over the slide, the map is scored
+    by the area under the ROC curve (AUC).
+    """
+
+    name: Name
+    encoder: str = Field(description="name of an encoder of the cohort")
+    task: str = Field(description="patch task of the encoder whose head is used")
+    label: str = Field(description="class of the task whose probability is mapped")
+    positive: tuple[int, ...] = Field(default=(1,), description="positive values of truth images")
+    ignore: tuple[int, ...] = Field(
+        default=(255,), description="values of truth images that are ignored"
+    )

@@ -1,0 +1,188 @@
+"""Compress many slides: skip those that are up to date, continue after failures, report.
+
+Several processes may compress the same slides into the same folder. Each takes slides that no other
+process is compressing, and waits for the remaining ones at the end, so that every slide is
+compressed once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import polars as pl
+
+from nic_core.cohort.index import slide_id
+from nic_core.compression import compress_slide, is_up_to_date
+from nic_core.encoders.inference import PreparedEncoder
+from nic_core.grids import Grid, open_grid, write_grid
+from nic_core.slides import SlideError, content_identity, open_slide
+from nic_core.store import StoreBusyError, StoreError, atomic_file, exclusive_lock
+from nic_core.tiling.patches import patch_table
+from nic_core.tiling.tissue import tissue_mask
+
+REPORT = "report.csv"
+BATCH_SCHEMA: dict[str, pl.DataType] = {
+    "slide": pl.String(),
+    "path": pl.String(),  # as given by the caller
+    "status": pl.String(),  # compressed, up to date, failed, not tried
+    "reason": pl.String(),  # null unless failed or not tried
+    "remedy": pl.String(),
+    "cells": pl.Int64(),  # cells with an embedding
+    "unreadable": pl.Int64(),  # kept cells that could not be decoded
+    "seconds": pl.Float64(),  # from opening the slide until the store is written
+    "patches_per_second": pl.Float64(),  # null unless compressed
+}
+
+# "waiting" is not final: another process is compressing the slide, which is tried again at the end
+Status = Literal["compressed", "up to date", "failed", "not tried", "waiting"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The outcome of a slide; the fields are the columns of :data:`BATCH_SCHEMA`."""
+
+    slide: str
+    path: str
+    status: Status
+    reason: str | None = None
+    remedy: str | None = None
+    cells: int | None = None
+    unreadable: int | None = None
+    seconds: float | None = None
+    patches_per_second: float | None = None
+
+
+def slides_by_id(paths: Iterable[Path]) -> dict[str, Path]:
+    """Return slide files by slide id, which is the file's name without its suffix.
+
+    Raises
+    ------
+    ValueError
+        Two files have the same id.
+    """
+    slides: dict[str, Path] = {}
+    for path in paths:
+        other = slides.setdefault(slide_id(path), path)
+        if other != path:
+            raise ValueError(
+                f"{other} and {path} have the same slide id '{slide_id(path)}'; rename one of them"
+            )
+    return slides
+
+
+def compress_slides(
+    slides: Mapping[str, Path],
+    encoder: PreparedEncoder,
+    out: Path,
+    *,
+    mpp: float | None = None,
+    tissue: float = 0.6,
+    orientations: bool = False,
+    resume: bool = True,
+    progress: Callable[[str, int, int], None] | None = None,
+    on_outcome: Callable[[Outcome], None] | None = None,
+) -> pl.DataFrame:
+    """Compress slides into ``out/<slide>.zarr``.
+
+    A slide that cannot be used is reported, and the others are compressed. If a store cannot be
+    written, the remaining slides are not tried, since they would fail for the same reason. Other
+    exceptions are not caught.
+
+    Parameters
+    ----------
+    slides : mapping of str to Path
+        Slide id to file.
+    encoder : PreparedEncoder
+    out : Path
+        Folder of the grid stores; created if missing.
+    mpp : float, optional
+        um/px at level 0 of all slides; overrides that of the files.
+    tissue : float
+        A cell is kept if its tissue fraction exceeds this.
+    orientations : bool
+        Encode every patch in all 8 orientations.
+    resume : bool
+        Skip slides whose store is up to date; otherwise compress all slides again.
+    progress : callable, optional
+        Called with (slide, encoded cells, all kept cells), first with 0 encoded cells.
+    on_outcome : callable, optional
+        Called with the outcome of a slide as soon as it is known.
+
+    Returns
+    -------
+    polars.DataFrame
+        :data:`BATCH_SCHEMA`, one row per slide, in the order of ``slides``.
+    """
+    outcomes: dict[str, Outcome] = {}
+
+    def record(outcome: Outcome) -> None:
+        outcomes[outcome.slide] = outcome
+        if on_outcome is not None:
+            on_outcome(outcome)
+
+    def compress(slide: str, path: Path, store: Path) -> tuple[Status, Grid]:
+        with open_slide(path, mpp=mpp) as opened:
+            identity = content_identity(path)
+            card = encoder.card
+            table = patch_table(
+                slide, opened, tissue_mask(opened), patch=card.patch, mpp=card.mpp, tissue=tissue
+            )
+            if resume and is_up_to_date(
+                store, opened, table, encoder, slide_identity=identity, orientations=orientations
+            ):
+                return "up to date", open_grid(store)
+            if progress is not None:
+                progress(slide, 0, int(table["kept"].sum()))
+            grid = compress_slide(
+                opened,
+                table,
+                encoder,
+                slide_id=slide,
+                slide_identity=identity,
+                orientations=orientations,
+                progress=None if progress is None else lambda *cells: progress(slide, *cells),
+            )
+        write_grid(store, grid)
+        return "compressed", grid
+
+    waiting = deque((slide, path, False) for slide, path in slides.items())
+    while waiting:
+        slide, path, wait = waiting.popleft()
+        store = out / f"{slide}.zarr"
+        start = time.perf_counter()
+        try:
+            with exclusive_lock(store, wait=wait):
+                status, grid = compress(slide, path, store)
+        except StoreBusyError as error:
+            waiting.append((slide, path, True))
+            record(Outcome(slide, str(path), "waiting", error.reason))
+        except StoreError as error:
+            record(Outcome(slide, str(path), "failed", f"{store}: {error.reason}", error.remedy))
+            for slide, path, _ in waiting:
+                record(Outcome(slide, str(path), "not tried", error.reason, error.remedy))
+            break
+        except SlideError as error:
+            record(Outcome(slide, str(path), "failed", error.reason, error.remedy))
+        else:
+            cells, seconds = int(grid.valid.sum()), time.perf_counter() - start
+            rate = cells / seconds if status == "compressed" else None
+            unreadable = grid.provenance.unreadable
+            record(Outcome(slide, str(path), status, None, None, cells, unreadable, seconds, rate))
+    return pl.DataFrame([asdict(outcomes[slide]) for slide in slides], schema=BATCH_SCHEMA)
+
+
+def write_report(path: Path, table: pl.DataFrame) -> None:
+    """Write the table of :func:`compress_slides` as CSV, atomically.
+
+    Raises
+    ------
+    StoreError
+        The file cannot be written.
+    """
+    with atomic_file(path) as temporary:
+        temporary.write_text(table.write_csv(float_precision=1))

@@ -1,0 +1,350 @@
+"""Section 3, schedule: the training loop of every objective, with resumable checkpoints.
+
+Published [B]: Adam, learning rate divided by 10 on a plateau of the validation value down to 1e-5,
+weights with the best validation value kept.
+
+[choice]: the budget is a number of patches instead of passes over data sets that differ in size,
+and an epoch is a fixed share of the budget; the patience; the early stop, once the rate is at its
+minimum and no epoch has improved for one epoch more than the patience; and the drop of the rate
+at 60 % and at 85 % of the budget even without a plateau, because the noise of a high rate hides
+plateaus and a short training would end with that noise. Without a budget, an epoch is a pass over
+the training patches (at least 500 steps), the rate drops only at plateaus, and training ends at
+the early stop or after the published 200,000 steps.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import pickle
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from nic_core.cohort import EncoderSpec
+from nic_core.encoders.errors import EncoderError
+from nic_core.encoders.objectives.base import Objective
+from nic_core.encoders.patch_tasks import PatchDataset
+from nic_core.encoders.scores import TaskScores
+from nic_core.store import atomic_file
+from nic_core.tracker import Tracker
+from nic_core.types import Precision
+
+log = logging.getLogger(__name__)
+
+EPOCHS = 24
+CHECKPOINT_FORMAT = 2
+STEPS = 200_000  # upper limit without a budget; [B] for the BiGAN
+SHORTEST_EPOCH = 500  # steps, without a budget: keeps the cost of validation small
+PATIENCE = 3  # epochs
+REDUCTION = 0.1
+LOWEST_RATE = 1e-5
+# (share of the budget, upper limit of the rate from there on, as a fraction of the first rate)
+CEILINGS = ((0.6, 1e-1), (0.85, 1e-2))
+CONFUSION = "validation_confusion"
+
+
+def patches_per_epoch(spec: EncoderSpec, tasks: Sequence[PatchDataset]) -> int:
+    """Return the number of training patches between two validations."""
+    if spec.patches_seen is not None:
+        return math.ceil(spec.patches_seen / EPOCHS)
+    return max(sum(len(task.rows("train")) for task in tasks), SHORTEST_EPOCH * spec.batch)
+
+
+def fit(
+    objective: Objective,
+    spec: EncoderSpec,
+    *,
+    learning_rate: float,
+    precision: Precision = "float32",
+    checkpoint: Path | None = None,
+    fingerprint: str = "",
+    tracker: Tracker | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> pl.DataFrame:
+    """Train ``objective.networks`` in place and leave them in evaluation mode.
+
+    Parameters
+    ----------
+    objective : Objective
+    spec : EncoderSpec
+        Gives the seed and the budget.
+    learning_rate : float
+        Initial learning rate.
+    precision : str
+        Of the forward and backward pass (autocast); weights, losses, optimiser and validation
+        are always float32.
+    checkpoint : Path, optional
+        File that is written after each epoch; the caller deletes it once the result is saved. If
+        it exists with the same ``fingerprint``, training resumes from it and gives the same result
+        on a CPU as an uninterrupted training. A completed training is not repeated.
+    fingerprint : str
+        Identifies the training that a checkpoint belongs to.
+    progress : callable, optional
+        Called with (patches seen, total patches) after each step.
+
+    Returns
+    -------
+    polars.DataFrame
+        One row per epoch: epoch, patches (seen so far), learning_rate, mean losses, validation
+        values.
+
+    Raises
+    ------
+    EncoderError
+        A loss became NaN or infinite, or the checkpoint cannot be read.
+    """
+    run = _Run(objective, spec, learning_rate, precision)
+    if checkpoint is not None and checkpoint.exists():
+        run.restore(checkpoint, fingerprint)
+    _report(tracker, run.rows, run.confusion)
+    while not run.finished:
+        row, confusion = run.train_epoch(progress)
+        _report(tracker, [row], confusion)
+        if checkpoint is not None:
+            run.save(checkpoint, fingerprint)
+    run.select()
+    return pl.DataFrame(run.rows)
+
+
+def _report(
+    tracker: Tracker | None, rows: list[dict[str, float]], confusion: list[dict[str, int | str]]
+) -> None:
+    if tracker is None:
+        return
+    for row in rows:
+        tracker.metrics(row, step=int(row["epoch"]))
+    if confusion:
+        tracker.table(CONFUSION, pl.DataFrame(confusion))
+
+
+class _Run:
+    """The complete state of one training, as stored in a checkpoint."""
+
+    def __init__(
+        self,
+        objective: Objective,
+        spec: EncoderSpec,
+        learning_rate: float,
+        precision: Precision,
+    ) -> None:
+        self.objective = objective
+        self.spec = spec
+        self.first_rate = learning_rate
+        self.precision = precision
+        self.networks = objective.networks
+        self.device = next(self.networks.parameters()).device
+        self.generator = torch.Generator(self.device).manual_seed(spec.seed)
+        self.optimizer = torch.optim.Adam(self.networks.parameters(), lr=learning_rate, fused=True)
+        self.plateau = None
+        if objective.selection is not None:
+            self.plateau = ReduceLROnPlateau(
+                self.optimizer,
+                objective.selection.mode,
+                REDUCTION,
+                PATIENCE,
+                threshold=0.0,
+                min_lr=LOWEST_RATE,
+            )
+        self.steps = STEPS
+        self.ceilings: tuple[tuple[float, float], ...] = ()
+        if spec.patches_seen is not None:
+            self.steps = math.ceil(spec.patches_seen / objective.patches_per_step)
+            self.ceilings = CEILINGS
+        epoch = patches_per_epoch(spec, objective.tasks)
+        self.steps_per_epoch = math.ceil(epoch / objective.patches_per_step)
+        self.done = 0
+        self.rows: list[dict[str, float]] = []
+        self.confusion: list[dict[str, int | str]] = []
+        self.best = -math.inf
+        self.stale = 0  # epochs without improvement
+        self.kept: dict[str, Any] | None = None
+        self.stopped = False
+
+    @property
+    def finished(self) -> bool:
+        return self.stopped or self.done >= self.steps
+
+    def train_epoch(
+        self, progress: Callable[[int, int], None] | None
+    ) -> tuple[dict[str, float], list[dict[str, int | str]]]:
+        """Train one epoch; return its row and its confusion matrices (:func:`_confusion_rows`)."""
+        self.networks.train()
+        rate = float(self.optimizer.param_groups[0]["lr"])
+        sums: dict[str, float] = {}
+        steps = min(self.steps_per_epoch, self.steps - self.done)
+        for _ in range(steps):
+            losses = self._losses(self.objective.batch(self.generator))
+            self.optimizer.zero_grad(set_to_none=True)
+            torch.autograd.backward(losses["loss"])
+            self.optimizer.step()
+            self.done += 1
+            values = {name: loss.item() for name, loss in losses.items()}
+            self._check_finite(values)
+            for name, value in values.items():
+                sums[name] = sums.get(name, 0.0) + value
+            if progress is not None:
+                progress(self.seen, self.steps * self.objective.patches_per_step)
+        self.networks.eval()
+        validation = self.objective.validate()
+        self._check_finite(validation.values)
+        row = {
+            "epoch": self.epoch,
+            "patches": self.seen,
+            "learning_rate": rate,
+            **{name: total / steps for name, total in sums.items()},
+            **validation.values,
+        }
+        confusion = _confusion_rows(self.epoch, self.objective.tasks, validation.scores)
+        self.rows.append(row)
+        self.confusion += confusion
+        self._update_schedule(row)
+        self._log(row)
+        return row, confusion
+
+    def _losses(self, batch: Any) -> dict[str, Tensor]:
+        reduced = self.precision == "bfloat16"
+        with torch.autocast(self.device.type, torch.bfloat16, reduced):
+            return self.objective.losses(batch)
+
+    @property
+    def epoch(self) -> int:
+        """Number of the current epoch, from 1."""
+        return len(self.rows) + 1
+
+    @property
+    def seen(self) -> int:
+        """Patches seen so far."""
+        return self.done * self.objective.patches_per_step
+
+    def _check_finite(self, values: Mapping[str, float]) -> None:
+        broken = [name for name, value in values.items() if not math.isfinite(value)]
+        if not broken:
+            return
+        # the total is NaN if any part is NaN: name the part, which for MTL is a task
+        name = broken[-1]
+        where, _, part = name.partition("/")
+        task = part.partition("/")[0]
+        what = where if where == "validation" else "loss"
+        if task in self.objective.heads:
+            what = f"{what} of task '{task}'"
+        elif part:
+            what = f"{what} '{part}'"
+        raise EncoderError(
+            f"encoder '{self.spec.name}': the {what} became {values[name]} in epoch {self.epoch}, "
+            f"after {self.seen} patches; lower the encoder's learning_rate (now "
+            f"{self.optimizer.param_groups[0]['lr']:g})"
+            + ("" if self.precision == "float32" else " or set precision: float32")
+        )
+
+    def _log(self, row: dict[str, float]) -> None:
+        values = {
+            name: value
+            for name, value in row.items()
+            if name == "loss" or (name.startswith("validation/") and name.count("/") == 1)
+        }
+        log.info(
+            "encoder '%s', epoch %d, %s patches: %s",
+            self.spec.name,
+            row["epoch"],
+            f"{self.seen:,}",
+            ", ".join(f"{name} {value:.3g}" for name, value in values.items()),
+        )
+
+    def _update_schedule(self, row: dict[str, float]) -> None:
+        """Keep the weights if they are the best so far; otherwise lower the rate or stop."""
+        selection = self.objective.selection
+        if selection is None or self.plateau is None:
+            return
+        value = row[selection.value]
+        self.plateau.step(value)
+        for share, part in self.ceilings:
+            if self.done >= share * self.steps:
+                for group in self.optimizer.param_groups:
+                    group["lr"] = min(group["lr"], max(LOWEST_RATE, self.first_rate * part))
+        score = value if selection.mode == "max" else -value
+        self.stale += 1
+        if score > self.best:
+            self.best, self.stale = score, 0
+            self.kept = copy.deepcopy(self.networks.state_dict())
+        # repeated division by 10 misses the minimum by rounding
+        at_minimum = row["learning_rate"] < 1.001 * LOWEST_RATE
+        self.stopped = at_minimum and self.stale > PATIENCE
+
+    def select(self) -> None:
+        """Load the best weights, if the objective selects them."""
+        if self.kept is not None:
+            self.networks.load_state_dict(self.kept)
+        self.networks.eval()
+
+    def save(self, path: Path, fingerprint: str) -> None:
+        state = {
+            "format": CHECKPOINT_FORMAT,
+            "fingerprint": fingerprint,
+            "networks": self.networks.state_dict(),
+            "kept": self.kept,
+            "optimizer": self.optimizer.state_dict(),
+            "plateau": self.plateau.state_dict() if self.plateau is not None else None,
+            "generator": self.generator.get_state(),
+            "global_generator": torch.get_rng_state(),
+            "done": self.done,
+            "rows": self.rows,
+            "confusion": self.confusion,
+            "best": self.best,
+            "stale": self.stale,
+            "stopped": self.stopped,
+        }
+        with atomic_file(path) as temporary:
+            torch.save(state, temporary)
+
+    def restore(self, path: Path, fingerprint: str) -> None:
+        wrong = EncoderError(
+            f"encoder '{self.spec.name}': {path} is not a checkpoint of this training; "
+            "delete it to train from the start"
+        )
+        # weights_only reads tensors and plain values and runs no code of a pickle
+        try:
+            state = torch.load(path, weights_only=True, map_location="cpu")
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            raise wrong from error
+        if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
+            raise wrong
+        if state["fingerprint"] != fingerprint:
+            log.warning(
+                "encoder '%s': training from the start, because the checkpoint %s belongs to "
+                "another training (settings, data or the version of PyTorch differ)",
+                self.spec.name,
+                path,
+            )
+            return
+        self.networks.load_state_dict(state["networks"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.plateau is not None:
+            self.plateau.load_state_dict(state["plateau"])
+        self.generator.set_state(state["generator"])
+        torch.set_rng_state(state["global_generator"])
+        for name in ("kept", "done", "rows", "confusion", "best", "stale", "stopped"):
+            setattr(self, name, state[name])
+        log.info("encoder '%s': resumed after %d patches", self.spec.name, self.seen)
+
+
+def _confusion_rows(
+    epoch: int, tasks: Sequence[PatchDataset], scores: Mapping[str, TaskScores]
+) -> list[dict[str, int | str]]:
+    """Return one row per cell of each task's confusion matrix.
+
+    Columns: epoch, task, true, predicted, patches.
+    """
+    return [
+        {"epoch": epoch, "task": task.name, "true": true, "predicted": predicted, "patches": n}
+        for task in tasks
+        if task.name in scores
+        for true, line in zip(task.classes, scores[task.name].confusion, strict=True)
+        for predicted, n in zip(task.classes, line, strict=True)
+    ]

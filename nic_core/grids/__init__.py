@@ -1,0 +1,31 @@
+"""Grids of patch embeddings: their store on disk, and the eight orientations of a slide."""
+
+from nic_core.grids.store import (
+    GRID_FORMAT,
+    Embeddings,
+    Grid,
+    GridError,
+    GridProvenance,
+    Orientations,
+    grid_hash,
+    grid_preview,
+    nic_version,
+    open_grid,
+    verify_grid,
+    write_grid,
+)
+
+__all__ = [
+    "GRID_FORMAT",
+    "Embeddings",
+    "Grid",
+    "GridError",
+    "GridProvenance",
+    "Orientations",
+    "grid_hash",
+    "grid_preview",
+    "nic_version",
+    "open_grid",
+    "verify_grid",
+    "write_grid",
+]

@@ -1,0 +1,348 @@
+"""Heatmaps of slide models: files for viewers, pictures, and scores.
+
+A heatmap has a value ("heat") for each cell of a slide's grid. Its folder contains:
+
+- ``heat.tif``: float32, tiled pyramid, one pixel per cell, with um/px. Its top-left corner is that
+  of the slide. NaN where the grid has no embedding;
+- ``heat.zarr``: the same values as an OME-Zarr 0.5 image, with the coordinates of the grid;
+- ``heat.geojson``: the areas of highest heat as QuPath annotations, level-0 px;
+- ``overlay.png``: the heat over a thumbnail, with a scale bar;
+- ``patches.jpg``: the patches of highest heat (upper row) and of lowest heat (lower row).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import numpy.typing as npt
+import pyvips
+import zarr
+import zarr.codecs
+import zarr.errors
+from matplotlib.image import imsave
+from PIL import Image, ImageDraw, ImageFont
+from scipy import ndimage
+from skimage.measure import find_contours
+from sklearn.metrics import roc_auc_score
+
+from nic_core.grids import GridError, GridProvenance
+from nic_core.grids.store import EMBEDDINGS_ARRAY, PROVENANCE_ATTRIBUTE, ome_image
+from nic_core.maps import tint
+from nic_core.slides import Slide, SlideError, content_identity
+from nic_core.store import atomic_folder
+from nic_core.types import Pixels
+
+TIFF, ZARR, GEOJSON = "heat.tif", "heat.zarr", "heat.geojson"
+OVERLAY, PATCHES = "overlay.png", "patches.jpg"
+QUANTILES = (0.5, 0.75, 0.9)  # of the heat of a slide's cells; each outlines an area
+_THUMBNAIL, _PATCHES_PER_ROW, _GAP = 1024, 8, 4  # px, patches, px
+_RANGE = (2, 98)  # percentiles drawn in pure blue and pure red
+
+Heat = npt.NDArray[np.float32]
+
+
+def write_heatmap(
+    folder: Path,
+    heat: Heat,
+    provenance: GridProvenance,
+    slide: Slide,
+    *,
+    name: str,
+    quantiles: Sequence[float] = QUANTILES,
+    pictures: bool = True,
+) -> None:
+    """Write the heatmap of a slide atomically; an existing one is replaced.
+
+    Parameters
+    ----------
+    folder : Path
+        Folder of the files listed in the module's docstring.
+    heat : float32 (rows, columns)
+        NaN where the grid has no embedding.
+    provenance : GridProvenance
+        Provenance of the slide's grid.
+    slide : Slide
+        The slide of the grid.
+    name : str
+        Target or class that the heat explains; part of the names of the areas in QuPath.
+    quantiles : sequence of float
+        Quantiles whose areas are written.
+    pictures : bool
+        Also draw overlay and patches, which takes ten times as long as all other files.
+
+    Raises
+    ------
+    ValueError
+        Every cell is NaN.
+    SlideError
+        The slide is not that of the grid, or a patch cannot be read.
+    StoreError
+        The folder cannot be written.
+    """
+    if content_identity(slide.path) != provenance.slide_identity:
+        raise SlideError(
+            slide.path,
+            f"is not the slide '{provenance.slide}' of the grid",
+            "give the slide that the grid was made from",
+        )
+    if np.isnan(heat).all():
+        raise ValueError(f"slide '{provenance.slide}': no cell has heat")
+    cell = provenance.patch * provenance.mpp / slide.mpp
+    with atomic_folder(folder) as new:
+        _write_tiff(new / TIFF, heat, provenance.patch * provenance.mpp)
+        _write_zarr(new / ZARR, heat, provenance)
+        areas = hot_areas(heat, cell, name=name, quantiles=quantiles)
+        (new / GEOJSON).write_text(json.dumps(areas) + "\n")
+        if pictures:
+            # the fastest level: higher ones hardly make a thumbnail of tissue smaller
+            fast = {"compress_level": 1}
+            imsave(new / OVERLAY, heat_overlay(slide, heat, cell), pil_kwargs=fast)
+            sheet = patch_sheet(slide, heat, provenance)
+            imsave(new / PATCHES, sheet, pil_kwargs={"quality": 90})
+
+
+def read_heatmap(folder: Path) -> Heat:
+    """Read the heat that :func:`write_heatmap` wrote.
+
+    Returns
+    -------
+    float32 (rows, columns)
+
+    Raises
+    ------
+    GridError
+        The heatmap does not exist or cannot be read.
+    """
+    try:
+        return np.asarray(
+            zarr.open_array(folder / ZARR / EMBEDDINGS_ARRAY, mode="r")[:], np.float32
+        )
+    except (OSError, ValueError, zarr.errors.BaseZarrError) as error:
+        raise GridError(f"{folder}: the heatmap cannot be read ({error}); make it again") from error
+
+
+def score_heat(heat: Heat, truth: npt.NDArray[np.int8]) -> tuple[float, bool] | None:
+    """Score heat against the truth of cells.
+
+    Only cells with heat and a known truth are used.
+
+    Parameters
+    ----------
+    heat : float32 (rows, columns)
+    truth : int8 (rows, columns)
+        1 positive, 0 negative, -1 unknown; from :func:`nic_core.maps.truth_of_cells`.
+
+    Returns
+    -------
+    auc : float
+        Area under the ROC curve.
+    hit : bool
+        Whether the cell of highest heat is positive (the pointing game).
+
+    None is returned instead if all cells are positive or all are negative.
+    """
+    known = np.isfinite(heat) & (truth >= 0)
+    values, positive = heat[known], truth[known] == 1
+    if not positive.any() or positive.all():
+        return None
+    return float(roc_auc_score(positive, values)), bool(positive[values.argmax()])
+
+
+def hot_areas(
+    heat: Heat, cell: float, *, name: str, quantiles: Sequence[float] = QUANTILES
+) -> dict[str, Any]:
+    """Return the areas of highest heat as QuPath GeoJSON, one annotation per quantile.
+
+    An area contains the centres of exactly those cells whose heat reaches the quantile. Its outline
+    runs half way between the centres of neighbouring cells. Cells that share only a corner belong
+    to different polygons.
+
+    Parameters
+    ----------
+    heat : float32 (rows, columns)
+    cell : float
+        Side of a cell, level-0 px. Coordinates are level-0 px, too.
+    name : str
+        Part of the names of the annotations.
+    quantiles : sequence of float
+    """
+    features = []
+    for quantile in sorted(quantiles):
+        level = float(np.nanquantile(heat, quantile))
+        colour = matplotlib.colormaps["autumn_r"](quantile)[:3]
+        features.append(
+            {
+                "type": "Feature",
+                "geometry": {
+                    "type": "MultiPolygon",
+                    "coordinates": outlines(heat >= level, cell),  # False for NaN
+                },
+                "properties": {
+                    "objectType": "annotation",
+                    "name": f"{name}: heat of {level:.4g} or more",
+                    "classification": {
+                        "name": f"{name} q{quantile:g}",
+                        "color": [round(255 * c) for c in colour],
+                    },
+                },
+            }
+        )
+    return {"type": "FeatureCollection", "features": features}
+
+
+def outlines(mask: npt.NDArray[np.bool_], cell: float) -> list[list[list[list[float]]]]:
+    """Return the outlines of a mask of cells as GeoJSON polygons.
+
+    Parameters
+    ----------
+    mask : bool (rows, columns)
+    cell : float
+        Side of a cell, level-0 px.
+
+    Returns
+    -------
+    list of polygons
+        A polygon is a list of rings: the outer one, then its holes. A ring is a list of points
+        [x, y], level-0 px, whose last point repeats the first. Outer rings run counter-clockwise
+        and holes clockwise with y upwards, as GeoJSON requires.
+    """
+    regions, _ = ndimage.label(mask)
+    polygons = []
+    for number, box in enumerate(ndimage.find_objects(regions), start=1):
+        region = np.pad(regions[box] == number, 1).astype(np.float64)
+        # contours are relative to the padded box, and (0, 0) is the centre of its first cell
+        corner = np.array([box[0].start - 0.5, box[1].start - 0.5])
+        contours = find_contours(region, 0.5)  # type: ignore[no-untyped-call]
+        rings = [(ring + corner)[:, ::-1] * cell for ring in contours]
+        rings.sort(key=lambda ring: -abs(_area(ring)))  # the outer ring is the largest
+        polygons.append(
+            [
+                (ring if (_area(ring) > 0) == (i == 0) else ring[::-1]).tolist()
+                for i, ring in enumerate(rings)
+            ]
+        )
+    return polygons
+
+
+def heat_overlay(slide: Slide, heat: Heat, cell: float) -> Pixels:
+    """Draw heat over a thumbnail with a scale bar.
+
+    The colours from blue to red span the 2nd to the 98th percentile of the heat.
+
+    Parameters
+    ----------
+    heat : float32 (rows, columns)
+    cell : float
+        Side of a cell, level-0 px.
+
+    Returns
+    -------
+    uint8 (H, W, 3)
+
+    Raises
+    ------
+    SlideError
+        A part of the slide cannot be decoded.
+    """
+    low, high = np.nanpercentile(heat, _RANGE)
+    values = np.clip((heat - low) / max(high - low, np.finfo(np.float32).tiny), 0, 1)
+    thumbnail = slide.thumbnail(_THUMBNAIL)
+    picture = tint(thumbnail, values, width=slide.width, height=slide.height, cell=cell)
+    return _with_scale_bar(picture, slide.width * slide.mpp / thumbnail.shape[1])
+
+
+def patch_sheet(slide: Slide, heat: Heat, provenance: GridProvenance) -> Pixels:
+    """Draw the patches of highest heat in a row and those of lowest heat in a row below.
+
+    The most extreme patch is on the left. A row has 8 patches, or half of the slide's patches if
+    there are fewer. Patches are shown at the um/px of the encoder.
+
+    Returns
+    -------
+    uint8 (H, W, 3)
+
+    Raises
+    ------
+    SlideError
+        A patch cannot be decoded.
+    """
+    side, (rows, columns) = provenance.patch, np.nonzero(np.isfinite(heat))
+    order = np.argsort(-heat[rows, columns], kind="stable")
+    shown = min(_PATCHES_PER_ROW, -(-len(order) // 2))
+    sheet = np.full((2 * side + _GAP, shown * (side + _GAP) - _GAP, 3), 255, np.uint8)
+    step = side * provenance.mpp / slide.mpp
+    for line, cells in enumerate((order[:shown], order[::-1][:shown])):
+        for i, index in enumerate(cells):
+            x, y = columns[index] * step, rows[index] * step
+            pixels = slide.read(x, y, side, side, provenance.mpp)
+            top, left = line * (side + _GAP), i * (side + _GAP)
+            sheet[top : top + side, left : left + side] = pixels
+    return sheet
+
+
+def _write_tiff(path: Path, heat: Heat, step: float) -> None:
+    """Write a tiled pyramid; ``step`` is the side of a cell, um."""
+    pyvips.Image.new_from_array(np.ascontiguousarray(heat, np.float32)).tiffsave(
+        str(path),
+        tile=True,
+        tile_width=256,
+        tile_height=256,
+        pyramid=True,
+        compression="deflate",
+        resunit="cm",
+        xres=1000 / step,  # libvips expects px/mm for any unit of the file
+        yres=1000 / step,
+    )
+
+
+def _write_zarr(path: Path, heat: Heat, provenance: GridProvenance) -> None:
+    group = zarr.open_group(path, mode="w", zarr_format=3)
+    group.attrs.update(
+        {
+            "ome": ome_image(provenance, channels=False),
+            PROVENANCE_ATTRIBUTE: provenance.model_dump(),
+        }
+    )
+    group.create_array(
+        EMBEDDINGS_ARRAY,
+        data=np.ascontiguousarray(heat, np.float32),
+        chunks=tuple(min(512, length) for length in heat.shape),
+        compressors=zarr.codecs.BloscCodec(cname="zstd", clevel=5, shuffle="shuffle"),
+        fill_value=np.nan,
+        dimension_names=("y", "x"),
+    )
+
+
+def _area(ring: npt.NDArray[np.float64]) -> float:
+    """Signed area of a closed ring (n, 2); positive if counter-clockwise with y upwards."""
+    x, y = ring.T
+    return float(np.sum(x[:-1] * y[1:] - x[1:] * y[:-1]) / 2)
+
+
+def _with_scale_bar(picture: Pixels, mpp: float) -> Pixels:
+    """Draw the longest bar of 1, 2 or 5 times a power of ten um within a fifth of the width."""
+    longest = picture.shape[1] / 5 * mpp  # um
+    power = 10.0 ** np.floor(np.log10(longest))
+    length = power * max(step for step in (1, 2, 5) if step * power <= longest)
+    # Pillow's default font has no Greek letters
+    text = f"{length / 1000:g} mm" if length >= 1000 else f"{length:g} um"
+    image = Image.fromarray(picture)
+    draw = ImageDraw.Draw(image)
+    pixels, margin, thick = round(length / mpp), 12, 5
+    bottom = picture.shape[0] - margin
+    draw.rectangle((margin, bottom - thick, margin + pixels - 1, bottom), "black", "black")
+    draw.text(
+        (margin + pixels / 2, bottom - thick - 4),
+        text,
+        "black",
+        ImageFont.load_default(16),
+        anchor="mb",
+        stroke_width=2,
+        stroke_fill="white",
+    )
+    return np.asarray(image)

@@ -1,0 +1,103 @@
+"""Engines: the libraries that decode slides, behind one interface.
+
+:func:`open_engine` is the only place that decides which library reads a file:
+
+==============================================  ===========================================
+file                                            engine
+==============================================  ===========================================
+TIFF, OME-TIFF, Aperio SVS                      ``tifffile``; JPEG tiles are decoded by
+                                                libjpeg-turbo, other codecs by imagecodecs
+Hamamatsu NDPI, Leica SCN, Philips TIFF,        ``openslide``
+Ventana BIF, DICOM, MIRAX, other vendor
+formats, YCbCr outside JPEG (SVS with 33003)
+PNG, JPEG                                       ``libvips``; the whole image is held in memory
+==============================================  ===========================================
+
+libvips can read TIFF as well, at about the same speed, if the caller requests it. It is not the
+default because it reports an undecodable tile only once, then returns that tile and good
+neighbours as black, and because it accepts JPEG data that are damaged inside a tile. It reads
+vendor formats where it was built with OpenSlide, which the wheels are not.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nic_core.slides.engines.base import Engine, EngineName, Level, as_slide_error
+from nic_core.slides.engines.openslide import UNKNOWN_FORMAT_REMEDY, OpenSlideEngine
+from nic_core.slides.engines.tifffile import TiffEngine
+from nic_core.slides.engines.vips import VipsEngine
+from nic_core.slides.errors import SlideError
+from nic_core.slides.metadata import DAMAGED_REMEDY
+from nic_core.slides.tiff import TiffInfo, inspect_tiff
+
+__all__ = ["Engine", "EngineName", "Level", "as_slide_error", "open_engine"]
+
+_TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_PLAIN_MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
+
+
+def open_engine(path: Path, name: EngineName | None = None) -> tuple[Engine, str]:
+    """Open a slide file with the engine for its format, or with the requested one.
+
+    Formats are recognised by content, not by suffix, except for MIRAX, whose ``.mrxs`` file is a
+    JPEG.
+
+    Returns
+    -------
+    engine : Engine
+    reason : str
+        Why this engine was chosen, in a few words.
+
+    Raises
+    ------
+    SlideError
+        The file is missing, damaged, not an image or not RGB brightfield, or the requested engine
+        does not read it.
+    """
+    magic = _magic(path)
+    tiff = inspect_tiff(path) if magic.startswith(_TIFF_MAGIC) else None
+    plain = magic.startswith(_PLAIN_MAGIC) and path.suffix.lower() != ".mrxs"
+    default: EngineName = "openslide"
+    if plain:
+        default, reason = "libvips", "plain image, held in memory"
+    elif tiff is None:
+        reason = "vendor format, not TIFF"
+    elif tiff.openslide_reason:
+        reason = tiff.openslide_reason
+    else:
+        default, reason = "tifffile", "TIFF tiles read directly"
+    engine = _open(path, name or default, tiff, plain)
+    return engine, reason if name in (None, default) else "requested"
+
+
+def _open(path: Path, name: EngineName, tiff: TiffInfo | None, plain: bool) -> Engine:
+    remedy = "do not choose an engine"
+    if name == "openslide" and not plain:
+        return OpenSlideEngine(path, tiff)
+    if name == "tifffile" and tiff is not None and not tiff.openslide_reason:
+        return TiffEngine(path, tiff)
+    if name == "libvips" and plain:
+        return VipsEngine.plain(path)
+    if name == "libvips" and tiff is not None and not tiff.openslide_reason:
+        return VipsEngine.tiff(path, tiff)
+    if name == "libvips":
+        if VipsEngine.has_openslide():
+            return VipsEngine.vendor(path)
+        remedy += ", or install a libvips with OpenSlide"
+    raise SlideError(path, f"engine '{name}' does not read this file", remedy)
+
+
+def _magic(path: Path) -> bytes:
+    try:
+        if path.is_dir():
+            raise SlideError(path, "is a folder", UNKNOWN_FORMAT_REMEDY)
+        if path.exists() and not path.is_file():  # opening a pipe would block
+            raise SlideError(path, "is not a regular file", UNKNOWN_FORMAT_REMEDY)
+        with path.open("rb") as file:
+            magic = file.read(8)
+    except OSError as error:
+        raise SlideError(path, f"cannot be read ({error.strerror})", "check the path") from error
+    if not magic:
+        raise SlideError(path, "the file is empty", DAMAGED_REMEDY)
+    return magic

@@ -1,0 +1,112 @@
+"""Make probability maps and map scores: apply an encoder's head to every cell of a grid."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+from matplotlib.image import imread, imsave
+
+from nic_core.cohort import Cohort, ProbabilityMap
+from nic_core.encoders import load_encoder, load_patch_task
+from nic_core.grids import open_grid
+from nic_core.maps import overlay, probability_map, score_maps, truth_of_cells
+from nic_core.steps.slide_index import index_row, read_slide_index
+from nic_core.steps.slides import THUMBNAIL, read_record
+from nic_core.store import GridKey, MapKey, Store, atomic_file, atomic_folder
+from nic_core.types import Pixels
+
+CELLS, OVERLAY = "cells.parquet", "overlay.jpg"
+
+
+def make_probability_map(cohort: Cohort, store: Store, key: MapKey) -> tuple[pl.DataFrame, Pixels]:
+    """Compute the probability map of a slide; write and return its cells and an overlay.
+
+    Returns
+    -------
+    cells : polars.DataFrame
+        :data:`nic_core.maps.MAP_SCHEMA`.
+    overlay : uint8 (H, W, 3)
+        The map over a thumbnail.
+
+    Raises
+    ------
+    CohortError
+        The map or its class is not defined, or the truth image cannot be read.
+    GridError
+        The grid of the slide cannot be read.
+    """
+    entry = cohort.probability_map(key.map)
+    encoder = load_encoder(store.encoder(entry.encoder))
+    grid = open_grid(store.grid(GridKey(encoder=entry.encoder, slide=key.slide)))
+    record = read_record(store, key.slide)
+    cell = cohort.settings.patch * cohort.settings.mpp / record.mpp
+    truth = slide_truth(cohort, store, entry, key.slide, grid.valid.shape)
+    cells = probability_map(grid, encoder, entry, truth)
+    picture = overlay(
+        imread(store.slide(key.slide) / THUMBNAIL),
+        cells,
+        width=record.width,
+        height=record.height,
+        cell=cell,
+    )
+    with atomic_folder(store.probability_map(key)) as folder:
+        cells.write_parquet(folder / CELLS)
+        imsave(folder / OVERLAY, picture)
+    return cells, picture
+
+
+def make_map_scores(cohort: Cohort, store: Store, name: str) -> pl.DataFrame:
+    """Score a map on every slide with a truth image; write and return the scores.
+
+    Returns
+    -------
+    polars.DataFrame
+        The columns of :func:`nic_core.maps.score_maps`, ``patient`` and ``in_training``. The latter
+        is true if the encoder was trained on patches of the patient; the AUC then says little about
+        other patients.
+    """
+    index = read_slide_index(store)
+    paths = [
+        store.probability_map(MapKey(map=name, slide=slide)) / CELLS for slide in index["slide"]
+    ]
+    scores = score_maps(pl.concat([pl.read_parquet(path) for path in paths if path.exists()]))
+    patches = load_patch_task(store.patch_task(cohort.probability_map(name).task)).table
+    trained_on = patches.filter(pl.col("split") != "test")["group"].unique()
+    patients = index.select(
+        "slide", "patient", in_training=pl.col("patient").is_in(trained_on.implode())
+    )
+    scores = scores.join(patients, on="slide", maintain_order="left")
+    with atomic_file(store.map_scores(name)) as path:
+        scores.write_parquet(path)
+    return scores
+
+
+def slide_truth(
+    cohort: Cohort, store: Store, entry: ProbabilityMap, slide: str, shape: tuple[int, ...]
+) -> npt.NDArray[np.int8] | None:
+    """Read the truth of a slide's cells from its truth image, if the slide table gives one.
+
+    Parameters
+    ----------
+    shape : (int, int)
+        Rows and columns of the grid.
+
+    Returns
+    -------
+    int8 (rows, columns) or None
+        See :func:`nic_core.maps.truth_of_cells`.
+    """
+    path, record = index_row(store, slide)["truth"], read_record(store, slide)
+    if not path:
+        return None
+    return truth_of_cells(
+        Path(path),
+        entry,
+        width=record.width,
+        height=record.height,
+        cell=cohort.settings.patch * cohort.settings.mpp / record.mpp,
+        shape=(shape[0], shape[1]),
+    )

@@ -1,0 +1,262 @@
+"""Make the slide index: scan the cohort's files, and compute a version of every input."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from nic_core.cohort import Cohort, CohortError, ImportedEncoder, PatchTask, RegisteredEncoder
+from nic_core.cohort.index import missing_files, slide_index
+from nic_core.cohort.scan import SNAPSHOT_SCHEMA, take_snapshot
+from nic_core.encoders.patch_sources import source_files
+from nic_core.models.labels import target_table
+from nic_core.slides import Slide, content_identity, open_slide
+from nic_core.store import Store, atomic_file
+
+
+@dataclass(frozen=True)
+class SlideScan:
+    """The result of :func:`scan_slides`.
+
+    Attributes
+    ----------
+    index : polars.DataFrame
+        The usable slides (:data:`nic_core.cohort.index.INDEX_SCHEMA`).
+    versions : dict of str to str
+        Slide id to version: a digest of the content of slide and mask and of the slide's um/px.
+    missing : dict of str to str
+        Slide id to reason, for slides with a file that does not exist or cannot be read.
+    removed : list of str
+        Slides of the previous index that are not in this one.
+    snapshot : polars.DataFrame
+        Size, time and content identity of every file
+        (:data:`nic_core.cohort.scan.SNAPSHOT_SCHEMA`).
+    """
+
+    index: pl.DataFrame
+    versions: dict[str, str]
+    missing: dict[str, str]
+    removed: list[str]
+    snapshot: pl.DataFrame
+
+
+def make_slide_index(cohort: Cohort, store: Store) -> SlideScan:
+    """Scan the cohort's slides and write the slide index.
+
+    Raises
+    ------
+    CohortError
+        See :func:`scan_slides`.
+    """
+    scan = scan_slides(cohort, store)
+    write_slide_index(store, scan)
+    return scan
+
+
+def scan_slides(
+    cohort: Cohort,
+    store: Store,
+    *,
+    ignore_paths: Collection[str] = (),
+    rehash: bool = True,
+    allow_missing_slides: bool = False,
+) -> SlideScan:
+    """List the usable slides of the cohort and compute their versions.
+
+    Parameters
+    ----------
+    ignore_paths : collection of str
+        Files that are still being written. A new slide among them is left out; a known slide keeps
+        the state of the previous snapshot.
+    rehash : bool
+        Compute the content identity of every file; otherwise only of files whose size or time
+        changed.
+    allow_missing_slides : bool
+        Accept that more than half of the slides of the previous index are missing.
+
+    Raises
+    ------
+    CohortError
+        More than half of the slides are missing, none can be read, or the slides are not valid
+        (see :func:`nic_core.cohort.index.slide_index`).
+    """
+    previous_index = pl.read_parquet(store.slide_index) if store.slide_index.exists() else None
+    index = slide_index(cohort, allow_missing=True)
+    previous = read_file_snapshot(store)
+    tables = [str(table) for table in (cohort.slides.table, cohort.labels) if table is not None]
+    files = [path for column in ("path", "mask") for path in index[column].drop_nulls()]
+    with_identity = {**dict.fromkeys(files, True), **dict.fromkeys(tables, False)}
+    snapshot, unreadable = take_snapshot(
+        {path: content for path, content in with_identity.items() if path not in ignore_paths},
+        previous.clear() if rehash else previous,
+    )
+    # a file that is still being written keeps the state of the previous snapshot
+    snapshot = pl.concat([snapshot, previous.filter(pl.col("path").is_in(list(ignore_paths)))])
+    identity = dict(snapshot.select("path", "identity").iter_rows())
+    missing = missing_files(index) | {
+        slide: unreadable[path]
+        for slide, *paths in index.select("slide", "path", "mask").iter_rows()
+        for path in paths
+        if path in unreadable
+    }
+    index = index.filter(
+        ~pl.col("slide").is_in(list(missing)),
+        pl.col("path").is_in(list(identity)),
+        pl.col("mask").is_null() | pl.col("mask").is_in(list(identity)),
+    )
+    known = [] if previous_index is None else previous_index["slide"].to_list()
+    removed = sorted(set(known) - set(index["slide"]))
+    if len(removed) > max(1, len(known) / 2) and not allow_missing_slides:
+        raise CohortError(
+            f"{len(removed)} of {len(known)} slides are missing, for example {removed[0]}: is "
+            "their folder mounted? If they were removed on purpose, materialize 'slide_index' "
+            "with the configuration 'allow_missing_slides: true'"
+        )
+    if index.is_empty():
+        raise CohortError(
+            f"cohort '{cohort.name}': no slide can be read; check the slide files, or wait until "
+            "they are copied"
+        )
+    versions = {
+        slide: digest(identity[path], mpp, identity[mask] if mask else None)
+        for slide, path, mpp, mask in index.select("slide", "path", "mpp", "mask").iter_rows()
+    }
+    return SlideScan(index, versions, missing, removed, snapshot)
+
+
+def write_slide_index(store: Store, scan: SlideScan) -> None:
+    """Write the slide index and the file snapshot to the store.
+
+    Raises
+    ------
+    StoreError
+        A file cannot be written.
+    """
+    with atomic_file(store.slide_index) as path:
+        scan.index.write_parquet(path)
+    with atomic_file(store.file_snapshot) as path:
+        scan.snapshot.write_parquet(path)
+
+
+def read_slide_index(store: Store) -> pl.DataFrame:
+    """Read the slide index that :func:`write_slide_index` wrote.
+
+    Returns
+    -------
+    polars.DataFrame
+        :data:`nic_core.cohort.index.INDEX_SCHEMA`.
+
+    Raises
+    ------
+    CohortError
+        The slide index does not exist yet.
+    """
+    if not store.slide_index.exists():
+        raise CohortError(f"{store.slide_index} does not exist; materialize 'slide_index' first")
+    return pl.read_parquet(store.slide_index)
+
+
+def read_file_snapshot(store: Store) -> pl.DataFrame:
+    """Read the file snapshot of the last slide index; empty before the first one.
+
+    Returns
+    -------
+    polars.DataFrame
+        :data:`nic_core.cohort.scan.SNAPSHOT_SCHEMA`.
+    """
+    if not store.file_snapshot.exists():
+        return pl.DataFrame(schema=SNAPSHOT_SCHEMA)
+    return pl.read_parquet(store.file_snapshot)
+
+
+def patch_task_versions(cohort: Cohort) -> dict[str, str]:
+    """Return the version of every patch task by name (:func:`patch_task_version`)."""
+    return {task.name: patch_task_version(task) for task in cohort.patch_tasks}
+
+
+def patch_task_version(task: PatchTask) -> str:
+    """Return a digest of a patch task's entry, its files, and the file list of its folder.
+
+    Raises
+    ------
+    CohortError, SlideError
+        A file of the task cannot be read.
+    """
+    return digest(
+        task,
+        [content_identity(path) for path in source_files(task)],
+        _listing(task.folder) if task.folder is not None else None,
+    )
+
+
+def encoder_versions(cohort: Cohort) -> dict[str, str]:
+    """Return a version of every encoder by name: a digest of its entry and of its file, if any.
+
+    Registered encoders are left out, since only the registry knows their version.
+    """
+    return {
+        encoder.name: digest(encoder, _listing(encoder.file))
+        if isinstance(encoder, ImportedEncoder)
+        else digest(encoder)
+        for encoder in cohort.encoders
+        if not isinstance(encoder, RegisteredEncoder)
+    }
+
+
+def target_versions(cohort: Cohort, index: pl.DataFrame) -> dict[str, str]:
+    """Return a version of every target by name: a digest of its entry, labels and splits."""
+    return {
+        target.name: digest(target, target_table(cohort, target, index).rows())
+        for target in cohort.targets
+    }
+
+
+def index_row(store: Store, slide: str) -> dict[str, Any]:
+    """Return the row of a slide in the slide index.
+
+    Raises
+    ------
+    CohortError
+        The slide is not in the slide index.
+    """
+    rows = read_slide_index(store).filter(pl.col("slide") == slide)
+    if rows.is_empty():
+        raise CohortError(f"slide '{slide}' is not in the cohort; materialize 'slide_index' again")
+    return rows.row(0, named=True)
+
+
+def open_indexed(store: Store, slide: str) -> Slide:
+    """Open a slide of the slide index, with the um/px of the slide table.
+
+    Raises
+    ------
+    CohortError
+        The slide is not in the slide index.
+    SlideError
+        The slide cannot be used.
+    """
+    row = index_row(store, slide)
+    return open_slide(Path(row["path"]), mpp=row["mpp"])
+
+
+def digest(*parts: object) -> str:
+    """Return a digest of objects, whose ``repr`` must be complete; 16 hexadecimal digits."""
+    return hashlib.sha256("\n".join(map(repr, parts)).encode()).hexdigest()[:16]
+
+
+def _listing(path: Path) -> list[tuple[str, int, int]]:
+    """Names, sizes and times of the files of a folder, or of one file; empty if it does not exist.
+
+    Contents are not read, since there may be thousands of images or gigabytes of weights.
+    """
+    files = [path] if path.is_file() else path.rglob("*")
+    return sorted(
+        (str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns)
+        for file in files
+        if file.is_file()
+    )

@@ -1,0 +1,170 @@
+"""Target folds and slide models: deal patients into folds, cross-validate networks on grids."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import polars as pl
+import torch
+
+from nic_core.cohort import Cohort, CohortError
+from nic_core.encoders.files import read_card
+from nic_core.grids import GridProvenance, open_grid
+from nic_core.models.cross_validation import CrossValidation, cross_validate
+from nic_core.models.files import (
+    GridSettings,
+    ModelCard,
+    load_model,
+    metrics_frame,
+    save_model,
+    training_cohort,
+)
+from nic_core.models.folds import make_folds
+from nic_core.models.labels import target_table
+from nic_core.reports import model_results
+from nic_core.steps.grids import read_grid_manifest
+from nic_core.steps.slide_index import digest, read_slide_index
+from nic_core.store import GridKey, ModelKey, Store, atomic_file, atomic_folder
+from nic_core.tracker import Tracker
+
+PREDICTIONS, METRICS, HISTORY = "predictions.parquet", "metrics.parquet", "history.parquet"
+UNLOGGED = "unlogged"  # file in a model's folder until the tracker has logged the model
+
+
+def make_target_folds(cohort: Cohort, store: Store, target: str) -> pl.DataFrame:
+    """Assign a target's patients to folds; writes and returns the table of folds.
+
+    The table is that of :func:`~nic_core.models.labels.target_table` with the column ``fold``
+    (null in split ``test``). The models of all encoders on this target share it.
+    """
+    entry, settings = cohort.target(target), cohort.settings.models
+    units = target_table(cohort, entry, read_slide_index(store))
+    folds = make_folds(units, target=entry, folds=settings.folds, seed=settings.seed)
+    table = units.join(folds, on="patient", how="left").sort("unit")
+    with atomic_file(store.target_folds(target)) as path:
+        table.write_parquet(path)
+    return table
+
+
+def make_slide_model(
+    cohort: Cohort,
+    store: Store,
+    key: ModelKey,
+    tracker: Tracker | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    device: str = "auto",
+) -> tuple[CrossValidation, ModelCard]:
+    """Cross-validate a target's networks on an encoder's grids; writes and returns the model.
+
+    Slides without a grid are left out. With a tracker, the model counts as not logged until
+    :func:`mark_logged` is called. If this function is called again on the same inputs before
+    that, it reads the stored model and logs it again instead of training.
+
+    Raises
+    ------
+    CohortError
+        The grids were not all made in one way, or cannot be used; see :func:`cross_validate`.
+    TrainingError
+        A loss is not finite.
+    """
+    settings = cohort.settings
+    encoder, target = key.encoder, key.target
+    folder = store.slide_model(key)
+    manifest = read_grid_manifest(store, encoder)
+    table = with_grids(pl.read_parquet(store.target_folds(target)), manifest)
+    weights = read_card(store.encoder(encoder)).weights_hash
+    recipe = digest(
+        cohort.target(target), settings, table.rows(), manifest.rows(), weights, torch.__version__
+    )
+    if tracker is not None and _unlogged_recipe(folder) == recipe:
+        return _log_again(folder, tracker)
+    origins = {
+        slide: open_grid(store.grid(GridKey(encoder=encoder, slide=slide))).provenance
+        for slide in table["slides"].explode().unique()
+    }
+    grids = _grid_settings(cohort, encoder, origins)
+    evaluated = cross_validate(
+        cohort.target(target),
+        table.drop("fold"),
+        table.filter(pl.col("split") == "cv").select("patient", "fold").unique().sort("patient"),
+        lambda slide: open_grid(store.grid(GridKey(encoder=encoder, slide=slide))),
+        settings.models,
+        device=device,
+        tracker=tracker,
+        progress=progress,
+    )
+    with atomic_folder(folder) as new:
+        card = save_model(
+            new,
+            evaluated,
+            encoder=encoder,
+            weights_hash=weights,
+            patch=settings.patch,
+            mpp=settings.mpp,
+            grids=grids,
+            training=training_cohort(
+                cohort.name, table, {slide: o.slide_identity for slide, o in origins.items()}
+            ),
+        )
+        evaluated.predictions.write_parquet(new / PREDICTIONS)
+        evaluated.history.write_parquet(new / HISTORY)
+        model_results(card).write_parquet(new / METRICS)
+        if tracker is not None:
+            (new / UNLOGGED).write_text(recipe)
+    return evaluated, card
+
+
+def mark_logged(store: Store, key: ModelKey) -> None:
+    """Record that the tracker has logged a model completely."""
+    (store.slide_model(key) / UNLOGGED).unlink(missing_ok=True)
+
+
+def _grid_settings(
+    cohort: Cohort, encoder: str, origins: Mapping[str, GridProvenance]
+) -> GridSettings:
+    """Precision, reading and tissue threshold of an encoder's grids, which must all agree."""
+    ways = sorted({(origin.precision, origin.reading) for origin in origins.values()})
+    if len(ways) != 1:
+        told = " and ".join(f"{precision} by {reading}" for precision, reading in ways)
+        raise CohortError(
+            f"encoder '{encoder}': its grids were made in more than one way ({told or 'none'}); "
+            "set settings.compression.precision, not auto, and materialize 'grid' again"
+        )
+    precision, reading = ways[0]
+    return GridSettings.model_validate(
+        {"precision": precision, "reading": reading, "tissue": cohort.settings.tissue}
+    )
+
+
+def _unlogged_recipe(folder: Path) -> str | None:
+    """Digest of the inputs of a model that the tracker has not logged; None if it has."""
+    marker = folder / UNLOGGED
+    return marker.read_text() if marker.exists() else None
+
+
+def _log_again(folder: Path, tracker: Tracker) -> tuple[CrossValidation, ModelCard]:
+    """Read a stored model and log its training curves."""
+    model, history = load_model(folder), pl.read_parquet(folder / HISTORY)
+    for row in history.iter_rows(named=True):
+        fold, epoch = row.pop("fold"), row.pop("epoch")
+        tracker.metrics({f"fold_{fold}_{name}": value for name, value in row.items()}, step=epoch)
+    evaluated = CrossValidation(
+        target=model.card.target,
+        settings=model.card.settings,
+        predictions=pl.read_parquet(folder / PREDICTIONS),
+        metrics=metrics_frame(model.card),
+        networks=model.networks,
+        history=history,
+        best_epochs=model.card.best_epochs,
+    )
+    return evaluated, model.card
+
+
+def with_grids(table: pl.DataFrame, manifest: pl.DataFrame) -> pl.DataFrame:
+    """Units of a target with only those slides that have a grid; units without any are left out."""
+    compressed = manifest.filter(pl.col("hash").is_not_null())["slide"].implode()
+    return table.with_columns(
+        pl.col("slides").list.eval(pl.element().filter(pl.element().is_in(compressed)))
+    ).filter(pl.col("slides").list.len() > 0)

@@ -1,0 +1,29 @@
+"""The store: the place of every product, and atomic writes to it."""
+
+from nic_core.store.atomic import (
+    StoreBusyError,
+    StoreError,
+    atomic_file,
+    atomic_folder,
+    exclusive_lock,
+    remove_product,
+)
+from nic_core.store.keys import GridKey, MapKey, ModelKey
+from nic_core.store.layout import DEFAULT_STORE, STORE_VARIABLE, Leftover, Product, Store
+
+__all__ = [
+    "DEFAULT_STORE",
+    "STORE_VARIABLE",
+    "GridKey",
+    "Leftover",
+    "MapKey",
+    "ModelKey",
+    "Product",
+    "Store",
+    "StoreBusyError",
+    "StoreError",
+    "atomic_file",
+    "atomic_folder",
+    "exclusive_lock",
+    "remove_product",
+]

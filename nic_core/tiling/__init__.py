@@ -1,0 +1,1 @@
+"""Tiling: tissue masks, patch tables, quality of cells, annotated regions."""

@@ -1,0 +1,20 @@
+"""Types that several packages share."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Pixels = NDArray[np.uint8]
+"""RGB pixels, uint8 (..., height, width, 3)."""
+
+Precision = Literal["float32", "bfloat16"]
+"""Floating-point format that a network computes with."""
+
+RequestedPrecision = Literal["auto", "float32", "bfloat16"]
+"""``auto`` is bfloat16 on a device with matrix units for it, else float32 [choice]."""
+
+Reading = Literal["patch", "input"]
+"""um/px at which a slide is read: that of the patch, or that of the network's pooled input."""

@@ -1,0 +1,110 @@
+"""The slide index of a cohort."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from nic_core.cohort import Cohort, CohortError, load_cohort
+from nic_core.cohort.index import INDEX_SCHEMA, slide_index
+
+
+def cohort(folder: Path, slides: str) -> Cohort:
+    path = folder / "cohort.yaml"
+    path.write_text(f"name: c\nslides: {slides}\nencoders: [{{name: e, objective: mean_rgb}}]\n")
+    return load_cohort(path)
+
+
+def touch(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+
+def test_files_of_a_folder_are_slides_sorted_by_id(tmp_path):
+    touch(tmp_path, "wsi/b.tif", "wsi/sub/a.ome.tif", "wsi/notes.txt", "wsi/.hidden.tif")
+    index = slide_index(cohort(tmp_path, "{folders: [{path: wsi}]}"))
+    assert dict(index.schema) == INDEX_SCHEMA
+    assert index["slide"].to_list() == ["a", "b"]
+    assert index["patient"].to_list() == ["a", "b"]
+    assert index["path"][0] == str(tmp_path / "wsi/sub/a.ome.tif")
+    assert index["mpp"].is_null().all()
+    assert index["split"].unique().to_list() == ["cv"]
+
+
+def test_a_pattern_extracts_the_patient_from_the_slide_id(tmp_path):
+    touch(tmp_path, "wsi/P1-a.tif", "wsi/P1-b.tif", "wsi/P2-a.tif")
+    rule = "{folders: [{path: wsi, patient: '(?P<patient>P[0-9]+)-'}]}"
+    assert slide_index(cohort(tmp_path, rule))["patient"].to_list() == ["P1", "P1", "P2"]
+    touch(tmp_path, "wsi/other.tif")
+    with pytest.raises(CohortError, match=r"'other'.*finds no patient"):
+        slide_index(cohort(tmp_path, rule))
+    with pytest.raises(CohortError, match="no group"):
+        slide_index(cohort(tmp_path, "{folders: [{path: wsi, patient: '(.*)'}]}"))
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_a_slide_table_gives_ids_paths_and_optional_columns(tmp_path, suffix):
+    touch(tmp_path, "x/1.svs", "x/2.svs", "m.png")
+    table = pl.DataFrame(
+        {
+            "slide": ["007", "006"],
+            "path": ["x/1.svs", "x/2.svs"],
+            "patient": ["1", "1"],
+            "mpp": [0.25, None],
+            "mask": [None, "m.png"],
+            "split": ["test", None],
+            "grade": [3, 2],
+        }
+    )
+    write = table.write_csv if suffix == ".csv" else table.write_parquet
+    write(tmp_path / f"slides{suffix}")
+    index = slide_index(cohort(tmp_path, f"{{table: slides{suffix}}}"))
+    assert index.rows() == [
+        ("006", str(tmp_path / "x/2.svs"), "1", None, str(tmp_path / "m.png"), None, "cv"),
+        ("007", str(tmp_path / "x/1.svs"), "1", 0.25, None, None, "test"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ("slide,path\n1,a.tif", "has no column patient"),
+        ("slide,path,patient\n1,gone.tif,1", "slide '1': path .*gone.tif does not exist"),
+        (
+            "slide,path,patient\n1,a.tif,1\n1,b.tif,1",
+            "slide id '1' occurs more than once.*a.tif.*b",
+        ),
+        ("slide,path,patient\n1,,1", "row 1 has no path"),
+        ("slide,path,patient\na b,a.tif,1", "slide 'a b'.*folder and a partition key"),
+        ("slide,path,patient\na|b,a.tif,1", "partition key"),
+        ("slide,path,patient,split\n1,a.tif,1,train", "split 'train' must be 'cv' or 'test'"),
+        ("slide,path,patient,mpp\n1,a.tif,1,fine", "mpp is not a number"),
+        ("slide,path,patient,truth\n1,a.tif,1,t.png", "truth .*t.png does not exist"),
+        ("slide,path,patient", "no slides found"),
+        ("", "cannot be read"),
+    ],
+)
+def test_an_invalid_slide_table_is_refused_with_the_reason(tmp_path, table, message):
+    touch(tmp_path, "a.tif", "b.tif")
+    (tmp_path / "slides.csv").write_text(table)
+    with pytest.raises(CohortError, match=message):
+        slide_index(cohort(tmp_path, "{table: slides.csv}"))
+
+
+def test_missing_folders_and_tables_are_refused(tmp_path):
+    with pytest.raises(CohortError, match="wsi is not a folder"):
+        slide_index(cohort(tmp_path, "{folders: [{path: wsi}]}"))
+    (tmp_path / "wsi").mkdir()
+    with pytest.raises(CohortError, match=r"no slides found in .*wsi/\*\*/\*.tif"):
+        slide_index(cohort(tmp_path, "{folders: [{path: wsi}]}"))
+    with pytest.raises(CohortError, match=r"gone.csv: cannot be read"):
+        slide_index(cohort(tmp_path, "{table: gone.csv}"))
+
+
+def test_mpp_0_in_the_slide_table_is_not_taken_for_missing(tmp_path):
+    touch(tmp_path, "a.tif")
+    (tmp_path / "slides.csv").write_text("slide,path,patient,mpp\n1,a.tif,1,0\n")
+    assert slide_index(cohort(tmp_path, "{table: slides.csv}"))["mpp"].to_list() == [0.0]
