@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from nic_core.store import StoreBusyError, exclusive_lock
+from nic_core.torch_internals import cpu_has_amx
 from nic_core.types import Precision, RequestedPrecision
 
 POLL_SECONDS = 1.0  # time between two attempts to lease a GPU
@@ -65,7 +66,7 @@ def resolve_precision(precision: RequestedPrecision, device: torch.device) -> Pr
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        fast = device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+        fast = device.type == "cpu" and cpu_has_amx()
     return "bfloat16" if fast else "float32"
 
 

@@ -148,7 +148,7 @@ def _line(outcome: Outcome) -> Text:
 
 def find_encoder(name: str) -> Encoder:
     """Load an encoder by its folder or by its name in the store."""
-    from nic_core.encoders.encoder import EncoderError
+    from nic_core.encoders.errors import EncoderError
     from nic_core.encoders.files import load_encoder
 
     store = Store.from_environment()
