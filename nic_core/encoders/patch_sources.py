@@ -20,7 +20,7 @@ import pyvips
 
 from nic_core.cohort import AnnotatedSlides, CohortError, Hdf5Images, PatchTask
 from nic_core.slides import Slide, SlideError, open_slide
-from nic_core.slides.resample import resample, settle
+from nic_core.slides.resample import resample, snap_to_whole
 from nic_core.tiling.annotations import label_patches, read_annotations
 from nic_core.tiling.patches import patch_table
 from nic_core.tiling.tissue import read_mask, tissue_mask
@@ -143,7 +143,7 @@ def rescale(image: Pixels, scale: float) -> Pixels:
     height, width = (scaled_side(side, scale) for side in image.shape[:2])
     if (height, width) == image.shape[:2]:
         return image
-    start, step = settle(0.0, 1 / scale)
+    start, step = snap_to_whole(0.0, 1 / scale)
     return resample(image, (start, start), step, (width, height))
 
 

@@ -79,7 +79,7 @@ def _matrix(
     return sparse.csr_matrix((values, positions), shape=(len(index) * channels, length * channels))
 
 
-def settle(start: float, scale: float) -> tuple[float, float]:
+def snap_to_whole(start: float, scale: float) -> tuple[float, float]:
     """Round a start and a scale that differ from a whole number only by rounding in the file.
 
     Parameters

@@ -12,7 +12,7 @@ import numpy as np
 from nic_core.slides.engines import Engine, EngineName, as_slide_error, open_engine
 from nic_core.slides.errors import SlideError
 from nic_core.slides.metadata import BRIGHTFIELD_REMEDY, check_physical_size, resolve_mpp
-from nic_core.slides.resample import resample, settle
+from nic_core.slides.resample import resample, snap_to_whole
 from nic_core.types import Pixels
 
 # Limit of source pixels in memory; larger reads are done in bands of rows. Thumbnails of slides
@@ -124,8 +124,8 @@ class Slide:
         factor = self.levels[level].downsample
         shrink = self._shrink(level, mpp / self.mpp / factor) if scaled else 1
         factor *= shrink
-        left, scale = settle(x / factor, mpp / self.mpp / factor)
-        top, _ = settle(y / factor, mpp / self.mpp / factor)
+        left, scale = snap_to_whole(x / factor, mpp / self.mpp / factor)
+        top, _ = snap_to_whole(y / factor, mpp / self.mpp / factor)
         rows = max(1, int(_SOURCE_PIXELS / (width * scale * scale + 1)))
         bands = [
             self._read(
@@ -146,7 +146,9 @@ class Slide:
         pixels or more a side. Resampling decoded pixels by a factor between 1 and 2 would blur.
         """
         factors = self._engine.shrink_factors(level)
-        return max(s for s in factors if s == 1 or s <= scale / 2 or settle(0, scale / s)[1] == 1)
+        return max(
+            s for s in factors if s == 1 or s <= scale / 2 or snap_to_whole(0, scale / s)[1] == 1
+        )
 
     def _read(
         self,

@@ -16,7 +16,7 @@ from PIL import Image
 
 from nic_core.slides import SlideError, open_slide
 from nic_core.slides.engines.base import downsample
-from nic_core.slides.resample import coverage, settle
+from nic_core.slides.resample import coverage, snap_to_whole
 from tests.slides.conftest import area_mean, paint, reduced, write_tiff
 
 ENGINES = {
@@ -95,8 +95,8 @@ def test_a_read_is_the_area_mean_of_the_nearest_finer_level(
         read = slide.read(x, y, width, height, mpp)
         scale = mpp / slide.mpp / level.downsample
         # scale and start are rounded within the precision of a file's um/px
-        left, settled = settle(x / level.downsample, scale)
-        top, _ = settle(y / level.downsample, scale)
+        left, settled = snap_to_whole(x / level.downsample, scale)
+        top, _ = snap_to_whole(y / level.downsample, scale)
         assert abs(settled - scale) <= 1e-5 * scale
         assert max(abs(left - x / level.downsample), abs(top - y / level.downsample)) <= 1e-2
         expected = area_mean(whole, left, top, width, height, settled)
