@@ -412,9 +412,9 @@ def _labelled_cells(
     cells = patch_table(slide.path.stem, slide, mask, patch=patch, mpp=mpp, tissue=tissue)
     regions = read_annotations(base / drawn) if drawn else []
     labels = label_patches(cells, regions, slide, min_coverage=about.min_coverage)
-    cells = cells.hstack(labels.select("label", "share"))
+    cells = cells.hstack(labels.select("label", "coverage"))
     if about.background_label is not None:
-        untouched = pl.col("label").is_null() & (pl.col("share") == 0)
+        untouched = pl.col("label").is_null() & (pl.col("coverage") == 0)
         cells = cells.with_columns(
             label=pl.when(untouched).then(pl.lit(about.background_label)).otherwise("label")
         )

@@ -41,7 +41,7 @@ def test_import_names_a_released_encoder_after_its_folder(published: Path, tmp_p
     assert done.exit_code == 0
     card = load_encoder(tmp_path / "bigan").card
     assert (card.name, card.embedding_size, card.patch, card.mpp) == ("bigan", 128, 128, 0.5)
-    assert card.weights_hash in done.stdout
+    assert card.weights_hash in "".join(done.stdout.split())  # the table may fold it
 
 
 def test_invalid_encoders_print_one_line_and_exit_with_1(tmp_path: Path):
