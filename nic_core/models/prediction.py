@@ -216,7 +216,7 @@ def predict_slides(
     device: str = "auto",
     heatmaps: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
-    tell: Callable[[Outcome], None] | None = None,
+    on_outcome: Callable[[Outcome], None] | None = None,
 ) -> Predicted:
     """Compress slides as the model's grids were and predict them.
 
@@ -226,7 +226,7 @@ def predict_slides(
     Parameters
     ----------
     slides
-        Slide id to file, as of :func:`nic_core.compression.batch.name_slides`.
+        Slide id to file, as of :func:`nic_core.compression.batch.slides_by_id`.
     out
         Folder to keep ``grids/<slide>.zarr`` in, which are used again while they are up to date,
         and ``heatmaps/<target>/<slide>/``. None: nothing is kept.
@@ -241,7 +241,7 @@ def predict_slides(
         For the encoder: ``auto``, ``cpu`` or ``cuda``. The networks work on the CPU.
     heatmaps
         Write what speaks for each slide's prediction; needs ``out``.
-    progress, tell
+    progress, on_outcome
         As in :func:`nic_core.compression.batch.compress_slides`.
 
     Raises
@@ -271,7 +271,7 @@ def predict_slides(
             mpp=mpp,
             tissue=card.grids.tissue,
             progress=progress,
-            tell=tell,
+            on_outcome=on_outcome,
         )
         report = _fail(
             report,

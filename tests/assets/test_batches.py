@@ -196,7 +196,7 @@ def test_a_run_launched_again_by_a_person_makes_every_partition(world):
 
 
 def test_parallel_work_runs_in_other_processes(monkeypatch):
-    monkeypatch.setattr("nic_core.parallel.WORTH", 1)
+    monkeypatch.setattr("nic_core.parallel.ITEMS_PER_PROCESS", 1)
     monkeypatch.setattr("nic_core.parallel.cores", lambda: 2)
     world = World()
 

@@ -204,6 +204,7 @@ def test_crops_of_stores_are_those_of_the_codes_whatever_is_kept(tmp_path, cache
         embeddings = (random.normal(size=(3, *valid.shape)) * valid).astype(np.float16)
         grids[name] = grid_of(embeddings, valid)
         about = GridProvenance(
+            format=2,
             slide=name,
             slide_identity=name,
             slide_mpp=0.25,
@@ -211,6 +212,11 @@ def test_crops_of_stores_are_those_of_the_codes_whatever_is_kept(tmp_path, cache
             weights_hash="w",
             mpp=0.5,
             patch=128,
+            stride=128,
+            unreadable=0,
+            precision="float32",
+            reading="patch",
+            software="nic test",
         )
         write_grid(tmp_path / name, Grid(embeddings, valid, about))
     moments = all_moments(grids, grids.__getitem__).values()
