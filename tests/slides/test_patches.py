@@ -133,7 +133,7 @@ def test_an_invalid_table_is_refused_when_written_and_read(tmp_path, change, mes
     with pytest.raises(PatchTableError, match=message):
         write_patch_table(path, table)
     assert not path.exists()
-    table.write_parquet(path)
+    table.write_parquet(path, metadata={"nic_format": "2"})
     with pytest.raises(PatchTableError, match=message):
         read_patch_table(path)
 
