@@ -213,7 +213,7 @@ def read_patch_table(path: Path) -> pl.DataFrame:
         The file cannot be read, is not a patch table or has another format number.
     """
     try:
-        metadata = pq.read_schema(path).metadata or {}
+        metadata = pq.read_metadata(path).metadata or {}
         table = pl.read_parquet(path, glob=False)
     except (OSError, pa.ArrowException, pl.exceptions.PolarsError) as error:
         raise PatchTableError(f"{path}: cannot be read ({error})") from error
