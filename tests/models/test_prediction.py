@@ -167,14 +167,14 @@ def test_survival_probabilities_equal_the_test_split(study):
 def test_invalid_times_are_refused(study):
     _, store = study
     slide = next(iter(split(store, "test").values()))
-    done = predict("--model", f"growth/{ENCODER}", "--times", 365, slide, store=store)
+    done = predict("--model", f"{ENCODER}/growth", "--times", 365, slide, store=store)
     assert done.exit_code == 2
     assert "is not a survival target" in done.output
-    done = predict("--model", f"survival/{ENCODER}", "--times", -1, slide, store=store)
+    done = predict("--model", f"{ENCODER}/survival", "--times", -1, slide, store=store)
     assert done.exit_code == 2
     assert "give times from 0 on" in done.output
     twice = ["--times", 365, "--times", 365.0]
-    done = predict("--model", f"survival/{ENCODER}", *twice, slide, store=store)
+    done = predict("--model", f"{ENCODER}/survival", *twice, slide, store=store)
     assert done.exit_code == 2
     assert "two times are equal" in done.output
 
@@ -249,7 +249,7 @@ def test_command_continues_after_bad_slides_and_exits_with_1(study, tmp_path):
     (tmp_path / "bad.svs").write_text("no slide")
     good = split(store, "test")
     out = tmp_path / "out"
-    model = ["--model", f"growth/{ENCODER}"]
+    model = ["--model", f"{ENCODER}/growth"]
     done = predict(*model, "--out", out, tmp_path / "bad.svs", *good.values(), store=store)
     assert done.exit_code == 1, done.output
     assert "not an image of a known format" in done.output
@@ -301,14 +301,14 @@ def test_command_writes_heatmaps_and_pools_by_patient(study, tmp_path):
 def test_command_names_a_missing_model_and_a_wrong_encoder(study, tmp_path):
     _, store = study
     slide = next(iter(split(store, "test").values()))
-    done = predict("--model", "growth/none", slide, store=store)
+    done = predict("--model", "none/growth", slide, store=store)
     assert done.exit_code == 2
-    assert f"growth/{ENCODER}" in done.output
+    assert f"{ENCODER}/growth" in done.output
     other = tmp_path / "other"
     shutil.copytree(store.encoder(ENCODER), other)
     card = json.loads((other / "card.json").read_text())
     (other / "card.json").write_text(json.dumps(card | {"mpp": 1.0}))
-    done = predict("--model", f"growth/{ENCODER}", "--encoder", other, slide, store=store)
+    done = predict("--model", f"{ENCODER}/growth", "--encoder", other, slide, store=store)
     assert done.exit_code == 2
     assert "does not fit the model" in done.output
 
@@ -333,7 +333,7 @@ def test_model_file_with_other_format_or_weights_is_refused(study, tmp_path):
         load_model(store.encoder(ENCODER))
     shutil.copytree(store.slide_model(ModelKey(encoder=ENCODER, target="growth")), tmp_path / "m")
     shutil.copy(tmp_path / "m" / "fold-0.safetensors", tmp_path / "m" / "fold-1.safetensors")
-    with pytest.raises(ModelFileError, match=r"fold-1.*hash differs"):
+    with pytest.raises(ModelFileError, match=r"fold-1.*hash of the weights differs"):
         load_model(tmp_path / "m")
     card = json.loads((tmp_path / "m" / "card.json").read_text())
     (tmp_path / "m" / "card.json").write_text(json.dumps(card | {"format": 3}))
