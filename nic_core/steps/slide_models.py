@@ -1,4 +1,4 @@
-"""Target folds and slide models: deal patients into folds, cross-validate networks on grids."""
+"""Target folds and slide models: assign patients to folds, cross-validate networks on grids."""
 
 from __future__ import annotations
 

@@ -58,7 +58,9 @@ class Regression:
     def check_enough(self, cv: pl.DataFrame, folds: int) -> None:
         if cv["y"].n_unique() < 2:
             raise label_error(
-                self.target, self.target.column, "all labels are equal, so a model cannot learn"
+                self.target,
+                self.target.column,
+                "all labels are equal, so a model cannot learn; correct them or remove the target",
             )
 
     def patient_labels(self) -> list[pl.Expr]:
