@@ -50,6 +50,7 @@ def write_cohort(folder: Path, slides: int, side: int) -> list[str]:
             np.random.default_rng(i).normal(size=(EMBEDDING_SIZE, side, side)).astype(np.float16)
         )
         about = GridProvenance(
+            format=2,
             slide=name,
             slide_identity=name,
             slide_mpp=0.25,
@@ -58,6 +59,10 @@ def write_cohort(folder: Path, slides: int, side: int) -> list[str]:
             mpp=0.5,
             patch=128,
             stride=128,
+            unreadable=0,
+            precision="float32",
+            reading="patch",
+            software="random numbers",
         )
         write_grid(folder / name, Grid(embeddings * valid, valid, about))
     return names

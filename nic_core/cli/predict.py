@@ -56,7 +56,7 @@ def predict(
     --out are reused. A slide that cannot be used does not stop the others; the exit status is 1.
     """
     # imports torch, which is slow
-    from nic_core.compression.batch import REPORT, name_slides, write_report
+    from nic_core.compression.batch import REPORT, slides_by_id, write_report
     from nic_core.devices import resolve_device
     from nic_core.models.prediction import (
         PatientsError,
@@ -76,7 +76,7 @@ def predict(
         resolve_device(device)
         check_encoder(card, network.card)
         check_times(card, times or ())
-        named = name_slides(slides)
+        named = slides_by_id(slides)
         of_slide = read_patients(patients) if patients is not None else None
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
@@ -95,7 +95,7 @@ def predict(
             device=device,
             heatmaps=heatmaps,
             progress=show,
-            tell=tell,
+            on_outcome=tell,
         )
     console.print(_table(card, predicted.predictions, times or ()))
     console.print(_legend(card), soft_wrap=True, markup=False)

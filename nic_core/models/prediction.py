@@ -226,7 +226,7 @@ def predict_slides(
     device: str = "auto",
     heatmaps: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
-    tell: Callable[[Outcome], None] | None = None,
+    on_outcome: Callable[[Outcome], None] | None = None,
 ) -> Predicted:
     """Compress slides like the model's training slides, and predict them.
 
@@ -236,7 +236,7 @@ def predict_slides(
     Parameters
     ----------
     slides
-        Slide id to file, as from :func:`nic_core.compression.batch.name_slides`.
+        Slide id to file, as from :func:`nic_core.compression.batch.slides_by_id`.
     out
         Folder for ``grids/<slide>.zarr``, which are reused while they are up to date, and
         ``heatmaps/<target>/<slide>/``. None: temporary files only.
@@ -250,7 +250,7 @@ def predict_slides(
         Device of the encoder: ``auto``, ``cpu`` or ``cuda``. The networks run on the CPU.
     heatmaps
         Write the heatmap of each slide's prediction; requires ``out``.
-    progress, tell
+    progress, on_outcome
         As in :func:`nic_core.compression.batch.compress_slides`.
 
     Raises
@@ -280,7 +280,7 @@ def predict_slides(
             mpp=mpp,
             tissue=card.grids.tissue,
             progress=progress,
-            tell=tell,
+            on_outcome=on_outcome,
         )
         report = _fail(
             report,

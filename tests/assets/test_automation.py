@@ -355,7 +355,7 @@ def test_a_changed_file_makes_its_slide_stale_and_no_other(watched):
 
 def test_a_folder_that_is_not_there_is_said_and_nothing_asked_for(watched):
     watched.wsi.rename(watched.wsi.with_name("elsewhere"))
-    assert watched.tick().endswith("wsi is no folder")
+    assert watched.tick().endswith("wsi is not a folder")
 
 
 def versions(watched: Watched) -> dict[str, str]:

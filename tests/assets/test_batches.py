@@ -208,7 +208,7 @@ def test_a_run_that_a_person_runs_again_does_everything_again(world):
 
 
 def test_work_bound_by_the_cpu_is_done_ahead_by_other_processes(monkeypatch):
-    monkeypatch.setattr("nic_core.parallel.WORTH", 1)
+    monkeypatch.setattr("nic_core.parallel.ITEMS_PER_PROCESS", 1)
     monkeypatch.setattr("nic_core.parallel.cores", lambda: 2)
     world = World()
 

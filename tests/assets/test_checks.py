@@ -38,7 +38,8 @@ def record(**changes: object) -> SlideRecord:
 
 
 def grid(embeddings: np.ndarray, valid: np.ndarray, unreadable: int = 0) -> Grid:
-    about = GridProvenance(
+    provenance = GridProvenance(
+        format=2,
         slide="s",
         slide_identity="i",
         slide_mpp=0.5,
@@ -46,9 +47,13 @@ def grid(embeddings: np.ndarray, valid: np.ndarray, unreadable: int = 0) -> Grid
         weights_hash="w",
         mpp=0.5,
         patch=128,
+        stride=128,
         unreadable=unreadable,
+        precision="float32",
+        reading="patch",
+        software="nic test",
     )
-    return Grid(embeddings.astype(np.float16), valid, about)
+    return Grid(embeddings.astype(np.float16), valid, provenance)
 
 
 def cells(kept: np.ndarray) -> pl.DataFrame:

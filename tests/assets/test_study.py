@@ -585,7 +585,7 @@ def test_the_command_line_materializes_a_partition_and_a_range(tiny_cohort, tmp_
     [
         (
             {"slides": {"folders": [{"path": "/nowhere"}]}},
-            "/nowhere is no folder",
+            "/nowhere is not a folder",
         ),
         ({"labels": "/nowhere/labels.csv"}, "cannot be read"),
         ({"encoders": [{"name": "x", "objective": "magic"}]}, "encoders.0.objective"),

@@ -206,6 +206,7 @@ def test_crops_from_stores_equal_crops_from_memory(tmp_path, cache, components):
         embeddings = (random.normal(size=(3, *valid.shape)) * valid).astype(np.float16)
         grids[name] = grid_of(embeddings, valid)
         about = GridProvenance(
+            format=2,
             slide=name,
             slide_identity=name,
             slide_mpp=0.25,
@@ -213,6 +214,11 @@ def test_crops_from_stores_equal_crops_from_memory(tmp_path, cache, components):
             weights_hash="w",
             mpp=0.5,
             patch=128,
+            stride=128,
+            unreadable=0,
+            precision="float32",
+            reading="patch",
+            software="nic test",
         )
         write_grid(tmp_path / name, Grid(embeddings, valid, about))
     moments = all_moments(grids, grids.__getitem__).values()
