@@ -128,9 +128,11 @@ def model_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
                 },
                 checks={
                     "above_permutation_control": above_permutation_control(evaluated),
-                    "compared_with_champion": None if run.verdict.compared else run.verdict.words,
+                    "compared_with_champion": None
+                    if run.verdict.compared
+                    else run.verdict.explanation,
                 },
-                remarks={"compared_with_champion": run.verdict.words},
+                remarks={"compared_with_champion": run.verdict.explanation},
             )
 
         with leased_device() as device:

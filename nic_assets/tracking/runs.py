@@ -393,7 +393,7 @@ class TrackedRun:
                 self.verdict = judge(self._champion(name))
             if self.verdict.better:
                 self._client.set_registered_model_alias(name, CHAMPION, number)
-            self._client.set_model_version_tag(name, number, CHAMPION, self.verdict.words)
+            self._client.set_model_version_tag(name, number, CHAMPION, self.verdict.explanation)
 
         self._keep(decide)
 

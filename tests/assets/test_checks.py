@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import replace
 from pathlib import Path
 
 import dagster as dg
@@ -194,75 +193,6 @@ def evaluated(prediction: np.ndarray, label: np.ndarray) -> CrossValidation:
     target = RegressionTarget(name="t", kind="regression", column="y")
     nothing = pl.DataFrame()
     return CrossValidation(target, ModelSettings(), rows, nothing, (), nothing, ())
-
-
-def test_predictions_no_better_than_exchanged_labels_are_found():
-    label = np.arange(40.0)
-    random = np.random.default_rng(0)
-    assert (
-        checks.above_permutation_control(evaluated(label + random.normal(0, 5, 40), label)) is None
-    )
-    problem = checks.above_permutation_control(evaluated(random.permutation(label), label))
-    assert "exchanged labels" in str(problem)
-
-
-# --- the champion ----------------------------------------------------------------------------
-
-
-def champion(error: float) -> checks.Champion:
-    label = np.arange(40.0)
-    noisy = label + np.random.default_rng(1).normal(0, error, 40)
-    return checks.Champion("version 1 (e)", evaluated(noisy, label).predictions)
-
-
-def challenger(error: float) -> CrossValidation:
-    label = np.arange(40.0)
-    return evaluated(label + np.random.default_rng(2).normal(0, error, 40), label)
-
-
-def test_a_model_is_champion_if_its_figure_is_better_beyond_chance():
-    assert checks.compare_with_champion(challenger(5), None).better
-    assert checks.compare_with_champion(challenger(1), champion(40)).better
-    assert not checks.compare_with_champion(challenger(40), champion(1)).better
-    even = checks.compare_with_champion(challenger(20), champion(21))
-    assert not even.better
-    assert even.compared
-    again = checks.compare_with_champion(challenger(5), champion=checks.Champion(
-        "version 1 (e)", challenger(5).predictions))  # fmt: skip
-    assert "difference +0.000 [+0.000, +0.000]" in again.words
-    assert not again.better
-
-
-def test_a_champion_is_judged_by_the_labels_of_today():
-    held = champion(0).predictions
-    assert held is not None
-    wrong = held.with_columns(y=pl.col("y").shuffle(seed=0))  # as its labels were then
-    verdict = checks.compare_with_champion(challenger(20), checks.Champion("version 1 (e)", wrong))
-    assert "against 1.000" in verdict.words
-
-
-def test_a_champion_that_cannot_be_compared_is_left_to_a_person():
-    held = champion(5).predictions
-    assert held is not None
-    others = held.with_columns(unit="other-" + pl.col("unit"))
-    for predictions, why in (
-        (None, "no predictions"),
-        (held.drop("prediction"), "no predictions"),
-        (others, "no unit"),
-        (held.head(1), "undefined"),
-    ):
-        title = checks.Champion("version 1 (e)", predictions)
-        verdict = checks.compare_with_champion(challenger(1), title)
-        assert why in verdict.words
-        assert "by hand" in verdict.words
-        assert not verdict.better
-        assert not verdict.compared
-
-
-def test_a_control_on_exchanged_labels_is_never_champion():
-    control = challenger(1)
-    control = replace(control, settings=ModelSettings(permute_labels=0))
-    assert not checks.compare_with_champion(control, None).better
 
 
 def test_every_check_says_what_it_checks(tiny_cohort, tmp_path):

@@ -277,7 +277,7 @@ def test_a_registered_model_knows_its_grids_folds_and_figures(study):
     }
 
 
-def test_one_model_of_each_target_is_champion_and_the_check_says_why(study):
+def test_the_champion_is_the_newest_model_that_was_promoted(study):
     client = registry(study)
     result = next(
         record.event.dagster_event.event_specific_data
@@ -289,12 +289,15 @@ def test_one_model_of_each_target_is_champion_and_the_check_says_why(study):
     assert result.passed
     remarks = result.metadata["remarks"].value
     for target in study.cohort.targets:
-        champion = client.get_model_version_by_alias(f"model-{target.name}", "champion")
+        promoted = [0]
         for version in client.search_model_versions(f"name='model-{target.name}'"):
             words = version.tags["champion"]
             assert remarks.get(version.tags["dagster/partition"], words) == words
-            if version.version == champion.version:
-                assert re.match("the first of its name|takes the place of", words)
+            if re.match("becomes champion as the first|replaces", words):
+                promoted.append(int(version.version))
+        # the tiny models may all fail their permutation control: then there is no champion
+        aliases = client.get_registered_model(f"model-{target.name}").aliases
+        assert int(aliases.get("champion", 0)) == max(promoted)
 
 
 CLEAN = """
