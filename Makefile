@@ -9,9 +9,9 @@ LOCK := --constraint requirements/constraints.txt --build-constraint requirement
 HASHED := --require-hashes --no-deps --build-constraint requirements/constraints.txt
 
 # what needs neither Dagster nor MLflow: the library and its tests
-CORE_TESTS ?= tests/slides tests/models tests/encoders tests/demo $(wildcard tests/test_*.py)
+CORE_TESTS ?= tests/slides tests/grids tests/models tests/encoders tests/demo $(wildcard tests/test_*.py)
 # some that touch every direct dependency
-LOWEST_TESTS ?= tests/test_cohort.py tests/test_metrics.py tests/test_orientations.py \
+LOWEST_TESTS ?= tests/test_cohort.py tests/models/test_metrics.py tests/grids/test_orientations.py tests/test_tables.py \
 	tests/test_store.py tests/demo/test_painting.py tests/slides/test_cli.py \
 	tests/slides/test_grids.py tests/slides/test_heatmaps.py tests/slides/test_slide_vendors.py \
 	tests/models/test_labels.py tests/models/test_losses.py tests/encoders/test_networks.py \
@@ -49,12 +49,12 @@ LOWEST_TESTS ?= tests/test_cohort.py tests/test_metrics.py tests/test_orientatio
 	touch $@
 
 demo: .venv/installed  ## make the demo cohort, materialize every asset, print the results
-	$(BIN)/python -m nic_core.demo data/demo
-	$(BIN)/python -m nic_assets.operations.refresh
+	$(BIN)/nic demo data/demo
+	$(BIN)/nic refresh
 	@echo "Dagster: make ui      MLflow: make mlflow"
 
 refresh: .venv/installed  ## materialize what is missing or stale
-	$(BIN)/python -m nic_assets.operations.refresh
+	$(BIN)/nic refresh
 
 ui: PORT ?= 3000
 ui: .venv/installed  ## Dagster on http://127.0.0.1:3000, or make ui PORT=...

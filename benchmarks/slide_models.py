@@ -4,8 +4,8 @@
     python benchmarks/slide_models.py --network small --side 24 --slides 40 --batches 2
 
 The cohort is synthetic: grids of 400 x 400 cells (--side) and 128 numbers, a disc of tissue of
-random embeddings, which compress badly. A few stores are written; all others are hard links to them,
-so that the cohort is small on disk but every slide is opened and read by itself. Nothing is
+random embeddings, which compress badly. A few stores are written; all others are hard links to
+them, so that the cohort is small on disk but every slide is opened and read by itself. Nothing is
 learned.
 
 Times are for whole epochs of training on a few batches: the network alone on crops in memory, and

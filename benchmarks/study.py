@@ -51,7 +51,7 @@ from nic_core.encoders.keras_import import import_keras_encoder
 from nic_core.encoders.probes import Embedder, linear_probe, task_embeddings
 from nic_core.grids import Grid
 from nic_core.models.cross_validation import cross_validate
-from nic_core.models.metrics import PRIMARY
+from nic_core.models.kinds import kind_of
 from nic_core.slides import open_slide
 from nic_core.steps import (
     digest,
@@ -308,7 +308,7 @@ class Slides:
             folds = table.filter(pl.col("split") == "cv").select("patient", "fold").unique()
             found = cross_validate(
                 target, table.drop("fold"), folds.sort("patient"), grids.__getitem__, settings
-            ).metrics.filter(split="cv", metric=PRIMARY[target.kind])
+            ).metrics.filter(split="cv", metric=kind_of(target).primary_metric)
             for row in found.iter_rows(named=True):
                 yield row["metric"], row["model"], target.name, None, row["value"]
 

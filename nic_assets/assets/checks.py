@@ -200,4 +200,4 @@ def compared_with_champion(verdict: Verdict) -> str | None:
     If not, a person must set the alias ``champion``. The result of the comparison is in the
     metadata ``champion`` of the model.
     """
-    return None if verdict.compared else verdict.words
+    return None if verdict.compared else verdict.explanation

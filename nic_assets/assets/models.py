@@ -21,7 +21,7 @@ from nic_core.models.comparison import compare_with_champion
 from nic_core.models.cross_validation import NETWORK, CrossValidation
 from nic_core.models.figures import evaluation_figure, metrics_figure, training_figure
 from nic_core.models.files import ModelCard, ensemble_module
-from nic_core.models.metrics import PRIMARY
+from nic_core.models.kinds import kind_of
 from nic_core.models.training import TrainingError
 from nic_core.reports import model_results, results_markdown
 from nic_core.slides import SlideError
@@ -114,7 +114,7 @@ def model_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
                 version=steps.digest(evaluated.predictions.rows()),
                 metadata={
                     **primary_scores(evaluated),
-                    "champion": run.verdict.words,
+                    "champion": run.verdict.explanation,
                     "metrics": table(evaluated.metrics),
                     **figures(run.figures),
                     "folder": dg.MetadataValue.path(store.slide_model(key)),
@@ -183,7 +183,7 @@ def primary_scores(evaluated: CrossValidation) -> dict[str, float]:
     For example ``cross_validated_spearman``, ``cross_validated_spearman_low`` and ``..._high``,
     and the same of ``test``. Undefined values are left out.
     """
-    rows = evaluated.metrics.filter(model=NETWORK, metric=PRIMARY[evaluated.target.kind])
+    rows = evaluated.metrics.filter(model=NETWORK, metric=kind_of(evaluated.target).primary_metric)
     scores = {
         f"{PARTS[split]}_{metric}{end}": number
         for split, metric, *interval in rows.select(

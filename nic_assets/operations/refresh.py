@@ -19,7 +19,6 @@ from dagster._core.storage.tags import (
     ASSET_PARTITION_RANGE_END_TAG,
     ASSET_PARTITION_RANGE_START_TAG,
 )
-from nic_core.steps.evaluation_report import COMPARISONS, RESULTS
 from rich.console import Console
 
 from nic_assets.operations.doctor import release
@@ -29,6 +28,7 @@ from nic_assets.orchestration.staleness import Partition, due
 from nic_assets.tags import REFRESH_TAG
 from nic_core.cohort import CohortError
 from nic_core.reports import comparisons_table, results_table
+from nic_core.steps.evaluation_report import COMPARISONS, RESULTS
 from nic_core.store import Store
 
 

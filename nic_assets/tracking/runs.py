@@ -40,7 +40,6 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.models import infer_signature
-from nic_core.steps.slide_models import PREDICTIONS, UNLOGGED
 from sqlalchemy.exc import SQLAlchemyError
 
 from nic_assets.tracking.database import make_database
@@ -48,6 +47,7 @@ from nic_core.cohort import Cohort, ImportedEncoder, RegisteredEncoder
 from nic_core.encoders import EncoderError
 from nic_core.models.comparison import Champion, Verdict
 from nic_core.steps import digest
+from nic_core.steps.slide_models import PREDICTIONS, UNLOGGED
 from nic_core.store import Store
 
 DEFAULT_UI = "http://127.0.0.1:5000"
@@ -393,7 +393,7 @@ class TrackedRun:
                 self.verdict = judge(self._champion(name))
             if self.verdict.better:
                 self._client.set_registered_model_alias(name, CHAMPION, number)
-            self._client.set_model_version_tag(name, number, CHAMPION, self.verdict.words)
+            self._client.set_model_version_tag(name, number, CHAMPION, self.verdict.explanation)
 
         self._keep(decide)
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from nic_core.slides.resample import coverage
 from nic_core.slides.slide import Slide
@@ -29,6 +31,15 @@ PATCH_SCHEMA: dict[str, pl.DataType] = {
     "kept": pl.Boolean(),
     "reason": pl.Enum(["background", "unreadable"]),  # why a cell is not kept; null if it is
 }
+PATCH_UNITS = {
+    "x": "level-0 px",
+    "y": "level-0 px",
+    "size": "level-0 px",
+    "mpp": "um/px",
+    "focus": "grey levels squared",
+}
+PATCH_FORMAT = 2
+"""Format number of the file, raised when the columns or their meaning change."""
 MEASURED = ("focus", "red", "green", "blue")  # columns that measure_quality fills in
 
 
@@ -170,6 +181,9 @@ def _check_nulls(table: pl.DataFrame, source: str) -> None:
 def write_patch_table(path: Path, table: pl.DataFrame) -> None:
     """Check a patch table and write it as parquet, atomically.
 
+    The parquet schema holds the format number (key ``nic_format``) and the unit of each column
+    (field key ``unit``), so that the file explains itself to other readers of Arrow.
+
     Raises
     ------
     PatchTableError
@@ -178,8 +192,16 @@ def write_patch_table(path: Path, table: pl.DataFrame) -> None:
         The file cannot be written.
     """
     check_patch_table(table, str(path))
+    arrow = table.to_arrow()
+    fields = [
+        field.with_metadata({**(field.metadata or {}), b"unit": PATCH_UNITS[field.name].encode()})
+        if field.name in PATCH_UNITS
+        else field
+        for field in arrow.schema
+    ]
+    schema = pa.schema(fields, metadata={"nic_format": str(PATCH_FORMAT)})
     with atomic_file(path) as temporary:
-        table.write_parquet(temporary)
+        pq.write_table(arrow.cast(schema), temporary)
 
 
 def read_patch_table(path: Path) -> pl.DataFrame:
@@ -188,11 +210,18 @@ def read_patch_table(path: Path) -> pl.DataFrame:
     Raises
     ------
     PatchTableError
-        The file cannot be read or is not a patch table.
+        The file cannot be read, is not a patch table or has another format number.
     """
     try:
-        table = pl.read_parquet(path)
-    except (OSError, pl.exceptions.PolarsError) as error:
+        metadata = pq.read_metadata(path).metadata or {}
+        table = pl.read_parquet(path, glob=False)
+    except (OSError, pa.ArrowException, pl.exceptions.PolarsError) as error:
         raise PatchTableError(f"{path}: cannot be read ({error})") from error
+    number = metadata.get(b"nic_format", b"1").decode()
+    if number != str(PATCH_FORMAT):
+        raise PatchTableError(
+            f"{path}: a patch table of format {number}, this version reads format "
+            f"{PATCH_FORMAT}; materialize 'patch_table' again"
+        )
     check_patch_table(table, str(path))
     return table

@@ -11,12 +11,13 @@ import polars as pl
 
 from nic_assets.assets import checks
 from nic_assets.build import build_defs
-from nic_core.cohort import Settings, load_cohort
+from nic_core.cohort import ModelSettings, RegressionTarget, Settings, load_cohort
 from nic_core.encoders import EncoderCard, PatchDataset
 from nic_core.encoders.patch_tasks import FINDINGS_SCHEMA
 from nic_core.encoders.scores import TaskScores
 from nic_core.grids import Grid, GridProvenance
 from nic_core.models.comparison import Verdict
+from nic_core.models.cross_validation import CrossValidation
 from nic_core.steps import SlideRecord, SlideScan
 from nic_core.store import Store
 from nic_core.tiling.patches import MEASURED, PATCH_SCHEMA, write_patch_table
@@ -186,6 +187,23 @@ def test_patients_in_two_folds_are_found():
     assert checks.folds_disjoint_by_patient(folds) is None
     shared = pl.DataFrame({"patient": ["p", "p"], "fold": [0, 1]})
     assert "'p'" in str(checks.folds_disjoint_by_patient(shared))
+
+
+def evaluated(prediction: np.ndarray, label: np.ndarray) -> CrossValidation:
+    units = [f"u{i:02}" for i in range(len(label))]
+    rows = pl.DataFrame(
+        {
+            "model": "network",
+            "split": "cv",
+            "unit": units,
+            "patient": units,
+            "y": label,
+            "prediction": prediction,
+        }
+    )
+    target = RegressionTarget(name="t", kind="regression", column="y")
+    nothing = pl.DataFrame()
+    return CrossValidation(target, ModelSettings(), rows, nothing, (), nothing, ())
 
 
 def test_every_check_has_a_description(tiny_cohort, tmp_path):

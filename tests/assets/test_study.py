@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -278,6 +279,18 @@ def test_a_registered_model_has_its_grids_folds_and_scores(study):
         path.name
         for path in study.store.slide_model(ModelKey(encoder="mtl-4", target="growth")).iterdir()
     }
+
+
+def test_the_champion_is_the_newest_model_that_was_promoted(study):
+    client = registry(study)
+    for target in study.cohort.targets:
+        promoted = [0]
+        for version in client.search_model_versions(f"name='model-{target.name}'"):
+            if re.match("becomes champion as the first|replaces", version.tags["champion"]):
+                promoted.append(int(version.version))
+        # the tiny models may all fail their permutation control: then there is no champion
+        aliases = client.get_registered_model(f"model-{target.name}").aliases
+        assert int(aliases.get("champion", 0)) == max(promoted)
 
 
 def event(study: Study, asset: str, partition: str) -> dg.AssetMaterialization:

@@ -278,7 +278,7 @@ class Registry:
         run.challenge(lambda champion: compare_with_champion(model, champion))
         run.finish(folder)
         assert run.verdict is not None
-        return run.verdict.words
+        return run.verdict.explanation
 
     @property
     def champion(self) -> int:
@@ -287,15 +287,15 @@ class Registry:
 
 def test_the_champion_is_the_first_then_a_better_one_and_whatever_a_person_chose(tmp_path):
     registry = Registry(tmp_path)
-    assert registry.register(error=10) == "the first of its name: champion"
+    assert registry.register(error=10).startswith("becomes champion as the first of its name")
     assert registry.champion == 1
-    worse = registry.register(error=40)
+    worse = registry.register(error=30)
     assert "version 1 (mtl-4) stays champion: Spearman 0." in worse
     assert "on 40 units of 40 patients" in worse
     assert registry.champion == 1
     assert registry.client.get_model_version("model-t", "2").tags["champion"] == worse
     registry.client.set_registered_model_alias("model-t", "champion", "2")
-    assert registry.register(error=10).startswith("takes the place of version 2 (mtl-4)")
+    assert registry.register(error=10).startswith("replaces version 2 (mtl-4) as champion")
     assert registry.champion == 3
     candidate = registry.client.get_model_version_by_alias("model-t", "candidate")
     assert int(candidate.version) == 3

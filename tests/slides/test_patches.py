@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import polars as pl
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -132,7 +133,7 @@ def test_an_invalid_table_is_refused_when_written_and_read(tmp_path, change, mes
     with pytest.raises(PatchTableError, match=message):
         write_patch_table(path, table)
     assert not path.exists()
-    table.write_parquet(path)
+    table.write_parquet(path, metadata={"nic_format": "2"})
     with pytest.raises(PatchTableError, match=message):
         read_patch_table(path)
 
@@ -150,3 +151,19 @@ def test_rounding_of_mpp_does_not_add_an_empty_row(tmp_path):
             "s", slide, TissueMask(np.ones((8, 8), bool), 8.0), patch=64, mpp=0.5, tissue=0.6
         )
     assert len(table) == 4
+
+
+def test_the_file_holds_units_and_format_for_readers_of_arrow(tmp_path):
+    path = tmp_path / "s.parquet"
+    write_patch_table(path, table_of(width=64, height=64))
+    schema = pq.read_schema(path)
+    assert schema.metadata[b"nic_format"] == b"2"
+    assert schema.field("x").metadata[b"unit"] == b"level-0 px"
+    assert schema.field("mpp").metadata[b"unit"] == b"um/px"
+
+
+def test_a_table_of_another_format_is_refused_with_the_remedy(tmp_path):
+    path = tmp_path / "s.parquet"
+    table_of(width=64, height=64).write_parquet(path)
+    with pytest.raises(PatchTableError, match="format 1.*materialize 'patch_table' again"):
+        read_patch_table(path)
