@@ -15,7 +15,7 @@ where it grows with the square of their number.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, ParamSpec
 
@@ -23,7 +23,6 @@ import dagster as dg
 from dagster._core.definitions.asset_checks.asset_check_evaluation import (
     AssetCheckEvaluationTargetMaterializationData,
 )
-from dagster._core.definitions.assets.graph.base_asset_graph import BaseAssetGraph
 
 Arguments = ParamSpec("Arguments")
 
@@ -125,25 +124,26 @@ def publish_checks(context: dg.AssetExecutionContext) -> Iterator[dg.Output[None
             instance.report_runless_asset_event(result)
 
 
-def republish_checks(instance: dg.DagsterInstance, graph: BaseAssetGraph[Any]) -> None:
-    """Record the results again that have changed because partitions were removed or added."""
-    for asset in graph.materializable_asset_keys:
-        node = graph.get(asset)
-        if node.partitions_def is None:
-            continue
-        shown = instance.event_log_storage.get_latest_asset_check_execution_by_key(
-            list(node.check_keys)
-        )
-        published = {
-            key.name: record.evaluation
-            for key, record in shown.items()
-            if isinstance(record.evaluation, dg.AssetCheckEvaluation)
-        }
-        if not published:
-            continue
-        for name, result in _evaluations(instance, asset, node.partitions_def, published).items():
-            if result != published[name]:
-                instance.report_runless_asset_event(result)
+def republish_checks(
+    instance: dg.DagsterInstance,
+    asset: dg.AssetKey,
+    partitions: dg.PartitionsDefinition[str],
+    checks: Sequence[Check[Any]],
+) -> None:
+    """Record the results again that change because partitions were removed or added."""
+    keys = [dg.AssetCheckKey(asset, check.name) for check in checks]
+    shown = instance.event_log_storage.get_latest_asset_check_execution_by_key(keys)
+    published = {
+        key.name: record.evaluation
+        for key, record in shown.items()
+        # a check that is only planned is recorded by its run
+        if isinstance(record.evaluation, dg.AssetCheckEvaluation)
+    }
+    if not published:
+        return
+    for name, result in _evaluations(instance, asset, partitions, published).items():
+        if result != published[name]:
+            instance.report_runless_asset_event(result)
 
 
 def _evaluations(

@@ -206,6 +206,17 @@ def evaluated(prediction: np.ndarray, label: np.ndarray) -> CrossValidation:
     return CrossValidation(target, ModelSettings(), rows, nothing, (), nothing, ())
 
 
+def test_all_checks_of_assets_by_slide_are_listed(tiny_cohort, tmp_path):
+    graph = build_defs(load_cohort(tiny_cohort), Store(tmp_path)).resolve_asset_graph()
+    by_slide: dict[str, set[str]] = {}
+    for key in graph.asset_check_keys:
+        if "'slides'" in repr(graph.get(key.asset_key).partitions_def):
+            by_slide.setdefault(key.asset_key.to_user_string(), set()).add(key.name)
+    assert by_slide == {
+        asset: {check.name for check in listed} for asset, listed in checks.OF_SLIDES.items()
+    }
+
+
 def test_every_check_has_a_description(tiny_cohort, tmp_path):
     defs = build_defs(load_cohort(tiny_cohort), Store(tmp_path))
     specs = {
