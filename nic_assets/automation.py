@@ -103,7 +103,10 @@ def materialize_on_opening(hours: Automation) -> dg.AutomationCondition[dg.Asset
 
 
 def _hours_open(hours: Automation) -> dg.AutomationCondition[dg.AssetOrCheckKey]:
-    return AC.cron_tick_passed(hours.opens, hours.timezone).with_label("the hours open")
+    tick: dg.AutomationCondition[dg.AssetOrCheckKey] = AC.cron_tick_passed(
+        hours.opens, hours.timezone
+    )
+    return tick.with_label("the hours open")
 
 
 def _requested_already(hours: Automation) -> Condition:
@@ -147,7 +150,7 @@ def automate(
 
 
 def study_sensors(cohort: Cohort, make_slide_index: AssetJob) -> Sequence[dg.SensorDefinition]:
-    """Return both sensors, which run from the start; none if the cohort has ``automation: null``."""
+    """Return both sensors, which run from the start; none with ``automation: null``."""
     if cohort.automation is None:
         return []
     rebuild = dg.AutomationConditionSensorDefinition(

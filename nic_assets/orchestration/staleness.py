@@ -222,7 +222,7 @@ def stale_assets(
     graph: AssetGraph,
     only: Collection[dg.AssetKey] | None = None,
 ) -> dict[dg.AssetKey, StaleAsset]:
-    """Return the missing and stale partitions of every materializable asset, or of those in ``only``.
+    """Return the missing and stale partitions of every asset, or of the assets in ``only``.
 
     An asset tagged with :data:`~nic_assets.tags.PARTIAL_INPUTS` needs at least one partition of
     each input, any other asset needs all. An upstream partition that failed since its own inputs
@@ -272,7 +272,7 @@ def _attempts(
     history: MaterializationHistory,
     key: dg.AssetKey,
 ) -> tuple[set[Partition], set[Partition]]:
-    """Return the partitions in unfinished runs, and those that failed since their inputs changed."""
+    """Return the partitions in unfinished runs, and those failed since their inputs changed."""
     storage = instance.event_log_storage
     tried = storage.get_latest_asset_partition_materialization_attempts_without_materializations(
         key
