@@ -103,10 +103,7 @@ def materialize_on_opening(hours: Automation) -> dg.AutomationCondition[dg.Asset
 
 
 def _hours_open(hours: Automation) -> dg.AutomationCondition[dg.AssetOrCheckKey]:
-    tick: dg.AutomationCondition[dg.AssetOrCheckKey] = AC.cron_tick_passed(
-        hours.opens, hours.timezone
-    )
-    return tick.with_label("the hours open")
+    return AC.cron_tick_passed(hours.opens, hours.timezone)
 
 
 def _requested_already(hours: Automation) -> Condition:

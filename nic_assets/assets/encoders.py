@@ -107,8 +107,8 @@ def encoder_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         def work(key: str) -> Product:
             entry = cohort.encoder(key)
             if isinstance(entry, RegisteredEncoder):
-                with tracking.fetched(entry) as (ready, page):
-                    local = cohort.with_encoder(ready)
+                with tracking.download_encoder(entry) as (imported, page):
+                    local = cohort.with_encoder(imported)
                     card = steps.make_encoder(local, store, key).encoder.card
                 return made(key, card, {"mlflow_model": dg.MetadataValue.url(page)})
             with tracking.run(

@@ -114,7 +114,9 @@ def model_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
                 run.figure("metrics", metrics_figure(evaluated))
                 run.figure("training_curves", training_figure(evaluated))
                 log_slide_model(run, evaluated, card, store)
-                run.challenge(lambda champion: compare_with_champion(evaluated, champion))
+                run.compare_with_champion(
+                    lambda champion: compare_with_champion(evaluated, champion)
+                )
             steps.mark_logged(store, model)
             assert run.verdict is not None  # the block's last call, and all are through
             return Product(

@@ -20,7 +20,7 @@ from nic_assets.assets.inputs import (
 from nic_assets.orchestration.batches import Events, Product, batch_asset, materialize_ahead
 from nic_assets.orchestration.executors import CPU_TAGS
 from nic_assets.orchestration.metadata import OWNERS, code_version, column_schema, picture, table
-from nic_assets.orchestration.retries import RETRIES, transient_again
+from nic_assets.orchestration.retries import RETRIES, retry_transient_errors
 from nic_assets.partitions import Partitions
 from nic_assets.tags import REFRESH_TAG
 from nic_assets.tracking import Tracking
@@ -63,7 +63,7 @@ def slide_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         tracking: dg.ResourceParam[Tracking],
     ) -> Events:
         """Every slide of the cohort: path, patient, split. Finds new and changed inputs."""
-        with transient_again():
+        with retry_transient_errors():
             scan = steps.scan_slides(cohort, store, **config.model_dump())
             encoders = [encoder.name for encoder in cohort.encoders]
             known = known_versions(context.instance, ENCODER_ENTRY, encoders)
@@ -72,7 +72,7 @@ def slide_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
                 SLIDE_FILE: scan.versions,
                 PATCH_TASK_SOURCE: steps.patch_task_versions(cohort),
                 ENCODER_ENTRY: steps.encoder_versions(cohort)
-                | tracking.pinned_versions(cohort, context.log.warning, known),
+                | tracking.registered_versions(cohort, context.log.warning, known),
                 TARGET_ENTRY: steps.target_versions(cohort, index),
             }
             steps.write_slide_index(store, scan)

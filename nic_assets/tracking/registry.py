@@ -102,11 +102,10 @@ def verify_exported(connection: Connection, model_id: str) -> None:
         The model has other files, such as a pickle, or its file is not a torch.export archive.
     """
     with tempfile.TemporaryDirectory() as folder:
-        model = Path(
-            mlflow.artifacts.download_artifacts(
-                f"models:/{model_id}", dst_path=folder, tracking_uri=connection.uri
+        with connection.active():
+            model = Path(
+                mlflow.artifacts.download_artifacts(f"models:/{model_id}", dst_path=folder)
             )
-        )
         files = sorted(str(path.relative_to(model)) for path in model.glob("data/**/*"))
         if files == [f"data/{EXPORTED_MODEL}"] and _is_exported(model / files[0]):
             return
