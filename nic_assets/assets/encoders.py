@@ -177,7 +177,7 @@ def fetch_encoder(
     entry: RegisteredEncoder, cohort: Cohort, store: Store, tracking: Tracking
 ) -> tuple[EncoderCard, dict[str, Any]]:
     """Import a registered encoder from MLflow; return its card and its metadata for the UI."""
-    with tracking.fetched(entry) as (imported, page):
+    with tracking.download_encoder(entry) as (imported, page):
         made = steps.make_encoder(cohort.with_encoder(imported), store, entry.name)
     return made.encoder.card, {"mlflow_model": dg.MetadataValue.url(page)}
 

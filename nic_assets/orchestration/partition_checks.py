@@ -17,13 +17,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Generic, ParamSpec
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec
 
 import dagster as dg
-from dagster._core.definitions.asset_checks.asset_check_evaluation import (
-    AssetCheckEvaluationTargetMaterializationData,
-)
-from dagster._core.definitions.assets.graph.base_asset_graph import BaseAssetGraph
+
+from nic_assets.orchestration.internals import AssetCheckEvaluationTargetMaterializationData
+
+if TYPE_CHECKING:
+    from nic_assets.orchestration.internals import AssetGraph
 
 Arguments = ParamSpec("Arguments")
 
@@ -125,7 +126,7 @@ def publish_checks(context: dg.AssetExecutionContext) -> Iterator[dg.Output[None
             context.instance.report_runless_asset_event(newer[name])
 
 
-def republish_checks(instance: dg.DagsterInstance, graph: BaseAssetGraph[Any]) -> None:
+def republish_checks(instance: dg.DagsterInstance, graph: AssetGraph) -> None:
     """Record the results again that have changed because partitions were removed or added."""
     for asset in graph.materializable_asset_keys:
         node = graph.get(asset)
