@@ -111,6 +111,18 @@ def test_an_engine_brings_the_platform(extra):
     assert requirements[PROJECT["name"]].extras == {"platform"}
 
 
+def test_the_command_works_where_the_platform_is_not_installed():
+    absent = ["dagster", "dagster_shared", "mlflow", "sqlalchemy"]
+    script = f"import sys; sys.modules |= dict.fromkeys({absent}); sys.argv = ['nic', '--help']; "
+    script += "from nic_core.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "compress" in done.stdout
+    assert "doctor" not in done.stdout
+
+
 def test_packages_of_dagster_are_of_one_release():
     release = str(PLATFORM["dagster"].specifier).removeprefix("==")
     of_engines = f"0.{int(release.split('.')[1]) + 16}.{release.split('.')[2]}"
