@@ -5,7 +5,7 @@ A role becomes a link to the object where the site documents it, and plain code 
 
 import re
 
-_ROLE = re.compile(r":(?:func|class|mod|data|attr|meth|exc):<code>(~?)([\w.]+)</code>")
+_ROLE = re.compile(r":(?:func|class|mod|data|attr|meth|exc):(?:<code>|`)(~?)([\w.]+)(?:</code>|`)")
 
 
 def on_page_content(html: str, **_: object) -> str:
