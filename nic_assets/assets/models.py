@@ -81,7 +81,7 @@ def model_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         kinds={"pytorch", "mlflow"},
         pool=GPU_POOL,
         op_tags=GPU_TAGS,
-        code_version=code_version(3, settings),
+        code_version=code_version(4, settings),
     )
     def slide_model(
         context: dg.AssetExecutionContext,

@@ -156,7 +156,7 @@ def slide_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         group_name="slides",
         kinds={"polars", "parquet"},
         op_tags=CPU_TAGS,
-        code_version=code_version(2, settings.patch, settings.mpp, settings.tissue),
+        code_version=code_version(3, settings.patch, settings.mpp, settings.tissue),
         metadata={"dagster/column_schema": column_schema(pl.Schema(PATCH_SCHEMA))},
     )
     def patch_table(
