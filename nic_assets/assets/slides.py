@@ -60,7 +60,7 @@ def slide_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         cohort: dg.ResourceParam[Cohort],
         store: dg.ResourceParam[Store],
         tracking: dg.ResourceParam[Tracking],
-    ) -> dg.MaterializeResult[None]:
+    ) -> Events:
         """Every slide of the cohort, with path, patient and split.
 
         Scans the inputs of the study and reports those that are new or changed.
@@ -88,7 +88,7 @@ def slide_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
             for asset, found in versions.items()
         }
         problem = checks.slide_files_present(scan)
-        return dg.MaterializeResult(
+        yield dg.MaterializeResult(
             data_version=dg.DataVersion(steps.digest(scan.index.rows())),
             metadata={
                 "slides": len(slides),

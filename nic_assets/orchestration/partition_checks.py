@@ -104,11 +104,12 @@ def results_metadata(asset: dg.AssetsDefinition, results: Results) -> dict[str, 
 def publish_checks(context: dg.AssetExecutionContext) -> Iterator[dg.Output[None]]:
     """Record the result of each selected check over all partitions of the asset.
 
-    A run that was created later may have finished earlier. Dagster would show its result, which
-    does not cover the partitions of this run, so the result is then recorded once more without a
-    run.
+    Dagster shows the result of the run that was created last. If that run ended earlier than this
+    one, its result does not cover the partitions of this run, so the result is recorded once more,
+    without a run. The same is done if other runs recorded partitions in the meantime.
     """
-    asset = context.asset_key
+    instance, asset = context.instance, context.asset_key
+    partitions = context.assets_def.partitions_def
     specs = {
         spec.name: spec
         for spec in context.assets_def.check_specs
@@ -116,14 +117,13 @@ def publish_checks(context: dg.AssetExecutionContext) -> Iterator[dg.Output[None
     }
     if not specs:
         return
-    results = _evaluations(context.instance, asset, context.assets_def.partitions_def, specs)
-    for name, result in results.items():
+    for name, result in _evaluations(instance, asset, partitions, specs).items():
         context.log_event(result)
         yield dg.Output(None, output_name=specs[name].get_python_identifier())
-    for name, result in results.items():
-        while not _is_covered(context.instance, result):
-            newer = _evaluations(context.instance, asset, context.assets_def.partitions_def, [name])
-            context.instance.report_runless_asset_event(newer[name])
+    for name, spec in specs.items():
+        while not _is_current(instance, spec.key, context.run.run_id):
+            [result] = _evaluations(instance, asset, partitions, [name]).values()
+            instance.report_runless_asset_event(result)
 
 
 def republish_checks(instance: dg.DagsterInstance, graph: AssetGraph) -> None:
@@ -205,7 +205,7 @@ def _evaluation(
             f"{len(problems)} of {partitions} partitions failed: {named}"
             + ("; ..." if len(problems) > SHOWN else "")
             if problems
-            else f"all {partitions} materialized partitions passed"
+            else f"{partitions} of {partitions} partitions passed"
         ),
         metadata={
             "partitions": partitions,
@@ -235,17 +235,25 @@ def _last_published(
     return {}, 0
 
 
-def _is_covered(instance: dg.DagsterInstance, result: dg.AssetCheckEvaluation) -> bool:
-    """Return whether the result that Dagster shows covers all that ``result`` does.
+def _is_current(instance: dg.DagsterInstance, key: dg.AssetCheckKey, own: str) -> bool:
+    """Return whether the result that Dagster shows covers this run and all that are finished.
 
-    Dagster shows the result of the run that was created last. While that run is not finished, its
-    own result is still to come.
+    A run that is not finished records its result later.
     """
-    key = result.asset_check_key
     shown = instance.event_log_storage.get_latest_asset_check_execution_by_key([key])[key]
-    if isinstance(shown.evaluation, dg.AssetCheckEvaluation):
-        return _NEWEST in shown.evaluation.metadata and _newest(shown.evaluation) >= _newest(result)
-    run = instance.get_run_by_id(shown.run_id)
+    result = shown.evaluation
+    if not isinstance(result, dg.AssetCheckEvaluation):  # only planned
+        return _is_unfinished(instance, shown.run_id)
+    if _NEWEST not in result.metadata:  # reported by hand
+        return False
+    later = {
+        record.run_id for record in _materializations(instance, key.asset_key, _newest(result))
+    }
+    return all(run != own and _is_unfinished(instance, run) for run in later)
+
+
+def _is_unfinished(instance: dg.DagsterInstance, run_id: str) -> bool:
+    run = instance.get_run_by_id(run_id)
     return run is not None and not run.is_finished
 
 

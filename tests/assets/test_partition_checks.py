@@ -129,7 +129,7 @@ def test_a_check_fails_until_every_partition_passes(world):
     world.problems = {}
     assert world.run("mask", "s2").success
     assert world.problems_shown() == {}
-    assert world.shown().description == "all 2 materialized partitions passed"
+    assert world.shown().description == "2 of 2 partitions passed"
 
 
 def test_models_that_fail_their_permutation_control_stay_failed(world):
@@ -152,7 +152,8 @@ def test_each_partition_records_the_results_of_its_checks(world):
     assert results == {"tidy": "a pen mark", "sharp": "passed"}
 
 
-def test_a_removed_partition_leaves_the_result_and_returns_to_it(world):
+def test_a_removed_partition_leaves_the_result_and_returns_to_it(world, monkeypatch):
+    monkeypatch.setattr(partition_checks, "_OVERLAP", 1)  # do not read its record again
     world.problems = {"s2": "a pen mark"}
     world.run("mask", "s1", "s2")
     drop_slides(world.instance, ["s1", "s3"])
@@ -182,14 +183,16 @@ def test_a_result_covers_a_run_that_was_created_earlier_and_ends_later(world):
     assert world.shown().metadata["partitions"].value == 3
 
 
-def test_a_result_covers_a_run_that_ends_while_another_publishes(world, monkeypatch):
+def test_a_result_covers_what_is_recorded_while_it_is_published(world, monkeypatch):
     compute = partition_checks._evaluations
+    bad = {"tidy": "a pen mark", "sharp": "passed"}
 
     def interrupted(*args):
         found = compute(*args)
         monkeypatch.setattr(partition_checks, "_evaluations", compute)
-        world.problems = {"s2": "a pen mark"}
-        world.run("mask", "s2")
+        world.instance.report_runless_asset_event(
+            dg.AssetMaterialization(MASK, partition="s2", metadata={"checks": bad})
+        )
         return found
 
     monkeypatch.setattr(partition_checks, "_evaluations", interrupted)
