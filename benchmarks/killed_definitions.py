@@ -1,5 +1,4 @@
-"""The study that the environment names, with steps that are tried again at once and often: they
-are killed often (``benchmarks/kills.py``)."""
+"""The study of the environment with 50 retries without delay, for ``benchmarks/kills.py``."""
 
 import dagster as dg
 

@@ -1,4 +1,4 @@
-"""What the environment says: the cohort, the store, and Dagster's home."""
+"""The environment variables of a study: cohort, store and Dagster home."""
 
 from __future__ import annotations
 
@@ -9,9 +9,15 @@ from dotenv import dotenv_values
 
 
 def read_environment() -> Path:
-    """Take over ``.env`` of this folder, as Dagster's commands do; returns Dagster's home.
+    """Set the variables of ``.env`` in the working directory, as Dagster's commands do.
 
-    What the shell has set wins. Without ``DAGSTER_HOME`` this folder is home.
+    Variables that are already set keep their values. ``DAGSTER_HOME`` defaults to the working
+    directory.
+
+    Returns
+    -------
+    pathlib.Path
+        Dagster's home.
     """
     for name, value in dotenv_values(".env").items():
         os.environ.setdefault(name, value or "")
