@@ -1,10 +1,11 @@
-"""``nic``: the library's commands, and those that look after a study that Dagster runs."""
+"""Commands of ``nic`` for a study that Dagster runs: refresh, doctor, store."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,67 +13,71 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from nic_core.cli import app
 from nic_core.cli.shared import console, one_line, progress_bars
 from nic_core.cohort import CohortError
 from nic_core.store import Store, StoreError, remove_product
+from nic_core.version import DISTRIBUTION
 
 if TYPE_CHECKING:
     import dagster as dg
 
-# what computes or knows Dagster is imported in each command: that takes seconds
-
-
-@app.callback()
-def environment() -> None:
-    """Every step of the method on the command line, and what looks after a study.
-
-    The cohort and the store are those of NIC_COHORT and NIC_STORE, or of .env in this folder.
-    """
-    from nic_assets.operations.environment import read_environment
-
-    read_environment()
-
+# Dagster, MLflow and torch are imported inside the commands: together they take seconds
 
 store_app = typer.Typer(no_args_is_help=True, help="Verify and clean the store ($NIC_STORE).")
-app.add_typer(store_app, name="store")
 
 
-@app.command()
-def doctor(
-    mend: Annotated[bool, typer.Option("--mend", help="mend what can be mended")] = False,
-) -> None:
-    """Find what killed processes and wrong settings left behind; change nothing unless told to.
+def register(app: typer.Typer) -> None:
+    """Add the commands of this module to ``nic``; an entry point of group ``nic.commands``."""
+    app.command()(refresh)
+    app.command()(doctor)
+    app.add_typer(store_app, name="store")
 
-    The exit status is 1 where something is wrong and was not mended.
+
+def refresh() -> None:
+    """Materialize every partition that is missing or stale, then print the results.
+
+    The exit status is 1 if a partition failed, and 2 if the cohort file cannot be used.
     """
-    left = 0
+    _require_platform()
+    from nic_assets.operations.refresh import main
+
+    raise typer.Exit(main())
+
+
+def doctor(
+    fix: Annotated[bool, typer.Option("--fix", help="Repair what can be repaired.")] = False,
+) -> None:
+    """Find what killed processes and wrong settings left behind; with --fix, repair it.
+
+    The exit status is 1 if a problem remains.
+    """
+    remaining = 0
     with _study() as (_, instance):
         from nic_assets.operations.doctor import examine
 
-        table = Table("what", "where", "what it means", "what to do", box=SIMPLE_HEAD)
+        table = Table("problem", "where", "consequence", "remedy", box=SIMPLE_HEAD)
         for finding in examine(instance, Store.from_environment()):
             remedy = finding.remedy
-            if finding.mend is None:
-                left += 1
-            elif mend:
+            if finding.fix is None:
+                remaining += 1
+            elif fix:
                 with one_line(StoreError):
-                    finding.mend()
-                remedy = f"[green]mended:[/green] {remedy}"
+                    finding.fix()
+                remedy = f"[green]fixed:[/green] {remedy}"
             else:
-                left += 1
-                remedy = f"nic doctor --mend: {remedy}"
+                remaining += 1
+                remedy = f"nic doctor --fix: {remedy}"
             table.add_row(finding.what, finding.where, finding.meaning, remedy)
-    console.print(table if table.row_count else "nothing is wrong")
-    if left:
+    console.print(table if table.row_count else "no problem found")
+    if remaining:
         raise typer.Exit(1)
 
 
 @store_app.command()
 def verify() -> None:
-    """Read everything in the store and compare it with the hashes that were recorded of it.
+    """Read every product in the store and compare it with its recorded hash.
 
-    The exit status is 1 where something differs or cannot be read.
+    The exit status is 1 if a product differs from its hash or cannot be read.
     """
     from nic_core.steps.verification import verify_store
 
@@ -82,15 +87,17 @@ def verify() -> None:
         found = verify_store(
             store, lambda done, total: bars.update(bar, completed=done, total=total)
         )
-    kinds = Table("", "products", "as recorded", "readable, no hash", "wrong", box=SIMPLE_HEAD)
+    summary = Table(
+        "asset", "products", "hash matches", "readable, no hash", "damaged", box=SIMPLE_HEAD
+    )
     for asset in dict.fromkeys(item.product.asset for item in found):
         of_asset = [item for item in found if item.product.asset == asset]
         wrong = sum(item.problem is not None for item in of_asset)
         hashed = sum(item.problem is None and item.hashed for item in of_asset)
-        kinds.add_row(
+        summary.add_row(
             asset, f"{len(of_asset)}", f"{hashed}", f"{len(of_asset) - hashed - wrong}", f"{wrong}"
         )
-    console.print(kinds)
+    console.print(summary)
     problems = [item.problem for item in found if item.problem is not None]
     for problem in problems:
         console.print(problem, style="red", soft_wrap=True, markup=False)
@@ -100,11 +107,11 @@ def verify() -> None:
 
 @store_app.command()
 def gc(
-    delete: Annotated[bool, typer.Option("--delete", help="remove what is listed")] = False,
+    delete: Annotated[bool, typer.Option("--delete", help="Remove the listed products.")] = False,
 ) -> None:
-    """List what neither a partition nor a version in MLflow's registry needs; remove it if told.
+    """List products that no partition and no registered MLflow version needs.
 
-    The partitions are those that the cohort file and the slide index give now.
+    With --delete they are removed. Partitions are those of the present cohort file and slide index.
     """
     store = _store()
     with _study() as (defs, instance):
@@ -121,12 +128,12 @@ def gc(
         total += megabytes
         table.add_row(product.asset, str(product.key), f"{megabytes:.2f}")
     if not products:
-        console.print("everything is needed")
+        console.print("every product is needed")
         return
     console.print(table)
-    told = f"{len(products)} products, {total:.2f} MB"
+    summary = f"{len(products)} products, {total:.2f} MB"
     if not delete:
-        console.print(f"{told}; nothing was removed: nic store gc --delete removes them")
+        console.print(f"{summary}; nothing was removed; to remove them: nic store gc --delete")
         return
     busy = 0
     for product in products:
@@ -135,7 +142,9 @@ def gc(
         except StoreError as error:
             busy += 1
             console.print(str(error), style="red", soft_wrap=True, markup=False)
-    console.print(f"removed: {told}" if not busy else f"{busy} of {told} could not be removed")
+    console.print(
+        f"removed: {summary}" if not busy else f"{busy} of {summary} could not be removed"
+    )
     if busy:
         raise typer.Exit(1)
 
@@ -143,19 +152,34 @@ def gc(
 def _store() -> Store:
     store = Store.from_environment()
     if not store.root.is_dir():
-        console.print(f"{store.root}: there is no store; set NIC_STORE", style="red")
+        console.print(
+            f"{store.root}: this folder does not exist; set NIC_STORE to your store", style="red"
+        )
         raise typer.Exit(1)
     return store
 
 
+def _require_platform() -> None:
+    missing = [package for package in ("dagster", "mlflow") if find_spec(package) is None]
+    if missing:
+        console.print(
+            f"this command needs {' and '.join(missing)}: pip install '{DISTRIBUTION}[platform]'",
+            style="red",
+            markup=False,
+            soft_wrap=True,
+        )
+        raise typer.Exit(1)
+
+
 @contextmanager
 def _study() -> Iterator[tuple[dg.Definitions, dg.DagsterInstance]]:
-    """The definitions and the Dagster instance that the environment names."""
-    home = Path(os.environ["DAGSTER_HOME"])
+    """The definitions and the Dagster instance of the current environment."""
+    _require_platform()
+    home = Path(os.environ.setdefault("DAGSTER_HOME", str(Path.cwd())))
     if not (home / "dagster.yaml").exists():
         console.print(
-            f"{home}: no Dagster home (no dagster.yaml here): call this from the project's folder, "
-            "or set DAGSTER_HOME",
+            f"{home} is not a Dagster home (it has no dagster.yaml): run this command in the "
+            "project's folder, or set DAGSTER_HOME",
             style="red",
             soft_wrap=True,
         )

@@ -1,4 +1,4 @@
-"""Jobs: one for each asset, to start from the UI."""
+"""Jobs: one for each asset, to launch in the UI."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from nic_assets.partitions import Partitions
 
 
 def study_jobs(partitions: Partitions) -> Mapping[str, UnresolvedAssetJobDefinition]:
-    """The job ``make_<asset>`` of every asset, by asset, in the order of the graph."""
+    """Return asset name -> job ``make_<asset>``, in an order that makes inputs first."""
     cohort = partitions.cohort
     assets = [
         "slide_index",

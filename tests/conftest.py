@@ -1,27 +1,33 @@
-"""What several tests share: a tiny demo cohort, painted once a session, and faulty disks."""
+"""Fixtures that several test folders use: a small demo cohort, a study on it, small file systems.
+
+Heavy packages (torch, matplotlib, scikit-survival) are imported inside the fixtures, so that a test
+that needs none of them starts in a second.
+"""
 
 from __future__ import annotations
 
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
 
-from nic_core import steps
-from nic_core.cohort import Cohort, load_cohort
-from nic_core.demo.cohort import make_demo
-from nic_core.store import ModelKey, Store
+if TYPE_CHECKING:
+    from nic_core.cohort import Cohort
+    from nic_core.store import Store
 
-# no test is timed: a busy machine is no fault of the code
-settings.register_profile("untimed", deadline=None)
-settings.load_profile("untimed")
+# no test has a time limit: a slow machine is not a failure
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
 
 
 @pytest.fixture(scope="session")
 def tiny_cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The cohort file of a dozen small slides and a few patches, with quick settings."""
+    """The cohort file of twelve small slides and a few patches, with fast settings."""
+    from nic_core.demo.cohort import make_demo
+
     root = tmp_path_factory.mktemp("demo")
     cohort = make_demo(root, slides=12, patches_per_task=60, side=1024, workers=1)
     text = cohort.read_text()
@@ -40,25 +46,32 @@ def tiny_cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def mean_rgb_study(
     tiny_cohort: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Cohort, Store]:
-    """The tiny cohort up to its models, on grids of mean colours; not to be changed."""
+    """The tiny cohort and a store with its mean-RGB slide models; tests must not change it."""
+    from nic_core import steps
+    from nic_core.cohort import load_cohort
+    from nic_core.store import ModelKey, Store
+
     cohort, store = load_cohort(tiny_cohort), Store(tmp_path_factory.mktemp("study"))
     steps.make_slide_index(cohort, store)
-    for slide in steps.read_slide_index(store)["slide"]:
+    slides = steps.read_slide_index(store)["slide"]
+    for slide in slides:
         steps.make_slide(store, slide)
         steps.make_patch_table(cohort, store, slide)
     steps.make_encoder(cohort, store, "mean-rgb")
     encoder = steps.prepare_encoder(cohort, store, "mean-rgb")
-    for slide in steps.read_slide_index(store)["slide"]:
+    for slide in slides:
         steps.make_grid(cohort, store, encoder, slide)
+    steps.make_grid_manifest(store, "mean-rgb")
     for target in cohort.targets:
         steps.make_target_folds(cohort, store, target.name)
-        steps.make_slide_model(cohort, store, ModelKey(encoder="mean-rgb", target=target.name))
+        key = ModelKey(encoder="mean-rgb", target=target.name)
+        steps.make_slide_model(cohort, store, key)
     return cohort, store
 
 
 @pytest.fixture
 def mount(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
-    """Mounts a small file system with options, such as ``ro`` or ``size=64k``."""
+    """Mount small file systems with options such as ``ro`` or ``size=64k``."""
     mounted: list[Path] = []
 
     def make(options: str) -> Path:
@@ -67,11 +80,11 @@ def mount(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
         command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            pytest.skip(f"file systems cannot be mounted here ({done.stderr.strip()})")
+            pytest.skip(f"this user cannot mount file systems ({done.stderr.strip()})")
         mounted.append(folder)
         return folder
 
     yield make
     for folder in mounted:
-        # lazily: a failed test may have left a file open
+        # lazily, since a failed test may have left a file open
         subprocess.run(["umount", "--lazy", str(folder)], check=True)

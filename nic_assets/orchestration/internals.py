@@ -38,10 +38,8 @@ from dagster._core.storage.tags import (
     ASSET_PARTITION_RANGE_END_TAG,
     ASSET_PARTITION_RANGE_START_TAG,
     MULTIDIMENSIONAL_PARTITION_PREFIX,
-    PARENT_RUN_ID_TAG,
     RESUME_RETRY_TAG,
     RETRY_NUMBER_TAG,
-    ROOT_RUN_ID_TAG,
 )
 
 if TYPE_CHECKING:
@@ -62,10 +60,8 @@ __all__ = [
     "DATA_VERSION_IS_USER_PROVIDED_TAG",
     "DATA_VERSION_TAG",
     "MULTIDIMENSIONAL_PARTITION_PREFIX",
-    "PARENT_RUN_ID_TAG",
     "RESUME_RETRY_TAG",
     "RETRY_NUMBER_TAG",
-    "ROOT_RUN_ID_TAG",
     "get_input_data_version_tag",
     "get_input_event_pointer_tag",
     "process_id",

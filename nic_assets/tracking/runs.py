@@ -261,9 +261,9 @@ class TrackedRun:
                 self.verdict = judge(find_champion(self._connection, name))
             if self.verdict.better:
                 self._client.set_registered_model_alias(name, CHAMPION, number)
-            self._client.set_model_version_tag(name, number, CHAMPION, self.verdict.words)
+            self._client.set_model_version_tag(name, number, CHAMPION, self.verdict.explanation)
             description = self._client.get_model_version(name, number).description or ""
-            sentence = f"Comparison with the champion: {self.verdict.words}."
+            sentence = f"Comparison with the champion: {self.verdict.explanation}."
             if sentence not in description:
                 self._client.update_model_version(
                     name, number, description=f"{description}\n\n{sentence}".strip()

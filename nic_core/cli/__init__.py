@@ -1,19 +1,59 @@
-"""``nic``: every step of the method on the command line, without orchestrator."""
+"""``nic``: every step of the method on the command line."""
 
 from __future__ import annotations
+
+from importlib.metadata import entry_points
+from typing import Annotated
 
 import typer
 
 from nic_core.cli.compress import compress
+from nic_core.cli.demo import demo
 from nic_core.cli.encoder import encoder_app
+from nic_core.cli.environment import read_environment
 from nic_core.cli.grid import grid_app
 from nic_core.cli.predict import predict
 from nic_core.cli.slides import inspect, tissue
+from nic_core.version import __version__
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
+PLUGINS = "nic.commands"
+"""Entry points with further commands: functions that take the application and add to it."""
+
+app = typer.Typer(no_args_is_help=True, add_completion=False)
+app.command()(demo)
 app.command()(inspect)
 app.command()(tissue)
 app.command()(compress)
 app.command()(predict)
 app.add_typer(grid_app, name="grid")
 app.add_typer(encoder_app, name="encoder")
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"nic {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Neural image compression of whole-slide images, step by step.
+
+    The environment variables NIC_COHORT and NIC_STORE name the cohort file and the store. They are
+    also read from a file .env in the current folder.
+    """
+    read_environment()
+
+
+def main() -> None:
+    """Run ``nic`` with the commands of this package and of the installed plug-ins."""
+    for plugin in entry_points(group=PLUGINS):
+        plugin.load()(app)
+    app()

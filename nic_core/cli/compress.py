@@ -1,4 +1,4 @@
-"""``nic compress``: slides to grids."""
+"""``nic compress``: compress slide files to grids."""
 
 from __future__ import annotations
 
@@ -29,31 +29,38 @@ Orientations = Literal["1", "8"]
 
 def compress(
     slides: Annotated[list[Path], typer.Argument(help="slide files")],
-    encoder: Annotated[str, typer.Option(help="folder of an encoder, or its name in $NIC_STORE")],
+    encoder: Annotated[
+        str, typer.Option(help="folder of an encoder, or name of an encoder in $NIC_STORE")
+    ],
     out: Annotated[Path, typer.Option(help="folder for the grid stores and report.csv")],
     mpp: Mpp = None,
     share: Annotated[
-        float, typer.Option("--tissue", min=0, max=1, help="a cell is kept above this share")
+        float,
+        typer.Option(
+            "--tissue", min=0, max=1, help="keep cells whose tissue fraction exceeds this"
+        ),
     ] = 0.6,
-    orientations: Annotated[Orientations, typer.Option(help="1 (upright) or 8")] = "1",
+    orientations: Annotated[
+        Orientations, typer.Option(help="number of orientations: 1 (upright) or 8")
+    ] = "1",
     precision: Annotated[
-        RequestedPrecision, typer.Option(help="auto: bfloat16 if the device has it")
+        RequestedPrecision,
+        typer.Option(help="auto: bfloat16 if the device has matrix units for it"),
     ] = COMPRESSION.precision,
     reading: Annotated[
-        Reading, typer.Option(help="pixels of the patch, or of the network's input")
+        Reading,
+        typer.Option(help="read pixels at the um/px of the patch or of the network's input"),
     ] = COMPRESSION.reading,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
-    resume: Annotated[
-        bool, typer.Option(help="leave stores that are up to date; or make all anew")
-    ] = True,
+    resume: Annotated[bool, typer.Option(help="skip grids that are up to date")] = True,
 ) -> None:
     """Compress slides to grids.
 
-    A slide that cannot be used does not stop the others: report.csv tells what became of each,
-    and the exit status is 1.
+    A slide that cannot be used does not stop the others. report.csv lists the outcome of every
+    slide; the exit status is 1 if a slide failed.
     """
-    # imports torch: slow, for this command alone
-    from nic_core.compression.batch import REPORT, compress_slides, name_slides, write_report
+    # imports torch, which is slow
+    from nic_core.compression.batch import REPORT, compress_slides, slides_by_id, write_report
     from nic_core.devices import resolve_device
 
     try:
@@ -62,7 +69,7 @@ def compress(
         raise typer.BadParameter(str(error), param_hint="--device") from error
     prepared = find_encoder(encoder).prepare(device, precision, reading)
     try:
-        named = name_slides(slides)
+        named = slides_by_id(slides)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     with batch_progress(len(named)) as (show, tell):
@@ -75,7 +82,7 @@ def compress(
             orientations=orientations == "8",
             resume=resume,
             progress=show,
-            tell=tell,
+            on_outcome=tell,
         )
     counts = {s: int((table["status"] == s).sum()) for s in ("compressed", "up to date", "failed")}
     left = len(table) - sum(counts.values())
@@ -93,9 +100,10 @@ def compress(
 def batch_progress(
     slides: int,
 ) -> Iterator[tuple[Callable[[str, int, int], None], Callable[[Outcome], None]]]:
-    """Bars of so many slides and of the one at hand, and a line for each outcome.
+    """Show progress bars for all slides and for the current one, and print each outcome.
 
-    Gives ``progress`` and ``tell`` of :func:`nic_core.compression.batch.compress_slides`.
+    Yields the callbacks ``progress`` and ``on_outcome`` of
+    :func:`nic_core.compression.batch.compress_slides`.
     """
     with progress_bars() as bars:
         every = bars.add_task("slides", total=slides)
@@ -109,7 +117,7 @@ def batch_progress(
         def tell(outcome: Outcome) -> None:
             if outcome.slide in current:
                 bars.remove_task(current.pop(outcome.slide))
-            if outcome.status != "put off":
+            if outcome.status != "waiting":
                 bars.advance(every)
             if outcome.status != "not tried":
                 console.print(_line(outcome), soft_wrap=True)
@@ -118,7 +126,7 @@ def batch_progress(
 
 
 def print_failed(report: pl.DataFrame) -> None:
-    """The slides of a report that failed, why, and what to do; nothing if there are none."""
+    """Print the failed slides of a report with reason and remedy."""
     failed = Table("failed", "reason", "what to do")
     for row in report.filter(status="failed").rows(named=True):
         failed.add_row(Path(row["path"]).name, row["reason"], row["remedy"])
@@ -127,7 +135,7 @@ def print_failed(report: pl.DataFrame) -> None:
 
 
 def _line(outcome: Outcome) -> Text:
-    """A slide's outcome in a line."""
+    """One line about a slide's outcome."""
     line = Text.assemble((outcome.slide, "bold"), f": {outcome.status}")
     if outcome.patches_per_second is not None:
         line.append(f", {outcome.cells:,} patches, {outcome.patches_per_second:,.0f} patches/s")
@@ -139,8 +147,8 @@ def _line(outcome: Outcome) -> Text:
 
 
 def find_encoder(name: str) -> Encoder:
-    """An encoder by its folder or by its name in the store."""
-    from nic_core.encoders.encoder import EncoderError
+    """Load an encoder by its folder or by its name in the store."""
+    from nic_core.encoders.errors import EncoderError
     from nic_core.encoders.files import load_encoder
 
     store = Store.from_environment()

@@ -1,4 +1,4 @@
-"""``nic encoder``: train or import encoders, read their cards, probe their embeddings."""
+"""``nic encoder``: train, import, describe and probe encoders."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nic_core.cli.shared import console, facts, one_line, progress_bars
 from nic_core.cohort import CohortError, load_cohort
 from nic_core.store import Store, StoreError
 
-# what computes is imported in each command: torch alone takes a second
+# torch is imported inside the commands: it takes a second
 
 encoder_app = typer.Typer(no_args_is_help=True, help="Train, import, describe and probe encoders.")
 Folder = Annotated[Path, typer.Argument(help="folder of an encoder")]
@@ -22,21 +22,18 @@ Folder = Annotated[Path, typer.Argument(help="folder of an encoder")]
 
 @encoder_app.command()
 def train(
-    name: Annotated[str, typer.Argument(help="encoder of the cohort file")],
+    name: Annotated[str, typer.Argument(help="name of an encoder in the cohort file")],
     cohort: Annotated[
-        Path | None, typer.Option(help="cohort file; default: $NIC_COHORT, else the demo's")
+        Path | None, typer.Option(help="cohort file; default: $NIC_COHORT, or that of the demo")
     ] = None,
-    store: Annotated[
-        Path | None, typer.Option(help="folder of the products; default: $NIC_STORE")
-    ] = None,
+    store: Annotated[Path | None, typer.Option(help="store; default: $NIC_STORE")] = None,
 ) -> None:
     """Train one encoder of a cohort file.
 
-    Patch tasks that the store lacks, or whose entry or files changed, are made first.
-
-    A training that was stopped goes on from its last epoch.
+    Patch tasks that are missing from the store, or whose entry or files changed, are built first.
+    An interrupted training continues from its last epoch.
     """
-    from nic_core import steps  # imports torch: slow, for this alone
+    from nic_core import steps  # imports torch, which is slow
     from nic_core.reports import encoder_results, results_table
 
     with _one_line(), progress_bars() as progress:
@@ -60,14 +57,14 @@ def train(
 @encoder_app.command("import")
 def import_(
     file: Annotated[Path, typer.Argument(help="Keras HDF5 file of a released encoder (.h5)")],
-    out: Annotated[Path, typer.Option(help="folder to write the encoder to")],
+    out: Annotated[Path, typer.Option(help="folder for the encoder")],
     name: Annotated[
-        str | None, typer.Option(help="the encoder's name; default: the folder's")
+        str | None, typer.Option(help="name of the encoder; default: name of the folder")
     ] = None,
 ) -> None:
-    """Turn an encoder that the authors released into one of this project's folders.
+    """Convert a released Keras encoder into an encoder folder.
 
-    Networks of other formats need a description: they are entries of a cohort file.
+    Networks of other formats are imported by an entry in the cohort file, which describes them.
     """
     from nic_core.encoders.files import save_encoder
     from nic_core.encoders.keras_import import import_keras_encoder
@@ -81,7 +78,7 @@ def import_(
 
 @encoder_app.command()
 def info(folder: Folder) -> None:
-    """What an encoder is: its card."""
+    """Print an encoder's card."""
     from nic_core.encoders.files import read_card
 
     with _one_line():
@@ -99,11 +96,13 @@ def info(folder: Folder) -> None:
 def probe(
     folder: Folder,
     tasks: Annotated[list[Path], typer.Argument(help="folders of patch tasks")],
-    out: Annotated[Path, typer.Option(help="folder for the table and the pictures")],
-    patches: Annotated[int, typer.Option(min=1, help="patches of a split at most")] = 1500,
-    seed: Annotated[int, typer.Option(help="of the sample of patches")] = 0,
+    out: Annotated[Path, typer.Option(help="folder for the table and the figures")],
+    patches: Annotated[
+        int, typer.Option(min=1, help="maximum number of patches of each split")
+    ] = 1500,
+    seed: Annotated[int, typer.Option(help="seed of the sample of patches")] = 0,
 ) -> None:
-    """What simple classifiers read off an encoder's embeddings, on patients they were not fitted to.
+    """Fit simple classifiers on an encoder's embeddings and score them on test patients.
 
     Writes ``probes.parquet``, ``embeddings.png`` (principal axes) and ``nearest_patches.png``.
     """
@@ -136,7 +135,7 @@ def probe(
 
 
 def _show(card: dict[str, Any]) -> None:
-    """A card, a line a fact; empty ones are left out."""
+    """Print a card, one line a field; empty fields are left out."""
     table = facts()
     for name, value in card.items():
         if value is None or value == {}:

@@ -1,4 +1,4 @@
-"""``nic grid``: look into a grid store."""
+"""``nic grid``: metadata and preview of a grid store."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from nic_core.cli.shared import Out, console, facts, one_line, save_picture
 from nic_core.grids import GridError, grid_preview, open_grid
 from nic_core.slides import SlideError, open_slide
 
-grid_app = typer.Typer(no_args_is_help=True, help="Look into a grid store.")
+grid_app = typer.Typer(no_args_is_help=True, help="Show the metadata or a preview of a grid store.")
 
 StorePath = Annotated[Path, typer.Argument(help="grid store (.zarr)")]
 
 
 @grid_app.command()
 def info(store: StorePath) -> None:
-    """What a grid is and where it comes from."""
+    """Print a grid's shape, size and provenance."""
     with one_line(SlideError, GridError):
         grid = open_grid(store)
-        embedding_size, rows, columns = grid.shape
+        size, rows, columns = grid.shape
         kept = int(grid.valid.sum())
-        size = sum(part.stat().st_size for part in store.rglob("*") if part.is_file())
+        stored = sum(part.stat().st_size for part in store.rglob("*") if part.is_file())
         table = facts()
-        table.add_row("embeddings", f"{embedding_size} numbers x {rows} rows x {columns} columns")
+        table.add_row("embeddings", f"{size} numbers x {rows} rows x {columns} columns")
         table.add_row("orientations", "1 (upright)" if grid.orientations is None else "8")
-        table.add_row("cells with a embedding", f"{kept} of {rows * columns}")
-        table.add_row("on disk", f"{size / 1e6:.2f} MB")
+        table.add_row("cells with an embedding", f"{kept} of {rows * columns}")
+        table.add_row("on disk", f"{stored / 1e6:.2f} MB")
         for name, value in grid.provenance.model_dump().items():
             table.add_row(name.replace("_", " "), str(value))
         console.print(table)
@@ -39,13 +39,11 @@ def info(store: StorePath) -> None:
 def preview(
     store: StorePath,
     out: Out,
-    slide: Annotated[
-        Path | None, typer.Option(help="the slide, to be drawn beside its grid")
-    ] = None,
+    slide: Annotated[Path | None, typer.Option(help="slide file to draw beside its grid")] = None,
 ) -> None:
-    """Draw a grid: its first three principal components as red, green and blue."""
+    """Draw a grid: the first three principal components of its embeddings as RGB."""
     from nic_core.reports.slide_figure import (
-        slide_and_grid,  # imports matplotlib: slow, for this alone
+        slide_and_grid,  # imports matplotlib, which is slow
     )
 
     with one_line(SlideError, GridError):

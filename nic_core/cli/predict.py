@@ -1,4 +1,4 @@
-"""``nic predict``: a trained model on new slides."""
+"""``nic predict``: apply a slide model to slide files."""
 
 from __future__ import annotations
 
@@ -22,35 +22,41 @@ if TYPE_CHECKING:
 
 def predict(
     slides: Annotated[list[Path], typer.Argument(help="slide files")],
-    model: Annotated[str, typer.Option(help="folder of a model, or TARGET/ENCODER in $NIC_STORE")],
+    model: Annotated[
+        str, typer.Option(help="folder of a slide model, or ENCODER/TARGET in $NIC_STORE")
+    ],
     encoder: Annotated[
         str | None,
-        typer.Option(help="folder or name of the encoder; default: the model's, in $NIC_STORE"),
+        typer.Option(
+            help="folder or name of the encoder; default: that of the model, in $NIC_STORE"
+        ),
     ] = None,
     out: Annotated[
         Path | None,
         typer.Option(help="folder for predictions-TARGET.csv and .parquet, report.csv and grids"),
     ] = None,
     patients: Annotated[
-        Path | None, typer.Option(help="CSV with the columns slide and patient")
+        Path | None, typer.Option(help="CSV file with the columns slide and patient")
     ] = None,
     times: Annotated[
         list[float] | None,
-        typer.Option(help="of survival: probability to be alive then, in the target's unit"),
+        typer.Option(
+            help="survival targets: give the survival probability at this time, in its unit"
+        ),
     ] = None,
     heatmaps: Annotated[
-        bool, typer.Option("--heatmaps", help="write heatmaps too, into the folder --out")
+        bool, typer.Option("--heatmaps", help="write heatmaps to the folder --out")
     ] = False,
     mpp: Mpp = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
 ) -> None:
-    """Predict slides, or patients, with a trained model.
+    """Predict slides or patients with a slide model.
 
-    Slides are compressed as the model's were; grids in the folder --out are used again. A slide
-    that cannot be used does not stop the others, and the exit status is 1.
+    Slides are compressed with the settings of the model's grids. Grids that exist in the folder
+    --out are reused. A slide that cannot be used does not stop the others; the exit status is 1.
     """
-    # imports torch: slow, for this command alone
-    from nic_core.compression.batch import REPORT, name_slides, write_report
+    # imports torch, which is slow
+    from nic_core.compression.batch import REPORT, slides_by_id, write_report
     from nic_core.devices import resolve_device
     from nic_core.models.prediction import (
         PatientsError,
@@ -62,7 +68,7 @@ def predict(
     )
 
     if heatmaps and out is None:
-        raise typer.BadParameter("heatmaps are files: give --out too", param_hint="--heatmaps")
+        raise typer.BadParameter("heatmaps need a folder: give --out too", param_hint="--heatmaps")
     loaded = _model(model)
     card = loaded.card
     network = find_encoder(encoder or card.encoder)
@@ -70,12 +76,12 @@ def predict(
         resolve_device(device)
         check_encoder(card, network.card)
         check_times(card, times or ())
-        named = name_slides(slides)
+        named = slides_by_id(slides)
         of_slide = read_patients(patients) if patients is not None else None
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     if card.target.level == "patient" and of_slide is None:
-        console.print("no --patients: each slide counts as a patient of its own")
+        console.print("no --patients given: each slide counts as one patient")
     with one_line(StoreError, PatientsError), batch_progress(len(named)) as bars:
         show, tell = bars
         predicted = predict_slides(
@@ -89,13 +95,13 @@ def predict(
             device=device,
             heatmaps=heatmaps,
             progress=show,
-            tell=tell,
+            on_outcome=tell,
         )
     console.print(_table(card, predicted.predictions, times or ()))
     console.print(_legend(card), soft_wrap=True, markup=False)
     if predicted.predictions["in_training"].any():
         console.print(
-            "* the model was trained on this: how well it fits says nothing about others",
+            "* part of the training cohort: this prediction does not show how good the model is",
             style="yellow",
             soft_wrap=True,
         )
@@ -110,19 +116,19 @@ def predict(
 
 
 def _model(name: str) -> SlideModel:
-    """A model by its folder or by target and encoder in the store."""
+    """Load a slide model by its folder, or by encoder and target in the store."""
     from nic_core.models.files import ModelFileError, load_model
 
     store = Store.from_environment()
-    target, _, encoder = name.partition("/")
+    encoder, _, target = name.partition("/")
     folder = (
         Path(name)
         if Path(name).is_dir()
         else store.slide_model(ModelKey(encoder=encoder, target=target))
     )
-    if not folder.is_dir() or (not encoder and folder != Path(name)):
+    if not folder.is_dir() or (not target and folder != Path(name)):
         known = sorted(
-            f"{path.parent.name}/{path.name}" for path in store.root.glob("models/*/[!.]*/")
+            f"{path.parent.name}/{path.name}" for path in store.root.glob("slide_models/*/[!.]*/")
         )
         raise typer.BadParameter(
             f"'{name}' is neither a folder nor a model of the store {store.root} "
@@ -136,20 +142,17 @@ def _model(name: str) -> SlideModel:
 
 
 def _table(card: ModelCard, predictions: pl.DataFrame, times: Sequence[float]) -> Table:
-    """A row a unit: the ensemble, in brackets the lowest and the highest fold, the conclusion."""
-    from nic_core.models.cross_validation import prediction_columns
+    """One row a unit: mean of the folds, lowest and highest fold in brackets, conclusion."""
+    from nic_core.models.kinds import kind_of
 
-    columns = prediction_columns(card.target)
-    last = {"classification": "class", "survival": "risk_group"}.get(card.target.kind)
-    unit = card.target.unit if card.target.kind == "survival" else ""
+    kind = kind_of(card.target)
+    columns = kind.prediction_columns
     by_patient = card.target.level == "patient"
     about = ["patient", "slides"] if by_patient else ["slide", "patient"]
     table = Table(
         *about,
         *(escape(name.replace("_", " ")) for name in columns),
-        *([last.replace("_", " ")] if last else []),
-        *([f"median survival ({unit})"] if unit else []),
-        *(f"alive after {time:g} {unit}" for time in times),
+        *(escape(heading) for heading in kind.conclusion_headings(times)),
         title=f"{card.target.name} ({card.target.kind}), encoder {card.encoder}",
     )
     for row in predictions.rows(named=True):
@@ -159,8 +162,7 @@ def _table(card: ModelCard, predictions: pl.DataFrame, times: Sequence[float]) -
             escape(name),
             escape(other),
             *(_value(row, column, len(card.networks)) for column in columns),
-            *([escape(row[last] or "")] if last else []),
-            *([_median(row)] if unit else []),
+            *(escape(cell) for cell in kind.conclusion_cells(row)),
             *(_value(row, f"survival_{time:g}", len(card.networks), ".2f") for time in times),
         )
     return table
@@ -173,19 +175,9 @@ def _value(row: dict[str, Any], column: str, folds: int, form: str = ".3g") -> s
     return escape(f"{row[column]:{form}} [{min(each):{form}}, {max(each):{form}}]")
 
 
-def _median(row: dict[str, Any]) -> str:
-    if row["risk"] is None:
-        return "none"
-    median = row["median_survival"]
-    return "not reached" if median is None else f"{median:.3g}"
-
-
 def _legend(card: ModelCard) -> str:
-    told = f"mean of {len(card.networks)} folds [lowest, highest]"
-    if card.target.kind == "survival":
-        told += (
-            "; a higher risk means an earlier event; high: above the training cohort's median "
-            f"risk of {card.median_risk:.3g}; median survival: when the folds' mean probability to "
-            "be alive is one half"
-        )
-    return told
+    from nic_core.models.kinds import kind_of
+
+    text = f"mean of {len(card.networks)} folds [lowest, highest]"
+    legend = kind_of(card.target).legend(card.median_risk)
+    return f"{text}; {legend}" if legend else text

@@ -1,4 +1,4 @@
-"""What the commands share: the console, progress bars, errors in one line."""
+"""Helpers of the commands: the console, progress bars, one-line errors."""
 
 from __future__ import annotations
 
@@ -26,13 +26,15 @@ from rich.text import Text
 
 console = Console()
 
-Mpp = Annotated[float | None, typer.Option(help="um/px at level 0; overrides the file's")]
-Out = Annotated[Path, typer.Option(help="PNG to write")]
+Mpp = Annotated[
+    float | None, typer.Option(help="um/px at level 0; overrides the value in the file")
+]
+Out = Annotated[Path, typer.Option(help="PNG file to write")]
 
 
 @contextmanager
 def one_line(*expected: type[Exception]) -> Iterator[None]:
-    """An expected error is a line and exit status 1, not a traceback."""
+    """Print an expected error as one line and exit with status 1, without a traceback."""
     try:
         yield
     except expected as error:
@@ -41,7 +43,7 @@ def one_line(*expected: type[Exception]) -> Iterator[None]:
 
 
 def progress_bars() -> Progress:
-    """Bars with a rate in the ``unit`` that their task names."""
+    """Progress bars; a task with a ``unit`` also shows its rate."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -53,7 +55,7 @@ def progress_bars() -> Progress:
 
 
 def facts() -> Table:
-    """A table of names and values, a line each; no digit of a long value is cut."""
+    """A table of names and values, one line each; long values are wrapped, not cut."""
     table = Table(show_header=False, box=None)
     table.add_column()
     table.add_column(overflow="fold")
@@ -61,7 +63,7 @@ def facts() -> Table:
 
 
 def save_picture(path: Path, picture: NDArray[np.uint8]) -> None:
-    """Write pixels, uint8 (H, W, 3); the folder is made if missing."""
+    """Write pixels, uint8 (H, W, 3), as PNG; creates the folder if it does not exist."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(picture).save(path)
 

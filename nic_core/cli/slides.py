@@ -1,4 +1,4 @@
-"""``nic inspect`` and ``nic tissue``: look at a slide."""
+"""``nic inspect`` and ``nic tissue``: metadata and tissue mask of one slide."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from nic_core.tiling.tissue import read_mask, tissue_mask, tissue_outline
 
 SlidePath = Annotated[Path, typer.Argument(help="slide file")]
 MaskPath = Annotated[
-    Path | None, typer.Option(help="ready tissue mask: image, GeoJSON or ASAP XML")
+    Path | None, typer.Option(help="existing tissue mask: image, GeoJSON or ASAP XML")
 ]
 
 
 def inspect(slide: SlidePath, mpp: Mpp = None) -> None:
-    """What a slide is: who reads it, its size, scale, levels and identity."""
+    """Print a slide's metadata: reading library, size, um/px, levels, identity."""
     with one_line(SlideError), open_slide(slide, mpp=mpp) as opened:
         table = facts()
         table.add_row("slide", str(slide))
@@ -41,7 +41,7 @@ def inspect(slide: SlidePath, mpp: Mpp = None) -> None:
 
 
 def tissue(slide: SlidePath, out: Out, mpp: Mpp = None, mask: MaskPath = None) -> None:
-    """Draw the outline of the tissue on a thumbnail."""
+    """Draw the outline of the tissue mask on a thumbnail."""
     with one_line(SlideError), open_slide(slide, mpp=mpp) as opened:
         found = read_mask(mask, opened) if mask else tissue_mask(opened)
         save_picture(out, tissue_outline(opened, found, side=1600))

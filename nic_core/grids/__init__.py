@@ -1,6 +1,7 @@
-"""Grids of patch embeddings: the store on disk, and its eight orientations."""
+"""Grids of patch embeddings: their store on disk, and the eight orientations of a slide."""
 
 from nic_core.grids.store import (
+    GRID_FORMAT,
     Embeddings,
     Grid,
     GridError,
@@ -15,6 +16,7 @@ from nic_core.grids.store import (
 )
 
 __all__ = [
+    "GRID_FORMAT",
     "Embeddings",
     "Grid",
     "GridError",

@@ -144,10 +144,8 @@ USES: dict[str, Check] = {
     f"{TAGS}.ASSET_PARTITION_RANGE_END_TAG": starts_a_run_of_a_range,
     f"{TAGS}.ASSET_PARTITION_RANGE_START_TAG": starts_a_run_of_a_range,
     f"{TAGS}.MULTIDIMENSIONAL_PARTITION_PREFIX": starts_the_tag_of_a_dimension,
-    f"{TAGS}.PARENT_RUN_ID_TAG": has_the_value("dagster/parent_run_id"),
     f"{TAGS}.RESUME_RETRY_TAG": has_the_value("dagster/is_resume_retry"),
     f"{TAGS}.RETRY_NUMBER_TAG": has_the_value("dagster/retry_number"),
-    f"{TAGS}.ROOT_RUN_ID_TAG": has_the_value("dagster/root_run_id"),
     "dagster._core.definitions.assets.graph.base_asset_graph.BaseAssetGraph": (
         is_the_type_of_an_asset_graph
     ),

@@ -4,7 +4,7 @@ import errno
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import dagster as dg
@@ -12,11 +12,12 @@ import pytest
 from sqlalchemy.exc import OperationalError
 
 from nic_assets.build import build_defs
-from nic_assets.orchestration.batches import Product, materialize_each
+from nic_assets.orchestration.batches import Events, Product, materialize_each
 from nic_assets.orchestration.internals import (
     ASSET_PARTITION_RANGE_END_TAG,
     ASSET_PARTITION_RANGE_START_TAG,
 )
+from nic_assets.orchestration.partition_checks import Check
 from nic_assets.orchestration.retries import RETRIES, is_transient, retry_transient_errors
 from nic_assets.tags import HOST_TAG
 from nic_core.cohort import CohortError, load_cohort
@@ -61,6 +62,12 @@ def test_transient_errors_are_recognized(error, transient):
     assert is_transient(error) is transient
 
 
+@Check
+def tidy(problem: str | None) -> str | None:
+    """The slide has no pen marks."""
+    return problem
+
+
 def run(
     work: Callable[[str], Product], instance: dg.DagsterInstance, place: Path | None = None
 ) -> dg.ExecuteInProcessResult:
@@ -71,17 +78,18 @@ def run(
         backfill_policy=dg.BackfillPolicy.single_run(),
         output_required=False,
         retry_policy=dg.RetryPolicy(max_retries=2),
-        check_specs=[dg.AssetCheckSpec("tidy", asset="mask")],
+        check_specs=[tidy.spec("mask")],
         code_version="1",
     )
     def mask(
         context: dg.AssetExecutionContext,
-    ) -> Iterator[dg.MaterializeResult | dg.AssetCheckResult]:
+    ) -> Events:
         yield from materialize_each(
             context,
             work,
+            parse=str,
             expected=(BadSlideError,),
-            place=None if place is None else lambda key: place / key,
+            path=None if place is None else lambda key: place / key,
         )
 
     @dg.asset(
@@ -125,7 +133,7 @@ class Faulty:
             self.times -= 1
             raise self.error
         self.done.append(key)
-        return Product(f"v-{key}", checks={"tidy": "a pen" if key == "s1" else None})
+        return Product(f"v-{key}", checks={tidy: tidy("a pen" if key == "s1" else None)})
 
 
 def test_a_retry_continues_with_the_partitions_that_are_left():

@@ -69,7 +69,7 @@ class World:
                 self.meanwhile()
                 return product
 
-            yield from materialize_each(context, work, expected=(BadSlideError,))
+            yield from materialize_each(context, work, parse=str, expected=(BadSlideError,))
 
         @dg.asset(partitions_def=SLIDES, deps=[SLIDE_FILE], **common)
         def mask(context: dg.AssetExecutionContext) -> Iterator[dg.MaterializeResult]:

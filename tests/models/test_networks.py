@@ -1,11 +1,17 @@
-"""Grid networks: published shapes, background, export."""
+"""Networks on grids: published shapes, background, attention, export."""
 
 import numpy as np
 import pytest
 import torch
 
-from nic_core.cohort import CohortError
+from nic_core.cohort import (
+    ClassificationTarget,
+    CohortError,
+    RegressionTarget,
+    SurvivalTarget,
+)
 from nic_core.models.files import ensemble_module
+from nic_core.models.kinds import kind_of
 from nic_core.models.networks import (
     FoldModel,
     GatedAttentionMIL,
@@ -14,6 +20,12 @@ from nic_core.models.networks import (
     SmallGridCNN,
     build_network,
     check_crop,
+)
+
+TARGETS = (
+    RegressionTarget(name="score", kind="regression", column="y"),
+    ClassificationTarget(name="kind", kind="classification", column="y", classes=("a", "b", "c")),
+    SurvivalTarget(name="death", kind="survival", time="t", event="e", unit="days"),
 )
 
 
@@ -28,7 +40,7 @@ def test_published_network_has_the_published_shapes():
         assert network.output(network.dense(x)).shape == (1, 1)
 
 
-def test_published_network_has_eight_separable_layers_of_128_filters():
+def test_published_network_has_the_published_parameter_count():
     network = PublishedGridCNN(3, 2)
     first = 3 * 9 + 3 * 128 + 128
     others = 7 * (128 * 9 + 128 * 128 + 128)
@@ -38,21 +50,21 @@ def test_published_network_has_eight_separable_layers_of_128_filters():
 
 
 @pytest.mark.parametrize("crop", [383, 446])
-def test_every_crop_that_is_let_through_ends_in_one_cell(crop):
+def test_allowed_crops_are_reduced_to_one_cell(crop):
     check_crop("published", crop)
     with torch.no_grad():
         assert PublishedGridCNN(1, 1).eval()(torch.zeros(1, 1, crop, crop)).shape == (1, 1)
 
 
 @pytest.mark.parametrize("crop", [24, 382, 447])
-def test_other_crops_are_refused_with_the_remedy(crop):
+def test_other_crops_raise_with_a_remedy(crop):
     with pytest.raises(CohortError, match=r"383 to 446.*use network 'small'"):
         check_crop("published", crop)
     check_crop("small", crop)
 
 
 @pytest.mark.parametrize("positions", [False, True])
-def test_attention_is_a_distribution_over_tissue_that_background_does_not_change(positions):
+def test_attention_sums_to_one_over_tissue(positions):
     torch.manual_seed(0)
     network = GatedAttentionMIL(4, 2, positions=positions).eval()
     grid = torch.randn(2, 4, 9, 7) * (torch.rand(2, 1, 9, 7) < 0.6)
@@ -67,7 +79,7 @@ def test_attention_is_a_distribution_over_tissue_that_background_does_not_change
     torch.testing.assert_close(network.attention(wider)[:, 5:14, 8:15], weights)
 
 
-def test_attention_pooling_equals_the_formula_of_its_paper():
+def test_attention_pooling_equals_the_published_formula():
     torch.manual_seed(0)
     network = GatedAttentionMIL(3, 1).eval()
     grid = torch.randn(1, 3, 4, 5)
@@ -82,17 +94,17 @@ def test_attention_pooling_equals_the_formula_of_its_paper():
         torch.testing.assert_close(network.attention(grid).flatten(), a)
 
 
-def test_cells_may_change_places_unless_positions_are_told():
+def test_attention_pooling_ignores_positions_by_default():
     torch.manual_seed(0)
     grid = torch.randn(1, 4, 6, 6)
     shuffled = grid.flatten(2)[:, :, torch.randperm(36)].reshape(grid.shape)
-    blind = GatedAttentionMIL(4, 1).eval()
-    torch.testing.assert_close(blind(grid), blind(shuffled))
-    seeing = GatedAttentionMIL(4, 1, positions=True).eval()
-    assert not torch.allclose(seeing(grid), seeing(shuffled), atol=1e-4)
+    without = GatedAttentionMIL(4, 1).eval()
+    torch.testing.assert_close(without(grid), without(shuffled))
+    aware = GatedAttentionMIL(4, 1, positions=True).eval()
+    assert not torch.allclose(aware(grid), aware(shuffled), atol=1e-4)
 
 
-def test_attention_stays_finite_without_tissue_and_with_huge_scores():
+def test_attention_is_finite_without_tissue_and_with_huge_scores():
     network = GatedAttentionMIL(2, 1).eval()
     assert torch.isfinite(network(torch.zeros(1, 2, 3, 3))).all()
     assert not network.attention(torch.zeros(1, 2, 3, 3)).any()
@@ -103,7 +115,7 @@ def test_attention_stays_finite_without_tissue_and_with_huge_scores():
     assert torch.isfinite(grid.grad).all()
 
 
-def test_small_network_does_not_see_where_in_the_crop_the_grid_lies():
+def test_small_network_ignores_the_position_of_the_grid():
     network = SmallGridCNN(4, 2).eval()
     grid = torch.randn(1, 4, 9, 9)
     crop = torch.zeros(1, 4, 24, 24)
@@ -120,21 +132,18 @@ def test_background_is_zero_after_normalisation():
     assert normalise(embeddings)[0, 0, 0].tolist() == [0.0, 3.0]
 
 
-def make(kind, outputs, network="small", channels=6):
+def make(target, network="small", channels=6):
     torch.manual_seed(0)
     weight = torch.randn(4, channels) if network == "small" else torch.rand(channels) + 0.5
     features = 4 if network == "small" else channels
-    model = FoldModel(
-        Normalise(torch.randn(channels), weight), build_network(network, features, outputs), kind
-    )
-    return model.eval()
+    kind = kind_of(target)
+    network = build_network(network, features, kind.outputs)
+    return FoldModel(Normalise(torch.randn(channels), weight), network, kind).eval()
 
 
-@pytest.mark.parametrize(
-    ("kind", "outputs"), [("regression", 1), ("classification", 3), ("survival", 1)]
-)
-def test_ensemble_is_the_mean_of_the_folds_and_exports_with_any_batch(kind, outputs):
-    models = [make(kind, outputs) for _ in range(3)]
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.kind)
+def test_ensemble_is_the_mean_of_folds_and_can_be_exported(target):
+    models = [make(target) for _ in range(3)]
     models[0].scale.fill_(2.0)
     module = ensemble_module(models)
     example = torch.randn(2, 6, 24, 24)
@@ -149,5 +158,5 @@ def test_ensemble_is_the_mean_of_the_folds_and_exports_with_any_batch(kind, outp
             expected = torch.stack([m(x) for m in models]).mean(0)
             torch.testing.assert_close(module(x), expected)
             torch.testing.assert_close(exported(x), expected)
-    if kind == "classification":
+    if target.kind == "classification":
         assert np.allclose(module(example).sum(1), 1)

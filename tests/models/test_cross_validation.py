@@ -1,15 +1,11 @@
-"""Training and cross-validation on planted grids: what is learned, and what must not be."""
+"""Training and cross-validation on planted grids, saved models, figures."""
 
-import io
 import math
 
 import numpy as np
 import polars as pl
 import pytest
 import torch
-from rich.console import Console
-from sksurv.datasets import load_whas500
-from sksurv.linear_model import CoxPHSurvivalAnalysis
 
 from nic_core.cohort import (
     ClassificationTarget,
@@ -19,9 +15,8 @@ from nic_core.cohort import (
     SurvivalTarget,
 )
 from nic_core.models.baselines import BASELINES
-from nic_core.models.comparison import COMPARISON_SCHEMA, compare_models
 from nic_core.models.crops import Crops, all_moments
-from nic_core.models.cross_validation import NETWORK, cross_validate, prediction_array
+from nic_core.models.cross_validation import NETWORK, cross_validate
 from nic_core.models.explanation import explain
 from nic_core.models.figures import evaluation_figure, metrics_figure, training_figure
 from nic_core.models.files import (
@@ -33,10 +28,8 @@ from nic_core.models.files import (
     save_model,
 )
 from nic_core.models.folds import make_folds
-from nic_core.models.metrics import PRIMARY
-from nic_core.models.survival import BaselineHazard, fit_baseline, median_survival
+from nic_core.models.kinds import kind_of, prediction_array
 from nic_core.models.training import TrainingError, batches, fit_fold, predict_units
-from nic_core.reports import comparisons_table
 
 from .conftest import ArrayGrid
 from .second_device import SecondDevice
@@ -88,11 +81,11 @@ def evaluate(planted, target, settings, **options):
     return cross_validate(target, table, folds, planted.source, settings, **options)
 
 
-def primary(evaluated, model=NETWORK, split="cv"):
-    return evaluated.metrics.row(
+def primary(result, model=NETWORK, split="cv"):
+    return result.metrics.row(
         by_predicate=(pl.col("model") == model)
         & (pl.col("split") == split)
-        & (pl.col("metric") == PRIMARY[evaluated.target.kind]),
+        & (pl.col("metric") == kind_of(result.target).primary_metric),
         named=True,
     )
 
@@ -102,14 +95,14 @@ def rim(planted):
     return evaluate(planted, RIM, QUICK.model_copy(update={"epochs": 40}))
 
 
-def test_arrangement_is_learned_where_mean_pooling_sees_nothing(rim):
+def test_cnn_learns_arrangement_that_baselines_cannot_see(rim):
     assert primary(rim)["value"] > 0.85
     assert primary(rim)["low"] > 0.7
     for name in BASELINES:
         assert primary(rim, name)["value"] < 0.75
 
 
-def test_the_permutation_control_comes_out_at_chance(planted):
+def test_training_on_exchanged_labels_gives_chance_level(planted):
     control = evaluate(
         planted,
         RIM,
@@ -119,55 +112,27 @@ def test_the_permutation_control_comes_out_at_chance(planted):
     assert row["low"] < 0.5 < row["high"] or row["value"] < 0.5
 
 
-def test_attention_pooling_learns_what_cells_hold(planted):
+def test_attention_pooling_learns_cell_content(planted):
     mil = QUICK.model_copy(update={"network": "mil", "epochs": 12})
     assert primary(evaluate(planted, GRADE, mil))["value"] > 0.5
 
 
-@pytest.mark.parametrize("scale", [1.0, 0.25])
-def test_survival_functions_equal_those_of_scikit_survivals_cox_model(scale):
-    frame, y = load_whas500()
-    x = frame.astype(float).to_numpy()
-    x = (x - x.mean(0)) / x.std(0)
-    event, time = (np.ascontiguousarray(y[name]) for name in y.dtype.names)
-    fitted = CoxPHSurvivalAnalysis().fit(x, y)
-    functions = fitted.predict_survival_function(x[:20])
-    times = np.percentile(time, [5, 30, 60, 90])
-    table, risk = pl.DataFrame({"time": time, "event": event}), fitted.predict(x) / scale
-    baseline = fit_baseline(table, risk, scale)
-    assert BaselineHazard.model_validate_json(baseline.model_dump_json()) == baseline
-    expected = [[f(t) for t in times] for f in functions]
-    np.testing.assert_allclose(baseline.survival(risk[:20], times), expected, atol=1e-10)
-    late = baseline.survival(np.array([0.0, 800.0 / scale]), np.array([-1.0, 1e9]))
-    assert late[:, 0].tolist() == [1, 1]  # no hazard before the first event
-    assert late[1, 1] == 0
-    medians = median_survival([baseline], risk[None, :20])
-    for found, function in zip(medians, functions, strict=True):
-        assert found == function.x[function.y <= 0.5][0]
-    assert np.isnan(median_survival([baseline], np.array([[-50 / scale]]))).all()
-    # of several folds: that of their mean function
-    two = np.stack([risk[:20], risk[20:40]])
-    mean = np.mean([baseline.survival(r, np.array(baseline.times)) for r in two], 0)
-    for found, alive in zip(median_survival([baseline] * 2, two), mean, strict=True):
-        assert found == next(t for t, a in zip(baseline.times, alive, strict=True) if a <= 0.5)
-
-
-def test_survival_predictions_hold_functions_that_fall_and_are_scored(few):
-    evaluated = evaluate(few, DEATH, QUICK)
+def test_survival_functions_decrease_and_are_scored(few):
+    result = evaluate(few, DEATH, QUICK)
     for name in (NETWORK, *BASELINES):
-        rows = evaluated.predictions.filter(model=name)
+        rows = result.predictions.filter(model=name)
         functions = np.array(rows["survival"].to_list())
         assert (np.diff(functions, axis=1) <= 1e-12).all()
         assert ((functions >= 0) & (functions <= 1)).all()
         assert rows["horizons"].n_unique() == 1
-        # who has the higher risk in a fold has the lower chance to live, at every time
+        # within a fold, a higher risk gives a lower survival probability at every time
         fold = rows.filter(fold=0).sort("risk")
         assert (np.diff(np.array(fold["survival"].to_list()), axis=0) <= 1e-12).all()
-    scored = evaluated.metrics.filter(model=NETWORK)["metric"]
+    scored = result.metrics.filter(model=NETWORK)["metric"]
     assert {"harrell_c", "uno_c", "time_auc", "integrated_brier", "log_rank_p"} == set(scored)
 
 
-def test_seeds_repeat_the_network_on_the_same_folds_and_change_nothing_else(few):
+def test_seeds_repeat_the_network_on_the_same_folds(few):
     one = evaluate(few, GRADE, QUICK)
     three = evaluate(few, GRADE, QUICK.model_copy(update={"seeds": 3}))
     assert three.predictions.equals(one.predictions)
@@ -179,104 +144,65 @@ def test_seeds_repeat_the_network_on_the_same_folds_and_change_nothing_else(few)
     assert len(three.networks) == 4
 
 
-def test_noise_and_dropout_of_features_are_drawn_by_the_seed(few):
+def test_feature_noise_and_dropout_depend_on_the_seed(few):
     wild = QUICK.model_copy(update={"feature_noise": 0.5, "feature_dropout": 0.2})
     first, again = (evaluate(few, GRADE, wild) for _ in range(2))
     assert first.predictions.equals(again.predictions)
     assert not first.history.equals(evaluate(few, GRADE, QUICK).history)
 
 
-def test_encoders_and_baselines_are_compared_in_pairs(few):
-    evaluated = evaluate(few, DEATH, QUICK).predictions
-    half = evaluated.filter(pl.col("patient") < "p06")
-    found = compare_models(DEATH, {"a": evaluated, "b": half}, resamples=50, seed=0)
-    assert found.schema == COMPARISON_SCHEMA
-    pair = found.filter(first="a: network", second="b: network")
-    assert (pair["difference"] == 0).all()
-    assert (pair["p"] == 1).all()
-    assert set(pair["n"]) == {6}
-    linear = found.filter(second="a: mean embedding, linear", metric="Harrell's C")
-    assert linear["n"].to_list() == [12]
-    assert set(zip(found["first"], found["second"], strict=True)) == {
-        ("a: network", "b: network"),
-        *(
-            (f"{e}: network", f"{e}: {name}, linear")
-            for e in "ab"
-            for name in ("mean embedding", "tissue area")
-        ),
-    }
-
-
-def test_the_terminal_shows_each_pair_once_by_its_first_metric(few):
-    evaluated = evaluate(few, DEATH, QUICK).predictions
-    found = compare_models(DEATH, {"a": evaluated, "b": evaluated}, resamples=50, seed=0)
-    console = Console(width=150, record=True, file=io.StringIO())
-    undefined = dict.fromkeys(["difference", "low", "high", "p"])
-    other = (
-        found[:1]
-        .with_columns(target=pl.lit("other"))
-        .with_columns(pl.lit(value, pl.Float64).alias(name) for name, value in undefined.items())
-    )
-    console.print(comparisons_table(pl.concat([found, other])))
-    lines = [line for line in console.export_text().splitlines() if ": network" in line]
-    assert len(lines) == 5 + 1
-    texts = [" ".join(line.split()) for line in lines]
-    assert texts[0] == "death a: network b: network Harrell's C +0.000 +0.000 to +0.000 1 12"
-    assert texts[-1] == "other a: network b: network Harrell's C 12"
-
-
-def test_survival_risk_is_higher_for_those_who_die_earlier(planted):
-    evaluated = evaluate(planted, DEATH, QUICK.model_copy(update={"epochs": 40}))
-    assert primary(evaluated)["value"] > 0.6
-    risk = evaluated.predictions.filter(model=NETWORK)
+def test_predicted_risk_is_higher_for_earlier_deaths(planted):
+    result = evaluate(planted, DEATH, QUICK.model_copy(update={"epochs": 40}))
+    assert primary(result)["value"] > 0.6
+    risk = result.predictions.filter(model=NETWORK)
     # folds are on one scale
     spread = risk.group_by("fold").agg(pl.col("risk").mean().alias("m"))["m"]
     assert spread.abs().max() < 1.5
 
 
 @pytest.mark.parametrize("target", [RIM, GRADE, DEATH], ids=lambda t: t.kind)
-def test_every_unit_is_predicted_once_by_the_fold_that_did_not_see_its_patient(few, target):
-    evaluated = evaluate(few, target, QUICK)
+def test_every_unit_is_predicted_once_by_its_held_out_fold(few, target):
+    result = evaluate(few, target, QUICK)
     table = labelled(few, target)
     folds = make_folds(table, target=target, folds=QUICK.folds, seed=QUICK.seed)
     for name in (NETWORK, *BASELINES):
-        rows = evaluated.predictions.filter(model=name)
+        rows = result.predictions.filter(model=name)
         assert sorted(rows["unit"]) == sorted(table["unit"])
-        joined = rows.join(folds, on="patient", suffix="_dealt")
-        assert (joined["fold"] == joined["fold_dealt"]).all()
-        assert np.isfinite(prediction_array(target, rows)).all()
+        joined = rows.join(folds, on="patient", suffix="_expected")
+        assert (joined["fold"] == joined["fold_expected"]).all()
+        assert np.isfinite(prediction_array(kind_of(target), rows)).all()
 
 
-def test_the_test_split_is_scored_by_the_mean_of_the_folds_and_apart(few, tmp_path):
+def test_test_split_is_predicted_by_the_mean_of_the_folds(few, tmp_path):
     held = pl.col("patient").is_in(["p00", "p01", "p02", "p03"])
     table = labelled(few, GRADE).with_columns(
         split=pl.when(held).then(pl.lit("test")).otherwise("split")
     )
     folds = make_folds(table, target=GRADE, folds=4, seed=0)
-    evaluated = cross_validate(GRADE, table, folds, few.source, QUICK)
-    test = evaluated.predictions.filter(model=NETWORK, split="test")
+    result = cross_validate(GRADE, table, folds, few.source, QUICK)
+    test = result.predictions.filter(model=NETWORK, split="test")
     assert sorted(test["patient"].unique()) == ["p00", "p01", "p02", "p03"]
     assert test["fold"].null_count() == test.height == 8
     units = table.filter(pl.col("split") == "test").sort("unit")
     each = [
         predict_units(m, units, Crops(few.source, m.normalise, 20), count=1, seed=0)[:, 0]
-        for m in evaluated.networks
+        for m in result.networks
     ]
     np.testing.assert_allclose(test["prediction"], np.mean(each, 0), rtol=1e-6)
-    assert set(evaluated.metrics["split"]) == {"cv", "test"}
+    assert set(result.metrics["split"]) == {"cv", "test"}
     # labels of the test split do not enter training
     other = table.with_columns(
         y=pl.when(pl.col("split") == "test").then(-pl.col("y")).otherwise("y")
     )
     again = cross_validate(GRADE, other, folds, few.source, QUICK)
-    assert again.predictions["prediction"].equals(evaluated.predictions["prediction"])
+    assert again.predictions["prediction"].equals(result.predictions["prediction"])
 
 
 def test_several_slides_of_a_patient_are_averaged(few):
     table = labelled(few, DEATH)
     folds = make_folds(table, target=DEATH, folds=4, seed=0)
-    evaluated = cross_validate(DEATH, table, folds, few.source, QUICK)
-    model = evaluated.networks[0]
+    result = cross_validate(DEATH, table, folds, few.source, QUICK)
+    model = result.networks[0]
     crops = Crops(few.source, model.normalise, 20)
     both = table[:1]
     alone = [both.with_columns(slides=pl.lit([s])) for s in both["slides"][0]]
@@ -285,7 +211,7 @@ def test_several_slides_of_a_patient_are_averaged(few):
     np.testing.assert_allclose(together, (one + two) / 2, rtol=1e-5)
 
 
-def test_a_seed_gives_the_same_networks_and_another_gives_others(few):
+def test_networks_depend_on_the_seed_only(few):
     first, again = (evaluate(few, RIM, QUICK) for _ in range(2))
     assert first.predictions.equals(again.predictions)
     assert first.history.equals(again.history)
@@ -300,7 +226,7 @@ def test_a_seed_gives_the_same_networks_and_another_gives_others(few):
     assert not torch.equal(weights[0], weights[2])
 
 
-def test_training_does_not_touch_the_global_random_state(few):
+def test_training_keeps_the_global_random_state(few):
     torch.manual_seed(3)
     expected = torch.rand(1)
     torch.manual_seed(3)
@@ -311,9 +237,7 @@ def test_training_does_not_touch_the_global_random_state(few):
 
 
 @pytest.mark.parametrize(("target", "network"), [(RIM, "small"), (GRADE, "small"), (DEATH, "mil")])
-def test_a_device_trains_and_predicts_what_the_cpu_does_and_gives_its_networks_back(
-    few, target, network
-):
+def test_other_device_gives_the_results_of_the_cpu(few, target, network):
     settings = QUICK.model_copy(
         update={
             "network": network,
@@ -335,19 +259,19 @@ def test_a_device_trains_and_predicts_what_the_cpu_does_and_gives_its_networks_b
             assert torch.equal(one.state_dict()[name], tensor)
 
 
-def test_a_device_that_is_not_there_is_refused(few):
-    with pytest.raises(ValueError, match="device 'cuda:99' is not here"):
+def test_missing_device_raises(few):
+    with pytest.raises(ValueError, match="device 'cuda:99'"):
         evaluate(few, RIM, QUICK, device="cuda:99")
 
 
-def test_the_kept_epoch_is_the_best_by_validation_metric_then_loss(rim):
+def test_kept_epoch_has_best_validation_metric_then_loss(rim):
     for fold, best in enumerate(rim.best_epochs):
         rows = rim.history.filter(fold=fold)
         order = rows.sort(["validation_metric", "validation_loss"], descending=[True, False])
         assert order["epoch"][0] == best
 
 
-def test_history_goes_to_the_tracker(few):
+def test_tracker_receives_the_history(few):
     seen = []
 
     class Watch:
@@ -359,7 +283,7 @@ def test_history_goes_to_the_tracker(few):
     assert "fold_3_validation_metric" in seen[-1][0]
 
 
-def test_a_loss_that_is_not_finite_names_target_fold_and_remedy(few):
+def test_loss_that_is_not_finite_raises_with_fold_and_remedy(few):
     huge = {
         s: ArrayGrid(np.where(g.valid, g.embeddings.astype(np.float32), 0), g.valid)
         for s, g in few.grids.items()
@@ -371,7 +295,7 @@ def test_a_loss_that_is_not_finite_names_target_fold_and_remedy(few):
         cross_validate(GRADE, table, folds, huge.__getitem__, wild)
 
 
-def test_a_grid_without_tissue_names_target_and_slide(few):
+def test_grid_without_tissue_raises_with_target_and_slide(few):
     grids = dict(few.grids)
     grids["s03-1"] = ArrayGrid(grids["s03-1"].embeddings * 0, np.zeros_like(grids["s03-1"].valid))
     table = labelled(few, RIM)
@@ -381,47 +305,47 @@ def test_a_grid_without_tissue_names_target_and_slide(few):
 
 
 @pytest.mark.parametrize("deaths", [1, 2, 7, 20])
-def test_every_survival_batch_has_a_death_and_every_unit_comes_once(deaths):
+def test_every_survival_batch_has_an_event(deaths):
     table = pl.DataFrame({"event": [True] * deaths + [False] * (40 - deaths)})
-    dealt = list(batches(table, 8, np.random.default_rng(0)))
-    assert sorted(np.concatenate(dealt)) == list(range(40))
-    assert all(table["event"].to_numpy()[rows].any() for rows in dealt)
-    assert len(dealt) == min(5, deaths)
+    found = list(batches(table, 8, np.random.default_rng(0)))
+    assert sorted(np.concatenate(found)) == list(range(40))
+    assert all(table["event"].to_numpy()[rows].any() for rows in found)
+    assert len(found) == min(5, deaths)
 
 
 @pytest.mark.parametrize("target", [RIM, GRADE, DEATH], ids=lambda t: t.kind)
-def test_a_saved_model_comes_back_and_predicts_the_same(few, tmp_path, target):
-    evaluated = evaluate(few, target, QUICK)
-    card = save_model(tmp_path / "m", evaluated, **CARD)
+def test_loaded_model_equals_the_saved_one(few, tmp_path, target):
+    result = evaluate(few, target, QUICK)
+    card = save_model(tmp_path / "m", result, **CARD)
     loaded = load_model(tmp_path / "m")
     assert loaded.card == card
     assert card.target == target
     assert len(loaded.networks) == 4
     x = torch.randn(3, 16, 20, 20)
     torch.testing.assert_close(
-        ensemble_module(loaded.networks)(x), ensemble_module(evaluated.networks)(x)
+        ensemble_module(loaded.networks)(x), ensemble_module(result.networks)(x)
     )
-    stored = next(m for m in card.metrics if m.metric == PRIMARY[target.kind])
-    value = primary(evaluated)["value"]
+    stored = next(m for m in card.metrics if m.metric == kind_of(target).primary_metric)
+    value = primary(result)["value"]
     assert stored.value == (None if math.isnan(value) else value)
 
 
-def test_attention_pooling_is_saved_exported_and_explained(few, tmp_path):
+def test_attention_pooling_can_be_saved_exported_and_explained(few, tmp_path):
     mil = QUICK.model_copy(update={"network": "mil", "positions": True})
-    evaluated = evaluate(few, GRADE, mil)
-    save_model(tmp_path / "m", evaluated, **CARD)
+    result = evaluate(few, GRADE, mil)
+    save_model(tmp_path / "m", result, **CARD)
     loaded = load_model(tmp_path / "m")
     module, x = ensemble_module(loaded.networks), torch.randn(3, 16, 20, 20)
     batch = {0: torch.export.Dim("batch", min=2)}
     exported = torch.export.export(module, (x[:2],), dynamic_shapes=(batch,)).module()
-    torch.testing.assert_close(exported(x), ensemble_module(evaluated.networks)(x))
+    torch.testing.assert_close(exported(x), ensemble_module(result.networks)(x))
     grid = few.source("s00-0")
     heat = explain(loaded.networks[:1], grid, GRADE, crop=20)
     np.testing.assert_array_equal(np.isfinite(heat), grid.valid)
     assert np.nanmean(heat) == pytest.approx(1, rel=1e-3)
 
 
-def test_a_damaged_model_folder_is_refused(few, tmp_path):
+def test_damaged_model_folder_raises(few, tmp_path):
     with pytest.raises(ModelFileError, match="no model here"):
         load_model(tmp_path)
     save_model(tmp_path, evaluate(few, RIM, QUICK), **CARD)
@@ -434,12 +358,12 @@ def test_a_damaged_model_folder_is_refused(few, tmp_path):
 
 
 @pytest.mark.parametrize("target", [RIM, GRADE, DEATH], ids=lambda t: t.kind)
-def test_figures_draw_every_kind_of_target(few, target):
-    evaluated = evaluate(few, target, QUICK)
+def test_figures_of_every_target_kind(few, target):
+    result = evaluate(few, target, QUICK)
     for figure in (
-        evaluation_figure(evaluated),
-        training_figure(evaluated),
-        metrics_figure(evaluated),
+        evaluation_figure(result),
+        training_figure(result),
+        metrics_figure(result),
     ):
         figure.canvas.draw()
         assert figure.axes

@@ -1,6 +1,7 @@
-"""Cox's loss against a plain double loop and against scikit-survival's fits."""
+"""Cox loss and survival functions equal a direct computation and scikit-survival."""
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,11 +11,11 @@ from sksurv.linear_model import CoxPHSurvivalAnalysis
 from sksurv.linear_model.coxph import CoxPHOptimizer
 from sksurv.preprocessing import OneHotEncoder
 
-from nic_core.models.losses import cox_loss
+from nic_core.models.cox import BaselineHazard, cox_loss, fit_baseline_hazard, median_survival
 
 
 def reference(risk, time, event, ties):
-    """Value and gradient of the negative log partial likelihood, straight from its definition."""
+    """Negative log partial likelihood and its gradient, computed from the definition."""
     value, gradient, n = 0.0, np.zeros(len(risk)), int(event.sum())
     w = np.exp(risk)
     for t in np.unique(time[event]):
@@ -35,7 +36,7 @@ def reference(risk, time, event, ties):
     st.integers(2, 25), st.integers(0, 2**31), st.sampled_from(["breslow", "efron"]), st.booleans()
 )
 @settings(max_examples=100, deadline=None)
-def test_value_and_gradient_equal_the_definition(n, seed, ties, many_ties):
+def test_cox_loss_and_gradient_equal_the_definition(n, seed, ties, many_ties):
     random = np.random.default_rng(seed)
     risk = random.normal(size=n) * 3
     time = random.integers(1, 5, n).astype(float) if many_ties else random.random(n)
@@ -51,7 +52,7 @@ def test_value_and_gradient_equal_the_definition(n, seed, ties, many_ties):
 
 @pytest.mark.parametrize("load", [load_veterans_lung_cancer, load_whas500, load_gbsg2])
 @pytest.mark.parametrize("ties", ["breslow", "efron"])
-def test_gradient_vanishes_and_likelihood_agrees_at_scikit_survivals_coefficients(load, ties):
+def test_cox_gradient_is_0_at_scikit_survival_coefficients(load, ties):
     frame, y = load()
     x = OneHotEncoder().fit_transform(frame).to_numpy(np.float64)
     x = (x - x.mean(0)) / x.std(0)
@@ -71,7 +72,7 @@ def test_gradient_vanishes_and_likelihood_agrees_at_scikit_survivals_coefficient
 @pytest.mark.parametrize("load", [load_veterans_lung_cancer, load_whas500, load_gbsg2])
 @pytest.mark.parametrize("ties", ["breslow", "efron"])
 @pytest.mark.parametrize("seed", range(2))
-def test_value_and_gradient_equal_scikit_survivals_at_any_coefficients(load, ties, seed):
+def test_cox_loss_and_gradient_equal_scikit_survival(load, ties, seed):
     frame, y = load()
     x = OneHotEncoder().fit_transform(frame).to_numpy(np.float64)
     x = (x - x.mean(0)) / x.std(0)
@@ -79,7 +80,7 @@ def test_value_and_gradient_equal_scikit_survivals_at_any_coefficients(load, tie
     w = np.random.default_rng(seed).normal(0, 0.5, x.shape[1])
     theirs = CoxPHOptimizer(x, event, time, np.zeros(x.shape[1]), ties)
     theirs.update(w)
-    scale = len(event) / event.sum()  # theirs is a mean over all, ours over deaths
+    scale = len(event) / event.sum()  # scikit-survival averages over all units, we over deaths
     beta = torch.tensor(w, requires_grad=True)
     loss = cox_loss(
         torch.tensor(x) @ beta, torch.tensor(time.astype(float)), torch.tensor(event), ties=ties
@@ -90,7 +91,7 @@ def test_value_and_gradient_equal_scikit_survivals_at_any_coefficients(load, tie
 
 
 @pytest.mark.parametrize("ties", ["breslow", "efron"])
-def test_the_ratio_of_ties_changes_nothing_when_there_are_none(ties):
+def test_efron_equals_breslow_without_ties(ties):
     time, event = torch.arange(6.0), torch.tensor([1, 0, 1, 1, 0, 1])
     risk = torch.randn(6, generator=torch.Generator().manual_seed(0))
     assert cox_loss(risk, time, event, ties=ties).item() == pytest.approx(
@@ -98,7 +99,7 @@ def test_the_ratio_of_ties_changes_nothing_when_there_are_none(ties):
     )
 
 
-def test_a_constant_added_to_all_risks_changes_nothing_and_huge_risks_stay_finite():
+def test_cox_loss_ignores_a_constant_and_is_finite():
     time, event = torch.tensor([3.0, 1, 2, 2]), torch.tensor([True, True, False, True])
     risk = torch.tensor([0.1, -2.0, 0.7, 1.0])
     loss = cox_loss(risk, time, event)
@@ -109,6 +110,34 @@ def test_a_constant_added_to_all_risks_changes_nothing_and_huge_risks_stay_finit
         assert torch.isfinite(x.grad).all()
 
 
-def test_a_batch_without_a_death_is_refused():
-    with pytest.raises(ValueError, match="no event"):
+def test_cox_loss_without_events_raises():
+    with pytest.raises(ValueError, match="the batch has no event"):
         cox_loss(torch.zeros(3), torch.ones(3), torch.zeros(3))
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+def test_survival_functions_equal_scikit_survival(scale):
+    frame, y = load_whas500()
+    x = frame.astype(float).to_numpy()
+    x = (x - x.mean(0)) / x.std(0)
+    event, time = (np.ascontiguousarray(y[name]) for name in y.dtype.names)
+    fitted = CoxPHSurvivalAnalysis().fit(x, y)
+    functions = fitted.predict_survival_function(x[:20])
+    times = np.percentile(time, [5, 30, 60, 90])
+    table, risk = pl.DataFrame({"time": time, "event": event}), fitted.predict(x) / scale
+    hazard = fit_baseline_hazard(table, risk, scale)
+    assert BaselineHazard.model_validate_json(hazard.model_dump_json()) == hazard
+    expected = [[f(t) for t in times] for f in functions]
+    np.testing.assert_allclose(hazard.survival(risk[:20], times), expected, atol=1e-10)
+    late = hazard.survival(np.array([0.0, 800.0 / scale]), np.array([-1.0, 1e9]))
+    assert late[:, 0].tolist() == [1, 1]  # 1 before the first event
+    assert late[1, 1] == 0
+    medians = median_survival([hazard], risk[None, :20])
+    for found, function in zip(medians, functions, strict=True):
+        assert found == function.x[function.y <= 0.5][0]
+    assert np.isnan(median_survival([hazard], np.array([[-50 / scale]]))).all()
+    # several folds: the median of their mean function
+    two = np.stack([risk[:20], risk[20:40]])
+    mean = np.mean([hazard.survival(r, np.array(hazard.times)) for r in two], 0)
+    for found, alive in zip(median_survival([hazard] * 2, two), mean, strict=True):
+        assert found == next(t for t, a in zip(hazard.times, alive, strict=True) if a <= 0.5)
