@@ -27,7 +27,7 @@ import dagster as dg
 
 from nic_assets.assets.inputs import add_slides
 from nic_assets.build import build_defs
-from nic_assets.orchestration.batches import Product, batch_asset, materialize_each
+from nic_assets.orchestration.batches import Events, Product, batch_asset, materialize_each
 from nic_assets.orchestration.executors import chosen_executor
 from nic_assets.orchestration.internals import (
     ASSET_PARTITION_RANGE_END_TAG,
@@ -62,9 +62,9 @@ def timed(label: str, work: Callable[[], Result], per: int = 1) -> Result:
 
 
 @batch_asset(partitions_def=SLIDES, code_version="1")
-def nothing(context: dg.AssetExecutionContext) -> Iterator[dg.MaterializeResult]:  # type: ignore[type-arg]
+def nothing(context: dg.AssetExecutionContext) -> Events:
     """Do nothing for each slide."""
-    yield from materialize_each(context, lambda key: Product(key), expected=())
+    yield from materialize_each(context, lambda key: Product(key), parse=str, expected=())
 
 
 def nothing_job() -> dg.JobDefinition:

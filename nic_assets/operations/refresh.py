@@ -6,8 +6,10 @@ report, in as few runs as their ranges allow. A failure stops only what depends 
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import dagster as dg
 import polars as pl
@@ -128,9 +130,12 @@ def _reason(event: dg.DagsterEvent) -> str:
 def main() -> int:
     """Refresh the study of the environment, print the report's tables; return the exit status.
 
+    ``DAGSTER_HOME`` defaults to the working directory.
+
     0: everything is up to date. 1: something failed. 2: the cohort file or a setting is invalid.
     """
     console = Console(stderr=True)
+    os.environ.setdefault("DAGSTER_HOME", str(Path.cwd()))
     try:
         from nic_assets.definitions import defs  # depends on the environment
     except (CohortError, dg.DagsterInvalidDefinitionError) as error:

@@ -28,6 +28,7 @@ from dagster import multiple_process_executor_requirements
 from sqlalchemy.exc import IntegrityError
 
 from nic_core.parallel import cores
+from nic_core.version import DISTRIBUTION
 
 EXECUTOR_VARIABLE = "NIC_EXECUTOR"
 
@@ -90,7 +91,7 @@ def chosen_executor() -> dg.ExecutorDefinition:
     except ModuleNotFoundError as error:
         raise dg.DagsterInvalidDefinitionError(
             f"{EXECUTOR_VARIABLE} is '{name}', but the package {error.name} is not installed; "
-            f"install the extra: pip install -e '.[{name}]'"
+            f"install the extra: pip install '{DISTRIBUTION}[{name}]'"
         ) from error
     create_engine = engine.executor_creation_fn
     assert create_engine is not None

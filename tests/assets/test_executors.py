@@ -102,7 +102,7 @@ def test_an_unknown_engine_is_refused_with_a_list(monkeypatch):
 def test_a_missing_package_of_an_engine_names_its_extra(monkeypatch, name, package):
     monkeypatch.setenv("NIC_EXECUTOR", name)
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(dg.DagsterInvalidDefinitionError, match=rf"pip install -e '\.\[{name}\]'"):
+    with pytest.raises(dg.DagsterInvalidDefinitionError, match=rf"pip install '.*\[{name}\]'"):
         chosen_executor()
 
 
