@@ -111,6 +111,39 @@ def test_an_engine_brings_the_platform(extra):
     assert requirements[PROJECT["name"]].extras == {"platform"}
 
 
+def without_platform(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run ``nic`` in a process where Dagster and MLflow cannot be imported."""
+    script = f"""
+import importlib.util, sys
+absent = {("dagster", "dagster_shared", "mlflow", "sqlalchemy")}
+sys.modules |= dict.fromkeys(absent)
+real = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name in absent else real(name, *rest)
+sys.argv = ["nic", *{arguments}]
+from nic_core.cli import main
+main()
+"""
+    return subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, check=False, capture_output=True, text=True
+    )
+
+
+@pytest.mark.integration
+def test_the_command_works_without_the_platform():
+    done = without_platform("--help")
+    assert done.returncode == 0, done.stderr
+    assert "compress" in done.stdout
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("command", [("doctor",), ("refresh",), ("store", "gc")])
+def test_platform_commands_say_what_to_install(command):
+    done = without_platform(*command)
+    assert done.returncode == 1, done.stderr
+    assert f"pip install '{PROJECT['name']}[platform]'" in done.stdout
+    assert "Traceback" not in done.stderr
+
+
 def test_packages_of_dagster_are_of_one_release():
     release = str(PLATFORM["dagster"].specifier).removeprefix("==")
     of_engines = f"0.{int(release.split('.')[1]) + 16}.{release.split('.')[2]}"

@@ -99,7 +99,7 @@ def test_changed_weights_and_missing_folds_are_detected(store):
         "slide_model mean-rgb|survival",
     }
     assert "hash differs" in found["encoder mean-rgb"]
-    assert "hash differs" in found["slide_model mean-rgb|survival"]
+    assert "hash of the weights differs" in found["slide_model mean-rgb|survival"]
     assert "fold-1.safetensors" in found["slide_model mean-rgb|growth"]
 
 

@@ -36,7 +36,7 @@ def encoder_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         group_name="encoders",
         kinds={"numpy", "parquet"},
         op_tags=CPU_TAGS,
-        code_version=code_version(3, settings.patch, settings.mpp, settings.tissue),
+        code_version=code_version(4, settings.patch, settings.mpp, settings.tissue),
     )
     def patch_task(
         context: dg.AssetExecutionContext,
@@ -81,7 +81,7 @@ def encoder_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         kinds={"pytorch", "mlflow"},
         pool=GPU_POOL,
         op_tags=GPU_TAGS,
-        code_version=code_version(1, settings.patch, settings.mpp, settings.embedding_size),
+        code_version=code_version(2, settings.patch, settings.mpp, settings.embedding_size),
     )
     def encoder(
         context: dg.AssetExecutionContext,
@@ -177,7 +177,7 @@ def fetch_encoder(
     entry: RegisteredEncoder, cohort: Cohort, store: Store, tracking: Tracking
 ) -> tuple[EncoderCard, dict[str, Any]]:
     """Import a registered encoder from MLflow; return its card and its metadata for the UI."""
-    with tracking.fetched(entry) as (imported, page):
+    with tracking.download_encoder(entry) as (imported, page):
         made = steps.make_encoder(cohort.with_encoder(imported), store, entry.name)
     return made.encoder.card, {"mlflow_model": dg.MetadataValue.url(page)}
 

@@ -32,7 +32,7 @@ def grid_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         kinds={"zarr", "pytorch"},
         pool=GPU_POOL,
         op_tags=GPU_TAGS,
-        code_version=code_version(2, partitions.cohort.settings.compression),
+        code_version=code_version(3, partitions.cohort.settings.compression),
     )
     def grid(
         context: dg.AssetExecutionContext,

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import dagster as dg
-from dagster._core.definitions.data_version import DATA_VERSION_TAG
 from pydantic import Field
 
+from nic_assets.orchestration.internals import DATA_VERSION_TAG
 from nic_assets.partitions import SLIDES, Partitions
 
 SLIDE_FILE = dg.AssetKey("slide_file")

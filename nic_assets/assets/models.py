@@ -81,7 +81,7 @@ def model_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         kinds={"pytorch", "mlflow"},
         pool=GPU_POOL,
         op_tags=GPU_TAGS,
-        code_version=code_version(3, settings),
+        code_version=code_version(4, settings),
     )
     def slide_model(
         context: dg.AssetExecutionContext,
@@ -107,9 +107,13 @@ def model_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
                 run.figure("metrics", metrics_figure(evaluated))
                 run.figure("training_curves", training_figure(evaluated))
                 log_slide_model(run, evaluated, card, store)
-                run.challenge(lambda champion: compare_with_champion(evaluated, champion))
+                run.compare_with_champion(
+                    lambda champion: compare_with_champion(evaluated, champion)
+                )
             steps.mark_logged(store, key)
-            assert run.verdict is not None  # run.challenge is done when the block has ended
+            assert (
+                run.verdict is not None
+            )  # run.compare_with_champion is done when the block has ended
             return Product(
                 version=steps.digest(evaluated.predictions.rows()),
                 metadata={

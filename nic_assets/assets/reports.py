@@ -5,7 +5,7 @@ import dagster as dg
 from nic_assets.orchestration.batches import Events, Product, batch_asset, materialize_each
 from nic_assets.orchestration.executors import CPU_TAGS
 from nic_assets.orchestration.metadata import OWNERS, code_version, figure, picture, table
-from nic_assets.orchestration.retries import RETRIES, transient_again
+from nic_assets.orchestration.retries import RETRIES, retry_transient_errors
 from nic_assets.partitions import Partitions
 from nic_assets.tags import PARTIAL_INPUTS, REFRESH_TAG
 from nic_core import steps
@@ -38,7 +38,7 @@ def report_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         cohort: dg.ResourceParam[Cohort], store: dg.ResourceParam[Store]
     ) -> dg.MaterializeResult[None]:
         """All scores of the study, with intervals, in one table."""
-        with transient_again():
+        with retry_transient_errors():
             report = steps.make_evaluation_report(cohort, store)
         return dg.MaterializeResult(
             data_version=dg.DataVersion(

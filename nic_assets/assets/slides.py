@@ -26,7 +26,7 @@ from nic_assets.orchestration.batches import (
 from nic_assets.orchestration.executors import CPU_TAGS
 from nic_assets.orchestration.metadata import OWNERS, code_version, column_schema, picture, table
 from nic_assets.orchestration.partition_checks import republish_checks
-from nic_assets.orchestration.retries import RETRIES, transient_again
+from nic_assets.orchestration.retries import RETRIES, retry_transient_errors
 from nic_assets.partitions import Partitions
 from nic_assets.tags import REFRESH_TAG
 from nic_assets.tracking import Tracking
@@ -65,7 +65,7 @@ def slide_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
 
         Scans the inputs of the study and reports those that are new or changed.
         """
-        with transient_again():
+        with retry_transient_errors():
             scan = steps.scan_slides(cohort, store, **config.model_dump())
             encoders = [encoder.name for encoder in cohort.encoders]
             known = known_versions(context.instance, ENCODER_ENTRY, encoders)
@@ -73,7 +73,7 @@ def slide_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
                 SLIDE_FILE: scan.versions,
                 PATCH_TASK_SOURCE: steps.patch_task_versions(cohort),
                 ENCODER_ENTRY: steps.encoder_versions(cohort)
-                | tracking.pinned_versions(cohort, context.log.warning, known),
+                | tracking.registered_versions(cohort, context.log.warning, known),
                 TARGET_ENTRY: steps.target_versions(cohort, scan.index),
             }
             steps.write_slide_index(store, scan)
@@ -158,7 +158,7 @@ def slide_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         group_name="slides",
         kinds={"polars", "parquet"},
         op_tags=CPU_TAGS,
-        code_version=code_version(2, settings.patch, settings.mpp, settings.tissue),
+        code_version=code_version(3, settings.patch, settings.mpp, settings.tissue),
         metadata={"dagster/column_schema": column_schema(pl.Schema(PATCH_SCHEMA))},
     )
     def patch_table(

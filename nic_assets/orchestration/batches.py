@@ -22,19 +22,17 @@ from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 import dagster as dg
-from dagster._core.definitions.data_version import (
+
+from nic_assets.orchestration.internals import (
     CODE_VERSION_TAG,
     DATA_VERSION_IS_USER_PROVIDED_TAG,
     DATA_VERSION_TAG,
-    get_input_data_version_tag,
-    get_input_event_pointer_tag,
-)
-from dagster._core.storage.tags import (
     MULTIDIMENSIONAL_PARTITION_PREFIX,
     RESUME_RETRY_TAG,
     RETRY_NUMBER_TAG,
+    get_input_data_version_tag,
+    get_input_event_pointer_tag,
 )
-
 from nic_assets.orchestration.metadata import OWNERS
 from nic_assets.orchestration.partition_checks import (
     Check,

@@ -20,9 +20,8 @@ from dataclasses import dataclass
 from typing import Any, Generic, ParamSpec
 
 import dagster as dg
-from dagster._core.definitions.asset_checks.asset_check_evaluation import (
-    AssetCheckEvaluationTargetMaterializationData,
-)
+
+from nic_assets.orchestration.internals import AssetCheckEvaluationTargetMaterializationData
 
 Arguments = ParamSpec("Arguments")
 

@@ -24,7 +24,6 @@ from nic_core.grids import (
     Grid,
     GridError,
     GridProvenance,
-    nic_version,
     open_grid,
 )
 from nic_core.grids.orientations import ORIENTATIONS, orient
@@ -42,6 +41,7 @@ from nic_core.tiling.blocks import (
 )
 from nic_core.tiling.patches import PatchTableError, check_patch_table
 from nic_core.types import Pixels
+from nic_core.version import __version__
 
 GPU_BLOCK = 16  # patches per side of a block with a GPU; with a CPU it is BLOCK
 
@@ -152,7 +152,7 @@ def compress_slide(
         unreadable=unreadable,
         precision=encoder.precision,
         reading=encoder.reading,
-        software=f"nic {nic_version()}",
+        software=f"nic {__version__}",
     )
     return Grid(embeddings[0], valid, provenance, embeddings if orientations else None)
 

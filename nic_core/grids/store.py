@@ -44,7 +44,6 @@ from nic_core.grids.chunks import StoredEmbeddings
 from nic_core.grids.orientations import ORIENTATIONS, orient
 from nic_core.store import atomic_folder
 from nic_core.types import Precision, Reading
-from nic_core.version import __version__
 
 GRID_FORMAT: Literal[2] = 2
 """Version of the store's layout and provenance. Stores of other versions are refused."""
@@ -110,11 +109,6 @@ class GridProvenance(BaseModel):
                 f"stride {self.stride} px: patches of {self.patch} px must not overlap"
             )
         return self
-
-
-def nic_version() -> str:
-    """Return the version of the installed distribution."""
-    return __version__
 
 
 class Embeddings(Protocol):

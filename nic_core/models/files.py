@@ -28,12 +28,12 @@ from safetensors.torch import load_file, save_file
 
 from nic_core.cohort import ModelSettings, Target
 from nic_core.encoders.encoder import weights_hash as tensors_hash
-from nic_core.grids import nic_version
 from nic_core.models.cox import BaselineHazard
 from nic_core.models.cross_validation import NETWORK, CrossValidation
 from nic_core.models.kinds import kind_of
 from nic_core.models.networks import Ensemble, FoldModel, Normalise, build_network, component_count
 from nic_core.types import Reading
+from nic_core.version import __version__
 
 CARD = "card.json"
 
@@ -256,7 +256,7 @@ def save_model(
         median_risk=kind_of(result.target).median_risk(held_out),
         baseline_hazards=result.baseline_hazards,
         metrics=tuple(ModelMetric(**row) for row in rows),
-        software={"nic": nic_version(), "torch": torch.__version__},
+        software={"nic": __version__, "torch": torch.__version__},
     )
     (folder / CARD).write_text(json.dumps(card.model_dump(mode="json"), indent=2) + "\n")
     return card
