@@ -155,7 +155,7 @@ def test_gpu_bound_assets_use_the_leased_device(tiny_cohort, tmp_path, monkeypat
             return event.step_failure_data.error_display_string
 
         assert "trained on cuda:7" in failure("encoder", "mtl-4")
-        assert "device 'cuda:7' is not here" in failure("grid", "mean-rgb|s1")
+        assert "device 'cuda:7' is not available" in failure("grid", "mean-rgb|s1")
         assert "trained on cuda:7" in failure("slide_model", f"mean-rgb|{cohort.targets[0].name}")
 
 
