@@ -11,11 +11,12 @@ HASHED := --require-hashes --no-deps --build-constraint requirements/constraints
 # what needs neither Dagster nor MLflow: the library and its tests
 CORE_TESTS ?= tests/slides tests/grids tests/models tests/encoders tests/demo $(wildcard tests/test_*.py)
 # some that touch every direct dependency
-LOWEST_TESTS ?= tests/test_cohort.py tests/models/test_metrics.py tests/grids/test_orientations.py tests/test_tables.py \
-	tests/test_store.py tests/demo/test_painting.py tests/slides/test_cli.py \
-	tests/slides/test_grids.py tests/slides/test_heatmaps.py tests/slides/test_slide_vendors.py \
-	tests/models/test_labels.py tests/models/test_losses.py tests/encoders/test_networks.py \
-	tests/assets/test_dependencies.py tests/assets/test_staleness.py
+LOWEST_TESTS ?= tests/test_cohort.py tests/test_store.py tests/test_tables.py tests/demo/test_painting.py \
+	tests/grids/test_orientations.py tests/slides/test_cli.py tests/slides/test_grids.py \
+	tests/slides/test_heatmaps.py tests/slides/test_patches.py tests/slides/test_slide_vendors.py \
+	tests/models/test_cox.py tests/models/test_labels.py tests/models/test_metrics.py \
+	tests/encoders/test_networks.py tests/assets/test_dependencies.py \
+	tests/assets/test_staleness.py
 
 .PHONY: demo refresh ui mlflow test test-fast test-core test-lowest lint docs lock
 
