@@ -1,39 +1,93 @@
-# Thin targets; the commands behind them are in the README too.
+# Thin targets; the commands behind them are in the README and in CONTRIBUTING.md too.
 PYTHON ?= python3
 BIN := .venv/bin
+# processes that run tests beside each other
+WORKERS ?= auto
 export DAGSTER_HOME ?= $(CURDIR)
 
-.PHONY: demo refresh ui mlflow test lint
+LOCK := --constraint requirements/constraints.txt --build-constraint requirements/constraints.txt
+HASHED := --require-hashes --no-deps --build-constraint requirements/constraints.txt
 
-.venv/installed: pyproject.toml
+# what needs neither Dagster nor MLflow: the library and its tests
+CORE_TESTS ?= tests/slides tests/grids tests/models tests/encoders tests/demo $(wildcard tests/test_*.py)
+# some that touch every direct dependency
+LOWEST_TESTS ?= tests/test_cohort.py tests/models/test_metrics.py tests/grids/test_orientations.py tests/test_tables.py \
+	tests/test_store.py tests/demo/test_painting.py tests/slides/test_cli.py \
+	tests/slides/test_grids.py tests/slides/test_heatmaps.py tests/slides/test_slide_vendors.py \
+	tests/models/test_labels.py tests/models/test_losses.py tests/encoders/test_networks.py \
+	tests/assets/test_dependencies.py tests/assets/test_staleness.py
+
+.PHONY: demo refresh ui mlflow test test-fast test-core test-lowest lint docs lock
+
+# everything but torch with its hashes checked; then torch and this project (requirements/lock.py)
+.venv/installed: pyproject.toml requirements/platform.txt requirements/constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --upgrade "pip>=25.1"
-	$(BIN)/pip install --quiet --editable .
+	$(BIN)/pip install --quiet --upgrade "pip>=25.3"
+	$(BIN)/pip install --quiet $(HASHED) --requirement requirements/platform.txt
+	$(BIN)/pip install --quiet $(LOCK) --editable '.[platform]'
 	touch $@
 
-.venv/installed-tests: .venv/installed
-	$(BIN)/pip install --quiet --group test
+.venv/installed-tests: .venv/installed requirements/dev.txt
+	$(BIN)/pip install --quiet $(HASHED) --requirement requirements/dev.txt
+	$(BIN)/pip check
+	touch $@
+
+# the library alone
+.venv-core/installed: pyproject.toml requirements/constraints.txt
+	$(PYTHON) -m venv --clear .venv-core
+	.venv-core/bin/pip install --quiet --upgrade "pip>=25.3"
+	.venv-core/bin/pip install --quiet $(LOCK) --editable . --group test-core
+	touch $@
+
+# the lowest versions that pyproject.toml admits
+.venv-lowest/installed: pyproject.toml requirements/lowest.txt
+	$(PYTHON) -m venv --clear .venv-lowest
+	.venv-lowest/bin/pip install --quiet --upgrade "pip>=25.3"
+	.venv-lowest/bin/pip install --quiet --no-deps --requirement requirements/lowest.txt
+	.venv-lowest/bin/pip install --quiet --no-deps --editable .
+	.venv-lowest/bin/pip check
 	touch $@
 
 demo: .venv/installed  ## make the demo cohort, materialize every asset, print the results
-	$(BIN)/python -m nic_core.demo data/demo
-	$(BIN)/python -m nic_assets.operations.refresh
+	$(BIN)/nic demo data/demo
+	$(BIN)/nic refresh
 	@echo "Dagster: make ui      MLflow: make mlflow"
 
 refresh: .venv/installed  ## materialize what is missing or stale
-	$(BIN)/python -m nic_assets.operations.refresh
+	$(BIN)/nic refresh
 
-ui: .venv/installed  ## Dagster on http://127.0.0.1:3000
-	$(BIN)/dagster dev --host 127.0.0.1 --port 3000
+ui: PORT ?= 3000
+ui: .venv/installed  ## Dagster on http://127.0.0.1:3000, or make ui PORT=...
+	$(BIN)/dagster dev --host 127.0.0.1 --port $(PORT)
 
-mlflow: .venv/installed  ## MLflow on http://127.0.0.1:5000
+mlflow: PORT ?= 5000
+mlflow: .venv/installed  ## MLflow on http://127.0.0.1:5000, or make mlflow PORT=...
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow server --workers 1 \
-		--backend-store-uri sqlite:///$${NIC_STORE:-data/store}/mlflow/mlflow.db --host 127.0.0.1 --port 5000
+		--backend-store-uri sqlite:///$${NIC_STORE:-data/store}/mlflow/mlflow.db \
+		--host 127.0.0.1 --port $(PORT)
 
-test: .venv/installed-tests
-	$(BIN)/pytest --numprocesses auto
+test: .venv/installed-tests  ## every test
+	$(BIN)/pytest --numprocesses $(WORKERS)
+
+test-fast: .venv/installed-tests  ## those that need no other process, no GPU and little time
+	$(BIN)/pytest --numprocesses $(WORKERS) -m "not slow and not integration and not gpu"
+
+test-core: .venv-core/installed  ## the library where Dagster and MLflow are not installed
+	.venv-core/bin/python .ci/absent.py dagster dagster_webserver mlflow
+	.venv-core/bin/pytest --numprocesses $(WORKERS) \
+		-m "not slow and not integration and not gpu" $(CORE_TESTS)
+
+test-lowest: .venv-lowest/installed  ## some tests with the lowest versions
+	.venv-lowest/bin/pytest --numprocesses $(WORKERS) -m "not gpu" $(LOWEST_TESTS)
 
 lint: .venv/installed-tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: .venv/installed-tests  ## the pages, as site/
+	$(BIN)/mkdocs build --strict
+
+lock: .venv/installed  ## write requirements/*.txt; make lock UPGRADE=--upgrade for newer versions
+	$(BIN)/pip install --quiet $(LOCK) --group lock
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python requirements/lock.py $(UPGRADE)

@@ -1,15 +1,16 @@
-"""How fast slides are read, encoded and compressed, and in how much memory.
+"""Measure the speed of reading, encoding and compressing slides, and the memory it takes.
 
     python benchmarks/compress.py
     python benchmarks/compress.py --peer tiatoolbox=/path/to/its/python --peer lazyslide=...
     python benchmarks/compress.py --memory
 
-The slide is a JPEG pyramid of texture in the colours of H&E, tissue all over: every cell is
-read. The encoder is the published network; its weights do not matter for speed. Rates are patches
-of 128 px at 0.5 um/px per second, the best of three; run it on an idle machine.
+The slide is a JPEG image of texture in the colours of H&E. All of it counts as tissue, so every
+cell is read. The encoder is the published network with random weights, which do not affect speed.
+Rates are patches of 128 px at 0.5 um/px per second, the best of three runs. Run it on an idle
+machine.
 
-A peer is another package in an environment of its own (``benchmarks/peers.py``): the same slide,
-cells and encoder through it.
+A peer is another package, installed in a separate environment, that processes the same slide and
+cells with the same encoder (``benchmarks/peers.py``).
 """
 
 from __future__ import annotations
@@ -41,16 +42,16 @@ from nic_core.encoders.networks import PatchEncoder, TellezEncoder
 from nic_core.parallel import cores
 from nic_core.slides import Slide, open_slide
 from nic_core.slides.engines import EngineName
-from nic_core.tiling.blocks import Block, in_order, plan_blocks, read_block
+from nic_core.tiling.blocks import Block, map_in_order, plan_blocks, read_block
 from nic_core.tiling.patches import patch_table
 from nic_core.tiling.tissue import TissueMask
 
 PATCH, MPP, STORED = 128, 0.5, 0.25
-FINEST, PYRAMID = "0.25 um/px only", "pyramid"
+SINGLE_LEVEL, PYRAMID = "0.25 um/px only", "pyramid"
 
 
 def paint_slide(path: Path, side: int, *, pyramid: bool) -> None:
-    """Write a slide; texture is repeated, so that any size is quick to make."""
+    """Write a slide of ``side`` px a side, of repeated texture, which is fast for any size."""
     noise = np.random.default_rng(0).random((2, 2048, 2048))
     field = ndimage.gaussian_filter(noise[0], 1.5, mode="wrap")
     field = field + 5 * ndimage.gaussian_filter(noise[1], 12, mode="wrap")
@@ -73,7 +74,7 @@ def paint_slide(path: Path, side: int, *, pyramid: bool) -> None:
 
 
 def published_encoder() -> Encoder:
-    """The published network with random weights."""
+    """Return the published network with random weights."""
     card = EncoderCard(
         name="published",
         architecture="tellez2020",
@@ -87,25 +88,26 @@ def published_encoder() -> Encoder:
 
 
 def all_cells(slide: Slide) -> pl.DataFrame:
-    """Every cell that lies in the slide, kept."""
+    """Return a patch table in which every cell is kept."""
     shape = int(slide.height * slide.mpp / 8), int(slide.width * slide.mpp / 8)
     mask = TissueMask(np.ones(shape, np.bool_), 8.0)
     return patch_table("benchmark", slide, mask, patch=PATCH, mpp=MPP, tissue=0.6)
 
 
 def rate(work: Callable[[], int], times: int = 3) -> float:
-    """Patches per second, the best of some."""
+    """Return patches per second, the best of several runs; ``work`` returns its patches."""
     best = 0.0
     for _ in range(times):
         start = time.perf_counter()
-        done = work()
-        best = max(best, done / (time.perf_counter() - start))
+        patches = work()
+        best = max(best, patches / (time.perf_counter() - start))
     return best
 
 
 def read_rate(
     path: Path, threads: int, *, engine: EngineName | None = None, reading: str = "patch"
 ) -> float:
+    """Return the rate of reading alone."""
     side, mpp = (PATCH, MPP) if reading == "patch" else (PATCH // 2, 2 * MPP)
     with open_slide(path, engine=engine) as slide:
         blocks = plan_blocks(all_cells(slide), side=8 * PATCH // side)
@@ -114,11 +116,11 @@ def read_rate(
             scaled = reading == "input"
             return len(read_block(slide, block, patch=side, mpp=mpp, scaled=scaled)[0])
 
-        return rate(lambda: sum(in_order(blocks, work, threads)))
+        return rate(lambda: sum(map_in_order(blocks, work, threads)))
 
 
 def encode_rate(module: nn.Module, side: int, threads: int) -> float:
-    """The encoder alone: a batch a core at a time, as compression does."""
+    """Return the rate of encoding alone, with one batch per thread, as in compression."""
     pixels = torch.randint(0, 256, (BATCH, side, side, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
 
     def encode(batches: int) -> int:
@@ -131,6 +133,7 @@ def encode_rate(module: nn.Module, side: int, threads: int) -> float:
 
 
 def compress(path: Path, encoder: PreparedEncoder, threads: int) -> int:
+    """Compress a slide; return the number of its patches."""
     with open_slide(path) as slide:
         grid = compress_slide(
             slide,
@@ -144,13 +147,14 @@ def compress(path: Path, encoder: PreparedEncoder, threads: int) -> int:
 
 
 def measure_speed(side: int, threads: int, peers: dict[str, str], console: Console) -> None:
+    """Print tables of the rates; ``peers`` maps the name of a package to its Python."""
     encoder = published_encoder()
     with tempfile.TemporaryDirectory() as folder:
-        slides = {name: Path(folder) / f"{i}.tif" for i, name in enumerate((FINEST, PYRAMID))}
+        slides = {name: Path(folder) / f"{i}.tif" for i, name in enumerate((SINGLE_LEVEL, PYRAMID))}
         for name, path in slides.items():
             paint_slide(path, side, pyramid=name == PYRAMID)
 
-        table = Table("read alone", "stored", "reading", *[f"{n} threads" for n in (1, threads)])
+        table = Table("reading alone", "stored", "reading", *[f"{n} threads" for n in (1, threads)])
         for name, path in slides.items():
             for engine in ("tifffile", "libvips", "openslide"):
                 rates = [read_rate(path, n, engine=engine) for n in (1, threads)]
@@ -159,63 +163,69 @@ def measure_speed(side: int, threads: int, peers: dict[str, str], console: Conso
             table.add_row("tifffile", name, "input", *[f"{r:,.0f}" for r in rates])
         console.print(table)
 
-        table = Table("encode alone", "input px", f"{threads} threads")
+        table = Table("encoding alone", "input px", f"{threads} threads")
         plain = encode_rate(encoder.module, PATCH, threads)
         table.add_row("as published, float32", str(PATCH), f"{plain:,.0f}")
         alone: dict[tuple[str, str], float] = {}
         for precision in ("float32", "bfloat16"):
             for reading in ("patch", "input"):
-                ready = encoder.prepare("cpu", precision, reading)
-                alone[precision, reading] = encode_rate(ready.module, ready.side, threads)
+                prepared = encoder.prepare("cpu", precision, reading)
+                alone[precision, reading] = encode_rate(prepared.module, prepared.side, threads)
                 rates = f"{alone[precision, reading]:,.0f}"
-                table.add_row(f"prepared, {precision}", str(ready.side), rates)
+                table.add_row(f"prepared, {precision}", str(prepared.side), rates)
         console.print(table)
 
-        table = Table("compress", "stored", "reading", "patches/s", "of encode", "of the limit")
+        table = Table(
+            "compression", "stored", "reading", "patches/s", "of encoding alone", "of the limit"
+        )
         whole: dict[tuple[str, str, str], float] = {}
         for name, path in slides.items():
             for reading in ("patch", "input"):
                 read = read_rate(path, threads, reading=reading)
                 for precision in ("float32", "bfloat16"):
-                    ready = encoder.prepare("cpu", precision, reading)
-                    found = rate(lambda p=path, r=ready: compress(p, r, threads))
-                    whole[name, precision, reading] = found
+                    prepared = encoder.prepare("cpu", precision, reading)
+                    compressed = rate(lambda p=path, e=prepared: compress(p, e, threads))
+                    whole[name, precision, reading] = compressed
                     encode = alone[precision, reading]
-                    # decoding and encoding share the cores: their times add up
+                    # decoding and encoding share the cores, so their times add up
                     limit = 1 / (1 / read + 1 / encode)
-                    shares = f"{found / encode:.2f}", f"{found / limit:.2f}"
-                    table.add_row(precision, name, reading, f"{found:,.0f}", *shares)
+                    ratios = f"{compressed / encode:.2f}", f"{compressed / limit:.2f}"
+                    table.add_row(precision, name, reading, f"{compressed:,.0f}", *ratios)
         console.print(table)
 
         if peers:
             script = Path(folder) / "encoder.pt"
             example = torch.zeros(2, 3, PATCH, PATCH, dtype=torch.uint8)
             torch.jit.trace(encoder.module, example).save(script)
-            here = Path(__file__).with_name("peers.py")
+            peer_script = Path(__file__).with_name("peers.py")
             table = Table(
-                *("peer", "stored", "read", "ours / its", "compress", "default", "input", "float32")
+                *("peer", "stored", "read", "nic / peer", "compress", "default", "input", "float32")
             )
             for name, path in slides.items():
                 read = read_rate(path, threads)
                 for peer, python in peers.items():
-                    command = [python, "-W", "ignore", here, peer, path, script]
+                    command = [python, "-W", "ignore", peer_script, peer, path, script]
                     out = subprocess.run(command, check=True, capture_output=True, text=True)
-                    its = json.loads(out.stdout.splitlines()[-1])
+                    rates_of_peer = json.loads(out.stdout.splitlines()[-1])
                     ratios = [
-                        f"{whole[name, *how] / its['compress']:.1f}x"
-                        for how in (
+                        f"{whole[name, *settings] / rates_of_peer['compress']:.1f}x"
+                        for settings in (
                             ("bfloat16", "patch"),
                             ("bfloat16", "input"),
                             ("float32", "patch"),
                         )
                     ]
-                    found = f"{its['read']:,.0f}", f"{read / its['read']:.1f}x"
-                    table.add_row(peer, name, *found, f"{its['compress']:,.0f}", *ratios)
+                    reading_rates = (
+                        f"{rates_of_peer['read']:,.0f}",
+                        f"{read / rates_of_peer['read']:.1f}x",
+                    )
+                    compress_rate = f"{rates_of_peer['compress']:,.0f}"
+                    table.add_row(peer, name, *reading_rates, compress_rate, *ratios)
             console.print(table)
 
 
 def measure_memory(side: int, threads: int, console: Console) -> None:
-    """Peak memory of a process that compresses one slide, for 1, 4 and 16 times the area."""
+    """Print the peak memory of compressing one slide, for 1, 4 and 16 times the area."""
     table = Table("slide", "area", "grid, MB", "peak memory, MB")
     with tempfile.TemporaryDirectory() as folder:
         for times in (1, 2, 4):
@@ -236,10 +246,12 @@ def measure_memory(side: int, threads: int, console: Console) -> None:
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    arguments.add_argument("--side", type=int, default=20_000, help="px of the slide")
+    arguments.add_argument("--side", type=int, default=20_000, help="side of the slide, px")
     arguments.add_argument("--threads", type=int, default=cores())
-    arguments.add_argument("--peer", action="append", default=[], help="NAME=PYTHON")
-    arguments.add_argument("--memory", action="store_true", help="memory instead of speed")
+    arguments.add_argument(
+        "--peer", action="append", default=[], help="NAME=PYTHON of another package"
+    )
+    arguments.add_argument("--memory", action="store_true", help="measure memory, not speed")
     arguments.add_argument("--compress", type=Path, help=argparse.SUPPRESS)
     options = arguments.parse_args()
     console = Console(width=110)

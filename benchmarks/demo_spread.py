@@ -2,10 +2,10 @@
 
     python benchmarks/demo_spread.py data/demo /tmp/spread --seeds 0 1 2
 
-A seed sets the initial weights and batches of the encoder, the folds, and the initial weights of the
-slide models. The slides, patches and labels are the same in every run. Each run appends its metrics to
-``results.jsonl`` in the output folder; the table at the end gives mean and standard deviation over
-the seeds of each precision.
+A seed sets the initial weights and batches of the encoder, the folds, and the initial weights of
+the slide models. The slides, patches and labels are the same in every run. Each run appends its
+metrics to ``results.jsonl`` in the output folder; the table at the end gives mean and standard
+deviation over the seeds of each precision.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import polars as pl
 
 from nic_core import steps
 from nic_core.cohort import Cohort, load_cohort
-from nic_core.models.metrics import PRIMARY
+from nic_core.models.kinds import kind_of
 from nic_core.store import ModelKey, Store
 from nic_core.types import Precision
 
@@ -63,11 +63,12 @@ def run(cohort: Cohort, store: Store) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
     for target in cohort.targets:
         steps.make_target_folds(cohort, store, target.name)
+        primary = kind_of(target).primary_metric
         for encoder in cohort.encoders:
             key = ModelKey(encoder=encoder.name, target=target.name)
             result, _ = steps.make_slide_model(cohort, store, key)
             rows += [
-                {"target": target.name, "kind": target.kind, "encoder": encoder.name, **row}
+                {"target": target.name, "primary": primary, "encoder": encoder.name, **row}
                 for row in result.metrics.to_dicts()
             ]
     return rows
@@ -75,9 +76,8 @@ def run(cohort: Cohort, store: Store) -> list[dict[str, object]]:
 
 def summary(results: pl.DataFrame) -> pl.DataFrame:
     """Mean, deviation and number of seeds of each target's primary metric, cross-validated."""
-    primary = pl.col("metric") == pl.col("kind").replace_strict(PRIMARY)
     return (
-        results.filter(primary, split="cv")
+        results.filter(pl.col("metric") == pl.col("primary"), split="cv")
         .group_by("target", "encoder", "model", "precision", maintain_order=True)
         .agg(
             pl.col("value").mean().alias("mean"),

@@ -1,12 +1,11 @@
-"""The study that the environment names, with steps that are tried again at once and often: they
-are killed often (``benchmarks/kills.py``)."""
+"""The study of the environment with 50 retries without delay, for ``benchmarks/kills.py``."""
 
 import dagster as dg
 
 from nic_assets.build import build_defs
-from nic_assets.orchestration.batches import batch_asset
+from nic_assets.orchestration import batches
 from nic_core.cohort import load_cohort
 from nic_core.store import Store
 
-batch_asset.keywords["retry_policy"] = dg.RetryPolicy(max_retries=50)
+batches.RETRIES = dg.RetryPolicy(max_retries=50)
 defs = build_defs(load_cohort(), Store.from_environment())

@@ -1,12 +1,12 @@
-"""Kill a study at random moments, again and again, and look at what is left.
+"""Kill the processes of a study at random moments, and verify the store after each kill.
 
     python benchmarks/kills.py OUT --kills 100
 
-A small demo cohort is compressed and trained undisturbed, then in rounds: SIGKILL hits the process
-of a run (a refresh: what is missing or stale, in one process) or that of a step (a run of Dagster's
-command, a process a step, which tries a killed step again). After every kill each product in the
-store must be whole; after the next materialization no lock and no temporary file may be left,
-and all grids, weights and predictions must be those of the undisturbed study.
+A small demo cohort is materialized once without interruption, then in rounds with interruptions.
+SIGKILL ends either a run (a refresh, which is one process) or a step of a run (started by
+``dagster asset materialize``, one process per step, which retries killed steps). After every kill,
+each product in the store must be complete. After the next materialization, no lock and no temporary
+file may be left, and all grids, weights and predictions must equal those without interruption.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ STEPS = (
     ("slide_model", "--partition", "mtl|growth"),
 )
 KILLS_A_RUN = 8
-LONGEST = 2.0  # seconds that a step lives before it is killed
+LONGEST = 2.0  # s after the start of a step, within which it is killed
 HOME = """telemetry: {enabled: false}
 concurrency: {pools: {granularity: op, default_limit: 1}}
 run_monitoring: {enabled: true}
 """
 
-# runs are forked from a server with the slow imports behind it, as steps are
+# runs are forked from a server process that has done the slow imports, as steps are
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(
     ["torch", "mlflow", "nic_assets.build", "nic_assets.operations.refresh"]
@@ -62,7 +62,7 @@ processes.set_forkserver_preload(
 
 @dataclass(frozen=True)
 class Study:
-    """A cohort, a store and a Dagster home of its own."""
+    """A cohort file with its own store and Dagster home."""
 
     cohort: Path
     root: Path
@@ -81,7 +81,7 @@ class Study:
         }
 
     def instance(self) -> dg.DagsterInstance:
-        """The Dagster home; to be made by one process before others use it."""
+        """Create the Dagster home; one process must do so before others use it."""
         home = self.root / "home"
         home.mkdir(parents=True, exist_ok=True)
         (home / "dagster.yaml").write_text(HOME)
@@ -89,17 +89,17 @@ class Study:
 
     @property
     def log(self) -> str:
-        """The last that refreshes said."""
+        """The end of the log of all refreshes."""
         return (self.root / "log.txt").read_text()[-5000:]
 
     def start_refresh(self) -> BaseProcess:
-        """Start ``python -m nic_assets.operations.refresh`` in a process of its own."""
+        """Start ``nic refresh`` in another process."""
         process = processes.Process(target=_refresh, args=(self.environment, self.root))
         process.start()
         return process
 
     def refresh(self) -> float:
-        """Bring the study up to date, undisturbed; returns the seconds it took."""
+        """Refresh the study without interruption; return the duration in s."""
         started = time.monotonic()
         process = self.start_refresh()
         process.join()
@@ -108,9 +108,9 @@ class Study:
         return time.monotonic() - started
 
     def start_materialize(self, asset: str, *partition: str) -> subprocess.Popen[bytes]:
-        """Start ``dagster asset materialize``: a run with a process a step."""
+        """Start ``dagster asset materialize``: a run with one process per step."""
         command = [sys.executable, *MATERIALIZE, *DEFINITIONS, "--select", asset, *partition]
-        with (self.root / "log.txt").open("a") as log:  # a pipe would fill up and stop it
+        with (self.root / "log.txt").open("a") as log:  # a pipe would fill up and block the process
             return subprocess.Popen(
                 command,
                 env=os.environ | self.environment | {"PYTHONPATH": str(Path(__file__).parents[1])},
@@ -120,15 +120,15 @@ class Study:
             )
 
     def results(self) -> dict[str, str]:
-        """Hashes of all that was computed."""
+        """Return the hashes of all grids, weights and predictions, by product."""
         found = {}
         for product in self.store.products():
-            match product.kind:
+            match product.asset:
                 case "grid":
                     found[str(product)] = grid_hash(product.path)
                 case "encoder":
                     found[str(product)] = read_card(product.path).weights_hash
-                case "model":
+                case "slide_model":
                     found[str(product)] = digest(
                         load_model(product.path).card.networks,
                         pl.read_parquet(product.path / PREDICTIONS).rows(),
@@ -136,11 +136,11 @@ class Study:
         return found
 
     def broken(self) -> list[str]:
-        """Products that are not whole."""
+        """Return the problems of incomplete products."""
         return [found.problem for found in verify_store(self.store) if found.problem is not None]
 
     def litter(self) -> list[str]:
-        """Locks and temporary files."""
+        """Return the names of locks and temporary files."""
         return [file.name for item in self.store.leftovers() for file in item.files]
 
 
@@ -154,20 +154,20 @@ def _refresh(environment: dict[str, str], root: Path) -> None:
 
 
 def kill_refresh(study: Study, moment: float) -> bool:
-    """SIGKILL a refresh after ``moment`` seconds; False if it was done before."""
+    """Kill a refresh after ``moment`` s; return False if it had finished before."""
     process = study.start_refresh()
     process.join(moment)
     process.kill()
     process.join()
     if problems := study.broken():
-        raise SystemExit(f"half a store after killing a run: {problems}")
+        raise SystemExit(f"incomplete products after killing a run: {problems}")
     if process.exitcode not in (0, -signal.SIGKILL):
-        raise SystemExit(f"not killed, but failed:\n{study.log}")
+        raise SystemExit(f"the refresh failed before it was killed:\n{study.log}")
     return process.exitcode != 0
 
 
 def kill_steps(study: Study, kills: int, chance: random.Random, *asset: str) -> int:
-    """SIGKILL the step of a run up to ``kills`` times, each a moment after it came up."""
+    """Kill the step of a run up to ``kills`` times; return the number of kills."""
     process = study.start_materialize(*asset)
     done = 0
     while process.poll() is None:
@@ -178,20 +178,20 @@ def kill_steps(study: Study, kills: int, chance: random.Random, *asset: str) -> 
         time.sleep(chance.uniform(0, LONGEST))
         try:
             os.kill(step, signal.SIGKILL)
-        except ProcessLookupError:  # it was done
+        except ProcessLookupError:  # the step had finished
             continue
         done += 1
         while _alive(step):
             time.sleep(0.01)
         if problems := study.broken():
-            raise SystemExit(f"half a store after killing a step: {problems}")
+            raise SystemExit(f"incomplete products after killing a step: {problems}")
     if process.returncode:
-        raise SystemExit(f"the run did not survive its step's end:\n{study.log}")
+        raise SystemExit(f"the run failed after its step was killed:\n{study.log}")
     return done
 
 
 def _step(run: int) -> int | None:
-    """The process of a run's step: a child of the server that Dagster forks steps from."""
+    """Return the process id of a run's step: a child of Dagster's fork server."""
     for child in _children(run):
         if b"forkserver" in _command(child):
             for step in _children(child):
@@ -222,19 +222,19 @@ def _alive(pid: int) -> bool:
 
 
 def compare(study: Study, expected: dict[str, str]) -> None:
-    """Stop where the study differs from an undisturbed one or has something lying about."""
+    """Exit with a message unless the study is complete, clean, and has the expected results."""
     if problems := study.broken():
-        raise SystemExit(f"half a store: {problems}")
+        raise SystemExit(f"incomplete products: {problems}")
     if litter := study.litter():
-        raise SystemExit(f"left lying about: {litter}")
+        raise SystemExit(f"locks or temporary files are left: {litter}")
     found = study.results()
     if found != expected:
         differing = {k for k in found.keys() | expected.keys() if found.get(k) != expected.get(k)}
-        raise SystemExit(f"other results than undisturbed: {sorted(differing)}")
+        raise SystemExit(f"results differ from those without interruption: {sorted(differing)}")
 
 
 def quick_demo(folder: Path) -> Path:
-    """The cohort file of a dozen small slides, one encoder and one target, with quick settings."""
+    """Write a cohort of twelve small slides, one encoder and one target, with fast settings."""
     path = make_demo(folder, slides=12, patches_per_task=60, side=1024, workers=1)
     cohort = yaml.safe_load(path.read_text())
     cohort["patch_tasks"] = cohort["patch_tasks"][:2]
@@ -268,7 +268,7 @@ def main() -> None:
     with undisturbed.instance():
         seconds = undisturbed.refresh()
     expected = undisturbed.results()
-    print(f"undisturbed: {seconds:.0f} s, {len(expected)} results", flush=True)
+    print(f"without interruption: {seconds:.0f} s, {len(expected)} results", flush=True)
 
     kills: Counter[str] = Counter()
     for number in itertools.count(1):
@@ -285,7 +285,7 @@ def main() -> None:
             left = min(KILLS_A_RUN, arguments.kills - kills.total())
             kills["step"] += kill_steps(study, left, chance, asset, *partition)
             compare(study, expected)
-        print(f"round {number}: killed {dict(kills)}; all as undisturbed", flush=True)
+        print(f"round {number}: killed {dict(kills)}; same results", flush=True)
         if kills.total() >= arguments.kills:
             break
 

@@ -1,11 +1,11 @@
-"""What orchestration costs by number of slides, without any work in the assets.
+"""Measure the overhead of orchestration by number of slides, without any computation.
 
-    python benchmarks/orchestration.py overhead   # a slide in a run of its own, and in batches
-    python benchmarks/orchestration.py ticks      # the sensors, partitions, definitions
-    python benchmarks/orchestration.py pages      # the webserver behind the UI's pages
+    python benchmarks/orchestration.py overhead   # per slide, in single runs and in a batch
+    python benchmarks/orchestration.py ticks      # sensors, partitions, definitions
+    python benchmarks/orchestration.py pages      # requests of the UI's pages to the webserver
 
-Everything lies in a temporary folder (``--folder``), Dagster's storage is SQLite. The definitions
-are the real ones, of a cohort of empty files; only ``overhead`` runs an asset, which does nothing.
+All files are in a temporary folder (``--folder``); Dagster's storage is SQLite. The definitions are
+those of the package for a cohort of empty files. Only ``overhead`` runs an asset; it does nothing.
 """
 
 import argparse
@@ -24,27 +24,25 @@ from pathlib import Path
 from typing import TypeVar
 
 import dagster as dg
-from dagster._core.definitions.data_version import (
+
+from nic_assets.assets.inputs import add_slides
+from nic_assets.build import build_defs
+from nic_assets.orchestration.batches import Events, Product, batch_asset, materialize_each
+from nic_assets.orchestration.executors import chosen_executor
+from nic_assets.orchestration.internals import (
+    ASSET_PARTITION_RANGE_END_TAG,
+    ASSET_PARTITION_RANGE_START_TAG,
     CODE_VERSION_TAG,
     DATA_VERSION_IS_USER_PROVIDED_TAG,
     DATA_VERSION_TAG,
     get_input_data_version_tag,
     get_input_event_pointer_tag,
 )
-from dagster._core.storage.tags import (
-    ASSET_PARTITION_RANGE_END_TAG,
-    ASSET_PARTITION_RANGE_START_TAG,
-)
-
-from nic_assets.assets.inputs import add_slides
-from nic_assets.build import build_defs
-from nic_assets.orchestration.batches import Product, batch_asset, materialize_each
-from nic_assets.orchestration.executors import chosen_executor
-from nic_assets.orchestration.staleness import due
+from nic_assets.orchestration.staleness import stale_assets
 from nic_assets.partitions import SLIDES
 from nic_core import steps
 from nic_core.cohort import load_cohort
-from nic_core.cohort.scan import look
+from nic_core.cohort.scan import scan_files
 from nic_core.store import Store
 
 ENCODERS = 9
@@ -52,7 +50,7 @@ Result = TypeVar("Result")
 
 
 def timed(label: str, work: Callable[[], Result], per: int = 1) -> Result:
-    """Do ``work`` and print how long it took, by item where there are several."""
+    """Call ``work`` and print its duration, divided by ``per`` items."""
     start = time.perf_counter()
     result = work()
     seconds = (time.perf_counter() - start) / per
@@ -60,17 +58,17 @@ def timed(label: str, work: Callable[[], Result], per: int = 1) -> Result:
     return result
 
 
-# --- a slide in a run ------------------------------------------------------------------------
+# --- runs ------------------------------------------------------------------------------------
 
 
 @batch_asset(partitions_def=SLIDES, code_version="1")
-def nothing(context: dg.AssetExecutionContext) -> Iterator[dg.MaterializeResult]:  # type: ignore[type-arg]
-    """An asset that does nothing for each slide."""
-    yield from materialize_each(context, lambda key: Product(key), expected=())
+def nothing(context: dg.AssetExecutionContext) -> Events:
+    """Do nothing for each slide."""
+    yield from materialize_each(context, lambda key: Product(key), parse=str, expected=())
 
 
 def nothing_job() -> dg.JobDefinition:
-    """For a process of its own: the multiprocess executor loads the job anew."""
+    """Return the job; the processes of the multiprocess executor load it by this function."""
     return dg.Definitions(
         assets=[nothing],
         jobs=[dg.define_asset_job("do_nothing", selection="nothing")],
@@ -80,7 +78,7 @@ def nothing_job() -> dg.JobDefinition:
 
 def overhead(folder: Path, slides: int) -> None:
     keys = [f"s{number:06d}" for number in range(slides)]
-    # a step's process has the real definitions loaded before it is forked
+    # the fork server of the executor loads the package's definitions
     os.environ |= {"NIC_COHORT": str(cohort_of(folder / "c", 1)), "NIC_STORE": str(folder / "s")}
     home = folder / "dagster"
     home.mkdir()
@@ -105,8 +103,8 @@ def overhead(folder: Path, slides: int) -> None:
                 )
                 assert result.success
 
-        timed("a run a slide, in this process", one_by_one, per=20)
-        timed("a run a slide, a process a step", processes, per=3)
+        timed("one run per slide, in this process", one_by_one, per=20)
+        timed("one run per slide, one process per step", processes, per=3)
         timed(f"one run of {slides:,} slides", lambda: run(keys[0], keys[-1]), per=slides)
 
 
@@ -114,7 +112,7 @@ def overhead(folder: Path, slides: int) -> None:
 
 
 def cohort_of(folder: Path, slides: int) -> Path:
-    """A cohort of empty files and nine encoders."""
+    """Write a cohort of empty slide files and nine encoders; return the cohort file."""
     (folder / "wsi").mkdir(parents=True)
     for number in range(slides):
         (folder / "wsi" / f"s{number:06d}.tif").touch()
@@ -126,22 +124,24 @@ def cohort_of(folder: Path, slides: int) -> Path:
 
 def ticks(folder: Path, slides: int) -> None:
     path = folder / "cohort.yaml"
-    timed(f"{slides:,} files: made", lambda: cohort_of(folder, slides))
+    timed(f"{slides:,} files created", lambda: cohort_of(folder, slides))
     cohort, store = load_cohort(path), Store(folder / "store")
     defs = timed("definitions built", lambda: build_defs(cohort, store))
     graph = defs.resolve_asset_graph()
-    first = timed("sensor tick, all new", lambda: look(cohort, steps.read_file_snapshot(store)))
-    timed(
-        "sensor tick, all settled",
-        lambda: look(cohort, steps.read_file_snapshot(store), first.fingerprints),
+    first = timed(
+        "sensor tick, all files new", lambda: scan_files(cohort, steps.read_file_snapshot(store))
     )
     timed(
-        "slide_index looks at all, reads each",
+        "sensor tick, all files stable",
+        lambda: scan_files(cohort, steps.read_file_snapshot(store), first.fingerprints),
+    )
+    timed(
+        "slide_index scans and reads all files",
         lambda: steps.write_slide_index(store, steps.scan_slides(cohort, store)),
     )
-    timed("sensor tick, nothing new", lambda: look(cohort, steps.read_file_snapshot(store)))
+    timed("sensor tick, no change", lambda: scan_files(cohort, steps.read_file_snapshot(store)))
     size = len(json.dumps(first.fingerprints)) / 1000
-    print(f"{'cursor of a tick at which all are new':<68} {size:10,.1f} kB")
+    print(f"{'cursor of a tick with all files new':<68} {size:10,.1f} kB")
     keys = steps.read_slide_index(store)["slide"].to_list()
     home = folder / "dagster"
     home.mkdir()
@@ -149,21 +149,22 @@ def ticks(folder: Path, slides: int) -> None:
         timed(f"{slides:,} partitions added", lambda: add_slides(instance, keys))
         timed(f"{slides:,} partitions added again", lambda: add_slides(instance, keys))
         timed(
-            f"rebuild: what is due of {slides * ENCODERS:,} grids, none made",
-            lambda: due(instance, graph),
+            f"staleness of {slides * ENCODERS:,} missing grids",
+            lambda: stale_assets(instance, graph),
         )
-        made = min(len(keys), 1_000)  # recording them takes the longest
+        made = min(len(keys), 1_000)  # recording more events would take most of the time
         fill(instance, graph, keys[:made])
         timed(
-            f"rebuild: first look at {made * (ENCODERS + 2):,} events", lambda: due(instance, graph)
+            f"staleness, first read of {made * (ENCODERS + 2):,} events",
+            lambda: stale_assets(instance, graph),
         )
-        timed("rebuild: the next look, nothing new", lambda: due(instance, graph))
+        timed("staleness, no new event", lambda: stale_assets(instance, graph))
         tick = timed(
-            "rebuild: a whole tick, the first",
+            "tick of sensor rebuild, first",
             lambda: dg.evaluate_automation_conditions(defs, instance),
         )
         timed(
-            "rebuild: a whole tick, nothing new",
+            "tick of sensor rebuild, no new event",
             lambda: dg.evaluate_automation_conditions(defs, instance, cursor=tick.cursor),
         )
 
@@ -171,7 +172,7 @@ def ticks(folder: Path, slides: int) -> None:
 def fill(
     instance: dg.DagsterInstance, graph: object, keys: list[str], encoders: int = ENCODERS
 ) -> None:
-    """Record every slide as made, and its grids under the first encoders."""
+    """Record every slide and its grids under the first encoders as materialized."""
     start = time.perf_counter()
     count = 0
     for asset, parents, partitions in (
@@ -205,7 +206,7 @@ def fill(
             )
             count += 1
     seconds = time.perf_counter() - start
-    print(f"{'recording an event without a run':<68} {1000 * seconds / count:10,.1f} ms each")
+    print(f"{'recording one event without a run':<68} {1000 * seconds / count:10,.1f} ms each")
 
 
 # --- pages -----------------------------------------------------------------------------------
@@ -250,7 +251,7 @@ def pages(folder: Path, slides: int) -> None:
 
 @contextmanager
 def webserver(environment: dict[str, str], folder: Path) -> Iterator[Callable[..., object]]:
-    """A webserver of its own on a free port; gives a function that asks GraphQL."""
+    """Start a webserver on a free port; yield a function that sends a GraphQL query."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -292,7 +293,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("what", choices=("overhead", "ticks", "pages"))
     parser.add_argument("--slides", type=int, default=10_000)
-    parser.add_argument("--folder", type=Path, help="a place to write to; default: temporary")
+    parser.add_argument("--folder", type=Path, help="parent of the temporary folder")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         {"overhead": overhead, "ticks": ticks, "pages": pages}[options.what](

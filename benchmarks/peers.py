@@ -1,10 +1,11 @@
-"""The same slide, grid and encoder through another package; run by that package's own Python.
+"""Measure another package on the same slide, cells and encoder; run it with that package's Python.
 
     python benchmarks/peers.py lazyslide SLIDE ENCODER.pt
 
-ENCODER.pt is TorchScript, uint8 (B, 3, 128, 128) to embeddings: ``benchmarks/compress.py --peer`` writes
-it and calls this file. Prints one JSON object: patches per second reading alone, and end to end,
-with the package's own defaults (batch of 32).
+``benchmarks/compress.py --peer`` writes the slide and the encoder and calls this script. ENCODER.pt
+is a TorchScript network from uint8 (B, 3, 128, 128) to embeddings. The script prints a JSON object
+with patches per second, for reading alone and for reading and encoding, at the package's defaults
+(batches of 32).
 """
 
 from __future__ import annotations
@@ -17,20 +18,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 PATCH, MPP, BATCH = 128, 0.5, 32
-KEPT: list[object] = []
+KEEP_ALIVE: list[object] = []
 
 
 def lazyslide(slide: Path, encoder: Path) -> tuple[Callable[[], int], Callable[[], int]]:
+    """Return the functions that read and that encode the slide with LazySlide."""
     import lazyslide as zs
     import numpy as np
     import torch
 
-    # torchvision beside another build of torch lacks its operators and does not import; none is
-    # used here
+    # torchvision built for another torch cannot register its operators and fails to import;
+    # declare them, since the benchmark does not use them
     declared = torch.library.Library("torchvision", "DEF")
     for name in ("nms", "qnms"):
         declared.define(f"{name}(Tensor a, Tensor b, float c) -> Tensor")
-    KEPT.append(declared)
+    KEEP_ALIVE.append(declared)
     from shapely import box
     from wsidata import open_wsi
     from wsidata.io import add_tissues
@@ -48,7 +50,7 @@ def lazyslide(slide: Path, encoder: Path) -> tuple[Callable[[], int], Callable[[
             wsi,
             model=torch.jit.load(encoder).eval(),
             model_name="encoder",
-            # uint8 (H, W, 3) to what the encoder takes
+            # uint8 (H, W, 3) to (3, H, W)
             transform=lambda image: torch.from_numpy(np.array(image)).permute(2, 0, 1),
             batch_size=BATCH,
             pbar=False,
@@ -59,6 +61,7 @@ def lazyslide(slide: Path, encoder: Path) -> tuple[Callable[[], int], Callable[[
 
 
 def tiatoolbox(slide: Path, encoder: Path) -> tuple[Callable[[], int], Callable[[], int]]:
+    """Return the functions that read and that encode the slide with TIAToolbox."""
     import torch
     from tiatoolbox.models.dataset import WSIPatchDataset
     from torch.utils.data import DataLoader
@@ -87,6 +90,7 @@ def tiatoolbox(slide: Path, encoder: Path) -> tuple[Callable[[], int], Callable[
 
 
 def hs2p(slide: Path, encoder: Path) -> tuple[Callable[[], int], Callable[[], int]]:
+    """Return the functions that read and that encode the slide with hs2p."""
     import numpy as np
     import torch
     from hs2p import SlideSpec, TilingConfig, tile_slide
@@ -106,7 +110,7 @@ def hs2p(slide: Path, encoder: Path) -> tuple[Callable[[], int], Callable[[], in
     def batches() -> Iterator[np.ndarray]:
         waiting = []
         for tile in iter_tile_arrays_from_result(result=result):
-            # tiles come as they are stored
+            # tiles are returned at their stored resolution
             waiting.append(np.asarray(Image.fromarray(tile).reduce(len(tile) // PATCH)))
             if len(waiting) == BATCH:
                 yield np.stack(waiting)
@@ -134,9 +138,9 @@ def main() -> None:
     arguments.add_argument("peer", choices=PEERS)
     arguments.add_argument("slide", type=Path)
     arguments.add_argument("encoder", type=Path)
-    given = arguments.parse_args()
+    options = arguments.parse_args()
     rates = []
-    for work in PEERS[given.peer](given.slide, given.encoder):
+    for work in PEERS[options.peer](options.slide, options.encoder):
         start = time.perf_counter()
         count = work()
         rates.append(count / (time.perf_counter() - start))

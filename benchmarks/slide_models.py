@@ -4,8 +4,8 @@
     python benchmarks/slide_models.py --network small --side 24 --slides 40 --batches 2
 
 The cohort is synthetic: grids of 400 x 400 cells (--side) and 128 numbers, a disc of tissue of
-random embeddings, which compress badly. A few stores are written; all others are hard links to them,
-so that the cohort is small on disk but every slide is opened and read by itself. Nothing is
+random embeddings, which compress badly. A few stores are written; all others are hard links to
+them, so that the cohort is small on disk but every slide is opened and read by itself. Nothing is
 learned.
 
 Times are for whole epochs of training on a few batches: the network alone on crops in memory, and
@@ -50,6 +50,7 @@ def write_cohort(folder: Path, slides: int, side: int) -> list[str]:
             np.random.default_rng(i).normal(size=(EMBEDDING_SIZE, side, side)).astype(np.float16)
         )
         about = GridProvenance(
+            format=2,
             slide=name,
             slide_identity=name,
             slide_mpp=0.25,
@@ -58,6 +59,10 @@ def write_cohort(folder: Path, slides: int, side: int) -> list[str]:
             mpp=0.5,
             patch=128,
             stride=128,
+            unreadable=0,
+            precision="float32",
+            reading="patch",
+            software="random numbers",
         )
         write_grid(folder / name, Grid(embeddings * valid, valid, about))
     return names

@@ -1,17 +1,18 @@
-"""Supervised multitask encoders beside unsupervised ones, by number of tasks.
+"""Study: compare multitask encoders with unsupervised ones, by number of tasks.
 
     python benchmarks/study.py run COHORT.yaml --out FOLDER [--slides] [--subsets 1]
     python benchmarks/study.py show FOLDER... --picture study.png
 
 ``run`` trains, for each seed, VAE, contrastive and BiGAN on the patches of all tasks, and
-supervised encoders on every set of 1, 2, ... tasks, all at equal patches seen [choice]. Mean
-RGB, colour and texture features, an untrained network and ready encoders stand beside them.
-Each is judged by the linear probe of every patch task; with ``--slides`` also by the slides:
-compressed with it, its targets cross-validated. A seed deals the splits of the patch tasks (by
-group), and starts the encoders. What is done stays in FOLDER, a file an encoder: run it again to
-go on. ``show`` gathers that into ``study.parquet``, prints the means by number of tasks and by
-tasks, and draws the picture. Ready encoders (``--published``) read patches at the study's um/px,
-whatever theirs is.
+supervised encoders on every set of 1, 2, ... tasks, all with equal patches seen [choice]. Mean RGB,
+colour and texture features, an untrained network and published encoders are included for
+comparison. Each encoder is evaluated by the linear probe of every patch task; with ``--slides`` the
+slides are also compressed and the targets cross-validated. The seed determines the splits of the
+patch tasks (by group) and the initial weights. Results are written to FOLDER, one file per encoder,
+and an interrupted run resumes when it is started again. ``show`` collects the results into
+``study.parquet``, prints means by number of tasks and by set of tasks, and draws the figure.
+Published encoders (``--published``) embed patches at the study's resolution, even if they were
+trained at another one.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ from nic_core.encoders.keras_import import import_keras_encoder
 from nic_core.encoders.probes import Embedder, linear_probe, task_embeddings
 from nic_core.grids import Grid
 from nic_core.models.cross_validation import cross_validate
-from nic_core.models.metrics import PRIMARY
+from nic_core.models.kinds import kind_of
 from nic_core.slides import open_slide
 from nic_core.steps import (
     digest,
@@ -64,32 +65,33 @@ from nic_core.store import Store, atomic_file, atomic_folder
 from nic_core.tiling.patches import read_patch_table
 
 UNSUPERVISED = ("vae", "contrastive", "bigan")
-# the published rates, but 1e-2 is too high for so few steps [choice]
+# instead of the published 1e-2, which is too high for so few steps [choice]
 RATES = {"mtl": 2e-3, "contrastive": 2e-3}
 PROBE = "probe"  # balanced accuracy of the linear probe on a patch task
+STARS = "* trained with its labels, + on its patches"
 
 SCHEMA = pl.Schema(
     {
         "cohort": pl.String(),
         "seed": pl.Int64(),
         "encoder": pl.String(),
-        "kind": pl.String(),  # of encoder: its objective, or what it is
-        "tasks": pl.String(),  # whose labels it was trained with, joined by +
-        "count": pl.Int64(),  # of those tasks
+        "kind": pl.String(),  # objective, or kind of an encoder that was not trained here
+        "tasks": pl.String(),  # patch tasks with labels in training, joined by +
+        "count": pl.Int64(),  # number of these tasks
         "measure": pl.String(),  # PROBE, or the metric of a slide target
         "model": pl.String(),  # linear probe, network, mean_embedding or tissue_area
         "on": pl.String(),  # patch task or slide target
-        "saw": pl.String(),  # of the patch task: labels, pixels or nothing
+        "trained_on": pl.String(),  # part of the patch task in training: labels, pixels or nothing
         "value": pl.Float64(),
     }
 )
 
 
 class ColourAndTexture:
-    """The features of before deep learning, as a stand-in for an encoder [choice]."""
+    """Hand-crafted colour and texture features with the interface of an encoder [choice]."""
 
     def embed(self, pixels: NDArray[np.uint8]) -> NDArray[np.float64]:
-        """Patches uint8 (B, P, P, 3) to features (B, 44)."""
+        """Compute features (B, 44) of patches uint8 (B, P, P, 3)."""
         return np.stack([self._features(patch) for patch in pixels])
 
     @staticmethod
@@ -98,10 +100,8 @@ class ColourAndTexture:
         grey = rgb2gray(patch)
         found = [colours.mean(0), colours.std(0), *np.percentile(colours, (10, 50, 90), axis=0)]
         for radius in (1, 3):
-            embeddings = local_binary_pattern((grey * 255).astype(np.uint8), 8, radius, "uniform")
-            found.append(
-                np.bincount(embeddings.astype(int).ravel(), minlength=10) / embeddings.size
-            )
+            patterns = local_binary_pattern((grey * 255).astype(np.uint8), 8, radius, "uniform")
+            found.append(np.bincount(patterns.astype(int).ravel(), minlength=10) / patterns.size)
         for sigma in (1, 2, 4):  # contrast at several scales
             smooth = gaussian(grey, sigma)
             steps = np.hypot(*np.gradient(smooth))
@@ -118,9 +118,9 @@ def run(options: argparse.Namespace) -> None:
         settings = cohort.settings.model_copy(update={"mpp": options.mpp})
         cohort = cohort.model_copy(update={"settings": settings})
     out: Path = options.out
-    _settle(cohort, options)
+    _check_settings(cohort, options)
     slides = Slides(cohort, Store(out / "slides")) if options.slides else None
-    # the unsupervised ones, which take longest, last
+    # the unsupervised encoders come last, because they take longest
     for last, seed in product((False, True), range(options.seeds)):
         tasks = [_dataset(cohort, task, seed, out) for task in cohort.patch_tasks]
         unseen = [_dataset(cohort, _unseen(entry), seed, out) for entry in options.unseen]
@@ -130,31 +130,32 @@ def run(options: argparse.Namespace) -> None:
                 continue
             start = time.monotonic()
             encoder = _make(cohort, tasks, kind, spec, name, seed)
-            saw = dict.fromkeys(labels, "labels")
+            used = dict.fromkeys(labels, "labels")
             if kind in UNSUPERVISED and isinstance(spec, EncoderSpec):
-                saw = dict.fromkeys(spec.tasks, "pixels")
+                used = dict.fromkeys(spec.tasks, "pixels")
             about = (cohort.name, seed, name, kind, "+".join(labels), len(labels))
             rows = [
-                (*about, PROBE, "linear probe", task.name, saw.get(task.name, "nothing"), value)
+                (*about, PROBE, "linear probe", task.name, used.get(task.name, "nothing"), value)
                 for task in (*tasks, *unseen)
                 for value in [
                     linear_probe(task_embeddings(encoder, task, seed=seed)).balanced_accuracy
                 ]
             ]
             if slides is not None and isinstance(encoder, Encoder):
-                rows += [(*about, *row) for row in slides.judge(encoder, seed)]
+                rows += [(*about, *row) for row in slides.evaluate(encoder, seed)]
             with atomic_file(path) as partial:
                 pl.DataFrame(rows, SCHEMA, orient="row").write_parquet(partial)
             print(f"seed {seed} {name}: {time.monotonic() - start:.0f} s", flush=True)
 
 
-def _settle(cohort: Cohort, options: argparse.Namespace) -> None:
-    """Write what all encoders of the folder have in common; refuse to go on with anything else."""
+def _check_settings(cohort: Cohort, options: argparse.Namespace) -> None:
+    """Write the settings of the folder, or exit if it was made with other settings."""
     held_out = [task.name for task in cohort.patch_tasks if task.test_groups]
     if options.slides and held_out:
         raise SystemExit(
-            f"patch tasks {held_out} hold test_groups out, which may be patients of the slides; a "
-            "study deals its own splits and would train on them: take them out of the task's table"
+            f"patch tasks {held_out} have test_groups, which may be patients of the slides; the "
+            "study assigns its own splits and would train on them; remove their rows from the "
+            "tables of the tasks"
         )
     settings = {
         "cohort": digest(cohort),
@@ -170,7 +171,9 @@ def _settle(cohort: Cohort, options: argparse.Namespace) -> None:
             partial.write_text(json.dumps(settings, indent=2) + "\n")
     elif (before := json.loads(path.read_text())) != settings:
         others = {name: before[name] for name in settings if before[name] != settings[name]}
-        raise SystemExit(f"{options.out} was made with {others}: give another --out, or these")
+        raise SystemExit(
+            f"{options.out} was made with {others}; give another --out, or the same settings"
+        )
 
 
 def _unseen(entry: str) -> PatchTask:
@@ -179,7 +182,7 @@ def _unseen(entry: str) -> PatchTask:
 
 
 def _dataset(cohort: Cohort, task: PatchTask, seed: int, out: Path) -> PatchDataset:
-    """A patch task whose splits are dealt anew by the seed, where they are not published."""
+    """Build a patch task with splits by ``seed``, unless it has published splits."""
     folder = out / "patch_tasks" / f"{task.name}-{seed}"
     if not folder.exists():
         settings = cohort.settings
@@ -198,7 +201,7 @@ def _dataset(cohort: Cohort, task: PatchTask, seed: int, out: Path) -> PatchData
 def _encoders(
     cohort: Cohort, options: argparse.Namespace, seed: int
 ) -> Iterator[tuple[str, str, tuple[str, ...], EncoderSpec | Path | None]]:
-    """Name, kind, tasks with labels, and what it is made from."""
+    """Yield name, kind, tasks with labels, and spec or file of each encoder of the study."""
     names = tuple(task.name for task in cohort.patch_tasks)
     for kind in ("mean_rgb", "colour_and_texture", "untrained"):
         yield kind, kind, (), None
@@ -206,7 +209,7 @@ def _encoders(
         yield path.stem, f"published {path.stem.removeprefix('encoder_')}", (), path
     chosen = [
         (subset, "mtl")
-        for size in (len(names), *range(1, len(names)))  # all of them first: it is the claim
+        for size in (len(names), *range(1, len(names)))  # all tasks first: the main result
         for subset in _subsets(names, size, options.subsets, seed)
     ]
     paired = tuple(options.pairs or names)
@@ -230,12 +233,13 @@ def _encoders(
 
 
 def _subsets(
-    names: tuple[str, ...], size: int, most: int | None, seed: int
+    names: tuple[str, ...], size: int, limit: int | None, seed: int
 ) -> list[tuple[str, ...]]:
+    """Return all subsets of ``size`` names, or ``limit`` random ones."""
     every = list(combinations(names, size))
-    if most is None or most >= len(every):
+    if limit is None or limit >= len(every):
         return every
-    chosen = np.random.default_rng((seed, size)).choice(len(every), most, replace=False)
+    chosen = np.random.default_rng((seed, size)).choice(len(every), limit, replace=False)
     return [every[number] for number in sorted(chosen)]
 
 
@@ -280,7 +284,7 @@ def _make(
 
 
 class Slides:
-    """The cohort's slides, their tables and folds: made once, compressed by every encoder."""
+    """The slides of the cohort with patch tables and folds, for the evaluation of encoders."""
 
     def __init__(self, cohort: Cohort, store: Store) -> None:
         self.cohort, self.store = cohort, store
@@ -295,8 +299,8 @@ class Slides:
             target.name: make_target_folds(cohort, store, target.name) for target in self.targets
         }
 
-    def judge(self, encoder: Encoder, seed: int) -> Iterator[tuple[str, str, str, None, float]]:
-        """Measure, model, target, None and value; the seed also starts the networks."""
+    def evaluate(self, encoder: Encoder, seed: int) -> Iterator[tuple[str, str, str, None, float]]:
+        """Cross-validate every target; yield metric, model, target, None and value."""
         grids = self._compress(encoder)
         settings = self.cohort.settings.models.model_copy(update={"seed": seed, "bootstrap": 1})
         for target in self.targets:
@@ -304,17 +308,20 @@ class Slides:
             folds = table.filter(pl.col("split") == "cv").select("patient", "fold").unique()
             found = cross_validate(
                 target, table.drop("fold"), folds.sort("patient"), grids.__getitem__, settings
-            ).metrics.filter(split="cv", metric=PRIMARY[target.kind])
+            ).metrics.filter(split="cv", metric=kind_of(target).primary_metric)
             for row in found.iter_rows(named=True):
                 yield row["metric"], row["model"], target.name, None, row["value"]
 
     def _compress(self, encoder: Encoder) -> dict[str, Grid]:
-        ready, grids = encoder.prepare(), {}
+        prepared = encoder.prepare()
+        grids = {}
         for row in self.index.iter_rows(named=True):
             name = row["slide"]
             with open_slide(Path(row["path"]), mpp=row["mpp"]) as slide:
                 cells = read_patch_table(self.store.patch_table(name))
-                grids[name] = compress_slide(slide, cells, ready, slide_id=name, slide_identity="")
+                grids[name] = compress_slide(
+                    slide, cells, prepared, slide_id=name, slide_identity=""
+                )
         return grids
 
 
@@ -325,7 +332,9 @@ def show(options: argparse.Namespace) -> None:
     gathered = [gather(folder) for folder in options.folders]
     names = [name for rows in gathered for name in rows["cohort"].unique()]
     if len(set(names)) < len(names):
-        raise SystemExit(f"two folders are of one cohort ({sorted(names)}): show them one by one")
+        raise SystemExit(
+            f"two folders have the same cohort ({sorted(names)}); show them one by one"
+        )
     rows = pl.concat(gathered)
     console = Console(width=110)
     for (cohort,), own in rows.group_by("cohort", maintain_order=True):
@@ -337,7 +346,7 @@ def show(options: argparse.Namespace) -> None:
 
 
 def gather(folder: Path) -> pl.DataFrame:
-    """All rows of a folder; also left there as ``study.parquet``."""
+    """Collect the rows of a folder and write them to its ``study.parquet``."""
     rows = pl.read_parquet(folder / "rows" / "*.parquet")
     with atomic_file(folder / "study.parquet") as path:
         rows.write_parquet(path)
@@ -345,17 +354,17 @@ def gather(folder: Path) -> pl.DataFrame:
 
 
 def by_seed(rows: pl.DataFrame) -> pl.DataFrame:
-    """Mean of each seed over encoders of one kind and number of tasks, for each thing measured.
+    """Average over the encoders of one kind and number of tasks, for each seed and measure.
 
-    Probes of tasks that the encoder was trained with and of others are kept apart.
+    Probes on tasks of the training and on other tasks are averaged separately.
     """
-    keys = ("cohort", "kind", "count", "measure", "model", "on", "saw")
+    keys = ("cohort", "kind", "count", "measure", "model", "on", "trained_on")
     return rows.group_by(*keys, "seed", maintain_order=True).agg(pl.col("value").mean())
 
 
 def over_seeds(rows: pl.DataFrame) -> pl.DataFrame:
-    """Mean and standard deviation over seeds, ``sd`` null of one seed."""
-    keys = ("cohort", "kind", "count", "measure", "model", "on", "saw")
+    """Return mean and standard deviation over seeds; ``sd`` is null for a single seed."""
+    keys = ("cohort", "kind", "count", "measure", "model", "on", "trained_on")
     return (
         by_seed(rows)
         .group_by(*keys, maintain_order=True)
@@ -364,36 +373,39 @@ def over_seeds(rows: pl.DataFrame) -> pl.DataFrame:
 
 
 def summary(rows: pl.DataFrame, cohort: str) -> Table:
-    """A row a kind of encoder: what it is worth on every task and target, seen ones starred."""
+    """Return a table with one row per kind of encoder and number of tasks.
+
+    A star marks scores on tasks that the encoder was trained on.
+    """
     found = over_seeds(rows)
     columns = found.select("measure", "model", "on").unique(maintain_order=True)
     names = [
         on if measure == PROBE else f"{on}, {model}: {measure}"
         for measure, model, on in columns.iter_rows()
     ]
-    table = Table("encoder", *names, title=f"{cohort}: mean (sd over seeds); * trained on it")
+    table = Table("encoder", *names, title=f"{cohort}: mean (sd over seeds); {STARS}")
     kinds = found.select("kind", "count").unique(maintain_order=True)
     for kind, count in kinds.sort("count", maintain_order=True).iter_rows():
         own = found.filter(kind=kind, count=count)
         cells = []
         for measure, model, on in columns.iter_rows():
-            values = own.filter(measure=measure, model=model, on=on).sort("saw")
+            values = own.filter(measure=measure, model=model, on=on).sort("trained_on")
             cells.append("  ".join(_cell(row) for row in values.iter_rows(named=True)))
         table.add_row(f"{kind}, {count} tasks" if count else kind, *cells)
     return table
 
 
 def by_tasks(rows: pl.DataFrame, cohort: str) -> Table:
-    """A row a set of tasks: does their number count, or which they are?"""
+    """Return a table with one row per set of tasks, supervised encoders only."""
     keys = ("count", "tasks", "measure", "model", "on")
     found = (
         rows.filter(pl.col("kind") == "mtl", pl.col("model").is_in(("linear probe", "network")))
         .group_by(*keys, maintain_order=True)
-        .agg(pl.col("saw").first(), mean=pl.col("value").mean(), sd=pl.col("value").std())
+        .agg(pl.col("trained_on").first(), mean=pl.col("value").mean(), sd=pl.col("value").std())
         .sort("count", "tasks", maintain_order=True)
     )
     columns = found["on"].unique(maintain_order=True).to_list()
-    table = Table("trained on", *columns, title=f"{cohort}, supervised: mean (sd); * trained on it")
+    table = Table("trained on", *columns, title=f"{cohort}, supervised: mean (sd); {STARS}")
     for (_, tasks), own in found.group_by("count", "tasks", maintain_order=True):
         cells = {row["on"]: _cell(row) for row in own.iter_rows(named=True)}
         table.add_row(str(tasks).replace("+", " + "), *(cells.get(on, "") for on in columns))
@@ -401,13 +413,13 @@ def by_tasks(rows: pl.DataFrame, cohort: str) -> Table:
 
 
 def _cell(row: dict[str, object]) -> str:
-    star = {"labels": "*", "pixels": "+"}.get(str(row["saw"]), "")
+    star = {"labels": "*", "pixels": "+"}.get(str(row["trained_on"]), "")
     spread = "" if row["sd"] is None else f" ({row['sd']:.2f})"
     return f"{row['mean']:.2f}{spread}{star}"
 
 
 def picture(rows: pl.DataFrame) -> Figure:
-    """A panel a task or target: what each encoder is worth, and by number of tasks."""
+    """Plot scores by kind of encoder and number of tasks, one panel per task or target."""
     found = over_seeds(rows).filter(pl.col("model").is_in(("linear probe", "network")))
     panels = found.partition_by("cohort", "on", maintain_order=True)
     columns = min(3, len(panels))
@@ -418,29 +430,29 @@ def picture(rows: pl.DataFrame) -> Figure:
         axes.remove()
     for axes, panel in zip(every, panels, strict=False):
         _panel(axes, panel)
-    known = {
+    legend = {
         label: handle
         for axes in figure.axes
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
-    figure.legend(known.values(), known.keys(), loc="outside lower center", ncols=3, fontsize=8)
+    figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=3, fontsize=8)
     return figure
 
 
 def _panel(axes: Axes, found: pl.DataFrame) -> None:
-    """Encoders without labels on the left, then 1, 2, ... tasks; bars are one deviation."""
-    beside = found.filter(pl.col("kind") != "mtl")["kind"].unique(maintain_order=True).to_list()
+    """Plot other encoders on the left, then 1, 2, ... tasks; bars are one standard deviation."""
+    others = found.filter(pl.col("kind") != "mtl")["kind"].unique(maintain_order=True).to_list()
     counts = sorted(found.filter(kind="mtl")["count"].unique())
-    places = {name: place for place, name in enumerate((*beside, *counts))}
-    about = {"nothing": "o", "labels": "s", "pixels": "^", None: "o"}
-    told = {
-        "nothing": "saw nothing of the task",
+    places = {name: place for place, name in enumerate((*others, *counts))}
+    markers = {"nothing": "o", "labels": "s", "pixels": "^", None: "o"}
+    meanings = {
+        "nothing": "not trained on this task",
         "labels": "trained with its labels",
-        "pixels": "trained on its patches, no labels",
+        "pixels": "trained on its patches without labels",
         None: "slides",
     }
-    for saw, marker in about.items():
-        own = found.filter(pl.col("saw").eq_missing(saw)).sort("count")
+    for used, marker in markers.items():
+        own = found.filter(pl.col("trained_on").eq_missing(used)).sort("count")
         for multitask in (False, True):
             part = own.filter((pl.col("kind") == "mtl") == multitask)
             if part.is_empty():
@@ -451,9 +463,9 @@ def _panel(axes: Axes, found: pl.DataFrame) -> None:
                 part["sd"].fill_null(0),
                 fmt=marker + ("-" if multitask else ""),
                 color="C0" if multitask else "0.4",
-                mfc="white" if saw == "nothing" else None,
+                mfc="white" if used == "nothing" else None,
                 capsize=3,
-                label=f"{'supervised' if multitask else 'other'}, {told[saw]}",
+                label=f"{'supervised' if multitask else 'other'}, {meanings[used]}",
             )
     labels = [str(name).replace("_", " ") for name in places]
     axes.set_xticks(range(len(places)), labels, rotation=60, ha="right", fontsize=7)
@@ -471,20 +483,20 @@ def main() -> None:
     runner.set_defaults(work=run)
     runner.add_argument("cohort", type=Path)
     runner.add_argument("--out", type=Path, required=True)
-    runner.add_argument("--patches", type=int, default=40_000, help="seen in each training")
+    runner.add_argument("--patches", type=int, default=40_000, help="patches seen in each training")
     runner.add_argument("--seeds", type=int, default=3)
-    runner.add_argument("--subsets", type=int, help="of each size, at random a seed; default: all")
-    runner.add_argument("--slides", action="store_true", help="compress and cross-validate too")
-    runner.add_argument("--mpp", type=float, help="um/px, instead of the cohort's")
+    runner.add_argument("--subsets", type=int, help="random subsets of each size; default: all")
+    runner.add_argument("--slides", action="store_true", help="also compress and cross-validate")
+    runner.add_argument("--mpp", type=float, help="um/px; overrides the cohort's")
     runner.add_argument("--published", type=Path, nargs="*", default=[], help="Keras encoders")
     runner.add_argument(
         "--unseen",
         nargs="*",
         default=[],
         metavar="NAME=FOLDER",
-        help="patch tasks to probe only: a folder a class",
+        help="patch tasks for probes only: a folder with one subfolder per class",
     )
-    runner.add_argument("--pairs", nargs="*", help="tasks with neighbours, for contrastive")
+    runner.add_argument("--pairs", nargs="*", help="tasks of contrastive; default: all")
     runner.add_argument("--threads", type=int, default=2)
     shower = commands.add_parser("show")
     shower.set_defaults(work=show)

@@ -1,4 +1,4 @@
-"""How well tissue is found, on painted sections whose tissue is known.
+"""Measure tissue detection on painted sections with known tissue, and draw a contact sheet.
 
 python benchmarks/tissue.py --out docs/pictures/tissue.jpg
 """
@@ -17,16 +17,16 @@ from rich.console import Console
 from rich.table import Table
 
 from nic_core.demo.artefacts import Mask, Section, sections
-from nic_core.tiling.tissue import TISSUE_MPP, find_tissue, outlined
+from nic_core.tiling.tissue import TISSUE_MPP, draw_outline, find_tissue
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, required=True, help="contact sheet")
     options = parser.parse_args()
-    found = [(section, find_tissue(section.pixels, TISSUE_MPP)) for section in sections()]
-    report = Table("section", "tissue", "found", "IoU", "fat found")
-    for section, mask in found:
+    detected = [(section, find_tissue(section.pixels, TISSUE_MPP)) for section in sections()]
+    report = Table("section", "tissue", "detected", "IoU", "fat detected")
+    for section, mask in detected:
         either = (mask | section.tissue).sum()
         report.add_row(
             section.name,
@@ -36,20 +36,20 @@ def main() -> None:
             f"{mask[section.fat].mean():.0%}" if section.fat.any() else "",
         )
     Console().print(report)
-    sheet(found).savefig(options.out, dpi=100, pil_kwargs={"quality": 80})
+    sheet(detected).savefig(options.out, dpi=100, pil_kwargs={"quality": 80})
 
 
-def sheet(found: list[tuple[Section, Mask]], *, columns: int = 5) -> Figure:
-    """The sections with what was found in outline."""
-    rows = -(-len(found) // columns)
+def sheet(detected: list[tuple[Section, Mask]], *, columns: int = 5) -> Figure:
+    """Draw the sections with the outlines of the detected tissue."""
+    rows = -(-len(detected) // columns)
     figure = Figure(figsize=(2.2 * columns, 2.4 * rows), layout="constrained")
     FigureCanvasAgg(figure)
     for axes in figure.subplots(rows, columns).flat:
         axes.set_axis_off()
-    for axes, (section, mask) in zip(figure.axes, found, strict=False):
-        # a margin, so that a picture full of tissue has an outline too; larger, for a thin line
+    for axes, (section, mask) in zip(figure.axes, detected, strict=False):
+        # a margin, so that a section full of tissue has an outline; enlarged, so that it is thin
         pixels = np.pad(section.pixels, ((3, 3), (3, 3), (0, 0)), constant_values=255)
-        axes.imshow(outlined(_larger(pixels), _larger(np.pad(mask, 3)), thick=2))
+        axes.imshow(draw_outline(_larger(pixels), _larger(np.pad(mask, 3)), thick=2))
         axes.set_title(section.name, fontsize=9)
     return figure
 

@@ -1,11 +1,11 @@
-"""What a training step costs: loading and augmentation beside forward and backward.
+"""Benchmark of a training step: loading and augmentation against forward and backward pass.
 
     python benchmarks/train_encoder.py
     python benchmarks/train_encoder.py --objective vae --precision float32 --threads 1
 
-Patches are noise in memory-mapped files, as a patch task keeps them: what they show does not
-change the time. Rounds of every measurement alternate and the median round counts, so that a
-machine's other work troubles all alike; still, run it on an idle one.
+Patches are noise in memory-mapped files, the format of a patch task; their content does not affect
+the time. The measurements run in alternating rounds and the median round is reported, so that other
+load on the machine affects all of them equally; an idle machine is still better.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from nic_core.encoders.patch_tasks import (
     load_patch_task,
     save_patch_task,
 )
-from nic_core.encoders.training import OBJECTIVES, PUBLISHED_RATES
+from nic_core.encoders.training import OBJECTIVES
 
 PATCH, MPP, EMBEDDING_SIZE = 128, 0.5, 128
 CLASSES = ("one", "other")
 
 
 def noise_task(folder: Path, name: str, patches: int, seed: int) -> PatchDataset:
-    """A patch task on disk: images of 2 x 2 patches, four images a patient."""
+    """Write a patch task of noise: images of 2 x 2 patches, four images per patient."""
     pixels = np.random.default_rng(seed).integers(0, 256, (patches, PATCH, PATCH, 3), np.uint8)
     rows = []
     for index in range(patches):
@@ -60,18 +60,18 @@ def noise_task(folder: Path, name: str, patches: int, seed: int) -> PatchDataset
 
 
 def alternate(
-    works: dict[str, Callable[[], object]], rounds: int, repeats: int
+    functions: dict[str, Callable[[], object]], rounds: int, repeats: int
 ) -> dict[str, float]:
-    """Median milliseconds of each work, in rounds of a few repeats each."""
-    for work in works.values():
+    """Return the median time of each function in ms, over alternating rounds."""
+    for function in functions.values():
         for _ in range(3):
-            work()
-    times: dict[str, list[float]] = {name: [] for name in works}
+            function()
+    times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds):
-        for name, work in works.items():
+        for name, function in functions.items():
             start = time.perf_counter()
             for _ in range(repeats):
-                work()
+                function()
             times[name].append((time.perf_counter() - start) * 1000 / repeats)
     return {name: median(found) for name, found in times.items()}
 
@@ -107,10 +107,11 @@ def main() -> None:
         )
         channels_last(objective.networks)
         objective.networks.train()
-        rate = PUBLISHED_RATES[spec.objective]
-        optimizer = torch.optim.Adam(objective.networks.parameters(), lr=rate, fused=True)
+        optimizer = torch.optim.Adam(
+            objective.networks.parameters(), lr=objective.learning_rate, fused=True
+        )
         generator = torch.Generator(device).manual_seed(0)
-        ready = objective.batch(generator)
+        loaded = objective.batch(generator)
 
         def learn(batch: object) -> float:
             with torch.autocast(device.type, torch.bfloat16, precision == "bfloat16"):
@@ -120,16 +121,16 @@ def main() -> None:
             optimizer.step()
             return loss.item()
 
-        works: dict[str, Callable[[], object]] = {
-            "forward, backward, optimiser": lambda: learn(ready),
+        functions: dict[str, Callable[[], object]] = {
+            "forward, backward, optimiser": lambda: learn(loaded),
             "loading and augmentation": lambda: objective.batch(generator),
-            "the whole step": lambda: learn(objective.batch(generator)),
+            "complete step": lambda: learn(objective.batch(generator)),
         }
-        step = alternate(works, options.rounds, 4)
+        step = alternate(functions, options.rounds, 4)
         shares = [(task, task.rows("train")[: spec.batch // len(tasks)]) for task in tasks]
         parts = alternate(
             {
-                "read from the files, pool": lambda: [
+                "reading and pooling": lambda: [
                     pool_stored(torch.from_numpy(task.patches[rows]), 2) for task, rows in shares
                 ],
                 **augmentation_parts(spec.batch, generator),
@@ -137,32 +138,34 @@ def main() -> None:
             options.rounds,
             4,
         )
-    seen = objective.patches_a_step
+    seen = objective.patches_per_step
     console = Console()
-    what = f"{options.objective}, {options.tasks} tasks, {precision}"
-    report = Table(what, "ms a step", "patches/s", title=f"{options.threads} threads, {device}")
+    setting = f"{options.objective}, {options.tasks} tasks, {precision}"
+    report = Table(
+        setting, "ms per step", "patches/s", title=f"{options.threads} threads, {device}"
+    )
     for name, milliseconds in step.items():
         report.add_row(name, f"{milliseconds:.1f}", f"{seen * 1000 / milliseconds:,.0f}")
     console.print(report)
-    learning, whole = step["forward, backward, optimiser"], step["the whole step"]
-    console.print(f"loading and augmentation: {1 - learning / whole:.1%} of the step")
-    report = Table(f"a batch of {spec.batch}, pooled to 64 px", "ms")
+    learning, complete = step["forward, backward, optimiser"], step["complete step"]
+    console.print(f"loading and augmentation: {1 - learning / complete:.1%} of the step")
+    report = Table(f"batch of {spec.batch}, pooled to 64 px", "ms")
     for name, milliseconds in parts.items():
         report.add_row(name, f"{milliseconds:.2f}")
     console.print(report)
 
 
 def augmentation_parts(batch: int, generator: torch.Generator) -> dict[str, Callable[[], Tensor]]:
-    """The augmentation of a batch, and its three parts alone."""
+    """Return functions for the augmentation of a batch and for each of its parts."""
     device = generator.device
     pooled = torch.rand(batch, 3, PATCH // 2, PATCH // 2, device=device)
     grid = augmentation._sampling_grid(pooled, generator, HEAVY)
     return {
-        "augmentation, all": lambda: augment(pooled, generator),
-        "  orientation, turn, zoom, elastic: where to look": lambda: augmentation._sampling_grid(
+        "augmentation": lambda: augment(pooled, generator),
+        "  spatial changes: sampling grid": lambda: augmentation._sampling_grid(
             pooled, generator, HEAVY
         ),
-        "  the same: resampling": lambda: torch.nn.functional.grid_sample(
+        "  spatial changes: resampling": lambda: torch.nn.functional.grid_sample(
             pooled, grid, padding_mode="reflection", align_corners=False
         ),
         "  stain, hue, saturation, contrast, brightness": lambda: augmentation._jitter_colour(

@@ -1,8 +1,9 @@
-"""What is done without being asked: looking for new inputs, and making what is missing or stale.
+"""Automation: find new inputs, and materialize what is missing or stale.
 
-``watch_inputs`` looks at the files every minute (``automation.poll_seconds``) and asks for ``slide_index``
-when they have changed; that asset finds out what is new. ``rebuild`` asks, while the cohort's hours
-are open, for whatever is missing or stale by Dagster's own rule, in the order of the graph.
+The sensor ``watch_inputs`` scans the input files every minute (``automation.poll_seconds``) and
+requests ``slide_index`` when they have changed; that asset records the new versions. The sensor
+``rebuild`` evaluates the automation conditions of this module. Within the cohort's hours they
+request every missing or stale partition, upstream assets first.
 """
 
 from __future__ import annotations
@@ -11,51 +12,49 @@ import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import dagster as dg
-from dagster._core.definitions.asset_key import AssetOrCheckKey
-from dagster._core.definitions.declarative_automation.automation_condition import (
-    BuiltinAutomationCondition,
-)
-from dagster._core.definitions.unresolved_asset_job_definition import UnresolvedAssetJobDefinition
-from dagster._utils.schedules import is_valid_cron_schedule
 
 from nic_assets.assets.inputs import ScanConfig
-from nic_assets.orchestration.staleness import Graph, StaleAsset, due
+from nic_assets.orchestration.staleness import StaleAsset, stale_assets
 from nic_assets.tags import REFRESH_TAG
 from nic_core.cohort import Automation, Cohort, CohortError
 from nic_core.cohort.scan import scan_files
 from nic_core.steps import digest, read_file_snapshot
 from nic_core.store import Store
 
+if TYPE_CHECKING:
+    from nic_assets.orchestration.internals import AssetGraph, AssetJob
+
 AC = dg.AutomationCondition
 Condition: TypeAlias = dg.AutomationCondition[dg.AssetKey]
 
 
-class Due(dg.AutomationCondition[dg.AssetKey]):
-    """Missing or stale, and all its inputs are there.
+class ReadyToMaterialize(dg.AutomationCondition[dg.AssetKey]):
+    """True for partitions that are missing or stale and whose inputs exist.
 
-    With ``above`` also: nothing above it is still to be made, or it would be made twice.
+    With ``wait_for_upstream``, true only if also no upstream partition remains to be materialized.
     """
 
-    def __init__(self, *, above: bool) -> None:
-        self.above = above
+    def __init__(self, *, wait_for_upstream: bool) -> None:
+        self.wait_for_upstream = wait_for_upstream
 
     @property
     def name(self) -> str:
-        return "due, nothing above it to be made" if self.above else "due"
+        return "missing or stale"
 
     @property
     def description(self) -> str:
-        return f"Missing or stale, its inputs are there: {self.name}"
+        upstream = ", and no upstream partition remains to be materialized"
+        return f"Missing or stale, all inputs exist{upstream if self.wait_for_upstream else ''}"
 
     def evaluate(
         self, context: dg.AutomationContext[dg.AssetKey]
     ) -> dg.AutomationResult[dg.AssetKey]:
         view = context.asset_graph_view
-        judged = _of_tick(view.instance, view.asset_graph, view.effective_dt)[context.key]
-        found = judged.ready if self.above else judged.ready | judged.early
+        stale = _stale_at(view.effective_dt, view.instance, view.asset_graph)[context.key]
+        found = stale.ready if self.wait_for_upstream else stale.ready | stale.blocked_by_upstream
         definition = view.asset_graph.get(context.key).partitions_def
         if definition is None:
             everything = view.get_full_subset(key=context.key)
@@ -68,101 +67,112 @@ class Due(dg.AutomationCondition[dg.AssetKey]):
 
 
 @lru_cache(maxsize=1)
-def _of_tick(
-    instance: dg.DagsterInstance, graph: Graph, tick: datetime
+def _stale_at(
+    tick: datetime, instance: dg.DagsterInstance, graph: AssetGraph
 ) -> dict[dg.AssetKey, StaleAsset]:
-    """All assets of one tick are judged by the same reading of the events."""
-    return due(instance, graph)
+    """Return the stale assets of a tick, read once for the conditions of all assets."""
+    return stale_assets(instance, graph)
 
 
-def rebuild(hours: Automation) -> Condition:
-    """Ask for what is due, layer by layer: once in the open hours, and once more for every change
-    of what it is made from. What has failed is tried again when they next open."""
-    asked = _asked(hours)
+def materialize_within_hours(hours: Automation) -> Condition:
+    """Request missing and stale partitions within the hours, upstream assets first.
+
+    A partition is requested once per opening of the hours, and again whenever an input changes.
+    A failed partition is requested again at the next opening.
+    """
+    ready = ReadyToMaterialize(wait_for_upstream=True)
     if hours.closes is None:
-        return ~asked & ~AC.in_progress() & Due(above=True)
+        return ~_requested_already(hours) & ~AC.in_progress() & ready
     closes = AC.cron_tick_passed(hours.closes, hours.timezone)
-    within = _opens(hours).since(closes).with_label("within the hours")
-    return within & ~asked & ~AC.in_progress() & Due(above=True)
+    within_hours = _hours_open(hours).since(closes).with_label("within the hours")
+    return within_hours & ~_requested_already(hours) & ~AC.in_progress() & ready
 
 
-def eager(hours: Automation) -> Condition:
-    """Ask for what sums up a layer as soon as that has changed, at any hour: it takes a second,
-    and what depends on it shows as stale only then."""
-    waits = AC.any_deps_in_progress()
-    return ~_asked(hours) & ~AC.in_progress() & ~waits & Due(above=False)
+def materialize_after_inputs(hours: Automation) -> Condition:
+    """Request stale summaries of a layer right after their inputs change, at any hour.
+
+    A summary takes a second, and assets downstream of it become stale only with its new version.
+    """
+    ready = ReadyToMaterialize(wait_for_upstream=False)
+    return ~_requested_already(hours) & ~AC.in_progress() & ~AC.any_deps_in_progress() & ready
 
 
-def rescan(hours: Automation) -> dg.AutomationCondition[AssetOrCheckKey]:
-    """Look at every input when the hours open, also at those that nobody watches."""
-    return _opens(hours) & ~AC.in_progress()
+def materialize_on_opening(hours: Automation) -> dg.AutomationCondition[dg.AssetOrCheckKey]:
+    """Request an asset at each opening of the hours: it reads inputs that no sensor watches."""
+    return _hours_open(hours) & ~AC.in_progress()
 
 
-def _opens(hours: Automation) -> BuiltinAutomationCondition[AssetOrCheckKey]:
+def _hours_open(hours: Automation) -> dg.AutomationCondition[dg.AssetOrCheckKey]:
     return AC.cron_tick_passed(hours.opens, hours.timezone)
 
 
-def _asked(hours: Automation) -> BuiltinAutomationCondition[dg.AssetKey]:
-    news = AC.any_deps_match(AC.data_version_changed()) | AC.code_version_changed()
-    return AC.newly_requested().since(_opens(hours) | news).with_label("asked for already")
+def _requested_already(hours: Automation) -> Condition:
+    changed = AC.any_deps_match(AC.data_version_changed()) | AC.code_version_changed()
+    return AC.newly_requested().since(_hours_open(hours) | changed).with_label("already requested")
 
 
 def automate(
     assets: Sequence[dg.AssetsDefinition], hours: Automation | None
 ) -> Sequence[dg.AssetsDefinition]:
-    """Give every asset its condition.
+    """Add to every asset its automation condition; without ``hours`` return the assets unchanged.
 
     Raises
     ------
     CohortError
-        A cron schedule that says no time.
+        A cron schedule is invalid.
     """
     if hours is None:
         return assets
     for name, cron in (("opens", hours.opens), ("closes", hours.closes)):
-        if cron is not None and not is_valid_cron_schedule(cron):
-            raise CohortError(f"automation.{name}: '{cron}' is no cron schedule")
+        if cron is not None:
+            try:
+                dg.ScheduleDefinition(name=name, cron_schedule=cron, job_name="slide_index")
+            except dg.DagsterInvalidDefinitionError as error:
+                raise CohortError(
+                    f"automation.{name}: '{cron}' is not a cron schedule; "
+                    "write it like '0 20 * * *'"
+                ) from error
     conditions: Mapping[str, dg.AutomationCondition[Any]] = {
-        "always": rescan(hours),
-        "eager": eager(hours),
+        "always": materialize_on_opening(hours),
+        "eager": materialize_after_inputs(hours),
     }
 
     def with_condition(spec: dg.AssetSpec) -> dg.AssetSpec:
-        condition = conditions.get(spec.tags.get(REFRESH_TAG, ""), rebuild(hours))
-        return spec.replace_attributes(automation_condition=condition)
+        tag = spec.tags.get(REFRESH_TAG, "")
+        return spec.replace_attributes(
+            automation_condition=conditions.get(tag, materialize_within_hours(hours))
+        )
 
     return dg.map_asset_specs(with_condition, assets)
 
 
-def study_sensors(
-    cohort: Cohort, make_slide_index: UnresolvedAssetJobDefinition
-) -> Sequence[dg.SensorDefinition]:
-    """Both sensors, running from the start; none for a cohort with ``automation: null``."""
+def study_sensors(cohort: Cohort, make_slide_index: AssetJob) -> Sequence[dg.SensorDefinition]:
+    """Return both sensors, which run from the start; none with ``automation: null``."""
     if cohort.automation is None:
         return []
-    rebuilding = dg.AutomationConditionSensorDefinition(
+    rebuild = dg.AutomationConditionSensorDefinition(
         "rebuild",
         target=dg.AssetSelection.all(),
         default_status=dg.DefaultSensorStatus.RUNNING,
         minimum_interval_seconds=cohort.automation.poll_seconds,
-        # our condition is code of this project
+        # Dagster's own process cannot evaluate a condition that is defined in this package
         use_user_code_server=True,
-        description="Makes what is missing or stale, within the cohort's hours.",
+        description="Materializes missing and stale partitions within the cohort's hours.",
     )
-    return [watch_inputs(cohort, cohort.automation, make_slide_index), rebuilding]
+    return [watch_inputs(cohort, cohort.automation, make_slide_index), rebuild]
 
 
 def watch_inputs(
-    cohort: Cohort, hours: Automation, make_slide_index: UnresolvedAssetJobDefinition
+    cohort: Cohort, hours: Automation, make_slide_index: AssetJob
 ) -> dg.SensorDefinition:
-    """The sensor that looks at the files."""
+    """Return the sensor that scans the input files and requests ``slide_index``."""
 
     @dg.sensor(
         job=make_slide_index,
         minimum_interval_seconds=hours.poll_seconds,
         default_status=dg.DefaultSensorStatus.RUNNING,
-        description="Looks at the slides and tables, one stat a file; asks for slide_index when "
-        "two looks in a row found the same change.",
+        description="Scans slides, masks and tables (one stat per file) and requests slide_index "
+        "when two scans in a row find the same change.",
     )
     def watch_inputs(
         context: dg.SensorEvaluationContext, store: dg.ResourceParam[Store]
@@ -174,10 +184,10 @@ def watch_inputs(
             return dg.SkipReason(str(error))
         context.update_cursor(json.dumps(scan.fingerprints))
         if not scan.stable:
-            written = f", {len(scan.changing)} still being written" if scan.changing else ""
-            return dg.SkipReason(f"nothing new among {scan.files} files{written}")
+            waiting = f"{len(scan.changing)} may still be being written" if scan.changing else ""
+            return dg.SkipReason(f"{scan.files} files scanned, {waiting or 'no change'}")
         return dg.RunRequest(
-            # once for what differs from what was taken in, however often it is seen
+            # one run per difference from the snapshot, even if a tick is repeated
             run_key=digest(snapshot.rows(), scan.stable, scan.fingerprints),
             run_config=dg.RunConfig(
                 ops={"slide_index": ScanConfig(ignore_paths=list(scan.changing), rehash=False)}

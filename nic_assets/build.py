@@ -1,4 +1,4 @@
-"""The definitions of a study: the assets of one cohort, their resources and executor."""
+"""Definitions of a study: assets, jobs, sensors, resources and executor for one cohort."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from nic_core.store import Store
 
 
 def build_defs(cohort: Cohort, store: Store) -> dg.Definitions:
-    """The definitions of a study; tests build theirs on a cohort and a store of their own."""
+    """Return the definitions of the study of ``cohort`` in ``store``."""
     partitions = Partitions(cohort)
     made = [
         *slide_assets(partitions),

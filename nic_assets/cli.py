@@ -113,6 +113,7 @@ def gc(
 
     With --delete they are removed. Partitions are those of the present cohort file and slide index.
     """
+    _require_platform()
     store = _store()
     with _study() as (defs, instance):
         from nic_assets.operations.retention import RetentionError, registered_tags, size, unneeded

@@ -1,17 +1,20 @@
-"""Jobs: one for each asset, to start from the UI."""
+"""Jobs: one for each asset, to launch in the UI."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import dagster as dg
-from dagster._core.definitions.unresolved_asset_job_definition import UnresolvedAssetJobDefinition
 
 from nic_assets.partitions import Partitions
 
+if TYPE_CHECKING:
+    from nic_assets.orchestration.internals import AssetJob
 
-def study_jobs(partitions: Partitions) -> Mapping[str, UnresolvedAssetJobDefinition]:
-    """The job ``make_<asset>`` of every asset, by asset, in the order of the graph."""
+
+def study_jobs(partitions: Partitions) -> Mapping[str, AssetJob]:
+    """Return asset name -> job ``make_<asset>``, in an order that makes inputs first."""
     cohort = partitions.cohort
     assets = [
         "slide_index",

@@ -1,7 +1,7 @@
-"""The partitions: one a slide, patch task, encoder, target and map, and their products.
+"""Partitions: one for each slide, patch task, encoder, target and map, and for some pairs.
 
-Slides come and go, so theirs is dynamic. The rest is named in the cohort file and known when
-the definitions load.
+Slides are added and removed while the definitions are loaded, so their partitions are dynamic. The
+others are named in the cohort file.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ def _static(items: Iterable[str]) -> dg.StaticPartitionsDefinition:
 
 @dataclass(frozen=True)
 class Partitions:
-    """Every partitions definition of a cohort.
+    """The partitions definitions of a cohort.
 
-    A key of two dimensions joins them with ``|`` in the alphabetical order of their names:
-    ``encoder|slide``, ``encoder|target``, ``map|slide``.
+    The keys of pairs are those of :mod:`nic_core.store.keys`: ``encoder|slide``,
+    ``encoder|target`` and ``map|slide``.
     """
 
     cohort: Cohort
@@ -62,7 +62,7 @@ class Partitions:
 
     @cached_property
     def tasks_of_encoders(self) -> dg.StaticPartitionMapping:
-        """Patch task -> the encoders that train on it."""
+        """Mapping of each patch task to the encoders that train on it."""
         return dg.StaticPartitionMapping(
             {
                 task.name: [e.name for e in self.cohort.encoders if task.name in e.tasks]
@@ -72,14 +72,14 @@ class Partitions:
 
     @cached_property
     def grids_of_maps(self) -> dg.MultiPartitionMapping:
-        """Grid (encoder, slide) -> the maps (map, slide) that are read from it."""
-        readers = {
+        """Mapping of each grid (encoder, slide) to its probability maps (map, slide)."""
+        maps = {
             encoder.name: [item.name for item in self.cohort.maps if item.encoder == encoder.name]
             for encoder in self.cohort.encoders
         }
         return dg.MultiPartitionMapping(
             {
                 "slide": dg.DimensionPartitionMapping("slide", dg.IdentityPartitionMapping()),
-                "encoder": dg.DimensionPartitionMapping("map", dg.StaticPartitionMapping(readers)),
+                "encoder": dg.DimensionPartitionMapping("map", dg.StaticPartitionMapping(maps)),
             }
         )

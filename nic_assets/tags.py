@@ -1,13 +1,16 @@
-"""Tags that assets and runs carry."""
+"""Tags of assets and runs."""
 
 REFRESH_TAG = "nic/refresh"
-"""When an asset is materialized: ``always`` (it reads files from outside, whose changes Dagster cannot
-know) or ``eager`` (it summarizes a layer in a second, so it follows every change). Without the tag:
-when it is missing or stale, in the cohort's hours."""
+"""When Dagster materializes an asset.
+
+``always``: at every refresh, since the asset reads files whose changes Dagster cannot see.
+``eager``: after every change of its inputs, since it summarizes a layer within a second.
+Without this tag: when the asset is missing or stale, within the cohort's hours.
+"""
 
 INPUTS_TAG = "nic/inputs"
 PARTIAL_INPUTS = {INPUTS_TAG: "partial"}
-"""Marks assets that summarize a layer: they do not wait for partitions that failed."""
+"""Marks assets that summarize a layer: failed partitions of the layer do not block them."""
 
 HOST_TAG = "nic/host"
-"""Tags a run with the names of the machines that its steps ran on, for ``nic doctor``."""
+"""Tag of a run with the host names of its steps' machines, for ``nic doctor``."""

@@ -1,9 +1,9 @@
-"""The GPUs of a machine, one to a process.
+"""Devices: choose device and precision, and lease a GPU to one step at a time.
 
-A GPU-bound step takes one with :func:`leased_device` for as long as it works. The lease is a
-lock of the system, under the GPU's own UUID: it holds whatever indices ``CUDA_VISIBLE_DEVICES``
-gives, among all processes of a user on the machine whoever started them, and a process that dies
-gives it back.
+A step that needs a GPU leases one with :func:`leased_device` while it works. A lease is a file lock
+named by the UUID of the GPU. It is therefore independent of the indices that
+``CUDA_VISIBLE_DEVICES`` assigns, valid among all processes of a user on the machine, and released
+by the operating system when a process dies.
 """
 
 from __future__ import annotations
@@ -19,49 +19,59 @@ from pathlib import Path
 import torch
 
 from nic_core.store import StoreBusyError, exclusive_lock
+from nic_core.torch_internals import cpu_has_amx
 from nic_core.types import Precision, RequestedPrecision
 
-PATIENCE = 1.0  # s between two looks for a free GPU
+POLL_SECONDS = 1.0  # time between two attempts to lease a GPU
 
 log = logging.getLogger(__name__)
 
 
 def resolve_device(device: str) -> torch.device:
-    """``auto``: the CUDA device if there is one, else the CPU.
+    """Return a PyTorch device by name.
+
+    Parameters
+    ----------
+    device : str
+        ``auto`` (a CUDA device if there is one, else the CPU) or a PyTorch name such as ``cuda:1``.
 
     Raises
     ------
     ValueError
-        There is no such device.
+        The device does not exist.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        found = torch.device(device)
+        resolved = torch.device(device)
     except RuntimeError as error:
-        raise ValueError(f"device '{device}' is none: give auto, cpu or cuda") from error
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device '{device}' is not here: PyTorch finds no such CUDA device")
-    return found
+        raise ValueError(f"device '{device}' does not exist; give auto, cpu or cuda") from error
+    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device '{device}' is not available: PyTorch finds {torch.cuda.device_count()} CUDA "
+            "devices; give auto or cpu"
+        )
+    return resolved
 
 
 def resolve_precision(precision: RequestedPrecision, device: torch.device) -> Precision:
-    """``auto``: bfloat16 where the device has matrix units for it, else float32.
+    """Return the precision to use; ``auto`` depends on the device.
 
-    Those are CUDA devices since Ampere and CPUs with AMX. A CPU that multiplies bfloat16 in its
-    vector units alone is slower with it than with float32, in training as in inference.
+    ``auto`` is bfloat16 if the device has matrix units for it, which are CUDA devices since Ampere
+    and CPUs with AMX, else float32. A CPU that has bfloat16 only in its vector units is slower with
+    it than with float32, both in training and in inference.
     """
     if precision != "auto":
         return precision
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        fast = device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+        fast = device.type == "cpu" and cpu_has_amx()
     return "bfloat16" if fast else "float32"
 
 
-def gpu_names() -> list[str]:
-    """The UUID of each CUDA device that this process sees, by its index."""
+def gpu_uuids() -> list[str]:
+    """Return the UUIDs of the CUDA devices that this process sees, by index."""
     return [
         str(torch.cuda.get_device_properties(index).uuid)
         for index in range(torch.cuda.device_count())
@@ -70,47 +80,57 @@ def gpu_names() -> list[str]:
 
 @contextmanager
 def leased_device() -> Iterator[str]:
-    """A device of one's own: ``cuda:1``, or ``cpu`` on a machine without GPUs.
+    """Lease a GPU for a block of code; wait while all GPUs are leased.
 
-    Waits while every GPU is in use. In the block the GPU is the thread's current one, which
-    page-locked memory belongs to. The CPU is not leased: who wants turns there has to see to it.
+    Inside the block the GPU is the current device of the thread, which page-locked memory depends
+    on. The CPU is not leased: several callers may use it at once.
+
+    Yields
+    ------
+    str
+        Name of the device, such as ``cuda:1``; ``cpu`` on a machine without GPUs.
     """
-    names = gpu_names()
-    if not names:
+    uuids = gpu_uuids()
+    if not uuids:
         yield "cpu"
         return
-    with leased(names) as index, torch.cuda.device(index):
+    with lease(uuids) as index, torch.cuda.device(index):
         try:
             yield f"cuda:{index}"
         finally:
-            # a process that lives on leaves the next holder its memory
+            # the process may live on; free the memory for the next holder of the lease
             torch.cuda.empty_cache()
 
 
 @contextmanager
-def leased(names: Sequence[str], folder: Path | None = None) -> Iterator[int]:
-    """Hold one of ``names`` that nobody else holds, waiting for it; gives its place.
+def lease(names: Sequence[str], folder: Path | None = None) -> Iterator[int]:
+    """Lock one of several names for a block of code; wait while all are locked.
 
     Parameters
     ----------
-    names
-        At least one. Whoever shares something calls it by the same name.
-    folder
-        Where the locks lie; default: one of this user and machine.
+    names : sequence of str
+        At least one name. All processes must use the same names for the same resources.
+    folder : Path, optional
+        Folder of the lock files; default: a temporary folder of this user.
+
+    Yields
+    ------
+    int
+        Index of the locked name.
     """
     folder = folder or Path(tempfile.gettempdir()) / f"nic-devices-{os.getuid()}"
     with ExitStack() as stack:
-        while (place := _free_place(names, folder, stack)) is None:
-            log.info("waits for one of %d GPUs: all are in use", len(names))
-            time.sleep(PATIENCE)
-        yield place
+        while (index := _lock_first_free(names, folder, stack)) is None:
+            log.info("waiting for a GPU: all %d are in use", len(names))
+            time.sleep(POLL_SECONDS)
+        yield index
 
 
-def _free_place(names: Sequence[str], folder: Path, stack: ExitStack) -> int | None:
-    for place, name in enumerate(names):
+def _lock_first_free(names: Sequence[str], folder: Path, stack: ExitStack) -> int | None:
+    for index, name in enumerate(names):
         try:
             stack.enter_context(exclusive_lock(folder / name, wait=False))
         except StoreBusyError:
             continue
-        return place
+        return index
     return None

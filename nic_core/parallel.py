@@ -1,4 +1,4 @@
-"""Work that is bound by the CPU, done ahead by a process a core."""
+"""Run CPU-bound functions in processes, ahead of the caller."""
 
 from __future__ import annotations
 
@@ -12,57 +12,62 @@ from typing import TypeVar
 
 Result = TypeVar("Result")
 
-# a process takes seconds to start
-WORTH = 8  # items a process
-AHEAD = 4  # items a process that may wait to be fetched
+ITEMS_PER_PROCESS = 8  # fewer items are not worth a process, which takes seconds to start
+MAX_WAITING = 4  # results per process that wait for the caller
 _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "POLARS_MAX_THREADS"), "1")
 
 
 def cores() -> int:
-    """Cores that this process may use: those it is bound to, ``OMP_NUM_THREADS`` at most."""
+    """Return the number of cores that this process may use.
+
+    It is the number of cores in the affinity mask of the process, limited by ``OMP_NUM_THREADS``.
+    """
     bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    asked = os.environ.get("OMP_NUM_THREADS", "")
-    return min(bound or 1, int(asked)) if asked.isdecimal() and int(asked) else bound or 1
+    limit = os.environ.get("OMP_NUM_THREADS", "")
+    return min(bound or 1, int(limit)) if limit.isdecimal() and int(limit) else bound or 1
 
 
 @contextmanager
 def ahead(
     function: Callable[[str], Result], items: Sequence[str], *, processes: int | None = None
 ) -> Iterator[Callable[[str], Result]]:
-    """Call ``function`` for each item in a process of its own kind, a little ahead of need.
+    """Compute ``function(item)`` for each item in a pool of processes, ahead of the caller.
 
     Parameters
     ----------
-    function
-        Can be pickled, as its results and exceptions.
-    items
-        In the order in which they will be asked for; some may be left out, none repeated.
+    function : callable
+        It, its results and its exceptions must be picklable.
+    items : sequence of str
+        In the order in which the caller fetches the results. The caller may skip items, but not
+        fetch one twice.
     processes : int, optional
-        Default: a process a core, fewer where the items are few, none (each call is made when it
-        is asked for) where they are not worth the start of two. Each has one thread.
+        Number of processes, each with one thread. Default: one per core, at most one per
+        ``ITEMS_PER_PROCESS`` items. With fewer than two processes, the function is called in this
+        process when a result is fetched.
 
     Yields
     ------
     callable
-        Item to result; raises what the call raised.
+        Return the result of an item, or raise the exception of its call. Raise
+        :class:`~concurrent.futures.process.BrokenProcessPool` if a process was killed.
     """
-    count = min(cores(), len(items) // WORTH) if processes is None else processes
+    count = min(cores(), len(items) // ITEMS_PER_PROCESS) if processes is None else processes
     if count < 2:
         yield function
         return
     before = {name: os.environ.get(name) for name in _ONE_THREAD}
-    # read by the libraries of the new processes when they are imported
+    # libraries read these variables when a new process imports them
     os.environ |= _ONE_THREAD
-    # spawned: libraries with threads of their own do not survive a fork
+    # spawn, since libraries that run threads do not work after a fork
     with ProcessPoolExecutor(count, get_context("spawn")) as pool:
         waiting = deque(items)
-        begun: dict[str, Future[Result]] = {}
+        submitted: dict[str, Future[Result]] = {}
 
         def fetch(item: str) -> Result:
-            while waiting and (item not in begun or len(begun) <= AHEAD * count):
+            while waiting and (item not in submitted or len(submitted) <= MAX_WAITING * count):
                 following = waiting.popleft()
-                begun[following] = pool.submit(function, following)
-            return begun.pop(item).result()
+                submitted[following] = pool.submit(function, following)
+            return submitted.pop(item).result()
 
         try:
             yield fetch

@@ -1,4 +1,8 @@
-"""What the library asks of an experiment tracker; ``None`` stands for none."""
+"""The interface of an experiment tracker.
+
+The library reports to a :class:`Tracker` if it is given one. With ``None`` as tracker, nothing is
+reported.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +14,16 @@ from matplotlib.figure import Figure
 
 
 class Tracker(Protocol):
-    """Receives what a training run wants to be remembered for."""
+    """Records the parameters, metrics, tables and figures of a training run."""
 
     def params(self, values: Mapping[str, str | int | float]) -> None:
-        """Settings of the run; called once, before the first metrics."""
+        """Record the settings of the run. Called once, before the first metrics."""
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Values after ``step``; a later call may repeat a name with a larger step."""
+        """Record metrics after a step. A metric may be recorded again at a larger step."""
 
     def table(self, name: str, rows: pl.DataFrame) -> None:
-        """A table, named like a file without its ending; a later call adds rows to it."""
+        """Append rows to the table ``name``, which is a file name without suffix."""
 
     def figure(self, name: str, figure: Figure) -> None:
-        """A picture, named like a file without its ending."""
+        """Record a figure; ``name`` is a file name without suffix."""

@@ -1,4 +1,4 @@
-"""Types that several modules share."""
+"""Types that several packages share."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ Pixels = NDArray[np.uint8]
 """RGB pixels, uint8 (..., height, width, 3)."""
 
 Precision = Literal["float32", "bfloat16"]
-"""Of the numbers inside a network."""
+"""Floating-point format that a network computes with."""
 
 RequestedPrecision = Literal["auto", "float32", "bfloat16"]
 """``auto`` is bfloat16 on a device with matrix units for it, else float32 [choice]."""
 
 Reading = Literal["patch", "input"]
-"""At which um/px a slide is read: that of the patch, or of the network's (pooled) input."""
+"""um/px at which a slide is read: that of the patch, or that of the network's pooled input."""

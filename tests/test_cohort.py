@@ -1,3 +1,5 @@
+"""The cohort file: defaults, paths, and errors with line and field."""
+
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,7 @@ def write(folder: Path, text: str) -> Path:
     return path
 
 
-def test_defaults_are_those_of_the_paper(tmp_path):
+def test_default_settings_are_those_of_the_paper(tmp_path):
     settings = load_cohort(write(tmp_path, MINIMAL)).settings
     assert (settings.patch, settings.mpp, settings.embedding_size, settings.tissue) == (
         128,
@@ -31,7 +33,7 @@ def test_defaults_are_those_of_the_paper(tmp_path):
     assert (settings.models.crop, settings.models.folds) == (400, 4)
 
 
-def test_relative_paths_start_at_the_file_not_at_the_working_folder(tmp_path, monkeypatch):
+def test_relative_paths_are_relative_to_the_cohort_file(tmp_path, monkeypatch):
     monkeypatch.chdir("/")
     assert load_cohort(write(tmp_path, MINIMAL)).slides.table == tmp_path / "slides.csv"
 
@@ -56,7 +58,7 @@ def test_relative_paths_start_at_the_file_not_at_the_working_folder(tmp_path, mo
             "patch_tasks: [{name: a, organ: none, mpp: 0.5, folder: a}]",
             1,
             "cohort",
-            "vae with tellez2020 takes patches of 64, 96, 128, ... px, not 100",
+            "vae with tellez2020 needs patches of 64, 96, 128, ... px, not 100",
         ),
     ],
 )
@@ -78,7 +80,7 @@ NETWORK = """
 """
 
 
-def test_an_encoder_from_elsewhere_is_an_entry_with_a_file(tmp_path):
+def test_an_imported_encoder_has_a_file_of_a_known_kind(tmp_path):
     text = IMPORTED.format(file="uni.pt2") + NETWORK
     entry = load_cohort(write(tmp_path, text)).encoder("mean-rgb")
     assert isinstance(entry, ImportedEncoder)
@@ -93,9 +95,9 @@ def test_an_encoder_from_elsewhere_is_an_entry_with_a_file(tmp_path):
     ("file", "network", "line", "field", "reason"),
     [
         ("uni.pt2", "", 5, "encoders.0", "uni.pt2 needs 'network'"),
-        ("released.h5", NETWORK, 5, "encoders.0", "leave it out"),
-        ("uni.onnx", NETWORK, 5, "encoders.0", "is no encoder file"),
-        ("uni.bin", NETWORK, 5, "encoders.0", "names the model"),
+        ("released.h5", NETWORK, 5, "encoders.0", "leave 'network' out"),
+        ("uni.onnx", NETWORK, 5, "encoders.0", "is not an encoder file"),
+        ("uni.bin", NETWORK, 5, "encoders.0", "is required for files of weights"),
         (
             "u.pt2",
             NETWORK.replace("1024", "-1"),
@@ -113,7 +115,7 @@ def test_an_encoder_from_elsewhere_is_an_entry_with_a_file(tmp_path):
         ("u.pt2", "\n    seed: 1\n", 9, "encoders.0.seed", "Extra inputs"),
     ],
 )
-def test_an_entry_of_a_ready_encoder_must_be_whole(tmp_path, file, network, line, field, reason):
+def test_an_incomplete_imported_encoder_is_refused(tmp_path, file, network, line, field, reason):
     path = write(tmp_path, IMPORTED.format(file=file) + network)
     with pytest.raises(CohortError) as error:
         load_cohort(path)
@@ -121,28 +123,28 @@ def test_an_entry_of_a_ready_encoder_must_be_whole(tmp_path, file, network, line
     assert first.startswith(f"{path}:{line}: {field}: ")
 
 
-def test_every_problem_is_reported_at_once(tmp_path):
+def test_all_problems_are_reported_at_once(tmp_path):
     text = MINIMAL.replace("table: slides.csv", "tabel: x").replace("mean_rgb", "magic")
     with pytest.raises(CohortError) as error:
         load_cohort(write(tmp_path, text))
     assert len(str(error.value).splitlines()) == 2
 
 
-def test_an_encoder_with_an_unknown_task_lists_the_known_ones(tmp_path):
+def test_an_encoder_with_an_undefined_task_is_refused(tmp_path):
     text = MINIMAL.replace("objective: mean_rgb", "objective: mtl\n    tasks: [liver]")
     text += "patch_tasks:\n  - {name: colon, organ: colon, mpp: 0.5, table: colon.csv}\n"
-    with pytest.raises(CohortError, match="'liver' is not defined; known: colon"):
+    with pytest.raises(CohortError, match="'liver' is not defined; defined: colon"):
         load_cohort(write(tmp_path, text))
 
 
 @pytest.mark.parametrize(
     ("entry", "reason"),
     [
-        ("mpp: 0.5", "give one of 'table', 'folder', 'hdf5' and 'slides'"),
-        ("mpp: 0.5, table: a.csv, folder: b", "give one of"),
-        ("table: a.csv", "if nobody knows it, 'mpp: unknown'"),
-        ("mpp: 0.5, slides: {table: a.csv}", "slides have their own um/px"),
-        ("mpp: 0.5, table: a.csv, group_pattern: x", "'group_pattern' is for a folder"),
+        ("mpp: 0.5", "give exactly one of 'table', 'folder', 'hdf5' and 'slides'"),
+        ("mpp: 0.5, table: a.csv, folder: b", "give exactly one of"),
+        ("table: a.csv", "if it is not known, write 'mpp: unknown'"),
+        ("mpp: 0.5, slides: {table: a.csv}", "slides state their um/px"),
+        ("mpp: 0.5, table: a.csv, group_pattern: x", "'group_pattern' needs 'folder'"),
         ("mpp: 0.5, table: a.csv, classes: [a, a]", "'a'.*more than once"),
         ("mpp: 1, group_column: null, hdf5: [{images: x, labels: y}]", "under 'classes'"),
         ("mpp: 1, classes: [a, b], hdf5: [{images: x, labels: y}]", "'group_column: null'"),
@@ -153,29 +155,29 @@ def test_an_encoder_with_an_unknown_task_lists_the_known_ones(tmp_path):
         ),
     ],
 )
-def test_a_patch_task_that_cannot_be_is_refused(tmp_path, entry, reason):
+def test_an_inconsistent_patch_task_is_refused(tmp_path, entry, reason):
     text = MINIMAL + f"patch_tasks:\n  - {{name: t, organ: o, {entry}}}\n"
     with pytest.raises(CohortError, match=reason):
         load_cohort(write(tmp_path, text))
 
 
-def test_a_name_given_twice_is_refused(tmp_path):
+def test_a_duplicate_name_is_refused(tmp_path):
     text = MINIMAL + "  - name: mean-rgb\n    objective: mean_rgb\n"
     with pytest.raises(CohortError, match="mean-rgb.*more than once"):
         load_cohort(write(tmp_path, text))
 
 
-def test_a_missing_file_says_how_to_get_one(tmp_path):
+def test_a_missing_file_is_an_error_with_a_remedy(tmp_path):
     with pytest.raises(CohortError, match="make demo"):
         load_cohort(tmp_path / "cohort.yaml")
 
 
-def test_broken_yaml_is_reported_with_its_place(tmp_path):
+def test_invalid_yaml_is_reported_with_its_line(tmp_path):
     with pytest.raises(CohortError, match="line 3"):
         load_cohort(write(tmp_path, "name: study\nslides: [\n"))
 
 
 @pytest.mark.parametrize("text", ["", "just words", "- a\n- list"])
-def test_a_file_that_is_no_mapping_is_refused(tmp_path, text):
+def test_a_file_that_is_not_a_mapping_is_refused(tmp_path, text):
     with pytest.raises(CohortError):
         load_cohort(write(tmp_path, text))

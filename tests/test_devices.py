@@ -1,3 +1,5 @@
+"""Leases of GPUs among threads and processes; the number of cores."""
+
 from __future__ import annotations
 
 import multiprocessing
@@ -12,14 +14,14 @@ import pytest
 import torch
 
 from nic_core import devices
-from nic_core.devices import gpu_names, leased, leased_device
+from nic_core.devices import gpu_uuids, lease, leased_device
 from nic_core.parallel import cores
 
 GPUS = ["GPU-a", "GPU-b"]
 
 
 class Holder:
-    """A process that holds one of the GPUs until it is told to stop."""
+    """A process that leases one of the GPUs until it is stopped."""
 
     def __init__(self, folder: Path, names: list[str]) -> None:
         context = multiprocessing.get_context("fork")
@@ -30,8 +32,8 @@ class Holder:
 
     @staticmethod
     def _hold(pipe: Connection, folder: Path, names: list[str]) -> None:
-        with leased(names, folder) as place:
-            pipe.send(names[place])
+        with lease(names, folder) as index:
+            pipe.send(names[index])
             pipe.recv()
 
     def gpu(self) -> str:
@@ -52,7 +54,7 @@ class Holder:
 
 @pytest.fixture
 def hold(tmp_path, monkeypatch):
-    monkeypatch.setattr(devices, "PATIENCE", 0.02)
+    monkeypatch.setattr(devices, "POLL_SECONDS", 0.02)
     started = []
 
     def start(names: list[str] = GPUS) -> Holder:
@@ -65,7 +67,7 @@ def hold(tmp_path, monkeypatch):
         holder.process.join()
 
 
-def test_processes_get_different_gpus_and_one_too_many_waits(hold):
+def test_processes_lease_different_gpus_and_an_extra_one_waits(hold):
     first, second = hold(), hold()
     held = {first.gpu(), second.gpu()}
     assert held == set(GPUS)
@@ -75,7 +77,7 @@ def test_processes_get_different_gpus_and_one_too_many_waits(hold):
     assert third.gpu() in held
 
 
-def test_a_killed_process_gives_its_gpu_back(hold):
+def test_a_killed_process_releases_its_gpu(hold):
     first, second = hold(), hold()
     gpu = first.gpu()
     second.gpu()
@@ -85,43 +87,43 @@ def test_a_killed_process_gives_its_gpu_back(hold):
     assert third.gpu() == gpu
 
 
-def test_a_gpu_is_the_same_one_under_another_index(hold):
+def test_a_lease_is_independent_of_the_index_of_the_gpu(hold):
     assert hold(["GPU-a", "GPU-b"]).gpu() == "GPU-a"
     assert hold(["GPU-b", "GPU-a"]).gpu() == "GPU-b"
 
 
-def test_threads_of_a_process_get_different_gpus(tmp_path):
-    found = []
+def test_threads_of_a_process_lease_different_gpus(tmp_path):
+    indices = []
 
     def work() -> None:
-        with leased(GPUS, tmp_path) as place:
-            found.append(place)
+        with lease(GPUS, tmp_path) as index:
+            indices.append(index)
 
-    with leased(GPUS, tmp_path) as place:
+    with lease(GPUS, tmp_path) as index:
         thread = threading.Thread(target=work)
         thread.start()
         thread.join()
-    assert [place, *found] == [0, 1]
+    assert [index, *indices] == [0, 1]
 
 
-def test_a_machine_without_gpus_works_on_its_cpu(monkeypatch):
+def test_a_machine_without_gpus_uses_the_cpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with leased_device() as device, leased_device() as other:
         assert (device, other) == ("cpu", "cpu")
 
 
-def test_gpus_are_known_by_their_uuid(monkeypatch):
+def test_gpus_are_identified_by_uuid(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid=GPUS[index])
     )
-    assert gpu_names() == GPUS
+    assert gpu_uuids() == GPUS
 
 
-def test_cores_are_those_that_the_environment_allows(monkeypatch):
+def test_omp_num_threads_limits_the_number_of_cores(monkeypatch):
     bound = len(os.sched_getaffinity(0))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert cores() == 1
-    for said in (str(bound + 1), "", "0", "many"):
-        monkeypatch.setenv("OMP_NUM_THREADS", said)
+    for value in (str(bound + 1), "", "0", "many"):
+        monkeypatch.setenv("OMP_NUM_THREADS", value)
         assert cores() == bound

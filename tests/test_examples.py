@@ -1,4 +1,4 @@
-"""The example on real tissue: its script, its patch tasks, its slides."""
+"""The example on real tissue: its script, patch tasks and slides."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def cohort(tmp_path):
 
 
 @needs_real_data
-def test_the_held_out_patient_is_in_no_training(cohort):
+def test_the_held_out_patient_is_in_the_split_test_only(cohort):
     settings = cohort.settings
     dataset = build_patch_task(
         cohort.patch_task("idc"), patch=settings.patch, mpp=settings.mpp, seed=0
@@ -41,7 +41,7 @@ def test_the_held_out_patient_is_in_no_training(cohort):
 
 @needs_real_data
 @pytest.mark.parametrize("task", ["lc25000", "nct_crc", "osteosarcoma"])
-def test_every_other_task_can_be_split(cohort, task):
+def test_every_other_task_has_three_splits(cohort, task):
     settings = cohort.settings
     dataset = build_patch_task(
         cohort.patch_task(task), patch=settings.patch, mpp=settings.mpp, seed=0
@@ -50,7 +50,7 @@ def test_every_other_task_can_be_split(cohort, task):
 
 
 @needs_real_data
-def test_the_slides_are_found_with_their_labels(cohort):
+def test_the_slides_are_listed_with_their_truth_images(cohort):
     index = slide_index(cohort)
     assert index.height == 4
     assert index.filter(pl.col("truth").is_not_null())["patient"].to_list() == [

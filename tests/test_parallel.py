@@ -1,4 +1,4 @@
-"""Work done ahead by other processes: the same results and errors as here."""
+"""Functions computed ahead in other processes: results, errors, killed processes."""
 
 from __future__ import annotations
 
@@ -8,43 +8,46 @@ from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 
-from nic_core.parallel import AHEAD, ahead
+from nic_core.parallel import MAX_WAITING, ahead
 from nic_core.slides import SlideError
 
 
-def where(item: str) -> tuple[str, int, str]:
-    """Also what the next tests ask for by the item's name."""
+def work(item: str) -> tuple[str, int, str]:
+    """Return item, process id and threads; the items "bad" and "kill" fail."""
     if item == "bad":
-        raise SlideError("bad.tif", "it is cut short", "copy it again")
+        raise SlideError("bad.tif", "it is truncated", "copy it again")
     if item == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     return item, os.getpid(), os.environ.get("OMP_NUM_THREADS", "")
 
 
-def test_each_item_is_worked_on_in_another_process_of_one_thread(monkeypatch):
+def test_items_are_computed_in_processes_of_one_thread(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    items = [f"s{number}" for number in range(3 * 2 * AHEAD)]
-    with ahead(where, items, processes=2) as made:
-        results = [made(item) for item in items if item != "s5"]
+    items = [f"s{number}" for number in range(3 * 2 * MAX_WAITING)]
+    with ahead(work, items, processes=2) as fetch:
+        results = [fetch(item) for item in items if item != "s5"]
     assert [result[0] for result in results] == [item for item in items if item != "s5"]
     assert os.getpid() not in {result[1] for result in results}
     assert {result[2] for result in results} == {"1"}
     assert os.environ["OMP_NUM_THREADS"] == "7"
 
 
-def test_an_error_is_that_of_its_item_alone():
-    with ahead(where, ["a", "bad", "b"], processes=2) as made:
-        assert made("a")[0] == "a"
+def test_an_exception_is_raised_for_its_item_only():
+    with ahead(work, ["a", "bad", "b"], processes=2) as fetch:
+        assert fetch("a")[0] == "a"
         with pytest.raises(SlideError, match="copy it again"):
-            made("bad")
-        assert made("b")[0] == "b"
+            fetch("bad")
+        assert fetch("b")[0] == "b"
 
 
-def test_a_killed_process_ends_the_work():
-    with ahead(where, ["kill", "a"], processes=2) as made, pytest.raises(BrokenProcessPool):
-        made("kill")
+def test_a_killed_process_raises_broken_process_pool():
+    with (
+        ahead(work, ["kill", "a"], processes=2) as fetch,
+        pytest.raises(BrokenProcessPool),
+    ):
+        fetch("kill")
 
 
-def test_a_few_items_are_not_worth_a_process():
-    with ahead(where, ["a", "b", "c"]) as made:
-        assert made("b")[1] == os.getpid()
+def test_a_few_items_are_computed_in_the_calling_process():
+    with ahead(work, ["a", "b", "c"]) as fetch:
+        assert fetch("b")[1] == os.getpid()

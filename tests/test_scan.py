@@ -1,4 +1,4 @@
-"""Scan of a cohort's files: what counts as a change, and what it costs."""
+"""Scans of a cohort's files: stable changes, removed files, hashing, cost."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from nic_core.cohort.scan import scan_files
 from nic_core.store import Store
 
 
-class Folder:
-    """A folder of files in place of slides."""
+class SmallCohort:
+    """A cohort whose slides are small text files."""
 
     def __init__(self, root: Path) -> None:
         self.root, self.store = root, Store(root / "store")
@@ -33,83 +33,83 @@ class Folder:
         (self.root / "wsi" / f"{name}.tif").write_text(content)
 
     def scan(self) -> tuple[set[str], set[str]]:
-        """Names of the files that changed and are stable, and of those still changing."""
-        found = scan_files(self.cohort, steps.read_file_snapshot(self.store), self.fingerprints)
-        self.fingerprints = found.fingerprints
-        self.changing = found.changing
-        return {Path(p).stem for p in found.stable}, {Path(p).stem for p in found.changing}
+        """Scan; return the names of stable and of changing files."""
+        scan = scan_files(self.cohort, steps.read_file_snapshot(self.store), self.fingerprints)
+        self.fingerprints = scan.fingerprints
+        self.changing = scan.changing
+        return {Path(p).stem for p in scan.stable}, {Path(p).stem for p in scan.changing}
 
     def index(self, **options: object) -> steps.SlideScan:
-        """Write the slide index."""
-        found = steps.scan_slides(self.cohort, self.store, **options)
-        steps.write_slide_index(self.store, found)
-        return found
+        """Scan the slides and write the slide index."""
+        scan = steps.scan_slides(self.cohort, self.store, **options)
+        steps.write_slide_index(self.store, scan)
+        return scan
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Folder:
-    folder = Folder(tmp_path)
+def cohort(tmp_path: Path) -> SmallCohort:
+    cohort = SmallCohort(tmp_path)
     for name in ("a", "b", "c"):
-        folder.put(name, f"slide {name}")
-    folder.index()
-    return folder
+        cohort.put(name, f"slide {name}")
+    cohort.index()
+    return cohort
 
 
-def test_a_scan_of_unchanged_files_finds_nothing(folder):
-    assert folder.scan() == (set(), set())
+def test_a_scan_of_unchanged_files_finds_nothing(cohort):
+    assert cohort.scan() == (set(), set())
 
 
-def test_a_new_file_is_stable_after_two_equal_scans(folder):
-    folder.put("d", "half")
-    assert folder.scan() == (set(), {"d"})
-    folder.put("d", "half and half")
-    assert folder.scan() == (set(), {"d"})
-    assert folder.scan() == ({"d"}, set())
-    assert folder.scan() == ({"d"}, set()), "until the index is written"
-    folder.index()
-    assert folder.scan() == (set(), set())
+def test_a_new_file_is_stable_after_two_equal_scans(cohort):
+    cohort.put("d", "half")
+    assert cohort.scan() == (set(), {"d"})
+    cohort.put("d", "half and half")
+    assert cohort.scan() == (set(), {"d"})
+    assert cohort.scan() == ({"d"}, set())
+    assert cohort.scan() == ({"d"}, set()), "stable until the index is written"
+    cohort.index()
+    assert cohort.scan() == (set(), set())
 
 
-def test_a_file_being_written_does_not_delay_another(folder):
-    folder.put("d", "whole")
-    folder.put("e", "half")
-    folder.scan()
-    folder.put("e", "half and half")
-    assert folder.scan() == ({"d"}, {"e"})
-    found = folder.index(ignore_paths=folder.changing)
+def test_a_file_being_written_does_not_delay_others(cohort):
+    cohort.put("d", "whole")
+    cohort.put("e", "half")
+    cohort.scan()
+    cohort.put("e", "half and half")
+    assert cohort.scan() == ({"d"}, {"e"})
+    found = cohort.index(ignore_paths=cohort.changing)
     assert found.index["slide"].to_list() == ["a", "b", "c", "d"]
-    assert folder.scan() == ({"e"}, set())
+    assert cohort.scan() == ({"e"}, set())
 
 
-def test_a_known_file_being_written_keeps_its_version(folder):
-    before = folder.index().versions
-    folder.put("a", "half")
-    folder.put("d", "new")
-    folder.scan()
-    found = folder.index(ignore_paths=[str(folder.root / "wsi" / "a.tif")])
+def test_a_known_file_being_written_keeps_its_version(cohort):
+    before = cohort.index().versions
+    cohort.put("a", "half")
+    cohort.put("d", "new")
+    cohort.scan()
+    found = cohort.index(ignore_paths=[str(cohort.root / "wsi" / "a.tif")])
     assert found.versions["a"] == before["a"]
     assert "d" in found.versions
-    assert folder.scan() == ({"a"}, set())
-    assert folder.index().versions["a"] != before["a"]
+    assert cohort.scan() == ({"a"}, set())
+    assert cohort.index().versions["a"] != before["a"]
 
 
-def test_a_deleted_file_is_removed_after_two_scans(folder):
-    (folder.root / "wsi" / "b.tif").unlink()
-    assert folder.scan() == (set(), {"b"})
-    assert folder.scan() == ({"b"}, set())
-    assert folder.index().removed == ["b"]
-    assert folder.scan() == (set(), set())
+def test_a_deleted_file_is_removed_after_two_scans(cohort):
+    (cohort.root / "wsi" / "b.tif").unlink()
+    assert cohort.scan() == (set(), {"b"})
+    assert cohort.scan() == ({"b"}, set())
+    assert cohort.index().removed == ["b"]
+    assert cohort.scan() == (set(), set())
 
 
-def test_a_new_time_with_equal_content_changes_no_version(folder):
-    before = folder.index().versions
-    os.utime(folder.root / "wsi" / "a.tif", ns=(1, 1))
-    folder.scan()
-    assert folder.scan() == ({"a"}, set())
-    assert folder.index(rehash=False).versions == before
+def test_a_new_time_of_modification_alone_changes_no_version(cohort):
+    before = cohort.index().versions
+    os.utime(cohort.root / "wsi" / "a.tif", ns=(1, 1))
+    cohort.scan()
+    assert cohort.scan() == ({"a"}, set())
+    assert cohort.index(rehash=False).versions == before
 
 
-def test_only_changed_files_are_hashed_unless_rehash_is_set(folder, monkeypatch):
+def test_only_changed_files_are_hashed_unless_rehash_is_set(cohort, monkeypatch):
     read: list[str] = []
 
     def identity(path: Path) -> str:
@@ -117,50 +117,50 @@ def test_only_changed_files_are_hashed_unless_rehash_is_set(folder, monkeypatch)
         return path.read_text()
 
     monkeypatch.setattr("nic_core.cohort.scan.content_identity", identity)
-    folder.put("b", "changed")
-    folder.index(rehash=False)
+    cohort.put("b", "changed")
+    cohort.index(rehash=False)
     assert read == ["b"]
-    folder.index()
+    cohort.index()
     assert sorted(read[1:]) == ["a", "b", "c"]
 
 
-def test_a_scan_stats_each_file_once(folder, monkeypatch):
-    asked: list[str] = []
+def test_a_scan_stats_each_file_once(cohort, monkeypatch):
+    paths: list[str] = []
     real = os.stat
 
     def stat(path, **options):
-        asked.append(str(path))
+        paths.append(str(path))
         return real(path, **options)
 
     monkeypatch.setattr("os.stat", stat)
-    scan_files(folder.cohort, steps.read_file_snapshot(folder.store))
-    slides = [path for path in asked if path.endswith(".tif")]
+    scan_files(cohort.cohort, steps.read_file_snapshot(cohort.store))
+    slides = [path for path in paths if path.endswith(".tif")]
     assert len(slides) == len(set(slides)) == 3
 
 
-def test_an_index_that_loses_most_slides_is_refused(folder):
+def test_a_scan_that_misses_most_slides_is_refused(cohort):
     for name in ("a", "b"):
-        (folder.root / "wsi" / f"{name}.tif").unlink()
+        (cohort.root / "wsi" / f"{name}.tif").unlink()
     with pytest.raises(CohortError, match="2 of 3 slides are missing, for example a"):
-        folder.index()
-    assert steps.read_slide_index(folder.store).height == 3
-    assert folder.index(allow_missing_slides=True).removed == ["a", "b"]
+        cohort.index()
+    assert steps.read_slide_index(cohort.store).height == 3
+    assert cohort.index(allow_missing_slides=True).removed == ["a", "b"]
 
 
-def test_a_slide_without_its_file_is_left_out_and_reported(tmp_path):
-    folder = Folder(tmp_path)
-    folder.put("a", "slide a")
+def test_a_slide_with_a_missing_file_is_left_out_and_reported(tmp_path):
+    cohort = SmallCohort(tmp_path)
+    cohort.put("a", "slide a")
     (tmp_path / "slides.csv").write_text("slide,path,patient\na,wsi/a.tif,P\nb,wsi/b.tif,P\n")
     text = (tmp_path / "cohort.yaml").read_text()
     (tmp_path / "cohort.yaml").write_text(
         text.replace("folders: [{path: wsi}]", "table: slides.csv")
     )
-    found = folder.index()
+    found = cohort.index()
     assert found.index["slide"].to_list() == ["a"]
     assert found.missing == {"b": f"path {tmp_path / 'wsi/b.tif'} does not exist"}
-    assert folder.scan() == (set(), set())
-    folder.put("b", "slide b")
-    folder.scan()
-    assert folder.scan() == ({"b"}, set())
+    assert cohort.scan() == (set(), set())
+    cohort.put("b", "slide b")
+    cohort.scan()
+    assert cohort.scan() == ({"b"}, set())
     (tmp_path / "slides.csv").write_text("slide,path,patient\na,wsi/a.tif,P\nb,wsi/b.tif,Q\n")
-    assert folder.scan() == ({"b"}, {"slides"})
+    assert cohort.scan() == ({"b"}, {"slides"})

@@ -1,4 +1,4 @@
-"""The cohort's table of slides."""
+"""The slide index of a cohort."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def touch(folder: Path, *names: str) -> None:
         (folder / name).touch()
 
 
-def test_a_folder_gives_its_files_sorted_by_id(tmp_path):
+def test_files_of_a_folder_are_slides_sorted_by_id(tmp_path):
     touch(tmp_path, "wsi/b.tif", "wsi/sub/a.ome.tif", "wsi/notes.txt", "wsi/.hidden.tif")
     index = slide_index(cohort(tmp_path, "{folders: [{path: wsi}]}"))
     assert dict(index.schema) == INDEX_SCHEMA
@@ -34,7 +34,7 @@ def test_a_folder_gives_its_files_sorted_by_id(tmp_path):
     assert index["split"].unique().to_list() == ["cv"]
 
 
-def test_a_pattern_finds_the_patient(tmp_path):
+def test_a_pattern_extracts_the_patient_from_the_slide_id(tmp_path):
     touch(tmp_path, "wsi/P1-a.tif", "wsi/P1-b.tif", "wsi/P2-a.tif")
     rule = "{folders: [{path: wsi, patient: '(?P<patient>P[0-9]+)-'}]}"
     assert slide_index(cohort(tmp_path, rule))["patient"].to_list() == ["P1", "P1", "P2"]
@@ -46,7 +46,7 @@ def test_a_pattern_finds_the_patient(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])
-def test_a_table_gives_what_it_says(tmp_path, suffix):
+def test_a_slide_table_gives_ids_paths_and_optional_columns(tmp_path, suffix):
     touch(tmp_path, "x/1.svs", "x/2.svs", "m.png")
     table = pl.DataFrame(
         {
@@ -71,28 +71,31 @@ def test_a_table_gives_what_it_says(tmp_path, suffix):
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        ("slide,path\n1,a.tif", "no column patient"),
+        ("slide,path\n1,a.tif", "has no column patient"),
         ("slide,path,patient\n1,gone.tif,1", "slide '1': path .*gone.tif does not exist"),
-        ("slide,path,patient\n1,a.tif,1\n1,b.tif,1", "slide '1' stands more than once.*a.tif.*b"),
+        (
+            "slide,path,patient\n1,a.tif,1\n1,b.tif,1",
+            "slide id '1' occurs more than once.*a.tif.*b",
+        ),
         ("slide,path,patient\n1,,1", "row 1 has no path"),
         ("slide,path,patient\na b,a.tif,1", "slide 'a b'.*folder and a partition key"),
         ("slide,path,patient\na|b,a.tif,1", "partition key"),
-        ("slide,path,patient,split\n1,a.tif,1,train", "split 'train'"),
+        ("slide,path,patient,split\n1,a.tif,1,train", "split 'train' must be 'cv' or 'test'"),
         ("slide,path,patient,mpp\n1,a.tif,1,fine", "mpp is not a number"),
         ("slide,path,patient,truth\n1,a.tif,1,t.png", "truth .*t.png does not exist"),
         ("slide,path,patient", "no slides found"),
         ("", "cannot be read"),
     ],
 )
-def test_a_wrong_table_is_named_with_its_row_and_reason(tmp_path, table, message):
+def test_an_invalid_slide_table_is_refused_with_the_reason(tmp_path, table, message):
     touch(tmp_path, "a.tif", "b.tif")
     (tmp_path / "slides.csv").write_text(table)
     with pytest.raises(CohortError, match=message):
         slide_index(cohort(tmp_path, "{table: slides.csv}"))
 
 
-def test_missing_sources_are_named(tmp_path):
-    with pytest.raises(CohortError, match="wsi is no folder"):
+def test_missing_folders_and_tables_are_refused(tmp_path):
+    with pytest.raises(CohortError, match="wsi is not a folder"):
         slide_index(cohort(tmp_path, "{folders: [{path: wsi}]}"))
     (tmp_path / "wsi").mkdir()
     with pytest.raises(CohortError, match=r"no slides found in .*wsi/\*\*/\*.tif"):
@@ -101,7 +104,7 @@ def test_missing_sources_are_named(tmp_path):
         slide_index(cohort(tmp_path, "{table: gone.csv}"))
 
 
-def test_scale_zero_in_the_table_is_kept_for_the_slide_to_refuse(tmp_path):
+def test_mpp_0_in_the_slide_table_is_not_taken_for_missing(tmp_path):
     touch(tmp_path, "a.tif")
     (tmp_path / "slides.csv").write_text("slide,path,patient,mpp\n1,a.tif,1,0\n")
     assert slide_index(cohort(tmp_path, "{table: slides.csv}"))["mpp"].to_list() == [0.0]

@@ -1,3 +1,5 @@
+"""Atomic writes, locks, and the layout of the store."""
+
 import errno
 import fcntl
 import multiprocessing
@@ -9,7 +11,6 @@ import time
 
 import pytest
 
-from nic_core import store as store_module
 from nic_core.store import (
     GridKey,
     MapKey,
@@ -25,7 +26,7 @@ from nic_core.store import (
 )
 
 
-def test_a_file_is_not_there_before_it_is_whole(tmp_path):
+def test_a_file_appears_only_when_it_is_complete(tmp_path):
     path = tmp_path / "a" / "table.parquet"
     with atomic_file(path) as temporary:
         temporary.write_text("half")
@@ -35,7 +36,7 @@ def test_a_file_is_not_there_before_it_is_whole(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["table.parquet"]
 
 
-def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
+def test_a_failed_write_keeps_the_old_file_and_leaves_no_other(tmp_path):
     path = tmp_path / "table.parquet"
     path.write_text("old")
     with pytest.raises(RuntimeError), atomic_file(path) as temporary:
@@ -45,7 +46,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["table.parquet"]
 
 
-def test_a_folder_takes_the_place_of_the_old_one_whole(tmp_path):
+def test_a_folder_is_replaced_atomically(tmp_path):
     path = tmp_path / "grid.zarr"
     for content in ("first", "second"):
         with atomic_folder(path) as temporary:
@@ -54,7 +55,7 @@ def test_a_folder_takes_the_place_of_the_old_one_whole(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["grid.zarr"]
 
 
-def test_a_failed_folder_leaves_the_old_one(tmp_path):
+def test_a_failed_write_keeps_the_old_folder(tmp_path):
     path = tmp_path / "grid.zarr"
     with atomic_folder(path) as temporary:
         (temporary / "chunk").write_text("old")
@@ -65,7 +66,7 @@ def test_a_failed_folder_leaves_the_old_one(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["grid.zarr"]
 
 
-def test_the_environment_names_the_root(tmp_path, monkeypatch):
+def test_the_environment_gives_the_root_of_the_store(tmp_path, monkeypatch):
     monkeypatch.setenv("NIC_STORE", str(tmp_path))
     store = Store.from_environment()
     assert (
@@ -81,7 +82,7 @@ processes = multiprocessing.get_context("spawn")
 
 
 def hold(path, ready):
-    """A writer that is never done."""
+    """A writer that does not finish."""
     with atomic_folder(path) as temporary:
         (temporary / "half").write_text("half")
         ready.set()
@@ -100,7 +101,7 @@ def writer(tmp_path):
     process.join()
 
 
-def test_a_second_process_is_refused_and_disturbs_nothing(tmp_path, writer):
+def test_a_lock_of_another_process_is_respected(tmp_path, writer):
     path = tmp_path / "grid.zarr"
     before = names(tmp_path)
     with (
@@ -114,7 +115,7 @@ def test_a_second_process_is_refused_and_disturbs_nothing(tmp_path, writer):
         pass
 
 
-def test_the_next_writer_waits_and_removes_what_a_killed_one_left(tmp_path, writer):
+def test_a_writer_waits_and_removes_files_of_a_killed_writer(tmp_path, writer):
     path = tmp_path / "grid.zarr"
     killer = threading.Timer(0.2, writer.kill)
     killer.start()
@@ -127,17 +128,17 @@ def test_the_next_writer_waits_and_removes_what_a_killed_one_left(tmp_path, writ
     assert names(path) == ["chunk"]
 
 
-def test_an_older_half_swap_is_tidied_away(tmp_path):
+def test_leftovers_of_an_interrupted_replacement_are_removed(tmp_path):
     path = tmp_path / "table.parquet"
     (tmp_path / ".old.table.parquet").mkdir()
     (tmp_path / ".new.table.parquet").write_text("half")
-    (tmp_path / ".new.other.parquet").write_text("another's")
+    (tmp_path / ".new.other.parquet").write_text("file of another product")
     with exclusive_lock(path):
         pass
     assert names(tmp_path) == [".new.other.parquet"]
 
 
-def test_writers_in_threads_come_one_after_another(tmp_path):
+def test_writers_in_threads_exclude_each_other(tmp_path):
     path = tmp_path / "count"
     path.write_text("0")
 
@@ -145,7 +146,7 @@ def test_writers_in_threads_come_one_after_another(tmp_path):
         for _ in range(50):
             with exclusive_lock(path):
                 count = int(path.read_text())
-                with atomic_file(path) as temporary:  # the thread that holds it is let through
+                with atomic_file(path) as temporary:  # a thread may take its own lock again
                     temporary.write_text(str(count + 1))
 
     threads = [threading.Thread(target=work) for _ in range(6)]
@@ -163,21 +164,23 @@ def replace_often(path, times):
             (temporary / "number").write_text(str(number))
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux swaps folders in one call")
-def test_a_folder_is_there_at_every_moment_of_its_replacement(tmp_path):
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="only Linux exchanges folders in one system call"
+)
+def test_a_folder_exists_at_every_moment_of_its_replacement(tmp_path):
     path = tmp_path / "grid.zarr"
     replace_often(path, 1)
     process = threading.Thread(target=replace_often, args=(path, 300))
     process.start()
-    looks = 0
+    checks = 0
     while process.is_alive():
         assert path.exists()
-        looks += 1
-    assert looks > 100
+        checks += 1
+    assert checks > 100
 
 
-def test_without_a_swap_the_old_folder_makes_way(tmp_path, monkeypatch):
-    monkeypatch.setattr(store_module, "_swap", lambda first, second: False)
+def test_a_folder_is_replaced_on_systems_without_exchange(tmp_path, monkeypatch):
+    monkeypatch.setattr("nic_core.store.atomic._exchange", lambda first, second: False)
     replace_often(tmp_path / "grid.zarr", 3)
     assert (tmp_path / "grid.zarr" / "number").read_text() == "2"
     assert names(tmp_path) == ["grid.zarr"]
@@ -195,12 +198,12 @@ def test_a_file_system_without_locks_is_an_error(tmp_path, monkeypatch):
         pass
 
 
-def test_a_full_disk_is_one_error_and_leaves_the_old_one(mount):
+def test_a_full_disk_is_one_error_and_keeps_the_old_product(mount):
     folder = mount("size=64k")
     path = folder / "grid.zarr"
     replace_often(path, 1)
     with (
-        pytest.raises(StoreError, match=r"grid.zarr: .*No space left on device.*make room"),
+        pytest.raises(StoreError, match=r"grid.zarr: .*No space left on device.*free some space"),
         atomic_folder(path) as temporary,
     ):
         (temporary / "large").write_bytes(bytes(100_000))
@@ -208,42 +211,42 @@ def test_a_full_disk_is_one_error_and_leaves_the_old_one(mount):
     assert names(folder) == ["grid.zarr"]
 
 
-def test_a_read_only_place_is_one_error(mount):
+def test_a_read_only_file_system_is_one_error(mount):
     folder = mount("ro")
     with (
-        pytest.raises(StoreError, match=r"grid.zarr: .*Read-only file system.*may write"),
+        pytest.raises(StoreError, match=r"grid.zarr: .*Read-only file system.*write permission"),
         atomic_folder(folder / "grid.zarr"),
     ):
         pass
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_place_without_permission_is_one_error(tmp_path):
+@pytest.mark.skipif(os.geteuid() == 0, reason="root can write everywhere")
+def test_a_folder_without_write_permission_is_one_error(tmp_path):
     tmp_path.chmod(0o555)
     with (
-        pytest.raises(StoreError, match=r"Permission denied.*may write"),
+        pytest.raises(StoreError, match=r"Permission denied.*write permission"),
         atomic_file(tmp_path / "table.parquet"),
     ):
         pass
 
 
-def test_a_file_in_the_place_of_a_folder_is_one_error(tmp_path):
+def test_a_file_instead_of_a_folder_is_one_error(tmp_path):
     (tmp_path / "grids").write_text("")
     with (
-        pytest.raises(StoreError, match="a file is where a folder must be"),
+        pytest.raises(StoreError, match="a file exists where a folder is needed"),
         atomic_folder(tmp_path / "grids" / "s.zarr"),
     ):
         pass
 
 
-def test_other_faults_of_a_block_stay_what_they_are(tmp_path):
+def test_errors_inside_the_block_are_not_changed(tmp_path):
     with pytest.raises(FileNotFoundError), atomic_file(tmp_path / "table.parquet"):
         (tmp_path / "gone").read_text()
     assert names(tmp_path) == []
 
 
 def put(path):
-    """A file, or a folder with one."""
+    """Write a product: a file, or a folder with a file."""
     if path.suffix in (".parquet", ".pt"):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("x")
@@ -284,7 +287,7 @@ def test_a_checkpoint_is_an_incomplete_encoder(tmp_path):
     assert list(store.products()) == [checkpoint]
 
 
-def test_the_store_lists_nothing_that_it_has_no_place_for(tmp_path):
+def test_files_outside_the_layout_are_not_listed(tmp_path):
     store = Store(tmp_path)
     for place in (
         "slide_index/slides.parquet",
@@ -300,7 +303,7 @@ def test_the_store_lists_nothing_that_it_has_no_place_for(tmp_path):
     assert list(store.products()) == []
 
 
-def test_a_removed_product_is_gone_whole_and_leaves_nothing(tmp_path):
+def test_a_removed_product_leaves_no_files(tmp_path):
     store = Store(tmp_path)
     for asset in ("grid", "target_folds"):
         path = getattr(store, asset)(EVERY[asset])
@@ -309,29 +312,29 @@ def test_a_removed_product_is_gone_whole_and_leaves_nothing(tmp_path):
         assert names(path.parent) == []
 
 
-def test_what_is_being_written_is_not_removed(tmp_path, writer):
+def test_a_product_that_is_being_written_is_not_removed(tmp_path, writer):
     replace_often(tmp_path / "other.zarr", 1)
     with pytest.raises(StoreBusyError):
         remove_product(tmp_path / "grid.zarr")
 
 
-def test_leftovers_of_the_dead_are_told_from_files_of_the_living(tmp_path, writer):
-    [at_work] = Store(tmp_path).leftovers()
-    assert at_work.locked
-    assert at_work.product == tmp_path / "grid.zarr"
+def test_leftovers_are_distinguished_from_files_of_live_writers(tmp_path, writer):
+    [live] = Store(tmp_path).leftovers()
+    assert live.locked
+    assert live.product == tmp_path / "grid.zarr"
     with pytest.raises(StoreBusyError):
-        at_work.remove()
+        live.remove()
     writer.kill()
     writer.join()
     (tmp_path / "maps").mkdir()
     (tmp_path / "maps" / ".new.cells").write_text("half")
-    left = list(Store(tmp_path).leftovers())
-    assert [(item.product.name, item.locked) for item in left] == [
+    leftovers = list(Store(tmp_path).leftovers())
+    assert [(item.product.name, item.locked) for item in leftovers] == [
         ("grid.zarr", False),
         ("cells", False),
     ]
-    assert [file.name for file in left[0].files] == [".lock.grid.zarr", ".new.grid.zarr"]
-    for item in left:
+    assert [file.name for file in leftovers[0].files] == [".lock.grid.zarr", ".new.grid.zarr"]
+    for item in leftovers:
         item.remove()
     assert names(tmp_path) == ["maps"]
     assert names(tmp_path / "maps") == []

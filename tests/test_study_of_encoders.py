@@ -1,4 +1,4 @@
-"""The study's sums: every published figure goes through them."""
+"""Tests of the study of encoders: averages, tables, subsets and settings."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TASKS = ("a", "b", "c", "d")
 def row(seed: int, tasks: str, on: str, value: float, **other: str) -> dict[str, object]:
     count = len(tasks.split("+")) if tasks else 0
     about = {"kind": "mtl", "measure": study.PROBE, "model": "linear probe", **other}
-    saw = "labels" if on in tasks.split("+") else "nothing"
+    trained_on = "labels" if on in tasks.split("+") else "nothing"
     return {
         "cohort": "demo",
         "seed": seed,
@@ -25,7 +25,7 @@ def row(seed: int, tasks: str, on: str, value: float, **other: str) -> dict[str,
         "tasks": tasks,
         "count": count,
         "on": on,
-        "saw": saw,
+        "trained_on": trained_on,
         "value": value,
         **about,
     }
@@ -45,23 +45,23 @@ ROWS = pl.DataFrame(
 )
 
 
-def test_deviations_are_over_seeds_and_means_first_over_the_sets_of_a_seed():
-    found = study.over_seeds(ROWS).filter(kind="mtl", count=1, saw="nothing")
+def test_deviations_are_over_seeds_of_means_over_task_sets():
+    found = study.over_seeds(ROWS).filter(kind="mtl", count=1, trained_on="nothing")
     [one] = found.to_dicts()
     assert one["mean"] == pytest.approx((0.6 + 0.8) / 2)
     assert one["sd"] == pytest.approx(0.2 / 2**0.5)
     assert one["seeds"] == 2
 
 
-def test_tasks_that_were_trained_on_are_kept_apart():
+def test_trained_tasks_are_reported_separately():
     found = study.over_seeds(ROWS).filter(kind="mtl", count=1)
-    assert dict(found.select("saw", "mean").rows()) == pytest.approx(
+    assert dict(found.select("trained_on", "mean").rows()) == pytest.approx(
         {"nothing": 0.7, "labels": 0.9}
     )
-    assert found.filter(saw="labels")["sd"].to_list() == [None]
+    assert found.filter(trained_on="labels")["sd"].to_list() == [None]
 
 
-def test_tables_have_a_row_a_kind_and_number_and_a_row_a_set_of_tasks():
+def test_tables_have_rows_by_kind_number_and_set_of_tasks():
     by_number, by_tasks = study.summary(ROWS, "demo"), study.by_tasks(ROWS, "demo")
     assert list(by_number.columns[0].cells) == ["vae", "mtl, 1 tasks", "mtl, 2 tasks"]
     assert list(by_tasks.columns[0].cells) == ["a", "b", "c", "a + b"]
@@ -69,7 +69,7 @@ def test_tables_have_a_row_a_kind_and_number_and_a_row_a_set_of_tasks():
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
-def test_sets_of_tasks_are_all_or_some_of_them_the_same_for_a_seed(size):
+def test_task_subsets_are_complete_or_seeded(size):
     every = study._subsets(TASKS, size, None, seed=0)
     assert len(every) == len(set(every)) == comb(4, size)
     some = study._subsets(TASKS, size, 2, seed=1)
@@ -78,20 +78,20 @@ def test_sets_of_tasks_are_all_or_some_of_them_the_same_for_a_seed(size):
     assert set(some) <= set(every)
 
 
-def test_a_folder_is_not_continued_with_other_settings(tiny_cohort, tmp_path):
+def test_a_folder_of_other_settings_is_refused(tiny_cohort, tmp_path):
     cohort = load_cohort(tiny_cohort)
     options = Namespace(out=tmp_path, patches=64, slides=False, pairs=None, unseen=[])
-    study._settle(cohort, options)
-    study._settle(cohort, options)
+    study._check_settings(cohort, options)
+    study._check_settings(cohort, options)
     options.patches = 640
     with pytest.raises(SystemExit, match=r"made with \{'patches': 64\}"):
-        study._settle(cohort, options)
+        study._check_settings(cohort, options)
 
 
-def test_patients_that_are_held_out_for_slides_are_not_trained_on(tiny_cohort, tmp_path):
+def test_tasks_with_held_out_patients_are_refused(tiny_cohort, tmp_path):
     cohort = load_cohort(tiny_cohort)
     task = cohort.patch_tasks[0].model_copy(update={"test_groups": ("P1",)})
     cohort = cohort.model_copy(update={"patch_tasks": (task, *cohort.patch_tasks[1:])})
     options = Namespace(out=tmp_path, patches=64, slides=True, pairs=None, unseen=[])
     with pytest.raises(SystemExit, match=task.name):
-        study._settle(cohort, options)
+        study._check_settings(cohort, options)

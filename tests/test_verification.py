@@ -1,4 +1,4 @@
-"""``nic store verify``: what differs from what was written is found, wherever it is."""
+"""``nic store verify`` finds products that differ from what was written."""
 
 from __future__ import annotations
 
@@ -10,76 +10,80 @@ import pytest
 import zarr
 from typer.testing import CliRunner
 
-from nic_assets.cli import app
-from nic_core.grids.store import HASH
+from nic_assets.cli import store_app
+from nic_core.grids.store import HASH_ATTRIBUTE
 from nic_core.steps.verification import verify_store
 from nic_core.store import GridKey, ModelKey, Store
 
-HASHED = {"encoder", "grid", "model"}
+HASHED = {"encoder", "grid", "slide_model"}
 
 
 @pytest.fixture
 def store(mean_rgb_study, tmp_path) -> Store:
-    """A whole store of one's own."""
+    """A copy of the study's store, which the test may change."""
     shutil.copytree(mean_rgb_study[1].root, tmp_path / "store")
     return Store(tmp_path / "store")
 
 
-def wrong(store: Store) -> dict[str, str]:
+def problems(store: Store) -> dict[str, str]:
+    """Product to problem, for damaged products."""
     return {str(v.product): v.problem for v in verify_store(store) if v.problem is not None}
 
 
 def embeddings(grid: Path) -> Path:
-    """The one file with a small grid's embeddings."""
+    """The only shard of a small grid's embeddings."""
     [chunks] = (path for path in (grid / "0").rglob("*") if path.name == "0" and path.is_file())
     return chunks
 
 
 def flip(path: Path, at: int) -> None:
-    """One bit of a file."""
+    """Flip a bit of a file."""
     data = bytearray(path.read_bytes())
     data[at] ^= 1
     path.write_bytes(data)
 
 
-def test_a_whole_store_is_as_recorded(store):
-    told = []
-    found = verify_store(store, lambda *counts: told.append(counts))
-    assert [v.problem for v in found] == [None] * len(found)
-    assert {v.product.kind for v in found if v.hashed} == HASHED
-    assert {v.product.kind for v in found if not v.hashed} == {"slide", "patch_table", "folds"}
-    assert told[-1] == (len(found), len(found))
+def test_an_unchanged_store_has_no_problems(store):
+    calls = []
+    results = verify_store(store, lambda *counts: calls.append(counts))
+    assert [v.problem for v in results] == [None] * len(results)
+    assert {v.product.asset for v in results if v.hashed} == HASHED
+    assert {v.product.asset for v in results if not v.hashed} == {
+        "slide",
+        "patch_table",
+        "grid_manifest",
+        "target_folds",
+    }
+    assert calls[-1] == (len(results), len(results))
 
 
-def test_any_flipped_bit_of_a_grid_is_found(store):
+def test_a_flipped_bit_anywhere_in_a_grid_is_detected(store):
     slides = sorted(path.stem for path in (store.root / "grids" / "mean-rgb").iterdir())
     damaged = {}
-    for slide, place in zip(slides, (0, 1, 2, 3, 5, 7, 11), strict=False):
+    for slide, twelfth in zip(slides, (0, 1, 2, 3, 5, 7, 11), strict=False):
         chunks = embeddings(store.grid(GridKey(encoder="mean-rgb", slide=slide)))
-        flip(chunks, chunks.stat().st_size * place // 12)
+        flip(chunks, chunks.stat().st_size * twelfth // 12)
         damaged[f"grid mean-rgb|{slide}"] = store.grid(GridKey(encoder="mean-rgb", slide=slide))
-    found = wrong(store)
+    found = problems(store)
     assert found.keys() == damaged.keys()
     assert all(str(path) in found[name] for name, path in damaged.items())
 
 
-def test_a_lost_chunk_is_found_though_it_reads_as_zeros(store):
+def test_a_missing_shard_is_detected_although_it_reads_as_zeros(store):
     embeddings(store.grid(GridKey(encoder="mean-rgb", slide="demo-01-1"))).unlink()
-    assert "hash differs" in wrong(store)["grid mean-rgb|demo-01-1"]
+    assert "hash differs" in problems(store)["grid mean-rgb|demo-01-1"]
 
 
-def test_a_grid_of_an_older_version_is_read_and_has_no_hash(store):
+def test_a_grid_without_a_recorded_hash_is_a_problem(store):
     path = store.grid(GridKey(encoder="mean-rgb", slide="demo-01-1"))
     metadata = json.loads((path / "zarr.json").read_text())
-    del metadata["attributes"][HASH]
+    del metadata["attributes"][HASH_ATTRIBUTE]
     (path / "zarr.json").write_text(json.dumps(metadata))
-    assert HASH not in zarr.open_group(path, mode="r").attrs
-    [found] = [v for v in verify_store(store) if v.product.path == path]
-    assert found.problem is None
-    assert not found.hashed
+    assert HASH_ATTRIBUTE not in zarr.open_group(path, mode="r").attrs
+    assert "no recorded hash" in problems(store)["grid mean-rgb|demo-01-1"]
 
 
-def test_edited_weights_and_a_lost_fold_are_found(store):
+def test_changed_weights_and_missing_folds_are_detected(store):
     card = store.encoder("mean-rgb") / "card.json"
     recorded = json.loads(card.read_text())["weights_hash"]
     card.write_text(card.read_text().replace(recorded, recorded[::-1]))
@@ -88,32 +92,32 @@ def test_edited_weights_and_a_lost_fold_are_found(store):
     ).unlink()
     fold = store.slide_model(ModelKey(encoder="mean-rgb", target="survival")) / "fold-0.safetensors"
     flip(fold, fold.stat().st_size - 2)
-    found = wrong(store)
+    found = problems(store)
     assert found.keys() == {
         "encoder mean-rgb",
-        "model growth|mean-rgb",
-        "model survival|mean-rgb",
+        "slide_model mean-rgb|growth",
+        "slide_model mean-rgb|survival",
     }
     assert "hash differs" in found["encoder mean-rgb"]
-    assert "hash differs" in found["model survival|mean-rgb"]
-    assert "fold-1.safetensors" in found["model growth|mean-rgb"]
+    assert "hash of the weights differs" in found["slide_model mean-rgb|survival"]
+    assert "fold-1.safetensors" in found["slide_model mean-rgb|growth"]
 
 
-def test_a_truncated_table_and_picture_are_found(store):
+def test_truncated_tables_and_pictures_are_detected(store):
     table = store.patch_table("demo-01-1")
     table.write_bytes(table.read_bytes()[:100])
     picture = store.slide("demo-02-1") / "tissue.png"
     picture.write_bytes(picture.read_bytes()[:100])
-    assert wrong(store).keys() == {"patch_table demo-01-1", "slide demo-02-1"}
+    assert problems(store).keys() == {"patch_table demo-01-1", "slide demo-02-1"}
 
 
-def test_the_command_counts_lists_and_tells_by_its_status(store, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # there is no .env here
+def test_the_command_lists_problems_and_sets_the_exit_status(store, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # a folder without .env
     monkeypatch.setenv("DAGSTER_HOME", str(tmp_path))
 
     def verify():
         variables = {"NIC_STORE": str(store.root), "COLUMNS": "200"}
-        return CliRunner().invoke(app, ["store", "verify"], env=variables)
+        return CliRunner().invoke(store_app, ["verify"], env=variables)
 
     assert verify().exit_code == 0
     path = store.patch_table("demo-01-1")

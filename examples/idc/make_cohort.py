@@ -1,11 +1,11 @@
-"""Write the IDC study's cohort from a folder of real patches and slides.
+"""Write the cohort file and tables of the IDC example from a folder of real patches and slides.
 
     python examples/idc/make_cohort.py FOLDER --out data/idc [--hold-out 8863]
 
-FOLDER holds ``MANIFEST.csv`` (columns path, kind, task, organ, label, group, mpp) with the patch
+FOLDER contains ``MANIFEST.csv`` (columns path, kind, task, organ, label, group), the patches of the
 tasks idc, lc25000, nct_crc and osteosarcoma, and the IDC slides with their label images. The
-encoder trains on all four tasks; the patient given with ``--hold-out`` is in no training, and
-the tumour map of that patient's slide is scored against its labels.
+encoder is trained on all four tasks. The patches of the patient given with ``--hold-out`` are not
+used for training, so the tumour map of this patient's slide is an evaluation on a new patient.
 """
 
 from __future__ import annotations
@@ -16,28 +16,28 @@ from pathlib import Path
 import polars as pl
 import yaml
 
-# 50 px at 4 um/px, the cell of the labels, is 200 um: 128 px at this resolution
+# a cell of the label images is 50 px at 4 um/px = 200 um, which is 128 px at this resolution
 PATCH = 128
 MPP = 50 * 4.0 / PATCH
 
-# um/px; lc25000 names no resolution (camera pictures), so this one is declared, not measured
+# organ and um/px; the resolution of lc25000 (camera images) is unpublished, 0.5 is an assumption
 TASKS = {
     "idc": ("breast", 4.0),
     "lc25000": ("lung and colon", 0.5),
     "nct_crc": ("colon", 0.5),
     "osteosarcoma": ("bone", 1.0),
 }
-# two patients only: this task is split by tissue block, named in the file
+# osteosarcoma has two patients, so it is split by tissue block, which the file name contains
 BLOCK = r"((?:Case-4-[A-Z]|P9-[A-Z])\d+)"
-# one image each: nothing to train on
+# classes with one image each, too few for training
 TOO_RARE = {"nct_crc": ("BACK", "DEB")}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--out", type=Path, default=Path("data/idc"))
-    parser.add_argument("--hold-out", default="8863", help="patient left out of training")
+    parser.add_argument("folder", type=Path, help="folder with MANIFEST.csv")
+    parser.add_argument("--out", type=Path, default=Path("data/idc"), help="folder of the cohort")
+    parser.add_argument("--hold-out", default="8863", help="patient not used for training")
     arguments = parser.parse_args()
     folder: Path = arguments.folder.resolve()
     out: Path = arguments.out
@@ -55,7 +55,7 @@ def main() -> None:
         patches.write_csv(out / f"{task}.csv")
     _slide_table(manifest, folder).write_csv(out / "slides.csv")
     (out / "cohort.yaml").write_text(yaml.safe_dump(_cohort(arguments.hold_out), sort_keys=False))
-    print(f"{out / 'cohort.yaml'}: {len(TASKS)} patch tasks; held out: {arguments.hold_out}")
+    print(f"{out / 'cohort.yaml'}: {len(TASKS)} patch tasks, patient {arguments.hold_out} held out")
 
 
 def _slide_table(manifest: pl.DataFrame, folder: Path) -> pl.DataFrame:

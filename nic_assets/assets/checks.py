@@ -1,51 +1,62 @@
-"""What is checked of each product; every check says what is wrong, or None.
+"""The checks of each product. A check returns the problem, or None where it passes.
 
-The results travel with the asset's own step (``check_specs``), so a batch of a thousand slides
-costs no step more, and a check sees the product that was just made.
+The asset's own step runs its checks on the product that it just made, so a batch of a thousand
+slides needs no further step.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
-import dagster as dg
 import numpy as np
 import polars as pl
 
+from nic_assets.orchestration.partition_checks import Check
 from nic_core.cohort import Settings
 from nic_core.encoders import EncoderCard, PatchDataset
 from nic_core.grids import Grid
-from nic_core.steps import SlideRecord
+from nic_core.models import comparison
+from nic_core.models.comparison import Verdict
+from nic_core.steps import SlideRecord, SlideScan
 from nic_core.store import Store
 from nic_core.tiling.patches import PatchTableError, read_patch_table
 
-# a slide may be scanned a little coarser than asked: 0.5021 um/px serves 0.5
-FINE_ENOUGH = 1.02
-# of all embeddings of a slide, the share that may equal the commonest one
-COLLAPSED = 0.5
+# a slide may be slightly coarser than the study: 0.5021 um/px serves 0.5 [choice]
+RESOLUTION_TOLERANCE = 1.02
+# largest share of a slide's cells that may have the same embedding [choice]
+MAX_COLLAPSED = 0.5
 
 
-def declared(name: str, asset: str, judge: Callable[..., object]) -> dg.AssetCheckSpec:
-    """A check's declaration; the UI shows what its function says of itself."""
-    about = (inspect.getdoc(judge) or "").split("\n\n")[0].replace("\n", " ")
-    return dg.AssetCheckSpec(name, asset=asset, description=about)
+@Check
+def slide_files_present(scan: SlideScan) -> str | None:
+    """Every file of the slide table can be read, and no slide of the last scan is missing."""
+    problems = [f"{slide}: {reason}" for slide, reason in scan.missing.items()]
+    problems += [
+        f"{slide}: removed since the last scan"
+        for slide in scan.removed
+        if slide not in scan.missing
+    ]
+    return "; ".join(problems) or None
 
 
+@Check
 def resolution_suffices(record: SlideRecord, settings: Settings) -> str | None:
-    """The slide holds the detail that the study asks for; else pixels are interpolated."""
-    if record.mpp <= settings.mpp * FINE_ENOUGH:
+    """The slide is as fine as the study's resolution; pixels of a coarser one are interpolated."""
+    if record.mpp <= settings.mpp * RESOLUTION_TOLERANCE:
         return None
     return f"{record.mpp:.3f} um/px is coarser than the study's {settings.mpp:.3f}: interpolated"
 
 
+@Check
 def tissue_found(record: SlideRecord) -> str | None:
-    """There is something to compress."""
-    return None if record.tissue_mm2 > 0 else "no tissue: its grid will be empty"
+    """The slide has tissue."""
+    return None if record.tissue_mm2 > 0 else "no tissue: the slide's grid will be empty"
 
 
-def patch_table_valid(store: Store, slide: str) -> str | None:
-    """The file as it lies in the store has the schema, one row a cell, and whole rows."""
+@Check
+def schema_valid(store: Store, slide: str) -> str | None:
+    """The stored patch table has the expected columns, and one row for each grid cell."""
     try:
         read_patch_table(store.patch_table(slide))
     except PatchTableError as error:
@@ -53,41 +64,19 @@ def patch_table_valid(store: Store, slide: str) -> str | None:
     return None
 
 
-def splits_disjoint(dataset: PatchDataset) -> str | None:
-    """No patient's patches are in two splits."""
-    torn = (
+@Check
+def splits_disjoint_by_group(dataset: PatchDataset) -> str | None:
+    """The patches of each patient are in one split only."""
+    shared = (
         dataset.table.group_by("group")
         .agg(pl.col("split").n_unique())
         .filter(pl.col("split") > 1)["group"]
         .sort()
     )
-    return f"patients in more than one split: {torn.to_list()[:5]}" if len(torn) else None
+    return f"patients in more than one split: {shared.to_list()[:5]}" if len(shared) else None
 
 
-def labels_agree(dataset: PatchDataset) -> str | None:
-    """No image stands under two labels."""
-    found = dataset.found("conflict")
-    if found.is_empty():
-        return None
-    first = found.row(0, named=True)
-    return (
-        f"{len(found)} images equal one with another label and were left out with it: "
-        f"{first['source']} ({first['label']}) is {first['other']} ({first['other_label']})"
-    )
-
-
-def no_near_duplicates(dataset: PatchDataset) -> str | None:
-    """No patch of validation or test shows what one of an earlier split shows."""
-    found = dataset.found("near_duplicate")
-    if found.is_empty():
-        return None
-    first = found.sort("detail").row(0, named=True)
-    return (
-        f"{len(found)} patches have a near-duplicate in an earlier split: {first['source']} "
-        f"({first['split']}) is like {first['other']} ({first['other_split']})"
-    )
-
-
+@Check
 def classes_present(dataset: PatchDataset) -> str | None:
     """Each class has patches in each split."""
     absent = [
@@ -97,17 +86,55 @@ def classes_present(dataset: PatchDataset) -> str | None:
     return f"no patch of {', '.join(absent)}" if absent else None
 
 
+@Check
+def labels_agree(dataset: PatchDataset) -> str | None:
+    """Equal images have equal labels."""
+    found = dataset.found("conflict")
+    if found.is_empty():
+        return None
+    first = found.row(0, named=True)
+    return (
+        f"{len(found)} images are equal to one with another label; both were left out, for "
+        f"example {first['source']} ({first['label']}) and {first['other']} "
+        f"({first['other_label']})"
+    )
+
+
+@Check
+def no_near_duplicates_across_splits(dataset: PatchDataset) -> str | None:
+    """No patch of validation or test is a near-duplicate of a patch in an earlier split."""
+    found = dataset.found("near_duplicate")
+    if found.is_empty():
+        return None
+    first = found.sort("detail").row(0, named=True)
+    return (
+        f"{len(found)} patches have a near-duplicate in an earlier split, for example "
+        f"{first['source']} ({first['split']}) of {first['other']} ({first['other_split']})"
+    )
+
+
+@Check
 def images_readable(dataset: PatchDataset) -> str | None:
-    """Every image of the source could be read."""
+    """Every image of the source can be read."""
     found = dataset.found("unreadable")
     if found.is_empty():
         return None
     first = found.row(0, named=True)
-    return f"{len(found)} left out, the first is {first['source']} ({first['detail']})"
+    return f"{len(found)} images were left out, for example {first['source']} ({first['detail']})"
 
 
+PATCH_TASK_CHECKS = (
+    splits_disjoint_by_group,
+    classes_present,
+    labels_agree,
+    no_near_duplicates_across_splits,
+    images_readable,
+)
+
+
+@Check
 def beats_chance(card: EncoderCard) -> str | None:
-    """On every task's test patients the heads do better than guessing."""
+    """The balanced accuracy of each head on its task's test patients is above chance."""
     weak = {
         task: round(scores.balanced_accuracy, 3)
         for task, scores in card.scores.items()
@@ -116,13 +143,15 @@ def beats_chance(card: EncoderCard) -> str | None:
     return f"balanced accuracy at or below chance: {weak}" if weak else None
 
 
-def patients_unseen(leaks: Sequence[str]) -> str | None:
-    """No patch task's test patients are in the encoder's training, in another task."""
+@Check
+def test_patients_unseen(leaks: Sequence[str]) -> str | None:
+    """No test patient of a patch task is in the encoder's training data of another task."""
     return "; ".join(leaks) or None
 
 
+@Check
 def covers_patch_table(grid: Grid, cells: pl.DataFrame) -> str | None:
-    """A embedding at each kept cell of the patch table that could be read, and nowhere else."""
+    """The grid has an embedding in each kept cell that could be read, and in no other cell."""
     kept = np.zeros(grid.valid.shape, bool)
     rows = cells.filter("kept")
     kept[rows["row"].to_numpy(), rows["column"].to_numpy()] = True
@@ -130,30 +159,52 @@ def covers_patch_table(grid: Grid, cells: pl.DataFrame) -> str | None:
     extra = int((grid.valid & ~kept).sum())
     if missing or extra:
         return (
-            f"{missing} kept cells without a embedding, {extra} embeddings outside the kept cells"
+            f"{missing} kept cells without an embedding, {extra} embeddings outside the kept cells"
         )
     return None
 
 
+@Check
 def embeddings_finite(grid: Grid) -> str | None:
-    """No embedding is NaN or beyond float16."""
+    """Every component of every embedding is finite in float16."""
     bad = int((~np.isfinite(np.asarray(grid.embeddings[:]))).any(0).sum())
-    return f"{bad} cells with a embedding that is no finite number" if bad else None
+    return f"{bad} cells have an embedding that is not finite" if bad else None
 
 
+@Check
 def embeddings_not_collapsed(grid: Grid) -> str | None:
-    """The encoder tells patches apart: no single embedding takes most of the slide."""
+    """At most half of the slide's cells have the same embedding."""
     embeddings = np.asarray(grid.embeddings[:])[:, grid.valid].T
     if len(embeddings) < 2:
         return None
     _, counts = np.unique(embeddings, axis=0, return_counts=True)
     share = counts.max() / len(embeddings)
-    return f"one embedding in {share:.0%} of the cells" if share > COLLAPSED else None
+    return f"{share:.0%} of the cells have the same embedding" if share > MAX_COLLAPSED else None
 
 
-def folds_disjoint(folds: pl.DataFrame) -> str | None:
+OF_SLIDES: dict[str, tuple[Check[Any], ...]] = {
+    "slide": (resolution_suffices, tissue_found),
+    "patch_table": (schema_valid,),
+    "grid": (covers_patch_table, embeddings_finite, embeddings_not_collapsed),
+}
+"""Checks of each asset that is partitioned by slide; their results change with the slides."""
+
+
+@Check
+def folds_disjoint_by_patient(folds: pl.DataFrame) -> str | None:
     """Each patient is in one fold only."""
-    torn = (folds.group_by("patient").agg(pl.col("fold").n_unique()).filter(pl.col("fold") > 1))[
+    shared = (folds.group_by("patient").agg(pl.col("fold").n_unique()).filter(pl.col("fold") > 1))[
         "patient"
     ]
-    return f"patients in more than one fold: {torn.sort().to_list()[:5]}" if len(torn) else None
+    return f"patients in more than one fold: {shared.sort().to_list()[:5]}" if len(shared) else None
+
+
+above_permutation_control = Check(comparison.above_permutation_control)
+
+
+@Check
+def compared_with_champion(verdict: Verdict) -> str | None:
+    """The model could be compared with the champion of its target; if not, a person must set the
+    alias. The metadata `champion` of each model has the result.
+    """
+    return None if verdict.compared else verdict.explanation

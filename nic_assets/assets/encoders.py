@@ -1,4 +1,4 @@
-"""Patch-task datasets, and the encoders trained on them."""
+"""Patch tasks, encoders, and probes of their embeddings."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from nic_assets.assets import checks
 from nic_assets.assets.inputs import ENCODER_ENTRY, PATCH_TASK_SOURCE
 from nic_assets.orchestration.batches import Events, Product, batch_asset, materialize_each
 from nic_assets.orchestration.executors import CPU_TAGS, GPU_POOL, GPU_TAGS
-from nic_assets.orchestration.metadata import code_version, figure, log_progress, table
+from nic_assets.orchestration.metadata import code_version, figure, figures, log_progress, table
 from nic_assets.partitions import Partitions
 from nic_assets.tags import PARTIAL_INPUTS
 from nic_assets.tracking import TrackedRun, Tracking, TrackingError
@@ -26,60 +26,48 @@ FINDINGS_SHOWN = 50
 
 
 def encoder_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
-    """The assets of this layer, for one cohort."""
+    """Return the assets of group ``encoders``."""
     settings = partitions.cohort.settings
 
     @batch_asset(
+        checks=checks.PATCH_TASK_CHECKS,
         partitions_def=partitions.patch_tasks,
         deps=[PATCH_TASK_SOURCE],
         group_name="encoders",
         kinds={"numpy", "parquet"},
         op_tags=CPU_TAGS,
-        code_version=code_version(3, settings.patch, settings.mpp, settings.tissue),
-        check_specs=[
-            checks.declared(name, "patch_task", judge)
-            for name, judge in (
-                ("splits_disjoint_by_group", checks.splits_disjoint),
-                ("classes_present", checks.classes_present),
-                ("labels_agree", checks.labels_agree),
-                ("no_near_duplicates_across_splits", checks.no_near_duplicates),
-                ("images_readable", checks.images_readable),
-            )
-        ],
+        code_version=code_version(4, settings.patch, settings.mpp, settings.tissue),
     )
     def patch_task(
         context: dg.AssetExecutionContext,
         cohort: dg.ResourceParam[Cohort],
         store: dg.ResourceParam[Store],
     ) -> Events:
-        """A patch task's patches at the study's size and resolution, split by patient."""
+        """The patches of a patch task at the study's size and resolution, split by patient."""
 
-        def work(key: str) -> Product:
-            dataset = steps.make_patch_task(cohort, store, key, log_progress(context))
+        def make(task: str) -> Product:
+            dataset = steps.make_patch_task(cohort, store, task, log_progress(context))
             return Product(
                 version=dataset.identity[:16],
                 metadata={
                     "dagster/row_count": dataset.table.height,
                     "organ": dataset.organ,
                     "groups": dataset.table["group"].n_unique(),
-                    "examples": figure(patch_examples(dataset), f"patches of {key}"),
+                    "examples": figure(patch_examples(dataset), f"patches of {task}"),
                     "classes": table(dataset.counts()),
-                    "left_out_or_doubtful": table(dataset.findings_by_kind()),
+                    "findings_by_kind": table(dataset.findings_by_kind()),
                     "findings": table(dataset.findings.head(FINDINGS_SHOWN)),
-                    "folder": dg.MetadataValue.path(store.patch_task(key)),
+                    "folder": dg.MetadataValue.path(store.patch_task(task)),
                 },
-                checks={
-                    "splits_disjoint_by_group": checks.splits_disjoint(dataset),
-                    "classes_present": checks.classes_present(dataset),
-                    "labels_agree": checks.labels_agree(dataset),
-                    "no_near_duplicates_across_splits": checks.no_near_duplicates(dataset),
-                    "images_readable": checks.images_readable(dataset),
-                },
+                checks={check: check(dataset) for check in checks.PATCH_TASK_CHECKS},
             )
 
-        yield from materialize_each(context, work, expected=(CohortError,), place=store.patch_task)
+        yield from materialize_each(
+            context, make, parse=str, path=store.patch_task, expected=(CohortError,)
+        )
 
     @batch_asset(
+        checks=[checks.beats_chance],
         partitions_def=partitions.encoders,
         deps=[
             ENCODER_ENTRY,
@@ -93,8 +81,7 @@ def encoder_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         kinds={"pytorch", "mlflow"},
         pool=GPU_POOL,
         op_tags=GPU_TAGS,
-        code_version=code_version(1, settings.patch, settings.mpp, settings.embedding_size),
-        check_specs=[checks.declared("beats_chance", "encoder", checks.beats_chance)],
+        code_version=code_version(2, settings.patch, settings.mpp, settings.embedding_size),
     )
     def encoder(
         context: dg.AssetExecutionContext,
@@ -102,55 +89,39 @@ def encoder_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         store: dg.ResourceParam[Store],
         tracking: dg.ResourceParam[Tracking],
     ) -> Events:
-        """A trained or imported encoder: patch to embedding, with the heads that taught it."""
+        """A trained or imported encoder: patch to embedding, with its classification heads."""
 
-        def work(key: str) -> Product:
-            entry = cohort.encoder(key)
+        def make(name: str) -> Product:
+            entry = cohort.encoder(name)
             if isinstance(entry, RegisteredEncoder):
-                with tracking.fetched(entry) as (ready, page):
-                    local = cohort.with_encoder(ready)
-                    card = steps.make_encoder(local, store, key).encoder.card
-                return made(key, card, {"mlflow_model": dg.MetadataValue.url(page)})
-            with tracking.run(
-                context,
-                cohort=cohort,
-                partition=key,
-                experiment="encoders",
-                product=store.encoder(key),
-            ) as run:
-                encoder = steps.make_encoder(
-                    cohort, store, key, run, log_progress(context), device=device
-                ).encoder
-                card = encoder.card
-                log_encoder(run, encoder, cohort, store)
-            steps.remove_checkpoint(store, key)
-            pages = {"mlflow_run": run.url} | ({"mlflow_model": run.page} if run.page else {})
-            return made(
-                key,
-                card,
-                {
-                    **{name: figure(drawing, name) for name, drawing in run.figures.items()},
-                    **{name: dg.MetadataValue.url(page) for name, page in pages.items()},
-                },
-            )
-
-        def made(key: str, card: EncoderCard, metadata: dict[str, Any]) -> Product:
+                card, metadata = fetch_encoder(entry, cohort, store, tracking)
+            else:
+                card, metadata = train_encoder(context, name, cohort, store, tracking, device)
             return Product(
                 version=card.weights_hash[:16],
                 metadata={
                     **metadata,
+                    **{
+                        f"{task}_balanced_accuracy": scores.balanced_accuracy
+                        for task, scores in card.scores.items()
+                    },
                     "test_scores": table(encoder_results(card)),
-                    "folder": dg.MetadataValue.path(store.encoder(key)),
+                    "folder": dg.MetadataValue.path(store.encoder(name)),
                 },
-                checks={"beats_chance": checks.beats_chance(card)},
+                checks={checks.beats_chance: checks.beats_chance(card)},
             )
 
         with leased_device() as device:
             yield from materialize_each(
-                context, work, expected=(EncoderError, TrackingError), place=store.encoder
+                context,
+                make,
+                parse=str,
+                path=store.encoder,
+                expected=(EncoderError, TrackingError),
             )
 
     @batch_asset(
+        checks=[checks.test_patients_unseen],
         partitions_def=partitions.encoders,
         deps=[encoder, dg.AssetDep(patch_task, partition_mapping=dg.AllPartitionMapping())],
         group_name="encoders",
@@ -158,9 +129,6 @@ def encoder_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         tags=PARTIAL_INPUTS,
         op_tags=CPU_TAGS,
         code_version=code_version(1),
-        check_specs=[
-            checks.declared("test_patients_unseen", "encoder_probe", checks.patients_unseen)
-        ],
     )
     def encoder_probe(
         context: dg.AssetExecutionContext,
@@ -168,48 +136,89 @@ def encoder_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         store: dg.ResourceParam[Store],
         tracking: dg.ResourceParam[Tracking],
     ) -> Events:
-        """What simple classifiers read off an encoder's embeddings, on every patch task."""
+        """Scores of simple classifiers on an encoder's embeddings, for every patch task."""
 
-        def work(key: str) -> Product:
+        def make(name: str) -> Product:
             with tracking.run(
                 context,
                 cohort=cohort,
-                partition=key,
+                partition=name,
                 experiment="probes",
-                product=store.encoder_probe(key),
+                product=store.encoder_probe(name),
             ) as run:
-                scores, drawings = steps.make_encoder_probe(cohort, store, key)
-                run.summary(probe_results(key, scores))
-                for name, drawing in drawings.items():
-                    run.figure(name, drawing)
+                scores, drawings = steps.make_encoder_probe(cohort, store, name)
+                run.summary(probe_results(name, scores))
+                for title, drawing in drawings.items():
+                    run.figure(title, drawing)
+            leaks = steps.leaked_groups(cohort, store, name)
             return Product(
                 version=steps.digest(scores.rows()),
                 metadata={
                     "scores": table(scores),
-                    **{name: figure(drawing, name) for name, drawing in drawings.items()},
-                    "file": dg.MetadataValue.path(store.encoder_probe(key)),
+                    **figures(drawings),
+                    "file": dg.MetadataValue.path(store.encoder_probe(name)),
                     "mlflow_run": dg.MetadataValue.url(run.url),
                 },
-                checks={
-                    "test_patients_unseen": checks.patients_unseen(
-                        steps.leaked_groups(cohort, store, key)
-                    )
-                },
+                checks={checks.test_patients_unseen: checks.test_patients_unseen(leaks)},
             )
 
         yield from materialize_each(
-            context, work, expected=(EncoderError, TrackingError), place=store.encoder_probe
+            context,
+            make,
+            parse=str,
+            path=store.encoder_probe,
+            expected=(EncoderError, TrackingError),
         )
 
     return [patch_task, encoder, encoder_probe] if partitions.cohort.patch_tasks else [encoder]
 
 
+def fetch_encoder(
+    entry: RegisteredEncoder, cohort: Cohort, store: Store, tracking: Tracking
+) -> tuple[EncoderCard, dict[str, Any]]:
+    """Import a registered encoder from MLflow; return its card and its metadata for the UI."""
+    with tracking.download_encoder(entry) as (imported, page):
+        made = steps.make_encoder(cohort.with_encoder(imported), store, entry.name)
+    return made.encoder.card, {"mlflow_model": dg.MetadataValue.url(page)}
+
+
+def train_encoder(
+    context: dg.AssetExecutionContext,
+    name: str,
+    cohort: Cohort,
+    store: Store,
+    tracking: Tracking,
+    device: str,
+) -> tuple[EncoderCard, dict[str, Any]]:
+    """Train an encoder, or import it from its file, and log it to MLflow.
+
+    Returns its card and its metadata for the UI.
+    """
+    with tracking.run(
+        context,
+        cohort=cohort,
+        partition=name,
+        experiment="encoders",
+        product=store.encoder(name),
+    ) as run:
+        encoder = steps.make_encoder(
+            cohort, store, name, run, log_progress(context), device=device
+        ).encoder
+        log_encoder(run, encoder, cohort, store)
+    steps.remove_checkpoint(store, name)
+    pages = {"mlflow_run": run.url} | ({"mlflow_model": run.page} if run.page else {})
+    return encoder.card, {
+        **figures(run.figures),
+        **{title: dg.MetadataValue.url(page) for title, page in pages.items()},
+    }
+
+
 def log_encoder(run: TrackedRun, encoder: Encoder, cohort: Cohort, store: Store) -> None:
-    """Tell MLflow of an encoder: its card, data, files, figures, and a version of its own."""
+    """Log an encoder's card, data, files and scores to MLflow, and register a version of it."""
     card, results = encoder.card, encoder_results(encoder.card)
     run.card(card.model_dump(mode="json"))
     run.inputs({f"patch_task/{task}": (store.patch_task(task), i) for task, i in card.data.items()})
-    # what comes from a file is imported from that file, and an archive is not exported anew
+    # an imported encoder has its own file, and a network archive cannot be exported again
     if card.objective != "imported":
         run.files(store.encoder(card.name))
     if card.architecture not in PROGRAMS:
@@ -217,8 +226,8 @@ def log_encoder(run: TrackedRun, encoder: Encoder, cohort: Cohort, store: Store)
             encoder.module,
             torch.zeros((2, 3, card.patch, card.patch), dtype=torch.uint8),
             name=f"encoder-{card.name}",
-            description=f"{card.objective}: patch of {card.patch} px at {card.mpp:g} um/px to embedding "
-            f"of {card.embedding_size}\n\n{results_markdown(results)}",
+            description=f"{card.objective}: patch of {card.patch} px at {card.mpp:g} um/px to "
+            f"embedding of {card.embedding_size}\n\n{results_markdown(results)}",
             tags={
                 "objective": card.objective,
                 "architecture": card.architecture,

@@ -1,4 +1,4 @@
-"""Compressed slides: a grid for every slide and encoder, and the cohort they make."""
+"""Grids: every slide compressed by every encoder, and a manifest of each encoder's grids."""
 
 from functools import cache
 
@@ -22,65 +22,55 @@ from nic_core.tiling.patches import read_patch_table
 
 
 def grid_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
-    """The assets of this layer, for one cohort."""
+    """Return the assets of group ``grids``."""
 
     @batch_asset(
+        checks=checks.OF_SLIDES["grid"],
         partitions_def=partitions.grids,
         deps=[SLIDE_FILE, "patch_table", "encoder"],
         group_name="grids",
         kinds={"zarr", "pytorch"},
         pool=GPU_POOL,
         op_tags=GPU_TAGS,
-        code_version=code_version(2, partitions.cohort.settings.compression),
-        check_specs=[
-            checks.declared("covers_patch_table", "grid", checks.covers_patch_table),
-            checks.declared("embeddings_finite", "grid", checks.embeddings_finite),
-            checks.declared("embeddings_not_collapsed", "grid", checks.embeddings_not_collapsed),
-        ],
+        code_version=code_version(3, partitions.cohort.settings.compression),
     )
     def grid(
         context: dg.AssetExecutionContext,
         cohort: dg.ResourceParam[Cohort],
         store: dg.ResourceParam[Store],
     ) -> Events:
-        """A compressed slide: the embedding of every kept patch, at its place."""
+        """A compressed slide: the embedding of every kept patch, at its grid cell."""
         load = cache(lambda name: steps.prepare_encoder(cohort, store, name, device))
 
-        def work(key: str) -> Product:
-            grid_key = GridKey.parse(key)
-            slide = grid_key.slide
-            made = steps.make_grid(cohort, store, load(grid_key.encoder), slide)
-            channels, rows, columns = made.shape
+        def make(key: GridKey) -> Product:
+            made = steps.make_grid(cohort, store, load(key.encoder), key.slide)
+            embedding_size, rows, columns = made.shape
+            cells = read_patch_table(store.patch_table(key.slide))
             return Product(
                 version=grid_hash(made),
                 metadata={
                     "preview": picture(
-                        grid_preview(made, cell=8), f"{slide}, colours by embedding"
+                        grid_preview(made, cell=8), f"{key.slide}, coloured by embedding"
                     ),
-                    "embedding_size": channels,
+                    "embedding_size": embedding_size,
                     "rows": rows,
                     "columns": columns,
                     "cells": int(made.valid.sum()),
                     "unreadable": made.provenance.unreadable,
                     "precision": made.provenance.precision,
                     "reading": made.provenance.reading,
-                    "store": dg.MetadataValue.path(store.grid(grid_key)),
+                    "store": dg.MetadataValue.path(store.grid(key)),
                 },
                 checks={
-                    "covers_patch_table": checks.covers_patch_table(
-                        made, read_patch_table(store.patch_table(slide))
-                    ),
-                    "embeddings_finite": checks.embeddings_finite(made),
-                    "embeddings_not_collapsed": checks.embeddings_not_collapsed(made),
+                    checks.covers_patch_table: checks.covers_patch_table(made, cells),
+                    checks.embeddings_finite: checks.embeddings_finite(made),
+                    checks.embeddings_not_collapsed: checks.embeddings_not_collapsed(made),
                 },
             )
 
         with leased_device() as device:
             yield from materialize_each(
-                context,
-                work,
-                expected=(SlideError,),
-                place=lambda key: store.grid(GridKey.parse(key)),
+                context, make, parse=GridKey.parse, path=store.grid, expected=(SlideError,)
             )
 
     @batch_asset(
@@ -96,10 +86,10 @@ def grid_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         context: dg.AssetExecutionContext,
         store: dg.ResourceParam[Store],
     ) -> Events:
-        """All grids of one encoder, by their content: what models on them depend on."""
+        """The content hash and cells of every grid of an encoder, which its slide models read."""
 
-        def work(key: str) -> Product:
-            grids = steps.make_grid_manifest(store, key)
+        def make(encoder: str) -> Product:
+            grids = steps.make_grid_manifest(store, encoder)
             return Product(
                 version=steps.digest(grids.rows()),
                 metadata={
@@ -109,6 +99,6 @@ def grid_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
                 },
             )
 
-        yield from materialize_each(context, work, expected=(), place=store.grid_manifest)
+        yield from materialize_each(context, make, parse=str, path=store.grid_manifest, expected=())
 
     return [grid, grid_manifest]

@@ -1,8 +1,8 @@
-"""The files that come from outside, as external assets with data versions.
+"""External assets: the user's files, each with a data version.
 
-Slides, patch-task sources, encoder entries and label tables are the user's. Whoever looks
-(the ``slide_index`` asset, which a sensor asks for) reports a new version only for what changed, so
-everything downstream of it, and nothing else, becomes stale.
+Slides, patch-task sources, encoder entries and target entries belong to the user. The asset
+``slide_index`` scans them and reports a new data version for each one that changed, so exactly the
+assets downstream of a changed file become stale.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import dagster as dg
-from dagster._core.definitions.data_version import DATA_VERSION_TAG
 from pydantic import Field
 
+from nic_assets.orchestration.internals import DATA_VERSION_TAG
 from nic_assets.partitions import SLIDES, Partitions
 
 SLIDE_FILE = dg.AssetKey("slide_file")
@@ -22,19 +22,25 @@ TARGET_ENTRY = dg.AssetKey("target_entry")
 
 
 class ScanConfig(dg.Config):
-    """How ``slide_index`` looks; the defaults are those of a person who asks for it."""
+    """Run config of ``slide_index``."""
 
-    ignore_paths: list[str] = Field(default=[], description="paths that are still being written")
+    ignore_paths: list[str] = Field(
+        default=[],
+        description="Files that are still being written. A new slide among them is left out; a "
+        "known slide keeps its last state.",
+    )
     rehash: bool = Field(
-        default=True, description="read every slide's identity, not only where size or time differ"
+        default=True,
+        description="Compute the content identity of every file again, not only of files whose "
+        "size or time changed.",
     )
     allow_missing_slides: bool = Field(
-        default=False, description="more than half of the slides may be gone since the last look"
+        default=False, description="Accept that more than half of the known slides are missing."
     )
 
 
 def external_assets(partitions: Partitions) -> list[dg.AssetSpec]:
-    """Declare what the user provides."""
+    """Return the declarations of the user's files."""
     specs = [
         dg.AssetSpec(
             SLIDE_FILE,
@@ -55,7 +61,7 @@ def external_assets(partitions: Partitions) -> list[dg.AssetSpec]:
         specs.append(
             dg.AssetSpec(
                 PATCH_TASK_SOURCE,
-                description="Labelled patch images as the user keeps them.",
+                description="The labelled patch images of a patch task.",
                 group_name="encoders",
                 kinds={"file"},
                 partitions_def=partitions.patch_tasks,
@@ -65,7 +71,8 @@ def external_assets(partitions: Partitions) -> list[dg.AssetSpec]:
         specs.append(
             dg.AssetSpec(
                 TARGET_ENTRY,
-                description="A target's entry in the cohort file, with its columns of the labels.",
+                description="A target's entry in the cohort file, and its columns of the label "
+                "table.",
                 group_name="models",
                 kinds={"table"},
                 partitions_def=partitions.targets,
@@ -77,22 +84,23 @@ def external_assets(partitions: Partitions) -> list[dg.AssetSpec]:
 def report_versions(
     instance: dg.DagsterInstance, asset: dg.AssetKey, versions: Mapping[str, str]
 ) -> list[str]:
-    """Record the versions that differ from the last recorded; returns their partition keys."""
+    """Record the data versions that changed, and return their partition keys."""
     known = known_versions(instance, asset, list(versions))
     changed = sorted(key for key, version in versions.items() if known.get(key) != version)
     for key in changed:
         tags = {DATA_VERSION_TAG: versions[key]}
         # The UI's staleness reads an external asset's observations, automation conditions read
-        # its materializations. Provenance points at the latter, so they must be the later ones.
+        # its materializations. Provenance points at a materialization, so that must come later.
         for event in (dg.AssetObservation, dg.AssetMaterialization):
             instance.report_runless_asset_event(event(asset, partition=key, tags=tags))
     return changed
 
 
 def add_slides(instance: dg.DagsterInstance, slides: Sequence[str]) -> list[str]:
-    """Make a partition of every new slide, in sorted order; returns the new ones.
+    """Add a partition for every new slide, and return the new slides, sorted.
 
-    Sorted in one call: a range of neighbouring partitions is what one run can take.
+    They are added in sorted order by one call, because a run takes a range of neighbouring
+    partitions.
     """
     known = set(instance.get_dynamic_partitions(str(SLIDES.name)))
     new = sorted(set(slides) - known)
@@ -101,20 +109,20 @@ def add_slides(instance: dg.DagsterInstance, slides: Sequence[str]) -> list[str]
 
 
 def drop_slides(instance: dg.DagsterInstance, slides: Sequence[str]) -> list[str]:
-    """Forget the partitions of slides that are no longer in the cohort; returns them.
+    """Delete the partitions of slides that are not among ``slides``, and return those, sorted.
 
-    Their recorded history and their products stay.
+    Their records and products stay.
     """
-    gone = sorted(set(instance.get_dynamic_partitions(str(SLIDES.name))) - set(slides))
-    for slide in gone:
+    removed = sorted(set(instance.get_dynamic_partitions(str(SLIDES.name))) - set(slides))
+    for slide in removed:
         instance.delete_dynamic_partition(str(SLIDES.name), slide)
-    return gone
+    return removed
 
 
 def known_versions(
     instance: dg.DagsterInstance, asset: dg.AssetKey, keys: Sequence[str]
 ) -> dict[str, str]:
-    """The versions that were last recorded, of those partitions that have one."""
+    """Return the last recorded data version of each partition that has one."""
     tags = instance.event_log_storage.get_latest_tags_by_partition(
         asset, dg.DagsterEventType.ASSET_MATERIALIZATION, [DATA_VERSION_TAG], list(keys)
     )

@@ -1,4 +1,6 @@
-"""Slide- and patient-level models on grids, one for each encoder and target."""
+"""Target folds, slide models on grids, and explanations of their predictions."""
+
+import math
 
 import dagster as dg
 import polars as pl
@@ -8,49 +10,51 @@ from nic_assets.assets import checks
 from nic_assets.assets.inputs import TARGET_ENTRY
 from nic_assets.orchestration.batches import Events, Product, batch_asset, materialize_each
 from nic_assets.orchestration.executors import CPU_TAGS, GPU_POOL, GPU_TAGS
-from nic_assets.orchestration.metadata import code_version, figure, log_progress, picture, table
+from nic_assets.orchestration.metadata import code_version, figures, log_progress, picture, table
 from nic_assets.partitions import Partitions
 from nic_assets.tracking import CANDIDATE, TrackedRun, Tracking, TrackingError
 from nic_core import steps
 from nic_core.cohort import Cohort, CohortError
 from nic_core.devices import leased_device
 from nic_core.encoders.files import read_card
-from nic_core.models.comparison import above_permutation_control, compare_with_champion
-from nic_core.models.cross_validation import CrossValidation
+from nic_core.models.comparison import compare_with_champion
+from nic_core.models.cross_validation import NETWORK, CrossValidation
 from nic_core.models.figures import evaluation_figure, metrics_figure, training_figure
 from nic_core.models.files import ModelCard, ensemble_module
+from nic_core.models.kinds import kind_of
 from nic_core.models.training import TrainingError
 from nic_core.reports import model_results, results_markdown
 from nic_core.slides import SlideError
 from nic_core.store import ModelKey, Store
 
+# split of the predictions -> how metadata names it
+PARTS = {"cv": "cross_validated", "test": "test"}
+
 
 def model_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
-    """The assets of this layer, for one cohort; none where it has no target."""
+    """Return the assets of group ``models``; none for a cohort without targets."""
     if not partitions.cohort.targets:
         return []
     settings = partitions.cohort.settings.models
 
     @batch_asset(
+        checks=[checks.folds_disjoint_by_patient],
         partitions_def=partitions.targets,
         deps=[TARGET_ENTRY],
         group_name="models",
         kinds={"polars", "parquet"},
         op_tags=CPU_TAGS,
         code_version=code_version(1, settings.folds, settings.seed),
-        check_specs=[
-            checks.declared("folds_disjoint_by_patient", "target_folds", checks.folds_disjoint)
-        ],
     )
     def target_folds(
         context: dg.AssetExecutionContext,
         cohort: dg.ResourceParam[Cohort],
         store: dg.ResourceParam[Store],
     ) -> Events:
-        """A target's labelled units in folds by patient, shared by all encoders."""
+        """The labelled units of a target in folds by patient, shared by all encoders."""
 
-        def work(key: str) -> Product:
-            folds = steps.make_target_folds(cohort, store, key)
+        def make(target: str) -> Product:
+            folds = steps.make_target_folds(cohort, store, target)
             return Product(
                 version=steps.digest(folds.to_dicts()),
                 metadata={
@@ -60,32 +64,24 @@ def model_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
                         .agg(units=pl.len(), patients=pl.col("patient").n_unique())
                         .sort("split", "fold")
                     ),
-                    "file": dg.MetadataValue.path(store.target_folds(key)),
+                    "file": dg.MetadataValue.path(store.target_folds(target)),
                 },
-                checks={"folds_disjoint_by_patient": checks.folds_disjoint(folds)},
+                checks={checks.folds_disjoint_by_patient: checks.folds_disjoint_by_patient(folds)},
             )
 
         yield from materialize_each(
-            context, work, expected=(CohortError,), place=store.target_folds
+            context, make, parse=str, path=store.target_folds, expected=(CohortError,)
         )
 
     @batch_asset(
+        checks=[checks.above_permutation_control, checks.compared_with_champion],
         partitions_def=partitions.models,
         deps=["grid_manifest", target_folds],
         group_name="models",
         kinds={"pytorch", "mlflow"},
         pool=GPU_POOL,
         op_tags=GPU_TAGS,
-        code_version=code_version(3, settings),
-        check_specs=[
-            checks.declared("above_permutation_control", "slide_model", above_permutation_control),
-            dg.AssetCheckSpec(
-                "compared_with_champion",
-                asset="slide_model",
-                description="The alias champion of the target's registered model moves to a new "
-                "version that is better, or is the first; the remark says why it moved or stayed.",
-            ),
-        ],
+        code_version=code_version(4, settings),
     )
     def slide_model(
         context: dg.AssetExecutionContext,
@@ -95,50 +91,33 @@ def model_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
     ) -> Events:
         """Cross-validated networks from grid to target, their predictions and figures."""
 
-        def work(key: str) -> Product:
-            model = ModelKey.parse(key)
-            with tracking.run(
-                context,
-                cohort=cohort,
-                partition=key,
-                experiment=f"target-{model.target}",
-                product=store.slide_model(model),
-            ) as run:
-                run.params(
-                    {"encoder": model.encoder, "target": model.target, **settings.model_dump()}
-                )
-                evaluated, card = steps.make_slide_model(
-                    cohort, store, model, run, log_progress(context), device=device
-                )
-                run.figure("predictions", evaluation_figure(evaluated))
-                run.figure("metrics", metrics_figure(evaluated))
-                run.figure("training_curves", training_figure(evaluated))
-                log_slide_model(run, evaluated, card, store)
-                run.challenge(lambda champion: compare_with_champion(evaluated, champion))
-            steps.mark_logged(store, model)
-            assert run.verdict is not None  # the block's last call, and all are through
+        def make(key: ModelKey) -> Product:
+            evaluated, run = train_slide_model(context, key, cohort, store, tracking, device)
+            assert run.verdict is not None  # a run that has ended is completely logged
             return Product(
                 version=steps.digest(evaluated.predictions.rows()),
                 metadata={
+                    **primary_scores(evaluated),
+                    "champion": run.verdict.explanation,
                     "metrics": table(evaluated.metrics),
-                    **{name: figure(drawing, name) for name, drawing in run.figures.items()},
-                    "folder": dg.MetadataValue.path(store.slide_model(model)),
+                    **figures(run.figures),
+                    "folder": dg.MetadataValue.path(store.slide_model(key)),
                     "mlflow_run": dg.MetadataValue.url(run.url),
                     "mlflow_model": dg.MetadataValue.url(run.page),
                 },
                 checks={
-                    "above_permutation_control": above_permutation_control(evaluated),
-                    "compared_with_champion": None if run.verdict.compared else run.verdict.words,
+                    checks.above_permutation_control: checks.above_permutation_control(evaluated),
+                    checks.compared_with_champion: checks.compared_with_champion(run.verdict),
                 },
-                remarks={"compared_with_champion": run.verdict.words},
             )
 
         with leased_device() as device:
             yield from materialize_each(
                 context,
-                work,
+                make,
+                parse=ModelKey.parse,
+                path=store.slide_model,
                 expected=(CohortError, TrainingError, TrackingError),
-                place=lambda key: store.slide_model(ModelKey.parse(key)),
             )
 
     @batch_asset(
@@ -154,11 +133,10 @@ def model_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         cohort: dg.ResourceParam[Cohort],
         store: dg.ResourceParam[Store],
     ) -> Events:
-        """What in each slide speaks for its prediction, by networks that have not seen it."""
+        """Heatmaps of each slide's evidence for its prediction, by networks not trained on it."""
 
-        def work(key: str) -> Product:
-            model = ModelKey.parse(key)
-            explained = steps.make_explanation(cohort, store, model)
+        def make(key: ModelKey) -> Product:
+            explained = steps.make_explanation(cohort, store, key)
             return Product(
                 version=steps.digest(sorted(explained.versions.items())),
                 metadata={
@@ -168,24 +146,76 @@ def model_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
                         .agg(slides=pl.len(), auc=pl.col("auc").mean(), hit=pl.col("hit").mean())
                         .sort("map", "split")
                     ),
-                    "folder": dg.MetadataValue.path(store.explanation(model)),
+                    "folder": dg.MetadataValue.path(store.explanation(key)),
                 },
             )
 
         yield from materialize_each(
             context,
-            work,
+            make,
+            parse=ModelKey.parse,
+            path=store.explanation,
             expected=(CohortError, SlideError),
-            place=lambda key: store.explanation(ModelKey.parse(key)),
         )
 
     return [target_folds, slide_model, explanation]
 
 
+def train_slide_model(
+    context: dg.AssetExecutionContext,
+    key: ModelKey,
+    cohort: Cohort,
+    store: Store,
+    tracking: Tracking,
+    device: str,
+) -> tuple[CrossValidation, TrackedRun]:
+    """Cross-validate a slide model, log it to MLflow and compare it with the champion."""
+    with tracking.run(
+        context,
+        cohort=cohort,
+        partition=str(key),
+        experiment=f"target-{key.target}",
+        product=store.slide_model(key),
+    ) as run:
+        settings = cohort.settings.models.model_dump()
+        run.params({"encoder": key.encoder, "target": key.target, **settings})
+        evaluated, card = steps.make_slide_model(
+            cohort, store, key, run, log_progress(context), device=device
+        )
+        run.figure("predictions", evaluation_figure(evaluated))
+        run.figure("metrics", metrics_figure(evaluated))
+        run.figure("training_curves", training_figure(evaluated))
+        log_slide_model(run, evaluated, card, store)
+        run.compare_with_champion(lambda champion: compare_with_champion(evaluated, champion))
+    steps.mark_logged(store, key)
+    return evaluated, run
+
+
+def primary_scores(evaluated: CrossValidation) -> dict[str, float]:
+    """Return the network's primary metric with its 95 % interval, by part of the data.
+
+    For example ``cross_validated_spearman``, ``cross_validated_spearman_low`` and ``..._high``,
+    and the same of ``test``. Undefined values are left out.
+    """
+    rows = evaluated.metrics.filter(model=NETWORK, metric=kind_of(evaluated.target).primary_metric)
+    scores = {
+        f"{PARTS[split]}_{metric}{end}": number
+        for split, metric, *interval in rows.select(
+            "split", "metric", "value", "low", "high"
+        ).iter_rows()
+        for end, number in zip(("", "_low", "_high"), interval, strict=True)
+    }
+    return {
+        name: number
+        for name, number in scores.items()
+        if number is not None and math.isfinite(number)
+    }
+
+
 def log_slide_model(
     run: TrackedRun, evaluated: CrossValidation, card: ModelCard, store: Store
 ) -> None:
-    """Tell MLflow of a model: its card, data, files, figures, and a version of its target's."""
+    """Log a slide model's card, data, files and scores to MLflow, and register a version."""
     target, encoder, crop = card.target.name, card.encoder, card.settings.crop
     results = model_results(card)
     networks = results.filter(model=results["model"][0])

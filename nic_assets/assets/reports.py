@@ -1,11 +1,11 @@
-"""What a study found: probability maps with their scores, and the evaluation report."""
+"""Probability maps with their scores, and the evaluation report."""
 
 import dagster as dg
 
 from nic_assets.orchestration.batches import Events, Product, batch_asset, materialize_each
 from nic_assets.orchestration.executors import CPU_TAGS
 from nic_assets.orchestration.metadata import OWNERS, code_version, figure, picture, table
-from nic_assets.orchestration.retries import RETRIES, transient_again
+from nic_assets.orchestration.retries import RETRIES, retry_transient_errors
 from nic_assets.partitions import Partitions
 from nic_assets.tags import PARTIAL_INPUTS, REFRESH_TAG
 from nic_core import steps
@@ -15,7 +15,7 @@ from nic_core.store import MapKey, Store
 
 
 def report_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
-    """The assets of this layer, for one cohort."""
+    """Return the assets of group ``reports``."""
     cohort = partitions.cohort
     maps = _map_assets(partitions) if cohort.maps else []
 
@@ -37,8 +37,8 @@ def report_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
     def evaluation_report(
         cohort: dg.ResourceParam[Cohort], store: dg.ResourceParam[Store]
     ) -> dg.MaterializeResult[None]:
-        """Every figure of the study in one table: target, encoder, metric, interval."""
-        with transient_again():
+        """All scores of the study, with intervals, in one table."""
+        with retry_transient_errors():
             report = steps.make_evaluation_report(cohort, store)
         return dg.MaterializeResult(
             data_version=dg.DataVersion(
@@ -70,25 +70,25 @@ def _map_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         cohort: dg.ResourceParam[Cohort],
         store: dg.ResourceParam[Store],
     ) -> Events:
-        """The probability of one class in every cell of a slide, from an encoder's own head."""
+        """The probability of one class in every cell of a slide, by the encoder's own head."""
 
-        def work(key: str) -> Product:
-            map_key = MapKey.parse(key)
-            cells, overlay = steps.make_probability_map(cohort, store, map_key)
+        def make(key: MapKey) -> Product:
+            cells, overlay = steps.make_probability_map(cohort, store, key)
             return Product(
                 version=steps.digest(cells.rows()),
                 metadata={
-                    "overlay": picture(overlay, f"{map_key.map} on {map_key.slide}"),
+                    "overlay": picture(overlay, f"{key.map} on {key.slide}"),
                     "dagster/row_count": cells.height,
-                    "file": dg.MetadataValue.path(store.probability_map(map_key)),
+                    "file": dg.MetadataValue.path(store.probability_map(key)),
                 },
             )
 
         yield from materialize_each(
             context,
-            work,
+            make,
+            parse=MapKey.parse,
+            path=store.probability_map,
             expected=(SlideError, CohortError),
-            place=lambda key: store.probability_map(MapKey.parse(key)),
         )
 
     @batch_asset(
@@ -105,12 +105,12 @@ def _map_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         cohort: dg.ResourceParam[Cohort],
         store: dg.ResourceParam[Store],
     ) -> Events:
-        """Per-cell AUC of a map against the truth images of the slides that have one."""
+        """AUC of a map's cells against the truth masks of the slides that have one."""
 
-        def work(key: str) -> Product:
-            scores = steps.make_map_scores(cohort, store, key)
+        def make(name: str) -> Product:
+            scores = steps.make_map_scores(cohort, store, name)
             return Product(version=steps.digest(scores.rows()), metadata={"scores": table(scores)})
 
-        yield from materialize_each(context, work, expected=(CohortError,))
+        yield from materialize_each(context, make, parse=str, expected=(CohortError,))
 
     return [probability_map, map_scores]

@@ -1,4 +1,4 @@
-"""From files to patch tables: the slide index, the opened slide, the patch table."""
+"""Slide index, slides with their tissue masks, and patch tables."""
 
 from functools import partial
 
@@ -17,10 +17,16 @@ from nic_assets.assets.inputs import (
     known_versions,
     report_versions,
 )
-from nic_assets.orchestration.batches import Events, Product, batch_asset, materialize_ahead
+from nic_assets.orchestration.batches import (
+    Events,
+    Product,
+    batch_asset,
+    materialize_in_parallel,
+)
 from nic_assets.orchestration.executors import CPU_TAGS
 from nic_assets.orchestration.metadata import OWNERS, code_version, column_schema, picture, table
-from nic_assets.orchestration.retries import RETRIES, transient_again
+from nic_assets.orchestration.partition_checks import republish_checks
+from nic_assets.orchestration.retries import RETRIES, retry_transient_errors
 from nic_assets.partitions import Partitions
 from nic_assets.tags import REFRESH_TAG
 from nic_assets.tracking import Tracking
@@ -35,7 +41,7 @@ from nic_core.types import Pixels
 
 
 def slide_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
-    """The assets of this layer, for one cohort."""
+    """Return the assets of group ``slides``."""
     settings = partitions.cohort.settings
 
     @dg.asset(
@@ -46,14 +52,7 @@ def slide_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         op_tags=CPU_TAGS,
         retry_policy=RETRIES,
         code_version=code_version(1),
-        check_specs=[
-            dg.AssetCheckSpec(
-                "slide_files_present",
-                asset="slide_index",
-                description="Every file that the slide table names can be read, and none of the "
-                "last look is gone.",
-            )
-        ],
+        check_specs=[checks.slide_files_present.spec("slide_index")],
     )
     def slide_index(
         context: dg.AssetExecutionContext,
@@ -62,44 +61,52 @@ def slide_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         store: dg.ResourceParam[Store],
         tracking: dg.ResourceParam[Tracking],
     ) -> Events:
-        """Every slide of the cohort: path, patient, split. Finds new and changed inputs."""
-        with transient_again():
+        """Every slide of the cohort, with path, patient and split.
+
+        Scans the inputs of the study and reports those that are new or changed.
+        """
+        with retry_transient_errors():
             scan = steps.scan_slides(cohort, store, **config.model_dump())
             encoders = [encoder.name for encoder in cohort.encoders]
             known = known_versions(context.instance, ENCODER_ENTRY, encoders)
-            index = scan.index
             versions = {
                 SLIDE_FILE: scan.versions,
                 PATCH_TASK_SOURCE: steps.patch_task_versions(cohort),
                 ENCODER_ENTRY: steps.encoder_versions(cohort)
-                | tracking.pinned_versions(cohort, context.log.warning, known),
-                TARGET_ENTRY: steps.target_versions(cohort, index),
+                | tracking.registered_versions(cohort, context.log.warning, known),
+                TARGET_ENTRY: steps.target_versions(cohort, scan.index),
             }
             steps.write_slide_index(store, scan)
-        for slide, problem in scan.missing.items():
-            context.log.warning(f"slide '{slide}' is left out: {problem}")
-        new = add_slides(context.instance, index["slide"].to_list())
-        drop_slides(context.instance, index["slide"].to_list())
+        for slide, reason in scan.missing.items():
+            context.log.warning(f"slide '{slide}' is left out: {reason}")
+        slides = scan.index["slide"].to_list()
+        new = add_slides(context.instance, slides)
+        if drop_slides(context.instance, slides) or new:
+            for asset, declared in checks.OF_SLIDES.items():
+                keys = partitions.grids if asset == "grid" else partitions.slides
+                republish_checks(context.instance, dg.AssetKey(asset), keys, declared)
         changed = {
-            asset.to_user_string(): report_versions(context.instance, asset, found)
-            for asset, found in versions.items()
+            key.to_user_string(): report_versions(context.instance, key, found)
+            for key, found in versions.items()
         }
+        problem = checks.slide_files_present(scan)
         yield dg.MaterializeResult(
-            data_version=dg.DataVersion(steps.digest(index.rows())),
+            data_version=dg.DataVersion(steps.digest(scan.index.rows())),
             metadata={
-                "slides": index.height,
-                "patients": index["patient"].n_unique(),
+                "slides": len(slides),
+                "patients": scan.index["patient"].n_unique(),
                 "new": new,
                 "removed": scan.removed,
                 "changed": changed,
-                "preview": table(index.head(20).drop("path")),
-                "dagster/column_schema": column_schema(index.schema),
-                "dagster/row_count": index.height,
+                "preview": table(scan.index.head(20).drop("path")),
+                "dagster/column_schema": column_schema(scan.index.schema),
+                "dagster/row_count": len(slides),
             },
             check_results=[
                 dg.AssetCheckResult(
-                    check_name="slide_files_present",
-                    passed=not scan.missing and not scan.removed,
+                    check_name=checks.slide_files_present.name,
+                    passed=problem is None,
+                    description=problem,
                     severity=dg.AssetCheckSeverity.WARN,
                     metadata={"missing": scan.missing, "removed_since_last_scan": scan.removed},
                 )
@@ -107,22 +114,19 @@ def slide_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         )
 
     @batch_asset(
+        checks=checks.OF_SLIDES["slide"],
         partitions_def=partitions.slides,
         deps=[SLIDE_FILE],
         group_name="slides",
         kinds={"image"},
         op_tags=CPU_TAGS,
         code_version=code_version(2),
-        check_specs=[
-            checks.declared("resolution_suffices", "slide", checks.resolution_suffices),
-            checks.declared("tissue_found", "slide", checks.tissue_found),
-        ],
     )
     def slide(
         context: dg.AssetExecutionContext,
         store: dg.ResourceParam[Store],
     ) -> Events:
-        """An opened slide: metadata, thumbnail and tissue mask."""
+        """Metadata, thumbnail and tissue mask of a slide."""
 
         def describe(key: str, made: tuple[SlideRecord, Pixels]) -> Product:
             record, outline = made
@@ -139,30 +143,31 @@ def slide_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
                     "folder": dg.MetadataValue.path(store.slide(key)),
                 },
                 checks={
-                    "resolution_suffices": checks.resolution_suffices(record, settings),
-                    "tissue_found": checks.tissue_found(record),
+                    checks.resolution_suffices: checks.resolution_suffices(record, settings),
+                    checks.tissue_found: checks.tissue_found(record),
                 },
             )
 
         make = partial(steps.make_slide, store)
-        yield from materialize_ahead(context, make, describe, expected=(SlideError,))
+        yield from materialize_in_parallel(context, make, describe, expected=(SlideError,))
 
     @batch_asset(
+        checks=checks.OF_SLIDES["patch_table"],
         partitions_def=partitions.slides,
         deps=[slide],
         group_name="slides",
         kinds={"polars", "parquet"},
         op_tags=CPU_TAGS,
-        code_version=code_version(2, settings.patch, settings.mpp, settings.tissue),
+        code_version=code_version(3, settings.patch, settings.mpp, settings.tissue),
         metadata={"dagster/column_schema": column_schema(pl.Schema(PATCH_SCHEMA))},
-        check_specs=[checks.declared("schema_valid", "patch_table", checks.patch_table_valid)],
     )
     def patch_table(
         context: dg.AssetExecutionContext,
         cohort: dg.ResourceParam[Cohort],
         store: dg.ResourceParam[Store],
     ) -> Events:
-        """One row a grid cell: place, tissue fraction, focus, colour, kept or why not."""
+        """One row for each grid cell: position, tissue fraction, focus, colour, and whether the
+        patch is kept or why not."""
 
         def describe(key: str, cells: pl.DataFrame) -> Product:
             return Product(
@@ -174,10 +179,10 @@ def slide_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
                     "columns": cells["column"].n_unique(),
                     "file": dg.MetadataValue.path(store.patch_table(key)),
                 },
-                checks={"schema_valid": checks.patch_table_valid(store, key)},
+                checks={checks.schema_valid: checks.schema_valid(store, key)},
             )
 
         make = partial(steps.make_patch_table, cohort, store)
-        yield from materialize_ahead(context, make, describe, expected=(SlideError,))
+        yield from materialize_in_parallel(context, make, describe, expected=(SlideError,))
 
     return [slide_index, slide, patch_table]

@@ -1,1 +1,1 @@
-"""Commands for the operator of a study: refresh, doctor, store clean-up."""
+"""Commands that maintain a study: refresh, doctor, garbage collection."""

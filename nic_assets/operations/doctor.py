@@ -1,8 +1,7 @@
-"""What breaks when processes are killed, found from what they left: ``nic doctor``.
+"""Find the damage that killed processes and wrong settings leave, for ``nic doctor``.
 
-A run that is alive is never touched. Whether one is alive is asked of its processes, whose numbers
-are in its events; a run is left alone unless all that it had here are gone and nothing says that it
-had any on another machine.
+A live run is never changed. Dagster's events hold the ids of a run's processes; a run counts as
+dead only if all of them on this machine have ended and it had no process on another machine.
 """
 
 from __future__ import annotations
@@ -18,142 +17,141 @@ from functools import partial
 from pathlib import Path
 
 import dagster as dg
-from dagster._core.events import EngineEventData
-from dagster._core.storage.dagster_run import FINISHED_STATUSES
-from dagster._core.storage.runs import SqliteRunStorage
 
 from nic_assets.orchestration.executors import GPU_POOL, chosen_engine, set_gpu_slots
+from nic_assets.orchestration.internals import process_id, records_are_local
 from nic_assets.tags import HOST_TAG
 from nic_core.store import Store
 
-SILENT = 300  # s without an event after which a run of which no process is known counts as lost
-HEARTBEAT = 60  # s within which every daemon says that it is there
-PATIENCE = 10  # s that a daemon gets to end by itself
+SILENT = 300  # s without an event, after which a run without any known process counts as dead
+HEARTBEAT = 60  # s within which a live daemon records a heartbeat
+PATIENCE = 10  # s that a daemon gets to exit after SIGTERM
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that is wrong.
+    """A problem, and how to solve it.
 
     Attributes
     ----------
-    what, where
-        In a few words.
+    what
+        The kind of problem, in a few words.
+    where
+        The run, pool, process or file.
     meaning
-        Why it matters.
+        The cause and the consequence.
     remedy
-        What ``mend`` does or, without it, what a person must do.
+        What ``fix`` does, or without ``fix`` what a person has to do.
+    fix
+        Solves the problem; None if this program cannot.
     """
 
     what: str
     where: str
     meaning: str
     remedy: str
-    mend: Callable[[], None] | None = None
+    fix: Callable[[], None] | None = None
 
 
 def examine(instance: dg.DagsterInstance, store: Store) -> list[Finding]:
-    """Everything that is wrong with an instance and a store; changes nothing."""
+    """Return every problem of an instance and a store; change nothing."""
     return [
         *_daemons(instance),
-        *_lost_runs(instance),
+        *_dead_runs(instance),
         *_held_slots(instance),
         *_settings(instance),
         *_leftovers(store),
     ]
 
 
-def release(instance: dg.DagsterInstance) -> list[Finding]:
-    """End what has no process any more, so that nothing waits for it; returns what that was."""
-    found = [*_lost_runs(instance), *_held_slots(instance)]
-    mended = []
-    for finding in found:
-        if finding.mend is not None:
-            finding.mend()
-            mended.append(finding)
-    return mended
+def end_dead_runs(instance: dg.DagsterInstance) -> list[Finding]:
+    """Mark dead runs as failed and free the pool slots of ended runs; return what was fixed."""
+    fixed = []
+    for finding in [*_dead_runs(instance), *_held_slots(instance)]:
+        if finding.fix is not None:
+            finding.fix()
+            fixed.append(finding)
+    return fixed
 
 
 # --- runs and their slots --------------------------------------------------------------------
 
 
-def _lost_runs(instance: dg.DagsterInstance) -> Iterator[Finding]:
-    """Runs that are going on for ever, since nobody is left to say that they ended."""
-    under_way = [
+def _dead_runs(instance: dg.DagsterInstance) -> Iterator[Finding]:
+    """Yield the unfinished runs whose processes have ended: nothing else would end them."""
+    unfinished = [
         dg.DagsterRunStatus.STARTING,
         dg.DagsterRunStatus.STARTED,
         dg.DagsterRunStatus.CANCELING,
     ]
-    for record in instance.get_run_records(dg.RunsFilter(statuses=under_way)):
+    for record in instance.get_run_records(dg.RunsFilter(statuses=unfinished)):
         run = record.dagster_run
-        processes, spoke = _processes(instance, run.run_id)
-        silent = time.time() - (spoke or record.create_timestamp.timestamp())
+        processes, last_event = _processes(instance, run.run_id)
+        silent = time.time() - (last_event or record.create_timestamp.timestamp())
         if any(_is_alive(pid, since) for pid, since in processes):
             continue
         if not processes and silent < SILENT:
             continue
-        gone = "its process is gone" if processes else "no process of it is known"
+        local = _ran_here(instance, run)
+        if not processes:
+            cause = "no process of the run is known"
+        else:
+            cause = f"its process {'has ended' if local else 'is not on this machine'}"
+        meaning = f"{cause}; last event {_duration(silent)} ago"
         assets = ", ".join(sorted(key.to_user_string() for key in run.asset_selection or ()))
         where = f"run {run.run_id[:8]} ({assets or run.job_name}), {run.status.value}"
-        meaning = (
-            f"{gone}; it last spoke {_ago(silent)} ago. It will never end, and holds its slots"
-        )
-        if _was_here(instance, run):
+        if local:
             yield Finding(
-                "lost run",
+                "dead run",
                 where,
-                meaning,
-                "marked as failed; then materialize again what it was to make",
+                f"{meaning}. The run keeps its status and its pool slots until it is ended",
+                "marks the run as failed; then materialize its partitions again",
                 partial(_fail, instance, run.run_id),
             )
         else:
             yield Finding(
-                "lost run",
+                "dead run",
                 where,
-                f"{gone.replace('gone', 'not on this machine')}; it last spoke {_ago(silent)} ago",
-                "run this on the machine that ran it, or end it in the UI: Terminate, "
-                "force termination",
+                meaning,
+                "run nic doctor on the machine of the run, or end the run in Dagster's UI "
+                "(Terminate, force termination)",
             )
 
 
 def _processes(
     instance: dg.DagsterInstance, run: str
 ) -> tuple[list[tuple[int, float]], float | None]:
-    """The processes that a run had, each with the time at which it was there, and when the run
-    last spoke."""
+    """Return a run's process ids, each with the time of its event, and the last event's time."""
     found = []
-    last = 0.0
+    last = None
     for entry in instance.all_logs(run):
         last = max(last or 0.0, entry.timestamp)
-        event = entry.dagster_event
-        data = event.event_specific_data if event is not None else None
-        pid = data.metadata.get("pid") if isinstance(data, EngineEventData) else None
+        pid = process_id(entry.dagster_event) if entry.dagster_event is not None else None
         if pid is not None:
-            found.append((int(str(pid.value)), entry.timestamp))
+            found.append((pid, entry.timestamp))
     return found, last
 
 
-def _was_here(instance: dg.DagsterInstance, run: dg.DagsterRun) -> bool:
-    """Whether this is the machine of all of a run's processes."""
+def _ran_here(instance: dg.DagsterInstance, run: dg.DagsterRun) -> bool:
+    """Return whether all processes of a run were on this machine."""
     hosts = run.tags.get(HOST_TAG)
-    if hosts is not None:
-        return hosts == socket.gethostname()
-    return isinstance(instance.run_storage, SqliteRunStorage)  # one machine's alone
+    return records_are_local(instance) if hosts is None else hosts == socket.gethostname()
 
 
 def _fail(instance: dg.DagsterInstance, run_id: str) -> None:
+    """Mark a run as failed (as canceled if that was requested) and free its pool slots."""
     run = instance.get_run_by_id(run_id)
-    if run is None or run.status in FINISHED_STATUSES:
+    if run is None or run.is_finished:
         return
     if run.status is dg.DagsterRunStatus.CANCELING:
         instance.report_run_canceled(run)
     else:
-        instance.report_run_failed(run, "nic doctor: its process is gone")
+        instance.report_run_failed(run, "nic doctor: the process of the run has ended")
     instance.event_log_storage.free_concurrency_slots_for_run(run_id)
 
 
 def _held_slots(instance: dg.DagsterInstance) -> Iterator[Finding]:
-    """Slots of pools that a run which has ended still holds or waits for."""
+    """Yield the pool slots that a finished or deleted run still holds or waits for."""
     storage = instance.event_log_storage
     for pool in sorted(storage.get_concurrency_keys()):
         info = storage.get_concurrency_info(pool)
@@ -163,38 +161,38 @@ def _held_slots(instance: dg.DagsterInstance) -> Iterator[Finding]:
         }
         for run_id, step in sorted(holders):
             run = instance.get_run_by_id(run_id)
-            if run is not None and run.status not in FINISHED_STATUSES:
+            if run is not None and not run.is_finished:
                 continue
-            ended = run.status.value if run is not None else "deleted"
+            status = run.status.value if run is not None else "deleted"
             yield Finding(
-                "pool slot held by a run that has ended",
-                f"pool {pool}: step {step} of run {run_id[:8]}, {ended}",
-                f"of the pool's {info.slot_count} slot(s) it takes one: steps wait for it in vain",
-                "given back",
+                "pool slot held by an ended run",
+                f"pool {pool}: step {step} of run {run_id[:8]}, {status}",
+                f"the slot is one of {info.slot_count}; other steps wait for it",
+                "frees the slot",
                 partial(storage.free_concurrency_slots_for_run, run_id),
             )
 
 
 def _settings(instance: dg.DagsterInstance) -> Iterator[Finding]:
-    """What ``dagster.yaml`` must say."""
+    """Yield the settings of ``dagster.yaml`` that are missing."""
     storage = instance.event_log_storage
     limits = {limit.name: limit.limit for limit in storage.get_pool_limits()}
     default = instance.get_concurrency_config().pool_config.default_pool_limit
-    # the engines of several machines hand out the steps: there it has none
+    # an engine that distributes steps over several machines needs no limit
     if chosen_engine() == "local" and limits.get(GPU_POOL, default) is None:
         yield Finding(
             "pool without a limit",
             f"pool {GPU_POOL}",
-            "any number of trainings runs at once, on one device",
-            "a slot for each GPU, one where there is none",
+            "any number of trainings may run at once on one device",
+            "sets the limit to one slot per GPU, at least one",
             partial(set_gpu_slots, instance),
         )
     if not instance.run_monitoring_enabled:
         yield Finding(
-            "runs are not monitored",
+            "run monitoring is disabled",
             "dagster.yaml",
-            "a killed run is not noticed and its pool slot not given back",
-            "take over run_monitoring from the project's dagster.yaml",
+            "Dagster does not notice killed runs and does not free their pool slots",
+            "copy run_monitoring from this project's dagster.yaml",
         )
 
 
@@ -202,68 +200,71 @@ def _settings(instance: dg.DagsterInstance) -> Iterator[Finding]:
 
 
 def _daemons(instance: dg.DagsterInstance) -> Iterator[Finding]:
-    """More than one daemon on this home, or none where runs wait for it."""
+    """Yield a finding if several daemons use this home, or if none does and runs are queued."""
     heard = [
         beat.daemon_id
         for beat in instance.get_daemon_heartbeats().values()
         if time.time() - beat.timestamp < HEARTBEAT
     ]
     here = _daemon_processes(Path(instance.root_directory))
-    meaning = "each starts what the other has started: runs and sensor ticks come twice"
+    meaning = "each daemon starts every queued run and evaluates every sensor: runs start twice"
     if len(here) > 1:
-        *older, kept = here
+        *older, newest = here
         yield Finding(
-            "two daemons on one home",
+            "two daemons on one Dagster home",
             f"processes {', '.join(map(str, here))}",
             meaning,
-            f"the newest ({kept}) stays, the others are ended",
+            f"ends all but the newest ({newest})",
             partial(_end, older),
         )
     elif len(set(heard)) > 1:
         yield Finding(
-            "two daemons on one home",
-            f"{len(set(heard))} have spoken within {HEARTBEAT} s, {len(here)} of them from here",
+            "two daemons on one Dagster home",
+            f"{len(set(heard))} with a heartbeat within {HEARTBEAT} s, {len(here)} on this machine",
             meaning,
-            "if none was restarted in the last minute, another machine has one: stop it there",
+            "if no daemon was restarted within the last minute, stop the one on another machine",
         )
     waiting = instance.get_runs_count(dg.RunsFilter(statuses=[dg.DagsterRunStatus.QUEUED]))
     if waiting and not heard and not here:
         yield Finding(
             "no daemon",
-            f"{waiting} run(s) queued",
-            "nobody starts them; sensors and schedules stand still",
-            "make ui, or dagster-daemon run",
+            f"{waiting} queued run(s)",
+            "queued runs do not start; sensors and schedules are not evaluated",
+            "start one: make ui, or dagster-daemon run",
         )
 
 
 def _daemon_processes(home: Path) -> list[int]:
-    """The daemons of a home on this machine, oldest first; none where there is no ``/proc``."""
+    """Return the daemons of a home on this machine, oldest first; empty without ``/proc``."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):  # gone, or somebody else's
+        with suppress(OSError):  # the process has ended, or belongs to another user
             words = (process / "cmdline").read_bytes().split(b"\0")
             if not any(
                 word == b"dagster._daemon" or word.endswith(b"/dagster-daemon") for word in words
             ):
                 continue
             variables = (process / "environ").read_bytes().split(b"\0")
-            its = next((v[13:] for v in variables if v.startswith(b"DAGSTER_HOME=")), None)
-            if its is not None and Path(os.fsdecode(its)).resolve() == home.resolve():
+            name = b"DAGSTER_HOME="
+            value = next((v.removeprefix(name) for v in variables if v.startswith(name)), None)
+            if value is not None and Path(os.fsdecode(value)).resolve() == home.resolve():
                 found.append(int(process.name))
     return sorted(found, key=lambda pid: (_started(pid) or 0.0, pid))
 
 
 def _end(pids: list[int]) -> None:
-    """Ask processes to end, and end those that do not. What a daemon was doing is in its storage:
-    the next one goes on with it."""
-    asked = time.time()
+    """End processes by SIGTERM, then by SIGKILL those that are left after :data:`PATIENCE`.
+
+    A killed daemon loses no work: its state is in Dagster's storage, and the next daemon reads it.
+    """
+    now = time.time()
     for number in (signal.SIGTERM, signal.SIGKILL):
         for pid in pids:
-            if _is_alive(pid, asked):
+            if _is_alive(pid, now):
                 with suppress(ProcessLookupError):
                     os.kill(pid, number)
         limit = time.monotonic() + PATIENCE
-        while time.monotonic() < limit and any(_is_alive(pid, asked) for pid in pids):
+        while time.monotonic() < limit and any(_is_alive(pid, now) for pid in pids):
             time.sleep(0.1)
 
 
@@ -271,13 +272,15 @@ def _end(pids: list[int]) -> None:
 
 
 def _leftovers(store: Store) -> Iterator[Finding]:
+    """Yield the temporary files and locks of killed processes."""
     for item in store.leftovers():
         if not item.locked:
             yield Finding(
-                "half-made files",
+                "temporary files",
                 ", ".join(str(file.relative_to(store.root)) for file in item.files),
-                "a writer was killed; the product beside them is whole, or was never there",
-                "removed, as the product's next writer would",
+                "a process was killed while it wrote a product; the product itself is complete or "
+                "absent",
+                "removes them, as the next write of the product would",
                 item.remove,
             )
 
@@ -286,21 +289,24 @@ def _leftovers(store: Store) -> Iterator[Finding]:
 
 
 def _is_alive(pid: int, since: float) -> bool:
-    """Whether a process that was there at the time ``since`` still is: not just its number."""
+    """Return whether the process that had the id ``pid`` at time ``since`` still runs.
+
+    A younger process with the same id does not count.
+    """
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # somebody else's: it is there
+    except PermissionError:  # the process runs as another user
         pass
     started = _started(pid)
-    return started is None or started < since + 2  # the clocks' ticks
+    return started is None or started < since + 2  # s; start times are rounded
 
 
 def _started(pid: int) -> float | None:
-    """When a process started, s since the epoch; None where that cannot be told.
+    """Return the start time of a process in s since the epoch; None without ``/proc``.
 
-    One that has ended and that its parent has not noticed yet (a zombie) started at no time.
+    Infinity for a zombie, which has ended but is still listed.
     """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -314,5 +320,5 @@ def _started(pid: int) -> float | None:
     return int(boot.split()[1]) + int(fields[19]) / os.sysconf("SC_CLK_TCK")
 
 
-def _ago(seconds: float) -> str:
+def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"

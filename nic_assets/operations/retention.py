@@ -1,8 +1,8 @@
-"""What in the store nobody needs any more: ``nic store gc``.
+"""Find the products in the store that are not needed any more, for ``nic store gc``.
 
-A product is needed if it belongs to a partition that the definitions have now, or if a version in
-MLflow's registry refers to it. A registered encoder keeps the encoder's folder. A registered model
-keeps its own, its folds and explanations, its encoder, and the grids that it learned from.
+A product is needed if its partition is among the current partitions of the definitions, or if a
+version in MLflow's registry refers to it. A registered encoder needs its own folder. A registered
+model needs its own folder, its folds, explanations and encoder, and the grids it was trained on.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from nic_core.store import ModelKey, Product, Store
 
 
 class RetentionError(Exception):
-    """What is needed cannot be told."""
+    """The products that are needed cannot be determined."""
 
 
 def registered_tags(tracking: Tracking) -> list[dict[str, str]]:
-    """The tags of every model version in MLflow's registry; none where there is no database."""
+    """Return the tags of every version in MLflow's registry; empty if there is no database."""
     if tracking.uri.startswith(SQLITE) and not Path(tracking.uri.removeprefix(SQLITE)).exists():
         return []
     client = mlflow.MlflowClient(tracking.uri)
@@ -50,17 +50,22 @@ def unneeded(
     instance: dg.DagsterInstance,
     registered: Collection[Mapping[str, str]],
 ) -> list[Product]:
-    """Products that neither a partition nor a registered version needs.
+    """Return the products that neither a current partition nor a registered version needs.
+
+    Parameters
+    ----------
+    registered
+        The tags of every registered version, by :func:`registered_tags`.
 
     Raises
     ------
     RetentionError
-        The instance knows no slide: it is not this store's, or nothing was materialized yet.
+        The instance has no slide: it belongs to another store, or nothing was materialized yet.
     """
     if not instance.get_dynamic_partitions(str(SLIDES.name)):
         raise RetentionError(
-            "Dagster knows no slide, so every slide would look unneeded: "
-            "check DAGSTER_HOME, or materialize 'slide_index' first"
+            "the Dagster instance has no slide, so no product would be needed; "
+            "set DAGSTER_HOME to this store's instance, or materialize 'slide_index' first"
         )
     graph = defs.resolve_asset_graph()
     current = {
@@ -68,7 +73,7 @@ def unneeded(
         for key in graph.materializable_asset_keys
         if (definition := graph.get(key).partitions_def) is not None
     }
-    registry = _Registry(store, registered)
+    registry = _RegisteredVersions(store, registered)
     return [
         product
         for product in store.products()
@@ -77,26 +82,26 @@ def unneeded(
 
 
 def size(product: Product) -> int:
-    """Bytes of a product's files."""
+    """Return the size of a product's files in bytes."""
     parts = [product.path] if product.path.is_file() else product.path.rglob("*")
     return sum(part.stat().st_size for part in parts if part.is_file())
 
 
 @dataclass(frozen=True)
-class _Registry:
-    """What registered versions refer to; whatever cannot be read counts as needed."""
+class _RegisteredVersions:
+    """The products that registered versions refer to; unreadable products count as needed."""
 
     store: Store
     tags: Collection[Mapping[str, str]]
 
     @cached_property
     def weights(self) -> set[str]:
-        """Hashes of the encoders that are registered, or that a registered model is on."""
+        """Weights hashes of registered encoders and of the encoders of registered models."""
         return {tags["weights_hash"] for tags in self.tags if "weights_hash" in tags}
 
     @cached_property
     def models(self) -> set[tuple[ModelKey, str]]:
-        """Key of every registered model, and the weights of its encoder."""
+        """Key and encoder weights hash of every registered model."""
         return {
             (ModelKey(encoder=tags["encoder"], target=tags["target"]), tags["weights_hash"])
             for tags in self.tags
@@ -105,7 +110,7 @@ class _Registry:
 
     @cached_property
     def training_grids(self) -> set[tuple[str, str]]:
-        """Weights and slide identity of every grid that a registered model was trained on."""
+        """Weights hash and slide identity of the grids that registered models were trained on."""
         found = set()
         for key, _ in self.models:
             if self._is_registered(key):
@@ -114,6 +119,7 @@ class _Registry:
         return found
 
     def needs(self, product: Product) -> bool:
+        """Return whether a registered version refers to a product."""
         try:
             return self._needs(product)
         except (EncoderError, GridError, ModelFileError):

@@ -1,1 +1,1 @@
-"""What this project adds to Dagster: batches of partitions, staleness, retries, executors."""
+"""Extensions of Dagster: batches of partitions, staleness, retries, executors."""

@@ -1,17 +1,17 @@
-"""Where steps run: one vocabulary of tags, and the executor that ``NIC_EXECUTOR`` names.
+"""Where steps run: the tags of CPU- and GPU-bound assets, and the executor by ``NIC_EXECUTOR``.
 
-Every asset says whether it is GPU- or CPU-bound, once for all engines: each reads its own tag and
-ignores the others. Who sees to it that GPU-bound steps take turns depends on where they run:
+Every asset is tagged as GPU-bound or CPU-bound for all engines; each engine reads its own tag and
+ignores the others. What limits the number of GPU-bound steps depends on the engine:
 
 ``local``
-    A process a step, on this machine. The pool ``gpu`` has a slot for each of its GPUs (one where
-    there is none), and a step in it leases a device (:func:`nic_core.devices.leased_device`).
+    One process per step on this machine. The pool ``gpu`` has one slot per GPU (one slot without
+    a GPU), and each step in it leases a device (:func:`nic_core.devices.leased_device`).
 ``celery``, ``ray``, ``kubernetes``
-    Processes on several machines. The engine gives a step to a worker that has what the tags ask
-    for, so the pool has no limit.
+    Processes on several machines. The engine sends a step to a worker with the resources of its
+    tags, so the pool has no limit.
 
-The setting is read when the definitions load and never comes from run config: workers load the
-same definitions and need not know which executor started a run.
+The variable is read when the definitions load. It is not part of the run config: workers load the
+same definitions, whichever executor started the run.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from dagster import multiple_process_executor_requirements
 from sqlalchemy.exc import IntegrityError
 
 from nic_core.parallel import cores
+from nic_core.version import DISTRIBUTION
 
 EXECUTOR_VARIABLE = "NIC_EXECUTOR"
 
@@ -46,16 +47,16 @@ CPU_TAGS: Mapping[str, Any] = {
     "dagster-k8s/config": {"container_config": {"resources": {"requests": {"cpu": "1"}}}},
 }
 
-# PyTorch, BLAS and our own readers obey the first, polars the second
+# PyTorch, BLAS and nic_core read the first, polars reads the second.
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "POLARS_MAX_THREADS")
 
-# engine, which is also its extra -> where its executor is, and what it is told
+# engine (also the name of its extra) -> module, attribute and configuration of its executor
 _ENGINES: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
     "local": (
         "dagster",
         "multiprocess_executor",
         {
-            # forked from a server that has the slow imports behind it
+            # steps are forked from a server process that has done the slow imports
             "start_method": {
                 "forkserver": {"preload_modules": ["torch", "mlflow", "nic_assets.definitions"]}
             }
@@ -76,12 +77,12 @@ _ENGINES: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
 
 
 def chosen_executor() -> dg.ExecutorDefinition:
-    """The executor that ``$NIC_EXECUTOR`` names, ready configured; by default ``local``.
+    """Return the configured executor that ``$NIC_EXECUTOR`` names; by default ``local``.
 
     Raises
     ------
     dagster.DagsterInvalidDefinitionError
-        There is none of that name, or its extra is not installed.
+        The name is unknown, or the engine's extra is not installed.
     """
     name = chosen_engine()
     package, attribute, config = _ENGINES[name]
@@ -89,14 +90,14 @@ def chosen_executor() -> dg.ExecutorDefinition:
         engine: dg.ExecutorDefinition = getattr(importlib.import_module(package), attribute)
     except ModuleNotFoundError as error:
         raise dg.DagsterInvalidDefinitionError(
-            f"{EXECUTOR_VARIABLE} is '{name}', but {error.name} is not installed; "
-            f"its extra brings it: pip install -e '.[{name}]'"
+            f"{EXECUTOR_VARIABLE} is '{name}', but the package {error.name} is not installed; "
+            f"install the extra: pip install '{DISTRIBUTION}[{name}]'"
         ) from error
     create_engine = engine.executor_creation_fn
     assert create_engine is not None
 
     def create(context: dg.InitExecutorContext) -> dg.Executor:
-        # in the process of a run, before its first step
+        # called in the run's process, before its first step
         set_gpu_slots(context.instance)
         if name == "local":
             _share_cores(context)
@@ -111,35 +112,42 @@ def chosen_executor() -> dg.ExecutorDefinition:
 
 
 def set_gpu_slots(instance: dg.DagsterInstance) -> None:
-    """Give the pool ``gpu`` its slots: one a GPU of this machine, or one where it has none.
+    """Set the limit of the pool ``gpu``: one slot per GPU of this machine, at least one.
 
-    Where an engine of several machines hands out the steps, the pool has no limit.
+    Remove the limit if the engine distributes steps over several machines.
     """
     if chosen_engine() == "local":
-        # the first two runs of an instance may both be about to make its row: one has
+        # if the first two runs of an instance insert the pool's row at once, one insert fails
         with suppress(IntegrityError):
             instance.event_log_storage.set_concurrency_slots(GPU_POOL, _local_slots())
     else:
         instance.event_log_storage.delete_concurrency_limit(GPU_POOL)
 
 
-def threads_a_step(*, gpu_bound: bool, gpus: int, runs: int) -> int:
-    """Threads for each step of a run, so that steps beside each other do not fight for the cores.
+def threads_per_step(*, gpu_bound: bool, gpus: int, runs: int) -> int:
+    """Return the number of threads of each step of a run, so that parallel steps share the cores.
 
-    GPU-bound steps divide the cores by the pool's slots, whatever else runs: the same training
-    has the same number of threads each time, and so gives the same weights on a CPU. CPU-bound
-    steps, whose results do not depend on it, divide them by the ``runs`` under way when theirs
-    starts, itself included; a run keeps that share, so the first of several has more.
+    GPU-bound steps get the cores divided by ``gpus``, the slots of the pool. The number does not
+    depend on other runs: a training on the CPU gives the same weights only with the same number
+    of threads. CPU-bound steps give the same result with any number; they get the cores divided by
+    ``runs``, the number of unfinished runs at the start of theirs, including it. A run keeps its
+    number, so the first of several runs has more threads.
     """
     return max(1, cores() // (gpus if gpu_bound else max(1, runs)))
 
 
 def chosen_engine() -> str:
-    """The name in ``$NIC_EXECUTOR``; raises as :func:`chosen_executor` for one that is none."""
+    """Return the engine that ``$NIC_EXECUTOR`` names; by default ``local``.
+
+    Raises
+    ------
+    dagster.DagsterInvalidDefinitionError
+        The name is unknown.
+    """
     name = os.environ.get(EXECUTOR_VARIABLE) or "local"
     if name not in _ENGINES:
         raise dg.DagsterInvalidDefinitionError(
-            f"{EXECUTOR_VARIABLE} is '{name}'; give one of {', '.join(_ENGINES)}"
+            f"{EXECUTOR_VARIABLE} is '{name}'; set it to one of {', '.join(_ENGINES)}"
         )
     return name
 
@@ -149,11 +157,11 @@ def _local_slots() -> int:
 
 
 def _share_cores(context: dg.InitExecutorContext) -> None:
-    """Tell the processes of a run's steps how many threads they may have, unless somebody has."""
+    """Set the number of threads of a run's steps, unless the environment sets it already."""
     if THREAD_VARIABLES[0] in os.environ:
         return
     nodes = context.job.get_definition().nodes
-    threads = threads_a_step(
+    threads = threads_per_step(
         gpu_bound=any(node.definition.tags.get(DEVICE_TAG) == "gpu" for node in nodes),
         gpus=_local_slots(),
         runs=context.instance.get_runs_count(
@@ -161,5 +169,5 @@ def _share_cores(context: dg.InitExecutorContext) -> None:
         ),
     )
     if threads < cores():
-        # they inherit it before their libraries look
+        # processes of steps inherit the variables before they import libraries
         os.environ |= dict.fromkeys(THREAD_VARIABLES, str(threads))

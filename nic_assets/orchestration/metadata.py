@@ -1,10 +1,10 @@
-"""How products show in the Dagster UI: pictures, tables, digests."""
+"""Metadata of materializations: figures, pictures and tables for the Dagster UI."""
 
 from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import dagster as dg
@@ -20,19 +20,24 @@ OWNERS = ["team:pathology"]
 
 
 def code_version(number: int, *settings: object) -> str:
-    """A code version that also changes with the settings that the code reads."""
+    """Return a code version that changes with ``number`` and with the settings."""
     return f"{number}-{digest(*settings)}" if settings else str(number)
 
 
 def figure(drawing: Figure, alt: str) -> dg.MarkdownMetadataValue:
-    """A figure inside the event itself; kept small, since events live in a database."""
+    """Return a figure as a small PNG inside the event, which is stored in a database."""
     stream = io.BytesIO()
     drawing.savefig(stream, format="png", dpi=60, bbox_inches="tight")
     return _image(stream.getvalue(), alt)
 
 
+def figures(drawings: Mapping[str, Figure]) -> dict[str, dg.MarkdownMetadataValue]:
+    """Return each figure under its name; see :func:`figure`."""
+    return {name: figure(drawing, name) for name, drawing in drawings.items()}
+
+
 def picture(pixels: npt.NDArray[np.uint8], alt: str) -> dg.MarkdownMetadataValue:
-    """An H x W x 3 uint8 picture inside the event itself."""
+    """Return a picture (height, width, 3) as a JPEG inside the event."""
     stream = io.BytesIO()
     imsave(stream, pixels, format="jpg", pil_kwargs={"quality": 80})
     return _image(stream.getvalue(), alt, kind="jpeg")
@@ -45,7 +50,7 @@ def _image(data: bytes, alt: str, kind: str = "png") -> dg.MarkdownMetadataValue
 
 
 def log_progress(context: dg.AssetExecutionContext) -> Callable[[int, int], None]:
-    """A progress callback that writes ten lines to the run's log, whatever the number of steps."""
+    """Return a progress callback that writes at most ten lines to the run's log."""
     logged = 0
 
     def show(done: int, total: int) -> None:
@@ -59,7 +64,7 @@ def log_progress(context: dg.AssetExecutionContext) -> Callable[[int, int], None
 
 
 def table(frame: pl.DataFrame) -> dg.TableMetadataValue:
-    """A small table, shown row by row."""
+    """Return a small table; floats are rounded to four digits."""
     records = [
         dg.TableRecord({name: _plain(value) for name, value in row.items()})
         for row in frame.iter_rows(named=True)
@@ -68,7 +73,7 @@ def table(frame: pl.DataFrame) -> dg.TableMetadataValue:
 
 
 def column_schema(schema: pl.Schema) -> dg.TableSchema:
-    """A polars schema in Dagster's terms, for ``dagster/column_schema``."""
+    """Return a polars schema as the metadata ``dagster/column_schema``."""
     return dg.TableSchema(
         [dg.TableColumn(name, str(dtype).lower()) for name, dtype in schema.items()]
     )

@@ -1,7 +1,7 @@
-"""Which faults pass by themselves, and how often a step is tried again for them.
+"""Which errors are transient, and how often Dagster retries a step after one.
 
-Dagster also tries a step again whose process was killed. Whatever is not transient fails at once:
-a bad slide, a full disk or a fault of ours is the same at the second attempt.
+Dagster also retries a step whose process was killed. Any other error fails the step at once: a
+corrupt slide, a full disk or a programming error would fail again.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from nic_core.store import StoreBusyError
 
 RETRIES = dg.RetryPolicy(
     max_retries=3,
-    delay=10,  # seconds: 10, 30, 70, each 10 more or less at most
+    delay=10,  # seconds: 10, 30, 70, each up to 10 s more or less
     backoff=dg.Backoff.EXPONENTIAL,
     jitter=dg.Jitter.PLUS_MINUS,
 )
@@ -28,11 +28,11 @@ TRANSIENT: tuple[type[Exception], ...] = (
     StoreBusyError,
     ConnectionError,
     TimeoutError,
-    BrokenExecutor,  # one of the processes that work ahead was killed
+    BrokenExecutor,  # a worker process of the step was killed
     TrackingError,
-    OperationalError,  # of a database: locked, or its server is away
+    OperationalError,  # a database is locked, or its server cannot be reached
 )
-"""Exceptions that pass by themselves, beside those of :data:`TRANSIENT_CODES`."""
+"""Exception types that are transient; :data:`TRANSIENT_CODES` has those of an ``OSError``."""
 
 TRANSIENT_CODES = frozenset(
     {
@@ -47,26 +47,26 @@ TRANSIENT_CODES = frozenset(
         errno.ENETUNREACH,
     }
 )
-"""Embeddings of an ``OSError``: a disk or a server that did not answer."""
+"""Error numbers of an ``OSError`` that are transient: a disk or a server did not respond."""
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether an exception, or one that it was raised from, passes by itself."""
+    """Return whether an exception, or one of its causes, is transient."""
     return any(
-        isinstance(fault, TRANSIENT)
-        or (isinstance(fault, OSError) and fault.errno in TRANSIENT_CODES)
-        for fault in _chain(error)
+        isinstance(cause, TRANSIENT)
+        or (isinstance(cause, OSError) and cause.errno in TRANSIENT_CODES)
+        for cause in _chain(error)
     )
 
 
 @contextmanager
-def transient_again() -> Iterator[None]:
-    """In the body of a step with :data:`RETRIES`: whatever is not transient fails it at once.
+def retry_transient_errors() -> Iterator[None]:
+    """Let a step with :data:`RETRIES` fail at once unless the error is transient.
 
     Raises
     ------
     dagster.Failure
-        For such a fault, which it names.
+        Without retries, for an error that is not transient; the description names the error.
     """
     try:
         yield
@@ -79,6 +79,7 @@ def transient_again() -> Iterator[None]:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an exception and its causes."""
     while error is not None:
         yield error
         error = error.__cause__

@@ -1,9 +1,10 @@
-"""What is missing or stale, of all partitions of a study at once.
+"""Find the missing and stale partitions of all assets at once.
 
 The rule is Dagster's own: code versions, data versions and the provenance of each
-materialization. Dagster applies it a partition at a time, with several queries each, and not to
-an asset that reads 100 partitions or more; here every event is read once and kept, so ten
-thousand partitions are judged in half a second and a cohort by each of its slides.
+materialization. Dagster applies the rule to one partition at a time, with several queries each,
+and ignores dependencies on 100 partitions or more. This module reads each materialization once
+and keeps it in memory: ten thousand partitions take half a second, and a summary of a cohort
+becomes stale with any of its slides.
 """
 
 from __future__ import annotations
@@ -13,49 +14,43 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import dagster as dg
-from dagster._core.definitions.assets.graph.base_asset_graph import BaseAssetGraph
-from dagster._core.definitions.data_version import (
-    DataProvenance,
-    DataVersion,
-    StaleStatus,
-    extract_data_provenance_from_entry,
-    extract_data_version_from_entry,
-)
-from dagster._core.definitions.partitions.context import partition_loading_context
-from dagster._core.storage.dagster_run import FINISHED_STATUSES
-from dagster._core.storage.runs import SqlRunStorage
 
+from nic_assets.orchestration.internals import DATA_VERSION_TAG, records_id
 from nic_assets.tags import INPUTS_TAG
 
-Graph: TypeAlias = BaseAssetGraph[Any]
+if TYPE_CHECKING:
+    from nic_assets.orchestration.internals import AssetGraph
+
 Partition: TypeAlias = str | None
 Parents: TypeAlias = Mapping[dg.AssetKey, tuple[Partition, ...]]
+Status: TypeAlias = Literal["FRESH", "STALE", "MISSING"]
 
 _PAGE = 1000
-# ids are dealt before their transactions are done: an event may appear behind a later one
+# Databases assign storage ids before they commit: an event may appear after one with a larger id.
 _OVERLAP = 200
 
 
 @dataclass(frozen=True)
 class StaleAsset:
-    """What is to be done for one asset.
+    """The missing or stale partitions of one asset; an unpartitioned asset has partition None.
 
     Attributes
     ----------
     ready
-        Missing or stale, with all it needs, and nothing above it still to be done.
-    early
-        The same, but something above it is still to be done: it would be made twice.
-    waiting
-        Missing or stale, and an input is missing.
+        All inputs exist and no upstream partition remains to be materialized.
+    blocked_by_upstream
+        All inputs exist, but an upstream partition remains to be materialized. Materialized now,
+        these partitions would be stale again right after it.
+    missing_inputs
+        At least one input does not exist.
     """
 
     ready: frozenset[Partition]
-    early: frozenset[Partition]
-    waiting: frozenset[Partition]
+    blocked_by_upstream: frozenset[Partition]
+    missing_inputs: frozenset[Partition]
 
 
 @dataclass
@@ -65,44 +60,44 @@ class _Events:
     versions: dict[Partition, list[tuple[int, str]]] = field(
         default_factory=lambda: defaultdict(list)
     )  # (storage id, data version), oldest first
-    provenance: dict[Partition, DataProvenance | None] = field(default_factory=dict)
+    provenance: dict[Partition, dg.DataProvenance | None] = field(default_factory=dict)
     last: int = 0
 
     def add(self, record: dg.EventLogRecord) -> None:
         known = self.versions[record.partition_key]
-        version = extract_data_version_from_entry(record.event_log_entry)
-        event = (record.storage_id, version.value if version else "")
+        materialization = record.asset_materialization
+        tags = (materialization.tags if materialization is not None else None) or {}
+        event = (record.storage_id, tags.get(DATA_VERSION_TAG, ""))
         if event in known:
             return
         insort(known, event)
         if known[-1] == event:
-            self.provenance[record.partition_key] = extract_data_provenance_from_entry(
-                record.event_log_entry
-            )
+            self.provenance[record.partition_key] = dg.DataProvenance.from_tags(tags)
         self.last = max(self.last, record.storage_id)
 
     def version(self, partition: Partition, until: int | None = None) -> str | None:
-        """The data version, now or when ``until`` was the last event; None where there was none."""
+        """Return the latest data version, or the latest up to event ``until``; None without one."""
         known = self.versions.get(partition, [])
         end = len(known) if until is None else bisect_right(known, (until, "\U0010ffff"))
         return known[end - 1][1] if end else None
 
     def latest(self, partition: Partition) -> int:
+        """Return the storage id of the latest event; 0 without one."""
         known = self.versions.get(partition)
         return known[-1][0] if known else 0
 
 
 class MaterializationHistory:
-    """All materializations of an instance as far as staleness asks for them, kept up to date."""
+    """The data versions and provenance of all materializations of an instance, in memory."""
 
     def __init__(self) -> None:
         self._events: dict[dg.AssetKey, _Events] = defaultdict(_Events)
         self._parents: dict[dg.AssetKey, dict[Partition, Parents]] = defaultdict(dict)
-        self._graph: Graph | None = None
+        self._graph: AssetGraph | None = None
         self._wiped: dict[dg.AssetKey, float | None] = {}
 
-    def read(self, instance: dg.DagsterInstance, graph: Graph) -> None:
-        """Take in what was recorded since the last call."""
+    def update(self, instance: dg.DagsterInstance, graph: AssetGraph) -> None:
+        """Read the materializations that were recorded since the last call."""
         if graph is not self._graph:
             self._graph = graph
             self._parents.clear()
@@ -113,7 +108,7 @@ class MaterializationHistory:
         }
         for key in keys:
             entry = entries.get(key)
-            if entry is None:  # never made, or wiped and not made since
+            if entry is None:  # never materialized, or wiped and not materialized since
                 self._events.pop(key, None)
                 continue
             wiped = entry.asset_details.last_wipe_timestamp if entry.asset_details else None
@@ -137,24 +132,30 @@ class MaterializationHistory:
                     break
                 after = page[-1].storage_id
 
-    def status(self, graph: Graph, key: dg.AssetKey, partition: Partition) -> StaleStatus:
-        """Fresh, stale or missing, by Dagster's rule (which calls no external asset missing)."""
+    def status(self, graph: AssetGraph, key: dg.AssetKey, partition: Partition) -> Status:
+        """Return the staleness of a partition by Dagster's rule.
+
+        Unlike Dagster, an external asset without a recorded version is MISSING.
+        """
         if self.is_missing(key, partition):
-            return StaleStatus.MISSING
+            return "MISSING"
         if graph.get(key).is_external:
-            return StaleStatus.FRESH
-        stale = self._is_stale(graph, key, partition)
-        return StaleStatus.STALE if stale else StaleStatus.FRESH
+            return "FRESH"
+        return "STALE" if self._is_stale(graph, key, partition) else "FRESH"
 
     def is_missing(self, key: dg.AssetKey, partition: Partition) -> bool:
-        """Never made; or an input nobody has looked at yet: its first version would be news."""
+        """Return whether a partition was never materialized or, if external, never scanned.
+
+        An asset made from an input without a version would become stale with the first scan.
+        """
         return self._events[key].version(partition) is None
 
-    def _is_stale(self, graph: Graph, key: dg.AssetKey, partition: Partition) -> bool:
+    def _is_stale(self, graph: AssetGraph, key: dg.AssetKey, partition: Partition) -> bool:
         node, events = graph.get(key), self._events[key]
         provenance = events.provenance[partition]
         parents = self.parents(graph, key, partition)
-        if provenance is None:  # reported by hand: it is of the inputs that were there
+        # reported by hand: assumed to be made from the inputs of that moment
+        if provenance is None:
             made = events.latest(partition)
             return any(
                 self._events[parent].latest(p) > made and not graph.get(parent).is_external
@@ -167,22 +168,24 @@ class MaterializationHistory:
             return True
         return any(
             not provenance.has_input_asset(parent)
-            or any(self._changed(parent, p, provenance) for p in partitions)
+            or any(self._has_changed(parent, p, provenance) for p in partitions)
             for parent, partitions in parents.items()
             if partitions
         )
 
-    def _changed(self, parent: dg.AssetKey, partition: Partition, made: DataProvenance) -> bool:
-        """Whether an input's version differs from the one that was read."""
+    def _has_changed(
+        self, parent: dg.AssetKey, partition: Partition, made_from: dg.DataProvenance
+    ) -> bool:
+        """Return whether the version of an input differs from the one in the provenance."""
         events = self._events[parent]
         now = events.version(partition)
         if partition is None:
-            return now is not None and made.input_data_versions[parent] != DataVersion(now)
-        read = made.input_storage_ids[parent] or 0
+            return now is not None and made_from.input_data_versions[parent] != dg.DataVersion(now)
+        read = made_from.input_storage_ids[parent] or 0
         return events.latest(partition) > read and events.version(partition, read) != now
 
-    def parents(self, graph: Graph, key: dg.AssetKey, partition: Partition) -> Parents:
-        """The partitions that one partition is made from, by asset."""
+    def parents(self, graph: AssetGraph, key: dg.AssetKey, partition: Partition) -> Parents:
+        """Return the upstream partitions of a partition, by asset."""
         known = self._parents[key]
         if partition not in known:
             found: dict[dg.AssetKey, list[Partition]] = {
@@ -192,99 +195,94 @@ class MaterializationHistory:
                 found[each.asset_key].append(each.partition_key)
             parents = {parent: tuple(items) for parent, items in found.items()}
             if INPUTS_TAG in graph.get(key).tags:
-                return parents  # of a whole layer, which grows
+                return parents  # not kept: the layer that it summarizes grows
             known[partition] = parents
         return known[partition]
 
-    def newest(self, parents: Parents) -> int:
-        """Storage id of the last event of any of these partitions."""
+    def latest_event(self, partitions: Parents) -> int:
+        """Return the storage id of the latest event of any of these partitions; 0 without one."""
         return max(
-            (
-                self._events[key].latest(p)
-                for key, partitions in parents.items()
-                for p in partitions
-            ),
+            (self._events[key].latest(p) for key, items in partitions.items() for p in items),
             default=0,
         )
 
 
 @lru_cache(maxsize=4)
-def _ledger(storage: str) -> MaterializationHistory:
+def _history(records: str) -> MaterializationHistory:
     return MaterializationHistory()
 
 
-def ledger(instance: dg.DagsterInstance) -> MaterializationHistory:
-    """The instance's ledger; one a process and storage, whichever object stands for it."""
-    storage = instance.run_storage
-    if not isinstance(storage, SqlRunStorage):
-        raise TypeError(f"{type(storage).__name__}: only storages in a database are known")
-    return _ledger(storage.get_run_storage_id())
+def materialization_history(instance: dg.DagsterInstance) -> MaterializationHistory:
+    """Return this process's history of an instance, shared by all objects on its records."""
+    return _history(records_id(instance))
 
 
-def due(
+def stale_assets(
     instance: dg.DagsterInstance,
-    graph: Graph,
+    graph: AssetGraph,
     only: Collection[dg.AssetKey] | None = None,
 ) -> dict[dg.AssetKey, StaleAsset]:
-    """What is to be done, for every materializable asset that has inputs (or those of ``only``).
+    """Return the missing and stale partitions of every asset, or of the assets in ``only``.
 
-    An asset that gathers a layer (:data:`~nic_assets.assets.inputs.PARTIAL_INPUTS`) needs one partition of
-    each parent, any other needs all. What has failed since its inputs last changed holds nothing
-    below it back.
+    An asset tagged with :data:`~nic_assets.tags.PARTIAL_INPUTS` needs at least one partition of
+    each input, any other asset needs all. An upstream partition that failed since its own inputs
+    last changed does not block the partitions downstream of it. With ``only``, no asset is
+    blocked by upstream.
     """
-    book = ledger(instance)
-    book.read(instance, graph)
+    history = materialization_history(instance)
+    history.update(instance, graph)
     found: dict[dg.AssetKey, StaleAsset] = {}
-    busy: dict[dg.AssetKey, set[Partition]] = defaultdict(set)
-    with partition_loading_context(dynamic_partitions_store=instance):
+    # partitions that are materialized now or have to be, including those further upstream
+    pending: dict[dg.AssetKey, set[Partition]] = defaultdict(set)
+    with dg.partition_loading_context(dynamic_partitions_store=instance):
         for key in graph.toposorted_asset_keys:
             node = graph.get(key)
             if node.is_external or (only is not None and key not in only):
                 continue
             partitions = node.partitions_def.get_partition_keys() if node.partitions_def else [None]
             enough = any if INPUTS_TAG in node.tags else all
-            to_do: set[Partition] = set()
-            waiting: set[Partition] = set()
-            below: set[Partition] = set()
+            stale: set[Partition] = set()
+            missing_inputs: set[Partition] = set()
+            blocked: set[Partition] = set()
             for partition in partitions:
-                parents = book.parents(graph, key, partition)
-                if any(p in busy[parent] for parent, items in parents.items() for p in items):
-                    below.add(partition)
-                if book.status(graph, key, partition) is StaleStatus.FRESH:
+                parents = history.parents(graph, key, partition)
+                if any(p in pending[parent] for parent, items in parents.items() for p in items):
+                    blocked.add(partition)
+                if history.status(graph, key, partition) == "FRESH":
                     continue
-                there = all(
-                    enough(not book.is_missing(parent, p) for p in items)
+                inputs_exist = all(
+                    enough(not history.is_missing(parent, p) for p in items)
                     for parent, items in parents.items()
                 )
-                (to_do if there else waiting).add(partition)
+                (stale if inputs_exist else missing_inputs).add(partition)
             found[key] = StaleAsset(
-                ready=frozenset(to_do - below),
-                early=frozenset(to_do & below),
-                waiting=frozenset(waiting),
+                ready=frozenset(stale - blocked),
+                blocked_by_upstream=frozenset(stale & blocked),
+                missing_inputs=frozenset(missing_inputs),
             )
             if only is None:
-                running, failed = _attempts(instance, graph, book, key)
-                busy[key] = (to_do - failed) | below | running
+                running, failed = _attempts(instance, graph, history, key)
+                pending[key] = (stale - failed) | blocked | running
     return found
 
 
 def _attempts(
-    instance: dg.DagsterInstance, graph: Graph, book: MaterializationHistory, key: dg.AssetKey
+    instance: dg.DagsterInstance,
+    graph: AssetGraph,
+    history: MaterializationHistory,
+    key: dg.AssetKey,
 ) -> tuple[set[Partition], set[Partition]]:
-    """The partitions that a run is at, and those that failed since their inputs changed."""
+    """Return the partitions in unfinished runs, and those failed since their inputs changed."""
     storage = instance.event_log_storage
     tried = storage.get_latest_asset_partition_materialization_attempts_without_materializations(
         key
     )
-    finished = {
-        run: record is None or record.dagster_run.status in FINISHED_STATUSES
-        for run in {run for run, _ in tried.values()}
-        for record in [instance.get_run_record_by_id(run)]
-    }
-    running = {partition for partition, (run, _) in tried.items() if not finished[run]}
+    runs = {run: instance.get_run_by_id(run) for run in {run for run, _ in tried.values()}}
+    finished = {run for run, record in runs.items() if record is None or record.is_finished}
+    running = {partition for partition, (run, _) in tried.items() if run not in finished}
     failed = {
         partition
         for partition, (run, event) in tried.items()
-        if finished[run] and event > book.newest(book.parents(graph, key, partition))
+        if run in finished and event > history.latest_event(history.parents(graph, key, partition))
     }
     return set(running), set(failed)

@@ -1,5 +1,15 @@
-"""MLflow: runs, registered models and the champion alias."""
+"""Experiment tracking with MLflow: runs, registered models, and the champion alias."""
 
-from nic_assets.tracking.runs import CANDIDATE, CHAMPION, TrackedRun, Tracking, TrackingError
+from nic_assets.tracking.connection import TrackingError
+from nic_assets.tracking.registry import CANDIDATE, CHAMPION, ModelFormatError
+from nic_assets.tracking.resource import Tracking
+from nic_assets.tracking.runs import TrackedRun
 
-__all__ = ["CANDIDATE", "CHAMPION", "TrackedRun", "Tracking", "TrackingError"]
+__all__ = [
+    "CANDIDATE",
+    "CHAMPION",
+    "ModelFormatError",
+    "TrackedRun",
+    "Tracking",
+    "TrackingError",
+]

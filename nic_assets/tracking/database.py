@@ -1,7 +1,7 @@
-"""MLflow's database, made whole or not at all.
+"""Creation of MLflow's SQLite database in one atomic step.
 
-MLflow lays out a new SQLite file in a hundred steps that are not one transaction: a process that is
-killed among them leaves a file that MLflow never opens again.
+MLflow creates a new SQLite file by a hundred migrations outside a transaction. A process that is
+killed among them leaves a file that MLflow cannot open again.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from nic_core.store import atomic_file, exclusive_lock
 SQLITE = "sqlite:///"
 
 
-def make_database(uri: str) -> None:
-    """Make the database of a tracking URI where that is a SQLite file and there is none yet."""
+def create_database(uri: str) -> None:
+    """Create the database of a tracking URI if the URI is a SQLite file that does not exist."""
     if not uri.startswith(SQLITE):
         return
     path = Path(uri.removeprefix(SQLITE))
     if path.exists():
         return
     with exclusive_lock(path):
-        if not path.exists():  # somebody else may have made it meanwhile
+        if not path.exists():  # another process may have created it before this one got the lock
             with atomic_file(path) as temporary:
                 mlflow.MlflowClient(f"{SQLITE}{temporary}").search_experiments(max_results=1)

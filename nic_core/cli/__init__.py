@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from nic_core.cli.compress import compress
+from nic_core.cli.demo import demo
 from nic_core.cli.encoder import encoder_app
 from nic_core.cli.environment import read_environment
 from nic_core.cli.grid import grid_app
@@ -19,6 +20,7 @@ PLUGINS = "nic.commands"
 """Entry points with further commands: functions that take the application and add to it."""
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
+app.command()(demo)
 app.command()(inspect)
 app.command()(tissue)
 app.command()(compress)

@@ -60,7 +60,7 @@ def compress(
     slide; the exit status is 1 if a slide failed.
     """
     # imports torch, which is slow
-    from nic_core.compression.batch import REPORT, compress_slides, name_slides, write_report
+    from nic_core.compression.batch import REPORT, compress_slides, slides_by_id, write_report
     from nic_core.devices import resolve_device
 
     try:
@@ -69,7 +69,7 @@ def compress(
         raise typer.BadParameter(str(error), param_hint="--device") from error
     prepared = find_encoder(encoder).prepare(device, precision, reading)
     try:
-        named = name_slides(slides)
+        named = slides_by_id(slides)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     with batch_progress(len(named)) as (show, tell):
@@ -82,7 +82,7 @@ def compress(
             orientations=orientations == "8",
             resume=resume,
             progress=show,
-            tell=tell,
+            on_outcome=tell,
         )
     counts = {s: int((table["status"] == s).sum()) for s in ("compressed", "up to date", "failed")}
     left = len(table) - sum(counts.values())
@@ -117,7 +117,7 @@ def batch_progress(
         def tell(outcome: Outcome) -> None:
             if outcome.slide in current:
                 bars.remove_task(current.pop(outcome.slide))
-            if outcome.status != "put off":
+            if outcome.status != "waiting":
                 bars.advance(every)
             if outcome.status != "not tried":
                 console.print(_line(outcome), soft_wrap=True)
@@ -148,7 +148,7 @@ def _line(outcome: Outcome) -> Text:
 
 def find_encoder(name: str) -> Encoder:
     """Load an encoder by its folder or by its name in the store."""
-    from nic_core.encoders.encoder import EncoderError
+    from nic_core.encoders.errors import EncoderError
     from nic_core.encoders.files import load_encoder
 
     store = Store.from_environment()

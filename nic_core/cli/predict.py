@@ -56,7 +56,7 @@ def predict(
     --out are reused. A slide that cannot be used does not stop the others; the exit status is 1.
     """
     # imports torch, which is slow
-    from nic_core.compression.batch import REPORT, name_slides, write_report
+    from nic_core.compression.batch import REPORT, slides_by_id, write_report
     from nic_core.devices import resolve_device
     from nic_core.models.prediction import (
         PatientsError,
@@ -76,7 +76,7 @@ def predict(
         resolve_device(device)
         check_encoder(card, network.card)
         check_times(card, times or ())
-        named = name_slides(slides)
+        named = slides_by_id(slides)
         of_slide = read_patients(patients) if patients is not None else None
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
@@ -95,7 +95,7 @@ def predict(
             device=device,
             heatmaps=heatmaps,
             progress=show,
-            tell=tell,
+            on_outcome=tell,
         )
     console.print(_table(card, predicted.predictions, times or ()))
     console.print(_legend(card), soft_wrap=True, markup=False)
@@ -143,19 +143,16 @@ def _model(name: str) -> SlideModel:
 
 def _table(card: ModelCard, predictions: pl.DataFrame, times: Sequence[float]) -> Table:
     """One row a unit: mean of the folds, lowest and highest fold in brackets, conclusion."""
-    from nic_core.models.cross_validation import prediction_columns
+    from nic_core.models.kinds import kind_of
 
-    columns = prediction_columns(card.target)
-    last = {"classification": "class", "survival": "risk_group"}.get(card.target.kind)
-    unit = card.target.unit if card.target.kind == "survival" else ""
+    kind = kind_of(card.target)
+    columns = kind.prediction_columns
     by_patient = card.target.level == "patient"
     about = ["patient", "slides"] if by_patient else ["slide", "patient"]
     table = Table(
         *about,
         *(escape(name.replace("_", " ")) for name in columns),
-        *([last.replace("_", " ")] if last else []),
-        *([f"median survival ({unit})"] if unit else []),
-        *(f"alive after {time:g} {unit}" for time in times),
+        *(escape(heading) for heading in kind.conclusion_headings(times)),
         title=f"{card.target.name} ({card.target.kind}), encoder {card.encoder}",
     )
     for row in predictions.rows(named=True):
@@ -165,8 +162,7 @@ def _table(card: ModelCard, predictions: pl.DataFrame, times: Sequence[float]) -
             escape(name),
             escape(other),
             *(_value(row, column, len(card.networks)) for column in columns),
-            *([escape(row[last] or "")] if last else []),
-            *([_median(row)] if unit else []),
+            *(escape(cell) for cell in kind.conclusion_cells(row)),
             *(_value(row, f"survival_{time:g}", len(card.networks), ".2f") for time in times),
         )
     return table
@@ -179,19 +175,9 @@ def _value(row: dict[str, Any], column: str, folds: int, form: str = ".3g") -> s
     return escape(f"{row[column]:{form}} [{min(each):{form}}, {max(each):{form}}]")
 
 
-def _median(row: dict[str, Any]) -> str:
-    if row["risk"] is None:
-        return "none"
-    median = row["median_survival"]
-    return "not reached" if median is None else f"{median:.3g}"
-
-
 def _legend(card: ModelCard) -> str:
-    told = f"mean of {len(card.networks)} folds [lowest, highest]"
-    if card.target.kind == "survival":
-        told += (
-            "; a higher risk means an earlier event; high: above the training cohort's median "
-            f"risk of {card.median_risk:.3g}; median survival: when the folds' mean probability to "
-            "be alive is one half"
-        )
-    return told
+    from nic_core.models.kinds import kind_of
+
+    text = f"mean of {len(card.networks)} folds [lowest, highest]"
+    legend = kind_of(card.target).legend(card.median_risk)
+    return f"{text}; {legend}" if legend else text

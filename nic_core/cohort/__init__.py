@@ -1,4 +1,4 @@
-"""The cohort file and the tables it names; the slide index and the scan for changed inputs."""
+"""The cohort file and its tables: entries, the slide index, and the scan for changed files."""
 
 from nic_core.cohort.encoders import (
     FILE_KINDS,

@@ -6,44 +6,48 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from nic_core.cohort.fields import Entry, Name, UserPath, no_duplicates
+from nic_core.cohort.fields import Entry, Name, UserPath, check_unique
 from nic_core.types import RequestedPrecision
 
 
 class EncoderSpec(Entry):
-    """An encoder to train: its objective, the patch tasks it sees and the seed.
+    """An encoder to train.
 
-    ``patches_seen`` counts patches through the network over the whole training and is the
-    quantity to hold equal when encoders are compared [choice]. Without one (``null``) training
-    lasts as published: ``bigan`` 200,000 steps, the others until the learning rate is at its floor
-    and brings nothing more. ``supervised`` is ``mtl`` with
-    one task; ``vae``, ``contrastive`` and ``bigan`` use the tasks' patches without labels.
+    ``supervised`` is ``mtl`` with one task. ``vae``, ``contrastive`` and ``bigan`` use the patches
+    of the tasks without their labels. ``mean_rgb`` is not trained.
     """
 
     name: Name
     objective: Literal["mean_rgb", "mtl", "supervised", "vae", "contrastive", "bigan"]
-    tasks: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = Field(default=(), description="names of patch tasks to train on")
     seed: int = 0
-    patches_seen: PositiveInt | None = 200_000
-    batch: PositiveInt = 64
+    patches_seen: PositiveInt | None = Field(
+        default=200_000,
+        description="number of patches, with repetitions, that pass through the network during "
+        "training; keep it equal when encoders are compared [choice]. null: train as long as "
+        "published, which is 200,000 steps for bigan and, for the others, until the lowest "
+        "learning rate brings no more improvement",
+    )
+    batch: PositiveInt = Field(default=64, description="patches per training step")
     learning_rate: PositiveFloat | None = Field(
         default=None,
-        description="default: the published one of the objective, 1e-3 for vae, 2e-4 for bigan, "
+        description="default: the published rate of the objective, 1e-3 for vae, 2e-4 for bigan, "
         "1e-2 for the others",
     )
     architecture: Literal["tellez2020", "tellez2019"] = Field(
         default="tellez2020",
         description="tellez2019 is the network published for vae and contrastive; the default "
-        "compares objectives at equal architecture [choice]",
+        "compares all objectives at equal architecture [choice]",
     )
     task_weights: Literal["equal", "uncertainty"] = Field(
         default="equal",
-        description="of mtl's losses: equal, or by learned uncertainty (Kendall et al. 2018)",
+        description="weights of the losses of mtl: equal, or by learned uncertainty (Kendall et "
+        "al. 2018)",
     )
     precision: RequestedPrecision = Field(
         default="auto",
-        description="of the forward and backward pass; auto is bfloat16 on a GPU or CPU with "
-        "matrix units for it, else float32 [choice]",
+        description="precision of the forward and backward pass; auto is bfloat16 on a GPU or CPU "
+        "with matrix units for it, else float32 [choice]",
     )
 
     @model_validator(mode="after")
@@ -55,67 +59,78 @@ class EncoderSpec(Entry):
         if self.objective == "supervised" and len(self.tasks) > 1:
             raise ValueError(
                 f"encoder '{self.name}': objective 'supervised' takes one task; "
-                "'mtl' is the objective of several"
+                "use 'mtl' for several tasks"
             )
         if self.task_weights == "uncertainty" and self.objective != "mtl":
             raise ValueError(
-                f"encoder '{self.name}': task_weights 'uncertainty' weighs the tasks of objective "
-                f"'mtl'; '{self.objective}' has one loss: leave it out"
+                f"encoder '{self.name}': task_weights 'uncertainty' applies to objective 'mtl' "
+                f"only; leave it out for '{self.objective}'"
             )
         if self.architecture == "tellez2019" and self.objective not in ("vae", "contrastive"):
             raise ValueError(
-                f"encoder '{self.name}': architecture 'tellez2019' is for vae and contrastive"
+                f"encoder '{self.name}': architecture 'tellez2019' is for the objectives vae and "
+                "contrastive only"
             )
         if self.objective == "mean_rgb" and self.tasks:
             raise ValueError(f"encoder '{self.name}': 'mean_rgb' is not trained and takes no tasks")
-        no_duplicates(f"encoder '{self.name}': tasks", self.tasks)
+        check_unique(f"encoder '{self.name}': tasks", self.tasks)
         return self
 
     def check_patch(self, patch: int) -> None:
-        """Raises ValueError where its networks cannot take patches of so many px a side."""
+        """Check that the networks of the encoder accept patches of ``patch`` px a side.
+
+        Raises
+        ------
+        ValueError
+            They do not.
+        """
         if self.objective == "mean_rgb":
             return
-        # the network of 2020 convolves without padding; that of 2019, and what draws patches,
-        # halves a side of 128 px five times
+        # the network of 2020 convolves without padding; that of 2019 and the decoders of vae and
+        # bigan change the side by a factor of two five times
         least, step = (62, 2) if self.architecture == "tellez2020" else (32, 32)
         if self.objective in ("vae", "bigan"):
             step = 32
         first = -(-least // step) * step
         if patch < first or patch % step:
             raise ValueError(
-                f"encoder '{self.name}': {self.objective} with {self.architecture} takes patches "
+                f"encoder '{self.name}': {self.objective} with {self.architecture} needs patches "
                 f"of {first}, {first + step}, {first + 2 * step}, ... px, not {patch}"
             )
 
 
-Three = tuple[float, float, float]
-
-
 class Preprocess(Entry):
-    """What a foreign network wants of its pixels: ``(RGB / 255 - mean) / std``."""
+    """Preprocessing of an external network's input: ``(RGB / 255 - mean) / std``."""
 
-    mean: Three = Field(description="of red, green and blue, in 0..1")
-    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat]
+    mean: tuple[float, float, float] = Field(description="of red, green and blue, 0 to 1")
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = Field(
+        description="of red, green and blue, 0 to 1"
+    )
     resize: PositiveInt | None = Field(
-        default=None, description="px a side of the network's input, where it is not the patch's"
+        default=None,
+        description="side of the network's input, px; default: the side of the patch",
     )
 
 
 class TimmModel(Entry):
-    """A network of the timm library: its name there, and arguments of ``timm.create_model``."""
+    """A model of the timm library."""
 
-    model: str
-    arguments: dict[str, bool | int | float | str] = {}
+    model: str = Field(description="name of the model in timm")
+    arguments: dict[str, bool | int | float | str] = Field(
+        default={}, description="further arguments of `timm.create_model`"
+    )
 
 
 class ExternalNetwork(Entry):
-    """What a foreign network's file does not say: the patches it takes and the embeddings it gives."""
+    """Input and output of an external network, which its file does not state."""
 
-    patch: PositiveInt = Field(description="px a side, before `preprocess`")
-    mpp: PositiveFloat = Field(description="um/px")
-    embedding_size: PositiveInt = Field(description="numbers a patch")
+    patch: PositiveInt = Field(description="side of a patch, px, before `preprocess`")
+    mpp: PositiveFloat = Field(description="um/px of a patch")
+    embedding_size: PositiveInt = Field(description="length of an embedding")
     preprocess: Preprocess
-    timm: TimmModel | None = Field(default=None, description="for a file of weights alone")
+    timm: TimmModel | None = Field(
+        default=None, description="the model, if the file contains weights only"
+    )
 
 
 FileKind = Literal["folder", "keras", "timm", "torchscript", "torch.export"]
@@ -133,12 +148,12 @@ FILE_KINDS: dict[str, FileKind] = {
 
 
 class ImportedEncoder(Entry):
-    """An encoder that was trained elsewhere, in a local file.
+    """An encoder that was trained elsewhere, imported from a local file or folder.
 
-    It is a folder that this project wrote, or by its suffix one of the released Keras encoders
-    (``.h5``), a TorchScript (``.pt``, ``.ts``) or ``torch.export`` (``.pt2``) network, or the
-    weights (``.safetensors``, ``.bin``, ``.pth``) of a timm model. ``network`` describes the
-    last three.
+    Supported are a folder written by this project and, by suffix, a Keras encoder released with
+    the paper (``.h5``, ``.hdf5``), a TorchScript network (``.pt``, ``.ts``), a ``torch.export``
+    network (``.pt2``), and the weights of a timm model (``.safetensors``, ``.bin``, ``.pth``). The
+    last three need ``network``.
     """
 
     name: Name
@@ -148,53 +163,55 @@ class ImportedEncoder(Entry):
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """None: it is not trained here."""
+        """Always empty, since no patch task of the cohort trains it."""
         return ()
 
     @property
     def kind(self) -> FileKind:
+        """Kind of the file, by its suffix."""
         return "folder" if self.file.is_dir() else FILE_KINDS[self.file.suffix.lower()]
 
     @model_validator(mode="after")
     def _network_fits_file(self) -> Self:
         if not self.file.is_dir() and self.file.suffix.lower() not in FILE_KINDS:
-            known = ", ".join(suffix for suffix in FILE_KINDS if suffix)
+            supported = ", ".join(suffix for suffix in FILE_KINDS if suffix)
             raise ValueError(
-                f"encoder '{self.name}': {self.file.name} is no encoder file; "
-                f"known: a folder, {known}"
+                f"encoder '{self.name}': {self.file.name} is not an encoder file; "
+                f"supported: a folder, {supported}"
             )
         if (self.network is None) != (self.kind in ("folder", "keras")):
             problem = (
-                f"{self.file.name} needs 'network': patch, mpp, embedding and preprocess"
+                f"{self.file.name} needs 'network': patch, mpp, embedding_size and preprocess"
                 if self.network is None
-                else f"{self.file.name} says itself what 'network' would say: leave it out"
+                else f"{self.file.name} describes its network itself: leave 'network' out"
             )
             raise ValueError(f"encoder '{self.name}': {problem}")
         if self.network is not None and (self.network.timm is None) == (self.kind == "timm"):
             raise ValueError(
-                f"encoder '{self.name}': 'network.timm' names the model of a file of weights "
-                f"(.safetensors, .bin, .pth), and of no other; the file is {self.file.name}"
+                f"encoder '{self.name}': 'network.timm' is required for files of weights "
+                f"(.safetensors, .bin, .pth) and not allowed for others; "
+                f"the file is {self.file.name}"
             )
         return self
 
 
 class RegisteredEncoder(Entry):
-    """An encoder of the team's registry: whatever version carries the alias.
+    """An encoder of the model registry: the version that an alias points to.
 
-    The version is looked up whenever inputs are; an alias that moves to other weights makes the
-    encoder stale, and with it its grids and their models.
+    The alias is resolved whenever the inputs are scanned. If it points to other weights, the
+    encoder, its grids and their models become stale.
     """
 
     name: Name
     objective: Literal["registered"]
     version: str = Field(
         pattern=r"^encoder-[\w.-]+@[\w-]+$",
-        description="registered model and alias: encoder-mtl-4@champion",
+        description="registered model and alias, for example encoder-mtl-4@champion",
     )
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """None: it is not trained here."""
+        """Always empty, since no patch task of the cohort trains it."""
         return ()
 
 

@@ -1,4 +1,4 @@
-"""Field types and validators that every part of the cohort file uses."""
+"""Field types and helpers that all entries of the cohort file use."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInf
 
 
 class CohortError(ValueError):
-    """The cohort file, or a table that it names, cannot be used as it is."""
+    """The cohort file, or a table that it names, is missing or invalid."""
 
 
 def _resolve(path: Path, info: ValidationInfo) -> Path:
@@ -23,21 +23,22 @@ def _resolve(path: Path, info: ValidationInfo) -> Path:
 def _check_name(name: str) -> str:
     if not name or not all(c.isalnum() or c in "-_." for c in name) or name[0] in ".-":
         raise ValueError(
-            "a name becomes a folder and a partition key: use letters, digits, '-', '_' and '.'"
+            "a name becomes a folder and a partition key: use letters, digits, '-', '_' and '.', "
+            "and do not start with '-' or '.'"
         )
     return name
 
 
 def _check_task_name(name: str) -> str:
-    # PyTorch joins the names of nested modules with dots, and a task names its head
+    # the head of a task is a PyTorch module of its name, and module names must not contain dots
     if "." in _check_name(name):
-        raise ValueError("a patch task's name holds no '.'")
+        raise ValueError("the name of a patch task must not contain '.'")
     return name
 
 
 def _check_cron(text: str) -> str:
     if len(text.split()) != 5:
-        raise ValueError("a cron schedule has five fields: '0 20 * * *' is every day at 20:00")
+        raise ValueError("a cron schedule has five fields; '0 20 * * *' is every day at 20:00")
     return text
 
 
@@ -45,11 +46,14 @@ def _check_time_zone(name: str) -> str:
     try:
         ZoneInfo(name)
     except (ZoneInfoNotFoundError, ValueError) as error:
-        raise ValueError(f"'{name}' is no time zone; 'Europe/Amsterdam' is one") from error
+        raise ValueError(
+            f"'{name}' is not a time zone; write it like 'Europe/Amsterdam'"
+        ) from error
     return name
 
 
 UserPath = Annotated[Path, AfterValidator(_resolve)]
+"""A path; a relative one is relative to the folder of the cohort file."""
 Cron = Annotated[str, AfterValidator(_check_cron)]
 TimeZone = Annotated[str, AfterValidator(_check_time_zone)]
 Name = Annotated[str, AfterValidator(_check_name)]
@@ -59,6 +63,8 @@ NetworkName = Literal["published", "small", "mil"]
 
 
 class Entry(BaseModel):
+    """Base class of the entries: immutable, and unknown fields are refused."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
@@ -70,20 +76,29 @@ class _NamedItem(Protocol):
 _Named = TypeVar("_Named", bound=_NamedItem)
 
 
-def no_duplicates(field: str, names: Sequence[str]) -> None:
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ValueError(f"{field}: name {twice} stands more than once")
+def check_unique(field: str, names: Sequence[str]) -> None:
+    """Raise ValueError if a name occurs more than once; ``field`` names the list in the error."""
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ValueError(f"{field}: {repeated} occurs more than once")
 
 
-def check_known(what: str, name: str, known: Sequence[str]) -> None:
-    if name not in known:
-        raise ValueError(f"{what} '{name}' is not defined; known: {', '.join(known) or 'none'}")
+def check_defined(kind: str, name: str, defined: Sequence[str]) -> None:
+    """Raise ValueError if a name that an entry refers to is not defined in the cohort file."""
+    if name not in defined:
+        raise ValueError(f"{kind} '{name}' is not defined; defined: {', '.join(defined) or 'none'}")
 
 
-def find(what: str, name: str, items: Sequence[_Named]) -> _Named:
-    for item in items:
-        if item.name == name:
-            return item
-    known = ", ".join(item.name for item in items) or "none"
-    raise CohortError(f"no {what} '{name}' in the cohort; known: {known}")
+def find(kind: str, name: str, entries: Sequence[_Named]) -> _Named:
+    """Return the entry of a name.
+
+    Raises
+    ------
+    CohortError
+        No entry has this name. The message lists all names.
+    """
+    for entry in entries:
+        if entry.name == name:
+            return entry
+    defined = ", ".join(entry.name for entry in entries) or "none"
+    raise CohortError(f"{kind} '{name}' is not in the cohort; defined: {defined}")

@@ -1,7 +1,8 @@
-"""The cohort file: which slides, patch tasks, encoders and targets make a study.
+"""The cohort file: the slides, patch tasks, encoders and targets of a study.
 
-One ``cohort.yaml`` describes a study. :func:`load_cohort` validates it and makes every relative path
-absolute (relative paths are relative to the file). An error names the file, the line and the field.
+One ``cohort.yaml`` describes a study. :func:`load_cohort` validates it and makes paths absolute;
+relative paths are relative to the folder of the file. An error names the file, the line and the
+field.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from nic_core.cohort.fields import (
     Entry,
     Name,
     UserPath,
-    check_known,
+    check_defined,
+    check_unique,
     find,
-    no_duplicates,
 )
 from nic_core.cohort.patch_tasks import PatchTask
 from nic_core.cohort.settings import Automation, Settings
@@ -44,58 +45,70 @@ class Cohort(Entry):
     name: Name
     slides: Slides
     labels: UserPath | None = Field(
-        default=None, description="CSV or parquet keyed by `slide` or `patient`"
+        default=None,
+        description="label table, CSV or parquet, with a column `slide` or `patient`",
     )
     patch_tasks: tuple[PatchTask, ...] = ()
     encoders: tuple[EncoderEntry, ...]
     targets: tuple[Target, ...] = ()
     maps: tuple[ProbabilityMap, ...] = ()
     settings: Settings = Settings()
-    automation: Automation | None = Automation()
+    automation: Automation | None = Field(
+        default=Automation(), description="null: nothing is materialized automatically"
+    )
 
     @model_validator(mode="after")
     def _names_agree(self) -> Self:
         for field in ("patch_tasks", "encoders", "targets", "maps"):
-            no_duplicates(field, [item.name for item in getattr(self, field)])
+            check_unique(field, [entry.name for entry in getattr(self, field)])
         if not self.encoders:
-            raise ValueError("name at least one encoder under 'encoders'")
+            raise ValueError("give at least one encoder under 'encoders'")
         tasks = [task.name for task in self.patch_tasks]
         for encoder in self.encoders:
             for task in encoder.tasks:
-                check_known(f"encoder '{encoder.name}': patch task", task, tasks)
+                check_defined(f"encoder '{encoder.name}': patch task", task, tasks)
             if isinstance(encoder, EncoderSpec):
                 encoder.check_patch(self.settings.patch)
         encoders = {encoder.name: encoder for encoder in self.encoders}
         for m in self.maps:
-            check_known(f"map '{m.name}': encoder", m.encoder, list(encoders))
-            check_known(
+            check_defined(f"map '{m.name}': encoder", m.encoder, list(encoders))
+            check_defined(
                 f"map '{m.name}': task of encoder '{m.encoder}'", m.task, encoders[m.encoder].tasks
             )
         if self.targets and self.labels is None:
-            raise ValueError("targets need a 'labels' table")
+            raise ValueError("targets need a label table: give 'labels'")
         return self
 
     def encoder(self, name: str) -> EncoderSpec | ImportedEncoder | RegisteredEncoder:
-        """The encoder of that name; raises :class:`CohortError` with the known ones."""
+        """Return the entry of an encoder.
+
+        Raises
+        ------
+        CohortError
+            The cohort has no such encoder.
+        """
         return find("encoder", name, self.encoders)
 
     def with_encoder(self, entry: EncoderEntry) -> Self:
-        """This cohort with another entry for the encoder of that name."""
-        changed = (entry if known.name == entry.name else known for known in self.encoders)
-        return self.model_copy(update={"encoders": tuple(changed)})
+        """Return a copy in which ``entry`` replaces the encoder of the same name."""
+        replaced = (entry if old.name == entry.name else old for old in self.encoders)
+        return self.model_copy(update={"encoders": tuple(replaced)})
 
     def patch_task(self, name: str) -> PatchTask:
+        """Return the entry of a patch task; raises CohortError if it does not exist."""
         return find("patch task", name, self.patch_tasks)
 
     def target(self, name: str) -> Target:
+        """Return the entry of a target; raises CohortError if it does not exist."""
         return find("target", name, self.targets)
 
     def probability_map(self, name: str) -> ProbabilityMap:
+        """Return the entry of a probability map; raises CohortError if it does not exist."""
         return find("map", name, self.maps)
 
 
 def cohort_path() -> Path:
-    """The cohort file in force: ``$NIC_COHORT``, else ``data/demo/cohort.yaml``."""
+    """Return the path of the cohort file: ``$NIC_COHORT``, else ``data/demo/cohort.yaml``."""
     return Path(os.environ.get(COHORT_VARIABLE) or DEFAULT_COHORT)
 
 
@@ -105,8 +118,8 @@ def load_cohort(path: Path | None = None) -> Cohort:
     Raises
     ------
     CohortError
-        The file is missing, is no YAML, or a field is wrong; one line a problem, each as
-        ``file:line: field: what is wrong``.
+        The file is missing, is not YAML, or a field is wrong. The message has a line per problem:
+        ``file:line: field: problem``.
     """
     path = cohort_path() if path is None else path
     try:
@@ -114,7 +127,8 @@ def load_cohort(path: Path | None = None) -> Cohort:
     except OSError as error:
         raise CohortError(
             f"{path}: cannot read the cohort file ({error.strerror}); "
-            f"set {COHORT_VARIABLE} to yours, or run `make demo` for the demo cohort"
+            f"set {COHORT_VARIABLE} to the path of your file, or run `make demo` to create the "
+            "demo cohort"
         ) from error
     try:
         tree = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -126,14 +140,14 @@ def load_cohort(path: Path | None = None) -> Cohort:
     except ValidationError as error:
         lines = []
         for problem in error.errors():
-            line, field = _place(tree, problem)
+            line, field = _locate(tree, problem)
             message = problem["msg"].removeprefix("Value error, ")
             lines.append(f"{path}:{line}: {field}: {message}")
         raise CohortError("\n".join(lines)) from error
 
 
-def _place(node: yaml.Node | None, problem: ErrorDetails) -> tuple[int, str]:
-    """Line of the deepest YAML node on the way to a pydantic error, and the field's name."""
+def _locate(node: yaml.Node | None, problem: ErrorDetails) -> tuple[int, str]:
+    """Line of the deepest YAML node on the path to a pydantic error, and the name of the field."""
     location = problem["loc"]
     if problem["type"] == "union_tag_invalid":
         location = (*location, problem["ctx"]["discriminator"].strip("'"))
@@ -141,7 +155,7 @@ def _place(node: yaml.Node | None, problem: ErrorDetails) -> tuple[int, str]:
     for step in location:
         if isinstance(node, yaml.MappingNode):
             pair = next(((k, v) for k, v in node.value if k.value == step), None)
-            # a discriminated union adds its tag to the location: it has no node of its own
+            # a discriminated union adds its tag to the location, which has no YAML node
             if pair is None:
                 continue
             line, node = pair[0].start_mark.line + 1, pair[1]

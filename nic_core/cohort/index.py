@@ -1,4 +1,4 @@
-"""The slides of a cohort: one table from its folders and its slide table."""
+"""The slide index: one table of all slides, from the cohort's folders and its slide table."""
 
 from __future__ import annotations
 
@@ -12,54 +12,54 @@ from nic_core.cohort.file import Cohort
 from nic_core.cohort.slides import SlideFolder
 
 INDEX_SCHEMA: dict[str, pl.DataType] = {
-    "slide": pl.String(),
-    "path": pl.String(),
+    "slide": pl.String(),  # slide id
+    "path": pl.String(),  # absolute, as all paths
     "patient": pl.String(),
-    "mpp": pl.Float64(),
-    "mask": pl.String(),
-    "truth": pl.String(),
-    "split": pl.String(),
+    "mpp": pl.Float64(),  # um/px at level 0; null: as the file states
+    "mask": pl.String(),  # tissue mask; null: tissue is detected
+    "truth": pl.String(),  # truth image for probability maps; null: none
+    "split": pl.String(),  # cv or test
 }
 _REQUIRED = ("slide", "path", "patient")
-_FILES = ("path", "mask", "truth")
+_FILE_COLUMNS = ("path", "mask", "truth")
 _SPLITS = ("cv", "test")
 
 
 def slide_index(cohort: Cohort, *, allow_missing: bool = False) -> pl.DataFrame:
-    """Every slide of the cohort, sorted by slide id.
+    """List the slides of a cohort.
 
     Parameters
     ----------
     allow_missing : bool
-        Keep slides of the table with a file that does not exist (:func:`missing_files` lists them).
+        Keep slides of the slide table with a missing file; :func:`missing_files` lists them.
 
     Returns
     -------
     polars.DataFrame
-        ``INDEX_SCHEMA``: slide id, absolute path, patient, um/px (null: the file's own), paths of
-        a ready tissue mask and of a truth image (null: none), split (``cv`` or ``test``).
+        :data:`INDEX_SCHEMA`, sorted by slide id.
 
     Raises
     ------
     CohortError
-        No slides; a file that is not there (unless ``allow_missing``); an id that stands twice or cannot
-        name a folder; a table that cannot be read, lacks a column or has an impossible value.
+        There are no slides; a file is missing (unless ``allow_missing``); a slide id occurs twice
+        or cannot be a folder's name; or the slide table cannot be read, lacks a column or has an
+        invalid value.
     """
-    rows = [row for folder in cohort.slides.folders for row in _of_folder(folder)]
+    rows = [row for folder in cohort.slides.folders for row in _folder_rows(folder)]
     if cohort.slides.table is not None:
         rows += table_rows(cohort.slides.table)
     if not rows:
-        places = [f"{f.path}/{f.pattern}" for f in cohort.slides.folders]
-        places += [str(cohort.slides.table)] if cohort.slides.table else []
-        raise CohortError(f"cohort '{cohort.name}': no slides found in {', '.join(places)}")
+        sources = [f"{f.path}/{f.pattern}" for f in cohort.slides.folders]
+        sources += [str(cohort.slides.table)] if cohort.slides.table else []
+        raise CohortError(f"cohort '{cohort.name}': no slides found in {', '.join(sources)}")
     for row in rows:
         _check(row)
     index = pl.DataFrame(rows, schema=INDEX_SCHEMA).sort("slide")
-    twice = index.filter(pl.col("slide").is_duplicated())
-    if twice.height:
-        slide = twice["slide"][0]
-        paths = twice.filter(pl.col("slide") == slide)["path"].to_list()
-        raise CohortError(f"slide '{slide}' stands more than once: {', '.join(paths)}")
+    duplicates = index.filter(pl.col("slide").is_duplicated())
+    if duplicates.height:
+        slide = duplicates["slide"][0]
+        paths = duplicates.filter(pl.col("slide") == slide)["path"].to_list()
+        raise CohortError(f"slide id '{slide}' occurs more than once: {', '.join(paths)}")
     if not allow_missing:
         for slide, problem in missing_files(index).items():
             raise CohortError(f"slide '{slide}': {problem}")
@@ -67,39 +67,45 @@ def slide_index(cohort: Cohort, *, allow_missing: bool = False) -> pl.DataFrame:
 
 
 def missing_files(index: pl.DataFrame) -> dict[str, str]:
-    """The slides of an index of which a file does not exist, and which."""
+    """Return the slides of an index with a missing file, and the reason for each.
+
+    Returns
+    -------
+    dict of str to str
+        Slide id to reason, for example "path /data/a.svs does not exist".
+    """
     return {
         row["slide"]: f"{column} {row[column]} does not exist"
         for row in index.iter_rows(named=True)
-        for column in reversed(_FILES)
+        for column in reversed(_FILE_COLUMNS)
         if row[column] and not Path(row[column]).is_file()
     }
 
 
 def folder_files(folder: SlideFolder) -> list[Path]:
-    """What a folder holds by its pattern, sorted; not yet asked whether each is a file.
+    """Return the paths that match a folder's pattern, sorted; some may not be regular files.
 
     Raises
     ------
     CohortError
-        There is no such folder.
+        The folder does not exist.
     """
     if not folder.path.is_dir():
-        raise CohortError(f"slides.folders: {folder.path} is no folder")
+        raise CohortError(f"slides.folders: {folder.path} is not a folder")
     return sorted(p for p in folder.path.glob(folder.pattern) if not p.name.startswith("."))
 
 
 def slide_id(path: Path) -> str:
-    """Id of a slide that no table names: its file's name without the ending."""
+    """Return the id of a slide in a folder: its file name without suffix and ``.ome``."""
     return path.stem.removesuffix(".ome")
 
 
-def _of_folder(folder: SlideFolder) -> list[dict[str, object]]:
+def _folder_rows(folder: SlideFolder) -> list[dict[str, object]]:
     try:
-        rule = re.compile(folder.patient) if folder.patient else None
+        pattern = re.compile(folder.patient) if folder.patient else None
     except re.error as error:
         raise CohortError(f"slides.folders: patient '{folder.patient}': {error}") from error
-    if rule is not None and "patient" not in rule.groupindex:
+    if pattern is not None and "patient" not in pattern.groupindex:
         raise CohortError(
             f"slides.folders: patient '{folder.patient}' has no group (?P<patient>...)"
         )
@@ -108,10 +114,11 @@ def _of_folder(folder: SlideFolder) -> list[dict[str, object]]:
         if not path.is_file():
             continue
         slide = slide_id(path)
-        match = rule.search(slide) if rule else None
-        if rule is not None and match is None:
+        match = pattern.search(slide) if pattern else None
+        if pattern is not None and match is None:
             raise CohortError(
-                f"slide '{slide}' ({path}): the pattern '{folder.patient}' finds no patient in it"
+                f"slide '{slide}' ({path}): the pattern '{folder.patient}' finds no patient in its "
+                "id"
             )
         patient = match["patient"] if match else slide
         rows.append({"slide": slide, "path": str(path), "patient": patient, "split": "cv"})
@@ -119,15 +126,17 @@ def _of_folder(folder: SlideFolder) -> list[dict[str, object]]:
 
 
 def table_rows(path: Path) -> list[dict[str, object]]:
-    """The rows of a slide table, their paths absolute, each of ``INDEX_SCHEMA``'s columns.
+    """Read the rows of a slide table, with the columns of :data:`INDEX_SCHEMA`.
+
+    Paths are made absolute; relative ones are relative to the folder of the table.
 
     Raises
     ------
     CohortError
-        It cannot be read, lacks a column or has an impossible value.
+        The table cannot be read, lacks a column or has an invalid value.
     """
     try:
-        # as text first: an id such as 007 must keep its zeros
+        # read as text, so that an id such as 007 keeps its zeros
         table = (
             pl.read_parquet(path)
             if path.suffix == ".parquet"
@@ -138,7 +147,8 @@ def table_rows(path: Path) -> list[dict[str, object]]:
     missing = [column for column in _REQUIRED if column not in table.columns]
     if missing:
         raise CohortError(
-            f"slide table {path}: no column {', '.join(missing)}; it has {', '.join(table.columns)}"
+            f"slide table {path}: has no column {', '.join(missing)}; its columns are "
+            f"{', '.join(table.columns)}"
         )
     known = [column for column in INDEX_SCHEMA if column in table.columns]
     try:
@@ -150,12 +160,12 @@ def table_rows(path: Path) -> list[dict[str, object]]:
         for column in _REQUIRED:
             if not row[column]:
                 raise CohortError(f"slide table {path}: row {number} has no {column}")
-        for column in _FILES:
+        for column in _FILE_COLUMNS:
             if row.get(column):
                 row[column] = str((path.parent / str(row[column])).resolve())
         rows.append({column: row.get(column) or None for column in INDEX_SCHEMA})
         rows[-1]["split"] = row.get("split") or "cv"
-        # 0 um/px is no missing value: the slide itself refuses it
+        # 0 um/px is kept, so that opening the slide refuses it
         rows[-1]["mpp"] = row.get("mpp")
     return rows
 
@@ -164,8 +174,8 @@ def _check(row: dict[str, object]) -> None:
     slide = str(row["slide"])
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*", slide):
         raise CohortError(
-            f"slide '{slide}' ({row['path']}): an id becomes a folder and a partition key: "
-            "use letters, digits, '-', '_' and '.', and give it in the slide table"
+            f"slide '{slide}' ({row['path']}): a slide id becomes a folder and a partition key: "
+            "use letters, digits, '-', '_' and '.'; the slide table can give a slide another id"
         )
     if row["split"] not in _SPLITS:
-        raise CohortError(f"slide '{slide}': split '{row['split']}' is neither 'cv' nor 'test'")
+        raise CohortError(f"slide '{slide}': split '{row['split']}' must be 'cv' or 'test'")

@@ -6,81 +6,90 @@ from typing import Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from nic_core.cohort.fields import Entry, Fraction, TaskName, UserPath, no_duplicates
+from nic_core.cohort.fields import Entry, Fraction, TaskName, UserPath, check_unique
 
 
 class Hdf5Images(Entry):
-    """Images and labels in HDF5 as PatchCamelyon ships them: a file each, a row an image."""
+    """Images and labels in two HDF5 files, in the layout of PatchCamelyon."""
 
     images: UserPath = Field(description="file with the dataset `x`, uint8 (N, H, W, 3)")
     labels: UserPath = Field(description="file with the dataset `y`, N class numbers")
     meta: UserPath | None = Field(
-        default=None, description="CSV or parquet, a row an image, with the group column"
+        default=None, description="CSV or parquet with the group column, one row per image"
     )
     split: Literal["train", "validation", "test"] | None = Field(
-        default=None, description="the published split that these images are"
+        default=None, description="split that the images were published as"
     )
 
 
 class AnnotatedSlides(Entry):
-    """Patches cut from slides where people have annotated regions.
+    """Patches cut from slides with annotated regions.
 
-    The table (CSV or parquet) has a row a slide: ``path``, ``annotations`` (QuPath GeoJSON or
-    ASAP XML), the group column and, where known, ``mpp`` (um/px at level 0, overrides the
-    file's), ``mask`` (a ready tissue mask) and ``split``. The study's grid is laid over each
-    slide; a tissue cell has the label that covers most of it.
+    The table (CSV or parquet) has one row per slide, with the columns ``path``, ``annotations``
+    (QuPath GeoJSON or ASAP XML) and the group column. Optional columns are ``mpp`` (um/px at level
+    0; overrides the file), ``mask`` (tissue mask) and ``split``. Each slide is divided into the
+    cells of the study's grid, and a tissue cell gets the label with the largest coverage.
     """
 
     table: UserPath
     min_coverage: Fraction = Field(
-        default=0.5, description="fraction of a cell's area that its label must exceed [choice]"
+        default=0.5,
+        description="a label must cover more than this fraction of a cell's area [choice]",
     )
     background_label: str | None = Field(
         default=None,
-        description="label of tissue cells that no region touches; without it they are left out",
+        description="label of tissue cells that no region touches; default: these cells are left "
+        "out",
     )
     max_per_slide: PositiveInt | None = Field(
-        default=None, description="patches of a class from one slide, drawn at random; null: all"
+        default=None,
+        description="maximum number of patches per class and slide, sampled at random; default: "
+        "all",
     )
 
 
 class PatchTask(Entry):
     """A labelled set of patches that encoders train on.
 
-    Exactly one source: ``table`` (CSV or parquet, image paths relative to the table),
-    ``folder`` (one sub-folder a class), ``hdf5`` or ``slides``. ``mpp`` is declared, never
-    guessed; only slides know their own.
+    It has exactly one source: ``table``, ``folder``, ``hdf5`` or ``slides``. ``mpp`` must be given
+    for all but ``slides``, which state it themselves.
     """
 
     name: TaskName
     organ: str
     mpp: PositiveFloat | Literal["unknown"] | None = Field(
         default=None,
-        description="um/px of the stored images; `unknown`: their pixels are taken as they are",
+        description="um/px of the stored images; `unknown`: images are not rescaled",
     )
-    table: UserPath | None = None
-    folder: UserPath | None = None
+    table: UserPath | None = Field(
+        default=None,
+        description="CSV or parquet, one row per image; relative paths are relative to its folder",
+    )
+    folder: UserPath | None = Field(default=None, description="folder with a sub-folder per class")
     hdf5: tuple[Hdf5Images, ...] = ()
     slides: AnnotatedSlides | None = None
     classes: tuple[str, ...] | None = Field(
         default=None,
         min_length=2,
-        description="the classes in their order, other labels are left out; default: every label, "
-        "sorted. Of hdf5: what the class numbers 0, 1, ... mean (required)",
+        description="names of the classes in order; other labels are left out. Default: all "
+        "labels, sorted. Required for hdf5, where they name the class numbers 0, 1, ...",
     )
-    path_column: str = "path"
-    label_column: str = "label"
+    path_column: str = Field(default="path", description="column of the table with image paths")
+    label_column: str = Field(default="label", description="column of the table with labels")
     group_column: str | None = Field(
-        default="group", description="patient; rows without one are a group each"
+        default="group",
+        description="column with the patient; a row without a value is a separate group",
     )
     group_pattern: str | None = Field(
         default=None,
-        description="of a folder: regular expression on an image's name; its group 'group' is the "
-        "patient. Without it each image is a group of its own.",
+        description="for a folder: regular expression that is searched in an image's file name; "
+        "its group 'group' is the patient. Default: each image is a separate group",
     )
-    where: dict[str, str] = Field(default={}, description="keep the table's rows with these values")
+    where: dict[str, str] = Field(
+        default={}, description="column to value: keep only rows of the table with these values"
+    )
     test_groups: tuple[str, ...] = Field(
-        default=(), description="groups that are always held out, whatever the seed"
+        default=(), description="groups that are in the split test for every seed"
     )
 
     @model_validator(mode="after")
@@ -88,7 +97,8 @@ class PatchTask(Entry):
         sources = (self.table, self.folder, self.hdf5 or None, self.slides)
         if sum(source is not None for source in sources) != 1:
             raise ValueError(
-                f"patch task '{self.name}': give one of 'table', 'folder', 'hdf5' and 'slides'"
+                f"patch task '{self.name}': give exactly one of 'table', 'folder', 'hdf5' and "
+                "'slides'"
             )
         return self
 
@@ -96,26 +106,26 @@ class PatchTask(Entry):
     def _resolution_declared(self) -> Self:
         if self.slides is None and self.mpp is None:
             raise ValueError(
-                f"patch task '{self.name}': give 'mpp', the um/px of its images; if nobody knows "
-                "it, 'mpp: unknown' takes their pixels as they are"
+                f"patch task '{self.name}': give 'mpp', the um/px of its images; if it is not "
+                "known, write 'mpp: unknown', and the images are not rescaled"
             )
         if self.slides is not None and self.mpp is not None:
             raise ValueError(
-                f"patch task '{self.name}': slides have their own um/px; where it is wrong or "
-                "missing, give it in the column 'mpp' of their table"
+                f"patch task '{self.name}': leave 'mpp' out, since slides state their um/px; "
+                "where it is wrong or missing, give it in the column 'mpp' of their table"
             )
         return self
 
     @model_validator(mode="after")
     def _options_fit_source(self) -> Self:
         if self.classes is not None:
-            no_duplicates(f"patch task '{self.name}': classes", self.classes)
+            check_unique(f"patch task '{self.name}': classes", self.classes)
         if self.group_pattern is not None and self.folder is None:
-            raise ValueError(f"patch task '{self.name}': 'group_pattern' is for a folder")
+            raise ValueError(f"patch task '{self.name}': 'group_pattern' needs 'folder'")
         if self.hdf5:
             if self.classes is None:
                 raise ValueError(
-                    f"patch task '{self.name}': HDF5 holds class numbers; give what 0, 1, ... mean "
+                    f"patch task '{self.name}': name the class numbers 0, 1, ... of the HDF5 files "
                     "under 'classes'"
                 )
             if len({part.split is None for part in self.hdf5}) == 2:

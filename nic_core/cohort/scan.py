@@ -1,8 +1,8 @@
-"""Scan of the input files: which have changed, at the cost of one ``stat`` a file.
+"""Scan the input files for changes, with one ``stat`` call per file.
 
-The store keeps a snapshot of every input file, taken when the slide index was last written. A scan
-compares the files with that snapshot. A change counts once two scans in a row found the same state,
-so that a file that is still being copied is left alone.
+The store has a snapshot of the input files, taken when the slide index was last written. A scan
+compares the files with the snapshot. A change is reported as stable only if the previous scan found
+the file in the same state, so that a file that is still being copied is not used.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ SNAPSHOT_SCHEMA = pl.Schema(
     {
         "path": pl.String(),
         "size": pl.Int64(),  # bytes
-        "modified": pl.Int64(),  # ns since 1970
-        "identity": pl.String(),  # of the content; null for tables
+        "modified": pl.Int64(),  # time of modification, ns since 1970
+        "identity": pl.String(),  # content identity; null for tables
     }
 )
 
 
 class Stamp(NamedTuple):
-    """Size in bytes and time of modification in ns."""
+    """Size (bytes) and time of modification (ns since 1970) of a file."""
 
     size: int
     modified: int
@@ -45,16 +45,17 @@ class FileScan:
 
     Attributes
     ----------
-    files
-        Number of files.
-    stable
+    files : int
+        Number of existing input files.
+    stable : tuple of str
         Paths that are new, changed or removed since the snapshot, and that the previous scan found
         in the same state.
-    changing
-        Paths that differ from the snapshot and from the previous scan: probably still being
+    changing : tuple of str
+        Paths that differ from both the snapshot and the previous scan: probably still being
         written.
-    fingerprints
-        One for each path that differs from the snapshot, for the next scan to compare with.
+    fingerprints : tuple of str
+        Fingerprint of the state of each path that differs from the snapshot. Pass them to the next
+        scan.
     """
 
     files: int
@@ -73,34 +74,40 @@ def scan_files(
     snapshot : polars.DataFrame
         :data:`SNAPSHOT_SCHEMA`.
     fingerprints : collection of str
-        Those of the previous scan.
+        Fingerprints of the previous scan.
 
     Raises
     ------
     CohortError
         A slide folder does not exist, or the slide table cannot be read.
     """
-    now = stamps(watched_files(cohort))
-    known = {
+    current = stamps(watched_files(cohort))
+    recorded = {
         path: Stamp(size, modified)
         for path, size, modified in snapshot.select("path", "size", "modified").iter_rows()
     }
     differing = {
-        path: _fingerprint(path, now.get(path))
-        for path in sorted(now.keys() | known.keys())
-        if now.get(path) != known.get(path)
+        path: _fingerprint(path, current.get(path))
+        for path in sorted(current.keys() | recorded.keys())
+        if current.get(path) != recorded.get(path)
     }
     previous = set(fingerprints)
     return FileScan(
-        files=len(now),
-        stable=tuple(path for path, print_ in differing.items() if print_ in previous),
-        changing=tuple(path for path, print_ in differing.items() if print_ not in previous),
+        files=len(current),
+        stable=tuple(path for path, state in differing.items() if state in previous),
+        changing=tuple(path for path, state in differing.items() if state not in previous),
         fingerprints=tuple(differing.values()),
     )
 
 
 def watched_files(cohort: Cohort) -> list[Path]:
-    """Every input file: slides, tissue masks, slide table, label table."""
+    """Return the paths of all scanned files: slides, tissue masks, slide table and label table.
+
+    Raises
+    ------
+    CohortError
+        A slide folder does not exist, or the slide table cannot be read.
+    """
     paths = [path for folder in cohort.slides.folders for path in folder_files(folder)]
     if cohort.slides.table is not None:
         paths.append(cohort.slides.table)
@@ -112,57 +119,57 @@ def watched_files(cohort: Cohort) -> list[Path]:
 
 
 def stamps(paths: Iterable[Path]) -> dict[str, Stamp]:
-    """Size and time of each file; files that do not exist are left out."""
-    found: dict[str, Stamp] = {}
+    """Return size and time of each regular file, by path; missing files are left out."""
+    result: dict[str, Stamp] = {}
     for path in paths:
         try:
             status = os.stat(path)
         except FileNotFoundError:
             continue
         if stat.S_ISREG(status.st_mode):
-            found[str(path)] = Stamp(status.st_size, status.st_mtime_ns)
-    return found
+            result[str(path)] = Stamp(status.st_size, status.st_mtime_ns)
+    return result
 
 
 def take_snapshot(
     paths: Mapping[str, bool], previous: pl.DataFrame
 ) -> tuple[pl.DataFrame, dict[str, str]]:
-    """Size, time and identity of files, and the files that cannot be read.
+    """Record size, time and content identity of files.
 
     Parameters
     ----------
     paths : mapping of str to bool
-        Path, and whether to compute the identity of its content (of slides and masks, not of
+        Path, and whether to compute its content identity (true for slides and masks, false for
         tables).
     previous : polars.DataFrame
-        :data:`SNAPSHOT_SCHEMA`. The identity of a file with unchanged size and time is taken from
-        here; of any other file at most 0.25 MB are read.
+        :data:`SNAPSHOT_SCHEMA`. The identity of a file with unchanged size and time is copied from
+        here. Of every other file, at most 0.25 MB are read.
 
     Returns
     -------
-    polars.DataFrame
-        :data:`SNAPSHOT_SCHEMA`, without files that do not exist or cannot be read.
-    dict of str to str
-        Unreadable path to reason.
+    snapshot : polars.DataFrame
+        :data:`SNAPSHOT_SCHEMA`, without files that are missing or unreadable.
+    unreadable : dict of str to str
+        Path to reason.
     """
-    known = {
+    recorded = {
         (path, size, modified): identity for path, size, modified, identity in previous.iter_rows()
     }
     rows: list[tuple[str, int, int, str | None]] = []
-    problems: dict[str, str] = {}
-    # the stamp is taken before the content is read: a change in between shows in the next scan
+    unreadable: dict[str, str] = {}
+    # stamps are taken before contents are read, so that the next scan finds a change in between
     for path, stamp in stamps(map(Path, paths)).items():
-        identity = known.get((path, *stamp))
+        identity = recorded.get((path, *stamp))
         if paths[path] and identity is None:
             try:
                 identity = content_identity(Path(path))
             except SlideError as error:
-                problems[path] = str(error)
+                unreadable[path] = str(error)
                 continue
         rows.append((path, *stamp, identity))
-    return pl.DataFrame(rows, SNAPSHOT_SCHEMA, orient="row"), problems
+    return pl.DataFrame(rows, SNAPSHOT_SCHEMA, orient="row"), unreadable
 
 
 def _fingerprint(path: str, stamp: Stamp | None) -> str:
-    # eight digits: a sensor's cursor holds the fingerprints of ten thousand new slides
+    # short, since the fingerprints of thousands of new slides must fit into the cursor of a sensor
     return hashlib.blake2b(f"{path}:{stamp}".encode(), digest_size=4).hexdigest()

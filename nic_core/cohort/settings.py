@@ -11,85 +11,103 @@ from nic_core.types import RequestedPrecision
 
 
 class ModelSettings(Entry):
-    """How slide models are trained; the defaults are paper B's, or [choice]."""
+    """Training of slide models. Defaults are those of paper [B] or [choice]."""
 
     network: NetworkName = Field(
         default="published",
-        description="grid CNN of the paper, a small one, or gated-attention pooling of cells",
+        description="published: the grid CNN of the paper; small: a smaller CNN; mil: gated "
+        "attention pooling of cells",
     )
-    positions: bool = Field(default=False, description="tell network mil where each cell lies")
-    crop: PositiveInt = Field(default=400, description="cells a side; smaller grids are padded")
+    positions: bool = Field(
+        default=False, description="add the position of each cell to the input of network mil"
+    )
+    crop: PositiveInt = Field(
+        default=400, description="cells per side of a crop; smaller grids are padded"
+    )
     feature_noise: NonNegativeFloat = Field(
-        default=0.0, description="deviation of noise on normalised features in training"
+        default=0.0,
+        description="standard deviation of noise added to normalised features in training",
     )
     feature_dropout: float = Field(
         default=0.0,
         ge=0,
         lt=1,
-        description="probability that training sees a whole feature of a crop as 0",
+        description="probability that a feature is set to 0 in a whole crop in training",
     )
-    folds: int = Field(default=4, ge=3)
+    folds: int = Field(default=4, ge=3, description="number of folds of the cross-validation")
     seeds: PositiveInt = Field(
         default=1,
-        description="initialisations to train every fold from; more than one says how far "
-        "figures depend on it",
+        description="number of random initialisations per fold; more than one shows how much the "
+        "results depend on the initialisation",
     )
-    epochs: PositiveInt = 60
-    batch: PositiveInt = 16
-    learning_rate: PositiveFloat = 1e-2
-    crops_at_test: PositiveInt = 10
-    bootstrap: PositiveInt = 1000
+    epochs: PositiveInt = Field(
+        default=60, description="number of epochs; the best one by validation is kept"
+    )
+    batch: PositiveInt = Field(default=16, description="crops per training step")
+    learning_rate: PositiveFloat = Field(
+        default=1e-2, description="highest learning rate of the schedule"
+    )
+    crops_at_test: PositiveInt = Field(
+        default=10, description="random crops per slide that a prediction is averaged over"
+    )
+    bootstrap: PositiveInt = Field(
+        default=1000, description="bootstrap samples for confidence intervals"
+    )
     seed: int = 0
     permute_labels: int | None = Field(
         default=None,
-        description="seed to exchange labels between patients with: a control that must come "
-        "out at chance",
+        description="seed of a random permutation of labels between patients, as a control whose "
+        "metric must be at chance level",
     )
 
     @model_validator(mode="after")
     def _positions_are_for_mil(self) -> Self:
         if self.positions and self.network != "mil":
-            raise ValueError(f"positions: network '{self.network}' sees them anyway; for mil alone")
+            raise ValueError(
+                f"positions: only for network 'mil'; '{self.network}' uses positions anyway"
+            )
         return self
 
 
 class CompressionSettings(Entry):
-    """How slides are compressed; see docs/grids.md for what each choice costs and changes."""
+    """Compression of slides; docs/grids.md gives the cost and the effect of each choice."""
 
     precision: RequestedPrecision = Field(
         default="auto",
-        description="auto: bfloat16 on a GPU or CPU with matrix units for it",
+        description="auto: bfloat16 on a GPU or CPU with matrix units for it, else float32",
     )
     reading: Literal["patch", "input"] = Field(
         default="patch",
-        description="read the patch's pixels and pool them in the network (published), or read "
-        "at the resolution of the network's input",
+        description="patch: read at the um/px of the patch, and pool in the network (published); "
+        "input: read at the um/px of the network's pooled input",
     )
-    orientations: bool = Field(default=False, description="encode in all 8 orientations")
+    orientations: bool = Field(default=False, description="encode each patch in all 8 orientations")
 
 
 class Settings(Entry):
-    """Constants of the method; the defaults are the papers'."""
+    """Constants of the method. Defaults are those of the papers."""
 
-    patch: PositiveInt = Field(default=128, description="px a side, at `mpp`")
-    mpp: PositiveFloat = Field(default=0.5, description="um/px")
-    embedding_size: PositiveInt = Field(default=128, description="numbers a patch")
-    tissue: Fraction = Field(default=0.6, description="a cell is kept above this tissue fraction")
+    patch: PositiveInt = Field(default=128, description="side of a patch, px at `mpp`")
+    mpp: PositiveFloat = Field(default=0.5, description="um/px of a patch")
+    embedding_size: PositiveInt = Field(default=128, description="length of an embedding")
+    tissue: Fraction = Field(
+        default=0.6, description="a cell is kept if its tissue fraction exceeds this"
+    )
     compression: CompressionSettings = CompressionSettings()
     models: ModelSettings = ModelSettings()
 
 
 class Automation(Entry):
-    """When whatever is missing or stale is made without being asked for [choice].
+    """The daily window in which missing and stale partitions are materialized [choice].
 
-    From each tick of ``opens`` to the next of ``closes``, every partition is asked for once, and
-    again only if what it is made from changes. With ``closes: null`` there is no closing time:
-    ``opens`` then says how often a failed one is tried again.
+    From each tick of ``opens`` to the next tick of ``closes``, a partition is requested once, and
+    again only if its inputs change. With ``closes: null`` the window never closes, and a failed
+    partition is requested again at each tick of ``opens``.
     """
 
-    opens: Cron = "0 20 * * *"
-    closes: Cron | None = "0 6 * * *"
-    timezone: TimeZone = "UTC"
+    opens: Cron = Field(default="0 20 * * *", description="cron schedule")
+    closes: Cron | None = Field(default="0 6 * * *", description="cron schedule, or null")
+    timezone: TimeZone = Field(default="UTC", description="time zone of both schedules")
     poll_seconds: PositiveInt = Field(
         default=60, description="seconds between two evaluations of each sensor"
     )

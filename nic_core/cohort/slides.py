@@ -1,4 +1,4 @@
-"""Entries ``slides`` of the cohort file: where the slides are."""
+"""Entry ``slides`` of the cohort file: folders and table of the slides."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ from nic_core.cohort.fields import Entry, UserPath
 
 
 class SlideFolder(Entry):
-    """Every file of a folder that matches a pattern is a slide, named by its stem."""
+    """A folder of slides. A slide's id is its file name without suffix."""
 
     path: UserPath
-    pattern: str = "**/*.tif"
+    pattern: str = Field(default="**/*.tif", description="glob pattern of the slides' files")
     patient: str | None = Field(
         default=None,
-        description="regular expression on the stem; its group 'patient' is the patient. "
-        "Without it each slide is a patient of its own.",
+        description="regular expression that is searched in the slide id; its group 'patient' is "
+        "the patient. Default: each slide is a separate patient",
     )
 
 
 class Slides(Entry):
-    """Where the slides are: folders with patterns, a table, or both.
+    """The slides of a study: folders with patterns, a slide table, or both.
 
-    The table (CSV or parquet) has the columns ``slide``, ``path``, ``patient`` and, where
-    known, ``mpp`` (um/px at level 0, overrides the file's), ``mask`` (a ready tissue mask),
-    ``truth`` (a label image for scoring maps) and ``split`` (``cv`` or ``test``).
+    The slide table (CSV or parquet) has the columns ``slide``, ``path`` and ``patient``. Optional
+    columns are ``mpp`` (um/px at level 0; overrides the file), ``mask`` (tissue mask), ``truth``
+    (truth image that scores probability maps) and ``split`` (``cv``, the default, or ``test``).
     """
 
     folders: tuple[SlideFolder, ...] = ()
-    table: UserPath | None = None
+    table: UserPath | None = Field(default=None, description="slide table, CSV or parquet")
 
     @model_validator(mode="after")
     def _some_source(self) -> Self:
         if not self.folders and self.table is None:
-            raise ValueError("name at least one folder under 'folders' or a 'table'")
+            raise ValueError("give at least one folder under 'folders', or a 'table'")
         return self

@@ -1,4 +1,4 @@
-"""Entries ``targets`` and ``maps`` of the cohort file: what is predicted of slides and cells."""
+"""Entries ``targets`` and ``maps`` of the cohort file: predictions of slides and of cells."""
 
 from __future__ import annotations
 
@@ -11,34 +11,35 @@ from nic_core.cohort.fields import Entry, Name
 
 class _TargetBase(Entry):
     name: Name
-    level: Literal["slide", "patient"] = "slide"
+    level: Literal["slide", "patient"] = Field(
+        default="slide", description="whether a label belongs to a slide or to a patient"
+    )
 
 
 class RegressionTarget(_TargetBase):
-    """A number a slide or patient; trained with MSE, scored by Spearman's rho."""
+    """A number per slide or patient. Loss: mean squared error; metric: Spearman's rho."""
 
     kind: Literal["regression"]
-    column: str
+    column: str = Field(description="column of the label table with the number")
 
 
 class ClassificationTarget(_TargetBase):
-    """A class a slide or patient; cross-entropy, ROC AUC.
-
-    Of two classes the second is the positive one.
-    """
+    """A class per slide or patient. Loss: cross-entropy; metric: area under the ROC curve."""
 
     kind: Literal["classification"]
-    column: str
-    classes: tuple[str, ...] = Field(min_length=2)
+    column: str = Field(description="column of the label table with the class")
+    classes: tuple[str, ...] = Field(
+        min_length=2, description="names of the classes; of two, the second is the positive one"
+    )
 
 
 class SurvivalTarget(_TargetBase):
-    """Time to event with right censoring; Cox partial likelihood, C-index."""
+    """Time to event with right censoring. Loss: Cox partial likelihood; metric: C-index."""
 
     kind: Literal["survival"]
-    time: str
-    event: str = Field(description="column: 1 the event was seen, 0 censored")
-    unit: Literal["days", "weeks", "months", "years"]
+    time: str = Field(description="column of the label table with the time to event or censoring")
+    event: str = Field(description="column of the label table: 1 event, 0 censored")
+    unit: Literal["days", "weeks", "months", "years"] = Field(description="unit of `time`")
 
 
 Target = Annotated[
@@ -47,15 +48,17 @@ Target = Annotated[
 
 
 class ProbabilityMap(Entry):
-    """A per-cell probability of one class, read from an MTL encoder's own head.
+    """The probability of a class in every cell, from a head of a multitask encoder.
 
-    Where the slide table has a ``truth`` image (one pixel a region, stretched over the
-    slide), the map is scored by AUC: ``positive`` values against the rest, ``ignore`` left out.
+    If the slide table gives a ``truth`` image, which is stretched over the slide, the map is scored
+    by the area under the ROC curve (AUC).
     """
 
     name: Name
-    encoder: str
-    task: str
-    label: str
-    positive: tuple[int, ...] = (1,)
-    ignore: tuple[int, ...] = (255,)
+    encoder: str = Field(description="name of an encoder of the cohort")
+    task: str = Field(description="patch task of the encoder whose head is used")
+    label: str = Field(description="class of the task whose probability is mapped")
+    positive: tuple[int, ...] = Field(default=(1,), description="positive values of truth images")
+    ignore: tuple[int, ...] = Field(
+        default=(255,), description="values of truth images that are ignored"
+    )

@@ -1,7 +1,8 @@
-"""Compressing many slides: going on past bad ones, skipping what is done, saying what happened.
+"""Compress many slides: skip those that are up to date, continue after failures, report.
 
-Several processes may be given the same slides and the same folder: each takes what no other is
-at, and at last waits for those, so they share the work and never do it twice.
+Several processes may compress the same slides into the same folder. Each takes slides that no other
+process is compressing, and waits for the remaining ones at the end, so that every slide is
+compressed once.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Literal
 import polars as pl
 
 from nic_core.cohort.index import slide_id
-from nic_core.compression import compress_slide, up_to_date
+from nic_core.compression import compress_slide, is_up_to_date
 from nic_core.encoders.inference import PreparedEncoder
 from nic_core.grids import Grid, open_grid, write_grid
 from nic_core.slides import SlideError, content_identity, open_slide
@@ -27,23 +28,23 @@ from nic_core.tiling.tissue import tissue_mask
 REPORT = "report.csv"
 BATCH_SCHEMA: dict[str, pl.DataType] = {
     "slide": pl.String(),
-    "path": pl.String(),  # as it was given
+    "path": pl.String(),  # as given by the caller
     "status": pl.String(),  # compressed, up to date, failed, not tried
     "reason": pl.String(),  # null unless failed or not tried
     "remedy": pl.String(),
-    "cells": pl.Int64(),  # with a embedding in the store
+    "cells": pl.Int64(),  # cells with an embedding
     "unreadable": pl.Int64(),  # kept cells that could not be decoded
-    "seconds": pl.Float64(),  # from opening the slide to the store in place
+    "seconds": pl.Float64(),  # from opening the slide until the store is written
     "patches_per_second": pl.Float64(),  # null unless compressed
 }
 
-# "put off": another process is at it, it comes again at the end; no last word on a slide
-Status = Literal["compressed", "up to date", "failed", "not tried", "put off"]
+# "waiting" is not final: another process is compressing the slide, which is tried again at the end
+Status = Literal["compressed", "up to date", "failed", "not tried", "waiting"]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a slide; fields as in ``BATCH_SCHEMA``."""
+    """The outcome of a slide; the fields are the columns of :data:`BATCH_SCHEMA`."""
 
     slide: str
     path: str
@@ -56,20 +57,22 @@ class Outcome:
     patches_per_second: float | None = None
 
 
-def name_slides(paths: Iterable[Path]) -> dict[str, Path]:
-    """Slides by their ids, the names of their files.
+def slides_by_id(paths: Iterable[Path]) -> dict[str, Path]:
+    """Return slide files by slide id, which is the file's name without its suffix.
 
     Raises
     ------
     ValueError
-        Two files have one name.
+        Two files have the same id.
     """
-    named: dict[str, Path] = {}
+    slides: dict[str, Path] = {}
     for path in paths:
-        other = named.setdefault(slide_id(path), path)
+        other = slides.setdefault(slide_id(path), path)
         if other != path:
-            raise ValueError(f"{other} and {path} have one name, and would share a store")
-    return named
+            raise ValueError(
+                f"{other} and {path} have the same slide id '{slide_id(path)}'; rename one of them"
+            )
+    return slides
 
 
 def compress_slides(
@@ -82,50 +85,54 @@ def compress_slides(
     orientations: bool = False,
     resume: bool = True,
     progress: Callable[[str, int, int], None] | None = None,
-    tell: Callable[[Outcome], None] | None = None,
+    on_outcome: Callable[[Outcome], None] | None = None,
 ) -> pl.DataFrame:
     """Compress slides into ``out/<slide>.zarr``.
 
-    A slide that cannot be used does not stop the others. A folder that cannot be written does:
-    the next slide would fail the same after hours of work. A fault of the program is not caught.
+    A slide that cannot be used is reported, and the others are compressed. If a store cannot be
+    written, the remaining slides are not tried, since they would fail for the same reason. Other
+    exceptions are not caught.
 
     Parameters
     ----------
-    slides : mapping
+    slides : mapping of str to Path
         Slide id to file.
+    encoder : PreparedEncoder
+    out : Path
+        Folder of the grid stores; created if missing.
     mpp : float, optional
-        um/px at level 0 of all slides; overrides the files'.
+        um/px at level 0 of all slides; overrides that of the files.
     tissue : float
         A cell is kept if its tissue fraction exceeds this.
     orientations : bool
         Encode every patch in all 8 orientations.
     resume : bool
-        Leave a store as it is that already holds what compressing would give; else make it anew.
+        Skip slides whose store is up to date; otherwise compress all slides again.
     progress : callable, optional
-        Called with (slide, cells done, cells in all), first with none done.
-    tell : callable, optional
+        Called with (slide, encoded cells, all kept cells), first with 0 encoded cells.
+    on_outcome : callable, optional
         Called with the outcome of a slide as soon as it is known.
 
     Returns
     -------
     polars.DataFrame
-        ``BATCH_SCHEMA``, one row a slide, in the order given.
+        :data:`BATCH_SCHEMA`, one row per slide, in the order of ``slides``.
     """
     outcomes: dict[str, Outcome] = {}
 
-    def told(outcome: Outcome) -> None:
+    def record(outcome: Outcome) -> None:
         outcomes[outcome.slide] = outcome
-        if tell is not None:
-            tell(outcome)
+        if on_outcome is not None:
+            on_outcome(outcome)
 
-    def work(slide: str, path: Path, store: Path) -> tuple[Status, Grid]:
+    def compress(slide: str, path: Path, store: Path) -> tuple[Status, Grid]:
         with open_slide(path, mpp=mpp) as opened:
             identity = content_identity(path)
             card = encoder.card
             table = patch_table(
                 slide, opened, tissue_mask(opened), patch=card.patch, mpp=card.mpp, tissue=tissue
             )
-            if resume and up_to_date(
+            if resume and is_up_to_date(
                 store, opened, table, encoder, slide_identity=identity, orientations=orientations
             ):
                 return "up to date", open_grid(store)
@@ -150,32 +157,32 @@ def compress_slides(
         start = time.perf_counter()
         try:
             with exclusive_lock(store, wait=wait):
-                status, grid = work(slide, path, store)
+                status, grid = compress(slide, path, store)
         except StoreBusyError as error:
             waiting.append((slide, path, True))
-            told(Outcome(slide, str(path), "put off", error.reason))
+            record(Outcome(slide, str(path), "waiting", error.reason))
         except StoreError as error:
-            told(Outcome(slide, str(path), "failed", f"{store}: {error.reason}", error.remedy))
+            record(Outcome(slide, str(path), "failed", f"{store}: {error.reason}", error.remedy))
             for slide, path, _ in waiting:
-                told(Outcome(slide, str(path), "not tried", error.reason, error.remedy))
+                record(Outcome(slide, str(path), "not tried", error.reason, error.remedy))
             break
         except SlideError as error:
-            told(Outcome(slide, str(path), "failed", error.reason, error.remedy))
+            record(Outcome(slide, str(path), "failed", error.reason, error.remedy))
         else:
             cells, seconds = int(grid.valid.sum()), time.perf_counter() - start
             rate = cells / seconds if status == "compressed" else None
             unreadable = grid.provenance.unreadable
-            told(Outcome(slide, str(path), status, None, None, cells, unreadable, seconds, rate))
+            record(Outcome(slide, str(path), status, None, None, cells, unreadable, seconds, rate))
     return pl.DataFrame([asdict(outcomes[slide]) for slide in slides], schema=BATCH_SCHEMA)
 
 
 def write_report(path: Path, table: pl.DataFrame) -> None:
-    """Write the table of :func:`compress_slides` as CSV, whole or not at all.
+    """Write the table of :func:`compress_slides` as CSV, atomically.
 
     Raises
     ------
     StoreError
-        It cannot be written.
+        The file cannot be written.
     """
     with atomic_file(path) as temporary:
         temporary.write_text(table.write_csv(float_precision=1))

@@ -1,10 +1,10 @@
-"""From a slide to its grid: read, encode, put back in place.
+"""Compress a slide: read its patches, encode them, and place the embeddings in a grid.
 
-A stream of bounded memory whatever the slide's size. On a CPU one worker a core takes blocks of
-neighbouring cells, decodes each stored tile once and encodes the patches it cut, on that core
-alone: decoding and encoding so share the cores in the ratio that they need, and no thread waits
-for another at every layer. Before a GPU the workers only read, and one thread feeds it blocks as
-they come. No patch touches the disk.
+Patches are streamed: memory does not grow with the slide (except for the grid itself), and no patch
+is written to disk. On a CPU, one worker per core takes a block of neighbouring cells, decodes each
+stored tile once and encodes the patches on the same core. Decoding and encoding thus share the
+cores in the ratio they need, and threads do not wait for each other at every layer of the network.
+With a GPU, the workers only read, and the calling thread passes the blocks to the GPU in order.
 """
 
 from __future__ import annotations
@@ -19,7 +19,13 @@ import torch
 from numpy.typing import NDArray
 
 from nic_core.encoders.inference import BATCH, Card, PreparedEncoder
-from nic_core.grids import Grid, GridError, GridProvenance, open_grid
+from nic_core.grids import (
+    GRID_FORMAT,
+    Grid,
+    GridError,
+    GridProvenance,
+    open_grid,
+)
 from nic_core.grids.orientations import ORIENTATIONS, orient
 from nic_core.parallel import cores
 from nic_core.slides.errors import SlideError
@@ -28,15 +34,16 @@ from nic_core.tiling.blocks import (
     BLOCK,
     MAX_UNREADABLE,
     Block,
-    allow_unreadable,
-    in_order,
+    check_unreadable,
+    map_in_order,
     plan_blocks,
     read_block,
 )
 from nic_core.tiling.patches import PatchTableError, check_patch_table
 from nic_core.types import Pixels
+from nic_core.version import __version__
 
-GPU_BLOCK = 16  # patches a side that are read at once; on a CPU: BLOCK
+GPU_BLOCK = 16  # patches per side of a block with a GPU; with a CPU it is BLOCK
 
 Progress = Callable[[int, int], None]
 Cells = NDArray[np.int64]
@@ -60,29 +67,32 @@ def compress_slide(
     Parameters
     ----------
     table : polars.DataFrame
-        The slide's patch table, of the encoder's patch size and um/px.
+        Patch table of the slide, with the encoder's patch size and um/px.
     encoder : PreparedEncoder
-        Says where, how precisely and from pixels of what um/px it encodes.
+        Its preparation determines device, precision and the um/px at which pixels are read.
+    slide_id, slide_identity : str
+        Slide id and content identity of the slide's file, for the provenance.
     orientations : bool
-        Encode each patch in all 8 orientations, from one read.
+        Encode each patch in all 8 orientations. Pixels are read only once.
     workers : int, optional
-        Threads; default: one a core.
+        Number of threads; default: one per core.
     max_unreadable : float
-        Share of the kept cells that may be undecodable. Those are left empty (not valid).
+        Fraction of the kept cells that may be undecodable. They are not valid in the grid.
     progress : callable, optional
-        Called with (cells done, cells in all) after every block.
+        Called with (encoded cells, all kept cells) after every block.
 
     Returns
     -------
     Grid
-        Embeddings float16 (C, rows, columns) in memory; nothing kept gives a grid of no valid cell.
+        Embeddings float16 (C, rows, columns) in memory. Without kept cells, no cell is valid.
 
     Raises
     ------
     SlideError
-        More of the slide is undecodable than allowed.
+        More than ``max_unreadable`` of the cells cannot be decoded, or an embedding is not finite
+        in float16.
     PatchTableError
-        The table is of another slide, patch size or um/px.
+        The table belongs to another slide, patch size or um/px.
     """
     card = encoder.card
     _check_fits(slide, table, card, slide_id)
@@ -107,29 +117,30 @@ def compress_slide(
         return cells, _encode(encoder, pixels, len(embeddings))
 
     workers = workers or cores()
-    # as many pixels at once, whatever their size
+    # the same number of pixels per block for both kinds of reading
     side = (BLOCK if encoder.on_cpu else GPU_BLOCK) * card.patch // encoder.side
     blocks = plan_blocks(table, side=side)
-    with _one_thread_each():
+    with _single_threaded_torch():
         if encoder.on_cpu:
-            encoded = in_order(blocks, lambda block: encode(read(block)), workers)
+            encoded = map_in_order(blocks, lambda block: encode(read(block)), workers)
         else:
-            encoded = map(encode, in_order(blocks, read, workers))
-        for cells, found in encoded:
-            embeddings[:, :, cells[:, 0], cells[:, 1]] = found
+            encoded = map(encode, map_in_order(blocks, read, workers))
+        for cells, block_embeddings in encoded:
+            embeddings[:, :, cells[:, 0], cells[:, 1]] = block_embeddings
             valid[cells[:, 0], cells[:, 1]] = True
             done += len(cells)
             if progress is not None:
                 progress(done, total)
     unreadable = total - done
-    allow_unreadable(slide, unreadable, total, max_unreadable)
+    check_unreadable(slide, unreadable, total, max_unreadable)
     if not np.isfinite(embeddings).all():
         raise SlideError(
             slide.path,
-            f"encoder '{card.name}' gives embeddings that are not finite numbers of float16",
-            "train it again",
+            f"encoder '{card.name}' returns embeddings that are not finite in float16",
+            "train the encoder again",
         )
     provenance = GridProvenance(
+        format=GRID_FORMAT,
         slide=slide_id,
         slide_identity=slide_identity,
         slide_mpp=slide.mpp,
@@ -141,11 +152,12 @@ def compress_slide(
         unreadable=unreadable,
         precision=encoder.precision,
         reading=encoder.reading,
+        software=f"nic {__version__}",
     )
     return Grid(embeddings[0], valid, provenance, embeddings if orientations else None)
 
 
-def up_to_date(
+def is_up_to_date(
     store: Path,
     slide: Slide,
     table: pl.DataFrame,
@@ -154,28 +166,31 @@ def up_to_date(
     slide_identity: str,
     orientations: bool = False,
 ) -> bool:
-    """Whether a store already holds what compressing would give: the same slide, weights, scale,
-    precision, reading, orientations and cells. A missing or damaged store is not."""
+    """Whether compressing a slide would give the grid that a store already contains.
+
+    Slide, weights, patch size, um/px, precision, reading, orientations and cells must be equal.
+    A missing, damaged or older store is not up to date.
+    """
     try:
         grid = open_grid(store)
     except GridError:
         return False
-    about, card = grid.provenance, encoder.card
-    found = (about.slide_identity, about.weights_hash, about.mpp, about.patch, about.slide_mpp)
-    if found != (slide_identity, card.weights_hash, card.mpp, card.patch, slide.mpp):
+    stored, card = grid.provenance, encoder.card
+    inputs = stored.slide_identity, stored.weights_hash, stored.mpp, stored.patch, stored.slide_mpp
+    if inputs != (slide_identity, card.weights_hash, card.mpp, card.patch, slide.mpp):
         return False
-    how = (about.precision, about.reading, grid.orientations is not None)
-    if how != (encoder.precision, encoder.reading, orientations):
+    settings = stored.precision, stored.reading, grid.orientations is not None
+    if settings != (encoder.precision, encoder.reading, orientations):
         return False
     rows, columns = _max(table, "row") + 1, _max(table, "column") + 1
     kept = table["kept"].to_numpy().reshape(rows, columns)
     if grid.valid.shape != kept.shape or (grid.valid & ~kept).any():
         return False
-    return int((kept & ~grid.valid).sum()) == about.unreadable
+    return int((kept & ~grid.valid).sum()) == stored.unreadable
 
 
 def _encode(encoder: PreparedEncoder, pixels: Pixels, orientations: int) -> Embeddings:
-    """uint8 (n, side, side, 3) to float16 (orientations, C, n)."""
+    """Encode pixels uint8 (n, side, side, 3) to embeddings float16 (orientations, C, n)."""
     cuda = encoder.device.type == "cuda"
     embeddings = np.empty((orientations, encoder.card.embedding_size, len(pixels)), np.float16)
     batch = BATCH if encoder.on_cpu else len(pixels)
@@ -184,20 +199,20 @@ def _encode(encoder: PreparedEncoder, pixels: Pixels, orientations: int) -> Embe
             turned = orient(pixels, k, axes=(1, 2))
             for start in range(0, len(pixels), batch or 1):
                 part = torch.from_numpy(np.ascontiguousarray(turned[start : start + batch]))
-                if cuda:  # from locked pages the copy runs beside the next read
+                if cuda:  # copies from page-locked memory run in parallel to the next read
                     part = part.pin_memory()
-                # (B, P, P, 3) seen as channels-last (B, 3, P, P): nothing is copied
+                # (B, P, P, 3) viewed as channels-last (B, 3, P, P), without a copy
                 part = part.to(encoder.device, non_blocking=cuda).permute(0, 3, 1, 2)
-                found = encoder.module(part).half().cpu().numpy()
-                embeddings[k, :, start : start + batch] = found.T
+                encoded = encoder.module(part).half().cpu().numpy()
+                embeddings[k, :, start : start + batch] = encoded.T
     return embeddings
 
 
 @contextmanager
-def _one_thread_each() -> Iterator[None]:
-    """PyTorch on one core in every thread that starts in this block.
+def _single_threaded_torch() -> Iterator[None]:
+    """Make PyTorch use one core in every thread that starts in this block.
 
-    Its own threads wait for each other by spinning; where cores are shared with anything, two
+    PyTorch's own threads spin while they wait for each other: on cores that other work shares, two
     of them encode slower than one.
     """
     before = torch.get_num_threads()
@@ -210,11 +225,12 @@ def _one_thread_each() -> Iterator[None]:
 
 def _check_fits(slide: Slide, table: pl.DataFrame, card: Card, slide_id: str) -> None:
     check_patch_table(table, f"patch table of '{slide_id}'")
-    found = table["slide"][0], table["mpp"][0], table["size"][0] * slide.mpp / table["mpp"][0]
-    if found[0] != slide_id or found[1] != card.mpp or abs(found[2] - card.patch) > 1e-6:
+    name, mpp = table["slide"][0], table["mpp"][0]
+    patch = table["size"][0] * slide.mpp / mpp
+    if name != slide_id or mpp != card.mpp or abs(patch - card.patch) > 1e-6:
         raise PatchTableError(
-            f"patch table of '{found[0]}' with patches of {found[2]:g} px at {found[1]:g} um/px "
-            f"does not fit slide '{slide_id}' and encoder '{card.name}' "
+            f"the patch table of '{name}', with patches of {patch:g} px at {mpp:g} um/px, does not "
+            f"fit slide '{slide_id}' and encoder '{card.name}' "
             f"({card.patch} px at {card.mpp:g} um/px): make it again"
         )
 

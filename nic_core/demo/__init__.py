@@ -1,4 +1,4 @@
-"""The demo cohort: a procedural H&E generator with planted structures and known targets."""
+"""The demo cohort: synthetic H&E slides and patches with known structures and targets."""
 
 from nic_core.demo.cohort import make_demo
 

@@ -1,7 +1,8 @@
-"""Sections whose tissue is known, with what else lies on glass: pens, borders, dust, lamps.
+"""Test images for tissue detection: sections with a known tissue mask, and slide artefacts.
 
-A section, half stroma and half fat, is painted as the demo's slides are, reduced to the
-resolution of the tissue rule and disturbed there. :func:`sections` gives them all.
+A section, half stroma and half fat, is painted like the slides of the demo cohort and reduced to
+the resolution of tissue detection. :func:`sections` yields it with each artefact: pen marks, black
+borders, dust and coloured light.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from nic_core.types import Pixels
 
 MPP = 0.5  # um/px of the painter
 SIDE = 2048  # px of the painting
-GLASS = 64  # px of glass around it, at TISSUE_MPP
+GLASS = 64  # px of empty glass around the section, at TISSUE_MPP
 INKS = {
     "green": (40, 150, 130),
     "red": (215, 40, 55),
@@ -35,16 +36,16 @@ Mask = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Section:
-    """A picture at ``TISSUE_MPP`` um/px and what is true of it.
+    """An image at ``TISSUE_MPP`` um/px with its true tissue mask.
 
     Attributes
     ----------
     pixels
         uint8 (H, W, 3).
     tissue
-        bool (H, W): where tissue is, fat with its cells' insides.
+        bool (H, W): tissue, including the inside of fat cells.
     fat
-        bool (H, W): the part of it that is fat.
+        bool (H, W): the part of the tissue that is fat.
     """
 
     name: str
@@ -54,7 +55,7 @@ class Section:
 
 
 def sections(seed: int = 0) -> Iterator[Section]:
-    """One section under every disturbance, and the extremes of almost no tissue and no glass."""
+    """Yield one section with every artefact, and sections of almost no tissue and of no glass."""
     rng = np.random.default_rng(seed)
     plain = _section("plain", ordinary_stain(), rng)
     yield plain
@@ -97,21 +98,21 @@ def _section(name: str, stain: Stain, rng: np.random.Generator) -> Section:
 
 
 def _without(section: Section, name: str, gone: Mask) -> Section:
-    """Glass from the section's corner in place of what is gone."""
+    """Replace the part ``gone`` by glass from the corner of the section."""
     glass = np.tile(section.pixels[:32, :32], (*(-(-n // 32) for n in gone.shape), 1))
     pixels = np.where(gone[..., None], glass[: gone.shape[0], : gone.shape[1]], section.pixels)
     return Section(name, pixels, section.tissue & ~gone, section.fat & ~gone)
 
 
 def _drawn(pixels: Pixels, ink: tuple[int, int, int], rng: np.random.Generator) -> Pixels:
-    """A stroke of a pen down the left margin, another in the lower right corner."""
+    """Draw pen strokes along the left margin and in the lower right corner."""
     height, width = pixels.shape[:2]
     y, x = np.indices((height, width))
     stroke = (abs(x - 22 - 6 * np.sin(y / 30)) < 9) & (y > 20) & (y < height - 40)
     stroke |= (abs(x + y - 1.86 * width) < 14) & (x < width - 20)
     cover = ndimage.gaussian_filter(stroke.astype(float), 2)
     cover *= 0.85 + 0.1 * smooth_noise(rng, (height, width), 20)
-    # ink takes light away, as stain does
+    # ink absorbs light, as stain does
     return _grey_levels(pixels * (np.array(ink) / 244) ** np.clip(cover, 0, 1)[..., None])
 
 
@@ -122,7 +123,7 @@ def _bordered(pixels: Pixels) -> Pixels:
 
 
 def _dusty(pixels: Pixels, rng: np.random.Generator) -> Pixels:
-    """Grey specks, sharp and out of focus, and a fibre."""
+    """Add grey specks, sharp and out of focus, and a fibre."""
     height, width = pixels.shape[:2]
     y, x = np.indices((height, width))
     shadow = np.zeros((height, width))

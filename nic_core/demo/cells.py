@@ -1,4 +1,4 @@
-"""Which nuclei stand where: cells by tissue, glands, mitoses, vessels."""
+"""Positions of cells: nuclei by tissue, glands, mitoses and their mimics."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from nic_core.demo.tissues import Tissue
 
 Bools = NDArray[np.bool_]
 
-TUMOUR_SPACING = 21.0  # px between the centres of tumour nuclei, every grade
+TUMOUR_SPACING = 21.0  # px between the centres of tumour nuclei, for all grades
 
 
 def scatter(
     rng: np.random.Generator, where: Bools, spacing: float, keep: float = 1.0
 ) -> tuple[Floats, Floats]:
-    """Points in px on a jittered hexagonal lattice over the raster points of ``where``."""
+    """Return points (px) of a jittered hexagonal lattice inside the raster points ``where``."""
     height, width = (n * RASTER for n in where.shape)
     pitch = spacing * 3**0.5 / 2
     y, x = np.mgrid[0 : int(height / pitch) + 1, 0 : int(width / spacing) + 1].astype(np.float32)
@@ -37,7 +37,7 @@ def scatter(
 def away_from(
     x: Floats, y: Floats, others: tuple[Floats, Floats], distance: float
 ) -> tuple[Floats, Floats]:
-    """The points farther than ``distance`` px from all ``others``."""
+    """Return the points farther than ``distance`` px from all ``others``."""
     if len(others[0]) == 0 or len(x) == 0:
         return x, y
     nearest, _ = spatial.cKDTree(np.column_stack(others)).query(np.column_stack([x, y]))
@@ -46,7 +46,7 @@ def away_from(
 
 
 def fibre_angle(scene: Scene, x: Floats, y: Floats) -> Floats:
-    """Direction of the fibres (radians) at points in px."""
+    """Return the direction of the fibres (radians) at points (px)."""
     i = np.clip((y / RASTER).astype(int), 1, scene.tissue.shape[0] - 2)
     j = np.clip((x / RASTER).astype(int), 1, scene.tissue.shape[1] - 2)
     f = scene.fibres
@@ -56,9 +56,9 @@ def fibre_angle(scene: Scene, x: Floats, y: Floats) -> Floats:
 
 @dataclass(frozen=True)
 class Tumour:
-    """How a tumour's cells look: ``grade`` 1..3 (a real number) and its rare figures.
+    """Appearance of a tumour: ``grade`` 1..3 (a real number) and the density of rare nuclei.
 
-    ``mitoses``, ``pyknotic`` and ``apoptotic`` are numbers a mm2 of tumour.
+    ``mitoses``, ``pyknotic`` and ``apoptotic`` are numbers per mm2 of tumour.
     """
 
     grade: float
@@ -73,9 +73,9 @@ def populate(
     tumour: Tumour,
     taken: tuple[Floats, Floats] | None = None,
 ) -> tuple[Floats, Floats]:
-    """Add the cells of every tissue but glands to ``scene``; return the mitoses' centres, px.
+    """Add the cells of every tissue except glands to ``scene``; return centres of mitoses, px.
 
-    Tumour nuclei keep away from the points ``taken``.
+    Tumour nuclei keep a distance from the points ``taken``.
     """
     tissue = scene.tissue
     mitoses = _tumour_cells(scene, rng, tumour, taken)
@@ -110,7 +110,7 @@ def populate(
 def add_figures(
     scene: Scene, rng: np.random.Generator, kind: Nucleus, x: Floats, y: Floats
 ) -> None:
-    """Stamp mitoses or their mimics, each in a pale (mitosis) or shrunken cell."""
+    """Add mitoses or their mimics, each in a pale (mitosis) or shrunken (mimic) cell."""
     if kind is Nucleus.MITOSIS:
         radius = rng.uniform(11, 13.5, len(x)).astype(np.float32)
         scene.discs.append(Discs(x, y, radius, 0.50))
@@ -148,7 +148,7 @@ def _tumour_cells(
     around_x, around_y = (np.concatenate(a) for a in zip(*keep_out, strict=True))
     x, y = scatter(rng, where, TUMOUR_SPACING, 0.96)
     x, y = away_from(x, y, (around_x, around_y), 15.0)
-    # a grade between two is a mixture of both
+    # a fractional grade is a mixture of two integer grades
     lower = int(np.clip(np.floor(tumour.grade), 1, 2))
     upper = rng.random(len(x)) < tumour.grade - lower
     scene.cells.append(Nuclei(TUMOUR_GRADES[lower - 1], x[~upper], y[~upper]))
@@ -158,7 +158,7 @@ def _tumour_cells(
 
 @dataclass(frozen=True)
 class GlandStyle:
-    """``radius`` in px; ``goblets`` is the share of cells with a mucous vacuole."""
+    """Shape of glands: ``radius`` in px; ``goblets`` is the share of cells with a vacuole."""
 
     radius: float
     lumen: float
@@ -172,7 +172,7 @@ PROSTATE = GlandStyle(radius=78, lumen=0.62, goblets=0.0, wobble=0.16, spacing=1
 
 
 def add_glands(scene: Scene, rng: np.random.Generator, where: Bools, style: GlandStyle) -> None:
-    """Plant glands whose centres lie in ``where``: rings of cells round a lumen."""
+    """Add glands with centres inside ``where``: rings of cells around a lumen."""
     centres_x, centres_y = scatter(rng, where, style.spacing)
     nuclei: list[tuple[Floats, Floats, Floats]] = []
     goblets: list[tuple[Floats, Floats, Floats]] = []
@@ -195,7 +195,7 @@ def add_glands(scene: Scene, rng: np.random.Generator, where: Bools, style: Glan
         v = ((y - cy) * np.cos(turn) - (x - cx) * np.sin(turn)) / (size / stretch**0.5)
         polar = np.arctan2(v, u)
         radius = np.hypot(u, v) / outline(polar)
-        # papillae: the lumen's border is wavier than the gland's
+        # papillae: the border of the lumen is wavier than the border of the gland
         border = style.lumen * (1 + 1.6 * style.wobble * np.cos(7 * polar + rng.uniform(0, 6.3)))
         part = scene.tissue[window]
         free = (part == Tissue.STROMA) | (part == Tissue.MUSCLE) | (part == Tissue.LYMPHOCYTES)
@@ -213,7 +213,7 @@ def add_glands(scene: Scene, rng: np.random.Generator, where: Bools, style: Glan
             cx: float = cx,
             cy: float = cy,
         ) -> tuple[Floats, Floats, Floats]:
-            """Points at ``share`` of the radius, ``pitch`` px apart, and the way inwards."""
+            """Return points at ``share`` of the radius, ``pitch`` px apart, and their angle."""
             n = max(int(2 * np.pi * share * size / pitch), 3)
             t = (np.arange(n) + rng.uniform(-0.3, 0.3, n)) * 2 * np.pi / n
             r = outline(t.astype(np.float32)) * share * (1 + rng.normal(0, jitter, n))

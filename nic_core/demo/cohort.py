@@ -1,4 +1,4 @@
-"""The whole demo cohort on disk: patch tasks, slides, labels and ``cohort.yaml``."""
+"""Write the demo cohort: patch tasks, slides, labels and ``cohort.yaml``."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ Progress = Callable[[int, int, str], None]
 
 @dataclass(frozen=True)
 class _Recipe:
-    """What a demo cohort was made from; kept beside it, so that it is made once."""
+    """Parameters of a demo cohort, stored with it so that it is not painted again."""
 
     seed: int
     slides: int
     patches_per_task: int
     side: int
-    version: int = 1  # of the generator: raise it when the pixels or labels change
+    version: int = 1  # of the generator; increase it if pixels, labels or files change
 
 
 def make_demo(
@@ -54,45 +54,55 @@ def make_demo(
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """Write a demo cohort and return its ``cohort.yaml``.
+    """Paint a demo cohort into a folder.
 
-    Nothing is done where a whole cohort of the same recipe stands. The same recipe gives the
-    same pixels and tables, whatever the number of workers.
+    A complete cohort with the same parameters is not painted again. The same parameters give the
+    same pixels and tables for any number of workers.
 
     Parameters
     ----------
-    root
-        Folder of the cohort; what stands there of another recipe is replaced.
-    slides
-        At least 2. About a sixth become the external test set.
-    patches_per_task
+    root : Path
+        Folder of the cohort; a demo cohort with other parameters is replaced.
+    seed : int
+        Of everything random.
+    slides : int
+        Number of slides, at least 2. About a sixth are the external test set.
+    patches_per_task : int
         Patches of each of the four tasks, balanced over classes.
-    side
-        Px of a slide's side at 0.5 um/px, at least 768.
-    workers
-        Processes; default: the number of cores.
-    progress
-        Called with (steps done, steps in all, what was done) after every step.
+    side : int
+        Side of a slide, px at 0.5 um/px, at least 768.
+    workers : int, optional
+        Number of processes; default: the number of cores.
+    progress : callable, optional
+        Called with (steps done, total steps, name of the step) after every step.
+
+    Returns
+    -------
+    Path
+        The cohort file, ``cohort.yaml``.
 
     Raises
     ------
     ValueError
         A size is too small.
     FileExistsError
-        ``root`` holds something that is no demo cohort.
+        ``root`` contains files but no demo cohort.
     """
     recipe = _Recipe(seed, slides, patches_per_task, side)
     if slides < 2 or side < SMALLEST_SIDE or patches_per_task < len(TASKS[-1].classes):
         raise ValueError(
             f"a demo cohort needs slides >= 2, side >= {SMALLEST_SIDE} px and patches per task "
-            f">= {len(TASKS[-1].classes)}; got {slides}, {side}, {patches_per_task}"
+            f">= {len(TASKS[-1].classes)}; got slides {slides}, side {side}, patches per task "
+            f"{patches_per_task}"
         )
     cohort = root / "cohort.yaml"
     stamp = root / "recipe.json"
     if cohort.exists() and stamp.exists() and json.loads(stamp.read_text()) == vars(recipe):
         return cohort
     if root.exists() and any(root.iterdir()) and not stamp.exists():
-        raise FileExistsError(f"{root} holds files but no demo cohort; name an empty folder")
+        raise FileExistsError(
+            f"{root} contains files but no demo cohort; give an empty or a new folder"
+        )
     with atomic_folder(root) as folder:
         _write(folder, recipe, workers or os.cpu_count() or 1, progress)
     return cohort
@@ -112,20 +122,20 @@ def _write(folder: Path, recipe: _Recipe, workers: int, progress: Progress | Non
             task: [
                 pool.submit(_make_patches, folder, task.name, p, counts, (recipe.seed, 3, t, p))
                 for p, counts in enumerate(
-                    _deal(recipe.patches_per_task, patients, len(task.classes))
+                    _class_counts(recipe.patches_per_task, patients, len(task.classes))
                 )
             ]
             for t, task in enumerate(TASKS)
         }
-        what: dict[Future[Any], str] = {
+        names: dict[Future[Any], str] = {
             job: f"slide {s.slide}" for job, s in zip(slide_jobs, planned, strict=True)
         }
         for task, jobs in task_jobs.items():
-            what |= dict.fromkeys(jobs, f"patches of {task.name}")
-        for done, job in enumerate(as_completed(what), start=1):
+            names |= dict.fromkeys(jobs, f"patches of {task.name}")
+        for done, job in enumerate(as_completed(names), start=1):
             job.result()
             if progress is not None:
-                progress(done, len(what), what[job])
+                progress(done, len(names), names[job])
     pl.DataFrame(
         [
             (s.slide, x, y)
@@ -162,12 +172,12 @@ def _write(folder: Path, recipe: _Recipe, workers: int, progress: Progress | Non
 
 @contextmanager
 def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Processes of one thread each: the machine's cores are the workers'."""
+    """Start a pool of processes with one thread each, so that workers do not share cores."""
     single = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "VIPS_CONCURRENCY": "1"}
     before = {name: os.environ.get(name) for name in single}
     os.environ.update(single)
     try:
-        # spawned, so that the settings hold: the libraries read them when they are loaded
+        # spawned, because the libraries read these variables only when they are loaded
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
             try:
                 yield pool
@@ -183,7 +193,7 @@ def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
 
 
 def _make_slide(folder: Path, planned: PlannedSlide, side: int) -> list[tuple[float, float]]:
-    """Paint a slide; returns its mitoses' centres, level-0 px."""
+    """Paint and write a slide; return the centres of its mitoses, level-0 px."""
     rng = np.random.default_rng(planned.seed)
     slide = plant_slide(rng, side, planned.tumour, planned.capsules)
     pixels = paint(slide.scene, planned.stain, rng)[:side, :side]
@@ -197,7 +207,7 @@ def _make_slide(folder: Path, planned: PlannedSlide, side: int) -> list[tuple[fl
             compression="jpeg",
             Q=85,
             resunit="cm",
-            xres=1000 / MPP,  # px a mm
+            xres=1000 / MPP,  # px per mm
             yres=1000 / MPP,
         )
     with atomic_file(folder / "truth" / f"{planned.slide}.png") as path:
@@ -209,7 +219,7 @@ def _make_slide(folder: Path, planned: PlannedSlide, side: int) -> list[tuple[fl
 def _make_patches(
     folder: Path, name: str, patient: int, counts: tuple[int, ...], seed: tuple[int, ...]
 ) -> list[tuple[str, str, str]]:
-    """Paint and cut one patient's patches; returns (path, label, group) rows."""
+    """Paint and write the patches of one patient; return rows (path, label, group)."""
     task = _task(name)
     rows = []
     patches = task.cut(np.random.default_rng(seed), counts)
@@ -222,8 +232,8 @@ def _make_patches(
     return rows
 
 
-def _deal(patches: int, patients: int, classes: int) -> list[tuple[int, ...]]:
-    """How many patches of each class (inner) each patient gives: even over both."""
+def _class_counts(patches: int, patients: int, classes: int) -> list[tuple[int, ...]]:
+    """Return for each patient the number of patches of each class, balanced over both."""
     counts = []
     for c in range(classes):
         of_class = patches // classes + (c < patches % classes)
@@ -285,7 +295,7 @@ def _cohort_yaml() -> str:
                 "task": "lymph_node",
                 "label": "tumor",
                 "positive": [int(Tissue.TUMOUR)],
-                # the map asks tumour or not; dead tumour and empty slide are neither
+                # the map separates tumour from other tissue; necrosis and glass are neither
                 "ignore": [int(Tissue.NECROSIS), int(Tissue.BACKGROUND)],
             }
         ],
@@ -299,5 +309,5 @@ def _cohort_yaml() -> str:
             }
         },
     }
-    head = "# A synthetic cohort: see docs/demo-cohort.md. Paths are relative to this file.\n"
+    head = "# A synthetic cohort, see docs/demo-cohort.md. Paths are relative to this file.\n"
     return head + yaml.safe_dump(cohort, sort_keys=False, allow_unicode=True)

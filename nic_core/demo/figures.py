@@ -1,4 +1,4 @@
-"""Pictures of a demo cohort, to look at what was painted."""
+"""Pictures of a demo cohort: example patches and thumbnails of slides."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import polars as pl
 import pyvips
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.image import imsave
 from numpy.typing import NDArray
 
 from nic_core.demo.patches import PATCH, TASKS
 
 
 def contact_sheet(root: Path, *, columns: int = 12, seed: int = 0) -> Figure:
-    """Random patches of every task and class of the demo cohort at ``root``, a class a row."""
+    """Show random patches of the demo cohort at ``root``, one row per class of every task."""
     rng = np.random.default_rng(seed)
     rows: list[tuple[str, NDArray[np.uint8]]] = []
     for task in TASKS:
@@ -41,7 +42,22 @@ def contact_sheet(root: Path, *, columns: int = 12, seed: int = 0) -> Figure:
 
 
 def slide_sheet(root: Path, slides: int, *, side: int = 640) -> NDArray[np.uint8]:
-    """Thumbnails of the first slides beside one another, uint8 (side, side * slides, 3)."""
+    """Return thumbnails of the first slides in one row, uint8 (side, side * slides, 3)."""
     paths = sorted((root / "slides").glob("*.tif"))[:slides]
     thumbnails = [pyvips.Image.thumbnail(str(path), side).numpy() for path in paths]
     return np.ascontiguousarray(np.hstack(thumbnails), np.uint8)
+
+
+def save_pictures(root: Path, folder: Path) -> list[Path]:
+    """Write pictures of the demo cohort at ``root`` into ``folder``, created if necessary.
+
+    Returns
+    -------
+    list of Path
+        ``demo-patches.png`` and ``demo-slides.png``.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    patches, slides = folder / "demo-patches.png", folder / "demo-slides.png"
+    contact_sheet(root).savefig(patches, dpi=110)
+    imsave(slides, slide_sheet(root, 4))
+    return [patches, slides]

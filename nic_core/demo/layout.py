@@ -1,10 +1,10 @@
-"""Where a slide's structures lie: tumour nests, capsules or bands, islands of other tissue.
+"""Layout of a slide: tumour nests, capsules or bands of dense stroma, islands of other tissue.
 
-Lengths are in units of the slide's side / 24, one cell of the compressed grid on a 3072 px
-slide. The growth pattern is arrangement alone. Every slide has one budget of dense stroma, the
-area of a capsule round each of its nests. What is not spent on capsules lies as bands as thick
-as a capsule, away from all nests. All other tissue keeps out of the capsules' zone in either
-case, so both patterns have the same areas of everything.
+Lengths are in units of the slide's side / 24, which is one cell of the compressed grid of a 3072 px
+slide. The two growth patterns differ only in the arrangement of tissue. Every slide has the same
+area of dense stroma: that of a capsule around each of its nests. The area that is not used for
+capsules becomes bands as thick as a capsule, away from all nests. In both patterns no other tissue
+is placed in the zone of the capsules, so the areas of all tissues are the same.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from nic_core.demo.cells import COLON, Bools, Tumour, add_glands, populate
 from nic_core.demo.painter import RASTER, Floats, Scene, smooth_noise
 from nic_core.demo.tissues import Tissue
 
-UNITS = 24  # a side
+UNITS = 24  # per side
 NESTS = 3
 NEST_RADIUS = 3.2  # root mean square
 CAPSULE = 1.35
-GAP = 0.15  # between a capsule's zone and anything else
-TRUTH = 64  # px a side of a point of the truth image
+GAP = 0.15  # between the zone of a capsule and other tissue
+TRUTH = 64  # px per point of the truth image
 
-# islands and the share of the slide's tissue that each kind takes, on average
+# tissue of an island and its mean share of the slide's tissue
 ISLANDS = (
     (Tissue.GLAND, 0.050),
     (Tissue.LYMPHOCYTES, 0.032),
@@ -39,12 +39,14 @@ ISLANDS = (
 
 @dataclass(frozen=True)
 class PlantedSlide:
-    """A scene to paint and what is true of it.
+    """A scene to paint, with its ground truth.
 
     Attributes
     ----------
+    scene
+        What :func:`~nic_core.demo.painter.paint` paints.
     truth
-        uint8, one point for TRUTH x TRUTH px, values of :class:`Tissue`.
+        uint8, one point per TRUTH x TRUTH px, values of :class:`Tissue`.
     mitoses
         Centres in px, x and y.
     """
@@ -57,7 +59,7 @@ class PlantedSlide:
 def plant_slide(
     rng: np.random.Generator, side: int, tumour: Tumour, capsules: tuple[bool, ...]
 ) -> PlantedSlide:
-    """Lay out a slide of ``side`` px whose nest *i* has a capsule if ``capsules[i]``."""
+    """Lay out a slide of ``side`` px; nest *i* has a capsule if ``capsules[i]``."""
     n = -(-side // RASTER)
     unit = n / UNITS  # raster points
     y, x = np.indices((n, n), dtype=np.float32)
@@ -95,7 +97,7 @@ def plant_slide(
 
 
 def _outline(rng: np.random.Generator, x: Floats, y: Floats, unit: float) -> Bools:
-    """An irregular piece of tissue that covers about three quarters of the slide."""
+    """Return the mask of an irregular piece of tissue, about three quarters of the slide."""
     middle = UNITS * unit / 2
     distance = ((abs(x - middle) / unit) ** 3 + (abs(y - middle) / unit) ** 3) ** (1 / 3)
     distance += 0.35 * smooth_noise(rng, x.shape, 3.5 * unit) + 0.06 * smooth_noise(
@@ -108,7 +110,10 @@ def _outline(rng: np.random.Generator, x: Floats, y: Floats, unit: float) -> Boo
 def _nests(
     rng: np.random.Generator, x: Floats, y: Floats, unit: float, blob: Bools, count: int
 ) -> Floats:
-    """Distances in raster points to the borders of nests, (count, rows, columns), < 0 inside."""
+    """Return the distance to the border of each nest, negative inside the nest.
+
+    Distances are in raster points, float32 (count, rows, columns).
+    """
     radii = rng.uniform(0.88, 1.12, count)
     radii *= NEST_RADIUS * unit / np.sqrt((radii**2).mean())
     room = ndimage.distance_transform_edt(blob)
@@ -138,7 +143,7 @@ def _nests(
 
 
 def _grow(rng: np.random.Generator, free: Bools, area: int, unit: float) -> Bools:
-    """A rounded island of ``area`` raster points within ``free`` (fewer if there are none)."""
+    """Return a rounded island of ``area`` raster points within ``free``, empty without space."""
     room = ndimage.distance_transform_edt(free)
     inner = np.argwhere(room > 0.7 * room.max())
     island = np.zeros_like(free)
@@ -154,9 +159,9 @@ def _grow(rng: np.random.Generator, free: Bools, area: int, unit: float) -> Bool
 def _bands(
     rng: np.random.Generator, x: Floats, y: Floats, unit: float, free: Bools, area: int
 ) -> tuple[Bools, Floats]:
-    """Curved bands of ``area`` raster points in ``free``, and their fibres' potential.
+    """Return curved bands of ``area`` raster points in ``free``, and the potential of their fibres.
 
-    Arcs are added until bands no thicker than a capsule hold the area.
+    Arcs are added until the bands have this area and are no thicker than a capsule.
     """
     cost = np.full(free.shape, np.inf, np.float32)
     across = np.zeros(free.shape, np.float32)
@@ -178,7 +183,7 @@ def _bands(
 def _necrosis(
     rng: np.random.Generator, region: NDArray[np.uint8], nests: Floats, unit: float
 ) -> None:
-    """Dead middles of one or two nests."""
+    """Add necrosis to the centre of one or two nests, in place."""
     noise = 0.3 * unit * smooth_noise(rng, region.shape, 0.8 * unit)
     for nest in rng.permutation(len(nests))[: rng.integers(1, 3)]:
         depth = rng.uniform(0.45, 0.65) * nests[nest].min()
@@ -188,7 +193,7 @@ def _necrosis(
 def _materials(
     rng: np.random.Generator, region: NDArray[np.uint8], unit: float
 ) -> NDArray[np.uint8]:
-    """What is painted: the regions, with septa and lumens in tumour and vessels in all stroma."""
+    """Return the tissue to paint: regions plus septa and lumens of tumour and vessels of stroma."""
     tissue = region.copy()
     tissue[region == Tissue.GLAND] = Tissue.STROMA
     add_tumour_detail(rng, tissue)
@@ -199,7 +204,7 @@ def _materials(
 
 
 def add_tumour_detail(rng: np.random.Generator, tissue: NDArray[np.uint8]) -> None:
-    """Thin stromal septa and small lumens within TUMOUR, in place."""
+    """Add thin stromal septa and small lumens to TUMOUR, in place."""
     tumour = tissue == Tissue.TUMOUR
     septa = abs(smooth_noise(rng, tissue.shape, 170 / RASTER)) < 0.035
     lumens = smooth_noise(rng, tissue.shape, 60 / RASTER) > 2.25
@@ -208,7 +213,7 @@ def add_tumour_detail(rng: np.random.Generator, tissue: NDArray[np.uint8]) -> No
 
 
 def scatter_vessels(rng: np.random.Generator, where: Bools) -> tuple[Bools, Bools]:
-    """Walls and lumens of small vessels, one for about 0.1 mm2."""
+    """Return masks of walls and lumens of small vessels, about one per 0.1 mm2."""
     walls, lumens = np.zeros_like(where), np.zeros_like(where)
     room = ndimage.distance_transform_edt(np.pad(where, 1))[1:-1, 1:-1] * RASTER
     places = np.argwhere(room > 50)

@@ -1,7 +1,8 @@
-"""Nuclei as banks of pre-rendered sprites: optical density of haematoxylin, 0.5 um/px.
+"""Nuclei as pre-rendered sprites: optical density of haematoxylin at 0.5 um/px.
 
-A bank is a float32 array ``(angles, variants, side, side)``; a nucleus is one sprite stamped
-by maximum into the nuclear layer. Long axes lie along ``angle = index * pi / angles``.
+The sprites of one kind are a float32 array ``(angles, variants, side, side)``. A nucleus is one
+sprite, combined with the nuclear layer by maximum. The long axis of a sprite has the angle
+``index * pi / angles``.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ VARIANTS = 12
 
 
 class Nucleus(StrEnum):
-    """The kinds of nuclei that are painted."""
+    """Kinds of nuclei."""
 
     LYMPHOCYTE = "lymphocyte"
     EPITHELIAL = "epithelial"
@@ -38,14 +39,14 @@ class Nucleus(StrEnum):
 
 
 TUMOUR_GRADES = (Nucleus.TUMOUR_1, Nucleus.TUMOUR_2, Nucleus.TUMOUR_3)
-# Sum of optical density over an average nucleus. Large nuclei hide more of one another, so they
-# get more: a tumour's mean colour must not tell its grade.
+# Sum of optical density over an average nucleus. Large nuclei overlap more, so they have a higher
+# sum; otherwise the mean colour of a tumour would reveal its grade.
 TUMOUR_DOSE = dict(zip(TUMOUR_GRADES, (134.0, 136.0, 143.0), strict=True))
 
 
 @dataclass(frozen=True)
 class _Shape:
-    """Means (and coefficients of variation) of a kind of nucleus; lengths in px."""
+    """Means and coefficients of variation (cv) of a kind of nucleus; lengths in px."""
 
     length: float
     width: float
@@ -53,7 +54,7 @@ class _Shape:
     density: float  # optical density of the body
     density_cv: float
     rim: float  # optical density that the nuclear membrane adds
-    vesicle: float  # share by which the middle is cleared
+    vesicle: float  # reduction of the density in the centre
     clump: float  # chromatin texture
     ragged: float  # irregularity of the outline
     nucleoli: int
@@ -74,7 +75,7 @@ _SHAPES = {
 
 @cache
 def bank(kind: Nucleus) -> Floats:
-    """The sprites of a kind, float32 ``(ANGLES, VARIANTS, side, side)``."""
+    """Return the sprites of a kind, float32 ``(ANGLES, VARIANTS, side, side)``."""
     rng = np.random.default_rng([1673, list(Nucleus).index(kind)])
     special = {
         Nucleus.MITOSIS: _mitosis,
@@ -97,7 +98,7 @@ def bank(kind: Nucleus) -> Floats:
 
 
 def _frame(side: int, angle: float) -> tuple[Floats, Floats]:
-    """Coordinates along and across an axis at ``angle``, centred, in px."""
+    """Return coordinates along and across an axis at ``angle``, centred, in px."""
     y, x = np.mgrid[0:side, 0:side].astype(np.float32) - (side - 1) / 2
     along = x * np.cos(angle) + y * np.sin(angle)
     return along, y * np.cos(angle) - x * np.sin(angle)
@@ -137,7 +138,7 @@ def _nucleus(rng: np.random.Generator, shape: _Shape, angle: float) -> Floats:
 
 
 def _mitosis(rng: np.random.Generator, angle: float) -> Floats:
-    """Metaphase plate, anaphase or telophase pair, or ragged prometaphase clump."""
+    """Draw a metaphase plate, an anaphase or telophase pair, or a ragged prometaphase clump."""
     side = 40
     along, across = _frame(side, angle)
     rough = 1.3 * _speckle(rng, side, 1.4)
@@ -165,7 +166,7 @@ def _pyknotic(rng: np.random.Generator, angle: float) -> Floats:
 
 
 def _apoptotic(rng: np.random.Generator, angle: float) -> Floats:
-    """A few smooth round bodies beside one another."""
+    """Draw a few smooth round bodies."""
     along, across = _frame(28, angle)
     out = np.zeros_like(along)
     for _ in range(rng.integers(2, 5)):

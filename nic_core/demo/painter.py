@@ -1,7 +1,7 @@
-"""From a scene (which tissue and which nuclei stand where) to pixels.
+"""Paint a scene: from the positions of tissues and nuclei to pixels.
 
-Concentrations of haematoxylin, eosin and blood pigment are laid down first; light goes through
-them by Beer-Lambert's law; then come blur and sensor noise. A 3072 px slide takes about 2 s.
+The concentrations of haematoxylin, eosin and blood pigment are computed first, then the transmitted
+light by the Beer-Lambert law, sensor noise and blur. A slide of 3072 px takes about 2 s.
 """
 
 from __future__ import annotations
@@ -17,33 +17,33 @@ from nic_core.demo import textures
 from nic_core.demo.nuclei import ANGLES, VARIANTS, Nucleus, bank
 from nic_core.demo.tissues import Tissue
 
-RASTER = 4  # px a side of one raster point of a scene
-STRIP = 256  # px rows at a time through the optics, to stay in the cache
+RASTER = 4  # px per raster point of a scene
+STRIP = 256  # rows of px that are computed together, so that they stay in the cache
 
 Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class Stain:
-    """How a slide was stained and scanned.
+    """Stain and scanner of a slide.
 
     Attributes
     ----------
     vectors
         float32 (3, 3): optical density in R, G, B of haematoxylin, eosin and blood pigment.
     haematoxylin, eosin
-        Strengths, 1 = ordinary.
+        Factors of the concentrations; 1 is ordinary.
     white
-        float32 (3,): the light of an empty slide, 0..255.
+        float32 (3,): the colour of empty glass, 0..255.
     blur
         Standard deviation in px.
     noise
-        Standard deviation of the sensor's noise in grey levels.
+        Standard deviation of the sensor noise in grey levels.
     shading
-        Relative variation across the slide of each channel's light.
+        Relative variation of the light of each channel across the slide.
     unevenness
-        Relative variation across the slide of section thickness, and half as much of the
-        uptake of eosin against haematoxylin.
+        Relative variation of the section thickness across the slide; the ratio of eosin to
+        haematoxylin varies by half as much.
     """
 
     vectors: Floats
@@ -56,17 +56,17 @@ class Stain:
     unevenness: float
 
 
-# after Macenko's reference vectors; erythrocytes are more orange than eosin
+# Macenko's reference vectors; erythrocytes are more orange than eosin
 _VECTORS = np.array([(0.57, 0.73, 0.38), (0.17, 0.84, 0.46), (0.10, 0.78, 0.66)], np.float32)
 
 
 def ordinary_stain() -> Stain:
-    """The stain that those of patients vary around [choice]."""
+    """Return the mean stain, around which the stains of patients vary [choice]."""
     return Stain(_VECTORS, 1.0, 1.0, np.array([244, 242, 244], np.float32), 0.6, 1.5, 0.005, 0.10)
 
 
 def random_stain(rng: np.random.Generator) -> Stain:
-    """A laboratory's stain and scanner."""
+    """Draw the stain and scanner of a laboratory."""
     return Stain(
         vectors=(_VECTORS * np.exp(rng.normal(0, 0.035, (3, 3)))).astype(np.float32),
         haematoxylin=float(np.exp(rng.normal(0, 0.08))),
@@ -81,7 +81,7 @@ def random_stain(rng: np.random.Generator) -> Stain:
 
 @dataclass(frozen=True)
 class Nuclei:
-    """Nuclei of one kind: centres in px; ``angle`` in radians, none = any."""
+    """Nuclei of one kind: centres in px; ``angle`` in radians, ``None`` for random angles."""
 
     kind: Nucleus
     x: Floats
@@ -93,7 +93,7 @@ class Nuclei:
 class Discs:
     """Soft pale discs (vacuoles, halos of mitoses): centres and radii in px.
 
-    ``clear`` is the share of cytoplasm's stain that they take away.
+    ``clear`` is the share of the cytoplasm's stain that they remove.
     """
 
     x: Floats
@@ -104,16 +104,16 @@ class Discs:
 
 @dataclass
 class Scene:
-    """What is to be painted.
+    """The content of an image.
 
     Attributes
     ----------
     tissue
-        uint8 (rows, columns) of :class:`Tissue`, one point for RASTER x RASTER px.
+        uint8 (rows, columns) of :class:`Tissue`, one point per RASTER x RASTER px.
     fibres
         float32, same shape: a potential in px whose level sets are the fibres.
     cells, discs
-        Nuclei, and the pale discs under them.
+        Nuclei, and pale discs that are painted before the nuclei.
     """
 
     tissue: NDArray[np.uint8]
@@ -128,7 +128,7 @@ class Scene:
 
 
 def paint(scene: Scene, stain: Stain, rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Pixels of a scene, uint8 (height, width, 3) at 0.5 um/px."""
+    """Paint a scene, uint8 (height, width, 3) at 0.5 um/px."""
     eosin, haematoxylin = _ground(scene, rng)
     _clear(scene.discs, eosin, haematoxylin)
     nuclear = np.zeros_like(eosin)
@@ -164,15 +164,15 @@ def paint(scene: Scene, stain: Stain, rng: np.random.Generator) -> NDArray[np.ui
 
 
 def smooth_noise(rng: np.random.Generator, shape: tuple[int, ...], period: float) -> Floats:
-    """Gaussian noise of unit variance over ``shape``, smooth over ``period`` points."""
+    """Return Gaussian noise of unit variance over ``shape``, smooth over ``period`` points."""
     rows, columns = (_spline_basis(n, period) for n in shape)
     coarse = rng.standard_normal((rows.shape[1], columns.shape[1]), dtype=np.float32)
-    # white noise under cubic B-splines has the variance 0.479 a dimension
+    # cubic B-splines multiply the variance of white noise by 0.479 per dimension
     return np.asarray(rows @ coarse @ columns.T / np.float32(0.479), np.float32)
 
 
 def _spline_basis(points: int, period: float) -> Floats:
-    """Cubic B-splines ``period`` points apart, float32 (points, knots)."""
+    """Return cubic B-splines ``period`` points apart, float32 (points, knots)."""
     at = np.arange(points) / period
     knots = np.arange(-1, int(at[-1]) + 3)
     t = np.abs(at[:, None] - knots)
@@ -181,7 +181,7 @@ def _spline_basis(points: int, period: float) -> Floats:
 
 
 def enlarge(raster: Floats, rows: slice) -> Floats:
-    """The px ``rows`` of ``raster`` at RASTER times the size, linear between point centres.
+    """Return px ``rows`` of ``raster``, enlarged RASTER times by linear interpolation.
 
     ``rows`` starts and stops at multiples of RASTER.
     """
@@ -202,21 +202,21 @@ def _enlarge_rows(a: Floats) -> Floats:
 
 
 def blurred(picture: NDArray[np.uint8], sigma: float) -> NDArray[np.uint8]:
-    """uint8 (H, W, 3) after a Gaussian of ``sigma`` px."""
+    """Blur uint8 (H, W, 3) with a Gaussian of ``sigma`` px."""
     image = pyvips.Image.new_from_array(np.ascontiguousarray(picture))
     return np.ascontiguousarray(image.gaussblur(sigma, min_ampl=0.05).numpy(), np.uint8)
 
 
 def _ground(scene: Scene, rng: np.random.Generator) -> tuple[Floats, Floats]:
-    """Concentrations of eosin and haematoxylin without nuclei."""
+    """Return concentrations of eosin and haematoxylin without nuclei."""
     tables = textures.stain_tables()
     height, width = scene.shape
     shift = rng.integers(0, textures.SIDE, 2)
-    # along the fibres, on the whole: across the mean gradient of their potential
+    # the mean direction of the fibres is perpendicular to the mean gradient of their potential
     turn = np.arctan2(np.diff(scene.fibres, axis=0).mean(), np.diff(scene.fibres).mean())
     turn += np.pi / 2
     y, x = (RASTER * a.astype(np.float32) for a in np.indices(scene.tissue.shape))
-    # isotropic tissues: by place, displaced so that the tile's repetition does not show
+    # isotropic tissues: by position, displaced to hide the repetition of the tile
     rows = y + 30 * smooth_noise(rng, scene.tissue.shape, 260 / RASTER)
     columns = x + 30 * smooth_noise(rng, scene.tissue.shape, 260 / RASTER)
     across = scene.fibres * textures.ACROSS
@@ -264,7 +264,7 @@ def _clear(discs: list[Discs], eosin: Floats, haematoxylin: Floats) -> None:
 
 
 def _stamp(layer: Floats, cells: Nuclei, rng: np.random.Generator) -> None:
-    """Stamp sprites into ``layer`` by maximum; what reaches over the border is cut off."""
+    """Combine sprites with ``layer`` by maximum; sprites are cropped at the border."""
     sprites = bank(cells.kind)
     side = sprites.shape[-1]
     height, width = layer.shape
@@ -294,7 +294,7 @@ def _strips(height: int) -> Iterator[slice]:
 
 
 class _Tiled:
-    """A table repeated over the plane from a random start."""
+    """A table that is repeated over the plane from a random origin."""
 
     def __init__(self, table: NDArray[np.int8], rng: np.random.Generator) -> None:
         self._table = table

@@ -1,6 +1,6 @@
-"""Patch tasks: painted sheets, one a patient, cut into labelled patches.
+"""Patch tasks of the demo cohort: one painted sheet per patient, cut into labelled patches.
 
-The tasks are modelled on the paper's four (A, section 3); what they show is invented.
+Organs and classes follow the four tasks of [A] (method section 1); the images are synthetic.
 """
 
 from __future__ import annotations
@@ -26,16 +26,19 @@ from nic_core.demo.nuclei import Nucleus
 from nic_core.demo.painter import RASTER, Floats, Scene, paint, random_stain, smooth_noise
 from nic_core.demo.tissues import Tissue
 
-PATCH = 128  # px a side, 0.5 um/px
-_CELL = PATCH // RASTER  # raster points a patch
-_MARGIN = 5  # raster points around a zone, over which the neighbour's cells may reach
+PATCH = 128  # px per side, at 0.5 um/px
+_CELL = PATCH // RASTER  # raster points per patch
+_MARGIN = 5  # raster points around a zone, which may contain cells of the adjacent zone
 
 COLORECTAL = ("ADI", "BACK", "DEB", "LYM", "MUC", "MUS", "NORM", "STR", "TUM")
 
 
 @dataclass(frozen=True)
 class DemoTask:
-    """``cut`` paints one patient's sheet: (rng, patches of each class) -> [(class, pixels)]."""
+    """A patch task.
+
+    ``cut`` paints the sheet of one patient: (rng, patches of each class) -> [(class, pixels)].
+    """
 
     name: str
     organ: str
@@ -56,13 +59,13 @@ def _empty(rng: np.random.Generator, cells: int, ground: Tissue) -> Scene:
 
 
 def _share(where: Bools) -> Floats:
-    """Share of each cell that ``where`` covers, float32 (cells, cells)."""
+    """Return the share of each cell that ``where`` covers, float32 (cells, cells)."""
     cells = where.shape[0] // _CELL
     return np.asarray(where.reshape(cells, _CELL, cells, _CELL).mean((1, 3)), np.float32)
 
 
 def _choose(rng: np.random.Generator, fitness: Floats, count: int, good: float) -> NDArray[np.intp]:
-    """``count`` cells, (count, 2): at random among those fitter than ``good``, else the fittest."""
+    """Choose cells (count, 2): random among those fitter than ``good``, then the fittest."""
     flat = fitness.ravel() + rng.uniform(0, 1e-6, fitness.size)
     order = np.argsort(-np.where(flat > good, 1 + rng.random(flat.size), flat))
     return np.column_stack(np.unravel_index(order[:count], fitness.shape))
@@ -83,7 +86,7 @@ def _patch(
 def _lymph_node(
     rng: np.random.Generator, counts: tuple[int, ...]
 ) -> list[tuple[int, NDArray[np.uint8]]]:
-    """Lymphoid tissue with capsule, stroma and fat; metastases in it."""
+    """Paint lymphoid tissue with capsule, stroma, fat and metastases."""
     cells = max(3, int(np.ceil((2.2 * sum(counts)) ** 0.5)))
     scene = _empty(rng, cells, Tissue.LYMPHOCYTES)
     shape = scene.tissue.shape
@@ -110,7 +113,7 @@ def _lymph_node(
 def _breast_mitosis(
     rng: np.random.Generator, counts: tuple[int, ...]
 ) -> list[tuple[int, NDArray[np.uint8]]]:
-    """Tumour of the patient's grade; half of the negatives hold a mimic of a mitosis."""
+    """Paint tumour of one grade; half of the negatives contain a mimic of a mitosis."""
     cells = max(2, int(np.ceil(sum(counts) ** 0.5)))
     scene = _empty(rng, cells, Tissue.TUMOUR)
     add_tumour_detail(rng, scene.tissue)
@@ -133,7 +136,7 @@ def _breast_mitosis(
 def _prostate_epithelium(
     rng: np.random.Generator, counts: tuple[int, ...]
 ) -> list[tuple[int, NDArray[np.uint8]]]:
-    """Glands, benign or small and crowded, in muscular stroma with a few lymphocytes."""
+    """Paint glands, benign or small and crowded, in muscular stroma with a few lymphocytes."""
     cells = max(3, int(np.ceil((2.6 * sum(counts)) ** 0.5)))
     scene = _empty(rng, cells, Tissue.STROMA)
     shape = scene.tissue.shape
@@ -178,7 +181,7 @@ _ZONES = {
 def _colorectal(
     rng: np.random.Generator, counts: tuple[int, ...]
 ) -> list[tuple[int, NDArray[np.uint8]]]:
-    """Nine square zones, one a class."""
+    """Paint nine square zones, one per class."""
     side = max(1, int(np.ceil(max(counts) ** 0.5)))
     pitch = side * _CELL + 2 * _MARGIN
     shape = (3 * pitch, 3 * pitch)
@@ -190,7 +193,7 @@ def _colorectal(
         window = (slice(i, i + pitch), slice(j, j + pitch))
         scene.tissue[window] = _ZONES[name]
         normal[window] = name == "NORM"
-    # between crypts: lamina propria, with lymphocytes; and submucosa, which has no crypts
+    # between crypts: lamina propria with lymphocytes; elsewhere submucosa without crypts
     lamina = smooth_noise(rng, shape, 90 / RASTER) > 0.9
     scene.tissue[normal & lamina] = Tissue.LYMPHOCYTES
     add_tumour_detail(rng, scene.tissue)

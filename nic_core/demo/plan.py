@@ -1,7 +1,7 @@
-"""Who is in the cohort: patients, slides, latent causes and targets, drawn before any paint.
+"""Plan of the demo cohort: patients, slides, latent variables and targets.
 
-Latents are stratified, and the deal of stains is neither lucky nor unlucky: a small cohort then has
-the difficulty it was designed to have, whatever the seed.
+Latent variables are stratified, and stains are assigned with a typical correlation to them, so that
+a small cohort is as difficult as designed for every seed.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from nic_core.demo.layout import NESTS
 from nic_core.demo.painter import Stain, random_stain
 
 GROWTH = ("replacement", "desmoplastic")
-MITOSES = (10.0, 700.0)  # a mm2 of tumour, lowest and highest
-SCORE_NOISE = 0.40  # standard deviation, of the score's own causes = 1
+MITOSES = (10.0, 700.0)  # per mm2 of tumour, lowest and highest
+SCORE_NOISE = 0.40  # standard deviation; that of the signal is 1
 RISK = 1.6  # standard deviation of the log hazard
 CENSORED = 0.35
 MEDIAN_DAYS = 900.0
-FAITHFUL = 0.94  # a nest has a capsule (or none) as the slide's growth pattern says
+FAITHFUL = 0.94  # probability that a nest follows the growth pattern of its slide
 
 Doubles = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class PlannedSlide:
-    """What is decided of a slide before anything is painted."""
+    """Parameters of a slide."""
 
     slide: str
     patient: str
@@ -42,14 +42,18 @@ class PlannedSlide:
 
 
 def plan_cohort(seed: int, slides: int) -> tuple[list[PlannedSlide], pl.DataFrame]:
-    """The slides to paint, and their labels.
+    """Draw the slides to paint and their labels.
 
-    The table's columns: slide, patient, split, score, growth, time (days), event (1 death),
-    and the causes mitoses (a mm2 of tumour), grade, signal (the score without noise), risk
-    (log hazard, one for a patient).
+    About a sixth of the slides are ``test``, each of a different patient. Among the others, every
+    fourth patient has two slides.
 
-    About a sixth of the slides, of patients of their own, are ``test``. Of the others every
-    fifth patient has two slides.
+    Returns
+    -------
+    slides : list of PlannedSlide
+    labels : polars.DataFrame
+        Columns slide, patient, split, score, growth, time (days), event (1: death), and the latent
+        variables mitoses (per mm2 of tumour), grade, signal (the score without noise), risk (log
+        hazard of the patient).
     """
     rng = np.random.default_rng([seed, 1])
     test = max(1, slides // 6)
@@ -62,7 +66,7 @@ def plan_cohort(seed: int, slides: int) -> tuple[list[PlannedSlide], pl.DataFram
         n = int(part.sum())
         growth[part] = rng.permutation(np.arange(n) % 2)
         level[part] = _quantiles(rng, n)
-        # grade goes with mitoses, as in life
+        # grade correlates with mitoses, as in real tumours
         blend = 0.6 * (level[part] - 0.5) + 0.4 * (_quantiles(rng, n) - 0.5)
         grade[part] = (np.argsort(np.argsort(blend)) + 0.5) / n
     slide_level = np.clip(level[owner] + rng.normal(0, 0.05, slides), 0, 1)
@@ -74,7 +78,7 @@ def plan_cohort(seed: int, slides: int) -> tuple[list[PlannedSlide], pl.DataFram
     # replacement growth has the worse prognosis
     risk = RISK * _standard(_standard(mean_signal) + 0.8 * _standard(-growth))
     time, event = _survival(rng, risk)
-    stains = _deal_stains(rng, np.column_stack([mean_signal, growth, risk]))
+    stains = _assign_stains(rng, np.column_stack([mean_signal, growth, risk]))
     planned = []
     for i, p in enumerate(owner):
         faithful = rng.random(NESTS) < FAITHFUL
@@ -121,28 +125,28 @@ def _standard(x: Doubles) -> Doubles:
 
 
 def _survival(rng: np.random.Generator, risk: Doubles) -> tuple[Doubles, NDArray[np.int64]]:
-    """Weibull times under proportional hazards, and independent uniform censoring."""
+    """Draw Weibull times with proportional hazards, and independent uniform censoring."""
     n = len(risk)
     shape = 1.3
     death = (-np.log(_quantiles(rng, n)) * np.exp(-risk)) ** (1 / shape)
     death *= MEDIAN_DAYS / np.median(death)
     leaving = rng.uniform(0.1, 1, n)
-    # a patient leaves after `leaving * follow_up` days: take the follow-up that censors the share
+    # a patient is censored after leaving * follow_up days; choose follow_up to censor CENSORED
     ratios = np.sort(death / leaving)
     follow_up = ratios[min(n - 1, round((1 - CENSORED) * n) - 1)] * (1 + 1e-9)
     event = death <= leaving * follow_up
     return np.maximum(np.minimum(death, leaving * follow_up), 1.0), event.astype(np.int64)
 
 
-def _deal_stains(rng: np.random.Generator, causes: Doubles) -> list[Stain]:
-    """One stain a patient, dealt out so that no property follows a cause closely.
+def _assign_stains(rng: np.random.Generator, causes: Doubles) -> list[Stain]:
+    """Return one stain per patient, without a strong correlation to the latent variables.
 
-    Of many deals the median one by its worst correlation: the best would be too well balanced
-    for chance, and held-out predictions would then run against the truth.
+    Many random assignments are ranked by their largest correlation and the median one is used. The
+    best one would be more balanced than chance, which makes held-out predictions anticorrelate.
     """
     n = len(causes)
     stains = [random_stain(rng) for _ in range(n)]
-    looks = np.array(
+    properties = np.array(
         [
             (
                 np.log(s.haematoxylin),
@@ -154,8 +158,8 @@ def _deal_stains(rng: np.random.Generator, causes: Doubles) -> list[Stain]:
             for s in stains
         ]
     )
-    looks = (looks - looks.mean(0)) / looks.std(0)
+    properties = (properties - properties.mean(0)) / properties.std(0)
     causes = (causes - causes.mean(0)) / np.where(causes.std(0) > 0, causes.std(0), 1)
-    deals = [rng.permutation(n) for _ in range(201)]
-    worst = [np.abs(looks[deal].T @ causes).max() for deal in deals]
-    return [stains[i] for i in deals[int(np.argsort(worst)[len(deals) // 2])]]
+    orders = [rng.permutation(n) for _ in range(201)]
+    largest = [np.abs(properties[order].T @ causes).max() for order in orders]
+    return [stains[i] for i in orders[int(np.argsort(largest)[len(orders) // 2])]]

@@ -1,9 +1,9 @@
-"""Tileable stain textures, one table a tissue, made once a process.
+"""Tileable stain textures: one table per tissue, computed once per process.
 
-Every table holds optical densities of eosin and haematoxylin for ``SIDE x SIDE`` texels.
-Isotropic tissues are looked up by place, one texel a pixel. Fibrous tissues are looked up by
-(across, along) the fibre: two texels a pixel across and half a texel a pixel along, so that a
-potential field whose level sets are the fibres bends the texture as it bends the fibres.
+A table contains the optical densities of eosin and haematoxylin of ``SIDE x SIDE`` texels.
+Isotropic tissues are looked up by position, one texel per pixel. Fibrous tissues are looked up by
+(across, along) the fibre, two texels per pixel across and half a texel per pixel along, so that the
+texture follows the fibres, which are the level sets of a potential.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from scipy import fft, ndimage, spatial
 
 from nic_core.demo.tissues import Tissue
 
-SIDE = 1024  # texels; a power of two, so that a mask wraps an index
+SIDE = 1024  # texels; a power of two, so that a bit mask wraps an index
 SCALE = 100.0  # stored uint8 = optical density * SCALE
 FIBROUS = (Tissue.STROMA, Tissue.RIM, Tissue.MUSCLE, Tissue.MUCUS)
-ACROSS, ALONG = 2.0, 0.5  # texels a pixel
+ACROSS, ALONG = 2.0, 0.5  # texels per pixel
 
 Floats = NDArray[np.float32]
 _Stains = tuple[NDArray[np.floating], NDArray[np.floating]]  # eosin, haematoxylin
 
 
 def noise(rng: np.random.Generator, across: float, along: float | None = None) -> Floats:
-    """Tileable Gaussian noise of unit variance, smoothed by ``across`` x ``along`` texels."""
+    """Return tileable Gaussian noise of unit variance, smoothed over ``across`` x ``along``."""
     along = across if along is None else along
     rows = np.exp(-2 * (np.pi * across * fft.fftfreq(SIDE)) ** 2).astype(np.float32)
     columns = np.exp(-2 * (np.pi * along * fft.rfftfreq(SIDE)) ** 2).astype(np.float32)
@@ -36,7 +36,7 @@ def noise(rng: np.random.Generator, across: float, along: float | None = None) -
 
 
 def warp(table: NDArray[np.floating], rows: Floats, columns: Floats) -> Floats:
-    """``table`` looked up at its own texels displaced by ``rows`` and ``columns``, wrapped."""
+    """Displace the texels of ``table`` by ``rows`` and ``columns``, wrapping at the borders."""
     y, x = np.indices(table.shape, dtype=np.float32)
     return np.asarray(
         ndimage.map_coordinates(table, (y + rows, x + columns), order=1, mode="grid-wrap"),
@@ -46,7 +46,7 @@ def warp(table: NDArray[np.floating], rows: Floats, columns: Floats) -> Floats:
 
 @cache
 def stain_tables() -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Eosin and haematoxylin tables, uint8 ``(tissue, SIDE, SIDE)``, in units of 1 / SCALE."""
+    """Return the eosin and haematoxylin tables, uint8 ``(tissue, SIDE, SIDE)`` in 1 / SCALE."""
     eosin = np.zeros((len(Tissue), SIDE, SIDE), np.uint8)
     haematoxylin = np.zeros_like(eosin)
     rng = np.random.default_rng(1895)
@@ -59,26 +59,26 @@ def stain_tables() -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
 
 @cache
 def grain_table() -> NDArray[np.int8]:
-    """Fine noise of standard deviation 16, int8 ``(SIDE, SIDE)``."""
+    """Return fine noise of standard deviation 16, int8 ``(SIDE, SIDE)``."""
     table = noise(np.random.default_rng(2012), 0.5)
     return np.asarray(np.clip(table * 16, -127, 127), np.int8)
 
 
 @cache
 def ragged_table() -> NDArray[np.int8]:
-    """Displacements in px (-4..4) that fray the borders between tissues, int8."""
+    """Return displacements in px (-4..4) that roughen the borders between tissues, int8."""
     table = noise(np.random.default_rng(1971), 3.0)
     return np.asarray(np.clip(np.rint(table * 2.2), -4, 4), np.int8)
 
 
 def _ramp(x: Floats, low: float, high: float) -> Floats:
-    """0 below ``low``, 1 above ``high``, smooth between."""
+    """Return 0 below ``low``, 1 above ``high`` and a smooth step between."""
     t = np.clip((x - low) / (high - low), 0, 1)
     return np.asarray(t * t * (3 - 2 * t), np.float32)
 
 
 def _voronoi(rng: np.random.Generator, cells: int) -> tuple[Floats, Floats]:
-    """Distance to the nearest cell border and a random number a cell, tileable."""
+    """Return the distance to the nearest cell border and a random number per cell, tileable."""
     points = rng.uniform(0, SIDE, (cells, 2))
     tree = spatial.cKDTree(points, boxsize=SIDE)
     y, x = np.mgrid[0:SIDE:2, 0:SIDE:2]
@@ -108,7 +108,7 @@ def _stroma(rng: np.random.Generator) -> _Stains:
 
 
 def _rim(rng: np.random.Generator) -> _Stains:
-    """Dense collagen; its mean light is that of loose stroma, so that only texture tells them."""
+    """Dense collagen with the mean colour of loose stroma, so that only the texture differs."""
     bundles = noise(rng, 7, 60)
     fibres = noise(rng, 1.6, 40)
     seams = 1 - _ramp(np.abs(noise(rng, 6, 70)), 0.0, 0.22)

@@ -1,4 +1,4 @@
-"""The embeddings of planted structures, in label rasters and in the truth images."""
+"""Tissue values of the label rasters and of the truth images."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from enum import IntEnum
 
 
 class Tissue(IntEnum):
-    """What stands at a place. The values are those of the truth PNGs."""
+    """The tissue at a point; the values are those of the truth PNGs."""
 
     BACKGROUND = 0
-    STROMA = 1  # loose connective tissue, the ground of every slide
+    STROMA = 1  # loose connective tissue, the default tissue of every slide
     TUMOUR = 2
     RIM = 3  # dense desmoplastic stroma: around nests, or in bands away from them
     LYMPHOCYTES = 4

@@ -1,4 +1,14 @@
-"""Encoders: patch tasks, networks, objectives, training and files."""
+"""Encoders: networks that map a patch to an embedding, their patch tasks, training and files.
+
+Docstrings of this package name the section of the method that they implement, and its source.
+Section 2 is the encoder network (:mod:`~nic_core.encoders.networks`); section 3 is the training of
+encoders (:mod:`~nic_core.encoders.objectives`, :mod:`~nic_core.encoders.training_loop`,
+:mod:`~nic_core.encoders.augmentation`).
+
+[A] Tellez et al., MIDL 2020 (arXiv 2004.07041); [B] Tellez et al., TPAMI 2019 (arXiv 1811.02840);
+[model] layer configuration in the authors' released encoders; [code] behaviour of their released
+scripts; [choice] not published, chosen by this project.
+"""
 
 from nic_core.encoders.encoder import Encoder, EncoderCard, task_probabilities
 from nic_core.encoders.errors import EncoderError

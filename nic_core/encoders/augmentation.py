@@ -1,15 +1,15 @@
-"""Augmentation of a batch of patches, in torch, on the batch's device.
+"""Section 3, augmentation of patches: random variants of a batch, computed on its device.
 
-The kinds are the paper's (B: rotation, colour, brightness, contrast, zoom, elastic
-deformation, Gaussian noise; heavy colour augmentation helps, A); ranges, the stain-space
-jitter and their order are [choice].
+The kinds of augmentation are published: rotation, colour, brightness, contrast, zoom, elastic
+deformation and Gaussian noise [B]; heavy colour augmentation helps [A]. The ranges, the jitter in
+stain space and the order are [choice].
 
-It works on what the network sees [choice]: on *pooled* patches (64 px at 1.0 um/px for a 128 px
-patch) where the encoder pools anyway, which costs a quarter; on whole ones for the VAE, whose
-decoder draws them, and for an encoder that does not pool. The tissue moves as far either way;
-noise is that of a pixel, so of whole patches half as strong once it is pooled. All spatial changes
-of a patch are one resampling, all colour changes two 3 x 3 matrices, one in optical density and one
-in RGB.
+Augmentation is applied to the network's input [choice]: to *pooled* patches (64 px at 1.0 um/px for
+a patch of 128 px) if the encoder pools, which takes a quarter of the time, and to full patches for
+the VAE, whose decoder generates full patches, and for encoders without pooling. Spatial changes are
+relative to the side of the patch, so both are the same. Noise is per pixel, so pooling halves the
+noise of a full patch. All spatial changes of a patch are one resampling; all colour changes are two
+3 x 3 matrices, one in optical density and one in RGB.
 """
 
 from __future__ import annotations
@@ -29,28 +29,28 @@ LUMA = (0.299, 0.587, 0.114)
 
 @dataclass(frozen=True)
 class Strength:
-    """Ranges of the random changes; every value is drawn for each patch."""
+    """Ranges of the random changes, drawn for each patch; uniform unless stated otherwise."""
 
-    rotation: float = math.radians(15)  # uniform +-, rad, besides the 8 orientations
-    zoom: float = 0.12  # scale uniform in 1 +- zoom
-    elastic: float = 1.5 / 64  # standard deviation of the displacement, of the patch's side
-    elastic_nodes: int = 6  # nodes a side of the displacement field
-    stain: float = 0.20  # H and E multiplied by uniform 1 +- stain
-    stain_shift: float = 0.03  # added to H and E, uniform +-
-    hue: float = 0.12  # turn about the grey axis, uniform +-, rad
-    saturation: float = 0.20  # uniform 1 +- saturation
-    brightness: float = 0.08  # added, uniform +-, of the full range
-    contrast: float = 0.20  # uniform 1 +- contrast about the patch's mean
-    noise: float = 0.02  # largest standard deviation of Gaussian noise, of the full range
+    rotation: float = math.radians(15)  # +- rad, in addition to the 8 orientations
+    zoom: float = 0.12  # scale in 1 +- zoom
+    elastic: float = 1.5 / 64  # Gaussian, standard deviation of the displacement / side
+    elastic_nodes: int = 6  # nodes per side of the displacement field
+    stain: float = 0.20  # haematoxylin and eosin times 1 +- stain
+    stain_shift: float = 0.03  # haematoxylin and eosin plus +- stain_shift, optical density
+    hue: float = 0.12  # rotation about the grey axis, +- rad
+    saturation: float = 0.20  # factor in 1 +- saturation
+    brightness: float = 0.08  # added, +- share of the full range
+    contrast: float = 0.20  # factor in 1 +- contrast, about the mean of the patch
+    noise: float = 0.02  # upper limit of the standard deviation / full range
 
 
 HEAVY = Strength()
 
 
 def augment(patches: Tensor, generator: torch.Generator, strength: Strength = HEAVY) -> Tensor:
-    """A random variant of each patch: float (B, 3, S, S) in [0, 1] to the same.
+    """Return a random variant of each patch, float (B, 3, S, S) in [0, 1].
 
-    ``generator`` lives on the batch's device and is the only source of chance.
+    ``generator`` is on the device of ``patches`` and is the only source of randomness.
     """
     warped = functional.grid_sample(
         patches,
@@ -66,7 +66,10 @@ def augment(patches: Tensor, generator: torch.Generator, strength: Strength = HE
 
 
 def _sampling_grid(patches: Tensor, generator: torch.Generator, strength: Strength) -> Tensor:
-    """Where each output pixel looks, (B, S, S, 2) in [-1, 1]: orientation, turn, zoom, warp."""
+    """Return the source position of each output pixel, (B, S, S, 2) in [-1, 1].
+
+    It combines orientation, rotation, zoom and elastic deformation.
+    """
     size, side, device = len(patches), patches.shape[-1], patches.device
 
     def uniform(extent: float) -> Tensor:
@@ -87,9 +90,9 @@ def _sampling_grid(patches: Tensor, generator: torch.Generator, strength: Streng
 
 @lru_cache(maxsize=8)
 def _interpolation(nodes: int, side: int) -> Tensor:
-    """Bicubic interpolation from ``nodes`` values to ``side``, as a matrix (side, nodes).
+    """Return bicubic interpolation from ``nodes`` to ``side`` values as a matrix (side, nodes).
 
-    Two small products with it cost a twentieth of interpolating each field.
+    Two products with it take a twentieth of the time of ``interpolate`` on each field.
     """
     unit = torch.eye(nodes)[None, None]
     size = (side, nodes)
@@ -97,6 +100,7 @@ def _interpolation(nodes: int, side: int) -> Tensor:
 
 
 def _jitter_colour(pixels: Tensor, generator: torch.Generator, strength: Strength) -> Tensor:
+    """Change stain, hue, saturation, contrast and brightness of (B, 3, S, S)."""
     size, device = len(pixels), pixels.device
 
     def uniform(extent: float, *shape: int) -> Tensor:
@@ -104,7 +108,7 @@ def _jitter_colour(pixels: Tensor, generator: torch.Generator, strength: Strengt
             -extent, extent, generator=generator
         )
 
-    # optical density = matrix.T @ stains; only haematoxylin and eosin are touched
+    # optical density = matrix.T @ stains; only haematoxylin and eosin change
     matrix = functional.normalize(torch.tensor(STAINS, device=device), dim=1)
     amounts = torch.ones(size, 3, device=device)
     amounts[:, :2] += uniform(strength.stain, 2)
@@ -119,15 +123,15 @@ def _jitter_colour(pixels: Tensor, generator: torch.Generator, strength: Strengt
     amount = 1 + uniform(strength.saturation, 1, 1)
     saturate = amount * torch.eye(3, device=device) + (1 - amount) * luma
     gain = 1 + uniform(strength.contrast, 1, 1)
-    colour = saturate @ _hue_turn(uniform(strength.hue)) * gain
+    colour = saturate @ _hue_rotation(uniform(strength.hue)) * gain
     mean = luma @ flat.mean(2, keepdim=True)
     offset = (1 - gain) * mean + uniform(strength.brightness, 1, 1)
     flat = torch.baddbmm(offset, colour, flat)
     return flat.view(pixels.shape)
 
 
-def _hue_turn(angle: Tensor) -> Tensor:
-    """Rotations (B, 3, 3) of RGB about the grey axis (Rodrigues' formula)."""
+def _hue_rotation(angle: Tensor) -> Tensor:
+    """Return rotations (B, 3, 3) of RGB about the grey axis by angles (B,) in rad (Rodrigues)."""
     axis = 1 / math.sqrt(3)
     cross = torch.tensor([[0, -axis, axis], [axis, 0, -axis], [-axis, axis, 0]])
     cross = cross.to(angle.device)

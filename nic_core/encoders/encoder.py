@@ -1,4 +1,4 @@
-"""An encoder with its card: what the rest of the library passes around."""
+"""The encoder object: a network with its classification heads and its card."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from nic_core.cohort import Preprocess, TimmModel
 from nic_core.devices import resolve_device, resolve_precision
-from nic_core.encoders.errors import EncoderError as EncoderError
+from nic_core.encoders.errors import EncoderError
 from nic_core.encoders.external import ExternalEncoder
 from nic_core.encoders.inference import BATCH, PreparedEncoder, autocast, fast_module
 from nic_core.encoders.networks import (
@@ -38,33 +38,65 @@ Architecture = Literal[
 
 
 class EncoderCard(BaseModel):
-    """All that is known of an encoder except its weights; stored as ``card.json``."""
+    """Metadata of an encoder, stored as ``card.json`` beside its weights.
+
+    Attributes
+    ----------
+    format
+        Version of this schema; :func:`~nic_core.encoders.files.read_card` refuses others.
+    tasks
+        Classification heads: task -> classes, in the order of the logits.
+    patch, mpp
+        Side of a patch, px, and its resolution, um/px.
+    embedding_size
+        Length C of an embedding.
+    pixels
+        Scaling of the pixels before the network.
+    timm
+        The timm model, for architecture ``timm``.
+    weights_hash
+        sha256 of architecture and weights; for an external network, of preprocessing and file.
+    training
+        Settings of the training.
+    data
+        Patch task -> content hash of the dataset trained on.
+    scores
+        Scores on the test split of each task.
+    source
+        Origin of the weights of an imported encoder.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    format: Literal[2] = 2
     name: str
     architecture: Architecture
     objective: str
-    tasks: dict[str, tuple[str, ...]] = {}  # of the heads: name -> classes, in logit order
-    patch: PositiveInt  # px a side
-    mpp: PositiveFloat  # um/px
-    embedding_size: PositiveInt  # numbers a patch
+    tasks: dict[str, tuple[str, ...]] = {}
+    patch: PositiveInt
+    mpp: PositiveFloat
+    embedding_size: PositiveInt
     pixels: Literal["uint8 RGB / 255 * 2 - 1"] | Preprocess = "uint8 RGB / 255 * 2 - 1"
-    timm: TimmModel | None = None  # of architecture ``timm``
+    timm: TimmModel | None = None
     weights_hash: str
     training: dict[str, int | float | str] = {}
-    data: dict[str, str] = {}  # patch task -> content hash of the data set trained on
-    scores: dict[str, TaskScores] = {}  # on each task's test split
+    data: dict[str, str] = {}
+    scores: dict[str, TaskScores] = {}
     software: dict[str, str] = {}
-    source: str | None = None  # where the weights come from, if not trained here
+    source: str | None = None
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """A frozen network that maps patches to embeddings, its heads and its card.
+    """A frozen network that maps patches to embeddings, with its heads and its card.
 
-    ``module`` maps uint8 (B, 3, P, P) to float32 (B, C) and holds pixel scaling and pooling;
-    ``heads`` map embeddings (B, C) to logits, one a task (none for mean-RGB).
+    Attributes
+    ----------
+    card : EncoderCard
+    module : nn.Module
+        Maps uint8 (B, 3, P, P) to float32 (B, C), including pixel scaling and pooling.
+    heads : mapping of str to nn.Module
+        For each supervised task, maps embeddings (B, C) to logits (B, classes).
     """
 
     card: EncoderCard
@@ -77,21 +109,26 @@ class Encoder:
         precision: RequestedPrecision = "auto",
         reading: Reading = "patch",
     ) -> PreparedEncoder:
-        """The encoder for many patches: the fastest module of the same function.
+        """Optimise the encoder for inference; the embeddings stay the same up to rounding.
 
         Parameters
         ----------
         device : str
-            ``auto`` (CUDA if there is one), ``cpu``, ``cuda`` or ``cuda:1``.
+            ``auto`` (CUDA if available), ``cpu``, ``cuda`` or ``cuda:1``.
         precision : str
-            ``float32``, ``bfloat16``, or ``auto``: bfloat16 where the device is made for it.
+            ``float32``, ``bfloat16``, or ``auto``: bfloat16 if the device has matrix units for it.
         reading : str
-            ``patch``, or ``input``: pixels at the resolution of the network's own input. The
-            two are one where the network pools nothing.
+            ``patch``, or ``input``: pixels at the resolution of the network's input. For a network
+            without pooling ``input`` is the same as ``patch``.
+
+        Raises
+        ------
+        ValueError
+            The device does not exist.
         """
         at = resolve_device(device)
         network = self.module.network if isinstance(self.module, PatchEncoder) else None
-        # a mean of whole numbers gains nothing from low precision
+        # a mean is not faster in bfloat16
         chosen = "float32" if isinstance(self.module, MeanRGB) else resolve_precision(precision, at)
         pooling = network.pooling if network is not None and reading == "input" else 1
         if isinstance(network, TellezEncoder):
@@ -115,12 +152,12 @@ class Encoder:
         )
 
     def embed(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Embeddings of patches: uint8 (B, P, P, 3) to float32 (B, C).
+        """Embed patches: uint8 (B, P, P, 3) to float32 (B, C).
 
         Raises
         ------
         EncoderError
-            Wrong dtype or shape.
+            The patches have another dtype or shape.
         """
         side = self.card.patch
         if pixels.dtype != np.uint8 or pixels.shape[1:] != (side, side, 3):
@@ -128,31 +165,34 @@ class Encoder:
                 f"encoder '{self.card.name}' takes uint8 patches (B, {side}, {side}, 3), "
                 f"not {pixels.dtype} {pixels.shape}"
             )
-        ready = self._embedder
+        prepared = self._prepared
         embeddings = np.empty((len(pixels), self.card.embedding_size), np.float32)
         with torch.inference_mode():
             for start in range(0, len(pixels), BATCH):
-                part = torch.tensor(pixels[start : start + BATCH], device=ready.device)
-                found = ready.module(part.permute(0, 3, 1, 2))
+                part = torch.tensor(pixels[start : start + BATCH], device=prepared.device)
+                found = prepared.module(part.permute(0, 3, 1, 2))
                 embeddings[start : start + BATCH] = found.cpu().numpy()
         return embeddings
 
     @cached_property
-    def _embedder(self) -> PreparedEncoder:
+    def _prepared(self) -> PreparedEncoder:
         return self.prepare(precision="float32")
 
 
 def task_probabilities(
     encoder: Encoder, task: str, embeddings: NDArray[np.floating]
 ) -> NDArray[np.float32]:
-    """Class probabilities (N, classes) that the encoder's own head gives embeddings (N, C).
+    """Classify embeddings (N, C) with the encoder's head of ``task``.
 
-    Columns are in the order of ``encoder.card.tasks[task]``.
+    Returns
+    -------
+    ndarray
+        Class probabilities, float32 (N, classes), in the order of ``encoder.card.tasks[task]``.
 
     Raises
     ------
     EncoderError
-        The encoder has no head for ``task``, or the embeddings are of another size.
+        The encoder has no head for ``task``, or the embeddings have another length.
     """
     if task not in encoder.heads:
         known = ", ".join(encoder.heads) or "none"
@@ -161,7 +201,8 @@ def task_probabilities(
         )
     if embeddings.ndim != 2 or embeddings.shape[1] != encoder.card.embedding_size:
         raise EncoderError(
-            f"encoder '{encoder.card.name}' has embeddings (N, {encoder.card.embedding_size}), not {embeddings.shape}"
+            f"encoder '{encoder.card.name}' has embeddings of shape "
+            f"(N, {encoder.card.embedding_size}), not {embeddings.shape}"
         )
     head = encoder.heads[task].eval()
     device = next(head.parameters()).device
@@ -172,26 +213,26 @@ def task_probabilities(
 
 
 def build_encoder(architecture: str, *, patch: int, embedding_size: int) -> PatchEncoder:
-    """An encoder network with initial weights for patches of ``patch`` px a side."""
+    """Return an encoder network with initial weights for patches of ``patch`` x ``patch`` px."""
     if architecture == "tellez2019":
         return PatchEncoder(StridedEncoder(embedding_size, patch))
     return PatchEncoder(TellezEncoder(embedding_size, pooled_side(patch)))
 
 
 def build_module(card: EncoderCard) -> nn.Module:
-    """A module of the card's architecture with initial weights."""
+    """Return a module of the card's architecture with initial weights."""
     if card.architecture == "mean_rgb":
         return MeanRGB()
     return build_encoder(card.architecture, patch=card.patch, embedding_size=card.embedding_size)
 
 
 def build_heads(tasks: Mapping[str, tuple[str, ...]], embedding_size: int) -> dict[str, nn.Module]:
-    """A classification head with initial weights for each task."""
+    """Return a classification head with initial weights for each task."""
     return {task: ClassHead(embedding_size, len(classes)) for task, classes in tasks.items()}
 
 
 def encoder_tensors(module: nn.Module, heads: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """Every tensor of an encoder by name (``encoder.*``, ``heads.<task>.*``), on the CPU."""
+    """Return all tensors of an encoder by name (``encoder.*``, ``heads.<task>.*``), on the CPU."""
     parts = {"encoder": module, **{f"heads.{task}": head for task, head in heads.items()}}
     return {
         f"{part}.{name}": tensor.detach().cpu().contiguous()
@@ -201,12 +242,12 @@ def encoder_tensors(module: nn.Module, heads: Mapping[str, nn.Module]) -> dict[s
 
 
 def weights_hash(architecture: str, tensors: Mapping[str, Tensor]) -> str:
-    """sha256 of the architecture's name and of names, shapes, dtypes and bytes of the tensors."""
+    """Return the sha256 of the architecture and of names, shapes, dtypes, bytes of the tensors."""
     digest = hashlib.sha256(architecture.encode())
     for name in sorted(tensors):
         tensor = tensors[name]
         dtype = str(tensor.dtype).removeprefix("torch.")
         digest.update(f"{name}{tuple(tensor.shape)}{dtype}".encode())
-        # NumPy lacks some of torch's types
+        # viewed as bytes, because NumPy has no bfloat16
         digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -1,5 +1,5 @@
-"""What goes wrong with encoders."""
+"""The error class of encoders."""
 
 
 class EncoderError(ValueError):
-    """An encoder cannot be trained, read or used as asked; the message names it."""
+    """An encoder cannot be trained, read or used; the message names it and a remedy."""

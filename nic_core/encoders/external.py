@@ -1,13 +1,15 @@
-"""Networks from elsewhere as encoders: TorchScript, ``torch.export``, timm.
+"""External networks as encoders: TorchScript, ``torch.export`` and timm.
 
-One protocol: a network maps float32 (B, 3, side, side), preprocessed as its entry says, to
-(B, embedding), for any B, each patch on its own. :class:`ExternalEncoder` makes it an encoder's module.
+An external network maps float32 (B, 3, side, side), preprocessed as its entry in the cohort file
+specifies, to (B, C) for any B, and the embedding of a patch does not depend on the other patches.
+:class:`ExternalEncoder` wraps it as the module of an encoder.
 
-A TorchScript or exported archive is a program, and reading it can run parts of it: take one only
-from whom you would take embedding. What is kept out: pickled Python objects, compiled libraries and,
-of an exported graph, any operator but those of tensors and numbers. What is not: TorchScript's
-operators read and write files, and torch evaluates an exported archive's symbolic shapes as
-Python. Weights alone (safetensors, or a checkpoint read with ``weights_only``) run nothing.
+Security: a TorchScript or exported archive is a program, and reading it can execute parts of it.
+Only load archives from sources whose code you would run. Refused are pickled Python objects,
+compiled libraries and, in exported graphs, every operator except those on tensors and numbers. Not
+prevented: TorchScript operators can read and write files, and PyTorch evaluates the symbolic shapes
+of an exported archive as Python. Files of weights (safetensors, or a checkpoint read with
+``weights_only``) execute nothing.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from torch.nn import functional
 from nic_core.cohort import ExternalNetwork, Preprocess, TimmModel
 from nic_core.encoders.errors import EncoderError
 
-# the graphs of an archive, since torch 2.8 and before
+# paths of the graphs inside an archive: since PyTorch 2.8, and before
 _GRAPHS = re.compile(r"(^|/)(models/[^/]+\.json|serialized_exported_program\.json)$")
 _REFUSED_MEMBERS = re.compile(r"/aotinductor/|/(opaque|custom)_obj_[^/]*$")
 _OPERATORS = re.compile(
@@ -44,11 +46,11 @@ _OPERATORS = re.compile(
 
 
 class ExternalEncoder(nn.Module):
-    """uint8 (B, 3, P, P) to embedding, float32 (B, C), by a network that was made elsewhere.
+    """uint8 (B, 3, P, P) to embedding, float32 (B, C), by an external network.
 
-    Pixels are divided by 255, resized (bilinear, antialiased) where the network's input is of
-    another side, and standardised by the entry's mean and standard deviation. ``archive`` is the
-    file of a network that is a program of its own: it cannot be written anew, only copied.
+    Pixels are divided by 255, resized (bilinear, antialiased) if the network's input has another
+    side, and standardised by the entry's mean and standard deviation. ``archive`` is the file of a
+    TorchScript or exported network, which can only be copied, not written.
     """
 
     mean: Tensor
@@ -69,26 +71,26 @@ class ExternalEncoder(nn.Module):
         if self.side is not None and self.side != scaled.shape[-1]:
             side = (self.side, self.side)
             scaled = functional.interpolate(scaled, side, mode="bilinear", antialias=True)
-        # an exported graph may view its input as lying in the usual order
+        # an exported graph may contain views that require a contiguous input
         embeddings: Tensor = self.network(((scaled - self.mean) / self.std).contiguous())
         return embeddings.float()
 
     def train(self, mode: bool = True) -> ExternalEncoder:
-        """Nothing: the network stays as it came; an exported one cannot change its mode."""
+        """Do nothing: the network stays in evaluation mode, as an exported graph must."""
         return self
 
     def on(self, device: torch.device) -> ExternalEncoder:
-        """This module on ``device``: itself if it is there."""
+        """Return this module if it is on ``device``, otherwise a copy on ``device``."""
         return self if self.mean.device.type == device.type else copy.deepcopy(self).to(device)
 
 
 def read_torchscript(path: Path) -> nn.Module:
-    """A TorchScript network, on the CPU, in evaluation mode.
+    """Read a TorchScript network onto the CPU, in evaluation mode.
 
     Raises
     ------
     EncoderError
-        Missing, or no TorchScript archive.
+        The file is missing or is not a TorchScript archive.
     """
     try:
         network: nn.Module = torch.jit.load(path, map_location="cpu")  # type: ignore[no-untyped-call]
@@ -98,39 +100,40 @@ def read_torchscript(path: Path) -> nn.Module:
 
 
 def read_exported(path: Path) -> nn.Module:
-    """A network from a ``torch.export`` archive.
+    """Read a network from a ``torch.export`` archive.
 
     Raises
     ------
     EncoderError
-        Missing, no such archive, one of another version of torch, or one that holds more than
-        tensors and a graph of tensor operators.
+        The file is missing, is not such an archive, was exported by an incompatible version of
+        PyTorch, or contains more than tensors and a graph of tensor operators.
     """
     _refuse_unsafe(path)
     try:
         with _tensors_only():
             return torch.export.load(path).module()
-    except Exception as error:  # of many types, by what is wrong and by torch's version
+    except Exception as error:  # PyTorch raises many types, which differ between versions
         raise EncoderError(
-            f"{path}: torch {torch.__version__} cannot read this export ({_first_line(error)}); "
-            "export it again with this version"
+            f"{path}: PyTorch {torch.__version__} cannot read this exported network "
+            f"({_first_line(error)}); export it again with this version"
         ) from error
 
 
 def timm_network(timm_model: TimmModel) -> nn.Module:
-    """A timm model with initial weights and without classifier, in evaluation mode.
+    """Return a timm model with initial weights and without classifier, in evaluation mode.
 
     Raises
     ------
     EncoderError
-        timm is missing or does not import, or has no such model.
+        timm is not installed, cannot be imported, or has no such model.
     """
     try:
         import timm
-    except (ImportError, RuntimeError) as error:  # a torchvision that does not fit torch
+    except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision of another PyTorch
         raise EncoderError(
-            f"model '{timm_model.model}' needs timm, which does not import "
-            f"({_first_line(error)}): pip install 'nic[timm]', with the torchvision of your torch"
+            f"model '{timm_model.model}' needs timm, which cannot be imported "
+            f"({_first_line(error)}); run pip install 'nic[timm]', with the torchvision release "
+            "that matches your PyTorch"
         ) from error
     try:
         network: nn.Module = timm.create_model(
@@ -142,12 +145,12 @@ def timm_network(timm_model: TimmModel) -> nn.Module:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Tensors by name, from safetensors or a torch checkpoint that holds nothing else.
+    """Read tensors by name from a safetensors file or a PyTorch checkpoint of tensors only.
 
     Raises
     ------
     EncoderError
-        Unreadable, or with other objects than tensors.
+        The file cannot be read or contains other objects than tensors.
     """
     try:
         if path.suffix == ".safetensors":
@@ -155,22 +158,24 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, SafetensorError, UnpicklingError) as error:
         raise EncoderError(
-            f"{path}: not a file of weights alone ({_first_line(error)}); "
+            f"{path}: not a file of weights only ({_first_line(error)}); "
             "save the network's state_dict as safetensors"
         ) from error
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
-        raise EncoderError(f"{path}: not a state_dict; save the network's state_dict")
+        raise EncoderError(
+            f"{path}: not a state_dict of tensors; save the network's state_dict as safetensors"
+        )
     return tensors
 
 
 def check_module(name: str, module: nn.Module, network: ExternalNetwork) -> None:
-    """Try a foreign encoder on random patches.
+    """Check the module of an external network on random patches.
 
     Raises
     ------
     EncoderError
-        It takes other input, gives other output, or a patch's embedding depends on chance or on the
-        rest of its batch.
+        Its input or output has another shape than ``network`` declares, or the embedding of a
+        patch is random or depends on the rest of the batch.
     """
     generator = torch.Generator().manual_seed(0)
     size = (3, 3, network.patch, network.patch)
@@ -179,24 +184,25 @@ def check_module(name: str, module: nn.Module, network: ExternalNetwork) -> None
     try:
         with torch.inference_mode():
             embeddings, alone = module(pixels), module(pixels[:1])
-    except Exception as error:  # whatever a foreign network raises
+    except Exception as error:  # an external network may raise anything
         raise EncoderError(
-            f"encoder '{name}': its network does not take float32 (B, 3, {side}, {side}) for B of "
-            f"1 and of 3 ({_first_line(error)}); export it with a dynamic batch, or set 'resize' "
-            "to the side it takes"
+            f"encoder '{name}': the network does not accept float32 (B, 3, {side}, {side}) for "
+            f"B = 1 and B = 3 ({_first_line(error)}); export it with a dynamic batch size, or set "
+            "'resize' to the side of its input"
         ) from error
     wanted = (3, network.embedding_size)
     if tuple(embeddings.shape) != wanted or not embeddings.isfinite().all():
         raise EncoderError(
-            f"encoder '{name}': its network gives {tuple(embeddings.shape)} for 3 patches, not finite "
-            f"numbers {wanted}; set 'embedding', or export it with its pooling"
+            f"encoder '{name}': the network's output for 3 patches has shape "
+            f"{tuple(embeddings.shape)}, but finite numbers {wanted} are required; correct "
+            "'embedding_size', or export the network with its pooling"
         )
     if not torch.allclose(
         embeddings[:1], alone, rtol=1e-3, atol=1e-4 * float(embeddings.abs().max())
     ):
         raise EncoderError(
-            f"encoder '{name}': a patch's embedding depends on the rest of its batch, or on chance; "
-            "export the network in evaluation mode"
+            f"encoder '{name}': the embedding of a patch is random or depends on the rest of the "
+            "batch; export the network in evaluation mode"
         )
 
 
@@ -208,18 +214,19 @@ def _refuse_unsafe(path: Path) -> None:
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise EncoderError(f"{path}: not a torch.export archive: {_first_line(error)}") from error
     if not graphs:
-        raise EncoderError(f"{path}: not a torch.export archive: it holds no graph")
+        raise EncoderError(f"{path}: not a torch.export archive: it contains no graph")
     refused = [name for name in names if _REFUSED_MEMBERS.search(name)]
     refused += [op for op in sorted(_targets(graphs)) if not _OPERATORS.fullmatch(op)]
     if refused or len(set(names)) < len(names):
         raise EncoderError(
-            f"{path}: holds more than tensors and tensor operators: "
-            f"{', '.join(refused[:3]) or 'two members of one name'}; it is not loaded"
+            f"{path}: refused, because it contains more than tensors and tensor operators: "
+            f"{', '.join(refused[:3]) or 'two members with the same name'}; export the network "
+            "without custom operators"
         )
 
 
 def _targets(part: Any) -> set[str]:
-    """What the nodes of a serialized graph, and of the graphs within it, call."""
+    """Return the operators that a serialized graph and its nested graphs call."""
     if isinstance(part, list):
         return {target for item in part for target in _targets(item)}
     if not isinstance(part, dict):
@@ -230,9 +237,9 @@ def _targets(part: Any) -> set[str]:
 
 @contextmanager
 def _tensors_only() -> Iterator[None]:
-    """Every ``torch.load`` in this block unpickles tensors and nothing else.
+    """Restrict every ``torch.load`` in this block to tensors.
 
-    Torch's reader of exported archives asks for arbitrary objects where that fails.
+    Otherwise ``torch.export.load`` retries a failed ``torch.load`` with arbitrary objects.
     """
     variable = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
     before = os.environ.get(variable)

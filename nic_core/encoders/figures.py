@@ -1,4 +1,4 @@
-"""Pictures of patch tasks, of encoder training and of embeddings, as matplotlib figures."""
+"""Matplotlib figures of patch tasks, encoder training and embeddings."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ from nic_core.encoders.scores import TaskScores
 
 
 def training_curves(history: pl.DataFrame) -> Figure:
-    """Losses and validation values against patches seen; grey lines: the learning rate fell."""
+    """Plot losses and validation values against patches seen.
+
+    Grey lines mark reductions of the learning rate.
+    """
     figure = _figure(12, 3.6)
     losses, values = figure.subplots(1, 2)
     patches = history["patches"].to_numpy()
@@ -31,11 +34,11 @@ def training_curves(history: pl.DataFrame) -> Figure:
     for column, (place, *rest) in zip(history.columns, parts, strict=True):
         task = rest[0] if rest and rest[0] in colours else None
         if place == "loss":
-            label = "/".join(rest) or "all"
+            label = "/".join(rest) or "total"
             axes, line = losses, "-"
         elif place == "validation":
             if rest[-1] == "f1":
-                continue  # close to balanced accuracy: it stands in the tracker's figures
+                continue  # close to balanced accuracy; the tracker has it
             label = " ".join(rest).replace("_", " ")
             axes, line = values, ":" if rest[-1] == "auc" else "-"
         else:
@@ -59,8 +62,8 @@ def training_curves(history: pl.DataFrame) -> Figure:
     return figure
 
 
-def confusion_picture(task: str, classes: Sequence[str], scores: TaskScores) -> Figure:
-    """Confusion matrix: colour by share of the true class, numbers are patches."""
+def confusion_matrix(task: str, classes: Sequence[str], scores: TaskScores) -> Figure:
+    """Draw a confusion matrix: colour is the share of the true class, numbers are patches."""
     counts = np.array(scores.confusion)
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     side = 2.2 + 0.5 * len(classes)
@@ -73,10 +76,11 @@ def confusion_picture(task: str, classes: Sequence[str], scores: TaskScores) -> 
     ticks = range(len(classes))
     axes.set_xticks(ticks, classes, rotation=45, ha="right", fontsize=8)
     axes.set_yticks(ticks, classes, fontsize=8)
-    auc = "none" if scores.auc is None else f"{scores.auc:.3f}"
+    auc = "undefined" if scores.auc is None else f"{scores.auc:.3f}"
     axes.set(xlabel="predicted", ylabel="true")
     axes.set_title(
-        f"{task}, test: balanced accuracy {scores.balanced_accuracy:.3f}, AUC {auc}", fontsize=9
+        f"{task}, test split: balanced accuracy {scores.balanced_accuracy:.3f}, AUC {auc}",
+        fontsize=9,
     )
     return figure
 
@@ -84,9 +88,9 @@ def confusion_picture(task: str, classes: Sequence[str], scores: TaskScores) -> 
 def augmentation_sheet(
     tasks: Sequence[PatchDataset], *, seed: int = 0, patches: int = 2, variants: int = 7
 ) -> Figure:
-    """Training patches as the network sees them: first column as stored, then variants.
+    """Show training patches (first column) and their augmented variants, pooled.
 
-    ``patches`` of each task, of different classes as far as there are as many.
+    Each task has ``patches`` rows, of different classes if the task has enough.
     """
     generator = torch.Generator().manual_seed(seed)
     rng = np.random.default_rng(seed)
@@ -110,7 +114,7 @@ def augmentation_sheet(
 
 
 def patch_examples(task: PatchDataset, *, seed: int = 0, patches: int = 6) -> Figure:
-    """Stored patches of a task, a line a class, drawn at random."""
+    """Show random patches of a task, one row per class."""
     rng = np.random.default_rng(seed)
     figure = _figure(0.9 * patches, 1.0 * len(task.classes))
     axes = figure.subplots(len(task.classes), patches, squeeze=False)
@@ -125,7 +129,7 @@ def patch_examples(task: PatchDataset, *, seed: int = 0, patches: int = 6) -> Fi
 
 
 def embedding_map(tasks: Sequence[TaskEmbeddings]) -> Figure:
-    """Test embeddings of each task on their first two principal axes, coloured by class."""
+    """Plot the test embeddings of each task on two principal axes, coloured by class."""
     columns = min(2, len(tasks))
     rows = -(-len(tasks) // columns)
     figure = _figure(4.6 * columns, 3.2 * rows)
@@ -136,7 +140,7 @@ def embedding_map(tasks: Sequence[TaskEmbeddings]) -> Figure:
         points, shares = principal_components(embeddings)
         palette = colormaps["tab10" if len(embeddings.task.classes) <= 10 else "tab20"]
         colours = palette(np.arange(palette.N))
-        # in random order, so that no class lies on top
+        # in random order, so that no class covers the others
         order = np.random.default_rng(0).permutation(len(points))
         labels = embeddings.test_labels
         shades = colours[labels[order] % len(colours)]
@@ -155,10 +159,10 @@ def embedding_map(tasks: Sequence[TaskEmbeddings]) -> Figure:
 def neighbour_sheet(
     tasks: Sequence[TaskEmbeddings], *, seed: int = 0, queries: int = 2, neighbours: int = 8
 ) -> Figure:
-    """Test patches (first column) and the training patches whose embeddings are nearest to theirs.
+    """Show test patches (first column) and the training patches with the nearest embeddings.
 
-    The queries are of different classes, drawn at random. Green frame: the neighbour is of
-    the query's class; red: of another.
+    The test patches are random, of different classes. A green frame marks neighbours of the same
+    class, a red frame neighbours of another class.
     """
     rng = np.random.default_rng(seed)
     lines: list[tuple[TaskEmbeddings, int, NDArray[np.int64]]] = []

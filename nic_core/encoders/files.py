@@ -1,13 +1,14 @@
-"""Encoder files: the project's own folders, and encoders from elsewhere.
+"""Files of encoders: save, load and verify encoder folders, and import external encoders.
 
-An encoder folder holds ``card.json`` and ``weights.safetensors`` or, of a network that is a
-program of its own, the archive it came in (``network.pt``, ``network.pt2``).
+An encoder folder contains ``card.json`` and either ``weights.safetensors`` or the archive of a
+TorchScript or exported network (``network.pt``, ``network.pt2``).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import shutil
 from pathlib import Path
 from typing import Literal
@@ -19,7 +20,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from nic_core.cohort import ImportedEncoder, Preprocess
-from nic_core.encoders import external as foreign
 from nic_core.encoders.encoder import (
     Encoder,
     EncoderCard,
@@ -29,17 +29,25 @@ from nic_core.encoders.encoder import (
     weights_hash,
 )
 from nic_core.encoders.errors import EncoderError
-from nic_core.encoders.external import ExternalEncoder
+from nic_core.encoders.external import (
+    ExternalEncoder,
+    check_module,
+    read_exported,
+    read_torchscript,
+    read_weights,
+    timm_network,
+)
 from nic_core.encoders.keras_import import import_keras_encoder
 
 WEIGHTS = "weights.safetensors"
 CARD = "card.json"
-CLASSIFIERS = ("fc.", "head.", "classifier.")  # as timm's models name theirs
+CARD_FORMAT: int = EncoderCard.model_fields["format"].default
+CLASSIFIERS = ("fc.", "head.", "classifier.")  # names of the classifier in timm's models
 PROGRAMS = {"torchscript": "network.pt", "torch.export": "network.pt2"}
 
 
 def save_encoder(folder: Path, encoder: Encoder) -> None:
-    """Write the encoder's weights, heads and card into ``folder`` (made if missing)."""
+    """Write the encoder's weights, heads and card into ``folder``, created if necessary."""
     folder.mkdir(parents=True, exist_ok=True)
     module, architecture = encoder.module, encoder.card.architecture
     if isinstance(module, ExternalEncoder) and module.archive is not None:
@@ -50,32 +58,46 @@ def save_encoder(folder: Path, encoder: Encoder) -> None:
 
 
 def read_card(folder: Path) -> EncoderCard:
-    """The card of an encoder that :func:`save_encoder` wrote.
+    """Read the card of an encoder folder.
 
     Raises
     ------
     EncoderError
-        It is missing, or no card.
+        The card is missing, damaged or of another format.
     """
+    path = folder / CARD
+    remedy = "train the encoder again, or import its file again"
     try:
-        return EncoderCard.model_validate_json((folder / CARD).read_bytes())
+        content = path.read_bytes()
+        values = json.loads(content)
+        found = values.get("format") if isinstance(values, dict) else None
+        if found != CARD_FORMAT:
+            which = "no format number" if found is None else f"format {found}"
+            raise EncoderError(
+                f"{path}: not an encoder card of format {CARD_FORMAT} (it has {which}); {remedy}"
+            )
+        return EncoderCard.model_validate_json(content)
     except OSError as error:
         raise EncoderError(f"{folder}: no encoder here ({error}); train or import one") from error
     except ValidationError as error:
-        raise EncoderError(f"{folder}: not an encoder file: {error}") from error
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise EncoderError(f"{path}: field '{field}': {first['msg']}; {remedy}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise EncoderError(f"{path}: not an encoder card ({error}); {remedy}") from error
 
 
 def load_encoder(folder: Path) -> Encoder:
-    """Read an encoder that :func:`save_encoder` wrote, on the CPU, in evaluation mode.
+    """Load an encoder folder onto the CPU, in evaluation mode.
 
-    No pickled object is read. Of a program (TorchScript, ``torch.export``) nothing runs before
-    its hash is found to be the card's; see :mod:`nic_core.encoders.external`.
+    No pickled object is read. A TorchScript or exported network is loaded only if its hash equals
+    that of the card; see :mod:`nic_core.encoders.external`.
 
     Raises
     ------
     EncoderError
-        A file is missing or unreadable, the tensors do not fit the card's architecture, or
-        they are not those whose hash the card holds.
+        A file is missing or unreadable, the tensors do not match the card's architecture, or their
+        hash differs from that of the card.
     """
     card, tensors = _recorded(folder)
     if card.architecture in PROGRAMS:
@@ -86,37 +108,47 @@ def load_encoder(folder: Path) -> Encoder:
         _load(module, "encoder.", tensors)
         for task, head in heads.items():
             _load(head, f"heads.{task}.", tensors)
-    except (RuntimeError, ValueError) as error:  # of torch and of sizes that no network has
-        raise EncoderError(f"{folder}: weights do not fit the card: {error}") from error
+    except (RuntimeError, ValueError) as error:  # shapes differ, or sizes that no network has
+        raise EncoderError(
+            f"{folder}: the weights do not match the card: {error}; restore both files from one "
+            "source, or train again"
+        ) from error
     return Encoder(card, module, heads)
 
 
 def verify_encoder(folder: Path) -> None:
-    """Compare an encoder's weights with the hash in its card; nothing of it is run.
+    """Compare the hash of an encoder's weights with its card, without loading the network.
 
     Raises
     ------
     EncoderError
-        As of :func:`load_encoder`.
+        A file is missing or unreadable, or the hash differs from that of the card.
     """
     _recorded(folder)
 
 
 def import_encoder(entry: ImportedEncoder, *, patch: int, mpp: float) -> Encoder:
-    """The encoder of a cohort's entry, from its local file, under the entry's name.
+    """Import the encoder of a cohort file's entry from its local file.
 
     Parameters
     ----------
-    patch, mpp
-        The cohort's patch size, px, and resolution, um/px; the encoder's must be the same.
+    entry : ImportedEncoder
+        Gives the encoder's name and file.
+    patch : int
+        The cohort's patch size, px; the encoder's must be the same.
+    mpp : float
+        The cohort's resolution, um/px; the encoder's must be the same.
 
     Raises
     ------
     EncoderError
-        The file is missing or is not what its entry says, or its patches are not the cohort's.
+        The file is missing, contradicts the entry, or takes patches of another size or resolution.
     """
     if not entry.file.exists():
-        raise EncoderError(f"encoder '{entry.name}': {entry.file} does not exist")
+        raise EncoderError(
+            f"encoder '{entry.name}': {entry.file} does not exist; correct 'file' in the cohort "
+            "file"
+        )
     match entry.kind:
         case "keras":
             encoder = import_keras_encoder(entry.file, entry.name)
@@ -130,14 +162,14 @@ def import_encoder(entry: ImportedEncoder, *, patch: int, mpp: float) -> Encoder
     if (card.patch, card.mpp) != (patch, mpp):
         raise EncoderError(
             f"encoder '{entry.name}' takes patches of {card.patch} px at {card.mpp:g} um/px, but "
-            f"the cohort's settings are patch: {patch}, mpp: {mpp:g}; change those, or leave the "
-            "encoder out"
+            f"the cohort's settings are patch: {patch}, mpp: {mpp:g}; change the settings, or "
+            "remove the encoder"
         )
     return encoder
 
 
 def _recorded(folder: Path) -> tuple[EncoderCard, dict[str, Tensor]]:
-    """Card and tensors (none of a program) of a folder whose weights have the card's hash."""
+    """Return the card and the tensors (none for a program) after comparing their hash."""
     card = read_card(folder)
     tensors: dict[str, Tensor] = {}
     try:
@@ -145,14 +177,17 @@ def _recorded(folder: Path) -> tuple[EncoderCard, dict[str, Tensor]]:
             found = _archive_hash(card, folder / PROGRAMS[card.architecture])
         else:
             tensors = load_file(folder / WEIGHTS)
-            found = weights_hash(_network(card), tensors)
+            found = weights_hash(_function(card), tensors)
     except OSError as error:
         raise EncoderError(f"{folder}: no encoder here ({error}); train or import one") from error
     except SafetensorError as error:
-        raise EncoderError(f"{folder}: not an encoder file: {error}") from error
+        raise EncoderError(
+            f"{folder / WEIGHTS}: not a safetensors file ({error}); train or import the encoder "
+            "again"
+        ) from error
     if found != card.weights_hash:
         raise EncoderError(
-            f"{folder}: the weights are not those of the card (hash differs); "
+            f"{folder}: the weights do not belong to the card (hash differs); "
             "restore both files from one source, or train again"
         )
     return card, tensors
@@ -162,7 +197,7 @@ def _import_network(
     entry: ImportedEncoder, architecture: Literal["timm", "torchscript", "torch.export"]
 ) -> Encoder:
     network, path = entry.network, entry.file
-    assert network is not None  # the entry's own validation
+    assert network is not None  # validated by ImportedEncoder
     with path.open("rb") as file:
         identity = hashlib.file_digest(file, "sha256").hexdigest()
     card = EncoderCard(
@@ -180,45 +215,44 @@ def _import_network(
     )
     if architecture == "timm":
         module = _timm(card)
-        _fill(module.network, path, foreign.read_weights(path))
-        found = weights_hash(_network(card), encoder_tensors(module, {}))
+        _fill(module.network, path, read_weights(path))
+        found = weights_hash(_function(card), encoder_tensors(module, {}))
     else:
         module = _program(card, path)
         found = _archive_hash(card, path)
     module.requires_grad_(False)
-    foreign.check_module(entry.name, module, network)
+    check_module(entry.name, module, network)
     return Encoder(card.model_copy(update={"weights_hash": found}), module)
 
 
 def _timm(card: EncoderCard) -> ExternalEncoder:
     assert card.timm is not None
     assert isinstance(card.pixels, Preprocess)
-    return ExternalEncoder(foreign.timm_network(card.timm), card.pixels)
+    return ExternalEncoder(timm_network(card.timm), card.pixels)
 
 
 def _program(card: EncoderCard, archive: Path) -> ExternalEncoder:
     assert isinstance(card.pixels, Preprocess)
-    read = (
-        foreign.read_exported if card.architecture == "torch.export" else foreign.read_torchscript
-    )
+    read = read_exported if card.architecture == "torch.export" else read_torchscript
     return ExternalEncoder(read(archive), card.pixels, archive)
 
 
 def _fill(network: nn.Module, path: Path, tensors: dict[str, Tensor]) -> None:
-    """Load a checkpoint into a network; it may hold a classifier that the network lacks."""
+    """Load a checkpoint into a network; the checkpoint may contain a classifier in addition."""
     try:
         missing, other = network.load_state_dict(tensors, strict=False)
     except RuntimeError as error:  # sizes differ
-        raise EncoderError(f"{path}: weights do not fit the network: {error}") from error
+        raise EncoderError(f"{path}: the weights do not match the network: {error}") from error
     other = [name for name in other if not name.startswith(CLASSIFIERS)]
     if missing or other:
         raise EncoderError(
-            f"{path}: weights do not fit the network: missing {missing[:3]}, unknown {other[:3]}"
+            f"{path}: the weights do not match the network: missing {missing[:3]}, "
+            f"unknown {other[:3]}"
         )
 
 
-def _network(card: EncoderCard) -> str:
-    """What the hash of an encoder's weights covers beside them: all that makes the function."""
+def _function(card: EncoderCard) -> str:
+    """Describe architecture and preprocessing, which the hash covers in addition to the weights."""
     if isinstance(card.pixels, Preprocess):
         return f"{card.architecture} {card.timm!r} {card.pixels!r}"
     return card.architecture
@@ -227,7 +261,7 @@ def _network(card: EncoderCard) -> str:
 def _archive_hash(card: EncoderCard, archive: Path) -> str:
     with archive.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256")
-    digest.update(_network(card).encode())
+    digest.update(_function(card).encode())
     return digest.hexdigest()
 
 

@@ -1,16 +1,16 @@
-"""The encoder as compression runs it: the same function with less work.
+"""Fast inference: the same function as the trained encoder, with fewer operations.
 
-Three rewrites of the published network (:class:`~nic_core.encoders.networks.TellezEncoder`) are
-exact, since each moves one linear map into another:
+Three optimisations of the published network (:class:`~nic_core.encoders.networks.TellezEncoder`)
+are exact up to rounding, because each folds one linear map into another:
 
-1. every BatchNorm stands after LeakyReLU and before a layer that pads nothing, so its scale and
-   shift move into that layer's weights; so does the scaling of pixels to [-1, +1];
-2. the mean over p x p px moves into the first convolution, which becomes one of 3p x 3p px with
-   stride 2p on the patch's own pixels;
-3. on CPUs with oneDNN, weights lie as its kernels want them and LeakyReLU is part of the
-   convolution: no pass over the maps of its own, no reordering a batch.
+1. Every BatchNorm follows LeakyReLU and precedes a layer without padding, so its scale and shift
+   are folded into the weights of that layer. So is the scaling of pixels to [-1, +1].
+2. The mean over p x p px is folded into the first convolution, which then has 3p x 3p px and
+   stride 2p on the pixels of the patch.
+3. On CPUs with oneDNN, weights are stored in the layout of its kernels and LeakyReLU is fused into
+   the convolution, which saves a pass over the feature maps and a reordering for each batch.
 
-The fourth, bfloat16, is not exact: it is a setting, and grids record it.
+The fourth, bfloat16, is not exact: it is a setting, and each grid records it.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ import torch
 from torch import Tensor, nn
 
 from nic_core.encoders.networks import FILTERS, SLOPE, TellezEncoder, channels_last, flatten_hwc
+from nic_core.torch_internals import convolve_leaky_relu, has_fused_convolution, reorder_weight
 from nic_core.types import Precision, Reading
 
-BATCH = 32  # patches whose maps stay in a core's cache: faster than more
+BATCH = 32  # patches; the feature maps of a larger batch exceed a core's cache
 
 
 class Card(Protocol):
-    """What compression needs to know of an encoder."""
+    """The fields of an encoder card that compression requires."""
 
     @property
     def name(self) -> str: ...
@@ -44,23 +45,24 @@ class Card(Protocol):
 
 @dataclass(frozen=True)
 class PreparedEncoder:
-    """An encoder on its device, ready for many patches.
+    """An encoder optimised for inference on one device.
 
     Attributes
     ----------
     card : EncoderCard
     module : nn.Module
-        uint8 (B, 3, side, side), fastest channels-last, to embeddings (B, C), float32 or ``precision``.
+        Maps uint8 (B, 3, side, side), fastest in channels-last layout, to embeddings (B, C) in
+        float32 or ``precision``.
     side : int
-        Of what it reads, px.
+        Side of the pixels that ``module`` takes, px.
     mpp : float
-        um/px of what it reads: the patch's, or the coarser one of the network's own input.
+        Resolution of these pixels, um/px.
     device : torch.device
     precision : str
         ``float32`` or ``bfloat16``.
     reading : str
-        ``patch``: the patch's own pixels; ``input``: pixels of the network's input, which is
-        the patch pooled, read from the slide at that um/px.
+        ``patch``: ``module`` takes the pixels of the patch. ``input``: it takes the pooled patch,
+        which is read from the slide at the coarser resolution of the network's input.
     """
 
     card: Card
@@ -73,45 +75,50 @@ class PreparedEncoder:
 
     @property
     def on_cpu(self) -> bool:
-        """Whether it encodes on the cores that also decode slides."""
+        """Whether encoding shares the CPU with the decoding of slides."""
         return self.device.type == "cpu"
 
 
 def fast_module(
     network: TellezEncoder, *, pooling: int, device: torch.device, precision: Precision
 ) -> nn.Module:
-    """The published network by the rewrites above.
+    """Return the published network with the optimisations of this module.
 
     Parameters
     ----------
+    network : TellezEncoder
     pooling : int
-        Pixels a side of the input whose mean the network sees: 1 for its own resolution.
+        Pooling factor that is folded into the first convolution; 1 if the input is pooled already.
+    device : torch.device
+    precision : str
+        ``float32`` or ``bfloat16``.
 
     Returns
     -------
     nn.Module
-        uint8 (B, 3, side * pooling, side * pooling) to float32 (B, C).
+        Maps uint8 (B, 3, side * pooling, side * pooling) to float32 (B, C).
     """
     folded = FoldedEncoder(network, pooling).to(device)
     if precision == "bfloat16":
         folded.convolutions.bfloat16()
-    return FusedEncoder(folded) if device.type == "cpu" and can_fuse() else folded
+    fused = device.type == "cpu" and has_fused_convolution()
+    return FusedEncoder(folded) if fused else folded
 
 
 def autocast(module: nn.Module, device: torch.device, precision: Precision) -> nn.Module:
-    """Any other module, its convolutions and products in ``precision``."""
+    """Run the convolutions and matrix products of any module in ``precision``."""
     return module if precision == "float32" else _Autocast(module, device.type)
 
 
 class FoldedEncoder(nn.Module):
-    """The same function as a :class:`TellezEncoder` on pixels, with fewer operations.
+    """A :class:`TellezEncoder` on pixels with optimisations 1 and 2 of this module.
 
-    Takes uint8 (B, 3, side * pooling, side * pooling); rewrites 1 and 2 of this module.
+    Takes uint8 (B, 3, side * pooling, side * pooling).
     """
 
     def __init__(self, network: TellezEncoder, pooling: int) -> None:
         super().__init__()
-        # what the input of the next linear layer must be multiplied with and shifted by
+        # scale and shift of the next linear layer's input
         scale = torch.full((3,), 2 / 255, dtype=torch.float64)
         shift = torch.full((3,), -1.0, dtype=torch.float64)
         layers: list[nn.Module] = []
@@ -137,47 +144,37 @@ class FoldedEncoder(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the convolutions."""
+        """Data type of the convolutions."""
         return next(self.convolutions.parameters()).dtype
 
     def forward(self, pixels: Tensor) -> Tensor:
         maps: Tensor = self.convolutions(pixels.to(self.dtype))
-        # the last sum in float32 costs nothing, and embeddings keep all the digits that grids store
+        # a float32 dense layer costs nothing and keeps every digit that the float16 grids store
         embeddings: Tensor = self.dense(flatten_hwc(maps).float())
         return embeddings
 
 
 class FusedEncoder(nn.Module):
-    """A :class:`FoldedEncoder` through oneDNN's fused convolutions (rewrite 3).
+    """A :class:`FoldedEncoder` on oneDNN's fused convolutions (optimisation 3 of this module).
 
-    They are what ``torch.compile`` emits on CPUs, called without its compiler and its minute of
-    start-up.
+    ``torch.compile`` generates the same calls on CPUs, after a minute of compilation.
     """
 
     def __init__(self, folded: FoldedEncoder) -> None:
         super().__init__()
         self.dense, self.dtype = folded.dense, folded.dtype
         layers = [layer for layer in folded.convolutions if isinstance(layer, nn.Conv2d)]
-        reorder = torch.ops.mkldnn._reorder_convolution_weight
         self._convolutions = [
-            (reorder(c.weight, [0, 0], c.stride, [1, 1], 1, None), c.bias, list(c.stride))
-            for c in layers
+            (reorder_weight(layer), layer.bias, list(layer.stride)) for layer in layers
         ]
 
     def forward(self, pixels: Tensor) -> Tensor:
         maps = pixels.to(self.dtype)
         for weight, bias, stride in self._convolutions:
-            maps = torch.ops.mkldnn._convolution_pointwise(
-                maps, weight, bias, [0, 0], stride, [1, 1], 1, "leaky_relu", [SLOPE], ""
-            )
+            assert bias is not None
+            maps = convolve_leaky_relu(maps, weight, bias, stride, SLOPE)
         embeddings: Tensor = self.dense(flatten_hwc(maps).float())
         return embeddings
-
-
-def can_fuse() -> bool:
-    """Whether this build of PyTorch has oneDNN's fused convolutions (x86 CPUs)."""
-    there: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    return there and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
 
 
 class _Autocast(nn.Module):
@@ -200,7 +197,7 @@ def _affine_of(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
 
 
 def _shifted_bias(layer: nn.Conv2d | nn.Linear, weight: Tensor, shift: Tensor) -> Tensor:
-    """The bias of a layer whose input is shifted."""
+    """Return the bias that replaces a shift of the layer's input."""
     assert layer.bias is not None
     return layer.bias.double() + (weight * shift).flatten(1).sum(1)
 

@@ -1,9 +1,9 @@
-"""Import of the encoders that the authors released as Keras 2 HDF5 files.
+"""Import of the encoders that the authors released as Keras 2 HDF5 files [model].
 
-Read with h5py alone: the layer configuration is checked layer by layer against the network
-here, and weights are carried over by name. Keras' convolution kernels are (height, width,
-in, out), its dense kernels (in, out), and it flattens in height, width, channel order, as
-:class:`TellezEncoder` does.
+The files are read with h5py, without Keras. The layer configuration is compared layer by layer
+with :class:`~nic_core.encoders.networks.TellezEncoder`, and weights are copied by name. Keras
+stores convolution kernels as (height, width, in, out) and dense kernels as (in, out), and flattens
+in height, width, channel order, as ``TellezEncoder`` does.
 """
 
 from __future__ import annotations
@@ -44,23 +44,30 @@ Layer = dict[str, Any]
 
 
 def import_keras_encoder(path: Path, name: str) -> Encoder:
-    """The encoder in a released Keras HDF5 file, under ``name``, without heads.
+    """Import the encoder of a released Keras HDF5 file, without heads.
 
-    Works for the multitask and BiGAN encoders (``tellez2020``) and for mean-RGB. Patches are
-    128 px at 0.5 um/px; HDF5 files hold no trace of the training, so the card's objective is
-    ``imported`` and its source the file's name and sha256.
+    Supported are the multitask and BiGAN encoders (``tellez2020``) and mean-RGB. Patches are
+    128 px at 0.5 um/px. The files do not record the training, so the card's objective is
+    ``imported`` and its source is the name and sha256 of the file.
+
+    Parameters
+    ----------
+    path : Path
+        The HDF5 file.
+    name : str
+        Name of the encoder.
 
     Raises
     ------
     EncoderError
-        Not an HDF5 file, not a Keras model, or a model of another architecture; the message
-        says at which layer.
+        The file is not HDF5, not a Keras model, or a model of another architecture; the message
+        names the first layer that differs.
     """
     try:
         with h5py.File(path) as file:
             layers = _layers(path, file)
             weights = _weights(path, file)
-    except (OSError, RuntimeError) as error:  # of h5py, the latter deep in a damaged file
+    except (OSError, RuntimeError) as error:  # RuntimeError: h5py, inside a damaged file
         raise EncoderError(f"{path}: not a readable HDF5 file ({error})") from error
 
     kinds = [layer["class_name"] for layer in layers]
@@ -89,17 +96,17 @@ def import_keras_encoder(path: Path, name: str) -> Encoder:
 
 
 def _layers(path: Path, file: h5py.File) -> list[Layer]:
-    """The model's layers in order, nested Sequential models opened."""
+    """Return the model's layers in order, including those of nested models."""
     config = file.attrs.get("model_config")
     if config is None:
         raise EncoderError(
             f"{path}: no Keras model in this HDF5 file (attribute 'model_config' is missing); "
-            "save the whole model, not its weights alone"
+            "save the complete model, not only its weights"
         )
     try:
         return list(_flat(path, json.loads(config)))
-    except (ValueError, TypeError) as error:  # no JSON, or no text at all
-        raise _refusal(path, f"its model_config is no JSON ({error})") from error
+    except (ValueError, TypeError) as error:  # TypeError: the attribute is not text
+        raise _refusal(path, f"its model_config is not JSON ({error})") from error
 
 
 def _flat(path: Path, model: object) -> Iterator[Layer]:
@@ -117,11 +124,11 @@ def _flat(path: Path, model: object) -> Iterator[Layer]:
 
 
 def _weights(path: Path, file: h5py.File) -> dict[str, Tensor]:
-    """Arrays by ``<layer>/<weight>``, whatever models they are nested in."""
+    """Return arrays by ``<layer>/<weight>``, including those of nested models."""
     found: dict[str, Tensor] = {}
 
     def visit(name: str, item: object) -> None:
-        # a released encoder's weights are all float32; whatever else is here belongs to none
+        # all weights of the released encoders are float32
         if isinstance(item, h5py.Dataset) and item.dtype == "float32":
             key = "/".join(name.removesuffix(":0").split("/")[-2:])
             found[key] = torch.from_numpy(item[()])
@@ -134,7 +141,7 @@ def _weights(path: Path, file: h5py.File) -> dict[str, Tensor]:
 
 
 def _check_architecture(path: Path, layers: list[Layer]) -> int:
-    """Raise unless the layers are exactly those of the published encoder; its embedding size."""
+    """Return the embedding size; raise if a layer differs from the published encoder."""
     side = PATCH // POOLING
     convolution = {
         "filters": FILTERS,
@@ -212,4 +219,4 @@ def _copy_weights(
 
 
 def _refusal(path: Path, problem: str) -> EncoderError:
-    return EncoderError(f"{path}: not a released encoder: {problem}")
+    return EncoderError(f"{path}: not one of the released encoders: {problem}")

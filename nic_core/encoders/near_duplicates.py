@@ -1,16 +1,18 @@
-"""Patches of one split that show, nearly, what a patch of another split shows.
+"""Near-duplicates: patches that are almost identical to a patch of another split [choice].
 
-Pixels that were compressed again, brightened, shifted a little, turned or mirrored are no longer
-identical, but a network that has seen one knows the other. All of this is [choice].
+A copy that was recompressed, brightened, shifted by a few pixels, rotated or mirrored no longer has
+identical pixels, but a network trained on one copy recognises the other, which biases its scores.
 
-1. Of each patch, in grey, the means of 8 x 8 cells without their mean and at unit length. For
-   each patch and each of its 8 orientations the nearest of the earlier splits is a candidate.
-2. Candidates are compared at 128 px, between 4 and 32 periods a side (finer is noise and what JPEG
-   removes, coarser is shading): the shift of at most 8 px where they correlate best, then their
-   correlation on what they share. A first look at 32 px, 16 times cheaper, drops most of them.
+1. Each patch is described by the grey means of 8 x 8 cells, minus their mean and normalised to unit
+   length. For each patch and each of its 8 orientations, the nearest patch of the earlier splits is
+   a candidate.
+2. Candidates are compared at 128 px, band-passed between 4 and 32 periods per side (finer detail is
+   noise and lost by JPEG, coarser detail is shading): find the shift of at most 8 px with the
+   highest correlation, then compute the correlation on the overlap. A first comparison at 32 px,
+   16 times cheaper, rejects most candidates.
 
-Patches that are mostly empty are not compared: glass with a fleck of tissue in the same corner
-correlates.
+Patches that are mostly empty are skipped, because empty glass with a piece of tissue in the same
+corner correlates.
 """
 
 from __future__ import annotations
@@ -27,97 +29,103 @@ from torch.nn import functional as F
 from nic_core.encoders.splits import SPLITS
 from nic_core.slides.resample import coverage
 
-AGREEMENT = 0.75  # other tissue stays below 0.7, copies as above lie above 0.75, most above 0.9
+# lower limit of the correlation: other tissue is below 0.7, copies as above are above 0.75 and
+# most of them above 0.9
+MIN_CORRELATION = 0.75
 SIDE = 128  # px at which patches are compared
-REACH = 1 / 16  # of the side
-ROUGH_SIDE, ROUGH = 32, 0.4  # of the first look; copies have 0.5 and more there
-BAND = (4, 32)  # periods a side
-CELLS = 8  # a side
-# a cell has structure if its standard deviation exceeds 5 grey levels; half of them must
-STRUCTURE, SHARE = 5.0, 0.5
-CANDIDATE = 0.6
+MAX_SHIFT = 1 / 16  # of the side
+ROUGH_SIDE, MIN_ROUGH_CORRELATION = 32, 0.4  # of the first comparison; copies have at least 0.5
+BAND = (4, 32)  # periods per side
+CELLS = 8  # per side
+# a cell has structure if its standard deviation exceeds MIN_DEVIATION grey levels; a patch is
+# compared if at least this share of its cells has structure
+MIN_DEVIATION, MIN_SHARE = 5.0, 0.5
+MIN_SIMILARITY = 0.6  # cosine similarity of a candidate's cell means
 _BATCH = 256  # patches
-_PRODUCTS = 2**24  # similarities at once
+_PRODUCTS = 2**24  # upper limit of similarities in memory
 
-PAIRS_SCHEMA = {"index": pl.Int64(), "other": pl.Int64(), "agreement": pl.Float64()}
+PAIRS_SCHEMA = {"index": pl.Int64(), "other": pl.Int64(), "correlation": pl.Float64()}
 
 
 def near_duplicates(patches: NDArray[np.uint8], splits: Sequence[str]) -> pl.DataFrame:
-    """The patches of test and validation that have a near-duplicate in an earlier split.
+    """Find patches of validation and test that have a near-duplicate in an earlier split.
 
     Parameters
     ----------
-    patches : uint8 (N, P, P, 3)
-        May be memory-mapped: a batch is read at a time.
-    splits
-        The split of each patch.
+    patches : ndarray
+        uint8 (N, P, P, 3); may be memory-mapped, because it is read in batches.
+    splits : sequence of str
+        Split of each patch, of :data:`~nic_core.encoders.splits.SPLITS`.
 
     Returns
     -------
     polars.DataFrame
-        ``PAIRS_SCHEMA``: a patch of validation or test, the patch of an earlier split that agrees
-        best with it, and their correlation (over ``AGREEMENT``).
+        ``PAIRS_SCHEMA``: index of a patch of validation or test, index of the patch of an earlier
+        split with the highest correlation, and this correlation (above ``MIN_CORRELATION``).
     """
-    embeddings, busy = _embeddings(patches)
+    descriptors, structured = _descriptors(patches)
     order = np.array([SPLITS.index(split) for split in splits])
     pairs: list[tuple[int, int, float]] = []
     for split in range(1, len(SPLITS)):
-        mine = np.flatnonzero((order == split) & busy)
-        earlier = np.flatnonzero((order < split) & busy)
-        if len(mine) and len(earlier):
-            pairs += _pairs(patches, embeddings, mine, earlier)
+        later = np.flatnonzero((order == split) & structured)
+        earlier = np.flatnonzero((order < split) & structured)
+        if len(later) and len(earlier):
+            pairs += _pairs(patches, descriptors, later, earlier)
     return pl.DataFrame(pairs, schema=PAIRS_SCHEMA, orient="row").sort("index")
 
 
-def _embeddings(patches: NDArray[np.uint8]) -> tuple[Tensor, NDArray[np.bool_]]:
-    """Unit vectors (N, CELLS, CELLS) of the cells' means, and whether a patch has structure."""
-    embeddings, busy = torch.zeros((len(patches), CELLS, CELLS)), np.zeros(len(patches), bool)
+def _descriptors(patches: NDArray[np.uint8]) -> tuple[Tensor, NDArray[np.bool_]]:
+    """Return unit vectors (N, CELLS, CELLS) of cell means, and whether each patch has structure."""
+    descriptors = torch.zeros((len(patches), CELLS, CELLS))
+    structured = np.zeros(len(patches), bool)
     for start in range(0, len(patches), _BATCH):
         grey = _grey(patches[start : start + _BATCH])
         mean = _pooled(grey, CELLS)
         spread = (_pooled(grey**2, CELLS) - mean**2).clamp(min=0).sqrt()
         mean = mean - mean.mean((1, 2), keepdim=True)
-        embeddings[start : start + _BATCH] = F.normalize(mean.flatten(1)).reshape(mean.shape)
-        share = (spread > STRUCTURE).float().mean((1, 2))
-        busy[start : start + _BATCH] = (share >= SHARE).numpy()
-    return embeddings, busy
+        descriptors[start : start + _BATCH] = F.normalize(mean.flatten(1)).reshape(mean.shape)
+        share = (spread > MIN_DEVIATION).float().mean((1, 2))
+        structured[start : start + _BATCH] = (share >= MIN_SHARE).numpy()
+    return descriptors, structured
 
 
 def _pairs(
     patches: NDArray[np.uint8],
-    embeddings: Tensor,
-    mine: NDArray[np.intp],
+    descriptors: Tensor,
+    later: NDArray[np.intp],
     earlier: NDArray[np.intp],
 ) -> list[tuple[int, int, float]]:
-    """The best of the earlier patches for each of mine that agrees with one."""
-    known = embeddings[earlier].flatten(1).T.contiguous()
+    """Return (later, earlier, correlation) of each later patch with a near-duplicate."""
+    known = descriptors[earlier].flatten(1).T.contiguous()
     best: dict[int, tuple[float, int]] = {}
     step = max(1, min(_BATCH, _PRODUCTS // len(earlier)))
-    for start in range(0, len(mine), step):
-        rows = mine[start : start + step]
-        own = _grey(patches[rows])
-        for turn in range(8):
-            likeness, nearest = (_turned(embeddings[rows], turn).flatten(1) @ known).max(1)
-            chosen = np.flatnonzero((likeness > CANDIDATE).numpy())
+    for start in range(0, len(later), step):
+        rows = later[start : start + step]
+        grey = _grey(patches[rows])
+        for number in range(8):
+            turned = _orientation(descriptors[rows], number).flatten(1)
+            similarity, nearest = (turned @ known).max(1)
+            chosen = np.flatnonzero((similarity > MIN_SIMILARITY).numpy())
             others = earlier[nearest.numpy()[chosen]]
-            one, other = _turned(own[chosen], turn), _grey(patches[others])
-            close = np.flatnonzero(np.array(_agreements(one, other, ROUGH_SIDE)) > ROUGH)
+            one, two = _orientation(grey[chosen], number), _grey(patches[others])
+            rough = np.array(_correlations(one, two, ROUGH_SIDE))
+            close = np.flatnonzero(rough > MIN_ROUGH_CORRELATION)
             chosen, others = chosen[close], others[close]
-            agreements = _agreements(one[close], other[close], SIDE)
-            for row, other, agreement in zip(rows[chosen], others, agreements, strict=True):
-                if agreement > max(AGREEMENT, best.get(row, (0.0, 0))[0]):
-                    best[row] = agreement, other
-    return [(int(row), int(other), agreement) for row, (agreement, other) in best.items()]
+            correlations = _correlations(one[close], two[close], SIDE)
+            for row, other, correlation in zip(rows[chosen], others, correlations, strict=True):
+                if correlation > max(MIN_CORRELATION, best.get(row, (0.0, 0))[0]):
+                    best[row] = correlation, other
+    return [(int(row), int(other), correlation) for row, (correlation, other) in best.items()]
 
 
 def _grey(patches: NDArray[np.uint8]) -> Tensor:
-    """float32 (B, SIDE, SIDE) of uint8 (B, P, P, 3)."""
+    """Convert uint8 (B, P, P, 3) to grey float32 (B, SIDE, SIDE)."""
     red, green, blue = (patches[..., channel].astype(np.uint16) for channel in range(3))
     return _pooled(torch.from_numpy((red + green + blue).astype(np.float32) / 3), SIDE)
 
 
 def _pooled(images: Tensor, side: int) -> Tensor:
-    """(B, H, H) to (B, side, side) by means over areas, as matrix products."""
+    """Resample (B, H, H) to (B, side, side) by means over areas, as matrix products."""
     length = images.shape[-1]
     if length == side:
         return images
@@ -125,21 +133,21 @@ def _pooled(images: Tensor, side: int) -> Tensor:
     return weights @ images @ weights.T
 
 
-def _turned(images: Tensor, turn: int) -> Tensor:
-    """One of the 8 orientations of (B, H, W)."""
-    images = torch.rot90(images, turn % 4, (1, 2))
-    return images.flip(2) if turn >= 4 else images
+def _orientation(images: Tensor, number: int) -> Tensor:
+    """Return orientation ``number``, 0 to 7, of (B, H, W)."""
+    images = torch.rot90(images, number % 4, (1, 2))
+    return images.flip(2) if number >= 4 else images
 
 
-def _agreements(one: Tensor, other: Tensor, side: int) -> list[float]:
-    """Correlation of each pair of (B, SIDE, SIDE) at its best shift, on what they share.
+def _correlations(one: Tensor, two: Tensor, side: int) -> list[float]:
+    """Return the correlation of each pair of (B, SIDE, SIDE) on the overlap at its best shift.
 
-    They are compared at ``side`` px.
+    The images are compared at ``side`` px.
     """
     if not len(one):
-        return []  # MKL's FFT refuses an empty batch
-    reach = round(REACH * side)
-    first, second = _filtered(one, side), _filtered(other, side)
+        return []  # MKL's FFT does not accept an empty batch
+    reach = round(MAX_SHIFT * side)
+    first, second = _filtered(one, side), _filtered(two, side)
     surface = torch.fft.irfft2(first * second.conj(), s=(side, side))
     surface = surface.roll((reach, reach), (1, 2))[:, : 2 * reach + 1, : 2 * reach + 1]
     peak = surface.flatten(1).argmax(1)
@@ -147,19 +155,19 @@ def _agreements(one: Tensor, other: Tensor, side: int) -> list[float]:
     found = []
     for p, q, place in zip(a, b, peak.tolist(), strict=True):
         y, x = (shift - reach for shift in divmod(place, 2 * reach + 1))
-        p, q = _shared(p, y, x), _shared(q, -y, -x)
+        p, q = _overlap(p, y, x), _overlap(q, -y, -x)
         found.append(float((p * q).sum() / (p.norm() * q.norm()).clamp(min=1e-6)))
     return found
 
 
-def _shared(image: Tensor, y: int, x: int) -> Tensor:
-    """What is left of an image when another lies over it, shifted by (y, x)."""
+def _overlap(image: Tensor, y: int, x: int) -> Tensor:
+    """Return the part of an image that another image, shifted by (y, x), overlaps."""
     height, width = image.shape
     return image[max(0, y) : height + min(0, y), max(0, x) : width + min(0, x)]
 
 
 def _filtered(images: Tensor, side: int) -> Tensor:
-    """Spectra of (B, SIDE, SIDE) at ``side`` px within the band."""
+    """Return band-passed spectra of (B, SIDE, SIDE) at ``side`` px."""
     low, high = BAND
     down, across = torch.fft.fftfreq(side) * side, torch.fft.rfftfreq(side) * side
     periods = torch.hypot(down[:, None], across[None, :])

@@ -1,10 +1,9 @@
-"""The encoder networks: from patches to embeddings.
+"""Section 2, encoder networks: from patches to embeddings.
 
-:class:`TellezEncoder` is the architecture inside the released multitask and BiGAN encoders
-(Tellez et al., MIDL 2020): 4 strided 3x3 convolutions with **valid** padding, LeakyReLU
-*before* BatchNorm, flatten in height, width, channel order, one linear layer.
-:class:`StridedEncoder` is the one of the VAE and of contrastive training (Tellez et al., TPAMI
-2019). Keras' BatchNorm momentum 0.8 is PyTorch's 0.2.
+:class:`TellezEncoder` is the architecture of the released multitask and BiGAN encoders [model]:
+4 strided 3x3 convolutions with **valid** padding, LeakyReLU *before* BatchNorm, flattening in
+height, width, channel order, one linear layer. Keras' BatchNorm momentum 0.8 is 0.2 in PyTorch.
+:class:`StridedEncoder` is the architecture of the VAE and of contrastive training [B] (section 3).
 """
 
 from __future__ import annotations
@@ -22,32 +21,32 @@ BN_MOMENTUM = 0.2
 
 
 def pool_patches(pixels: Tensor, pooling: int = POOLING) -> Tensor:
-    """uint8 or float (B, 3, P, P) to float32 (B, 3, P/p, P/p) by the mean of p x p pixels."""
+    """Average p x p pixels: uint8 or float (B, 3, P, P) to float32 (B, 3, P/p, P/p)."""
     pixels = pixels.float()
     return pixels if pooling == 1 else functional.avg_pool2d(pixels, pooling)
 
 
 def flatten_hwc(maps: Tensor) -> Tensor:
-    """(B, C, H, W) to (B, H*W*C), the order in which Keras flattens."""
+    """Flatten (B, C, H, W) to (B, H*W*C), the order of Keras."""
     return maps.permute(0, 2, 3, 1).flatten(1)
 
 
 def channels_last(module: nn.Module) -> None:
-    """Lay the module's convolution weights out channels-last, the faster order on CPUs."""
+    """Convert convolution weights to channels-last layout, which is faster on CPUs."""
     module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def convolved_side(side: int) -> int:
-    """Side of the last feature map for an input of ``side`` px: 64 -> 31 -> 15 -> 7 -> 3."""
+    """Return the side of the last feature map: 64 px -> 31 -> 15 -> 7 -> 3."""
     for _ in range(CONVOLUTIONS):
         side = (side - 3) // 2 + 1
     return side
 
 
 def initialise_as_keras(module: nn.Module) -> None:
-    """Initial weights as configured in the released encoders.
+    """Draw initial weights as the released encoders are configured [model].
 
-    Convolutions: He-uniform; dense layers: Glorot-uniform; biases 0.
+    Convolutions: He uniform; dense layers: Glorot uniform; biases: 0.
     """
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d):
@@ -59,22 +58,22 @@ def initialise_as_keras(module: nn.Module) -> None:
 
 
 class TellezEncoder(nn.Module):
-    """Pooled patch in [-1, 1], float32 (B, 3, side, side), to embedding, float32 (B, embedding).
+    """Pooled patch in [-1, 1], float32 (B, 3, side, side), to embedding, float32 (B, C).
 
-    595,968 parameters at the published size (``side`` 64, ``code`` 128). Other sides are
-    [choice]; only the dense layer depends on them.
+    595,968 parameters at the published size, side 64 and embedding size 128 [model]. Other sides
+    are [choice]; only the dense layer depends on them.
 
     Raises
     ------
     ValueError
-        ``side`` is too small for 4 valid convolutions (less than 31 px).
+        ``side`` is less than 31 px, too small for 4 convolutions with valid padding.
     """
 
     def __init__(self, embedding_size: int = 128, side: int = 64) -> None:
         super().__init__()
         last = convolved_side(side)
         if last < 1:
-            raise ValueError(f"a pooled patch of {side} px is too small: 31 px or more are needed")
+            raise ValueError(f"a pooled patch of {side} px is too small; use 31 px or more")
         self.embedding_size = embedding_size
         self.side = side
         layers: list[nn.Module] = []
@@ -90,11 +89,11 @@ class TellezEncoder(nn.Module):
 
     @property
     def pooling(self) -> int:
-        """Pixels a side whose mean is one pixel of the network's input."""
+        """Pooling factor between the patch and the network's input."""
         return POOLING
 
     def features(self, pooled: Tensor) -> Tensor:
-        """What the linear layer to the embedding sees, float32 (B, features)."""
+        """Return the input of the last linear layer, float32 (B, features)."""
         return flatten_hwc(self.convolutions(pooled))
 
     def forward(self, pooled: Tensor) -> Tensor:
@@ -103,17 +102,17 @@ class TellezEncoder(nn.Module):
 
 
 class StridedEncoder(nn.Module):
-    """Patch in [-1, 1], float32 (B, 3, side, side), to embedding, float32 (B, embedding) (paper B).
+    """Patch in [-1, 1], float32 (B, 3, side, side), to embedding, float32 (B, C) [B].
 
     5 convolutions 3x3 with stride 2 and 32, 64, 128, 256, 512 filters, each with BatchNorm and
-    LeakyReLU; dense 512; a linear layer to the embedding. Padding of 1 px (side 128 ends at 4 x 4,
-    where the paper's decoder begins), LeakyReLU 0.2 and BatchNorm and LeakyReLU after the
-    dense layer are [choice].
+    LeakyReLU; dense 512; a linear layer to the embedding. [choice]: padding of 1 px (a side of 128
+    px ends at 4 x 4, where the published decoder begins), slope 0.2 of LeakyReLU, and BatchNorm and
+    LeakyReLU after the dense layer.
 
     Raises
     ------
     ValueError
-        ``side`` is no multiple of 32.
+        ``side`` is not a multiple of 32.
     """
 
     FILTERS = (32, 64, 128, 256, 512)
@@ -122,7 +121,10 @@ class StridedEncoder(nn.Module):
     def __init__(self, embedding_size: int = 128, side: int = 128) -> None:
         super().__init__()
         if side % 2 ** len(self.FILTERS):
-            raise ValueError(f"a patch of {side} px does not halve {len(self.FILTERS)} times")
+            raise ValueError(
+                f"a patch of {side} px cannot be encoded: the side must be a multiple of "
+                f"{2 ** len(self.FILTERS)} px"
+            )
         self.embedding_size = embedding_size
         self.side = side
         layers: list[nn.Module] = []
@@ -144,11 +146,11 @@ class StridedEncoder(nn.Module):
 
     @property
     def pooling(self) -> int:
-        """The network sees the patch's own pixels."""
+        """Pooling factor between the patch and the network's input: none."""
         return 1
 
     def features(self, pixels: Tensor) -> Tensor:
-        """What the linear layer to the embedding sees, float32 (B, 512)."""
+        """Return the input of the last linear layer, float32 (B, 512)."""
         features: Tensor = self.hidden(flatten_hwc(self.convolutions(pixels)))
         return features
 
@@ -158,10 +160,10 @@ class StridedEncoder(nn.Module):
 
 
 class PatchEncoder(nn.Module):
-    """uint8 (B, 3, P, P) to embedding, float32 (B, C): pools, scales to [-1, 1], encodes.
+    """uint8 (B, 3, P, P) to embedding, float32 (B, C): pooling, scaling to [-1, 1], network.
 
-    Everything between stored pixels and the embedding is inside, so the module exports as
-    exactly that function.
+    The module contains every operation between stored pixels and the embedding, so an exported
+    module is the complete encoder.
     """
 
     def __init__(self, network: TellezEncoder | StridedEncoder) -> None:
@@ -182,10 +184,10 @@ class MeanRGB(nn.Module):
 
 
 class ClassHead(nn.Module):
-    """Code (B, C) to logits (B, classes): dense 256, BatchNorm, LeakyReLU, dense (paper B).
+    """Embedding (B, C) to logits (B, classes): dense 256, BatchNorm, LeakyReLU, dense [B].
 
-    Conv layers of the released encoders put LeakyReLU before BatchNorm; for the head the
-    paper's text says "BN + LeakyReLU".
+    The convolutions of the released encoders have LeakyReLU before BatchNorm [model]; the text on
+    the head says "BN + LeakyReLU" [B].
     """
 
     HIDDEN = 256
@@ -206,7 +208,16 @@ class ClassHead(nn.Module):
 
 
 def pooled_side(patch: int) -> int:
-    """Side of the pooled patch, px; ``patch`` must be even."""
+    """Return the side of the pooled patch, px.
+
+    Raises
+    ------
+    ValueError
+        ``patch`` is odd.
+    """
     if patch % POOLING:
-        raise ValueError(f"patch size {patch} px is odd: the encoder pools {POOLING} x {POOLING}")
+        raise ValueError(
+            f"patch size {patch} px is odd; the encoder averages {POOLING} x {POOLING} px, so use "
+            "an even size"
+        )
     return patch // POOLING

@@ -1,7 +1,6 @@
-"""Where labelled images come from: a table, a folder a class, HDF5 files, annotated slides.
+"""Sources of labelled images: tables, one folder per class, HDF5 files, annotated slides.
 
-Each source is a listing and a function that reads the image of a row; nothing is read before it
-is asked for.
+A source is a listing and a function that reads the image of one row. Images are read lazily.
 """
 
 from __future__ import annotations
@@ -21,20 +20,20 @@ import pyvips
 
 from nic_core.cohort import AnnotatedSlides, CohortError, Hdf5Images, PatchTask
 from nic_core.slides import Slide, SlideError, open_slide
-from nic_core.slides.resample import resample, settle
+from nic_core.slides.resample import resample, snap_to_whole
 from nic_core.tiling.annotations import label_patches, read_annotations
 from nic_core.tiling.patches import patch_table
 from nic_core.tiling.tissue import read_mask, tissue_mask
 from nic_core.types import Pixels
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-_OPTIONAL = ("split", "mpp", "mask")  # columns that a table may have
-# PatchCamelyon's chunks are read one image after the other: each is to be unpacked once
+_OPTIONAL = ("split", "mpp", "mask")  # columns of a table
+# holds a chunk of PatchCamelyon, so that reading image by image decompresses each chunk once
 _CHUNK_CACHE = 64 * 2**20  # bytes
 
 
 class ImageError(ValueError):
-    """One image of a source cannot be read."""
+    """An image of a source cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +43,13 @@ class PatchSource:
     Attributes
     ----------
     listing : polars.DataFrame
-        A row an image, by source: source (what was read, for people), x, y (level-0 px in a
-        slide, else 0), grid_row, grid_column (of the patch grid over a slide, else 0), label, group
-        and, where the source has one, split.
+        One row per image, sorted by source: source (path, for messages), x, y (level-0 px in a
+        slide, else 0), grid_row, grid_column (cell of the patch grid of a slide, else 0), label,
+        group and, if the source has one, split.
     read : callable
-        Number of a row to uint8 RGB (H, W, 3); safe in threads; raises :class:`ImageError`.
+        Maps a row number to uint8 RGB (H, W, 3); thread-safe; raises :class:`ImageError`.
     scale : float
-        What the images' sides are multiplied by to reach the study's resolution.
+        Factor from the images' own resolution to the study's.
     """
 
     listing: pl.DataFrame
@@ -62,21 +61,23 @@ class PatchSource:
 def open_source(
     task: PatchTask, *, patch: int, mpp: float, tissue: float, seed: int
 ) -> Iterator[PatchSource]:
-    """List a task's images; files stay open as long as the block.
+    """List the images of a task; files stay open inside the ``with`` block.
 
     Parameters
     ----------
+    task : PatchTask
+        Entry of the cohort file.
     patch, mpp, tissue
-        The study's patch (px), resolution (um/px) and tissue fraction: the grid that is laid over
-        annotated slides.
-    seed
-        Draws a slide's patches where there are more than ``slides.max_per_slide`` of a class.
+        The study's patch size (px), resolution (um/px) and minimum tissue fraction of a cell; they
+        define the grid of annotated slides.
+    seed : int
+        Of the random choice if a slide has more than ``slides.max_per_slide`` patches of a class.
 
     Raises
     ------
     CohortError
-        A missing table, column, folder or file, one that is something else, an empty class; the
-        message names it and the task.
+        A table, column, folder or file is missing or invalid, or a class is empty; the message
+        names it and the task.
     """
     scale = 1.0 if task.mpp is None or task.mpp == "unknown" else task.mpp / mpp
     if task.slides is not None:
@@ -90,13 +91,15 @@ def open_source(
         paths = [Path(source) for source in listing["source"]]
         if missing := [path for path in paths if not path.exists()]:
             raise task_error(
-                task, f"{len(missing)} image(s) do not exist, the first is {missing[0]}"
+                task,
+                f"{len(missing)} image(s) do not exist; the first is {missing[0]}; correct the "
+                "paths or remove the rows",
             )
         yield PatchSource(listing, lambda row: read_image(paths[row]), scale)
 
 
 def source_files(task: PatchTask) -> list[Path]:
-    """The files whose content is the source, but for the images that a table or folder names."""
+    """Return the files of a source, except the images that a table or a folder names."""
     if task.slides is not None:
         table = _read_table(task, task.slides.table, (task.path_column, "annotations"))
         columns = (task.path_column, "annotations", *(["mask"] if "mask" in table.columns else []))
@@ -107,7 +110,7 @@ def source_files(task: PatchTask) -> list[Path]:
 
 
 def task_error(task: PatchTask, problem: str) -> CohortError:
-    """The error that says which task has the problem."""
+    """Return an error that names the task."""
     return CohortError(f"patch task '{task.name}': {problem}")
 
 
@@ -115,16 +118,16 @@ def task_error(task: PatchTask, problem: str) -> CohortError:
 
 
 def read_image(path: Path) -> Pixels:
-    """An image file as uint8 RGB (H, W, 3). Transparency becomes white.
+    """Read an image file as uint8 RGB (H, W, 3); transparent pixels become white.
 
     Raises
     ------
     ImageError
-        Missing, not an image, or cut short.
+        The file is missing, not an image, or truncated.
     """
     try:
         image = pyvips.Image.new_from_file(str(path), fail_on="truncated").colourspace("srgb")
-        if image.hasalpha():  # now of 8 bits: white is 255
+        if image.hasalpha():  # colourspace() made it 8 bits, so white is 255
             image = image.flatten(background=[255])
         return np.ascontiguousarray(image.cast("uchar").numpy())
     except pyvips.Error as error:
@@ -132,39 +135,41 @@ def read_image(path: Path) -> Pixels:
 
 
 def rescale(image: Pixels, scale: float) -> Pixels:
-    """An image (H, W, 3) with its sides multiplied by ``scale``, down to whole pixels.
+    """Multiply the sides of an image (H, W, 3) by ``scale``, rounded down to whole pixels.
 
-    Reductions are means over areas, enlargements linear (:mod:`nic_core.slides.resample`). A
-    scale within a thousandth of 1 is 1, and a hundredth of a pixel that lacks is rounding.
+    Reductions are means over areas, enlargements are linear (:mod:`nic_core.slides.resample`). A
+    scale within 0.001 of 1 is taken as 1, and a deficit of 0.01 px is taken as rounding.
     """
     height, width = (scaled_side(side, scale) for side in image.shape[:2])
     if (height, width) == image.shape[:2]:
         return image
-    start, step = settle(0.0, 1 / scale)
+    start, step = snap_to_whole(0.0, 1 / scale)
     return resample(image, (start, start), step, (width, height))
 
 
 def scaled_side(side: int, scale: float) -> int:
-    """The side that :func:`rescale` gives, px."""
+    """Return the side after :func:`rescale`, px."""
     return side if abs(scale - 1) < 1e-3 else max(1, int(side * scale + 1e-2))
 
 
-# --- a table, a folder -----------------------------------------------------------------------
+# --- tables and folders ----------------------------------------------------------------------
 
 
 def _list_folder(task: PatchTask) -> pl.DataFrame:
-    """Every image in the sub-folders, sorted by path."""
+    """List all images in the subfolders, sorted by path."""
     assert task.folder is not None
     if not task.folder.is_dir():
         raise task_error(task, f"folder {task.folder} does not exist")
     folders = sorted(path for path in task.folder.iterdir() if path.is_dir())
     if not folders:
-        raise task_error(task, f"{task.folder} has no sub-folders; one a class is needed")
+        raise task_error(task, f"{task.folder} has no subfolders; make one folder per class")
     rows: list[tuple[str, str, str]] = []
     for folder in folders:
         files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
         if not files:
-            raise task_error(task, f"class '{folder.name}' has no image in {folder}")
+            raise task_error(
+                task, f"class '{folder.name}' has no image in {folder}; add images or remove it"
+            )
         rows += [(str(file), folder.name, _group_of(task, file)) for file in files]
     return _at_origin(pl.DataFrame(rows, schema=["source", "label", "group"], orient="row"))
 
@@ -178,20 +183,23 @@ def _group_of(task: PatchTask, file: Path) -> str:
             return found["group"]
     except (re.error, IndexError) as error:
         raise task_error(
-            task, f"group_pattern '{task.group_pattern}' has no group (?P<group>...) ({error})"
+            task,
+            f"group_pattern '{task.group_pattern}' has no named group (?P<group>...) ({error})",
         ) from error
-    raise task_error(task, f"group_pattern '{task.group_pattern}' finds no group in {file}")
+    raise task_error(
+        task, f"group_pattern '{task.group_pattern}' does not match the name of {file}"
+    )
 
 
 def _list_table(task: PatchTask) -> pl.DataFrame:
-    """The rows that `where` keeps, sorted by path."""
+    """List the rows that match ``where``, sorted by path."""
     assert task.table is not None
     columns = (task.path_column, task.label_column, task.group_column, *task.where)
     table = _read_table(task, task.table, columns)
     for column, value in task.where.items():
         table = table.filter(pl.col(column) == value)
     if table.is_empty():
-        raise task_error(task, f"table {task.table} has no rows where {task.where}")
+        raise task_error(task, f"table {task.table} has no row that matches 'where' {task.where}")
     _refuse_empty(task, task.table, table, (task.path_column, task.label_column))
     base = task.table.parent
     listing = pl.DataFrame(
@@ -207,7 +215,7 @@ def _list_table(task: PatchTask) -> pl.DataFrame:
 
 
 def _read_table(task: PatchTask, path: Path, columns: Sequence[str | None]) -> pl.DataFrame:
-    """A CSV or parquet table as text; an id such as 007 keeps its zeros."""
+    """Read a CSV or parquet table as text, so that an id such as 007 keeps its zeros."""
     try:
         table = (
             pl.read_parquet(path)
@@ -219,12 +227,14 @@ def _read_table(task: PatchTask, path: Path, columns: Sequence[str | None]) -> p
     for column in columns:
         if column is not None and column not in table.columns:
             raise task_error(task, f"table {path} has no column '{column}'; it has {table.columns}")
-    # a column that nobody asks for may be of any type
+    # other columns may have any type
     used = {*columns, *_OPTIONAL} & set(table.columns)
     try:
         return table.select(pl.col(name).cast(pl.String) for name in table.columns if name in used)
     except pl.exceptions.PolarsError as error:
-        raise task_error(task, f"table {path} has a column that is no text: {error}") from error
+        raise task_error(
+            task, f"table {path} has a column that cannot be read as text: {error}"
+        ) from error
 
 
 def _refuse_empty(task: PatchTask, path: Path, table: pl.DataFrame, columns: Sequence[str]) -> None:
@@ -232,13 +242,13 @@ def _refuse_empty(task: PatchTask, path: Path, table: pl.DataFrame, columns: Seq
         if (empty := table[column].is_null() | (table[column] == "")).any():
             raise task_error(
                 task,
-                f"table {path}: {int(empty.sum())} kept rows have an empty '{column}', "
-                f"the first is number {empty.arg_true()[0] + 1}",
+                f"table {path}: {int(empty.sum())} of the rows used have an empty '{column}'; "
+                f"the first is row {empty.arg_true()[0] + 1} of them",
             )
 
 
 def _groups(task: PatchTask, table: pl.DataFrame | None, source: pl.Series) -> pl.Series:
-    """The group column; a row without a group is one of its own."""
+    """Return the group column; a row without a group is a separate group."""
     if table is None or task.group_column is None:
         return source.alias("group")
     group = table[task.group_column]
@@ -278,25 +288,31 @@ def _open_part(
     if images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8:
         raise task_error(
             task,
-            f"{part.images}: 'x' is {images.dtype} {images.shape}; uint8 (N, H, W, 3) is needed",
+            f"{part.images}: dataset 'x' is {images.dtype} {images.shape}; it must be uint8 "
+            "(N, H, W, 3)",
         )
     numbers = np.asarray(_dataset(task, part.labels, "y", stack)[:]).reshape(-1)
     if len(numbers) != len(images):
         raise task_error(
-            task, f"{part.images} holds {len(images)} images, {part.labels} {len(numbers)} labels"
+            task,
+            f"{part.images} has {len(images)} images, but {part.labels} has {len(numbers)} labels",
         )
     known = range(len(task.classes))
     if wrong := sorted(set(numbers.tolist()) - set(known)):
         raise task_error(
             task,
-            f"{part.labels}: class number {wrong[0]}, but 'classes' names {len(known)}, from 0 on",
+            f"{part.labels}: class number {wrong[0]} is not in 'classes', which names the numbers "
+            f"0 to {len(known) - 1}",
         )
     source = pl.Series("source", [f"{part.images}#{number}" for number in range(len(images))])
     meta = None
     if part.meta is not None:
         meta = _read_table(task, part.meta, (task.group_column,))
         if len(meta) != len(images):
-            raise task_error(task, f"{part.meta}: {len(meta)} rows for {len(images)} images")
+            raise task_error(
+                task,
+                f"{part.meta} has {len(meta)} rows, but {part.images} has {len(images)} images",
+            )
     rows = pl.DataFrame(
         [
             source,
@@ -313,7 +329,7 @@ def _dataset(task: PatchTask, path: Path, name: str, stack: ExitStack) -> h5py.D
     try:
         file = stack.enter_context(h5py.File(path, "r", rdcc_nbytes=_CHUNK_CACHE))
     except OSError as error:
-        hint = "; unpack it with gunzip" if path.suffix == ".gz" else ""
+        hint = "; decompress it with gunzip" if path.suffix == ".gz" else ""
         raise task_error(task, f"{path} cannot be read as HDF5 ({error}){hint}") from error
     found: Any = file.get(name)
     if not isinstance(found, h5py.Dataset):
@@ -334,7 +350,7 @@ def _annotated_slides(
     seed: int,
 ) -> PatchSource:
     table = _read_table(task, about.table, (task.path_column, "annotations", task.group_column))
-    # with a label for the rest, a slide without annotations is all rest
+    # with a background label, a slide without annotations is all background
     required = [task.path_column, *([] if about.background_label is not None else ["annotations"])]
     if table.is_empty():
         raise task_error(task, f"table {about.table} has no slide")
@@ -345,7 +361,7 @@ def _annotated_slides(
     for row, group in zip(table.iter_rows(named=True), groups, strict=True):
         path = about.table.parent / row[task.path_column]
         if str(path) in slides:
-            raise task_error(task, f"table {about.table}: {path} stands more than once")
+            raise task_error(task, f"table {about.table} lists {path} more than once")
         try:
             known = float(row["mpp"]) if row.get("mpp") else None
             slide = stack.enter_context(open_slide(path, mpp=known))
@@ -364,7 +380,9 @@ def _annotated_slides(
     cells = pl.concat(parts)
     if cells.is_empty():
         raise task_error(
-            task, f"no tissue cell of {about.table}'s slides is covered by an annotated region"
+            task,
+            f"no tissue cell of the slides in {about.table} is covered by an annotated region; "
+            "check the annotations or lower 'min_coverage'",
         )
     places = cells.select("source", "x", "y").rows()
 
@@ -387,16 +405,16 @@ def _labelled_cells(
     mpp: float,
     tissue: float,
 ) -> pl.DataFrame:
-    """x, y (level-0 px), grid_row, grid_column, label of a slide's tissue cells that have one."""
+    """Return x, y (level-0 px), grid_row, grid_column, label of a slide's labelled tissue cells."""
     base = about.table.parent
-    ready, drawn = row.get("mask"), row["annotations"]
-    mask = read_mask(base / ready, slide) if ready else tissue_mask(slide)
+    mask_file, drawn = row.get("mask"), row["annotations"]
+    mask = read_mask(base / mask_file, slide) if mask_file else tissue_mask(slide)
     cells = patch_table(slide.path.stem, slide, mask, patch=patch, mpp=mpp, tissue=tissue)
     regions = read_annotations(base / drawn) if drawn else []
     labels = label_patches(cells, regions, slide, min_coverage=about.min_coverage)
-    cells = cells.hstack(labels.select("label", "share"))
+    cells = cells.hstack(labels.select("label", "coverage"))
     if about.background_label is not None:
-        untouched = pl.col("label").is_null() & (pl.col("share") == 0)
+        untouched = pl.col("label").is_null() & (pl.col("coverage") == 0)
         cells = cells.with_columns(
             label=pl.when(untouched).then(pl.lit(about.background_label)).otherwise("label")
         )
@@ -405,10 +423,10 @@ def _labelled_cells(
     )
 
 
-def _draw(cells: pl.DataFrame, most: int | None, slide: str, seed: int) -> pl.DataFrame:
-    """At most so many cells of each label; another slide's do not change them."""
-    if most is None:
+def _draw(cells: pl.DataFrame, limit: int | None, slide: str, seed: int) -> pl.DataFrame:
+    """Draw at most ``limit`` cells of each label, independently of the other slides."""
+    if limit is None:
         return cells
     key = int.from_bytes(hashlib.sha256(slide.encode()).digest()[:8], "big")
     shuffled = cells[np.random.default_rng([seed, key]).permutation(len(cells))]
-    return shuffled.group_by("label").head(most).sort("y", "x")
+    return shuffled.group_by("label").head(limit).sort("y", "x")

@@ -1,6 +1,6 @@
-"""Patch tasks: labelled images become one array of equal patches, split by patient.
+"""Patch tasks: labelled images, cut into patches of one size and split by patient.
 
-What is wrong with them and can be left out or lived with is not an error: it is a row of
+Problems with single images or classes that do not prevent training are no errors: they are rows of
 :attr:`PatchDataset.findings`.
 """
 
@@ -43,14 +43,14 @@ _METADATA = "nic.patch_task"
 TABLE_SCHEMA: dict[str, pl.DataType] = {
     "index": pl.Int64(),  # row of `patches`
     "source": pl.String(),  # image file, HDF5 file#row, or slide
-    # left edge: px of the image after resampling (negative: mirrored margin), level-0 px of a slide
+    # upper left corner: px of the resampled image (negative: mirrored margin), or level-0 px
     "x": pl.Int64(),
     "y": pl.Int64(),
-    # place in the grid of patches of its image or slide: neighbours differ by one
+    # cell in the grid of patches of the image or slide
     "row": pl.Int64(),
     "column": pl.Int64(),
     "label": pl.String(),
-    "class": pl.Int64(),  # number of the label in `classes`
+    "class": pl.Int64(),  # index of the label in `classes`
     "group": pl.String(),
     "split": pl.String(),  # train, validation or test
 }
@@ -60,35 +60,45 @@ FINDINGS_SCHEMA: dict[str, pl.DataType] = {
     "label": pl.String(),
     "source": pl.String(),
     "split": pl.String(),
-    "other": pl.String(),  # source of the image that it agrees with
+    "other": pl.String(),  # source of the identical or similar image
     "other_label": pl.String(),
     "other_split": pl.String(),
     "detail": pl.String(),
 }
 FINDING_KINDS = {
-    "conflict": "identical pixels under different labels: all of them left out",
-    "copy": "identical pixels under one label: left out",
-    "unreadable": "image that cannot be read: left out",
-    "near_duplicate": "patch much like one of another split",
-    "one_group": "class that a single group has: it is in one split",
+    "conflict": "images with identical pixels and different labels; all are excluded",
+    "copy": "image with the pixels and the label of another image; excluded",
+    "unreadable": "image that cannot be read; excluded",
+    "near_duplicate": "patch that is almost identical to a patch of another split",
+    "one_group": "class that only one group has, so it is in one split only",
     "absent": "class without a patch in this split",
-    "unknown_mpp": "um/px declared unknown: pixels taken as they are",
+    "unknown_mpp": "resolution declared unknown; images are not resampled",
 }
 
-_ABOUT = ("source", "label", "split")
+_IMAGE = ("source", "label", "split")
 _OTHER = ("other", "other_label", "other_split")
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
-# images handed to the threads at once
-_BLOCK = 4096
+_BLOCK = 4096  # images queued for the threads at once
 
 
 @dataclass(frozen=True)
 class PatchDataset:
-    """Patches of one task: ``patches`` uint8 (N, P, P, 3) and a row of ``table`` for each.
+    """The patches of one task.
 
-    ``findings`` (``FINDINGS_SCHEMA``) lists what is doubtful about them or was left out.
+    Attributes
+    ----------
+    classes
+        Labels, in the order of the class numbers.
+    mpp
+        Resolution, um/px.
+    patches
+        uint8 (N, P, P, 3).
+    table
+        One row per patch (``TABLE_SCHEMA``).
+    findings
+        Excluded or doubtful images and classes (``FINDINGS_SCHEMA``).
     """
 
     name: str
@@ -106,9 +116,9 @@ class PatchDataset:
 
     @cached_property
     def identity(self) -> str:
-        """sha256 of everything a training sees: pixels, classes, splits, groups, neighbours."""
+        """sha256 of all that training uses: pixels, classes, splits, groups, positions."""
         digest = hashlib.sha256(f"{self.name}{self.classes}{self.mpp}".encode())
-        # sources by number: a folder that moved is the same data
+        # sources are numbered, so that moving the files keeps the hash
         seen = self.table.select("class", "split", "group", "row", "column")
         digest.update(seen.with_columns(self.table["source"].rle_id()).write_csv().encode())
         for start in range(0, len(self.patches), 1024):
@@ -116,7 +126,7 @@ class PatchDataset:
         return digest.hexdigest()
 
     def rows(self, split: str) -> NDArray[np.int64]:
-        """Indices of the patches of a split, ascending."""
+        """Return the indices of the patches of a split, ascending."""
         return self.table.filter(pl.col("split") == split)["index"].to_numpy()
 
     @cached_property
@@ -125,11 +135,11 @@ class PatchDataset:
         return self.table["class"].to_numpy()
 
     def found(self, kind: str) -> pl.DataFrame:
-        """The findings of a kind (``FINDING_KINDS``)."""
+        """Return the findings of one kind (``FINDING_KINDS``)."""
         return self.findings.filter(pl.col("kind") == kind)
 
     def findings_by_kind(self) -> pl.DataFrame:
-        """Number of findings of every kind: kind, count, meaning."""
+        """Count the findings of every kind; columns kind, count, meaning."""
         kinds = pl.DataFrame({"kind": FINDING_KINDS.keys(), "meaning": FINDING_KINDS.values()})
         counts = self.findings.group_by("kind").agg(count=pl.len())
         return kinds.join(counts, on="kind", how="left", maintain_order="left").select(
@@ -137,7 +147,7 @@ class PatchDataset:
         )
 
     def counts(self) -> pl.DataFrame:
-        """Patches and groups of each split and class: split, label, patches, groups."""
+        """Count patches and groups by split and class; columns split, label, patches, groups."""
         return (
             self.table.group_by("split", "label")
             .agg(patches=pl.len(), groups=pl.col("group").n_unique())
@@ -155,56 +165,61 @@ def build_patch_task(
     folder: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> PatchDataset:
-    """Read a task's images, bring them to ``mpp``, cut patches of ``patch`` px and split them.
+    """Read the images of a task, resample them to ``mpp``, cut patches and assign splits.
 
-    An image becomes all its whole, non-overlapping patches, centred; one that is smaller than
-    a patch after resampling is mirrored at its edges to make one [choice]. Splits are whole
-    groups, 60/20/20 and stratified by class [choice], unless the source has splits; where it has
-    no validation split, that is a quarter of train's groups. An image without a group is a group
-    of its own. Images are read twice: to compare their pixels, then to cut them.
+    An image is cut into all complete non-overlapping patches, centred. An image that is smaller
+    than a patch after resampling is mirrored at its edges to the size of one patch [choice].
+    Splits consist of complete groups, 60/20/20 and stratified by class [choice], unless the source
+    has splits; if it lacks a validation split, a quarter of the train groups is used. An image
+    without a group is a separate group. Images are read twice: once to compare pixels, once to cut
+    patches.
 
     Parameters
     ----------
+    task : PatchTask
+        Entry of the cohort file.
     patch : int
         Side of a patch, px at ``mpp``.
     mpp : float
-        um/px.
+        Resolution of the patches, um/px.
+    seed : int
+        Of the splits, and of the choice of patches of annotated slides.
     tissue : float
-        Annotated slides: a cell is kept above this tissue fraction.
+        Minimum tissue fraction of the cells of annotated slides.
     folder : Path, optional
-        Where the dataset is written, as :func:`save_patch_task` does, without ever being whole in
-        memory; the result is memory-mapped. Without it the patches are in memory.
-    progress
-        Called with images done and their number, both times that they are read together.
+        Folder for the dataset, in the format of :func:`save_patch_task`. Patches are then written
+        directly to disk and the result is memory-mapped; without it they are in memory.
+    progress : callable, optional
+        Called with (images read, total); each image counts twice.
 
     Raises
     ------
     CohortError
-        Missing table, column, folder or image; fewer than two classes or one without images;
-        images too small to be mirrored; groups in two splits; too few groups. The message names
-        the task and the file.
+        A table, column, folder or image is missing; there are fewer than two classes, or a class
+        without images; images are too small for mirroring; a group is in two splits; there are too
+        few groups. The message names the task and the file.
     """
     with open_source(task, patch=patch, mpp=mpp, tissue=tissue, seed=seed) as source:
         listing = source.listing.with_row_index("row")
         if task.classes is not None:
             listing = listing.filter(pl.col("label").is_in(task.classes))
         classes = task.classes or tuple(listing["label"].unique().sort().to_list())
-        _refuse_empty_classes(task, listing["label"], classes)
-        listing = _survey(source, listing, progress)
+        _check_classes(task, listing["label"], classes)
+        listing = _hash_images(source, listing, progress)
         kept, findings = _distinct_images(listing)
-        _refuse_empty_classes(task, kept["label"], classes)
+        _check_classes(task, kept["label"], classes)
         kept = kept.with_columns(split=pl.Series(_splits(task, kept, classes, seed)))
-        images, table = _lay_out(task, kept, source.scale, classes, patch)
+        images, table = _patch_table(task, kept, source.scale, classes, patch)
         shape = (len(table), patch, patch, 3)
         patches: Pixels = (
             np.empty(shape, np.uint8)
             if folder is None
             else np.lib.format.open_memmap(folder / PATCHES, "w+", np.uint8, shape)
         )
-        _fill(task, source, images, patches, len(listing), progress)
+        _cut_images(task, source, images, patches, len(listing), progress)
 
     findings = pl.concat(
-        [findings, _near_duplicates(table, patches), _about_classes(task, table, classes)]
+        [findings, _near_duplicates(table, patches), _class_findings(task, table, classes)]
     )
     dataset = PatchDataset(task.name, task.organ, classes, mpp, patches, table, findings)
     if folder is None:
@@ -214,7 +229,7 @@ def build_patch_task(
 
 
 def save_patch_task(folder: Path, dataset: PatchDataset) -> None:
-    """Write patches, table and findings into ``folder`` (made if missing)."""
+    """Write patches, table and findings into ``folder``, created if necessary."""
     folder.mkdir(parents=True, exist_ok=True)
     np.save(folder / PATCHES, dataset.patches)
     _save_tables(folder, dataset)
@@ -232,13 +247,12 @@ def _save_tables(folder: Path, dataset: PatchDataset) -> None:
 
 
 def load_patch_task(folder: Path) -> PatchDataset:
-    """Read what :func:`save_patch_task` wrote; the patches stay on disk (memory-mapped).
+    """Load a folder of :func:`save_patch_task`; the patches are memory-mapped.
 
     Raises
     ------
     EncoderError
-        One of the three files is missing or damaged, they are not a patch task's, or not of one
-        another.
+        A file is missing or damaged, is not part of a patch task, or does not match the others.
     """
     try:
         patches = np.load(folder / PATCHES, mmap_mode="r")
@@ -247,13 +261,14 @@ def load_patch_task(folder: Path) -> PatchDataset:
         findings = pl.read_parquet(folder / FINDINGS)
     except (OSError, ValueError, EOFError, pl.exceptions.PolarsError) as error:
         raise EncoderError(
-            f"{folder}: not a whole patch task ({str(error).splitlines()[0]}); make it again"
+            f"{folder}: not a complete patch task ({str(error).splitlines()[0]}); make it again"
         ) from error
     if _METADATA not in metadata or table.schema != pl.Schema(TABLE_SCHEMA):
         raise EncoderError(f"{folder / TABLE} is not the table of a patch task; make it again")
     if len(table) != len(patches):
         raise EncoderError(
-            f"{folder}: {len(patches)} patches but {len(table)} rows; make the patch task again"
+            f"{folder}: the patch task has {len(patches)} patches but {len(table)} rows; make it "
+            "again"
         )
     about = json.loads(metadata[_METADATA])
     return PatchDataset(
@@ -268,10 +283,16 @@ def load_patch_task(folder: Path) -> PatchDataset:
 
 
 def leaks(trained: Sequence[PatchDataset], tested: Sequence[PatchDataset]) -> list[str]:
-    """Test groups of one task that training on another sees, a sentence a pair of tasks.
+    """Describe test groups of one task that occur in the training of another task.
 
-    Each task deals its own groups, so a patient of two tasks can stand on both sides. Groups of the
-    same name are taken for the same patient; they may be of two data sets that number alike.
+    Splits are assigned per task, so a patient of two tasks may be in the test split of one and the
+    train split of the other. Groups of the same name are assumed to be the same patient; they may
+    belong to two datasets with the same numbering.
+
+    Returns
+    -------
+    list of str
+        One sentence for each pair of tasks with such groups.
     """
     found = []
     for test, train in product(tested, trained):
@@ -281,17 +302,17 @@ def leaks(trained: Sequence[PatchDataset], tested: Sequence[PatchDataset]) -> li
         both = sorted(seen & set(test.table.filter(split="test")["group"]))
         if both:
             found.append(
-                f"{len(both)} group(s) of the test split of '{test.name}' are in the training of "
-                f"'{train.name}', '{both[0]}' for one"
+                f"{len(both)} group(s) of the test split of '{test.name}' are in the training data "
+                f"of '{train.name}', for example '{both[0]}'"
             )
     return found
 
 
 def cut_patches(image: Pixels, patch: int) -> Iterator[tuple[int, int, Pixels]]:
-    """All whole non-overlapping patches of an image (H, W, 3), centred: x, y, pixels.
+    """Yield x, y and pixels of all complete non-overlapping patches of an image (H, W, 3).
 
-    A side shorter than ``patch`` is first mirrored about both its edges; x or y is then
-    negative.
+    The patches are centred. A side shorter than ``patch`` is first mirrored at both edges; x or y
+    is then negative.
     """
     height, width = image.shape[:2]
     before = [max(0, patch - side) // 2 for side in (height, width)]
@@ -305,7 +326,7 @@ def cut_patches(image: Pixels, patch: int) -> Iterator[tuple[int, int, Pixels]]:
 
 
 def patch_places(height: int, width: int, patch: int) -> list[tuple[int, int]]:
-    """Corners (x, y) of the patches that :func:`cut_patches` cuts, row by row."""
+    """Return the corners (x, y) of the patches of :func:`cut_patches`, row by row."""
 
     def starts(side: int) -> range:
         if side < patch:
@@ -318,12 +339,12 @@ def patch_places(height: int, width: int, patch: int) -> list[tuple[int, int]]:
 # --- building --------------------------------------------------------------------------------
 
 
-def _survey(
+def _hash_images(
     source: PatchSource, listing: pl.DataFrame, progress: Callable[[int, int], None] | None
 ) -> pl.DataFrame:
-    """Adds each image's hash of its pixels, height and width; null, and a reason, if unreadable."""
+    """Add the columns hash (of the pixels), height, width, and reason if an image is unreadable."""
 
-    def look(row: int) -> tuple[str | None, int | None, int | None, str | None]:
+    def hash_image(row: int) -> tuple[str | None, int | None, int | None, str | None]:
         try:
             pixels = source.read(row)
         except ImageError as error:
@@ -332,24 +353,24 @@ def _survey(
         digest.update(np.ascontiguousarray(pixels).data)
         return digest.hexdigest(), *pixels.shape[:2], None
 
-    seen = []
-    for number, what in enumerate(_in_threads(look, listing["row"].to_list()), start=1):
-        seen.append(what)
+    rows = []
+    for number, row in enumerate(_in_threads(hash_image, listing["row"].to_list()), start=1):
+        rows.append(row)
         if progress is not None:
             progress(number, 2 * len(listing))
     schema = {"hash": pl.String, "height": pl.Int64, "width": pl.Int64, "reason": pl.String}
-    return listing.hstack(pl.DataFrame(seen, schema=schema, orient="row"))
+    return listing.hstack(pl.DataFrame(rows, schema=schema, orient="row"))
 
 
-def _fill(
+def _cut_images(
     task: PatchTask,
     source: PatchSource,
     images: Sequence[tuple[int, int]],
     patches: Pixels,
-    surveyed: int,
+    hashed: int,
     progress: Callable[[int, int], None] | None,
 ) -> None:
-    """Cut the images, given by their row and the number of their first patch."""
+    """Cut images, given by their row and the index of their first patch, into ``patches``."""
 
     def cut(image: tuple[int, int]) -> None:
         row, first = image
@@ -357,29 +378,32 @@ def _fill(
             pixels = source.read(row)
         except ImageError as error:
             name = source.listing["source"][row]
-            raise task_error(task, f"image {name} changed while it was read ({error})") from error
+            raise task_error(
+                task, f"image {name} changed during the build ({error}); make the patch task again"
+            ) from error
         crops = cut_patches(rescale(pixels, source.scale), patches.shape[1])
         for number, (_, _, crop) in enumerate(crops, start=first):
             patches[number] = crop
 
-    left_out = surveyed - len(images)
+    excluded = hashed - len(images)
     for number, _ in enumerate(_in_threads(cut, images), start=1):
         if progress is not None:
-            progress(surveyed + left_out + number, 2 * surveyed)
+            progress(hashed + excluded + number, 2 * hashed)
 
 
 def _in_threads(work: Callable[[_Item], _Result], items: Sequence[_Item]) -> Iterator[_Result]:
-    """Results in order; never more than a block of them waits."""
+    """Yield results in order, with at most one block of them in memory."""
     with ThreadPoolExecutor(cores()) as pool:
         for start in range(0, len(items), _BLOCK):
             yield from pool.map(work, items[start : start + _BLOCK])
 
 
 def _distinct_images(listing: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """The readable images that no other equals in every pixel, and what was left out.
+    """Return readable images with distinct pixels, and findings on the excluded ones.
 
-    Of copies under one label the first stays, of published splits that in test before one in
-    validation before one in train. Of copies under several labels none stays.
+    Of copies with one label the first is kept; with published splits, one in test is preferred to
+    one in validation, and one in validation to one in train. Copies with several labels are all
+    excluded.
     """
     unreadable = listing.filter(pl.col("hash").is_null())
     listing = listing.filter(pl.col("hash").is_not_null())
@@ -405,7 +429,7 @@ def _distinct_images(listing: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]
 
 
 def _findings(kind: str, rows: pl.DataFrame) -> pl.DataFrame:
-    """Rows as findings of a kind; columns that they lack are null."""
+    """Convert rows to findings of a kind; missing columns become null."""
     rows = rows.with_columns(kind=pl.lit(kind))
     missing = {name: None for name in FINDINGS_SCHEMA if name not in rows.columns}
     return rows.with_columns(**missing).select(
@@ -413,21 +437,23 @@ def _findings(kind: str, rows: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def _refuse_empty_classes(task: PatchTask, labels: pl.Series, classes: tuple[str, ...]) -> None:
+def _check_classes(task: PatchTask, labels: pl.Series, classes: tuple[str, ...]) -> None:
     if empty := [label for label in classes if label not in set(labels)]:
         raise task_error(
             task,
-            f"class '{empty[0]}' has no image that can be used; those that can be are labelled "
-            f"{labels.unique().sort().to_list()}",
+            f"class '{empty[0]}' has no usable image; the labels of usable images are "
+            f"{labels.unique().sort().to_list()}; correct 'classes' or add images",
         )
     if len(classes) < 2:
-        raise task_error(task, f"has the class {list(classes)} alone; two or more are needed")
+        raise task_error(
+            task, f"has only the class {list(classes)}; classification requires two or more"
+        )
 
 
-def _lay_out(
+def _patch_table(
     task: PatchTask, kept: pl.DataFrame, scale: float, classes: tuple[str, ...], patch: int
 ) -> tuple[list[tuple[int, int]], pl.DataFrame]:
-    """Row and first patch of each image, and the table of patches."""
+    """Return row and first patch of each image, and the table of patches."""
     images: list[tuple[int, int]] = []
     rows: list[tuple[int, str, int, int, int, int, str, int, str, str]] = []
     for image in kept.iter_rows(named=True):
@@ -435,8 +461,9 @@ def _lay_out(
         if 3 * min(height, width) < patch:
             raise task_error(
                 task,
-                f"image {image['source']} is {width} x {height} px at the study's resolution; "
-                f"under a third of a patch ({patch} px) mirroring cannot fill it",
+                f"image {image['source']} is {width} x {height} px at the study's resolution, less "
+                f"than a third of a patch ({patch} px), which is too small for mirroring; check "
+                "its 'mpp' or remove it",
             )
         images.append((image["row"], len(rows)))
         label = image["label"]
@@ -460,19 +487,21 @@ def _near_duplicates(table: pl.DataFrame, patches: Pixels) -> pl.DataFrame:
             "label": own["label"],
             "source": own["source"],
             "split": own["split"],
-            **dict(zip(_OTHER, (other[name] for name in _ABOUT), strict=True)),
+            **dict(zip(_OTHER, (other[name] for name in _IMAGE), strict=True)),
         }
     )
-    about = pl.DataFrame({"here": places[0], "there": places[1], "r": pairs["agreement"].round(3)})
-    detail = about.select(detail=pl.format("{} and {} agree to {}", "here", "there", "r"))
+    about = pl.DataFrame({"one": places[0], "two": places[1], "r": pairs["correlation"].round(3)})
+    detail = about.select(
+        detail=pl.format("patches at (x, y) {} and {}: correlation {}", "one", "two", "r")
+    )
     return _findings("near_duplicate", rows.hstack(detail))
 
 
-def _about_classes(task: PatchTask, table: pl.DataFrame, classes: tuple[str, ...]) -> pl.DataFrame:
-    """Classes of one group, classes missing in a split, an unknown resolution."""
+def _class_findings(task: PatchTask, table: pl.DataFrame, classes: tuple[str, ...]) -> pl.DataFrame:
+    """Find classes of a single group, classes missing in a split, and an unknown resolution."""
     lonely = (
         table.group_by("label").agg(pl.col("group").unique()).filter(pl.col("group").list.len() < 2)
-    ).select("label", detail=pl.format("all of group {}", pl.col("group").list.first()))
+    ).select("label", detail=pl.format("only in group {}", pl.col("group").list.first()))
     there = set(table.select("label", "split").unique().rows())
     absent = [(c, split) for c in classes for split in SPLITS if (c, split) not in there]
     unknown = [FINDING_KINDS["unknown_mpp"]] if task.mpp == "unknown" else []
@@ -486,33 +515,36 @@ def _about_classes(task: PatchTask, table: pl.DataFrame, classes: tuple[str, ...
 
 
 def _splits(task: PatchTask, kept: pl.DataFrame, classes: tuple[str, ...], seed: int) -> list[str]:
-    """The split of each image: as published, or whole groups dealt by seed."""
+    """Return the split of each image: the published one, or one assigned by group and seed."""
     if kept["split"].is_null().all():
-        return _deal(task, kept, classes, seed, task.test_groups)
+        return _split_groups(task, kept, classes, seed, task.test_groups)
     found = set(kept["split"])
     if found not in (set(SPLITS), {"train", "test"}):
         raise task_error(
             task,
-            f"the source's splits must be {', '.join(SPLITS)}, or train and test; they are {found}",
+            f"the splits of the source must be {', '.join(SPLITS)}, or train and test; they are "
+            f"{sorted(map(str, found))}",
         )
     if task.test_groups:
-        raise task_error(task, "has published splits and 'test_groups': give one of them")
-    torn = kept.group_by("group").agg(pl.col("split").n_unique()).filter(pl.col("split") > 1)
-    if not torn.is_empty():
-        first = torn["group"].sort()[0]
+        raise task_error(task, "has published splits and 'test_groups'; remove one of them")
+    divided = kept.group_by("group").agg(pl.col("split").n_unique()).filter(pl.col("split") > 1)
+    if not divided.is_empty():
+        first = divided["group"].sort()[0]
         raise task_error(
-            task, f"the source's splits tear {len(torn)} group(s) apart, '{first}' for one"
+            task,
+            f"{len(divided)} group(s) are in several splits of the source, for example '{first}'; "
+            "assign each group to one split",
         )
     trained = set(kept.filter(pl.col("split") == "train")["label"])
     if missing := sorted(set(classes) - trained):
-        raise task_error(task, f"the source's train split has no image of {missing}")
+        raise task_error(task, f"the train split of the source has no image of {missing}")
     if "validation" not in found:
         tested = kept.filter(pl.col("split") == "test")["group"].unique().to_list()
-        return _deal(task, kept, classes, seed, tested)
+        return _split_groups(task, kept, classes, seed, tested)
     return kept["split"].to_list()
 
 
-def _deal(
+def _split_groups(
     task: PatchTask,
     kept: pl.DataFrame,
     classes: tuple[str, ...],
@@ -525,6 +557,6 @@ def _deal(
     except ValueError as error:
         raise task_error(
             task,
-            f"{error}. Give more groups, or set 'group_column: null' to split by image "
-            "(scores then do not tell about other patients)",
+            f"{error}; add groups, or set 'group_column: null' to split by image (scores are then "
+            "not valid for new patients)",
         ) from error

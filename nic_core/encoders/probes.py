@@ -1,7 +1,7 @@
-"""Probes of frozen embeddings: what an encoder knows before any slide is compressed.
+"""Probes: simple classifiers on frozen embeddings, to evaluate an encoder without slides [choice].
 
-All of them see the embeddings of a task's training split and are scored on its test split, so tasks
-that the encoder never trained on can be asked as well. All of it is [choice].
+A probe is fitted to the embeddings of a task's train split and scored on its test split, so it also
+evaluates tasks that the encoder was not trained on.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from nic_core.encoders.scores import TaskScores, score_task
 
 NEIGHBOURS = 20
 LINEAR, KNN = "linear probe", f"{NEIGHBOURS} nearest neighbours"
-PATCHES = 1500  # of a split: enough for a score to the second digit in seconds
+PATCHES = 1500  # per split; gives a score with two digits in seconds
 
 PROBE_SCHEMA = pl.Schema(
     {
@@ -43,18 +43,22 @@ PROBE_SCHEMA = pl.Schema(
 
 
 class Embedder(Protocol):
-    """What a probe asks of an encoder; anything else that gives patches numbers can be probed."""
+    """What a probe requires of an encoder; any function of patches can be probed."""
 
     def embed(self, pixels: NDArray[np.uint8], /) -> NDArray[np.floating]:
-        """Patches uint8 (B, P, P, 3) to embeddings (B, C)."""
+        """Embed patches: uint8 (B, P, P, 3) to (B, C)."""
 
 
 @dataclass(frozen=True)
 class TaskEmbeddings:
-    """Embeddings of a task's training and test patches (or of a sample of them), standardised.
+    """Standardised embeddings of a task's training and test patches, or of a sample of them.
 
-    Each embedding number has mean 0 and variance 1 over the training patches. ``train`` and ``test``
-    are float32 (N, C), ``train_rows`` and ``test_rows`` the patches' numbers in ``task``.
+    Attributes
+    ----------
+    train, test
+        float32 (N, C); each component has mean 0 and variance 1 over the training patches.
+    train_rows, test_rows
+        Indices (N,) of the patches in ``task``.
     """
 
     task: PatchDataset
@@ -65,20 +69,21 @@ class TaskEmbeddings:
 
     @property
     def train_labels(self) -> NDArray[np.int64]:
-        """Class numbers (N,)."""
+        """Class numbers of the training patches (N,)."""
         return self.task.labels[self.train_rows]
 
     @property
     def test_labels(self) -> NDArray[np.int64]:
+        """Class numbers of the test patches (N,)."""
         return self.task.labels[self.test_rows]
 
 
 def task_embeddings(
     encoder: Embedder, task: PatchDataset, *, patches: int = PATCHES, seed: int = 0
 ) -> TaskEmbeddings:
-    """Embed at most ``patches`` patches of each of the two splits, drawn without replacement.
+    """Embed at most ``patches`` patches of the train and of the test split.
 
-    The training patches keep one of each class at least.
+    They are drawn without replacement and include at least one patch of each class of the split.
     """
     rng = np.random.default_rng(seed)
     train, test = (_sample(task, split, patches, rng) for split in ("train", "test"))
@@ -88,28 +93,35 @@ def task_embeddings(
 
 
 def check_scale(encoder: Encoder, task: PatchDataset) -> None:
-    """Raises :class:`EncoderError` where a task's patches have not the encoder's size or um/px."""
+    """Check that a task's patches have the encoder's size and resolution.
+
+    Raises
+    ------
+    EncoderError
+        They have another size or resolution.
+    """
     card = encoder.card
     if (card.patch, card.mpp) != (task.patch, task.mpp):
         raise EncoderError(
-            f"encoder '{card.name}' reads patches of {card.patch} px at {card.mpp:g} um/px; those "
-            f"of patch task '{task.name}' are of {task.patch} px at {task.mpp:g} um/px"
+            f"encoder '{card.name}' takes patches of {card.patch} px at {card.mpp:g} um/px, but "
+            f"patch task '{task.name}' has {task.patch} px at {task.mpp:g} um/px; make the patch "
+            "task with the encoder's size and resolution"
         )
 
 
 def linear_probe(embeddings: TaskEmbeddings) -> TaskScores:
-    """Test scores of a class-balanced logistic regression."""
+    """Return test scores of a class-balanced logistic regression."""
     return _score(LogisticRegression(max_iter=2000, class_weight="balanced"), embeddings)
 
 
 def knn_probe(embeddings: TaskEmbeddings) -> TaskScores:
-    """Test scores of the 20 nearest training patches, weighted by 1 / distance."""
+    """Return test scores of the 20 nearest training patches, weighted by 1 / distance."""
     neighbours = min(NEIGHBOURS, len(embeddings.train))
     return _score(KNeighborsClassifier(neighbours, weights="distance"), embeddings)
 
 
 def probe_table(encoder: Encoder, tasks: Sequence[TaskEmbeddings]) -> pl.DataFrame:
-    """Both probes of every task (:data:`PROBE_SCHEMA`)."""
+    """Return the scores of both probes on every task (:data:`PROBE_SCHEMA`)."""
     rows = []
     for embeddings in tasks:
         name = embeddings.task.name
@@ -124,9 +136,12 @@ def probe_table(encoder: Encoder, tasks: Sequence[TaskEmbeddings]) -> pl.DataFra
 def principal_components(
     embeddings: TaskEmbeddings,
 ) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
-    """Test embeddings on the first two principal axes of the training embeddings.
+    """Project the test embeddings onto the first two principal axes of the training embeddings.
 
-    Returns coordinates (N, 2), and the shares of the variance that the two axes hold.
+    Returns
+    -------
+    tuple of ndarray
+        Coordinates (N, 2), and the share of the variance that each axis explains (2,).
     """
     axes = PCA(2, random_state=0).fit(embeddings.train)
     return axes.transform(embeddings.test), axes.explained_variance_ratio_
@@ -135,7 +150,7 @@ def principal_components(
 def nearest_patches(
     embeddings: TaskEmbeddings, queries: NDArray[np.int64], neighbours: int
 ) -> NDArray[np.int64]:
-    """For test embeddings number ``queries`` (Q,), the training embeddings nearest to each (Q, K)."""
+    """Return indices (Q, K) of the training embeddings nearest to the test embeddings (Q,)."""
     index = NearestNeighbors(n_neighbors=min(neighbours, len(embeddings.train))).fit(
         embeddings.train
     )
@@ -145,7 +160,7 @@ def nearest_patches(
 
 def _score(classifier: ClassifierMixin, embeddings: TaskEmbeddings) -> TaskScores:
     classifier.fit(embeddings.train, embeddings.train_labels)
-    # every class is in train, so the columns are all classes in order
+    # the train split has every class, so the columns are all classes in order
     return score_task(embeddings.test_labels, classifier.predict_proba(embeddings.test))
 
 
@@ -153,7 +168,7 @@ def _sample(
     task: PatchDataset, split: str, patches: int, rng: np.random.Generator
 ) -> NDArray[np.int64]:
     rows = rng.permutation(task.rows(split))
-    # the first of each class stand in front: a sample that lacks a class trains no classifier
+    # one patch of each class comes first, because a classifier needs every class
     first = np.unique(task.labels[rows], return_index=True)[1]
     ordered = np.concatenate([rows[first], np.delete(rows, first)])
     return np.sort(ordered[: max(patches, len(first))])

@@ -1,4 +1,4 @@
-"""How well a classifier does on one patch task."""
+"""Classification scores on one patch task."""
 
 from __future__ import annotations
 
@@ -13,12 +13,20 @@ RESAMPLES = 1000
 
 
 class TaskScores(BaseModel):
-    """Scores over ``n`` patches; classes without a patch are left out of every mean.
+    """Scores over ``n`` patches; classes without a patch are excluded from every mean.
 
-    ``auc`` is the mean over one-against-rest AUCs (for two classes: the AUC), ``None`` where
-    only one class is present. ``confusion``: rows are true classes, columns predicted ones.
-    ``interval`` is that of ``balanced_accuracy``, 95 % percentile bootstrap over patients, where
-    they are known and more than one.
+    Attributes
+    ----------
+    auc
+        Mean of the one-versus-rest AUCs (for two classes: the AUC); ``None`` if only one class is
+        present.
+    f1
+        Macro F1: the mean over classes.
+    confusion
+        Numbers of patches; rows are true classes, columns predicted classes.
+    interval
+        95 % interval of ``balanced_accuracy``, percentile bootstrap over patients; ``None`` without
+        at least two patients.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -36,10 +44,16 @@ def score_task(
     probabilities: NDArray[np.floating],
     patients: Sequence[str] = (),
 ) -> TaskScores:
-    """Scores of class probabilities (N, classes) against labels (N,) in 0..classes-1.
+    """Score class probabilities against labels.
 
-    ``f1`` is the mean over classes ("macro"). N must be 1 or more. ``patients`` (N,) of the
-    patches give an interval.
+    Parameters
+    ----------
+    labels : ndarray
+        Class numbers (N,) in 0..classes-1, N >= 1.
+    probabilities : ndarray
+        (N, classes).
+    patients : sequence of str
+        Patient of each patch (N,), for the interval.
     """
     classes = probabilities.shape[1]
     predicted = probabilities.argmax(1)
@@ -67,9 +81,10 @@ def _interval(
     patients: Sequence[str],
     classes: int,
 ) -> tuple[float, float]:
-    """Bounds of the balanced accuracy when patients are drawn with replacement.
+    """Return the bootstrap interval of the balanced accuracy over patients.
 
-    By patients, not patches as in :mod:`nic_core.models.metrics`: there may be 100,000 of these.
+    It resamples counts per patient instead of rows as :mod:`nic_core.models.metrics` does, because
+    a task may have 100,000 patches.
     """
     _, patient = np.unique(np.asarray(patients), return_inverse=True)
     people = int(patient.max()) + 1

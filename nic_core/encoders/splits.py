@@ -1,4 +1,4 @@
-"""Train, validation and test: whole groups, stratified by class, seeded."""
+"""Splits of a patch task into train, validation and test by group, stratified by class."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 SPLITS = ("train", "validation", "test")
 FRACTIONS = (0.6, 0.2, 0.2)  # [choice]
-ORDERS = 16
-MANY = 4000  # groups; among so many one random order is as good as another
+ORDERS = 16  # random orders of the groups that are tried
+MANY = 4000  # groups; one random order suffices for as many
 
 
 def split_by_group(
@@ -20,29 +20,38 @@ def split_by_group(
     seed: int,
     test_groups: Collection[str] = (),
 ) -> list[str]:
-    """The split of each row, such that a group is never in two of them.
+    """Assign each row to a split, such that all rows of a group are in the same split.
 
-    Groups are dealt one after the other to the split that is shortest of the group's classes;
-    of a few random orders the one nearest to 60/20/20 in every class wins. A class comes to
-    ``train`` before it comes anywhere else. With ``test_groups`` these are the test split and
-    the others are divided 75/25. All of it is [choice].
+    Groups are assigned one after the other to the split that lacks most of the group's classes. Of
+    several random orders, the result nearest to 60/20/20 in every class is returned. The first
+    group of each class goes to ``train``. With ``test_groups``, these are the test split and the
+    others are divided 75/25. All of this is [choice].
 
     Parameters
     ----------
-    labels
-        Class of each row, 0..classes-1.
-    groups
-        Group (patient) of each row.
+    labels : ndarray
+        Class of each row (N,), 0..classes-1.
+    groups : sequence of str
+        Group (patient) of each row (N,).
+    seed : int
+        Of the random orders.
+    test_groups : collection of str
+        Groups of the test split.
+
+    Returns
+    -------
+    list of str
+        Split of each row (N,), of ``SPLITS``.
 
     Raises
     ------
     ValueError
-        Too few groups, an unknown test group, or a class that only test groups have.
+        There are too few groups, a test group is unknown, or only test groups have some class.
     """
     names, index = np.unique(np.asarray(groups), return_inverse=True)
     unknown = sorted(set(test_groups) - set(names.tolist()))
     if unknown:
-        raise ValueError(f"test groups {unknown} are not among the groups")
+        raise ValueError(f"test groups {unknown} do not exist in the data")
     counts = np.zeros((len(names), int(labels.max()) + 1))
     np.add.at(counts, (index, labels), 1)
 
@@ -57,26 +66,31 @@ def split_by_group(
         )
     lost = np.flatnonzero((counts.sum(0) > 0) & (counts[free].sum(0) == 0))
     if len(lost):
-        raise ValueError(f"class number {lost[0]} is in no group but the test groups")
+        raise ValueError(f"class number {lost[0]} occurs in test groups only")
 
     rng = np.random.default_rng(seed)
-    error, dealt = min(
+    error, assigned = min(
         (_deal(counts[free], targets, rng) for _ in range(ORDERS if len(free) < MANY else 1)),
         key=lambda pair: pair[0],
     )
     if not np.isfinite(error):
-        raise ValueError("too few groups: some split stays empty once each class is in training")
+        raise ValueError(
+            "too few groups: a split would be empty once each class has a group in the train split"
+        )
     assignment = np.full(len(names), SPLITS.index("test"))
-    assignment[free] = dealt
+    assignment[free] = assigned
     return [SPLITS[split] for split in assignment[index]]
 
 
 def _deal(
     counts: NDArray[np.floating], targets: NDArray[np.floating], rng: np.random.Generator
 ) -> tuple[float, NDArray[np.intp]]:
-    """One random order's error (infinite: a split is empty) and split of each group."""
+    """Assign the groups in one random order; return its error and the split of each group.
+
+    The error is infinite if a split is empty.
+    """
     total = counts.sum(0)
-    shares = counts[:, total > 0] / total[total > 0]  # of each class, what a group holds
+    shares = counts[:, total > 0] / total[total > 0]  # share of each class that a group has
     filled = np.zeros((len(targets), shares.shape[1]))
     assignment = np.zeros(len(shares), np.intp)
     for group in rng.permutation(len(shares)):

@@ -1,4 +1,4 @@
-"""Training of encoders: from a spec and patch tasks to a scored encoder with its card."""
+"""Section 3, training of an encoder: from its spec and patch tasks to weights, card and scores."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ import torch
 
 from nic_core.cohort import EncoderSpec
 from nic_core.devices import resolve_device, resolve_precision
-from nic_core.encoders import figures as pictures
 from nic_core.encoders.encoder import (
     Encoder,
     EncoderCard,
-    EncoderError,
     build_encoder,
     encoder_tensors,
     weights_hash,
 )
+from nic_core.encoders.errors import EncoderError
+from nic_core.encoders.figures import augmentation_sheet, confusion_matrix, training_curves
 from nic_core.encoders.networks import channels_last
 from nic_core.encoders.objectives.base import Objective
 from nic_core.encoders.objectives.bigan import BidirectionalGAN
@@ -31,11 +31,12 @@ from nic_core.encoders.objectives.mtl import Multitask, class_probabilities
 from nic_core.encoders.objectives.vae import VariationalAutoencoder
 from nic_core.encoders.patch_tasks import PatchDataset, leaks
 from nic_core.encoders.scores import TaskScores, score_task
-from nic_core.encoders.training_loop import fit, patches_an_epoch
+from nic_core.encoders.training_loop import fit, patches_per_epoch
 from nic_core.tracker import Tracker
 
 log = logging.getLogger(__name__)
 
+# the objective of each name in a cohort file; its class holds the published learning rate
 OBJECTIVES: dict[str, type[Multitask | VariationalAutoencoder | Contrastive | BidirectionalGAN]] = {
     "mtl": Multitask,
     "supervised": Multitask,
@@ -43,21 +44,14 @@ OBJECTIVES: dict[str, type[Multitask | VariationalAutoencoder | Contrastive | Bi
     "contrastive": Contrastive,
     "bigan": BidirectionalGAN,
 }
-PUBLISHED_RATES = {
-    "mtl": 1e-2,
-    "supervised": 1e-2,
-    "vae": 1e-3,
-    "contrastive": 1e-2,
-    "bigan": 2e-4,
-}
 
 
 @dataclass(frozen=True)
 class Trained:
-    """An encoder and how its training went.
+    """A trained encoder and the history of its training.
 
-    ``history`` has a row an epoch: epoch, patches (seen so far), learning_rate, mean losses
-    and validation values; it is empty for mean-RGB.
+    ``history`` has one row per epoch: epoch, patches (seen so far), learning_rate, mean losses
+    and validation values. It is empty for mean-RGB and for imported encoders.
     """
 
     encoder: Encoder
@@ -78,34 +72,44 @@ def train_encoder(
 ) -> Trained:
     """Train the encoder that ``spec`` describes and score it on each task's test split.
 
-    The same spec, data and number of threads give the same weights on a CPU.
+    The same spec, data and number of threads give the same weights on a CPU. Validation values
+    are computed on a seeded sample of at most half an epoch's patches, but at least 64 patches of
+    each task [choice].
 
     Parameters
     ----------
-    tasks
-        Data sets of ``spec.tasks``, cut at ``patch`` px and ``mpp`` um/px.
-    embedding
-        Numbers a patch; mean-RGB always has 3.
-    checkpoint
-        File to go on from after a kill; written after each epoch, and left at the end to
-        whoever keeps the encoder. One of another spec, data, version of torch or device is not
-        used.
-    progress
-        Called with (patches seen, patches in all) after each step.
-
-    What the validation says, each epoch and when the best weights are chosen, is of a seeded sample
-    of at most half an epoch's patches, and 64 of a task at least [choice].
+    spec : EncoderSpec
+        Entry of the cohort file.
+    tasks : sequence of PatchDataset
+        The patch tasks ``spec.tasks``, with patches of ``patch`` px at ``mpp`` um/px.
+    patch : int
+        Side of a patch, px.
+    mpp : float
+        Resolution of the patches, um/px.
+    embedding_size : int
+        Length of an embedding; mean-RGB always has 3.
+    device : str
+        ``auto`` (CUDA if available), ``cpu``, ``cuda`` or ``cuda:1``.
+    checkpoint : Path, optional
+        File that is written after each epoch and from which an interrupted training resumes. The
+        caller deletes it once the encoder is saved. A checkpoint of another spec, other data,
+        another version of PyTorch or another device is ignored.
+    tracker : Tracker, optional
+        Receives settings, metrics and figures.
+    progress : callable, optional
+        Called with (patches seen, total patches) after each step.
 
     Raises
     ------
     EncoderError
-        The data sets are not those of the spec, its networks cannot take the patch, or the
-        training diverged.
+        The patch tasks do not match the spec, the networks do not support the patch size, or a
+        loss became NaN or infinite.
     """
     tasks = _matching_tasks(spec, tasks, patch, mpp)
     for leak in leaks(tasks, tasks):
         log.warning(
-            "encoder '%s': %s; if they are the same patients, test scores tell less about others",
+            "encoder '%s': %s; if they are the same patients, test scores are too optimistic for "
+            "new patients",
             spec.name,
             leak,
         )
@@ -128,7 +132,7 @@ def train_encoder(
         return Trained(Encoder(card, module), pl.DataFrame())
 
     target = resolve_device(device)
-    rate = spec.learning_rate or PUBLISHED_RATES[spec.objective]
+    rate = spec.learning_rate or OBJECTIVES[spec.objective].learning_rate
     precision = resolve_precision(spec.precision, target)
     facts: dict[str, int | float | str] = {
         "seed": spec.seed,
@@ -150,8 +154,8 @@ def train_encoder(
                 **facts,
             }
         )
-        # first, so that it can be looked at while the training runs
-        tracker.figure("augmented_patches", pictures.augmentation_sheet(tasks))
+        # logged first, so that it is available during the training
+        tracker.figure("augmented_patches", augmentation_sheet(tasks))
     with torch.random.fork_rng():
         torch.manual_seed(spec.seed)
         encoder = build_encoder(spec.architecture, patch=patch, embedding_size=embedding_size).to(
@@ -161,8 +165,8 @@ def train_encoder(
             encoder,
             tasks,
             batch=spec.batch,
-            # at most half an epoch in all, so validation costs little beside training
-            validation=max(64, patches_an_epoch(spec, tasks) // 2 // len(tasks)),
+            # at most half an epoch in total, so that validation costs little
+            validation=max(64, patches_per_epoch(spec, tasks) // 2 // len(tasks)),
             seed=spec.seed,
             **({"task_weights": spec.task_weights} if spec.objective == "mtl" else {}),
         )
@@ -218,17 +222,18 @@ def _test_scores(objective: Objective, task: PatchDataset, device: torch.device)
 def _matching_tasks(
     spec: EncoderSpec, tasks: Sequence[PatchDataset], patch: int, mpp: float
 ) -> list[PatchDataset]:
-    """The data sets in the spec's order, each checked for patch size and resolution."""
+    """Return the tasks in the spec's order, each checked for patch size and resolution."""
     by_name = {task.name: task for task in tasks}
     if sorted(by_name) != sorted(spec.tasks):
         raise EncoderError(
-            f"encoder '{spec.name}' trains on {sorted(spec.tasks)}, not on {sorted(by_name)}"
+            f"encoder '{spec.name}' trains on the patch tasks {sorted(spec.tasks)}, but "
+            f"{sorted(by_name)} were given; give one dataset for each task of the encoder"
         )
     for task in tasks:
         if task.patch != patch or task.mpp != mpp:
             raise EncoderError(
-                f"encoder '{spec.name}' takes {patch} px at {mpp} um/px, but patch task "
-                f"'{task.name}' has {task.patch} px at {task.mpp} um/px: make the task again"
+                f"encoder '{spec.name}' takes patches of {patch} px at {mpp} um/px, but patch task "
+                f"'{task.name}' has {task.patch} px at {task.mpp} um/px; make the patch task again"
             )
     return [by_name[name] for name in spec.tasks]
 
@@ -240,11 +245,11 @@ def _software() -> dict[str, str]:
 def _draw_results(
     tracker: Tracker, history: pl.DataFrame, card: EncoderCard, tasks: Sequence[PatchDataset]
 ) -> None:
-    tracker.figure("training_curves", pictures.training_curves(history))
+    tracker.figure("training_curves", training_curves(history))
     for task in tasks:
         if task.name not in card.scores:
             continue
         tracker.figure(
             f"confusion_{task.name}",
-            pictures.confusion_picture(task.name, task.classes, card.scores[task.name]),
+            confusion_matrix(task.name, task.classes, card.scores[task.name]),
         )

@@ -1,14 +1,15 @@
-"""The training loop, the same for every objective; it can be killed and resumed.
+"""Section 3, schedule: the training loop of every objective, with resumable checkpoints.
 
-Schedule (paper B): Adam, learning rate divided by 10 on a plateau of the validation value
-down to 1e-5, weights with the best validation value kept. [choice]: the budget is a number
-of patches, not of passes over data sets that differ in size, and an epoch is a fixed share of
-it; the patience; the early stop, when the rate is at its floor and one epoch more than the patience
-brought nothing better; and that the rate falls by 60 % and by 85 % of the budget even
-without a plateau, because the noise of a high rate hides plateaus and a short training would
-end in it. Without a budget an epoch is a pass over the training patches (500 steps at least), the
-rate falls at plateaus alone, and training lasts until the early stop or for the published 200,000
-steps.
+Published [B]: Adam, learning rate divided by 10 on a plateau of the validation value down to 1e-5,
+weights with the best validation value kept.
+
+[choice]: the budget is a number of patches instead of passes over data sets that differ in size,
+and an epoch is a fixed share of the budget; the patience; the early stop, once the rate is at its
+minimum and no epoch has improved for one epoch more than the patience; and the drop of the rate
+at 60 % and at 85 % of the budget even without a plateau, because the noise of a high rate hides
+plateaus and a short training would end with that noise. Without a budget, an epoch is a pass over
+the training patches (at least 500 steps), the rate drops only at plateaus, and training ends at
+the early stop or after the published 200,000 steps.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from nic_core.cohort import EncoderSpec
-from nic_core.encoders.encoder import EncoderError
+from nic_core.encoders.errors import EncoderError
 from nic_core.encoders.objectives.base import Objective
 from nic_core.encoders.patch_tasks import PatchDataset
 from nic_core.encoders.scores import TaskScores
@@ -38,18 +39,19 @@ from nic_core.types import Precision
 log = logging.getLogger(__name__)
 
 EPOCHS = 24
-STEPS = 200_000  # of a training without a budget; paper B's number for the BiGAN
-SHORTEST_EPOCH = 500  # steps of such a training; validation and checkpoint cost little beside
-PATIENCE = 3
+CHECKPOINT_FORMAT = 2
+STEPS = 200_000  # upper limit without a budget; [B] for the BiGAN
+SHORTEST_EPOCH = 500  # steps, without a budget: keeps the cost of validation small
+PATIENCE = 3  # epochs
 REDUCTION = 0.1
 LOWEST_RATE = 1e-5
-# after this share of the budget the rate is at most this part of the first one
+# (share of the budget, upper limit of the rate from there on, as a fraction of the first rate)
 CEILINGS = ((0.6, 1e-1), (0.85, 1e-2))
 CONFUSION = "validation_confusion"
 
 
-def patches_an_epoch(spec: EncoderSpec, tasks: Sequence[PatchDataset]) -> int:
-    """How many patches training sees between two validations."""
+def patches_per_epoch(spec: EncoderSpec, tasks: Sequence[PatchDataset]) -> int:
+    """Return the number of training patches between two validations."""
     if spec.patches_seen is not None:
         return math.ceil(spec.patches_seen / EPOCHS)
     return max(sum(len(task.rows("train")) for task in tasks), SHORTEST_EPOCH * spec.batch)
@@ -66,24 +68,32 @@ def fit(
     tracker: Tracker | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> pl.DataFrame:
-    """Train ``objective.networks`` in place; they end in evaluation mode.
+    """Train ``objective.networks`` in place and leave them in evaluation mode.
 
     Parameters
     ----------
-    precision
-        Of the forward and backward pass (autocast); weights, losses, optimiser and
-        validation are float32 either way.
-    checkpoint
-        A file that is written after each epoch; whoever keeps the result removes it. If it
-        exists and was written under the same ``fingerprint``, training goes on from it, to the
-        same result on a CPU as if it had never stopped; one that was done is not repeated.
-    progress
-        Called with (patches seen, patches in all) after each step.
+    objective : Objective
+    spec : EncoderSpec
+        Gives the seed and the budget.
+    learning_rate : float
+        Initial learning rate.
+    precision : str
+        Of the forward and backward pass (autocast); weights, losses, optimiser and validation
+        are always float32.
+    checkpoint : Path, optional
+        File that is written after each epoch; the caller deletes it once the result is saved. If
+        it exists with the same ``fingerprint``, training resumes from it and gives the same result
+        on a CPU as an uninterrupted training. A completed training is not repeated.
+    fingerprint : str
+        Identifies the training that a checkpoint belongs to.
+    progress : callable, optional
+        Called with (patches seen, total patches) after each step.
 
     Returns
     -------
-    One row an epoch: epoch, patches (seen so far), learning_rate, mean losses, validation
-    values.
+    polars.DataFrame
+        One row per epoch: epoch, patches (seen so far), learning_rate, mean losses, validation
+        values.
 
     Raises
     ------
@@ -115,7 +125,7 @@ def _report(
 
 
 class _Run:
-    """The state of one training: all that a checkpoint must hold."""
+    """The complete state of one training, as stored in a checkpoint."""
 
     def __init__(
         self,
@@ -145,15 +155,15 @@ class _Run:
         self.steps = STEPS
         self.ceilings: tuple[tuple[float, float], ...] = ()
         if spec.patches_seen is not None:
-            self.steps = math.ceil(spec.patches_seen / objective.patches_a_step)
+            self.steps = math.ceil(spec.patches_seen / objective.patches_per_step)
             self.ceilings = CEILINGS
-        epoch = patches_an_epoch(spec, objective.tasks)
-        self.steps_an_epoch = math.ceil(epoch / objective.patches_a_step)
+        epoch = patches_per_epoch(spec, objective.tasks)
+        self.steps_per_epoch = math.ceil(epoch / objective.patches_per_step)
         self.done = 0
         self.rows: list[dict[str, float]] = []
         self.confusion: list[dict[str, int | str]] = []
         self.best = -math.inf
-        self.stale = 0  # epochs since the best one
+        self.stale = 0  # epochs without improvement
         self.kept: dict[str, Any] | None = None
         self.stopped = False
 
@@ -164,11 +174,11 @@ class _Run:
     def train_epoch(
         self, progress: Callable[[int, int], None] | None
     ) -> tuple[dict[str, float], list[dict[str, int | str]]]:
-        """Returns the epoch's row and its confusion matrices (:func:`_confusion_rows`)."""
+        """Train one epoch; return its row and its confusion matrices (:func:`_confusion_rows`)."""
         self.networks.train()
         rate = float(self.optimizer.param_groups[0]["lr"])
         sums: dict[str, float] = {}
-        steps = min(self.steps_an_epoch, self.steps - self.done)
+        steps = min(self.steps_per_epoch, self.steps - self.done)
         for _ in range(steps):
             losses = self._losses(self.objective.batch(self.generator))
             self.optimizer.zero_grad(set_to_none=True)
@@ -180,7 +190,7 @@ class _Run:
             for name, value in values.items():
                 sums[name] = sums.get(name, 0.0) + value
             if progress is not None:
-                progress(self.seen, self.steps * self.objective.patches_a_step)
+                progress(self.seen, self.steps * self.objective.patches_per_step)
         self.networks.eval()
         validation = self.objective.validate()
         self._check_finite(validation.values)
@@ -194,7 +204,7 @@ class _Run:
         confusion = _confusion_rows(self.epoch, self.objective.tasks, validation.scores)
         self.rows.append(row)
         self.confusion += confusion
-        self._judge(row)
+        self._update_schedule(row)
         self._log(row)
         return row, confusion
 
@@ -205,18 +215,19 @@ class _Run:
 
     @property
     def epoch(self) -> int:
-        """The number of the epoch that is being trained, from 1."""
+        """Number of the current epoch, from 1."""
         return len(self.rows) + 1
 
     @property
     def seen(self) -> int:
-        return self.done * self.objective.patches_a_step
+        """Patches seen so far."""
+        return self.done * self.objective.patches_per_step
 
     def _check_finite(self, values: Mapping[str, float]) -> None:
         broken = [name for name, value in values.items() if not math.isfinite(value)]
         if not broken:
             return
-        # the total breaks with any part of it: name the part, a task where there are tasks
+        # the total is NaN if any part is NaN: name the part, which for MTL is a task
         name = broken[-1]
         where, _, part = name.partition("/")
         task = part.partition("/")[0]
@@ -227,9 +238,9 @@ class _Run:
             what = f"{what} '{part}'"
         raise EncoderError(
             f"encoder '{self.spec.name}': the {what} became {values[name]} in epoch {self.epoch}, "
-            f"after {self.seen} patches; lower its learning_rate (now "
+            f"after {self.seen} patches; lower the encoder's learning_rate (now "
             f"{self.optimizer.param_groups[0]['lr']:g})"
-            + ("" if self.precision == "float32" else " or set its precision to float32")
+            + ("" if self.precision == "float32" else " or set precision: float32")
         )
 
     def _log(self, row: dict[str, float]) -> None:
@@ -246,8 +257,8 @@ class _Run:
             ", ".join(f"{name} {value:.3g}" for name, value in values.items()),
         )
 
-    def _judge(self, row: dict[str, float]) -> None:
-        """Keep the weights if they are the best, lower the learning rate or stop if not."""
+    def _update_schedule(self, row: dict[str, float]) -> None:
+        """Keep the weights if they are the best so far; otherwise lower the rate or stop."""
         selection = self.objective.selection
         if selection is None or self.plateau is None:
             return
@@ -262,24 +273,26 @@ class _Run:
         if score > self.best:
             self.best, self.stale = score, 0
             self.kept = copy.deepcopy(self.networks.state_dict())
-        # a tenth of a tenth ... is not the floor to the last bit
-        at_floor = row["learning_rate"] < 1.001 * LOWEST_RATE
-        self.stopped = at_floor and self.stale > PATIENCE
+        # repeated division by 10 misses the minimum by rounding
+        at_minimum = row["learning_rate"] < 1.001 * LOWEST_RATE
+        self.stopped = at_minimum and self.stale > PATIENCE
 
     def select(self) -> None:
+        """Load the best weights, if the objective selects them."""
         if self.kept is not None:
             self.networks.load_state_dict(self.kept)
         self.networks.eval()
 
     def save(self, path: Path, fingerprint: str) -> None:
         state = {
+            "format": CHECKPOINT_FORMAT,
             "fingerprint": fingerprint,
             "networks": self.networks.state_dict(),
             "kept": self.kept,
             "optimizer": self.optimizer.state_dict(),
             "plateau": self.plateau.state_dict() if self.plateau is not None else None,
             "generator": self.generator.get_state(),
-            "chance": torch.get_rng_state(),
+            "global_generator": torch.get_rng_state(),
             "done": self.done,
             "rows": self.rows,
             "confusion": self.confusion,
@@ -292,20 +305,20 @@ class _Run:
 
     def restore(self, path: Path, fingerprint: str) -> None:
         wrong = EncoderError(
-            f"encoder '{self.spec.name}': {path} is not a checkpoint of its training; "
-            "remove it to train anew"
+            f"encoder '{self.spec.name}': {path} is not a checkpoint of this training; "
+            "delete it to train from the start"
         )
-        # weights_only: tensors and plain values, no embedding of a pickle is run
+        # weights_only reads tensors and plain values and runs no code of a pickle
         try:
             state = torch.load(path, weights_only=True, map_location="cpu")
         except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
             raise wrong from error
-        if not isinstance(state, dict) or "fingerprint" not in state:
+        if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
             raise wrong
         if state["fingerprint"] != fingerprint:
             log.warning(
-                "encoder '%s': the checkpoint %s is of another training (settings, data or "
-                "version differ): starting anew",
+                "encoder '%s': training from the start, because the checkpoint %s belongs to "
+                "another training (settings, data or the version of PyTorch differ)",
                 self.spec.name,
                 path,
             )
@@ -315,7 +328,7 @@ class _Run:
         if self.plateau is not None:
             self.plateau.load_state_dict(state["plateau"])
         self.generator.set_state(state["generator"])
-        torch.set_rng_state(state["chance"])
+        torch.set_rng_state(state["global_generator"])
         for name in ("kept", "done", "rows", "confusion", "best", "stale", "stopped"):
             setattr(self, name, state[name])
         log.info("encoder '%s': resumed after %d patches", self.spec.name, self.seen)
@@ -324,7 +337,10 @@ class _Run:
 def _confusion_rows(
     epoch: int, tasks: Sequence[PatchDataset], scores: Mapping[str, TaskScores]
 ) -> list[dict[str, int | str]]:
-    """A row a cell of each task's confusion matrix: epoch, task, true, predicted, patches."""
+    """Return one row per cell of each task's confusion matrix.
+
+    Columns: epoch, task, true, predicted, patches.
+    """
     return [
         {"epoch": epoch, "task": task.name, "true": true, "predicted": predicted, "patches": n}
         for task in tasks

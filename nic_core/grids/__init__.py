@@ -1,6 +1,7 @@
-"""Grids of patch embeddings: the store on disk, and its eight orientations."""
+"""Grids of patch embeddings: their store on disk, and the eight orientations of a slide."""
 
 from nic_core.grids.store import (
+    GRID_FORMAT,
     Embeddings,
     Grid,
     GridError,
@@ -8,13 +9,13 @@ from nic_core.grids.store import (
     Orientations,
     grid_hash,
     grid_preview,
-    nic_version,
     open_grid,
     verify_grid,
     write_grid,
 )
 
 __all__ = [
+    "GRID_FORMAT",
     "Embeddings",
     "Grid",
     "GridError",
@@ -22,7 +23,6 @@ __all__ = [
     "Orientations",
     "grid_hash",
     "grid_preview",
-    "nic_version",
     "open_grid",
     "verify_grid",
     "write_grid",

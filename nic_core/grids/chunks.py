@@ -1,8 +1,8 @@
-"""Embeddings of a grid store, chunk by chunk.
+"""Read the embeddings of a grid store chunk by chunk.
 
-zarr hands each chunk from thread to thread, which takes more time than to decode it; a crop of
-400 x 400 cells has some forty. Here chunks are read straight from their shard: its last bytes are
-an index of offsets and lengths, as zarr's specification of sharding says.
+zarr passes each chunk between threads, which takes longer than decoding it; a crop of 400 x 400
+cells has about fifty chunks. This module reads chunks directly from their shard, by the index of
+offsets and lengths at its end (zarr's specification of sharding).
 """
 
 from __future__ import annotations
@@ -22,66 +22,71 @@ from numpy.typing import NDArray
 
 Window = tuple[slice, slice]  # rows, columns of a grid
 
-_INDEX, _CHECKSUM = np.dtype("<u8"), 4  # numbers of a shard's index; bytes after it
-_ABSENT = np.iinfo(_INDEX).max
+_INDEX, _CHECKSUM = np.dtype("<u8"), 4  # dtype of a shard's index; bytes of the checksum after it
+_ABSENT = np.iinfo(_INDEX).max  # marks a chunk that was not written
 
 
 class ChunkError(ValueError):
-    """A chunk of a store cannot be read."""
+    """A chunk of a grid store cannot be read."""
 
 
 @dataclass(frozen=True)
 class StoredEmbeddings:
     """Embeddings float16 (C, rows, columns) of one orientation, on disk.
 
-    Indexed like the zarr array, through which they are then read.
+    Indexing reads through zarr. :meth:`blocks` and :meth:`block` read chunks directly.
 
     Attributes
     ----------
-    array
-        (C, rows, columns), or with axes before them.
-    folder
-        Of the array.
-    at
-        Where along the axes before.
+    array : zarr.Array
+        (C, rows, columns), or with leading axes.
+    folder : Path
+        Folder of the array.
+    leading : tuple of int
+        Index along the leading axes.
     """
 
     array: zarr.Array[Any]
     folder: Path
-    at: tuple[int, ...] = ()
+    leading: tuple[int, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.array.shape[len(self.at) :]
+        return self.array.shape[len(self.leading) :]
 
     @property
     def dtype(self) -> np.dtype[Any]:
         return self.array.dtype
 
     def __getitem__(self, index: Any) -> Any:
-        return self.array[(*self.at, *(index if isinstance(index, tuple) else (index,)))]
+        return self.array[(*self.leading, *(index if isinstance(index, tuple) else (index,)))]
 
     @cached_property
     def _direct(self) -> bool:
-        """Whether the array is laid out as :func:`nic_core.grids.write_grid` does: all numbers of
-        a cell in one chunk, compressed by Blosc alone, in shards with their index at the end."""
-        about: dict[str, Any] = self.array.metadata.to_dict()
-        codecs, keys = about["codecs"], about["chunk_key_encoding"]
+        """Whether the array has the layout of :func:`nic_core.grids.write_grid`.
+
+        A chunk holds whole embeddings, compressed by Blosc, and shards end with their index.
+        """
+        metadata: dict[str, Any] = self.array.metadata.to_dict()
+        codecs, keys = metadata["codecs"], metadata["chunk_key_encoding"]
         if [codec["name"] for codec in codecs] != ["sharding_indexed"]:
             return False
         layout = codecs[0]["configuration"]
         inner, outer = ([c["name"] for c in layout[part]] for part in ("codecs", "index_codecs"))
-        leading = len(self.at)
+        axes = len(self.leading)
         return (
             (inner, outer) == (["bytes", "blosc"], ["bytes", "crc32c"])
             and layout["index_location"] == "end"
             and layout["codecs"][0]["configuration"]["endian"] == "little"
             and keys == {"name": "default", "configuration": {"separator": "/"}}
-            and self.array.chunks[: leading + 1] == (*[1] * leading, self.shape[0])
+            and self.array.chunks[: axes + 1] == (*[1] * axes, self.shape[0])
         )
 
     def blocks(self, window: Window) -> Iterator[Window]:
-        """Cells that are best read together (a chunk), of all that meet a window."""
+        """Yield the rows and columns of each chunk that overlaps a window.
+
+        An array in another layout yields the window itself.
+        """
         if not self._direct:
             yield window
             return
@@ -99,7 +104,11 @@ class StoredEmbeddings:
                 yield row, column
 
     def block(self, cells: Window) -> NDArray[np.float16]:
-        """The embeddings of one of :meth:`blocks`, (C, rows, columns).
+        """Read the embeddings of one of :meth:`blocks`.
+
+        Returns
+        -------
+        float16 (C, rows, columns)
 
         Raises
         ------
@@ -110,11 +119,11 @@ class StoredEmbeddings:
             return np.asarray(self[:, cells[0], cells[1]])
         sides, shards = self.array.chunks, self.array.shards
         assert shards is not None
-        first = (*self.at, 0, *(along.start for along in cells))
+        first = (*self.leading, 0, *(along.start for along in cells))
         number = [i // shard for i, shard in zip(first, shards, strict=True)]
         per_shard = [shard // side for shard, side in zip(shards, sides, strict=True)]
         within = [i // side % n for i, side, n in zip(first, sides, per_shard, strict=True)]
-        embeddings = np.zeros(sides[len(self.at) :], np.float16)
+        embeddings = np.zeros(sides[len(self.leading) :], np.float16)
         path = self.folder.joinpath("c", *map(str, number))
         length = 2 * _INDEX.itemsize * math.prod(per_shard)
         try:
@@ -124,14 +133,14 @@ class StoredEmbeddings:
                 start, size = map(int, index[tuple(within)])
                 if start != _ABSENT:
                     file.seek(start)
-                    room = embeddings.reshape(-1).view(np.uint8).data
-                    decoded = imagecodecs.blosc_decode(file.read(size), numthreads=1, out=room)
+                    buffer = embeddings.reshape(-1).view(np.uint8).data
+                    decoded = imagecodecs.blosc_decode(file.read(size), numthreads=1, out=buffer)
                     if len(decoded) != embeddings.nbytes:
                         raise ValueError(
-                            f"a chunk of {len(decoded)}, not {embeddings.nbytes} bytes"
+                            f"a chunk has {len(decoded)} bytes, not {embeddings.nbytes}"
                         )
         except FileNotFoundError:
-            pass  # a shard of zeros alone is not written
+            pass  # zarr does not write shards that contain only zeros
         except (OSError, ValueError, OverflowError, imagecodecs.BloscError) as error:
             raise ChunkError(f"{path}: damaged ({error}); compress the slide again") from error
         return embeddings[:, : cells[0].stop - cells[0].start, : cells[1].stop - cells[1].start]

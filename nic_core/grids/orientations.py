@@ -1,7 +1,7 @@
-"""The 8 orientations of a slide: rotations by 90 degrees and flips.
+"""The eight orientations of a slide: rotations by 90 degrees and flips.
 
-Orientation k, 0 to 7, is a left-right flip if ``k >= 4``, and then ``k % 4`` quarter turns
-counter-clockwise. 0 is upright. The numbering is ours [choice].
+Orientation ``k`` (0 to 7) is a left-right flip if ``k >= 4``, followed by ``k % 4`` quarter turns
+counter-clockwise. Orientation 0 is upright. The numbering is [choice].
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def orient(array: NDArray[_Type], k: int, *, axes: tuple[int, int] = (-2, -1)) -
     Parameters
     ----------
     array : (..., rows, columns)
-        Or any other place of rows and columns, named by ``axes``.
+        Rows and columns may be other axes; see ``axes``.
     k : int
         0 to 7.
     axes : (int, int)
@@ -30,24 +30,28 @@ def orient(array: NDArray[_Type], k: int, *, axes: tuple[int, int] = (-2, -1)) -
 
     Returns
     -------
-    A view of ``array``; rows and columns change places if ``k`` is odd.
+    ndarray
+        A view of ``array``. The lengths of rows and columns are exchanged if ``k`` is odd.
 
     Raises
     ------
     ValueError
-        There is no such orientation.
+        ``k`` is not an orientation.
     """
-    flipped = np.flip(array, axes[1]) if _known(k) >= 4 else array
+    flipped = np.flip(array, axes[1]) if _check(k) >= 4 else array
     return np.rot90(flipped, k % 4, axes)
 
 
 def undo(array: NDArray[_Type], k: int, *, axes: tuple[int, int] = (-2, -1)) -> NDArray[_Type]:
-    """Turn an array in orientation ``k`` back upright; the inverse of :func:`orient`."""
+    """Turn an array from orientation ``k`` back upright; the inverse of :func:`orient`.
+
+    Parameters and exceptions are those of :func:`orient`.
+    """
     # every orientation with a flip is its own inverse
-    return orient(array, k if _known(k) >= 4 else -k % 4, axes=axes)
+    return orient(array, k if _check(k) >= 4 else -k % 4, axes=axes)
 
 
-def _known(k: int) -> int:
+def _check(k: int) -> int:
     if not 0 <= k < ORIENTATIONS:
-        raise ValueError(f"orientation {k}: there are 0 to {ORIENTATIONS - 1}")
+        raise ValueError(f"orientation {k} does not exist; give 0 to {ORIENTATIONS - 1}")
     return k

@@ -1,28 +1,27 @@
-"""The grid store: a compressed slide as one small folder that OME-Zarr viewers open.
+"""The grid store: a compressed slide as a folder that OME-Zarr viewers can open.
 
 A store is a zarr v3 group:
 
-- array ``0``: embeddings, float16 (C, rows, columns), one level of an OME-Zarr 0.5 image whose axes
-  are in micrometres over the slide;
-- array ``valid``: bool (rows, columns), true where a embedding was computed. Elsewhere embeddings are 0,
-  which is also a possible embedding;
-- array ``orientations``, on request: float16 (7, C, rows, columns), the embeddings of the slide in
-  orientations 1 to 7 (:mod:`nic_core.grids.orientations`), each put back at its upright cell: one mask
-  and one frame serve all;
-- attribute ``nic``: the provenance; attribute ``nic_hash``: what :func:`grid_hash` gives.
+- array ``0``: embeddings, float16 (C, rows, columns). It is the only level of an OME-Zarr 0.5 image
+  whose axes are in micrometres on the slide;
+- array ``valid``: bool (rows, columns), true where an embedding was computed. Elsewhere embeddings
+  are 0, which alone does not mark them, since an encoder may return 0;
+- array ``orientations``, optional: float16 (7, C, rows, columns), the embeddings of the slide in
+  orientations 1 to 7 (:mod:`nic_core.grids.orientations`). Each embedding is stored at its upright
+  cell, so ``valid`` and the axes apply to all orientations;
+- attribute ``nic``: the provenance (:class:`GridProvenance`);
+- attribute ``nic_hash``: the content hash (:func:`grid_hash`).
 
-Chunks hold all numbers of 64 x 64 cells and lie in shards of 512 x 512, so a crop of
-400 x 400 cells comes from four files at most, in whichever orientation, and a whole store is a
-handful of files.
+A chunk holds the embeddings of 64 x 64 cells, a shard those of 512 x 512. A crop of 400 x 400 cells
+is therefore in at most four files, in any orientation, and a store consists of a few files.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 import zarr
@@ -33,7 +32,6 @@ from numpy.typing import NDArray
 from pydantic import (
     BaseModel,
     ConfigDict,
-    Field,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
@@ -47,44 +45,50 @@ from nic_core.grids.orientations import ORIENTATIONS, orient
 from nic_core.store import atomic_folder
 from nic_core.types import Precision, Reading
 
-_CHUNK, _SHARD = 64, 512
-EMBEDDINGS, VALID, TURNED, PROVENANCE, HASH = "0", "valid", "orientations", "nic", "nic_hash"
-METADATA = "zarr.json"
+GRID_FORMAT: Literal[2] = 2
+"""Version of the store's layout and provenance. Stores of other versions are refused."""
+
+_CHUNK, _SHARD = 64, 512  # cells per side
+EMBEDDINGS_ARRAY, VALID_ARRAY, ORIENTATIONS_ARRAY = "0", "valid", "orientations"
+PROVENANCE_ATTRIBUTE, HASH_ATTRIBUTE = "nic", "nic_hash"
+_METADATA_FILE = "zarr.json"
 
 
 class GridError(ValueError):
-    """A grid store is missing, damaged or not one."""
+    """A grid store is missing, damaged, invalid or of another format."""
 
 
 class GridProvenance(BaseModel):
-    """Where a grid comes from.
-
-    A store that lacks ``stride``, ``precision`` or ``reading`` is older than they are: it was
-    made in the one way there was, which their defaults name.
+    """The slide, the encoder and the settings that a grid was made from.
 
     Attributes
     ----------
+    format : int
+        :data:`GRID_FORMAT`.
     slide, slide_identity : str
+        Slide id, and the content identity of its file.
     slide_mpp : float
-        um/px of the slide's level 0.
+        um/px of the slide at level 0.
     encoder, weights_hash : str
+        Name of the encoder, and the hash of its weights.
     mpp : float
-        um/px that patches of ``patch`` px stand for.
+        um/px of the patches.
     patch, stride : int
-        Side of a patch and distance between two, px at ``mpp``; equal, as cells do not overlap.
+        Side of a patch and distance between neighbouring patches, px at ``mpp``. They are equal,
+        since cells do not overlap.
     unreadable : int
-        Kept cells that could not be decoded; not valid in the grid.
-    precision : str
-        Of the numbers in the encoder's layers.
-    reading : str
-        Pixels were read at ``mpp`` (``patch``), or at once at the resolution of the network's
-        input (``input``).
+        Number of kept cells that could not be decoded; they are not valid in the grid.
+    precision : {"float32", "bfloat16"}
+        Numbers that the encoder computed with.
+    reading : {"patch", "input"}
+        um/px at which pixels were read: that of the patch, or that of the network's input.
     software : str
-        That made it.
+        Name and version of the software that made the grid.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    format: Literal[2]
     slide: str
     slide_identity: str
     slide_mpp: PositiveFloat
@@ -93,33 +97,22 @@ class GridProvenance(BaseModel):
     mpp: PositiveFloat
     patch: PositiveInt
     stride: PositiveInt
-    unreadable: NonNegativeInt = 0
-    precision: Precision = "float32"
-    reading: Reading = "patch"
-    software: str = Field(default_factory=lambda: f"nic {nic_version()}")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _stride_is_patch(cls, data: object) -> object:
-        return {"stride": data.get("patch")} | data if isinstance(data, dict) else data
+    unreadable: NonNegativeInt
+    precision: Precision
+    reading: Reading
+    software: str
 
     @model_validator(mode="after")
     def _no_overlap(self) -> Self:
         if self.stride != self.patch:
-            raise ValueError(f"stride {self.stride} px: patches of {self.patch} px do not overlap")
+            raise ValueError(
+                f"stride {self.stride} px: patches of {self.patch} px must not overlap"
+            )
         return self
 
 
-def nic_version() -> str:
-    """Version of this package."""
-    try:
-        return importlib.metadata.version("nic")
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"  # run from its source tree
-
-
 class Embeddings(Protocol):
-    """Embeddings float16 (C, rows, columns) that are read where they are indexed."""
+    """Embeddings float16 (C, rows, columns): an array, or a store that reads what is indexed."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -129,7 +122,7 @@ class Embeddings(Protocol):
 
 
 class Orientations(Protocol):
-    """Embeddings of each orientation, by its number; together float16 (8, C, rows, columns)."""
+    """Embeddings of the eight orientations, float16 (8, C, rows, columns), indexed by ``k``."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -143,13 +136,13 @@ class Grid:
     Attributes
     ----------
     embeddings : float16 (C, rows, columns)
-        A numpy array, or a stored one that reads only what is indexed. 0 where not valid.
+        A NumPy array, or a stored array that reads only what is indexed. 0 where not valid.
     valid : bool (rows, columns)
-        Cells with a embedding.
+        Cells with an embedding.
     provenance : GridProvenance
     orientations : float16 (8, C, rows, columns), optional
-        Embeddings of the cells' pixels in each orientation (:mod:`nic_core.grids.orientations`), all at the
-        upright cells; number 0 are ``embeddings``.
+        Embeddings of the slide in each orientation (:mod:`nic_core.grids.orientations`), stored at
+        the upright cells. Orientation 0 equals ``embeddings``.
     """
 
     embeddings: Embeddings
@@ -164,7 +157,11 @@ class Grid:
         return embedding_size, rows, columns
 
     def oriented(self, k: int) -> Embeddings:
-        """Embeddings of orientation ``k`` at the upright cells, float16 (C, rows, columns).
+        """Return the embeddings of orientation ``k`` at the upright cells.
+
+        Returns
+        -------
+        float16 (C, rows, columns)
 
         Raises
         ------
@@ -175,14 +172,27 @@ class Grid:
             return self.embeddings
         if self.orientations is None:
             raise GridError(
-                f"grid of slide '{self.provenance.slide}' is upright alone: "
-                "compress the slide again with its 8 orientations"
+                f"the grid of slide '{self.provenance.slide}' has no orientations; "
+                "compress the slide again with 8 orientations"
             )
         return self.orientations[k]
 
     def turned(self, k: int) -> tuple[NDArray[np.float16], NDArray[np.bool_]]:
-        """Embeddings and mask of the slide turned into orientation ``k``: what compressing the
-        turned slide gives; rows and columns change places if ``k`` is odd."""
+        """Return the embeddings and the mask that the slide has in orientation ``k``.
+
+        They equal those of compressing the turned slide.
+
+        Returns
+        -------
+        embeddings : float16 (C, rows, columns)
+            Rows and columns are exchanged if ``k`` is odd.
+        valid : bool (rows, columns)
+
+        Raises
+        ------
+        GridError
+            The grid was made without orientations.
+        """
         return orient(np.asarray(self.oriented(k)[:]), k), orient(self.valid, k)
 
 
@@ -190,7 +200,7 @@ class Grid:
 class _StoredOrientations:
     upright: StoredEmbeddings
     others: zarr.Array[Any]  # (7, C, rows, columns)
-    folder: Path  # of the others
+    folder: Path  # of the array `others`
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -198,19 +208,19 @@ class _StoredOrientations:
 
     def __getitem__(self, k: int) -> Embeddings:
         if not 0 <= k < ORIENTATIONS:
-            raise IndexError(f"orientation {k}: there are 0 to {ORIENTATIONS - 1}")
+            raise IndexError(f"orientation {k} does not exist; give 0 to {ORIENTATIONS - 1}")
         return StoredEmbeddings(self.others, self.folder, (k - 1,)) if k else self.upright
 
 
 def write_grid(path: Path, grid: Grid) -> None:
-    """Write a store, whole or not at all; one that stands there is replaced.
+    """Write a grid store atomically; an existing one is replaced.
 
     Raises
     ------
     GridError
-        The grid's parts do not fit, or hold what they may not.
+        Shapes disagree, or embeddings are not finite, or not 0 where the mask is false.
     StoreError
-        It cannot be written: a full disk, a folder without permission.
+        The store cannot be written, for example because the disk is full.
     """
     embeddings = np.asarray(grid.embeddings[:], np.float16)
     _check(str(path), embeddings, grid.valid)
@@ -219,39 +229,40 @@ def write_grid(path: Path, grid: Grid) -> None:
         *embeddings.shape,
     ):
         raise GridError(
-            f"{path}: orientations {grid.orientations.shape} do not fit embeddings {embeddings.shape}"
+            f"{path}: the shape of the orientations, {grid.orientations.shape}, does not match "
+            f"that of the embeddings, {embeddings.shape}"
         )
-    # zarr encodes into memory, and files are written here: zarr's own writers go on after one of
-    # them has met a full disk, and make again what was cleared away
+    # zarr encodes into memory and this function writes the files: zarr's own writer threads go on
+    # after one of them fails on a full disk, and create files in the folder that was removed
     encoded: dict[str, Buffer] = {}
     with atomic_folder(path) as folder:
         group = zarr.open_group(zarr.storage.MemoryStore(encoded), mode="w", zarr_format=3)
         group.attrs.update(
             {
                 "ome": ome_image(grid.provenance, channels=True),
-                PROVENANCE: grid.provenance.model_dump(),
-                HASH: grid_hash(grid),
+                PROVENANCE_ATTRIBUTE: grid.provenance.model_dump(),
+                HASH_ATTRIBUTE: grid_hash(grid),
             }
         )
-        _create(group, EMBEDDINGS, embeddings.shape, embeddings.shape[:1])[:] = embeddings
-        _create(group, VALID, grid.valid.shape, (), "bool")[:] = grid.valid
-        _move(encoded, folder, but=METADATA)
+        _create(group, EMBEDDINGS_ARRAY, embeddings.shape, embeddings.shape[:1])[:] = embeddings
+        _create(group, VALID_ARRAY, grid.valid.shape, (), "bool")[:] = grid.valid
+        _move(encoded, folder, keep=_METADATA_FILE)
         if grid.orientations is not None:
             others = (ORIENTATIONS - 1, *embeddings.shape)
-            turned = _create(group, TURNED, others, (1, *embeddings.shape[:1]))
+            turned = _create(group, ORIENTATIONS_ARRAY, others, (1, *embeddings.shape[:1]))
             for k in range(1, ORIENTATIONS):
                 embeddings = np.asarray(grid.orientations[k][:], np.float16)
                 _check(f"{path}: orientation {k}", embeddings, grid.valid)
                 turned[k - 1] = embeddings
-                _move(encoded, folder, but=METADATA)
+                _move(encoded, folder, keep=_METADATA_FILE)
         _move(encoded, folder)
 
 
-def _move(encoded: dict[str, Buffer], folder: Path, *, but: str | None = None) -> None:
-    """Write files of what is encoded, and forget it; files of the name ``but`` come later."""
+def _move(encoded: dict[str, Buffer], folder: Path, *, keep: str | None = None) -> None:
+    """Move encoded files from memory to a folder, except files of the name ``keep``."""
     for key in list(encoded):
         path = folder / key
-        if path.name != but:
+        if path.name != keep:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(encoded.pop(key).to_bytes())
 
@@ -260,74 +271,105 @@ def _create(
     group: zarr.Group,
     name: str,
     shape: tuple[int, ...],
-    whole: tuple[int, ...],
+    leading: tuple[int, ...],
     dtype: str = "float16",
 ) -> zarr.Array[Any]:
-    """An array (..., rows, columns) in chunks and shards of cells; ``whole`` is what each holds
-    along the axes before. An array of cells alone is small, and a shard of it is one chunk."""
-    chunk, shard = zip(*(_blocks(length) for length in shape[-2:]), strict=True)
-    chunk = chunk if whole else shard
+    """Create an array (..., rows, columns) in chunks and shards of cells.
+
+    ``leading`` is the length of a chunk along the axes before rows and columns. Without such axes
+    the array is small, and each shard is a single chunk.
+    """
+    chunk, shard = zip(*(_chunk_and_shard(length) for length in shape[-2:]), strict=True)
+    chunk = chunk if leading else shard
     return group.create_array(
         name,
         shape=shape,
         dtype=dtype,
-        chunks=(*whole, *chunk),
-        shards=(*whole, *shard),
+        chunks=(*leading, *chunk),
+        shards=(*leading, *shard),
         compressors=zarr.codecs.BloscCodec(cname="zstd", clevel=5, shuffle="shuffle"),
-        fill_value=0 if whole else False,
+        fill_value=0 if leading else False,
         dimension_names=("orientation", "c", "y", "x")[-len(shape) :],
     )
 
 
 def open_grid(path: Path) -> Grid:
-    """Open a store; the embeddings stay on disk until they are indexed.
+    """Open a grid store. Embeddings are read from disk when they are indexed.
 
     Raises
     ------
     GridError
-        There is no store, or it is not a grid.
+        The store does not exist, is damaged, is not a grid store, or has another format.
     """
     try:
         group = zarr.open_group(path, mode="r", zarr_format=3)
-        embeddings, valid, turned = group[EMBEDDINGS], group[VALID], group.get(TURNED)
-        provenance = GridProvenance.model_validate(group.attrs[PROVENANCE])
+        provenance = _check_format(path, group.attrs[PROVENANCE_ATTRIBUTE])
+        embeddings, valid = group[EMBEDDINGS_ARRAY], group[VALID_ARRAY]
+        others = group.get(ORIENTATIONS_ARRAY)
+    except GridError:
+        raise
     except (OSError, KeyError, ValueError, zarr.errors.BaseZarrError) as error:
-        kind = "provenance: " if isinstance(error, ValidationError) else ""
-        raise GridError(
-            f"{path}: no grid store ({kind}{error}); compress the slide again"
-        ) from error
+        raise GridError(f"{path}: not a grid store ({error}); compress the slide again") from error
     if not isinstance(embeddings, zarr.Array) or not isinstance(valid, zarr.Array):
-        raise GridError(f"{path}: no grid store (arrays expected); compress the slide again")
+        raise GridError(f"{path}: not a grid store (no arrays); compress the slide again")
     mask = np.asarray(valid[:])
     if embeddings.dtype != np.float16 or embeddings.ndim != 3 or embeddings.shape[1:] != mask.shape:
         raise GridError(
-            f"{path}: embeddings {embeddings.dtype} {embeddings.shape} do not fit the mask {mask.shape}"
+            f"{path}: embeddings {embeddings.dtype} {embeddings.shape} do not match the mask "
+            f"{mask.shape}; compress the slide again"
         )
-    upright = StoredEmbeddings(embeddings, path / EMBEDDINGS)
-    if turned is None:
+    upright = StoredEmbeddings(embeddings, path / EMBEDDINGS_ARRAY)
+    if others is None:
         return Grid(upright, mask, provenance)
-    if not isinstance(turned, zarr.Array) or turned.shape != (ORIENTATIONS - 1, *embeddings.shape):
+    if not isinstance(others, zarr.Array) or others.shape != (ORIENTATIONS - 1, *embeddings.shape):
         raise GridError(
-            f"{path}: orientations do not fit embeddings {embeddings.shape}; compress the slide again"
+            f"{path}: the orientations do not match the embeddings {embeddings.shape}; "
+            "compress the slide again"
         )
-    return Grid(upright, mask, provenance, _StoredOrientations(upright, turned, path / TURNED))
+    orientations = _StoredOrientations(upright, others, path / ORIENTATIONS_ARRAY)
+    return Grid(upright, mask, provenance, orientations)
+
+
+def _check_format(path: Path, attribute: Any) -> GridProvenance:
+    stated = attribute.get("format", 1) if isinstance(attribute, dict) else None
+    if isinstance(stated, int) and stated < GRID_FORMAT:
+        raise GridError(
+            f"{path}: was written by an older version (format {stated}); compress the slide again"
+        )
+    try:
+        return GridProvenance.model_validate(attribute)
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}".removeprefix(": ")
+            for problem in error.errors()
+        )
+        raise GridError(
+            f"{path}: invalid provenance ({problems}); compress the slide again"
+        ) from error
 
 
 def grid_hash(grid: Grid | Path) -> str:
-    """Hash of what a grid says (embeddings, mask, patch size and um/px; orientations if it has
-    them), not of how it is stored.
+    """Return the content hash of a grid, which is its data version.
+
+    The hash covers embeddings, mask, patch size, um/px and, if present, orientations. It does not
+    depend on how the grid is stored.
 
     Returns
     -------
     str
-        32 hexadecimal digits, the data version of the grid.
+        32 hexadecimal digits.
+
+    Raises
+    ------
+    GridError
+        The store of this path cannot be opened.
     """
     if isinstance(grid, Path):
         grid = open_grid(grid)
     embeddings = np.ascontiguousarray(grid.embeddings[:], np.float16)
-    about = grid.provenance
+    source = grid.provenance
     digest = hashlib.blake2b(digest_size=16)
-    digest.update(repr((embeddings.shape, about.patch, about.mpp, about.slide_mpp)).encode())
+    digest.update(repr((embeddings.shape, source.patch, source.mpp, source.slide_mpp)).encode())
     digest.update(embeddings.tobytes())
     digest.update(np.packbits(grid.valid).tobytes())
     if grid.orientations is not None:
@@ -336,39 +378,42 @@ def grid_hash(grid: Grid | Path) -> str:
     return digest.hexdigest()
 
 
-def verify_grid(path: Path) -> bool:
-    """Compare a store with the hash that was recorded when it was written.
-
-    Returns
-    -------
-    bool
-        Whether there is one; a store of an older version has none, and is just read.
+def verify_grid(path: Path) -> None:
+    """Compare the content of a store with the hash that was recorded when it was written.
 
     Raises
     ------
     GridError
-        It is no grid, cannot be read, or is not the one that was written.
+        The store cannot be opened or read, has no recorded hash, or its content differs from the
+        hash.
     """
     try:
-        found = grid_hash(path)
+        computed = grid_hash(path)
     except GridError:
         raise
-    except (OSError, ValueError, RuntimeError) as error:  # of a chunk that cannot be decoded
+    except (OSError, ValueError, RuntimeError) as error:  # a chunk cannot be decoded
         raise GridError(f"{path}: cannot be read ({error}); compress the slide again") from error
-    recorded = zarr.open_group(path, mode="r", zarr_format=3).attrs.get(HASH)
-    if recorded not in (None, found):
+    recorded = zarr.open_group(path, mode="r", zarr_format=3).attrs.get(HASH_ATTRIBUTE)
+    if recorded is None:
+        raise GridError(f"{path}: has no recorded hash; compress the slide again")
+    if recorded != computed:
         raise GridError(
-            f"{path}: the embeddings are not those that were written (hash differs); "
+            f"{path}: the content changed after it was written (its hash differs); "
             "compress the slide again"
         )
-    return recorded is not None
 
 
 def grid_preview(grid: Grid, *, cell: int = 4) -> NDArray[np.uint8]:
-    """Picture of a grid: the first three principal components of its embeddings as RGB.
+    """Draw a grid: the first three principal components of its embeddings as red, green and blue.
 
-    Components are those of this grid, each stretched between its 2nd and 98th percentile, and
-    signed so that the embedding of largest weight counts positive. Cells without a embedding are white.
+    The components are computed from this grid. Each is stretched between its 2nd and 98th
+    percentile. Its sign is chosen so that its largest loading is positive. Cells without an
+    embedding are white.
+
+    Parameters
+    ----------
+    cell : int
+        Side of a cell in the picture, px.
 
     Returns
     -------
@@ -384,7 +429,7 @@ def grid_preview(grid: Grid, *, cell: int = 4) -> NDArray[np.uint8]:
         values = centred @ axes
         low, high = np.percentile(values, (2, 98), axis=0)
         stretched = (values - low) / np.maximum(high - low, 1e-12)
-        # a embedding of fewer than three numbers leaves grey channels
+        # channels without a component, at embedding sizes below three, stay grey
         shown = np.full((len(embeddings), 3), 0.5)
         shown[:, : values.shape[1]] = np.clip(stretched, 0, 1)
         picture[grid.valid] = np.round(shown * 235)
@@ -395,24 +440,34 @@ def grid_preview(grid: Grid, *, cell: int = 4) -> NDArray[np.uint8]:
 
 def _check(name: str, embeddings: NDArray[np.float16], valid: NDArray[np.bool_]) -> None:
     if embeddings.ndim != 3 or embeddings.shape[1:] != valid.shape or valid.dtype != np.bool_:
-        raise GridError(f"{name}: embeddings {embeddings.shape} and mask {valid.shape} do not fit")
+        raise GridError(
+            f"{name}: embeddings {embeddings.shape} and mask {valid.shape} do not match"
+        )
     if not np.isfinite(embeddings).all():
-        raise GridError(f"{name}: embeddings are not all finite numbers of float16")
+        raise GridError(f"{name}: some embeddings are not finite in float16")
     if embeddings[:, ~valid].any():
-        raise GridError(f"{name}: cells without a embedding must be 0")
+        raise GridError(f"{name}: embeddings of cells that are not valid must be 0")
 
 
-def _blocks(length: int) -> tuple[int, int]:
-    """Side of chunk and shard for an axis of cells; a shard is a whole number of chunks."""
+def _chunk_and_shard(length: int) -> tuple[int, int]:
+    """Lengths of a chunk and a shard on an axis of cells; a shard is a whole number of chunks."""
     chunk = min(_CHUNK, length)
     return chunk, min(_SHARD, -(-length // chunk) * chunk)
 
 
-def ome_image(about: GridProvenance, *, channels: bool) -> dict[str, Any]:
-    """OME-Zarr 0.5 metadata of an image (c, y, x) or (y, x) with a pixel a cell, at path ``0``; a
-    pixel's position is its centre, in um from the centre of the slide's first pixel."""
-    step = about.patch * about.mpp
-    shift = (step - about.slide_mpp) / 2
+def ome_image(provenance: GridProvenance, *, channels: bool) -> dict[str, Any]:
+    """Return the OME-Zarr 0.5 metadata of an image with one pixel per cell.
+
+    The image is the array ``0`` of its group. Coordinates are in um, of pixel centres, from the
+    centre of the slide's first pixel.
+
+    Parameters
+    ----------
+    channels : bool
+        Whether the axes are (c, y, x) or (y, x).
+    """
+    step = provenance.patch * provenance.mpp
+    shift = (step - provenance.slide_mpp) / 2
     scale, translation = [step, step], [shift, shift]
     axes = [{"name": name, "type": "space", "unit": "micrometer"} for name in "yx"]
     if channels:
@@ -422,11 +477,11 @@ def ome_image(about: GridProvenance, *, channels: bool) -> dict[str, Any]:
         "version": "0.5",
         "multiscales": [
             {
-                "name": about.slide,
+                "name": provenance.slide,
                 "axes": axes,
                 "datasets": [
                     {
-                        "path": EMBEDDINGS,
+                        "path": EMBEDDINGS_ARRAY,
                         "coordinateTransformations": [
                             {"type": "scale", "scale": scale},
                             {"type": "translation", "translation": translation},

@@ -1,4 +1,4 @@
-"""Probability maps of an encoder's own heads, and heatmaps of slide models."""
+"""Maps on the slide: probability maps of an encoder's heads, and heatmaps of slide models."""
 
 from nic_core.maps.probability import (
     MAP_SCHEMA,

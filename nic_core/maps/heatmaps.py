@@ -1,13 +1,13 @@
-"""Heatmaps on the slide: files that viewers place by themselves, pictures, and scores.
+"""Heatmaps of slide models: files for viewers, pictures, and scores.
 
-A folder for each slide, written whole:
+A heatmap has a value ("heat") for each cell of a slide's grid. Its folder contains:
 
-- ``heat.tif``: float32, pyramidal and tiled, a pixel a cell, with um/px; its top-left corner is
-  the slide's. NaN where there is no embedding;
-- ``heat.zarr``: the same as an OME-Zarr 0.5 image in the frame of the slide's grid;
-- ``heat.geojson``: the areas of highest heat for QuPath, in level-0 px;
+- ``heat.tif``: float32, tiled pyramid, one pixel per cell, with um/px. Its top-left corner is that
+  of the slide. NaN where the grid has no embedding;
+- ``heat.zarr``: the same values as an OME-Zarr 0.5 image, with the coordinates of the grid;
+- ``heat.geojson``: the areas of highest heat as QuPath annotations, level-0 px;
 - ``overlay.png``: the heat over a thumbnail, with a scale bar;
-- ``patches.jpg``: the hottest patches (upper row) and the coldest, hottest and coldest first.
+- ``patches.jpg``: the patches of highest heat (upper row) and of lowest heat (lower row).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from skimage.measure import find_contours
 from sklearn.metrics import roc_auc_score
 
 from nic_core.grids import GridError, GridProvenance
-from nic_core.grids.store import EMBEDDINGS, PROVENANCE, ome_image
+from nic_core.grids.store import EMBEDDINGS_ARRAY, PROVENANCE_ATTRIBUTE, ome_image
 from nic_core.maps import tint
 from nic_core.slides import Slide, SlideError, content_identity
 from nic_core.store import atomic_folder
@@ -39,9 +39,9 @@ from nic_core.types import Pixels
 
 TIFF, ZARR, GEOJSON = "heat.tif", "heat.zarr", "heat.geojson"
 OVERLAY, PATCHES = "overlay.png", "patches.jpg"
-QUANTILES = (0.5, 0.75, 0.9)  # of a slide's cells, from which on an area is outlined
-_THUMBNAIL, _SHOWN, _GAP = 1024, 8, 4  # px, patches, px
-_RANGE = (2, 98)  # percentiles that are shown as pure blue and red
+QUANTILES = (0.5, 0.75, 0.9)  # of the heat of a slide's cells; each outlines an area
+_THUMBNAIL, _PATCHES_PER_ROW, _GAP = 1024, 8, 4  # px, patches, px
+_RANGE = (2, 98)  # percentiles drawn in pure blue and pure red
 
 Heat = npt.NDArray[np.float32]
 
@@ -56,25 +56,29 @@ def write_heatmap(
     quantiles: Sequence[float] = QUANTILES,
     pictures: bool = True,
 ) -> None:
-    """Write a slide's heatmap, whole or not at all; one that stands there is replaced.
+    """Write the heatmap of a slide atomically; an existing one is replaced.
 
     Parameters
     ----------
-    folder
-        To hold the files that the module names.
+    folder : Path
+        Folder of the files listed in the module's docstring.
     heat : float32 (rows, columns)
         NaN where the grid has no embedding.
-    provenance
-        Of the slide's grid.
-    name
-        Of what is explained; a part of the areas' names in QuPath.
-    pictures
-        Draw the overlay and the patches too, which takes ten times as long as all else.
+    provenance : GridProvenance
+        Provenance of the slide's grid.
+    slide : Slide
+        The slide of the grid.
+    name : str
+        Target or class that the heat explains; part of the names of the areas in QuPath.
+    quantiles : sequence of float
+        Quantiles whose areas are written.
+    pictures : bool
+        Also draw overlay and patches, which takes ten times as long as all other files.
 
     Raises
     ------
     ValueError
-        No cell has heat.
+        Every cell is NaN.
     SlideError
         The slide is not that of the grid, or a patch cannot be read.
     StoreError
@@ -82,7 +86,9 @@ def write_heatmap(
     """
     if content_identity(slide.path) != provenance.slide_identity:
         raise SlideError(
-            slide.path, f"is not the slide '{provenance.slide}' of the grid", "give that one"
+            slide.path,
+            f"is not the slide '{provenance.slide}' of the grid",
+            "give the slide that the grid was made from",
         )
     if np.isnan(heat).all():
         raise ValueError(f"slide '{provenance.slide}': no cell has heat")
@@ -93,40 +99,52 @@ def write_heatmap(
         areas = hot_areas(heat, cell, name=name, quantiles=quantiles)
         (new / GEOJSON).write_text(json.dumps(areas) + "\n")
         if pictures:
-            # the fastest: a thumbnail of tissue hardly gets smaller
-            quick = {"compress_level": 1}
-            imsave(new / OVERLAY, heat_overlay(slide, heat, cell), pil_kwargs=quick)
+            # the fastest level: higher ones hardly make a thumbnail of tissue smaller
+            fast = {"compress_level": 1}
+            imsave(new / OVERLAY, heat_overlay(slide, heat, cell), pil_kwargs=fast)
             sheet = patch_sheet(slide, heat, provenance)
             imsave(new / PATCHES, sheet, pil_kwargs={"quality": 90})
 
 
 def read_heatmap(folder: Path) -> Heat:
-    """The heat that :func:`write_heatmap` wrote, float32 (rows, columns).
+    """Read the heat that :func:`write_heatmap` wrote.
+
+    Returns
+    -------
+    float32 (rows, columns)
 
     Raises
     ------
     GridError
-        There is none.
+        The heatmap does not exist or cannot be read.
     """
     try:
-        return np.asarray(zarr.open_array(folder / ZARR / EMBEDDINGS, mode="r")[:], np.float32)
+        return np.asarray(
+            zarr.open_array(folder / ZARR / EMBEDDINGS_ARRAY, mode="r")[:], np.float32
+        )
     except (OSError, ValueError, zarr.errors.BaseZarrError) as error:
-        raise GridError(f"{folder}: no heatmap ({error}); explain the slide again") from error
+        raise GridError(f"{folder}: the heatmap cannot be read ({error}); make it again") from error
 
 
 def score_heat(heat: Heat, truth: npt.NDArray[np.int8]) -> tuple[float, bool] | None:
-    """How well heat finds what is there.
+    """Score heat against the truth of cells.
+
+    Only cells with heat and a known truth are used.
 
     Parameters
     ----------
     heat : float32 (rows, columns)
     truth : int8 (rows, columns)
-        1, 0, or -1 for unknown; from :func:`nic_core.maps.truth_of_cells`.
+        1 positive, 0 negative, -1 unknown; from :func:`nic_core.maps.truth_of_cells`.
 
     Returns
     -------
-    Area under the ROC curve over the cells with heat and a known truth, and whether the hottest
-    of them is positive (the pointing game); None if they are all of one kind.
+    auc : float
+        Area under the ROC curve.
+    hit : bool
+        Whether the cell of highest heat is positive (the pointing game).
+
+    None is returned instead if all cells are positive or all are negative.
     """
     known = np.isfinite(heat) & (truth >= 0)
     values, positive = heat[known], truth[known] == 1
@@ -138,16 +156,20 @@ def score_heat(heat: Heat, truth: npt.NDArray[np.int8]) -> tuple[float, bool] | 
 def hot_areas(
     heat: Heat, cell: float, *, name: str, quantiles: Sequence[float] = QUANTILES
 ) -> dict[str, Any]:
-    """The areas of highest heat as QuPath's GeoJSON, one annotation a quantile.
+    """Return the areas of highest heat as QuPath GeoJSON, one annotation per quantile.
 
-    An area holds the centres of exactly the cells whose heat reaches that quantile of the slide's
-    cells; its outline runs half way between neighbouring centres. Cells that touch by a corner
-    alone are two polygons.
+    An area contains the centres of exactly those cells whose heat reaches the quantile. Its outline
+    runs half way between the centres of neighbouring cells. Cells that share only a corner belong
+    to different polygons.
 
     Parameters
     ----------
-    cell
-        Side of a cell, level-0 px; so are the coordinates.
+    heat : float32 (rows, columns)
+    cell : float
+        Side of a cell, level-0 px. Coordinates are level-0 px, too.
+    name : str
+        Part of the names of the annotations.
+    quantiles : sequence of float
     """
     features = []
     for quantile in sorted(quantiles):
@@ -158,7 +180,7 @@ def hot_areas(
                 "type": "Feature",
                 "geometry": {
                     "type": "MultiPolygon",
-                    "coordinates": outlines(heat >= level, cell),  # NaN reaches nothing
+                    "coordinates": outlines(heat >= level, cell),  # False for NaN
                 },
                 "properties": {
                     "objectType": "annotation",
@@ -174,20 +196,30 @@ def hot_areas(
 
 
 def outlines(mask: npt.NDArray[np.bool_], cell: float) -> list[list[list[list[float]]]]:
-    """Outlines of a mask of cells as GeoJSON polygons: the outer ring, then its holes.
+    """Return the outlines of a mask of cells as GeoJSON polygons.
 
-    Each ring is closed: its last point (x, y), in level-0 px, is its first. Outer rings run
-    counter-clockwise and holes clockwise as GeoJSON counts (y upwards).
+    Parameters
+    ----------
+    mask : bool (rows, columns)
+    cell : float
+        Side of a cell, level-0 px.
+
+    Returns
+    -------
+    list of polygons
+        A polygon is a list of rings: the outer one, then its holes. A ring is a list of points
+        [x, y], level-0 px, whose last point repeats the first. Outer rings run counter-clockwise
+        and holes clockwise with y upwards, as GeoJSON requires.
     """
     regions, _ = ndimage.label(mask)
     polygons = []
     for number, box in enumerate(ndimage.find_objects(regions), start=1):
-        own = np.pad(regions[box] == number, 1).astype(np.float64)
-        # row and column of a centre; the corner of the slide is half a cell before the first one
+        region = np.pad(regions[box] == number, 1).astype(np.float64)
+        # contours are relative to the padded box, and (0, 0) is the centre of its first cell
         corner = np.array([box[0].start - 0.5, box[1].start - 0.5])
-        found = find_contours(own, 0.5)  # type: ignore[no-untyped-call]
-        rings = [(ring + corner)[:, ::-1] * cell for ring in found]
-        rings.sort(key=lambda ring: -abs(_area(ring)))  # the outer ring holds all others
+        contours = find_contours(region, 0.5)  # type: ignore[no-untyped-call]
+        rings = [(ring + corner)[:, ::-1] * cell for ring in contours]
+        rings.sort(key=lambda ring: -abs(_area(ring)))  # the outer ring is the largest
         polygons.append(
             [
                 (ring if (_area(ring) > 0) == (i == 0) else ring[::-1]).tolist()
@@ -198,10 +230,24 @@ def outlines(mask: npt.NDArray[np.bool_], cell: float) -> list[list[list[list[fl
 
 
 def heat_overlay(slide: Slide, heat: Heat, cell: float) -> Pixels:
-    """The heat over a thumbnail with a scale bar, uint8 (H, W, 3).
+    """Draw heat over a thumbnail with a scale bar.
 
-    Blue to red are the 2nd to the 98th percentile of the slide's cells. ``cell`` is a cell's
-    side, level-0 px.
+    The colours from blue to red span the 2nd to the 98th percentile of the heat.
+
+    Parameters
+    ----------
+    heat : float32 (rows, columns)
+    cell : float
+        Side of a cell, level-0 px.
+
+    Returns
+    -------
+    uint8 (H, W, 3)
+
+    Raises
+    ------
+    SlideError
+        A part of the slide cannot be decoded.
     """
     low, high = np.nanpercentile(heat, _RANGE)
     values = np.clip((heat - low) / max(high - low, np.finfo(np.float32).tiny), 0, 1)
@@ -211,16 +257,28 @@ def heat_overlay(slide: Slide, heat: Heat, cell: float) -> Pixels:
 
 
 def patch_sheet(slide: Slide, heat: Heat, provenance: GridProvenance) -> Pixels:
-    """The patches of highest heat in a row, and below them those of lowest, as the encoder saw
-    them; hottest and coldest on the left, uint8 (H, W, 3). 8 each, or half of the slide's."""
+    """Draw the patches of highest heat in a row and those of lowest heat in a row below.
+
+    The most extreme patch is on the left. A row has 8 patches, or half of the slide's patches if
+    there are fewer. Patches are shown at the um/px of the encoder.
+
+    Returns
+    -------
+    uint8 (H, W, 3)
+
+    Raises
+    ------
+    SlideError
+        A patch cannot be decoded.
+    """
     side, (rows, columns) = provenance.patch, np.nonzero(np.isfinite(heat))
     order = np.argsort(-heat[rows, columns], kind="stable")
-    shown = min(_SHOWN, -(-len(order) // 2))
+    shown = min(_PATCHES_PER_ROW, -(-len(order) // 2))
     sheet = np.full((2 * side + _GAP, shown * (side + _GAP) - _GAP, 3), 255, np.uint8)
     step = side * provenance.mpp / slide.mpp
     for line, cells in enumerate((order[:shown], order[::-1][:shown])):
-        for i, which in enumerate(cells):
-            x, y = columns[which] * step, rows[which] * step
+        for i, index in enumerate(cells):
+            x, y = columns[index] * step, rows[index] * step
             pixels = slide.read(x, y, side, side, provenance.mpp)
             top, left = line * (side + _GAP), i * (side + _GAP)
             sheet[top : top + side, left : left + side] = pixels
@@ -228,7 +286,7 @@ def patch_sheet(slide: Slide, heat: Heat, provenance: GridProvenance) -> Pixels:
 
 
 def _write_tiff(path: Path, heat: Heat, step: float) -> None:
-    """``step`` is a cell's side, um."""
+    """Write a tiled pyramid; ``step`` is the side of a cell, um."""
     pyvips.Image.new_from_array(np.ascontiguousarray(heat, np.float32)).tiffsave(
         str(path),
         tile=True,
@@ -237,7 +295,7 @@ def _write_tiff(path: Path, heat: Heat, step: float) -> None:
         pyramid=True,
         compression="deflate",
         resunit="cm",
-        xres=1000 / step,  # px/mm, whatever the file's unit
+        xres=1000 / step,  # libvips expects px/mm for any unit of the file
         yres=1000 / step,
     )
 
@@ -245,10 +303,13 @@ def _write_tiff(path: Path, heat: Heat, step: float) -> None:
 def _write_zarr(path: Path, heat: Heat, provenance: GridProvenance) -> None:
     group = zarr.open_group(path, mode="w", zarr_format=3)
     group.attrs.update(
-        {"ome": ome_image(provenance, channels=False), PROVENANCE: provenance.model_dump()}
+        {
+            "ome": ome_image(provenance, channels=False),
+            PROVENANCE_ATTRIBUTE: provenance.model_dump(),
+        }
     )
     group.create_array(
-        EMBEDDINGS,
+        EMBEDDINGS_ARRAY,
         data=np.ascontiguousarray(heat, np.float32),
         chunks=tuple(min(512, length) for length in heat.shape),
         compressors=zarr.codecs.BloscCodec(cname="zstd", clevel=5, shuffle="shuffle"),
@@ -264,11 +325,11 @@ def _area(ring: npt.NDArray[np.float64]) -> float:
 
 
 def _with_scale_bar(picture: Pixels, mpp: float) -> Pixels:
-    """The longest bar of 1, 2 or 5 times a power of ten that takes a fifth of the width."""
+    """Draw the longest bar of 1, 2 or 5 times a power of ten um within a fifth of the width."""
     longest = picture.shape[1] / 5 * mpp  # um
     power = 10.0 ** np.floor(np.log10(longest))
     length = power * max(step for step in (1, 2, 5) if step * power <= longest)
-    # the font that comes with Pillow has no Greek letter
+    # Pillow's default font has no Greek letters
     text = f"{length / 1000:g} mm" if length >= 1000 else f"{length:g} um"
     image = Image.fromarray(picture)
     draw = ImageDraw.Draw(image)

@@ -1,8 +1,8 @@
-"""Probability maps: what an encoder's own head says of every cell of a slide.
+"""Probability maps: the class probability of every cell, from a head of the encoder.
 
-A multitask encoder keeps the heads that taught it. A head applied to the embeddings of a grid gives
-each cell a class probability: a picture of the slide at no cost beyond the compression. Where
-a truth image exists, the map is scored by the area under the ROC curve over cells.
+A multitask encoder keeps the classification heads of its patch tasks. Applied to the embeddings of
+a grid, a head gives a class probability for each cell, without reading the slide again. If the
+slide has a truth image, the map is scored by the area under the ROC curve (AUC) over cells.
 """
 
 from __future__ import annotations
@@ -27,40 +27,44 @@ MAP_SCHEMA = pl.Schema(
         "row": pl.Int32(),
         "column": pl.Int32(),
         "probability": pl.Float32(),
-        "truth": pl.Boolean(),  # null: unknown, or to be ignored
+        "truth": pl.Boolean(),  # null if unknown or ignored
     }
 )
 
 
 def probability_map(
-    grid: Grid, encoder: Encoder, item: ProbabilityMap, truth: npt.NDArray[np.int8] | None
+    grid: Grid, encoder: Encoder, entry: ProbabilityMap, truth: npt.NDArray[np.int8] | None
 ) -> pl.DataFrame:
-    """The probability of ``item.label`` in every valid cell, by row then column.
+    """Compute the probability of the class ``entry.label`` in every valid cell.
 
     Parameters
     ----------
+    grid : Grid
+        Grid of the slide, made by ``encoder``.
+    encoder : Encoder
+        Has a head for ``entry.task``.
     truth : int8 (rows, columns), optional
         1 positive, 0 negative, -1 unknown; from :func:`truth_of_cells`.
 
     Returns
     -------
     polars.DataFrame
-        :data:`MAP_SCHEMA`.
+        :data:`MAP_SCHEMA`, by row then column.
 
     Raises
     ------
     CohortError
-        The task has no class ``item.label``.
+        The task has no class ``entry.label``.
     """
-    classes = encoder.card.tasks[item.task]
-    if item.label not in classes:
+    classes = encoder.card.tasks[entry.task]
+    if entry.label not in classes:
         raise CohortError(
-            f"map '{item.name}': task '{item.task}' has no class '{item.label}'; "
-            f"it has {', '.join(classes)}"
+            f"map '{entry.name}': task '{entry.task}' has no class '{entry.label}'; "
+            f"its classes are {', '.join(classes)}"
         )
     rows, columns = np.nonzero(grid.valid)
     embeddings = np.asarray(grid.embeddings[:])[:, grid.valid].T
-    probability = task_probabilities(encoder, item.task, embeddings)[:, classes.index(item.label)]
+    probability = task_probabilities(encoder, entry.task, embeddings)[:, classes.index(entry.label)]
     known = None if truth is None else truth[rows, columns]
     return pl.DataFrame(
         {
@@ -76,48 +80,68 @@ def probability_map(
 
 def truth_of_cells(
     path: Path,
-    item: ProbabilityMap,
+    entry: ProbabilityMap,
     *,
     width: int,
     height: int,
     cell: float,
     shape: tuple[int, int],
 ) -> npt.NDArray[np.int8]:
-    """What a label image says of every cell, by the majority of the cell's area.
+    """Read a truth image, and classify each cell by the majority of its area.
 
     Parameters
     ----------
-    path
-        Single-band label image, stretched over the whole slide.
-    width, height
-        Of the slide, level-0 px.
-    cell
+    path : Path
+        Label image of one band, which is stretched over the whole slide.
+    entry : ProbabilityMap
+        ``positive`` lists the positive label values, ``ignore`` those that count as unknown.
+    width, height : int
+        Size of the slide, level-0 px.
+    cell : float
         Side of a cell, level-0 px.
-    shape
+    shape : (int, int)
         Rows and columns of the grid.
 
     Returns
     -------
     int8 (rows, columns)
-        1 where ``item.positive`` labels take most of the cell, -1 where ``item.ignore`` or
-        nothing does, else 0.
+        -1 (unknown) where less than half of the cell's area has a known label. Elsewhere 1 if
+        positive labels cover more than half of the known area, else 0.
+
+    Raises
+    ------
+    CohortError
+        The image cannot be read.
     """
     try:
         labels = pyvips.Image.new_from_file(str(path), fail_on="error").extract_band(0).numpy()
     except pyvips.Error as error:
-        raise CohortError(f"map '{item.name}': truth image {path} cannot be read") from error
-    known = ~np.isin(labels, item.ignore)
+        raise CohortError(
+            f"map '{entry.name}': truth image {path} cannot be read ({error})"
+        ) from error
+    known = ~np.isin(labels, entry.ignore)
     down = _overlap(labels.shape[0], height, cell, shape[0])
     across = _overlap(labels.shape[1], width, cell, shape[1])
-    share_known = down @ known @ across.T
-    share_positive = down @ (np.isin(labels, item.positive) & known) @ across.T
-    # areas are sums of rounded numbers: half a cell exactly is no majority
-    truth = np.where(share_positive > share_known / 2 + 1e-9, 1, 0)
-    return np.where(share_known < 0.5 - 1e-9, -1, truth).astype(np.int8)
+    known_area = down @ known @ across.T
+    positive_area = down @ (np.isin(labels, entry.positive) & known) @ across.T
+    # areas are inexact sums; exactly half an area is not a majority
+    truth = np.where(positive_area > known_area / 2 + 1e-9, 1, 0)
+    return np.where(known_area < 0.5 - 1e-9, -1, truth).astype(np.int8)
 
 
 def score_maps(cells: pl.DataFrame) -> pl.DataFrame:
-    """AUC of each slide with cells of both kinds: slide, auc, cells, positive."""
+    """Score each slide that has positive and negative cells.
+
+    Parameters
+    ----------
+    cells : polars.DataFrame
+        :data:`MAP_SCHEMA`, of any number of slides.
+
+    Returns
+    -------
+    polars.DataFrame
+        ``slide``, ``auc``, ``cells`` (with a known truth) and ``positive`` (cells).
+    """
     rows = []
     for (slide,), of_slide in cells.filter(pl.col("truth").is_not_null()).group_by(
         "slide", maintain_order=True
@@ -141,9 +165,22 @@ def score_maps(cells: pl.DataFrame) -> pl.DataFrame:
 def overlay(
     thumbnail: Pixels, cells: pl.DataFrame, *, width: int, height: int, cell: float
 ) -> Pixels:
-    """The map over a thumbnail: blue is 0, red is 1; uint8 (H, W, 3).
+    """Draw a probability map over a thumbnail; blue is 0, red is 1.
 
-    ``width`` and ``height`` are the slide's and ``cell`` a cell's side, level-0 px.
+    Parameters
+    ----------
+    thumbnail : uint8 (H, W, 3)
+        Thumbnail of the whole slide.
+    cells : polars.DataFrame
+        :data:`MAP_SCHEMA`.
+    width, height : int
+        Size of the slide, level-0 px.
+    cell : float
+        Side of a cell, level-0 px.
+
+    Returns
+    -------
+    uint8 (H, W, 3)
     """
     row, column = cells["row"].to_numpy(), cells["column"].to_numpy()
     values = np.full((max(row, default=0) + 1, max(column, default=0) + 1), np.nan)
@@ -159,32 +196,38 @@ def tint(
     height: int,
     cell: float,
 ) -> Pixels:
-    """Values of cells as colours over a thumbnail, uint8 (H, W, 3).
+    """Draw values of cells as colours over a thumbnail.
 
     Parameters
     ----------
     thumbnail : uint8 (H, W, 3)
-        Of the whole slide.
+        Thumbnail of the whole slide.
     values : float (rows, columns)
-        0 (blue) to 1 (red); NaN leaves the thumbnail as it is.
-    width, height, cell
-        Of the slide, and a cell's side; level-0 px.
+        0 (blue) to 1 (red). Cells with NaN are not coloured.
+    width, height : int
+        Size of the slide, level-0 px.
+    cell : float
+        Side of a cell, level-0 px.
+
+    Returns
+    -------
+    uint8 (H, W, 3)
     """
     rows, columns = values.shape
     y = ((np.arange(thumbnail.shape[0]) + 0.5) * height / thumbnail.shape[0] / cell).astype(int)
     x = ((np.arange(thumbnail.shape[1]) + 0.5) * width / thumbnail.shape[1] / cell).astype(int)
     inside = np.ix_(y < rows, x < columns)
-    spread = np.full(thumbnail.shape[:2], np.nan)
-    spread[inside] = values[np.ix_(y[y < rows], x[x < columns])]
-    colours = matplotlib.colormaps["coolwarm"](np.nan_to_num(spread))[..., :3] * 255
-    mixed = np.where(np.isnan(spread)[..., None], thumbnail, 0.45 * thumbnail + 0.55 * colours)
+    per_pixel = np.full(thumbnail.shape[:2], np.nan)
+    per_pixel[inside] = values[np.ix_(y[y < rows], x[x < columns])]
+    colours = matplotlib.colormaps["coolwarm"](np.nan_to_num(per_pixel))[..., :3] * 255
+    mixed = np.where(np.isnan(per_pixel)[..., None], thumbnail, 0.45 * thumbnail + 0.55 * colours)
     return mixed.round().astype(np.uint8)
 
 
 def _overlap(pixels: int, length: int, cell: float, cells: int) -> npt.NDArray[np.float64]:
-    """How much of each cell (rows of the result) each label pixel covers, 0 to 1."""
+    """Fraction of each cell (rows) that each label pixel (columns) covers, along one axis."""
     edges = np.arange(pixels + 1) * length / pixels
     start = np.arange(cells)[:, None] * cell
     covered = np.minimum(edges[1:], start + cell) - np.maximum(edges[:-1], start)
-    share: npt.NDArray[np.float64] = np.clip(covered, 0, None) / cell
-    return share
+    fraction: npt.NDArray[np.float64] = np.clip(covered, 0, None) / cell
+    return fraction

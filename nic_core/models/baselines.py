@@ -1,8 +1,8 @@
-"""What every network is held against: linear models that see no arrangement.
+"""Linear baselines of slide models, which do not see the spatial arrangement of cells.
 
-Two feature sets: the mean embedding over a unit's tissue cells, and the tissue area alone. Each goes
-through the same linear model: ridge (regression), logistic (classification) or Cox regression
-with a ridge penalty (survival), from scikit-learn and scikit-survival.
+Two sets of features: the mean embedding of a unit's tissue cells, and its tissue area alone. Each
+goes through the linear model of the target's kind with a ridge penalty: ridge regression,
+logistic regression or Cox regression, from scikit-learn and scikit-survival.
 """
 
 from __future__ import annotations
@@ -13,27 +13,33 @@ from typing import Any
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
-from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from sksurv.linear_model import CoxPHSurvivalAnalysis
-from sksurv.util import Surv
 
-from nic_core.cohort import Target
 from nic_core.models.crops import GridMoments
-from nic_core.models.training import primary_metric
+from nic_core.models.kinds import TargetKind, primary_value
 
-BASELINES = ("mean_embedding", "tissue_area")
-PENALTIES = tuple(10.0**i for i in range(-1, 5))  # weight of the sum of squared coefficients
+BASELINE_NAMES = {"mean_embedding": "mean embedding, linear", "tissue_area": "tissue area, linear"}
+BASELINES = tuple(BASELINE_NAMES)
+PENALTIES = tuple(10.0**i for i in range(-1, 5))  # weights of the sum of squared coefficients
 
 
 def baseline_features(
     name: str, table: pl.DataFrame, moments: Mapping[str, GridMoments]
 ) -> NDArray[np.float64]:
-    """Features (units, features) of the baseline of that name.
+    """Return the features of a baseline, (units, features).
 
-    Of a unit's slides the cells are pooled: the mean embedding of all their cells, and the number of
-    cells of all.
+    The cells of all slides of a unit are pooled.
+
+    Parameters
+    ----------
+    name
+        ``mean_embedding``: mean embedding of the cells, C features; ``tissue_area``: number of
+        cells, one feature.
+    table
+        Target table with the column ``slides``.
+    moments
+        Of every slide in ``table``.
     """
     rows = []
     for slides in table["slides"]:
@@ -46,53 +52,26 @@ def baseline_features(
 
 
 def fit_linear(
-    target: Target,
+    kind: TargetKind,
     train: pl.DataFrame,
     validation: pl.DataFrame,
     features: NDArray[np.float64],
     validation_features: NDArray[np.float64],
 ) -> Any:
-    """A linear model trained on some units, its penalty chosen on others by the primary metric.
+    """Fit a linear model on training units; choose its penalty on validation units.
 
-    The network uses the two sets alike, which keeps the comparison fair. Of penalties that do
-    equally well the largest is taken.
+    The penalty with the best primary metric is chosen, of equally good ones the largest. The
+    networks use the two sets in the same way, so the comparison is fair.
 
     Returns
     -------
-    A fitted scikit-learn pipeline for :func:`predict_linear`.
+    A fitted scikit-learn pipeline for :meth:`TargetKind.linear_prediction`.
     """
     fitted = []
     for penalty in sorted(PENALTIES, reverse=True):
-        model = _linear(target, penalty)
-        model.fit(features, _labels(target, train))
-        value = primary_metric(
-            target, validation, predict_linear(target, model, validation_features)
-        )
+        model = make_pipeline(StandardScaler(), kind.linear_model(penalty))
+        model.fit(features, kind.linear_labels(train))
+        prediction = kind.linear_prediction(model, validation_features)
+        value = primary_value(kind, validation, prediction)
         fitted.append((value if np.isfinite(value) else -np.inf, model))
     return max(fitted, key=lambda pair: pair[0])[1]
-
-
-def predict_linear(
-    target: Target, model: Any, features: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    """Predictions (units, outputs) in the terms of :class:`nic_core.models.networks.FoldModel`."""
-    if target.kind == "classification":
-        probability: NDArray[np.float64] = model.predict_proba(features)
-        return probability
-    return np.asarray(model.predict(features), np.float64)[:, None]
-
-
-def _linear(target: Target, penalty: float) -> Any:
-    if target.kind == "regression":
-        model: Any = Ridge(alpha=penalty)
-    elif target.kind == "classification":
-        model = LogisticRegression(C=1 / penalty, max_iter=1000)
-    else:
-        model = CoxPHSurvivalAnalysis(alpha=penalty)
-    return make_pipeline(StandardScaler(), model)
-
-
-def _labels(target: Target, table: pl.DataFrame) -> Any:
-    if target.kind == "survival":
-        return Surv.from_arrays(table["event"].to_numpy(), table["time"].to_numpy())
-    return table["y"].to_numpy()

@@ -1,4 +1,10 @@
-"""Comparisons of cross-validated models: with each other, with the champion, with chance."""
+"""Comparisons of cross-validated models: with each other, with chance, with the champion.
+
+:func:`compare_models` compares encoders and baselines by the paired bootstrap;
+:func:`permutation_control` compares a model with exchanged labels; :func:`compare_with_champion`
+decides whether a new model becomes the registered champion of its target. All rules here are
+[choice].
+"""
 
 from __future__ import annotations
 
@@ -11,17 +17,11 @@ import numpy as np
 import polars as pl
 
 from nic_core.cohort import Target
-from nic_core.models.baselines import BASELINES
-from nic_core.models.cross_validation import (
-    NETWORK,
-    CrossValidation,
-    prediction_array,
-    prediction_columns,
-    rows_metrics,
-)
+from nic_core.models.baselines import BASELINE_NAMES, BASELINES
+from nic_core.models.cross_validation import NETWORK, CrossValidation
+from nic_core.models.kinds import kind_of, metric_name, prediction_array, primary_value
 from nic_core.models.labels import shuffle_labels
-from nic_core.models.metrics import PRIMARY, compare
-from nic_core.models.training import primary_metric
+from nic_core.models.metrics import compare
 
 COMPARISON_SCHEMA = pl.Schema(
     {
@@ -33,13 +33,11 @@ COMPARISON_SCHEMA = pl.Schema(
         "difference": pl.Float64(),  # first minus second
         "low": pl.Float64(),  # bounds of the 95 % paired bootstrap interval over patients
         "high": pl.Float64(),
-        "p": pl.Float64(),  # two-sided, of no difference
-        "n": pl.Int64(),  # units that both predict
+        "p": pl.Float64(),  # two-sided, null hypothesis: no difference
+        "n": pl.Int64(),  # units that both models predict
     }
 )
 CROSS_VALIDATED = "cross-validated"
-BASELINE_NAMES = {"mean_embedding": "mean embedding, linear", "tissue_area": "tissue area, linear"}
-METRIC_NAMES = {"spearman": "Spearman", "auc": "AUC", "harrell_c": "Harrell's C"}
 PERMUTATIONS = 200
 
 
@@ -50,78 +48,141 @@ def compare_models(
     resamples: int,
     seed: int,
 ) -> pl.DataFrame:
-    """The networks of every two encoders, and each with its baselines (:data:`COMPARISON_SCHEMA`).
+    """Compare the networks of every two encoders, and each network with its baselines.
 
-    On the units that both predict, by :func:`nic_core.models.metrics.compare`. p are not corrected for
-    the number of comparisons.
+    Each pair is compared on the units that both predict, by
+    :func:`nic_core.models.metrics.compare`. The p values are not corrected for the number of
+    comparisons.
 
     Parameters
     ----------
     predictions
         Encoder to :attr:`nic_core.models.cross_validation.CrossValidation.predictions`.
+    resamples
+        Number of bootstrap resamples.
+    seed
+        Seed of the resamples.
+
+    Returns
+    -------
+    polars.DataFrame
+        One row per pair, split and metric, :data:`COMPARISON_SCHEMA`.
     """
+    kind = kind_of(target)
     pairs = [((a, NETWORK), (b, NETWORK)) for a, b in combinations(predictions, 2)]
     pairs += [((name, NETWORK), (name, model)) for name in predictions for model in BASELINES]
-    found = []
+    rows = []
     for split, part in (("cv", CROSS_VALIDATED), ("test", "test")):
         for pair in pairs:
             one, other = (predictions[name].filter(model=m, split=split) for name, m in pair)
-            one, other = common_units(target, one, other)
+            one, other = common_units(one, other)
             if one.is_empty():
                 continue
             first, second = (f"{name}: {BASELINE_NAMES.get(m, m)}" for name, m in pair)
             differences = compare(
-                rows_metrics(target, one),
-                rows_metrics(target, other),
+                kind.metrics(one, prediction_array(kind, one)),
+                kind.metrics(other, prediction_array(kind, other)),
                 one["patient"].to_list(),
                 resamples=resamples,
                 seed=seed,
             )
-            found += [
-                (target.name, part, first, second, METRIC_NAMES.get(metric, metric))
+            rows += [
+                (target.name, part, first, second, metric_name(kind, metric))
                 + (d.value, d.low, d.high, d.p, one.height)
                 for metric, d in differences.items()
             ]
-    return pl.DataFrame(found, schema=COMPARISON_SCHEMA, orient="row").fill_nan(None)
+    return pl.DataFrame(rows, schema=COMPARISON_SCHEMA, orient="row").fill_nan(None)
 
 
-def common_units(
-    target: Target, one: pl.DataFrame, other: pl.DataFrame
-) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """The rows of two models' predictions on the units of both, in one order."""
+def common_units(one: pl.DataFrame, other: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Return two models' rows of predictions for the units of both, in the same order.
+
+    Survival functions at different horizons cannot be compared and are left out: the horizons
+    depend on the units, which differ if one encoder lacks grids.
+    """
     one = one.join(other, on="unit", how="semi").sort("unit")
     other = other.join(one, on="unit", how="semi").sort("unit")
-    if target.kind == "survival" and not one["horizons"].equals(other["horizons"]):
-        # one of the cohorts lacked units, so functions are known at other times
+    if "horizons" in one.columns and not one["horizons"].equals(other["horizons"]):
         one, other = (rows.drop("survival", "horizons") for rows in (one, other))
     return one, other
 
 
-def above_permutation_control(evaluated: CrossValidation) -> str | None:
-    """The network's cross-validated figure is better than with patients' labels exchanged.
+@dataclass(frozen=True)
+class PermutationControl:
+    """A model's score compared with its scores on exchanged labels.
 
-    A permutation test of the predictions; the full control, which trains on exchanged labels,
-    is setting ``models.permute_labels``.
+    Attributes
+    ----------
+    value
+        Primary metric of the network's cross-validated predictions.
+    bound
+        95th percentile of the same metric over :data:`PERMUTATIONS` permutations of the labels.
+    metric
+        Name of the metric.
     """
-    target = evaluated.target
-    rows = evaluated.predictions.filter(model=NETWORK, split="cv").sort("unit")
-    prediction = prediction_array(target, rows)
-    labels = rows.select("unit", "patient", "split", *_labels(target))
-    value = primary_metric(target, rows, prediction)
-    control = [
-        primary_metric(target, shuffle_labels(labels, seed=seed), prediction)
+
+    value: float
+    bound: float
+    metric: str
+
+    @property
+    def passed(self) -> bool:
+        """Whether ``value`` is above ``bound``; false if either is undefined."""
+        return self.value > self.bound
+
+    @property
+    def explanation(self) -> str:
+        """The comparison in words."""
+        relation = "above" if self.passed else "not above"
+        return (
+            f"{self.metric} {self.value:.3f} is {relation} {self.bound:.3f}, the 95th percentile "
+            f"with exchanged labels ({PERMUTATIONS} permutations)"
+        )
+
+
+def permutation_control(result: CrossValidation) -> PermutationControl:
+    """Compare the cross-validated score with scores after exchanging labels between patients.
+
+    The network is not trained again: only the labels of its predictions are exchanged. The full
+    control, which trains on exchanged labels, is the setting ``models.permute_labels``.
+    """
+    kind = kind_of(result.target)
+    rows = result.predictions.filter(model=NETWORK, split="cv").sort("unit")
+    prediction = prediction_array(kind, rows)
+    labels = rows.select("unit", "patient", "split", *kind.label_columns)
+    permuted = [
+        primary_value(kind, shuffle_labels(labels, seed=seed), prediction)
         for seed in range(PERMUTATIONS)
     ]
-    bar = float(np.nanquantile(control, 0.95))
-    if value > bar:
-        return None
-    return f"{value:.3f} is within what exchanged labels give (95 % of them below {bar:.3f})"
+    defined = [value for value in permuted if math.isfinite(value)]
+    return PermutationControl(
+        value=primary_value(kind, labels, prediction),
+        bound=float(np.quantile(defined, 0.95)) if defined else math.nan,
+        metric=kind.primary_name,
+    )
+
+
+def above_permutation_control(result: CrossValidation) -> str | None:
+    """The model's cross-validated score is above the 95th percentile with exchanged labels.
+
+    See :func:`permutation_control`. Returns None, or the problem.
+    """
+    control = permutation_control(result)
+    return None if control.passed else control.explanation
 
 
 @dataclass(frozen=True)
 class Champion:
-    """The registered model to beat: what it is called, and its
-    :attr:`~nic_core.models.cross_validation.CrossValidation.predictions` if the registry has them."""
+    """The registered champion of a target.
+
+    Attributes
+    ----------
+    title
+        Its version and encoder, for messages.
+    predictions
+        Its :attr:`~nic_core.models.cross_validation.CrossValidation.predictions`; None if the
+        registry does not hold them.
+    """
 
     title: str
     predictions: pl.DataFrame | None
@@ -129,62 +190,87 @@ class Champion:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a new model becomes the champion, and why, in words; ``compared`` is false where
-    nobody can tell, so that a person must."""
+    """The decision whether a new model becomes champion.
+
+    Attributes
+    ----------
+    better
+        True: the new model becomes champion.
+    explanation
+        Why, with the scores.
+    compared
+        False: the two models cannot be compared, and a person must decide.
+    """
 
     better: bool
-    words: str
+    explanation: str
     compared: bool = True
 
 
-def compare_with_champion(evaluated: CrossValidation, champion: Champion | None) -> Verdict:
-    """A new model becomes champion if there is none, or if its primary metric is better.
+def compare_with_champion(result: CrossValidation, champion: Champion | None) -> Verdict:
+    """Decide whether a new model becomes the champion of its target.
 
-    Better: the lower bound of the 95 % interval of the difference, by the paired bootstrap over
-    patients, is above 0. On cross-validated predictions of the units of both, by today's labels.
+    It does if it passes its permutation control (:func:`permutation_control`) and there is no
+    champion yet, or its primary metric is better: the lower bound of the 95 % interval of the
+    difference, by the paired bootstrap over patients, is above 0. Both models are scored on the
+    cross-validated predictions of their common units, with the labels of the new model. A model
+    that was trained on exchanged labels never becomes champion.
+
+    Parameters
+    ----------
+    result
+        Cross-validation of the new model.
+    champion
+        The present champion; None: the new model is the first of its name.
     """
-    target, settings = evaluated.target, evaluated.settings
+    settings, kind = result.settings, kind_of(result.target)
     if settings.permute_labels is not None:
-        return Verdict(False, "trained on exchanged labels: a control, never champion")
+        return Verdict(False, "does not become champion: it was trained on exchanged labels")
+    control = permutation_control(result)
+    if not control.passed:
+        return Verdict(
+            False,
+            f"does not become champion: it fails its permutation control, {control.explanation}",
+        )
     if champion is None:
-        return Verdict(True, "the first of its name: champion")
+        return Verdict(True, f"becomes champion as the first of its name: {control.explanation}")
 
-    def unknown(why: str) -> Verdict:
-        words = f"cannot be compared with the champion, {champion.title}: {why}; set the alias"
-        return Verdict(False, f"{words} by hand", compared=False)
+    def undecided(reason: str) -> Verdict:
+        return Verdict(
+            False,
+            f"cannot be compared with the champion, {champion.title}: {reason}; compare the two "
+            "and set the alias 'champion' by hand",
+            compared=False,
+        )
 
-    columns, labels = prediction_columns(target), _labels(target)
+    columns, labels = kind.prediction_columns, kind.label_columns
     held = champion.predictions
     if held is None or not {"model", "split", "unit", *columns} <= set(held.columns):
-        return unknown("its run holds no predictions of this target")
-    one = evaluated.predictions.filter(model=NETWORK, split="cv")
-    other = held.filter(model=NETWORK, split="cv").drop(*labels, strict=False)
-    one, other = common_units(target, one, other.join(one.select("unit", *labels), on="unit"))
+        return undecided("its run holds no predictions of this target")
+    one = result.predictions.filter(model=NETWORK, split="cv")
+    one = one.select("unit", "patient", *labels, *columns)
+    other = held.filter(model=NETWORK, split="cv").select("unit", *columns)
+    one, other = common_units(one, other.join(one.drop(columns), on="unit"))
     if one.is_empty():
-        return unknown("no unit is predicted by both")
-    name = PRIMARY[target.kind]
+        return undecided("no unit is predicted by both")
+    one_prediction, other_prediction = (prediction_array(kind, rows) for rows in (one, other))
+    name = kind.primary_metric
     difference = compare(
-        {name: rows_metrics(target, one)[name]},
-        {name: rows_metrics(target, other)[name]},
+        {name: kind.metrics(one, one_prediction)[name]},
+        {name: kind.metrics(other, other_prediction)[name]},
         one["patient"].to_list(),
         resamples=settings.bootstrap,
         seed=settings.seed,
     )[name]
     if not math.isfinite(difference.low):
-        return unknown(f"{METRIC_NAMES[name]} is undefined on their {one.height} common units")
-    new, old = (
-        primary_metric(target, rows, prediction_array(target, rows)) for rows in (one, other)
-    )
-    figures = (
-        f"{METRIC_NAMES[name]} {new:.3f} against {old:.3f}, difference {difference.value:+.3f} "
+        return undecided(f"{kind.primary_name} is undefined on their {one.height} common units")
+    new = primary_value(kind, one, one_prediction)
+    old = primary_value(kind, other, other_prediction)
+    scores = (
+        f"{kind.primary_name} {new:.3f} against {old:.3f}, difference {difference.value:+.3f} "
         f"[{difference.low:+.3f}, {difference.high:+.3f}] on {one.height} units of "
         f"{one['patient'].n_unique()} patients"
     )
     if difference.low > 0:
-        return Verdict(True, f"takes the place of {champion.title}: {figures}")
-    return Verdict(False, f"{champion.title} stays champion: {figures}")
-
-
-def _labels(target: Target) -> list[str]:
-    """Columns of a target's labels in a table of predictions."""
-    return ["time", "event"] if target.kind == "survival" else ["y"]
+        return Verdict(True, f"replaces {champion.title} as champion: {scores}")
+    return Verdict(False, f"{champion.title} stays champion: {scores}")

@@ -1,4 +1,9 @@
-"""Grids as training data: feature statistics, normalised features, crops and orientations."""
+"""Grids as training data (paper B): normalisation of features, crops and orientations.
+
+Crop centres are drawn with probability proportional to the squared distance to background
+[code]; crops are padded with 0 (paper B). Normalisation of features and feature noise are [choice].
+Memory is bounded: grids that do not fit into the cache are read chunk by chunk.
+"""
 
 from __future__ import annotations
 
@@ -24,39 +29,39 @@ from nic_core.models.networks import Normalise, component_count, occupied
 from nic_core.parallel import cores
 
 CACHE_BYTES = 1 << 30
-SMALL_CROP = 100  # cells a side up to which one thread is as fast as several
+SMALL_CROP = 100  # cells a side; up to this size one thread is as fast as several
 _BLOCK = 1 << 14  # cells whose moments are summed at once
 
 _Item = TypeVar("_Item")
 
 
-class GridLike(Protocol):
-    """What is asked of a compressed slide (:class:`nic_core.grids.Grid` has it)."""
+class GridData(Protocol):
+    """The members of a grid that models use; :class:`nic_core.grids.Grid` has them."""
 
     @property
     def embeddings(self) -> Any:
-        """float16 (C, rows, columns): a numpy array or a zarr array that is read lazily."""
+        """Embeddings float16 (C, rows, columns): a numpy array, or a zarr array read on demand."""
 
     @property
     def valid(self) -> NDArray[np.bool_]:
-        """bool (rows, columns)."""
+        """Cells with an embedding, bool (rows, columns)."""
 
     @property
     def orientations(self) -> Any:
-        """Embeddings of all 8 orientations, or None where the slide was compressed upright alone."""
+        """Embeddings in all 8 orientations; None if only the upright slide was compressed."""
 
     def oriented(self, k: int) -> Any:
-        """Embeddings of orientation ``k`` at the upright cells, like ``embeddings``."""
+        """Embeddings of orientation ``k``, placed at the upright cells like ``embeddings``."""
 
 
-GridSource = Callable[[str], GridLike]  # slide id -> its grid
-View = tuple[str, tuple[int, int], int]  # slide, centre, orientation
-_Block = tuple[Window, NDArray[np.float32] | None]  # cells, their features; None: not held or 0
+GridSource = Callable[[str], GridData]  # slide id to its grid
+View = tuple[str, tuple[int, int], int]  # slide id, centre cell (row, column), orientation
+_Block = tuple[Window, NDArray[np.float32] | None]  # cells; features, None: not cached or all 0
 
 
 @dataclass(frozen=True)
 class GridMoments:
-    """Sums over the tissue cells of one slide, from which means and covariances follow."""
+    """Sums over the tissue cells of one slide, from which mean and covariance are computed."""
 
     cells: int
     total: NDArray[np.float64]  # (C,)
@@ -64,17 +69,17 @@ class GridMoments:
 
     @property
     def mean(self) -> NDArray[np.float64]:
-        """Mean embedding (C,): the mean-pooled embedding of the slide."""
+        """Mean embedding of the slide (C,)."""
         return self.total / self.cells
 
 
-def grid_moments(slide: str, grid: GridLike) -> GridMoments:
-    """Moments of one slide.
+def grid_moments(slide: str, grid: GridData) -> GridMoments:
+    """Compute the moments of one slide's embeddings.
 
     Raises
     ------
     ValueError
-        No cell is tissue, or a embedding is not finite.
+        The grid has no tissue cell, or an embedding is not finite.
     """
     cells = np.asarray(grid.embeddings[:])[:, np.asarray(grid.valid)]
     if not cells.shape[1]:
@@ -86,35 +91,48 @@ def grid_moments(slide: str, grid: GridLike) -> GridMoments:
         squares += embeddings @ embeddings.T
     if not np.isfinite(total).all():
         raise ValueError(
-            f"slide '{slide}': its grid has embeddings that are not finite; compress again"
+            f"slide '{slide}': its grid has embeddings that are not finite; compress it again"
         )
     return GridMoments(cells.shape[1], total, squares)
 
 
-def fit_normalise(moments: Iterable[GridMoments], *, components: int | None) -> Normalise:
-    """Normalisation learned from training slides alone [choice].
+def all_moments(slides: Iterable[str], grids: GridSource) -> Mapping[str, GridMoments]:
+    """Compute the moments of every slide, with one grid in memory at a time."""
+    return {slide: grid_moments(slide, grids(slide)) for slide in slides}
 
-    Embeddings are centred by the mean over all tissue cells. Without ``components`` each is then
-    divided by its standard deviation. With them, embeddings are projected on that many leading
-    principal components of the covariance *within* slides, so that differences of stain between
-    slides do not lead; each is divided by the square root of its standard deviation (relative to
-    the first one's), half way between keeping their sizes and making them equal: a few rare
-    tissues own the largest components, and noise the smallest.
+
+def fit_normalise(moments: Iterable[GridMoments], *, components: int | None) -> Normalise:
+    """Estimate the normalisation of embeddings from training slides [choice].
+
+    Embeddings are centred by the mean over all tissue cells. Without ``components``, each number
+    is divided by its standard deviation. With ``components``, embeddings are projected on the
+    leading principal components of the covariance *within* slides, so that differences in stain
+    between slides do not dominate. Each component is divided by the square root of its standard
+    deviation, relative to the first component's. This is half way between keeping the variances
+    and making them equal: the largest components may come from a few rare tissues, the smallest
+    are mostly noise.
+
+    Parameters
+    ----------
+    moments
+        Moments of the training slides.
+    components
+        Number of principal components; None: no projection.
     """
     several = list(moments)
     cells = sum(m.cells for m in several)
     mean = np.sum([m.total for m in several], axis=0) / cells
     if components is None:
         variance = np.sum([np.diag(m.squares) for m in several], axis=0) / cells - mean**2
-        # a embedding that never varies carries nothing, however it is scaled
         weight = 1 / np.sqrt(np.maximum(variance, 1e-12))
+        # a constant number carries no information and must not be scaled up
         weight[variance < 1e-12] = 0
     else:
         within = sum(m.squares - np.outer(m.total, m.total) / m.cells for m in several) / cells
         values, vectors = np.linalg.eigh(within)
         order = np.argsort(values)[::-1][:components]
         axes = vectors[:, order]
-        # eigenvectors have no sign of their own: the largest entry is made positive
+        # the sign of an eigenvector is arbitrary: the largest entry is made positive
         axes *= np.sign(axes[np.abs(axes).argmax(0), np.arange(axes.shape[1])])
         deviation = np.sqrt(np.maximum(values[order], 1e-12))
         weight = axes.T / np.sqrt(deviation * deviation[0])[:, None]
@@ -124,14 +142,19 @@ def fit_normalise(moments: Iterable[GridMoments], *, components: int | None) -> 
 
 
 def normalise_for(network: NetworkName, moments: Iterable[GridMoments]) -> Normalise:
-    """The normalisation that a network is trained with."""
+    """Estimate the normalisation that a network is trained with."""
     return fit_normalise(moments, components=component_count(network))
 
 
 def centre_weights(valid: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """Probability of each cell to be a crop's centre: squared distance to background [code].
+    """Return the probability of each cell to be the centre of a crop.
 
-    Outside of the grid counts as background.
+    It is proportional to the squared distance to background [code]. Cells outside of the grid
+    count as background.
+
+    Parameters
+    ----------
+    valid : bool (rows, columns)
 
     Returns
     -------
@@ -143,74 +166,97 @@ def centre_weights(valid: NDArray[np.bool_]) -> NDArray[np.float64]:
     return weights
 
 
-def windows(shape: tuple[int, ...], centre: tuple[int, int], crop: int) -> tuple[Window, Window]:
-    """Where a crop lies in a grid (rows, columns), and where the grid lies in the crop.
+def crop_windows(
+    shape: tuple[int, ...], centre: tuple[int, int], crop: int
+) -> tuple[Window, Window]:
+    """Return the part of a grid that a crop covers: its cells in the grid, and in the crop.
 
-    The crop covers ``crop`` cells a side from ``centre - crop // 2``.
+    The crop covers ``crop`` cells a side, from ``centre - crop // 2`` on.
+
+    Parameters
+    ----------
+    shape
+        Rows and columns of the grid.
+    centre
+        Cell (row, column) of the grid.
+    crop
+        Cells a side.
     """
-    inner, outer = [], []
+    in_grid, in_crop = [], []
     for position, length in zip(centre, shape, strict=True):
         start = position - crop // 2
         low, high = max(start, 0), min(start + crop, length)
-        inner.append(slice(low, high))
-        outer.append(slice(low - start, high - start))
-    return (inner[0], inner[1]), (outer[0], outer[1])
+        in_grid.append(slice(low, high))
+        in_crop.append(slice(low - start, high - start))
+    return (in_grid[0], in_grid[1]), (in_crop[0], in_crop[1])
 
 
-def overlap(cells: Window, window: Window) -> tuple[Window, Window]:
-    """Where two windows of a grid meet, counted in the first and in the second."""
-    within, there = [], []
-    for one, other in zip(cells, window, strict=True):
+def _intersection(first: Window, second: Window) -> tuple[Window, Window]:
+    """Return the cells that two windows share, relative to the first and to the second."""
+    in_first, in_second = [], []
+    for one, other in zip(first, second, strict=True):
         low = max(one.start, other.start)
         high = max(low, min(one.stop, other.stop))
-        within.append(slice(low - one.start, high - one.start))
-        there.append(slice(low - other.start, high - other.start))
-    return (within[0], within[1]), (there[0], there[1])
+        in_first.append(slice(low - one.start, high - one.start))
+        in_second.append(slice(low - other.start, high - other.start))
+    return (in_first[0], in_first[1]), (in_second[0], in_second[1])
 
 
 def _blocks(embeddings: Any, window: Window) -> Iterable[Window]:
-    """What is read together of a window: the chunks of a store, else all of it."""
+    """Return the windows to read one after the other: a store's chunks, else the whole window."""
     return embeddings.blocks(window) if isinstance(embeddings, StoredEmbeddings) else [window]
 
 
-def _read(embeddings: Any, cells: Window) -> NDArray[Any]:
-    """One of the :func:`_blocks`."""
+def _read_block(embeddings: Any, cells: Window) -> NDArray[Any]:
+    """Read one of the :func:`_blocks`."""
     if isinstance(embeddings, StoredEmbeddings):
         return embeddings.block(cells)
     return np.asarray(embeddings[:, cells[0], cells[1]])
 
 
-class _Room:
-    """Memory for one block after another: new memory costs more than what is done in it."""
+class _Buffer:
+    """Memory that arrays share one after the other; allocation costs more than the arithmetic."""
 
     def __init__(self, *, pinned: bool = False) -> None:
-        self._held = np.empty(0, np.float32)
+        self._memory = np.empty(0, np.float32)
         self._pinned = pinned
 
-    def of(self, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    def array(self, shape: tuple[int, ...]) -> NDArray[np.float32]:
+        """Return an array of that shape, which is valid until the next call."""
         size = math.prod(shape)
-        if size > len(self._held):
-            self._held = (
+        if size > len(self._memory):
+            self._memory = (
                 torch.empty(size, pin_memory=True).numpy()
                 if self._pinned
                 else np.empty(size, np.float32)
             )
-        return self._held[:size].reshape(shape)
+        return self._memory[:size].reshape(shape)
 
 
 class Crops:
-    """Crops of normalised features, float32 (k, crop, crop) with 0 for background.
+    """Crops of normalised features, float32 (k, crop, crop), 0 in background.
 
-    Blocks of features of whole slides are kept until they fill ``cache_bytes``; of the other
-    slides each crop reads the blocks with tissue in its window, one after another, so memory is
-    bounded whatever the cohort.
+    Features of whole slides are cached until they fill ``cache_bytes``. For other slides, each
+    crop reads the blocks of its window that have tissue, one after the other. So memory is bounded
+    for cohorts of any size.
 
-    Orientation ``k`` of a crop has the embeddings of the turned pixels where the grid holds them
-    (B); of other grids the upright embeddings are turned, which is cheaper and not the same: a turned
-    patch has another embedding.
+    Orientation ``k`` of a crop uses the stored embeddings of rotated and flipped pixels if the
+    grid has them (paper B). Otherwise the grid of upright embeddings is rotated and flipped,
+    which is cheaper and not the same: a rotated patch has another embedding.
 
-    ``pinned``: those of :meth:`ahead` lie in page-locked memory, from which a GPU copies while the
-    caller goes on; it must be through before the next are asked for.
+    Parameters
+    ----------
+    grids
+        Opens the grid of a slide.
+    normalise
+        Normalisation from embeddings to features.
+    crop
+        Cells a side.
+    cache_bytes
+        Limit of the cache, in bytes.
+    pinned
+        :meth:`load` uses page-locked memory, from which a GPU copies asynchronously. The copy must
+        be complete before the next batch is requested.
     """
 
     def __init__(
@@ -224,11 +270,11 @@ class Crops:
     ) -> None:
         self._normalise = normalise
         self._crop = crop
-        self._room = cache_bytes
-        self._rooms = _Room(pinned=pinned), _Room(pinned=pinned)
-        self._whole: dict[tuple[str, int], list[_Block]] = {}
+        self._free_bytes = cache_bytes
+        self._buffers = _Buffer(pinned=pinned), _Buffer(pinned=pinned)
+        self._cache: dict[tuple[str, int], list[_Block]] = {}
         self._reserved: set[tuple[str, int]] = set()
-        self._reserving = Lock()
+        self._reservation = Lock()
         self._open = lru_cache(maxsize=64)(grids)
         self._centres = lru_cache(maxsize=64)(self._centre_table)
         self._mean = normalise.mean.cpu().numpy()[:, None, None]
@@ -236,115 +282,127 @@ class Crops:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Of one crop: (k, crop, crop)."""
+        """Shape of one crop: (k, crop, crop)."""
         return self._normalise.channels, self._crop, self._crop
 
-    def draw(self, slide: str, random: np.random.Generator) -> View:
-        """A random centre in a random orientation.
+    def random_view(self, slide: str, random: np.random.Generator) -> View:
+        """Return a view of a slide with random centre and orientation.
 
-        A grid that fits into the crop along an axis is shifted in it but never cut.
+        A grid that fits into the crop along an axis is shifted in the crop but never cut.
         """
         return slide, self._centre(slide, random), int(random.integers(ORIENTATIONS))
 
-    def fixed(self, slide: str, count: int, seed: int) -> list[tuple[int, int]]:
-        """Centres that depend on the slide's id and the seed alone."""
+    def fixed_centres(self, slide: str, count: int, seed: int) -> list[tuple[int, int]]:
+        """Return ``count`` centres that depend on the slide's id and the seed only."""
         random = np.random.default_rng([seed, zlib.crc32(slide.encode())])
         return [self._centre(slide, random) for _ in range(count)]
 
-    def ahead(
+    def load(
         self, batches: Iterable[tuple[_Item, Sequence[View]]]
     ) -> Iterator[tuple[_Item, NDArray[np.float32]]]:
-        """The crops of several views after those of several others, (views, k, crop, crop), each
-        with what came with the views; large crops by a thread a core.
+        """Yield the crops of each batch of views, float32 (views, k, crop, crop).
 
-        The next ones are made while the caller works on these, in two arrays in turn: what is
-        given is good until the next is asked for. One such iterator at a time.
+        The next batch is loaded while the caller uses this one; large crops are loaded by one
+        thread per core. Two arrays are used in turn: a batch is valid until the next is
+        requested. Only one such iterator may be active at a time.
+
+        Parameters
+        ----------
+        batches
+            Pairs of any object, which is yielded with the crops, and views.
         """
         workers = 1 if self._crop <= SMALL_CROP else cores()
 
-        def made() -> Iterator[tuple[_Item, NDArray[np.float32]]]:
+        def loaded() -> Iterator[tuple[_Item, NDArray[np.float32]]]:
             with ThreadPoolExecutor(workers, thread_name_prefix="crops") as pool:
                 for i, (item, views) in enumerate(batches):
-                    features = self._rooms[i % 2].of((len(views), *self.shape))
+                    features = self._buffers[i % 2].array((len(views), *self.shape))
                     each = map if workers == 1 else pool.map
-                    list(each(self._put, views, features))
+                    list(each(self._write_crop, views, features))
                     yield item, features
 
-        return prefetch(made())
+        return prefetch(loaded())
 
-    def at(self, slide: str, centre: tuple[int, int], orientation: int) -> NDArray[np.float32]:
-        """The crop about a cell (row, column) of the upright grid, turned."""
+    def crop_at(self, slide: str, centre: tuple[int, int], orientation: int) -> NDArray[np.float32]:
+        """Return the crop around a cell (row, column) of the upright grid, in an orientation."""
         out = np.empty(self.shape, np.float32)
-        self._put((slide, centre, orientation), out)
+        self._write_crop((slide, centre, orientation), out)
         return out
 
-    def _put(self, view: View, out: NDArray[np.float32]) -> None:
-        """Write a crop, all of it, into ``out`` (k, crop, crop)."""
+    def _write_crop(self, view: View, out: NDArray[np.float32]) -> None:
+        """Fill ``out`` (k, crop, crop) with the crop of a view."""
         slide, centre, orientation = view
         grid = self._open(slide)
         valid = np.asarray(grid.valid)
-        inner, place = windows(valid.shape, centre, self._crop)
+        in_grid, in_crop = crop_windows(valid.shape, centre, self._crop)
         stored = orientation if grid.orientations is not None else 0
-        shown = undo(out, orientation)[:, place[0], place[1]]
-        if shown.shape != out.shape:
+        upright = undo(out, orientation)[:, in_crop[0], in_crop[1]]
+        if upright.shape != out.shape:
             out.fill(0)
-        embeddings, room = grid.oriented(stored), _Room()
-        kept = self._kept(slide, stored, grid)
-        for cells, features in kept or [(cells, None) for cells in _blocks(embeddings, inner)]:
-            here, there = overlap(cells, inner)
-            part = shown[:, there[0], there[1]]
+        embeddings, buffer = grid.oriented(stored), _Buffer()
+        cached = self._cached(slide, stored, grid)
+        for cells, features in cached or [(cells, None) for cells in _blocks(embeddings, in_grid)]:
+            source, destination = _intersection(cells, in_grid)
+            part = upright[:, destination[0], destination[1]]
             if features is not None:
-                np.copyto(part, features[:, here[0], here[1]])
+                np.copyto(part, features[:, source[0], source[1]])
             elif valid[cells].any():
-                self._apply(_read(embeddings, cells)[:, here[0], here[1]], part, room)
+                block = _read_block(embeddings, cells)[:, source[0], source[1]]
+                self._write_features(block, part, buffer)
             else:
                 part.fill(0)
 
-    def _kept(self, slide: str, stored: int, grid: GridLike) -> list[_Block] | None:
-        """A whole slide, of a stored orientation, if there is room for its features."""
+    def _cached(self, slide: str, stored: int, grid: GridData) -> list[_Block] | None:
+        """Return the features of a whole slide in a stored orientation, if the cache has room."""
         key = slide, stored
-        if key in self._whole:
-            return self._whole[key]
+        if key in self._cache:
+            return self._cache[key]
         embeddings, valid = grid.oriented(stored), np.asarray(grid.valid)
         rows, columns = valid.shape
         blocks = list(_blocks(embeddings, (slice(0, rows), slice(0, columns))))
         tissue = [cells for cells in blocks if valid[cells].any()]
         size = 4 * self._normalise.channels * sum(valid[cells].size for cells in tissue)
-        with self._reserving:
-            if key in self._reserved or size > self._room:
-                return None  # another thread is at it, or there is no room
+        with self._reservation:
+            if key in self._reserved or size > self._free_bytes:
+                return None  # another thread is loading the slide, or the cache is full
             self._reserved.add(key)
-            self._room -= size
+            self._free_bytes -= size
         whole: list[_Block] = [(cells, None) for cells in blocks if not valid[cells].any()]
-        room = _Room()
+        buffer = _Buffer()
         for cells in tissue:
             features = np.empty((self._normalise.channels, *valid[cells].shape), np.float32)
-            self._apply(_read(embeddings, cells), features, room)
+            self._write_features(_read_block(embeddings, cells), features, buffer)
             whole.append((cells, features))
-        self._whole[key] = whole
+        self._cache[key] = whole
         return whole
 
-    def _apply(self, embeddings: NDArray[Any], out: NDArray[np.float32], room: _Room) -> None:
-        """What :class:`Normalise` does, of embeddings (C, rows, columns) to features (k, rows,
-        columns), and without torch's threads, which the network is using meanwhile."""
-        cells = room.of(embeddings.shape)
+    def _write_features(
+        self, embeddings: NDArray[Any], out: NDArray[np.float32], buffer: _Buffer
+    ) -> None:
+        """Apply :class:`Normalise` to embeddings (C, rows, columns); write (k, rows, columns).
+
+        numpy is used because torch's threads are busy with the network at the same time.
+        """
+        cells = buffer.array(embeddings.shape)
         np.copyto(cells, embeddings)
-        # as the network sees it, should a tissue cell have the embedding 0 (or -0: but for the sign)
-        occupied = (np.bitwise_or.reduce(cells.view(np.uint32)) & 0x7FFFFFFF) != 0
+        # as in Normalise: an embedding of 0 counts as background; the mask ignores the sign of -0
+        nonzero = (np.bitwise_or.reduce(cells.view(np.uint32)) & 0x7FFFFFFF) != 0
         cells -= self._mean
         if self._weight.ndim == 1:
             cells *= self._weight[:, None, None]
         else:
             cells = (self._weight @ cells.reshape(len(embeddings), -1)).reshape(out.shape)
-        if not occupied.all():
-            cells *= occupied.astype(np.float32)
-        np.copyto(out, cells)  # faster, where it is turned, than to compute into it
+        if not nonzero.all():
+            cells *= nonzero.astype(np.float32)
+        np.copyto(out, cells)  # out may be a transposed view: one copy is faster than arithmetic
 
     def _centre_table(self, slide: str) -> tuple[NDArray[np.float64], int]:
+        """Return the cumulative weights of a slide's cells, and the number of its columns."""
         weights = centre_weights(np.asarray(self._open(slide).valid))
         return np.cumsum(weights), weights.shape[1]
 
     def _centre(self, slide: str, random: np.random.Generator) -> tuple[int, int]:
+        """Draw a centre (row, column)."""
         cumulative, columns = self._centres(slide)
         cell = int(np.searchsorted(cumulative, random.random() * cumulative[-1], side="right"))
         rows = len(cumulative) // columns
@@ -355,23 +413,23 @@ class Crops:
 
 
 def _keep_whole(centre: int, length: int, crop: int) -> int:
-    """The centre, moved so far that an axis that fits into the crop is not cut [choice]."""
+    """Shift a centre so that an axis that fits into the crop is not cut [choice]."""
     if length > crop:
         return centre
     return min(max(centre, length - crop + crop // 2), crop // 2)
 
 
-def disturb(
+def augment_features(
     features: Tensor, *, noise: float, dropout: float, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Augmented features (B, k, rows, columns) [choice]; background stays 0.
+    """Add noise and dropout to features (B, k, rows, columns) [choice]; background stays 0.
 
     Parameters
     ----------
     noise
-        Deviation of normal noise on each feature of each tissue cell.
+        Standard deviation of normal noise on each feature of each tissue cell.
     dropout
-        Probability that a feature is 0 in all of a crop; the others are divided by 1 - dropout.
+        Probability that a feature is 0 in a whole crop; the others are divided by 1 - dropout.
     """
     tissue = occupied(features)
     if noise:
@@ -388,15 +446,10 @@ def disturb(
 
 
 def prefetch(items: Iterator[_Item]) -> Iterator[_Item]:
-    """The same items; a thread makes the next one while the caller works on this one."""
+    """Yield the items of an iterator; a thread computes the next while the caller uses this one."""
     end = object()
     with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as pool:
-        coming = pool.submit(next, items, end)
-        while (item := coming.result()) is not end:
-            coming = pool.submit(next, items, end)
+        following = pool.submit(next, items, end)
+        while (item := following.result()) is not end:
+            following = pool.submit(next, items, end)
             yield item  # type: ignore[misc]
-
-
-def all_moments(slides: Iterable[str], grids: GridSource) -> Mapping[str, GridMoments]:
-    """Moments of every slide, one grid in memory at a time."""
-    return {slide: grid_moments(slide, grids(slide)) for slide in slides}

@@ -1,15 +1,16 @@
-"""Cross-validation of slide models by patient, with baselines and intervals.
+"""Cross-validation of slide models by patient (paper B), with linear baselines and intervals.
 
-Fold k is tested on, the next one validates (best epoch, penalty of the baselines), the others
-train: of 4 folds 2 / 1 / 1, as in B. Metrics are computed once on the predictions of all hold-out
-folds together ('All' in B). What folds predict must then be on one scale: values are in the
-labels' unit and classes are probabilities; Cox risks are defined up to a constant in each fold,
-so each fold's are brought to mean 0 and deviation 1 over its own training units [choice]. A model
-that learned nothing predicts each fold's training mean, which is high where the hold-out labels
-are low: together its predictions then score a little *below* chance.
+Fold k is the test fold, fold k + 1 validates (best epoch, penalty of the baselines), and the
+others train: with 4 folds 2 / 1 / 1, as in paper B. The split ``test`` is predicted by the mean of
+the folds' networks. Metrics are computed once, on the predictions of all held-out folds together
+('All' in paper B). This requires predictions on one scale: values have the labels' unit and
+classes have probabilities, but Cox risks are defined up to a constant in each fold. Each fold's
+risks are therefore standardised over its own training units [choice]. A model that learned nothing
+predicts each fold's training mean, which is high where the held-out labels are low: its pooled
+predictions score somewhat *below* chance.
 
-Survival functions, which the Brier score needs, follow from risks by Breslow's estimate of the
-baseline hazard on each fold's training units.
+Survival functions, which the Brier score needs, are computed from the risks and Breslow's estimate
+of the baseline hazard on each fold's training units.
 """
 
 from __future__ import annotations
@@ -23,51 +24,51 @@ import polars as pl
 from numpy.typing import NDArray
 
 from nic_core.cohort import CohortError, ModelSettings, Target
-from nic_core.models.baselines import BASELINES, baseline_features, fit_linear, predict_linear
+from nic_core.models.baselines import BASELINES, baseline_features, fit_linear
+from nic_core.models.cox import BaselineHazard
 from nic_core.models.crops import Crops, GridMoments, GridSource, all_moments
 from nic_core.models.folds import check_folds, make_folds
+from nic_core.models.kinds import TargetKind, kind_of, prediction_array
 from nic_core.models.labels import shuffle_labels
-from nic_core.models.metrics import Metric, event_horizons, log_rank, score
+from nic_core.models.metrics import score
 from nic_core.models.networks import FoldModel
-from nic_core.models.survival import BaselineHazard, fit_baseline
-from nic_core.models.training import fit_fold, fitting_threads, predict_units, target_metrics
+from nic_core.models.training import fit_fold, fitting_threads, predict_units
 
 if TYPE_CHECKING:
     from nic_core.tracker import Tracker
 
-NETWORK = "network"
+NETWORK = "network"  # value of the column `model`; the others are BASELINES
 
 Floats = NDArray[np.float64]
-_Predictions = tuple[Floats, Floats]  # (units, outputs), probabilities to live (units, times)
-_Predictor = Callable[[pl.DataFrame, Floats], _Predictions]  # of units, at times
-Progress = Callable[[int, int], None]  # folds done, of
+_Predictions = tuple[Floats, Floats]  # (units, outputs); survival probabilities (units, times)
+Progress = Callable[[int, int], None]  # folds done, number of folds
 
 
 @dataclass(frozen=True)
 class CrossValidation:
-    """A cross-validated target.
+    """The result of a target's cross-validation.
 
     Attributes
     ----------
     predictions
-        One row a unit and model: ``model`` (``network`` or a baseline), ``split``, ``unit``,
-        ``patient``, ``fold`` (in which the unit was held out; null in split ``test``, which the
-        mean of the folds scores), the labels, and :func:`prediction_columns`. Of survival also
-        ``survival``, the probabilities to live beyond ``horizons`` (list columns, the same
-        horizons in all of a split).
+        One row per unit and model: ``model`` (``network`` or a baseline), ``split``, ``unit``,
+        ``patient``, ``fold`` (the fold in which the unit was held out; null in split ``test``),
+        the labels (:attr:`TargetKind.label_columns`) and the predictions
+        (:attr:`TargetKind.prediction_columns`). For survival also ``survival``, the survival
+        probabilities at ``horizons`` (list columns; the horizons are equal within a split).
     metrics
         ``model``, ``split``, ``metric``, ``value``, ``low``, ``high`` (95 % percentile bootstrap
         over patients; null for ``log_rank_p``), ``units``, ``patients``; ``seeds_mean`` and
-        ``seeds_deviation`` over the network's initialisations, null where there is one.
+        ``seeds_deviation`` over the network's initialisations, null if there is only one.
     networks
-        One a fold: those of the first initialisation, whose predictions and intervals are given.
-        To choose among initialisations by what they score would be to choose by the test labels.
+        One per fold. With several initialisations they are those of the first, as are the
+        predictions and intervals: choosing the best one by its score would use the test labels.
     history
-        ``fold`` and the columns of :class:`nic_core.models.training.FittedFold`.
+        ``fold`` and the columns of :attr:`nic_core.models.training.FittedFold.history`.
     best_epochs
-        One a fold.
-    baselines
-        Of survival: the baseline hazard of each of ``networks``.
+        One per fold.
+    baseline_hazards
+        For survival: the baseline hazard of each of ``networks``; else empty.
     """
 
     target: Target
@@ -77,19 +78,21 @@ class CrossValidation:
     networks: tuple[FoldModel, ...]
     history: pl.DataFrame
     best_epochs: tuple[int, ...]
-    baselines: tuple[BaselineHazard, ...] = ()
+    baseline_hazards: tuple[BaselineHazard, ...] = ()
 
 
-def prediction_columns(target: Target) -> list[str]:
-    """Columns of a prediction: ``prediction``, ``risk``, or ``probability_<class>`` each."""
-    if target.kind == "classification":
-        return [f"probability_{name}" for name in target.classes]
-    return ["risk" if target.kind == "survival" else "prediction"]
+@dataclass(frozen=True)
+class _Predictor:
+    """A fitted model of one fold: a network or a baseline."""
 
+    predict: Callable[[pl.DataFrame], Floats]  # units to predictions (units, outputs)
+    hazard: BaselineHazard | None
 
-def prediction_array(target: Target, predictions: pl.DataFrame) -> Floats:
-    """Predictions (units, outputs) of one model out of their table."""
-    return predictions.select(prediction_columns(target)).to_numpy()
+    def __call__(self, units: pl.DataFrame, horizons: Floats) -> _Predictions:
+        prediction = self.predict(units)
+        if self.hazard is None:
+            return prediction, np.empty((units.height, 0))
+        return prediction, self.hazard.survival(prediction[:, 0], horizons)
 
 
 def cross_validate(
@@ -105,30 +108,36 @@ def cross_validate(
 ) -> CrossValidation:
     """Train and test the network and the baselines on every fold.
 
-    With ``settings.permute_labels`` labels are exchanged between patients first, by that seed:
-    the control that must come out at chance. Folds are then dealt anew, so that they are
-    stratified as ever.
+    With ``settings.permute_labels``, labels are first exchanged between patients with that seed:
+    a control whose metrics must be at chance level. New folds are then made, so that they are
+    stratified by the exchanged labels.
 
     Parameters
     ----------
     table
-        Output of :func:`nic_core.models.labels.target_table`.
+        Target table (:func:`nic_core.models.labels.target_table`).
     folds
-        Output of :func:`nic_core.models.folds.make_folds`, shared by the encoders to compare.
+        Output of :func:`nic_core.models.folds.make_folds`, shared by all encoders to compare.
     grids
-        Gives the grid of a slide; called whenever one is read.
+        Opens the grid of a slide; called whenever one is read.
     device
-        For the networks: ``auto``, ``cpu`` or ``cuda``. Those that are given are on the CPU.
+        Device of the training: ``auto``, ``cpu`` or ``cuda``. The returned networks are on the
+        CPU.
+    tracker
+        Receives the training curves of the first initialisation.
+    progress
+        Called after each fold.
 
     Raises
     ------
     CohortError
-        The network cannot take crops of ``settings.crop`` cells, or a grid has no tissue.
+        The network cannot process crops of ``settings.crop`` cells, or a grid has no tissue.
     TrainingError
         A loss is not finite.
     ValueError
-        There is no such device.
+        The device does not exist, or the folds do not fit the table.
     """
+    kind = kind_of(target)
     if settings.permute_labels is not None:
         table = shuffle_labels(table, seed=settings.permute_labels)
         folds = make_folds(table, target=target, folds=settings.folds, seed=settings.seed)
@@ -144,18 +153,18 @@ def cross_validate(
     seeds = [NETWORK, *(f"{NETWORK} {seed}" for seed in range(1, settings.seeds))]
     held_out: dict[str, list[pl.DataFrame]] = {name: [] for name in (*seeds, *BASELINES)}
     external: dict[str, list[_Predictions]] = {name: [] for name in held_out}
-    horizons = {part["split"][0]: _horizons(target, part) for part in (cv, test) if part.height}
+    horizons = {part["split"][0]: kind.horizons(part) for part in (cv, test) if part.height}
     fits, hazards = [], []
     for fold in range(count):
-        validating = (fold + 1) % count
-        holdout = cv.filter(pl.col("fold") == fold)
-        validation = cv.filter(pl.col("fold") == validating)
-        train = cv.filter(~pl.col("fold").is_in([fold, validating]))
+        validation_fold = (fold + 1) % count
+        test_fold = cv.filter(pl.col("fold") == fold)
+        validation = cv.filter(pl.col("fold") == validation_fold)
+        train = cv.filter(~pl.col("fold").is_in([fold, validation_fold]))
         with fitting_threads(settings):
             for seed, name in enumerate((*seeds, *BASELINES)):
-                # one predictor at a time: it holds its slides' features
+                # one predictor at a time: each holds a cache of features
                 if name in BASELINES:
-                    predict = _linear_predictor(target, name, train, validation, moments)
+                    predictor = _linear_predictor(kind, name, train, validation, moments)
                 else:
                     entropy = [settings.seed, fold, *([seed] if seed else [])]
                     fitted = fit_fold(
@@ -170,16 +179,14 @@ def cross_validate(
                         tracker=None if seed else tracker,
                         name=f"fold_{fold}_",
                     )
-                    predict, hazard = _network_predictor(
-                        target, fitted.model, train, grids, settings
-                    )
+                    predictor = _network_predictor(kind, fitted.model, train, grids, settings)
                     if not seed:
                         fits.append(fitted)
-                        hazards += [hazard] if hazard is not None else []
-                found = predict(holdout, horizons["cv"])
-                held_out[name].append(_rows(target, holdout, found, horizons["cv"]))
+                        hazards += [] if predictor.hazard is None else [predictor.hazard]
+                predicted = predictor(test_fold, horizons["cv"])
+                held_out[name].append(_rows(kind, test_fold, predicted, horizons["cv"]))
                 if test.height:
-                    external[name].append(predict(test, horizons["test"]))
+                    external[name].append(predictor(test, horizons["test"]))
         fits[-1].model.cpu()
         if progress is not None:
             progress(fold + 1, count)
@@ -190,14 +197,14 @@ def cross_validate(
         if test.height:
             values, survival = zip(*external[name], strict=True)
             mean = np.mean(values, axis=0), np.mean(survival, axis=0)
-            no_fold = test.with_columns(fold=pl.lit(None, pl.Int64))
-            parts.append(_rows(target, no_fold, mean, horizons["test"]))
+            without_fold = test.with_columns(fold=pl.lit(None, pl.Int64))
+            parts.append(_rows(kind, without_fold, mean, horizons["test"]))
         for part in parts:
             if name in (NETWORK, *BASELINES):
                 predictions.append(part.select(pl.lit(name).alias("model"), pl.all()))
-                metrics.append(_scores(target, name, part, settings))
+                metrics.append(_metrics_with_intervals(kind, name, part, settings))
             if name in seeds and len(seeds) > 1:
-                repeats += _values(target, part)
+                repeats += _metrics_of_seed(kind, part)
     return CrossValidation(
         target=target,
         settings=settings,
@@ -209,104 +216,70 @@ def cross_validate(
             for fold, fit in enumerate(fits)
         ),
         best_epochs=tuple(fit.best_epoch for fit in fits),
-        baselines=tuple(hazards),
+        baseline_hazards=tuple(hazards),
     )
 
 
 def _network_predictor(
-    target: Target,
+    kind: TargetKind,
     model: FoldModel,
     train: pl.DataFrame,
     grids: GridSource,
     settings: ModelSettings,
-) -> tuple[_Predictor, BaselineHazard | None]:
-    """Brings a survival model's risks to mean 0 and deviation 1 over its training units."""
+) -> _Predictor:
+    """Return a network's predictor; a survival model is changed to give standardised risks."""
     pinned = model.device.type == "cuda"
     crops = Crops(grids, model.normalise, settings.crop, pinned=pinned)
 
     def predict(units: pl.DataFrame) -> Floats:
         return predict_units(model, units, crops, count=settings.crops_at_test, seed=settings.seed)
 
-    if target.kind != "survival":
-        return _without_survival(predict), None
-    risk = predict(train)
-    mean, deviation = _standard(risk)
+    calibration = kind.calibrate(train, predict)
+    if calibration is None:
+        return _Predictor(predict, None)
+    mean, deviation, hazard = calibration
     model.shift.fill_(-mean / deviation)
     model.scale.fill_(1 / deviation)
-    baseline = fit_baseline(train, (risk[:, 0] - mean) / deviation, deviation)
-    return _with_survival(predict, baseline), baseline
+    return _Predictor(predict, hazard)
 
 
 def _linear_predictor(
-    target: Target,
+    kind: TargetKind,
     name: str,
     train: pl.DataFrame,
     validation: pl.DataFrame,
     moments: Mapping[str, GridMoments],
 ) -> _Predictor:
-    x = baseline_features(name, train, moments)
-    linear = fit_linear(target, train, validation, x, baseline_features(name, validation, moments))
+    """Fit a baseline and return its predictor."""
+    linear = fit_linear(
+        kind,
+        train,
+        validation,
+        baseline_features(name, train, moments),
+        baseline_features(name, validation, moments),
+    )
 
     def predict(units: pl.DataFrame) -> Floats:
-        return predict_linear(target, linear, baseline_features(name, units, moments))
+        return kind.linear_prediction(linear, baseline_features(name, units, moments))
 
-    if target.kind != "survival":
-        return _without_survival(predict)
-    risk = predict_linear(target, linear, x)
-    mean, deviation = _standard(risk)
-    baseline = fit_baseline(train, (risk[:, 0] - mean) / deviation, deviation)
-    return _with_survival(lambda units: (predict(units) - mean) / deviation, baseline)
-
-
-def _without_survival(predict: Callable[[pl.DataFrame], Floats]) -> _Predictor:
-    return lambda units, horizons: (predict(units), np.empty((units.height, 0)))
-
-
-def _with_survival(
-    predict: Callable[[pl.DataFrame], Floats], baseline: BaselineHazard
-) -> _Predictor:
-    def both(units: pl.DataFrame, horizons: Floats) -> _Predictions:
-        risk = predict(units)
-        return risk, baseline.survival(risk[:, 0], horizons)
-
-    return both
-
-
-def rows_metrics(target: Target, rows: pl.DataFrame) -> dict[str, Metric]:
-    """The target's metrics of one model's rows of :attr:`CrossValidation.predictions`, one split."""
-    survival = horizons = None
-    if "survival" in rows.columns:
-        horizons = np.asarray(rows["horizons"][0].to_list(), np.float64)
-        survival = np.array(rows["survival"].to_list()).reshape(rows.height, len(horizons))
-    return target_metrics(target, rows, prediction_array(target, rows), survival, horizons)
-
-
-def _horizons(target: Target, units: pl.DataFrame) -> Floats:
-    if target.kind != "survival":
-        return np.empty(0)
-    return event_horizons(units["time"].to_numpy(), units["event"].to_numpy())
+    calibration = kind.calibrate(train, predict)
+    if calibration is None:
+        return _Predictor(predict, None)
+    mean, deviation, hazard = calibration
+    return _Predictor(lambda units: (predict(units) - mean) / deviation, hazard)
 
 
 def _rows(
-    target: Target, units: pl.DataFrame, found: _Predictions, horizons: Floats
+    kind: TargetKind, units: pl.DataFrame, predicted: _Predictions, horizons: Floats
 ) -> pl.DataFrame:
-    values, survival = found
-    labels = ["time", "event"] if target.kind == "survival" else ["y"]
-    columns = prediction_columns(target)
-    rows = units.select("split", "unit", "patient", "fold", *labels).with_columns(
-        **{name: pl.Series(values[:, i]) for i, name in enumerate(columns)}
-    )
-    if target.kind != "survival":
-        return rows
-    numbers = pl.List(pl.Float64)
-    return rows.with_columns(
-        pl.Series("survival", survival.tolist(), numbers),
-        pl.Series("horizons", [horizons.tolist()] * rows.height, numbers),
+    """Return one model's rows of :attr:`CrossValidation.predictions`, without ``model``."""
+    return units.select("split", "unit", "patient", "fold", *kind.label_columns).with_columns(
+        kind.prediction_series(*predicted, horizons)
     )
 
 
-def _values(target: Target, rows: pl.DataFrame) -> list[dict[str, Any]]:
-    """Metrics of an initialisation, without intervals."""
+def _metrics_of_seed(kind: TargetKind, rows: pl.DataFrame) -> list[dict[str, Any]]:
+    """Return the metrics of one initialisation, without intervals."""
     once = np.ones((1, rows.height))
     return [
         {
@@ -315,11 +288,12 @@ def _values(target: Target, rows: pl.DataFrame) -> list[dict[str, Any]]:
             "metric": name,
             "seed": float(metric(once)[0]),
         }
-        for name, metric in rows_metrics(target, rows).items()
+        for name, metric in kind.metrics(rows, prediction_array(kind, rows)).items()
     ]
 
 
 def _with_seeds(metrics: pl.DataFrame, repeats: list[dict[str, Any]]) -> pl.DataFrame:
+    """Add mean and standard deviation over initialisations to the metrics."""
     schema = {"model": pl.String, "split": pl.String, "metric": pl.String, "seed": pl.Float64}
     several = (
         pl.DataFrame(repeats, schema=schema)
@@ -329,12 +303,13 @@ def _with_seeds(metrics: pl.DataFrame, repeats: list[dict[str, Any]]) -> pl.Data
     return metrics.join(several, on=["model", "split", "metric"], how="left", maintain_order="left")
 
 
-def _scores(
-    target: Target, model: str, rows: pl.DataFrame, settings: ModelSettings
+def _metrics_with_intervals(
+    kind: TargetKind, model: str, rows: pl.DataFrame, settings: ModelSettings
 ) -> pl.DataFrame:
-    prediction = prediction_array(target, rows)
+    """Return one model's rows of :attr:`CrossValidation.metrics` in one split."""
+    prediction = prediction_array(kind, rows)
     intervals = score(
-        rows_metrics(target, rows),
+        kind.metrics(rows, prediction),
         rows["patient"].to_list(),
         resamples=settings.bootstrap,
         seed=settings.seed,
@@ -343,9 +318,10 @@ def _scores(
         {"metric": name, "value": i.value, "low": i.low, "high": i.high}
         for name, i in intervals.items()
     ]
-    if target.kind == "survival":
-        p = log_rank(rows["time"].to_numpy(), rows["event"].to_numpy(), prediction[:, 0])
-        table.append({"metric": "log_rank_p", "value": p, "low": None, "high": None})
+    table += [
+        {"metric": name, "value": p, "low": None, "high": None}
+        for name, p in kind.p_values(rows, prediction).items()
+    ]
     numbers = {"value": pl.Float64, "low": pl.Float64, "high": pl.Float64}
     return pl.DataFrame(table, schema={"metric": pl.String, **numbers}).select(
         pl.lit(model).alias("model"),
@@ -354,8 +330,3 @@ def _scores(
         units=pl.lit(rows.height, pl.Int64),
         patients=pl.lit(rows["patient"].n_unique(), pl.Int64),
     )
-
-
-def _standard(risk: Floats) -> tuple[float, float]:
-    """Mean and deviation; the deviation of equal risks counts as 1."""
-    return float(risk.mean()), float(risk.std()) or 1.0

@@ -1,16 +1,16 @@
-"""What in a grid speaks for a prediction: Grad-CAM of the grid CNNs, attention of others.
+"""Explanations: Grad-CAM heatmaps of grid CNNs (paper B), attention weights of attention networks.
 
-Grad-CAM as in paper B: gradients of the output with respect to the first
-convolution's maps, their spatial means as weights, weighted sum of the maps. The sign is kept: a
-high value speaks for a higher output, a low one for a lower. What B leaves open [choice]:
+Grad-CAM as in paper B: the gradients of the output with respect to the maps of the first
+convolution, their spatial means as weights, and the weighted sum of the maps. The sign is kept: a
+positive value increases the output, a negative one decreases it. Not published, and [choice]:
 
-- the maps are what the (separable) convolution itself gives, before batch normalisation;
+- the maps are the output of the (separable) convolution, before batch normalisation;
 - the output is the value (regression), the risk (survival), or the log-odds of a class against
-  all others (classification); for two classes that is the one output unit of B;
-- a map's value belongs to the cell at the centre of its 3 x 3 receptive field; cells between the
+  all others (classification); for two classes this is the single output unit of paper B;
+- a map's value is assigned to the centre cell of its 3 x 3 receptive field; cells between the
   centres of a strided convolution are interpolated;
-- the 8 orientations are averaged, as for predictions; so are, where a grid is larger than the
-  network's crop, crops half a crop apart.
+- heatmaps are averaged over the 8 orientations, as predictions are, and over crops half a crop
+  apart where a grid is larger than the network's crop.
 """
 
 from __future__ import annotations
@@ -25,40 +25,47 @@ from torch import Tensor, nn
 
 from nic_core.cohort import Target
 from nic_core.grids.orientations import ORIENTATIONS, undo
-from nic_core.models.crops import Crops, GridLike, windows
+from nic_core.models.crops import Crops, GridData, crop_windows
+from nic_core.models.kinds import kind_of
 from nic_core.models.networks import FoldModel, occupied
 
 
 @runtime_checkable
-class Attentive(Protocol):
-    """A network that says itself how much it looks at each cell."""
+class HasAttention(Protocol):
+    """A network that computes a weight for each cell."""
 
     def attention(self, features: Tensor) -> Tensor:
-        """Features float (B, k, rows, columns), 0 for background, to weights of the cells,
-        float (B, rows, columns): 0 for background, sum 1."""
+        """Return the weights of cells, float (B, rows, columns): 0 in background, sum 1.
+
+        ``features`` is float (B, k, rows, columns), 0 in background.
+        """
 
 
 def explain(
     networks: Sequence[FoldModel],
-    grid: GridLike,
+    grid: GridData,
     target: Target,
     *,
     crop: int,
     label: str | None = None,
 ) -> NDArray[np.float32]:
-    """Heat of every cell, the mean over networks.
+    """Compute the heatmap of a grid, averaged over networks.
 
-    Networks with attention (:class:`Attentive`) give it in multiples of its mean over the crop's
-    tissue: how much a cell counts, not in which direction. All others give Grad-CAM.
+    Networks with attention (:class:`HasAttention`) give their weights, divided by the mean weight
+    over the crop's tissue: they say how much a cell contributes, not in which direction. All other
+    networks give Grad-CAM.
 
     Parameters
     ----------
     networks
-        Of one target, trained without this patient: see :func:`held_out_networks`.
+        Networks of one target that were not trained on this patient; see
+        :func:`held_out_networks`.
+    grid
+        Grid of one slide.
     crop
-        Cells a side of the crops that they were trained on.
+        Side of the crops that the networks were trained on, in cells.
     label
-        Class to explain; default: the last one.
+        Class to explain; None: the last one. For classification only.
 
     Returns
     -------
@@ -68,40 +75,41 @@ def explain(
     Raises
     ------
     ValueError
-        The target has no class ``label``, or the grid no tissue.
+        The target has no class ``label``, or the grid has no tissue.
     """
-    output = _output(target, label)
+    output = kind_of(target).explained_output(label)
     valid = np.asarray(grid.valid)
     if not valid.any():
-        raise ValueError("the grid has no tissue cell: there is nothing to explain")
+        raise ValueError("the grid has no tissue cell, so there is nothing to explain")
     total, count = np.zeros(valid.shape), np.zeros(valid.shape)
     for model in networks:
         model.eval()
         crops = Crops(lambda _: grid, model.normalise, crop)
         for centre in _centres(valid, crop):
-            inner, outer = windows(valid.shape, centre, crop)
+            in_grid, in_crop = crop_windows(valid.shape, centre, crop)
             for k in range(ORIENTATIONS):
-                features = torch.from_numpy(crops.at("", centre, k))[None]
+                features = torch.from_numpy(crops.crop_at("", centre, k))[None]
                 heat, covered = _heat(model, features, output)
-                total[inner] += undo(np.where(covered, heat, 0), k)[outer]
-                count[inner] += undo(covered, k)[outer]
+                total[in_grid] += undo(np.where(covered, heat, 0), k)[in_crop]
+                count[in_grid] += undo(covered, k)[in_crop]
     return np.where(valid & (count > 0), total / np.maximum(count, 1), np.nan).astype(np.float32)
 
 
 def held_out_networks(networks: Sequence[FoldModel], fold: int | None) -> Sequence[FoldModel]:
-    """The networks that have not seen a patient.
+    """Return the networks that were trained without a patient.
 
     Parameters
     ----------
     networks
-        One a fold.
+        One per fold.
     fold
-        In which the patient was held out; None (split ``test``, or a new slide): all of them.
+        Fold in which the patient was held out; None for split ``test`` and new slides.
 
     Returns
     -------
-    Of a patient in cross-validation the network of that fold alone: the one before it did not
-    train on the patient, but chose its epoch by it.
+    All networks if ``fold`` is None, else the network of that fold only. The network of the fold
+    before it was not trained on the patient either, but its epoch was chosen with the patient's
+    label.
     """
     return networks if fold is None else networks[fold : fold + 1]
 
@@ -109,55 +117,61 @@ def held_out_networks(networks: Sequence[FoldModel], fold: int | None) -> Sequen
 def grad_cam(
     network: nn.Module, features: Tensor, output: Callable[[Tensor], Tensor]
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """Grad-CAM of one crop, in cells.
+    """Compute Grad-CAM of one crop, interpolated to cells.
 
     Parameters
     ----------
     network
-        In evaluation mode; its first ``Conv2d`` says where the maps lie, its first
-        ``BatchNorm2d`` is given them.
+        In evaluation mode. Its first ``Conv2d`` defines the geometry of the maps; its first
+        ``BatchNorm2d`` receives the maps.
     features : float (1, k, side, side)
     output
-        The number to explain, of what the network returns.
+        Function from the network's outputs (1, outputs) to the number to explain.
 
     Returns
     -------
     float32 (side, side), bool (side, side)
-        The heat, and the cells that some place of the maps sees.
+        The heatmap, and the cells that are within a receptive field of the maps.
     """
     convolution = next(m for m in network.modules() if isinstance(m, nn.Conv2d))
     normalisation = next(m for m in network.modules() if isinstance(m, nn.BatchNorm2d))
-    seen: list[Tensor] = []
+    captured: list[Tensor] = []
 
-    def catch(module: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
-        # a leaf: whatever comes before needs no gradient
-        seen.append(inputs[0].detach().requires_grad_())
-        return seen[-1]
+    def capture(module: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
+        # a leaf tensor: no gradient is needed before the maps
+        captured.append(inputs[0].detach().requires_grad_())
+        return captured[-1]
 
-    handle = normalisation.register_forward_pre_hook(catch)
+    handle = normalisation.register_forward_pre_hook(capture)
     try:
         with torch.enable_grad():
             value = output(network(features)).sum()
     finally:
         handle.remove()
-    (gradient,) = torch.autograd.grad(value, seen[0])
+    (gradient,) = torch.autograd.grad(value, captured[0])
     weights = gradient.mean((2, 3), keepdim=True)
-    maps = (weights * seen[0]).sum(1)[0].detach().double().numpy()
-    places = [
-        _placement(features.shape[2 + axis], maps.shape[axis], convolution, axis) for axis in (0, 1)
-    ]
-    heat = places[0][0] @ maps @ places[1][0].T
-    return heat.astype(np.float32), places[0][1][:, None] & places[1][1]
+    maps = (weights * captured[0]).sum(1)[0].detach().double().numpy()
+    (down, covered_rows), (across, covered_columns) = (
+        _interpolation(features.shape[2 + axis], maps.shape[axis], convolution, axis)
+        for axis in (0, 1)
+    )
+    heat = down @ maps @ across.T
+    return heat.astype(np.float32), covered_rows[:, None] & covered_columns
 
 
-def _placement(
+def _interpolation(
     cells: int, positions: int, convolution: nn.Conv2d, axis: int
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """Weights (cells, positions) of a map's positions in each cell along an axis, and the cells
-    within a receptive field."""
+    """Return how a map's positions are interpolated to cells along an axis.
+
+    Returns
+    -------
+    float64 (cells, positions), bool (cells,)
+        Weight of each position in each cell; the cells within a receptive field.
+    """
     side, stride = convolution.kernel_size[axis], convolution.stride[axis]
     padding = convolution.padding[axis]
-    assert isinstance(padding, int)  # none of our networks pads by name
+    assert isinstance(padding, int)  # none of our networks uses "same" or "valid"
     start = np.arange(positions) * stride - padding
     at = np.arange(cells)
     centres = start + (side - 1) / 2
@@ -166,32 +180,18 @@ def _placement(
 
 
 def _heat(
-    model: FoldModel, features: Tensor, output: Callable[[FoldModel, Tensor], Tensor]
+    model: FoldModel, features: Tensor, output: Callable[[Tensor, Tensor], Tensor]
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    if isinstance(model.network, Attentive):
+    """Return the heatmap of one crop by attention or Grad-CAM, and the cells that it covers."""
+    if isinstance(model.network, HasAttention):
         with torch.no_grad():
             heat = model.network.attention(features)[0] * occupied(features).sum()
         return heat.float().numpy(), np.ones(heat.shape, np.bool_)
-    return grad_cam(model.network, features, lambda raw: output(model, raw))
-
-
-def _output(target: Target, label: str | None) -> Callable[[FoldModel, Tensor], Tensor]:
-    """The number that is explained, of a model and its network's output (B, outputs)."""
-    if target.kind != "classification":
-        if label is not None:
-            raise ValueError(f"target '{target.name}' ({target.kind}) has no class '{label}'")
-        return lambda model, raw: model.finish(raw)[:, 0]
-    if label is not None and label not in target.classes:
-        raise ValueError(
-            f"target '{target.name}' has no class '{label}'; it has {', '.join(target.classes)}"
-        )
-    index = len(target.classes) - 1 if label is None else target.classes.index(label)
-    others = [i for i in range(len(target.classes)) if i != index]
-    return lambda model, raw: raw[:, index] - raw[:, others].logsumexp(1)
+    return grad_cam(model.network, features, lambda raw: output(raw, model.activate(raw)))
 
 
 def _centres(valid: NDArray[np.bool_], crop: int) -> Iterator[tuple[int, int]]:
-    """Centres of crops that together cover the grid, those with tissue alone."""
+    """Yield the centres of crops that together cover the grid; crops without tissue are omitted."""
     down, across = (_starts(length, crop) for length in valid.shape)
     for top in down:
         for left in across:
@@ -201,8 +201,11 @@ def _centres(valid: NDArray[np.bool_], crop: int) -> Iterator[tuple[int, int]]:
 
 
 def _starts(length: int, crop: int) -> list[int]:
-    """First cells of crops along an axis, half a crop apart or less; one that is cut by no edge
-    of the grid, or that has the whole of it in its middle."""
+    """Return the first cells of crops along an axis, at most half a crop apart.
+
+    No crop extends beyond the grid, unless the grid is shorter than the crop: then it is centred
+    in one crop.
+    """
     if length <= crop:
         return [-((crop - length) // 2)]
     count = 1 + -(-(length - crop) // max(1, crop // 2))

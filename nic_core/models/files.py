@@ -1,6 +1,6 @@
 """The model file: a folder with ``fold-<k>.safetensors`` and ``card.json``.
 
-Nothing in it is a pickled object, and none is ever read.
+It contains no pickled object, and none is ever loaded.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
 
-import numpy as np
 import polars as pl
 import torch
 from pydantic import (
@@ -29,18 +28,18 @@ from safetensors.torch import load_file, save_file
 
 from nic_core.cohort import ModelSettings, Target
 from nic_core.encoders.encoder import weights_hash as tensors_hash
-from nic_core.grids import nic_version
+from nic_core.models.cox import BaselineHazard
 from nic_core.models.cross_validation import NETWORK, CrossValidation
+from nic_core.models.kinds import kind_of
 from nic_core.models.networks import Ensemble, FoldModel, Normalise, build_network, component_count
-from nic_core.models.survival import BaselineHazard
-from nic_core.models.training import output_count
 from nic_core.types import Reading
+from nic_core.version import __version__
 
 CARD = "card.json"
 
 
 class ModelFileError(ValueError):
-    """A model folder is missing, damaged or not one."""
+    """A model folder is missing, damaged, or of another format."""
 
 
 class ModelMetric(BaseModel):
@@ -56,15 +55,19 @@ class ModelMetric(BaseModel):
     high: float | None
     units: int
     patients: int
-    seeds_mean: float | None = None  # over initialisations, of the network where there are several
+    seeds_mean: float | None = None  # over the network's initialisations; None if there is one
     seeds_deviation: float | None = None
 
 
 class GridSettings(BaseModel):
-    """How the grids were made that a model learned from, beside the encoder.
+    """How the training grids were compressed, apart from the encoder.
 
-    ``precision`` and ``reading`` are those of :class:`nic_core.grids.GridProvenance`; a cell was
-    kept if its tissue fraction exceeded ``tissue``.
+    Attributes
+    ----------
+    precision, reading
+        As in :class:`nic_core.grids.GridProvenance`.
+    tissue
+        A cell was kept if its tissue fraction exceeded this value.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -75,10 +78,19 @@ class GridSettings(BaseModel):
 
 
 class TrainingCohort(BaseModel):
-    """Whom a model learned from (split ``cv``), without their names.
+    """The training data of a model (split ``cv``), without names of patients or slides.
 
-    ``digest`` is the sha256 of units, patients, folds, labels and slide contents: two models with
-    the same one learned from the same; ``slides`` are the content identities of the slides.
+    Attributes
+    ----------
+    name
+        Name of the cohort.
+    patients, units
+        Their numbers.
+    slides
+        Content identities of the slides.
+    digest
+        SHA-256 of units, patients, folds, labels and slide contents; equal digests mean equal
+        training data.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -91,27 +103,39 @@ class TrainingCohort(BaseModel):
 
 
 class ModelCard(BaseModel):
-    """What a slide model is and what it was measured to do.
+    """What a slide model is, what it was trained on, and its metrics.
 
     Attributes
     ----------
     encoder, weights_hash
-        A grid of another encoder does not fit; the hash decides, not the name.
-    patch, mpp, embedding
-        Of the grids: side of a patch, px, at um/px; numbers of a cell.
+        Encoder of the training grids. Grids of another encoder are refused; the hash decides, not
+        the name.
+    patch, mpp, embedding_size
+        Training grids: side of a patch in px at ``mpp`` um/px, and numbers per embedding.
+    grids
+        How the training grids were compressed.
+    settings
+        Settings of the training.
+    training
+        The training data.
     networks
         Hash of each fold's tensors.
+    best_epochs
+        Kept epoch of each fold.
     median_risk
-        Of survival alone: the median over the training cohort of the risk that each unit had
-        when it was held out [choice]. A higher risk means an earlier event, so a unit above it is
-        of the high risk group.
-    baselines
-        Of survival alone: the baseline hazard of each fold's training units.
+        For survival, else None: the median over the training cohort of the risk that each unit
+        had when it was held out [choice]. A unit with a higher risk is in the high-risk group.
+    baseline_hazards
+        For survival, else empty: the baseline hazard of each fold's training units.
+    metrics
+        Cross-validated and test metrics of the network and the baselines.
+    software
+        Versions of this project and PyTorch.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    format: Literal[3] = 3
+    format: Literal[4] = 4
     target: Target
     encoder: str
     weights_hash: str
@@ -124,21 +148,24 @@ class ModelCard(BaseModel):
     networks: tuple[str, ...] = Field(min_length=1)
     best_epochs: tuple[int, ...]
     median_risk: float | None
-    baselines: tuple[BaselineHazard, ...]
+    baseline_hazards: tuple[BaselineHazard, ...]
     metrics: tuple[ModelMetric, ...]
     software: dict[str, str]
 
     @model_validator(mode="after")
-    def _survival_has_what_it_needs(self) -> Self:
-        if (self.target.kind == "survival") != (self.median_risk is not None):
-            raise ValueError("median_risk: survival has one, other targets have none")
-        if len(self.baselines) != (len(self.networks) if self.target.kind == "survival" else 0):
-            raise ValueError("baselines: survival has one a network, other targets have none")
+    def _survival_fields_fit(self) -> Self:
+        survival = kind_of(self.target).has_survival_functions
+        if survival != (self.median_risk is not None):
+            raise ValueError("median_risk: required for survival, null for other targets")
+        if len(self.baseline_hazards) != (len(self.networks) if survival else 0):
+            raise ValueError(
+                "baseline_hazards: one per network for survival, none for other targets"
+            )
         return self
 
 
 def metrics_frame(card: ModelCard) -> pl.DataFrame:
-    """The card's metrics as the table that they were; see :class:`ModelMetric`."""
+    """Return the card's metrics as a table; see :attr:`CrossValidation.metrics`."""
     return pl.DataFrame(
         [metric.model_dump() for metric in card.metrics],
         schema_overrides=dict.fromkeys(
@@ -149,7 +176,7 @@ def metrics_frame(card: ModelCard) -> pl.DataFrame:
 
 @dataclass(frozen=True)
 class SlideModel:
-    """A model as it lies in its folder."""
+    """A model that was loaded from its folder: the card, and one network per fold."""
 
     card: ModelCard
     networks: tuple[FoldModel, ...]
@@ -158,25 +185,27 @@ class SlideModel:
 def training_cohort(
     name: str, table: pl.DataFrame, identities: Mapping[str, str]
 ) -> TrainingCohort:
-    """The identity of those a model learns from.
+    """Return the identity of a model's training data.
 
     Parameters
     ----------
+    name
+        Name of the cohort.
     table
-        Of :func:`nic_core.models.labels.target_table`, with ``fold``.
+        Target table (:func:`nic_core.models.labels.target_table`) with the column ``fold``.
     identities
         Slide id to content identity.
     """
-    learned = table.filter(pl.col("split") == "cv").sort("unit")
-    slides = sorted({identities[slide] for slide in learned["slides"].explode()})
+    trained = table.filter(pl.col("split") == "cv").sort("unit")
+    slides = sorted({identities[slide] for slide in trained["slides"].explode()})
     rows = [
         {**row, "slides": [(slide, identities[slide]) for slide in row["slides"]]}
-        for row in learned.select(sorted(learned.columns)).to_dicts()
+        for row in trained.select(sorted(trained.columns)).to_dicts()
     ]
     return TrainingCohort(
         name=name,
-        patients=learned["patient"].n_unique(),
-        units=learned.height,
+        patients=trained["patient"].n_unique(),
+        units=trained.height,
         slides=tuple(slides),
         digest=hashlib.sha256(json.dumps(rows).encode()).hexdigest(),
     )
@@ -184,7 +213,7 @@ def training_cohort(
 
 def save_model(
     folder: Path,
-    evaluated: CrossValidation,
+    result: CrossValidation,
     *,
     encoder: str,
     weights_hash: str,
@@ -193,45 +222,53 @@ def save_model(
     grids: GridSettings,
     training: TrainingCohort,
 ) -> ModelCard:
-    """Write the folds' networks and the card into ``folder`` (made if missing)."""
+    """Write the folds' networks and the card into ``folder``, which is created if missing.
+
+    Parameters
+    ----------
+    folder
+        Folder of the model.
+    result
+        The cross-validation whose networks are saved.
+    encoder, weights_hash, patch, mpp, grids, training
+        See :class:`ModelCard`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    network, hashes = evaluated.settings.network, []
-    for k, model in enumerate(evaluated.networks):
+    network, hashes = result.settings.network, []
+    for k, model in enumerate(result.networks):
         tensors = {name: t.contiguous() for name, t in model.state_dict().items()}
         save_file(tensors, folder / f"fold-{k}.safetensors")
         hashes.append(tensors_hash(network, tensors))
-    rows = evaluated.metrics.fill_nan(None).to_dicts()
-    held_out = evaluated.predictions.filter(model=NETWORK, split="cv")
+    rows = result.metrics.fill_nan(None).to_dicts()
+    held_out = result.predictions.filter(model=NETWORK, split="cv")
     card = ModelCard(
-        target=evaluated.target,
+        target=result.target,
         encoder=encoder,
         weights_hash=weights_hash,
         patch=patch,
         mpp=mpp,
-        embedding_size=len(evaluated.networks[0].normalise.mean),
+        embedding_size=len(result.networks[0].normalise.mean),
         grids=grids,
-        settings=evaluated.settings,
+        settings=result.settings,
         training=training,
         networks=tuple(hashes),
-        best_epochs=evaluated.best_epochs,
-        median_risk=(
-            float(np.median(held_out["risk"])) if evaluated.target.kind == "survival" else None
-        ),
-        baselines=evaluated.baselines,
+        best_epochs=result.best_epochs,
+        median_risk=kind_of(result.target).median_risk(held_out),
+        baseline_hazards=result.baseline_hazards,
         metrics=tuple(ModelMetric(**row) for row in rows),
-        software={"nic": nic_version(), "torch": torch.__version__},
+        software={"nic": __version__, "torch": torch.__version__},
     )
     (folder / CARD).write_text(json.dumps(card.model_dump(mode="json"), indent=2) + "\n")
     return card
 
 
 def read_model_card(folder: Path) -> ModelCard:
-    """The card of a model that :func:`save_model` wrote.
+    """Read the card of a model that :func:`save_model` wrote.
 
     Raises
     ------
     ModelFileError
-        It is missing, or no card.
+        The card is missing, invalid, or of another format.
     """
     try:
         return ModelCard.model_validate_json((folder / CARD).read_bytes())
@@ -239,21 +276,21 @@ def read_model_card(folder: Path) -> ModelCard:
         raise _no_model(folder, error) from error
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or CARD
+        field = ".".join(map(str, first["loc"])) or CARD
         raise ModelFileError(
-            f"{folder}: not a model file of this version ({where}: {first['msg']}); "
-            "give a model's folder, or train it again"
+            f"{folder}: not a model file of format {ModelCard.model_fields['format'].default} "
+            f"({field}: {first['msg']}); train the model again, or give the folder of a model"
         ) from error
 
 
 def load_model(folder: Path) -> SlideModel:
-    """Read a model that :func:`save_model` wrote, on the CPU, in evaluation mode.
+    """Load a model that :func:`save_model` wrote, on the CPU, in evaluation mode.
 
     Raises
     ------
     ModelFileError
-        A file is missing or unreadable, the tensors do not fit the card, or they are not those
-        whose hashes the card holds.
+        A file is missing or unreadable, the tensors do not fit the card, or their hashes differ
+        from the card's.
     """
     card = read_model_card(folder)
     try:
@@ -264,14 +301,17 @@ def load_model(folder: Path) -> SlideModel:
     except OSError as error:
         raise _no_model(folder, error) from error
     except (SafetensorError, RuntimeError) as error:
-        raise ModelFileError(f"{folder}: not a model file: {error}") from error
+        raise ModelFileError(
+            f"{folder}: not a model file: {error}; restore the folder, or train the model again"
+        ) from error
     return SlideModel(card, networks)
 
 
 def ensemble_module(networks: Sequence[FoldModel]) -> Ensemble:
-    """One module from raw grid crops float32 (B, C, crop, crop) to the folds' mean prediction.
+    """Return one module that computes the mean prediction of the folds.
 
-    Background cells are 0 in all C. Exports by ``torch.export`` with a dynamic batch.
+    It maps crops of embeddings float32 (B, C, crop, crop), 0 in background, to predictions
+    (B, outputs), and can be exported by ``torch.export`` with a dynamic batch.
     """
     module = Ensemble(networks)
     module.eval().requires_grad_(False)
@@ -279,15 +319,18 @@ def ensemble_module(networks: Sequence[FoldModel]) -> Ensemble:
 
 
 def _no_model(folder: Path, error: OSError) -> ModelFileError:
-    return ModelFileError(f"{folder}: no model here ({error}); train one")
+    return ModelFileError(
+        f"{folder}: no model here ({error}); train one, or give the folder of a model"
+    )
 
 
 def _load_fold(card: ModelCard, path: Path, expected: str) -> FoldModel:
+    """Load one fold's network; check its hash."""
     tensors = load_file(path)
     if tensors_hash(card.settings.network, tensors) != expected:
         raise ModelFileError(
-            f"{path}: the weights are not those of the card (hash differs); "
-            "restore all files from one source, or train again"
+            f"{path}: the hash of the weights differs from the card's; "
+            "restore all files from one copy, or train the model again"
         )
     components = component_count(card.settings.network)
     shape = (
@@ -296,13 +339,14 @@ def _load_fold(card: ModelCard, path: Path, expected: str) -> FoldModel:
         else (min(components, card.embedding_size), card.embedding_size)
     )
     normalise = Normalise(torch.zeros(card.embedding_size), torch.zeros(shape))
+    kind = kind_of(card.target)
     network = build_network(
         card.settings.network,
         normalise.channels,
-        output_count(card.target),
+        kind.outputs,
         positions=card.settings.positions,
     )
-    model = FoldModel(normalise, network, card.target.kind)
+    model = FoldModel(normalise, network, kind)
     model.load_state_dict(tensors)
     model.eval().requires_grad_(False)
     return model

@@ -1,4 +1,4 @@
-"""Cross-validation folds by patient, one table shared by all encoders of a target."""
+"""Cross-validation folds by patient, stratified; all encoders of a target share them."""
 
 from __future__ import annotations
 
@@ -8,20 +8,26 @@ import numpy as np
 import polars as pl
 
 from nic_core.cohort import Target
+from nic_core.models.kinds import kind_of
 
 
 def make_folds(table: pl.DataFrame, *, target: Target, folds: int, seed: int) -> pl.DataFrame:
-    """Deal the patients of the ``cv`` split into folds [choice].
+    """Assign the patients of split ``cv`` to folds [choice].
 
-    Patients are ordered by class, by event then time, or by value (a patient's slides: their
-    most frequent class, their mean), ties at random, and dealt one by one to the fold that has
-    fewest of the stratum (class, event), then fewest of all. So any stretch of neighbours in a
-    stratum is spread over the folds, which stratifies by quantile as well.
+    Patients are sorted by class, by event and time, or by value, and assigned one after the
+    other to the fold with the fewest patients of the same stratum (class, event), then with the
+    fewest patients; ties are broken at random. Patients with neighbouring labels thus go to
+    different folds, which also stratifies by quantile. A patient with several units counts by
+    the most frequent class or the mean value.
 
     Parameters
     ----------
     table
-        Output of :func:`nic_core.models.labels.target_table`.
+        Target table (:func:`nic_core.models.labels.target_table`).
+    folds
+        Number of folds.
+    seed
+        Seed of the random order and of ties.
 
     Returns
     -------
@@ -33,50 +39,54 @@ def make_folds(table: pl.DataFrame, *, target: Target, folds: int, seed: int) ->
     ValueError
         There are fewer patients than folds.
     """
+    kind = kind_of(target)
     patients = (
         table.filter(pl.col("split") == "cv")
         .group_by("patient")
-        .agg(
-            pl.col("time", "event").first()
-            if target.kind == "survival"
-            else pl.col("y").mode().min()
-            if target.kind == "classification"
-            else pl.col("y").mean()
-        )
+        .agg(kind.patient_labels())
         .sort("patient")
     )
     if patients.height < folds:
-        raise ValueError(f"target '{target.name}': {patients.height} patients for {folds} folds")
+        raise ValueError(
+            f"target '{target.name}': {patients.height} patients cannot be divided into {folds} "
+            "folds; lower settings.models.folds"
+        )
     random = np.random.default_rng(seed)
     shuffled = patients[random.permutation(patients.height)]
-    if target.kind == "survival":
-        ordered = shuffled.sort("event", "time", maintain_order=True)
-        strata = ordered["event"].cast(pl.Int64)
-    else:
-        ordered = shuffled.sort("y", maintain_order=True)
-        strata = ordered["y"] if target.kind == "classification" else ordered["y"] * 0
-    dealt: list[int] = []
-    everyone: Counter[int] = Counter()
+    ordered = shuffled.sort(kind.fold_order, maintain_order=True)
+    assigned: list[int] = []
+    in_fold: Counter[int] = Counter()
     in_stratum: Counter[tuple[float, int]] = Counter()
-    for stratum in strata:
+    for stratum in kind.strata(ordered):
         tie = random.permutation(folds)
-        fold = min(range(folds), key=lambda f: (in_stratum[stratum, f], everyone[f], tie[f]))
+        fold = min(range(folds), key=lambda f: (in_stratum[stratum, f], in_fold[f], tie[f]))
         in_stratum[stratum, fold] += 1
-        everyone[fold] += 1
-        dealt.append(fold)
-    result = ordered.select("patient", fold=pl.Series(dealt, dtype=pl.Int64)).sort("patient")
+        in_fold[fold] += 1
+        assigned.append(fold)
+    result = ordered.select("patient", fold=pl.Series(assigned, dtype=pl.Int64)).sort("patient")
     check_folds(result, table)
     return result
 
 
 def check_folds(folds: pl.DataFrame, table: pl.DataFrame) -> None:
-    """Raise ``ValueError`` unless every labelled ``cv`` patient has one fold and no other has."""
+    """Raise ``ValueError`` unless every patient of split ``cv`` is in one fold, and no other is.
+
+    Parameters
+    ----------
+    folds
+        Columns ``patient`` and ``fold``.
+    table
+        Target table.
+    """
     if folds["patient"].is_duplicated().any():
         twice = folds.filter(pl.col("patient").is_duplicated())["patient"][0]
-        raise ValueError(f"folds overlap: patient '{twice}' is in more than one")
+        raise ValueError(f"folds overlap: patient '{twice}' is in more than one fold")
     expected = set(table.filter(pl.col("split") == "cv")["patient"])
     found = set(folds["patient"])
     if found - expected:
-        raise ValueError(f"folds hold patient '{min(found - expected)}', who is not in split 'cv'")
+        raise ValueError(
+            f"the folds contain patient '{min(found - expected)}', who is not in split 'cv'; "
+            "make the folds again"
+        )
     if expected - found:
         raise ValueError(f"patient '{min(expected - found)}' is in no fold; make the folds again")

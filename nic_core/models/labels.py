@@ -1,7 +1,8 @@
-"""From the cohort's label table to what a model is trained on: one row a unit.
+"""Label table to target table: one row per unit, labels checked and decoded.
 
-A unit is a slide or a patient, as the target says. Units without a label are left out;
-:func:`unlabelled` names their slides.
+A unit is a slide or a patient, as the target's ``level`` says. Units without a label are left
+out; :func:`unlabelled` lists their slides. What a label may be depends on the target's kind
+(:mod:`nic_core.models.kinds`).
 """
 
 from __future__ import annotations
@@ -12,18 +13,21 @@ from typing import Literal
 import numpy as np
 import polars as pl
 
-from nic_core.cohort import ClassificationTarget, Cohort, CohortError, RegressionTarget, Target
+from nic_core.cohort import Cohort, CohortError, Target
+from nic_core.models.kinds import kind_of
+from nic_core.models.kinds.base import MISSING, label_error
 
-_MISSING = ("", "NA", "N/A", "na", "nan", "NaN", "null", "None")
+_UNIT_COLUMNS = ("unit", "patient", "slides", "split")
 _Key = Literal["slide", "patient"]
 
 
 def target_table(cohort: Cohort, target: Target, index: pl.DataFrame) -> pl.DataFrame:
-    """Labelled units of one target.
+    """Return the labelled units of a target.
 
-    The label table is keyed by ``slide`` or, without that column, by ``patient``. A target at
-    patient level may use a table keyed by slide where all labelled slides of a patient agree;
-    one at slide level may use a table keyed by patient: every slide then has its patient's label.
+    The label table has the key column ``slide`` or, without it, ``patient``. A target at patient
+    level may use a table keyed by slide if all labelled slides of a patient have the same label.
+    A target at slide level may use a table keyed by patient: every slide gets its patient's
+    label.
 
     Parameters
     ----------
@@ -38,70 +42,95 @@ def target_table(cohort: Cohort, target: Target, index: pl.DataFrame) -> pl.Data
 
         - regression: ``y`` float64;
         - classification: ``y`` int64, the position in ``target.classes``;
-        - survival: ``time`` float64 in ``target.unit``, ``event`` bool (true: seen).
+        - survival: ``time`` float64 in ``target.unit``, ``event`` bool (true: observed).
 
     Raises
     ------
     CohortError
-        The table or a column is missing, a label is no number, no known class, a negative time
-        or an event other than 0 and 1, slides of a patient disagree or lie in both splits, or
-        too few patients are labelled to be divided into folds.
+        The table or a column is missing; a label is not a finite number, not a known class, a
+        negative time, or an event other than 0 and 1; slides of a patient have different labels
+        or are in both splits; or there are too few labelled patients for the folds.
     """
     labels, key = _read_labels(cohort, target)
-    decoded = _decode(labels, target, key)
+    kind = kind_of(target)
+    decoded = kind.decode(labels, key)
     slides = index.select("slide", "patient", "split").join(decoded, on=key, how="inner")
     if not slides.height:
-        raise _error(
+        raise label_error(
             target,
-            _label_columns(target)[0],
-            f"no labelled {key} of the label table is among the slides that were found; "
+            kind.source_columns[0],
+            f"no labelled {key} of the label table is in the slide index; "
             f"check the ids in column '{key}' of {cohort.labels}",
         )
     _check_splits(target, index)
-    values = [c for c in slides.columns if c not in ("slide", "patient", "split")]
     if target.level == "patient":
-        _check_agreement(target, slides, values)
-        table = slides.group_by("patient").agg(pl.col("split", *values).first())
-        everything = index.group_by("patient").agg(pl.col("slide").sort().alias("slides"))
-        table = table.join(everything, on="patient").with_columns(unit="patient")
+        _check_agreement(target, slides)
+        table = slides.group_by("patient").agg(pl.col("split", *kind.label_columns).first())
+        all_slides = index.group_by("patient").agg(pl.col("slide").sort().alias("slides"))
+        table = table.join(all_slides, on="patient").with_columns(unit="patient")
     else:
         table = slides.with_columns(unit="slide", slides=pl.concat_list("slide"))
-    table = table.select("unit", "patient", "slides", "split", *values).sort("unit")
-    _check_enough(target, table, cohort.settings.models.folds)
+    table = table.select(*_UNIT_COLUMNS, *kind.label_columns).sort("unit")
+    cv, folds = table.filter(pl.col("split") == "cv"), cohort.settings.models.folds
+    patients = cv["patient"].n_unique()
+    if patients < folds:
+        raise label_error(
+            target,
+            kind.source_columns[0],
+            f"{patients} patients are labelled, too few for {folds} folds; "
+            "lower settings.models.folds",
+        )
+    kind.check_enough(cv, folds)
     return table
 
 
 def unlabelled(table: pl.DataFrame, index: pl.DataFrame) -> list[str]:
-    """Slides of the index that belong to no unit of a target table, sorted."""
+    """Return the slides of the index that are in no unit of a target table, sorted."""
     used = set(table["slides"].explode())
     return sorted(slide for slide in index["slide"] if slide not in used)
 
 
 def shuffle_labels(table: pl.DataFrame, *, seed: int) -> pl.DataFrame:
-    """Labels exchanged between patients, within each split: the permutation control.
+    """Exchange labels between patients, within each split: the permutation control.
 
-    Each patient takes over the labels of another; where the two have different numbers of
-    units, the other's are repeated in order or cut.
+    Each patient gets the labels of another patient. If the two have different numbers of units,
+    the labels are repeated in order or cut off.
+
+    Parameters
+    ----------
+    table
+        Target table.
+    seed
+        Seed of the permutation.
+
+    Returns
+    -------
+    The table with other labels, sorted by ``unit``.
     """
     random = np.random.default_rng(seed)
-    values = [c for c in table.columns if c not in ("unit", "patient", "slides", "split")]
-    parts = []
-    for _, part in sorted(table.group_by("split"), key=lambda pair: str(pair[0])):
-        part = part.sort("unit")
-        rows = {p[0]: r[values] for p, r in part.group_by("patient")}
+    values = [c for c in table.columns if c not in _UNIT_COLUMNS]
+    table = table.sort("unit")
+    patient_of_row = table["patient"].to_numpy()
+    donor_row = np.arange(table.height)
+    for split in sorted(table["split"].unique()):
+        rows: dict[str, list[int]] = {}
+        for row in np.flatnonzero((table["split"] == split).to_numpy()).tolist():
+            rows.setdefault(patient_of_row[row], []).append(row)
         patients = sorted(rows)
-        donors = dict(zip(patients, random.permutation(patients), strict=True))
-        for patient, own in sorted(part.group_by("patient"), key=lambda pair: str(pair[0])):
-            labels = rows[donors[patient[0]]]
-            taken = labels[[i % labels.height for i in range(own.height)]]
-            parts.append(own.drop(values).hstack(taken))
-    return pl.concat(parts).select(table.columns).sort("unit")
+        for patient, donor in zip(patients, random.permutation(patients), strict=True):
+            theirs = rows[donor]
+            for i, row in enumerate(rows[patient]):
+                donor_row[row] = theirs[i % len(theirs)]
+    return table.with_columns(table.select(values)[donor_row])
 
 
 def _read_labels(cohort: Cohort, target: Target) -> tuple[pl.DataFrame, _Key]:
     path = cohort.labels
     if path is None:
-        raise CohortError(f"target '{target.name}': the cohort names no 'labels' table")
+        raise CohortError(
+            f"target '{target.name}': the cohort file has no entry 'labels'; "
+            "add the path of the label table"
+        )
     try:
         table = _read_table(path)
     except (OSError, pl.exceptions.PolarsError) as error:
@@ -110,17 +139,20 @@ def _read_labels(cohort: Cohort, target: Target) -> tuple[pl.DataFrame, _Key]:
     key = next((k for k in keys if k in table.columns), None)
     if key is None:
         raise CohortError(
-            f"label table {path}: no column 'slide' or 'patient'; it has {', '.join(table.columns)}"
+            f"label table {path}: no column 'slide' or 'patient'; "
+            f"the columns are {', '.join(table.columns)}"
         )
-    columns = _label_columns(target)
+    columns = kind_of(target).source_columns
     for column in columns:
         if column not in table.columns:
-            raise _error(target, column, f"not in {path}; the table has {', '.join(table.columns)}")
+            raise label_error(
+                target, column, f"not in {path}; the columns are {', '.join(table.columns)}"
+            )
     table = table.select(pl.col(key).cast(pl.String), *columns).drop_nulls(key)
     twice = table.filter(pl.col(key).is_duplicated())
     if twice.height:
         raise CohortError(
-            f"label table {path}: {key} '{twice[key][0]}' stands more than once; keep one row"
+            f"label table {path}: {key} '{twice[key][0]}' has more than one row; keep one"
         )
     return table, key
 
@@ -128,64 +160,8 @@ def _read_labels(cohort: Cohort, target: Target) -> tuple[pl.DataFrame, _Key]:
 def _read_table(path: Path) -> pl.DataFrame:
     if path.suffix == ".parquet":
         return pl.read_parquet(path)
-    # as text first: an id such as 007 must keep its zeros, and a wrong number must be named
-    return pl.read_csv(path, infer_schema=False, null_values=list(_MISSING))
-
-
-def _label_columns(target: Target) -> tuple[str, ...]:
-    if isinstance(target, RegressionTarget | ClassificationTarget):
-        return (target.column,)
-    return (target.time, target.event)
-
-
-def _decode(labels: pl.DataFrame, target: Target, key: _Key) -> pl.DataFrame:
-    """Label columns as numbers; rows without any label are dropped."""
-    if isinstance(target, RegressionTarget):
-        labels = _numbers(labels, target, target.column, key)
-        return labels.rename({target.column: "y"}).drop_nulls("y")
-    if isinstance(target, ClassificationTarget):
-        column = target.column
-        labels = labels.with_columns(pl.col(column).cast(pl.String)).drop_nulls(column)
-        unknown = labels.filter(~pl.col(column).is_in(target.classes))
-        if unknown.height:
-            raise _error(
-                target,
-                column,
-                f"{key} '{unknown[key][0]}' has class '{unknown[column][0]}'; "
-                f"known: {', '.join(target.classes)}",
-            )
-        codes = {name: code for code, name in enumerate(target.classes)}
-        return labels.select(key, y=pl.col(column).replace_strict(codes, return_dtype=pl.Int64))
-    labels = _numbers(labels, target, target.time, key)
-    labels = _numbers(labels, target, target.event, key)
-    time, event = pl.col(target.time), pl.col(target.event)
-    labels = labels.filter(time.is_not_null() | event.is_not_null())
-    for column, wrong, what in (
-        (target.time, time.is_null(), "has an event but no time"),
-        (target.event, event.is_null(), "has a time but no event"),
-        (target.time, time < 0, "has a negative time"),
-        (target.event, ~event.is_in([0.0, 1.0]), "has an event that is neither 0 nor 1"),
-    ):
-        bad = labels.filter(wrong)
-        if bad.height:
-            raise _error(target, column, f"{key} '{bad[key][0]}' {what}")
-    return labels.select(key, time=time, event=event == 1)
-
-
-def _numbers(labels: pl.DataFrame, target: Target, column: str, key: _Key) -> pl.DataFrame:
-    numbers = labels.with_columns(
-        pl.col(column).cast(pl.Float64, strict=False).fill_nan(None).alias("number")
-    )
-    text = pl.col(column).cast(pl.String)
-    bad = numbers.filter(
-        (pl.col("number").is_null() & text.is_not_null() & ~text.is_in(_MISSING))
-        | pl.col("number").is_infinite()
-    )
-    if bad.height:
-        raise _error(
-            target, column, f"{key} '{bad[key][0]}' has '{bad[column][0]}', which is no number"
-        )
-    return numbers.with_columns(pl.col("number").alias(column)).drop("number")
+    # as text: an id such as 007 keeps its zeros, and an error message can quote a wrong number
+    return pl.read_csv(path, infer_schema=False, null_values=list(MISSING))
 
 
 def _check_splits(target: Target, index: pl.DataFrame) -> None:
@@ -193,49 +169,17 @@ def _check_splits(target: Target, index: pl.DataFrame) -> None:
     if splits.height:
         raise CohortError(
             f"target '{target.name}': patient '{splits['patient'].sort()[0]}' has slides in both "
-            "splits 'cv' and 'test'; a patient belongs to one"
+            "splits 'cv' and 'test'; put all slides of a patient into one split"
         )
 
 
-def _check_agreement(target: Target, slides: pl.DataFrame, values: list[str]) -> None:
+def _check_agreement(target: Target, slides: pl.DataFrame) -> None:
+    kind = kind_of(target)
     for patient, rows in slides.group_by("patient", maintain_order=True):
-        if rows.select(values).n_unique() > 1:
-            raise _error(
+        if rows.select(kind.label_columns).n_unique() > 1:
+            raise label_error(
                 target,
-                _label_columns(target)[0],
+                kind.source_columns[0],
                 f"slides {', '.join(rows['slide'])} of patient '{patient[0]}' have different "
-                "labels, so the patient has none; correct them or use level 'slide'",
+                "labels; correct them or set the target's level to 'slide'",
             )
-
-
-def _check_enough(target: Target, table: pl.DataFrame, folds: int) -> None:
-    column = _label_columns(target)[0]
-    cv = table.filter(pl.col("split") == "cv")
-    patients = cv["patient"].n_unique()
-    if patients < folds:
-        raise _error(target, column, f"{patients} patients are labelled, too few for {folds} folds")
-    if isinstance(target, ClassificationTarget):
-        for code, name in enumerate(target.classes):
-            count = cv.filter(pl.col("y") == code)["patient"].n_unique()
-            if count < folds:
-                raise _error(
-                    target,
-                    column,
-                    f"class '{name}' has {count} patients, too few for {folds} folds; "
-                    "merge classes or lower settings.models.folds",
-                )
-    elif isinstance(target, RegressionTarget):
-        if cv["y"].n_unique() < 2:
-            raise _error(target, column, "all labels are equal, there is nothing to learn")
-    else:
-        count = cv.filter("event")["patient"].n_unique()
-        if count < folds:
-            raise _error(
-                target,
-                target.event,
-                f"{count} patients have an event, too few for {folds} folds",
-            )
-
-
-def _error(target: Target, column: str, what: str) -> CohortError:
-    return CohortError(f"target '{target.name}', column '{column}': {what}")

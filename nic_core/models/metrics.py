@@ -1,9 +1,9 @@
-"""Metrics of slide models, each with a bootstrap interval over patients.
+"""Metrics of slide models, with bootstrap intervals over patients and paired comparisons.
 
-A metric here is a function of *counts*: how often each unit stands in a resample, (B, n) for B
-resamples at once; a row of ones is the sample itself. Written so, a thousand resamples are a few
-matrix products. Values equal those of SciPy, scikit-learn and scikit-survival on the sample that
-the counts describe (tested), undefined ones are NaN.
+A metric is a function of *counts* (B, n): how often each of n units occurs in each of B resamples.
+A row of ones is the original sample. With this interface, a thousand resamples are a few matrix
+products. Values equal those of SciPy, scikit-learn and scikit-survival on the resample that the
+counts describe (tested); undefined values are NaN.
 """
 
 from __future__ import annotations
@@ -21,13 +21,12 @@ from sksurv.util import Surv
 Floats = NDArray[np.float64]
 Metric = Callable[[Floats], Floats]  # counts (B, n) -> values (B,)
 
-PRIMARY = {"regression": "spearman", "classification": "auc", "survival": "harrell_c"}
 CALIBRATION_BINS = 10
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A metric's value and its percentile bootstrap interval."""
+    """A metric's value on the sample, and the bounds of its percentile bootstrap interval."""
 
     value: float
     low: float
@@ -36,7 +35,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Difference:
-    """How much larger one metric is than another, with interval and two-sided bootstrap p."""
+    """Difference between two models' metrics, with interval and two-sided bootstrap p value."""
 
     value: float
     low: float
@@ -45,7 +44,12 @@ class Difference:
 
 
 def regression_metrics(truth: ArrayLike, prediction: ArrayLike) -> dict[str, Metric]:
-    """``spearman``, ``pearson``, ``r2`` and ``mae`` of numbers (n,)."""
+    """Return ``spearman``, ``pearson``, ``r2`` and ``mae`` (mean absolute error).
+
+    Parameters
+    ----------
+    truth, prediction : float (n,)
+    """
     y, p = _numbers(truth), _numbers(prediction)
     y_rank, p_rank = _Ranks(y), _Ranks(p)
 
@@ -63,16 +67,18 @@ def regression_metrics(truth: ArrayLike, prediction: ArrayLike) -> dict[str, Met
 
 
 def classification_metrics(truth: ArrayLike, probability: ArrayLike) -> dict[str, Metric]:
-    """``auc``, ``average_precision``, ``balanced_accuracy`` and ``calibration_error``.
+    """Return ``auc``, ``average_precision``, ``balanced_accuracy`` and ``calibration_error``.
 
-    Of two classes the second is the positive one. Of more, ``auc`` and ``average_precision`` are
-    the unweighted means of one class against the rest. ``calibration_error`` is the expected
-    calibration error of the most probable class: the mean distance, over 10 equal bins of its
-    probability, between that and how often it is right. Few units make it large by chance.
+    Of two classes the second is the positive one. For more classes, ``auc`` and
+    ``average_precision`` are the unweighted means over classes, each against the rest.
+    ``calibration_error`` is the expected calibration error of the most probable class: the mean
+    difference between its probability and its accuracy over 10 bins of equal width, weighted by
+    the number of units. With few units it is large by chance.
 
     Parameters
     ----------
     truth : int (n,)
+        Positions of the classes.
     probability : float (n, classes)
     """
     y = np.asarray(truth, np.int64)
@@ -87,7 +93,7 @@ def classification_metrics(truth: ArrayLike, probability: ArrayLike) -> dict[str
 
     def balanced_accuracy(w: Floats) -> Floats:
         recalls = [_ratio(w @ (hit & (y == c)), w @ (y == c)) for c in range(classes)]
-        # as scikit-learn: a class that is absent does not count
+        # as in scikit-learn, a class without units is left out
         present = np.array([(w @ (y == c)) > 0 for c in range(classes)])
         return _ratio(np.where(present, recalls, 0).sum(0), present.sum(0))
 
@@ -106,26 +112,27 @@ def survival_metrics(
     survival: ArrayLike | None = None,
     horizons: ArrayLike | None = None,
 ) -> dict[str, Metric]:
-    """``harrell_c`` and ``uno_c``: a higher risk should mean an earlier event.
+    """Return ``harrell_c`` and ``uno_c``; a higher risk predicts an earlier event.
 
-    With survival functions also ``time_auc``, the mean over ``horizons`` of the cumulative /
-    dynamic AUC of the risk (weighted by the drop of the Kaplan-Meier estimate), and
-    ``integrated_brier``, of which lower is better; undefined if there are less than two horizons.
+    With survival functions also ``time_auc``, the mean cumulative / dynamic AUC of the risk over
+    ``horizons`` (weighted by the decrease of the Kaplan-Meier estimate), and ``integrated_brier``
+    (lower is better; undefined with fewer than two horizons).
 
-    Inverse censoring weights, and the weights of the horizons, are estimated once, from these
-    units as they are, and held in the resamples; units whose weight would be infinite get none.
+    Inverse censoring weights and the weights of the horizons are estimated once, on the original
+    sample, and kept fixed in the resamples. Units whose weight would be infinite get weight 0.
 
     Parameters
     ----------
     time, risk : float (n,)
     event : bool (n,)
+        True: event, false: censored.
     survival : float (n, times), optional
-        Predicted probability to live beyond each horizon.
+        Predicted survival probability at each horizon.
     horizons : float (times,), optional
-        Rising, in the unit of ``time``.
+        Ascending, in the unit of ``time``.
     """
     t, e, r = _numbers(time), np.asarray(event, bool), _numbers(risk)
-    # a death is comparable to everyone who outlived it, the censored of the same time included
+    # a death is comparable to all who lived longer, including those censored at the same time
     later = (t[:, None] < t[None, :]) | ((t[:, None] == t[None, :]) & ~e[None, :])
     comparable = (e[:, None] & later).astype(np.float64)
     concordant = comparable * _order(r[:, None] - r[None, :], tolerance=1e-8)
@@ -148,10 +155,15 @@ def survival_metrics(
 
 
 def event_horizons(time: ArrayLike, event: ArrayLike) -> Floats:
-    """The 10th, 20th, ..., 90th percentile of the times of seen events [choice], (times,).
+    """Return the 10th, 20th, ..., 90th percentiles of the times of events [choice], (times,).
 
-    They depend on labels alone, so that models are compared at the same times; equal ones and
-    those without anyone left are dropped.
+    They depend on labels only, so that models are compared at the same times. Duplicates, and
+    horizons that no unit outlives, are dropped.
+
+    Parameters
+    ----------
+    time : float (n,)
+    event : bool (n,)
     """
     t, e = _numbers(time), np.asarray(event, bool)
     if not e.any():
@@ -168,17 +180,25 @@ def score(
     seed: int,
     level: float = 0.95,
 ) -> dict[str, Interval]:
-    """Every metric with its percentile bootstrap interval over patients.
+    """Compute every metric with its percentile bootstrap interval over patients.
 
     Patients are drawn with replacement, all units of a patient together. Resamples in which a
-    metric is undefined (one class only, no pair to compare) are left out of its interval.
+    metric is undefined (one class only, no comparable pair) are left out of its interval.
 
     Parameters
     ----------
+    metrics
+        Name to metric, all of the same n units.
     patients
         The patient of each unit (n,).
+    resamples
+        Number of resamples.
+    seed
+        Seed of the resamples.
+    level
+        Coverage of the interval.
     """
-    drawn = _Resamples.of(patients, resamples, seed, level)
+    drawn = _Resamples.draw(patients, resamples, seed, level)
     return {name: drawn.interval(metric)[0] for name, metric in metrics.items()}
 
 
@@ -191,17 +211,19 @@ def compare(
     seed: int,
     level: float = 0.95,
 ) -> dict[str, Difference]:
-    """First minus second of every metric of the same units, by the paired bootstrap.
+    """Compute first minus second of every metric on the same units, by the paired bootstrap.
 
-    Both are computed on the same resamples of patients. p is twice the smaller part of them, one
-    added to count and number, in which the difference is not on its side of 0, 1 at most.
+    Both are computed on the same resamples of patients. p is 2 (m + 1) / (B + 1), at most 1,
+    where m is the smaller of the numbers of resamples, out of B, with a difference <= 0 and >= 0.
 
     Parameters
     ----------
-    patients
-        The patient of each unit (n,).
+    first, second
+        Metrics of two models by name; ``second`` has every name of ``first``.
+    patients, resamples, seed, level
+        As in :func:`score`.
     """
-    drawn = _Resamples.of(patients, resamples, seed, level)
+    drawn = _Resamples.draw(patients, resamples, seed, level)
     result = {}
     for name, metric in first.items():
         found, values = drawn.interval(_minus(metric, second[name]))
@@ -220,20 +242,20 @@ def _minus(first: Metric, second: Metric) -> Metric:
 
 @dataclass(frozen=True)
 class _Resamples:
-    """The resamples of a bootstrap, and the units as they are: (resamples, n) and (1, n)."""
+    """Counts of the bootstrap's resamples (resamples, n) and of the original sample (1, n)."""
 
     counts: Floats
     once: Floats
     level: float
 
     @classmethod
-    def of(cls, patients: Sequence[str], resamples: int, seed: int, level: float) -> _Resamples:
+    def draw(cls, patients: Sequence[str], resamples: int, seed: int, level: float) -> _Resamples:
         _, patient = np.unique(np.asarray(patients), return_inverse=True)
         counts = bootstrap_counts(patient, resamples=resamples, seed=seed)
         return cls(counts, np.ones((1, len(patient))), level)
 
     def interval(self, metric: Metric) -> tuple[Interval, Floats]:
-        """The percentile interval, and the finite values that it is taken from."""
+        """Return the percentile interval, and the finite values that it is computed from."""
         values = metric(self.counts)
         values = values[np.isfinite(values)]
         tails = [50 * (1 - self.level), 50 * (1 + self.level)]
@@ -242,20 +264,25 @@ class _Resamples:
 
 
 def bootstrap_counts(patient: NDArray[np.int64], *, resamples: int, seed: int) -> Floats:
-    """How often each unit stands in each resample of patients: (resamples, n).
+    """Count how often each unit occurs in each resample of patients: (resamples, n).
 
-    The same patients and seed give the same resamples, so two models can be compared in pairs.
+    Equal patients and seeds give equal resamples, so two models can be compared in pairs.
+
+    Parameters
+    ----------
+    patient : int (n,)
+        Number of each unit's patient, from 0.
     """
-    people = int(patient.max()) + 1
+    patients = int(patient.max()) + 1
     random = np.random.default_rng(seed)
-    drawn = random.multinomial(people, np.full(people, 1 / people), size=resamples)
+    drawn = random.multinomial(patients, np.full(patients, 1 / patients), size=resamples)
     return drawn[:, patient].astype(np.float64)
 
 
 def log_rank(time: ArrayLike, event: ArrayLike, risk: ArrayLike) -> float:
-    """p of the log-rank test between units above and not above the median risk (A).
+    """Return p of the log-rank test between units above the median risk and the others (paper A).
 
-    NaN where all risks are equal, so that there is one group only.
+    NaN if all risks are equal, because there is only one group.
     """
     group = high_risk(risk)
     if group.all() or not group.any():
@@ -265,14 +292,14 @@ def log_rank(time: ArrayLike, event: ArrayLike, risk: ArrayLike) -> float:
 
 
 def high_risk(risk: ArrayLike) -> NDArray[np.bool_]:
-    """Units above the median risk."""
+    """Return which units are above the median risk, bool (n,)."""
     r = _numbers(risk)
     above: NDArray[np.bool_] = r > np.median(r)
     return above
 
 
 def confusion(truth: ArrayLike, probability: ArrayLike) -> NDArray[np.int64]:
-    """Counts (classes, classes): rows the truth, columns the most probable class."""
+    """Count units by true class (rows) and most probable class (columns), (classes, classes)."""
     p = np.asarray(probability)
     matrix = np.zeros((p.shape[1], p.shape[1]), np.int64)
     np.add.at(matrix, (np.asarray(truth, np.int64), p.argmax(1)), 1)
@@ -280,15 +307,15 @@ def confusion(truth: ArrayLike, probability: ArrayLike) -> NDArray[np.int64]:
 
 
 class _Ranks:
-    """Average ranks in every resample at once."""
+    """Average ranks of values (n,) in all resamples at once."""
 
     def __init__(self, values: Floats) -> None:
-        _, self.code = np.unique(values, return_inverse=True)
-        self.distinct = np.eye(int(self.code.max()) + 1)[self.code]  # (n, distinct values)
+        _, self.index = np.unique(values, return_inverse=True)
+        self.distinct = np.eye(int(self.index.max()) + 1)[self.index]  # (n, distinct values)
 
     def __call__(self, w: Floats) -> Floats:
         mass = w @ self.distinct
-        ranks: Floats = (np.cumsum(mass, axis=1) - (mass - 1) / 2)[:, self.code]
+        ranks: Floats = (np.cumsum(mass, axis=1) - (mass - 1) / 2)[:, self.index]
         return ranks
 
 
@@ -297,7 +324,7 @@ def _correlation(x: Floats, y: Floats, w: Floats) -> Floats:
     x = x - (w * x).sum(1, keepdims=True) / total
     y = y - (w * y).sum(1, keepdims=True) / total
     xx, yy = (w * x * x).sum(1), (w * y * y).sum(1)
-    # differences that are only rounding are no spread
+    # differences as small as rounding errors count as 0
     tiny = 1e-24 * total[:, 0]
     spread = np.where((xx > tiny) & (yy > tiny), np.sqrt(xx * yy), 0)
     return _ratio((w * x * y).sum(1), spread)
@@ -315,7 +342,7 @@ def _auc(positive: NDArray[np.bool_], p: Floats) -> Metric:
 
 def _average_precision(positive: NDArray[np.bool_], p: Floats) -> Metric:
     order = np.argsort(-p, kind="stable")
-    last = np.flatnonzero(np.append(np.diff(p[order]) != 0, True))  # the end of each tie
+    last = np.flatnonzero(np.append(np.diff(p[order]) != 0, True))  # last unit of each tie
 
     def average_precision(w: Floats) -> Floats:
         w = w[:, order]
@@ -331,7 +358,7 @@ def _average_precision(positive: NDArray[np.bool_], p: Floats) -> Metric:
 def _time_auc(
     time: Floats, event: NDArray[np.bool_], risk: Floats, weight: Floats, horizons: Floats
 ) -> Metric:
-    """Mean cumulative / dynamic AUC, as scikit-survival's ``cumulative_dynamic_auc``."""
+    """Return the mean AUC of scikit-survival's ``cumulative_dynamic_auc``."""
     if not len(horizons):
         return lambda w: np.full(len(w), np.nan)
     wins = _order(risk[:, None] - risk[None, :], tolerance=1e-8)
@@ -357,7 +384,7 @@ def _integrated_brier(
     survival: Floats,
     horizons: Floats,
 ) -> Floats:
-    """Each unit's part of scikit-survival's ``integrated_brier_score``, (n,)."""
+    """Return each unit's term of scikit-survival's ``integrated_brier_score``, (n,)."""
     if len(horizons) < 2:
         return np.full(len(time), np.nan)
     censoring = CensoringDistributionEstimator().fit(Surv.from_arrays(event, time))
@@ -370,7 +397,7 @@ def _integrated_brier(
 
 
 def _censoring_weights(time: Floats, event: NDArray[np.bool_]) -> Floats:
-    """1 / G(t) for deaths, G the Kaplan-Meier estimate of being uncensored; else 0."""
+    """Return 1 / G(t) for deaths, 0 for others; G is the Kaplan-Meier estimate of censoring."""
     weights = np.zeros_like(time)
     if event.any():
         censoring = CensoringDistributionEstimator().fit(Surv.from_arrays(event, time))
@@ -382,12 +409,13 @@ def _censoring_weights(time: Floats, event: NDArray[np.bool_]) -> Floats:
 
 
 def _order(difference: Floats, tolerance: float = 0.0) -> Floats:
-    """1 where positive, 1/2 where tied, else 0."""
+    """Return 1 where the difference is positive, 1/2 where it is tied, else 0."""
     tied = np.abs(difference) <= tolerance
     return np.where(tied, 0.5, (difference > 0).astype(np.float64))
 
 
 def _ratio(a: Any, b: Any) -> Floats:
+    """Return a / b; NaN where b is 0."""
     a, b = np.broadcast_arrays(np.asarray(a, np.float64), np.asarray(b, np.float64))
     ratio: Floats = np.divide(a, b, out=np.full(a.shape, np.nan), where=b != 0)
     return ratio

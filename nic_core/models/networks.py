@@ -1,38 +1,38 @@
-"""Networks on grids of patch embeddings: two CNNs, and pooling by gated attention.
+"""Networks on grids of embeddings: the grid CNN of paper B, a small CNN, attention pooling.
 
-A :class:`FoldModel` is what one fold learns: it takes a raw crop of a grid and gives a
-prediction in the target's own terms, so normalisation can neither be forgotten nor differ
-between training and use.
+:class:`PublishedGridCNN` is the network of paper B. :class:`SmallGridCNN` and
+:class:`GatedAttentionMIL` are for small grids and cohorts [choice]. :class:`FoldModel` is what one
+fold of the cross-validation trains: it contains the normalisation of embeddings, so training and
+prediction always use the same one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from nic_core.cohort import CohortError, NetworkName
+from nic_core.models.kinds import TargetKind
 
 PUBLISHED_STRIDES = (2, 2, 2, 2, 2, 2, 1, 1)
-PUBLISHED_CROPS = (383, 446)  # cells a side that the eight layers bring to exactly 1 x 1
+PUBLISHED_CROPS = (383, 446)  # sides, in cells, that the eight layers reduce to exactly 1 x 1
 SMALL_COMPONENTS = 48
 WAVELENGTHS = (8, 32, 128, 512)  # cells [choice]
-Kind = Literal["regression", "classification", "survival"]
 
 
 class PublishedGridCNN(nn.Module):
     """The grid CNN of paper B.
 
-    Eight depthwise-separable 3 x 3 convolutions with 128 filters and valid padding, each with
-    batch normalisation, LeakyReLU and feature-wise dropout of 0.2; stride 2 except in layers 7
-    and 8, so 400 cells become 199, 99, 49, 24, 11, 5, 3, 1. Then dense 128 with batch
-    normalisation and LeakyReLU, and the output. Slope 0.2 and no dropout after the dense layer
-    are [choice].
+    Eight depthwise-separable 3 x 3 convolutions with 128 filters and valid padding, each followed
+    by batch normalisation, LeakyReLU and feature-wise dropout of 0.2. The stride is 2 except in
+    layers 7 and 8, so 400 cells become 199, 99, 49, 24, 11, 5, 3, 1. Then a dense layer of 128
+    units with batch normalisation and LeakyReLU, and the output. The LeakyReLU slope of 0.2 and
+    no dropout after the dense layer are [choice].
 
-    Input float (B, channels, side, side) with 0 for background and a side of 383 to 446;
-    output float (B, outputs).
+    Input: float (B, channels, side, side), 0 in background, side 383 to 446 cells. Output: float
+    (B, outputs).
     """
 
     def __init__(self, channels: int, outputs: int) -> None:
@@ -62,16 +62,16 @@ class PublishedGridCNN(nn.Module):
 
 
 class SmallGridCNN(nn.Module):
-    """A network for small grids and cohorts of some dozens [choice].
+    """A CNN for small grids and cohorts of a few dozen slides [choice].
 
-    Features are first centred by their mean over the crop's tissue, which takes out what is the
-    same all over a slide: stain and scanner, and also its average composition. Three 3 x 3
-    convolutions with batch normalisation and LeakyReLU then see a neighbourhood of 7 x 7 cells;
-    the mean over tissue cells says how much of the slide looks like what each filter found; a
-    linear output. No dropout: with so few filters it costs more than it saves. Meant for few
-    input channels: see :class:`Normalise` with a projection.
+    Features are first centred by their mean over the crop's tissue. This removes what is constant
+    over a slide: stain and scanner, but also the slide's average composition. Three 3 x 3
+    convolutions with batch normalisation and LeakyReLU follow, with a receptive field of 7 x 7
+    cells; then the mean of each filter's map over tissue cells, and a linear output. There is no
+    dropout: with so few filters it lowers the accuracy more than it prevents overfitting. The
+    network is meant for few input channels; see :class:`Normalise` with a projection.
 
-    Input float (B, channels, rows, columns) with 0 for background; output float (B, outputs).
+    Input: float (B, channels, rows, columns), 0 in background. Output: float (B, outputs).
     """
 
     def __init__(self, channels: int, outputs: int) -> None:
@@ -99,14 +99,14 @@ class SmallGridCNN(nn.Module):
 class GatedAttentionMIL(nn.Module):
     """Gated-attention pooling of a crop's cells (Ilse, Tomczak and Welling, ICML 2018).
 
-    Each cell is embedded by itself (dense 64, ReLU, dropout 0.25 [choice]). The weight of a cell
-    is the softmax over tissue cells of w . (tanh(V h) * sigmoid(U h)), with 32 units [choice];
-    background has weight 0. The weighted mean of the embeddings gives the output. Where cells lie
-    is unknown to it, so that it says what arrangement adds; with ``positions`` each cell also has
-    sines and cosines of its row and column, counted from the middle of the crop's tissue
-    [choice].
+    Each cell is mapped to a hidden vector h by itself (dense 64, ReLU, dropout 0.25 [choice]).
+    Its weight is the softmax over tissue cells of w . (tanh(V h) * sigmoid(U h)), with 32 units
+    [choice]; background has weight 0. The output is linear in the weighted mean of h. The
+    network does not use the positions of cells, so a comparison with a CNN shows what the
+    arrangement adds. With ``positions``, each cell also gets sines and cosines of its row and
+    column, relative to the centre of the crop's tissue [choice].
 
-    Input float (B, channels, rows, columns) with 0 for background; output float (B, outputs).
+    Input: float (B, channels, rows, columns), 0 in background. Output: float (B, outputs).
     """
 
     def __init__(self, channels: int, outputs: int, *, positions: bool = False) -> None:
@@ -121,34 +121,44 @@ class GatedAttentionMIL(nn.Module):
         self.output = nn.Linear(width, outputs)
 
     def forward(self, grid: Tensor) -> Tensor:
-        embedded, weights = self._attend(grid)
-        out: Tensor = self.output((embedded * weights).sum((2, 3)))
+        hidden, weights = self._attend(grid)
+        out: Tensor = self.output((hidden * weights).sum((2, 3)))
         return out
 
     def attention(self, features: Tensor) -> Tensor:
-        """Weight of each cell, float (B, rows, columns): 0 for background, sum 1 over a crop
-        with tissue."""
+        """Return the weight of each cell, float (B, rows, columns).
+
+        Background has weight 0; the weights of a crop with tissue sum to 1.
+        """
         return self._attend(features)[1][:, 0]
 
     def _attend(self, grid: Tensor) -> tuple[Tensor, Tensor]:
         tissue = occupied(grid)
         if self.positions:
             grid = torch.cat([grid, position_waves(tissue)], 1)
-        embedded = self.embed(grid)
-        score = self.score(torch.tanh(self.content(embedded)) * torch.sigmoid(self.gate(embedded)))
-        # a crop without tissue has no weights: 0 rather than 0 / 0
+        hidden = self.embed(grid)
+        score = self.score(torch.tanh(self.content(hidden)) * torch.sigmoid(self.gate(hidden)))
+        # a crop without tissue has a maximum of -inf: the clamp gives weights of 0 instead of NaN
         score = score - score.masked_fill(tissue == 0, -torch.inf).amax((2, 3), keepdim=True).clamp(
             min=torch.finfo(score.dtype).min
         )
         weights = torch.exp(score.clamp(max=0)) * tissue
-        return embedded, weights / weights.sum((2, 3), keepdim=True).clamp(min=1e-12)
+        return hidden, weights / weights.sum((2, 3), keepdim=True).clamp(min=1e-12)
 
 
 def position_waves(tissue: Tensor) -> Tensor:
-    """Where each cell lies, (B, 1, rows, columns) to (B, 4 * waves, rows, columns), 0 for
-    background.
+    """Return sines and cosines of the row and column of each cell.
 
-    Sines and cosines of row and column at :data:`WAVELENGTHS`, from the tissue's mean position.
+    The wavelengths are :data:`WAVELENGTHS`; positions are relative to the tissue's mean position.
+
+    Parameters
+    ----------
+    tissue : float (B, 1, rows, columns)
+        1 in tissue, 0 in background.
+
+    Returns
+    -------
+    float (B, 4 * wavelengths, rows, columns), 0 in background
     """
     waves = []
     cells = tissue.sum((2, 3), keepdim=True).clamp(min=1)
@@ -163,9 +173,16 @@ def position_waves(tissue: Tensor) -> Tensor:
 
 
 class Normalise(nn.Module):
-    """Embeddings to network features; background stays 0 (B: normalisation comes before filling).
+    """Linear map from embeddings to features; background stays 0.
 
-    ``weight`` (C,) scales each centred embedding, ``weight`` (k, C) projects them.
+    Paper B requires that features are normalised before background is filled with 0.
+
+    Parameters
+    ----------
+    mean : float (C,)
+        Subtracted from each embedding.
+    weight : float (C,) or (k, C)
+        (C,) scales each number of the centred embedding; (k, C) projects it to k features.
     """
 
     mean: Tensor
@@ -178,11 +195,11 @@ class Normalise(nn.Module):
 
     @property
     def channels(self) -> int:
-        """Number of features that come out."""
+        """Number of features."""
         return self.weight.shape[0]
 
     def forward(self, embeddings: Tensor) -> Tensor:
-        """Embeddings float (B, C, H, W), 0 in all C where background, to features (B, k, H, W)."""
+        """Map embeddings float (B, C, H, W), 0 in all C in background, to features (B, k, H, W)."""
         centred = embeddings - self.mean[:, None, None]
         if self.weight.ndim == 1:
             features = centred * self.weight[:, None, None]
@@ -192,17 +209,17 @@ class Normalise(nn.Module):
 
 
 class FoldModel(nn.Module):
-    """Normalisation, network and output scale of one fold.
+    """Normalisation, network and scale of predictions of one fold.
 
-    ``forward`` maps raw crops float (B, C, side, side) to predictions float (B, outputs):
-    values in the target's unit (regression), class probabilities (classification), or a risk
-    of which a higher value means an earlier event (survival).
+    ``forward`` maps crops of embeddings float (B, C, side, side) to predictions float
+    (B, outputs): values in the target's unit (regression), class probabilities (classification),
+    or a risk (survival; higher means an earlier event).
     """
 
     shift: Tensor
     scale: Tensor
 
-    def __init__(self, normalise: Normalise, network: nn.Module, kind: Kind) -> None:
+    def __init__(self, normalise: Normalise, network: nn.Module, kind: TargetKind) -> None:
         super().__init__()
         self.normalise = normalise
         self.network = network
@@ -212,25 +229,23 @@ class FoldModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where it works."""
+        """Device of the parameters."""
         return self.shift.device
 
     def predict(self, features: Tensor) -> Tensor:
-        """Predictions from features that are already normalised."""
-        return self.finish(self.network(features))
+        """Return predictions for features that are already normalised."""
+        return self.activate(self.network(features))
 
-    def finish(self, raw: Tensor) -> Tensor:
-        """Network outputs as predictions."""
-        if self.kind == "classification":
-            return raw.softmax(1)
-        return raw * self.scale + self.shift
+    def activate(self, outputs: Tensor) -> Tensor:
+        """Convert network outputs to predictions; see :meth:`TargetKind.activate`."""
+        return self.kind.activate(outputs, self.shift, self.scale)
 
     def forward(self, embeddings: Tensor) -> Tensor:
         return self.predict(self.normalise(embeddings))
 
 
 class Ensemble(nn.Module):
-    """Mean of the folds' predictions: raw crops float (B, C, side, side) to (B, outputs)."""
+    """Mean prediction of the folds: crops of embeddings (B, C, side, side) to (B, outputs)."""
 
     def __init__(self, models: Sequence[FoldModel]) -> None:
         super().__init__()
@@ -241,14 +256,26 @@ class Ensemble(nn.Module):
 
 
 def occupied(grid: Tensor) -> Tensor:
-    """1 where a cell (B, C, H, W) has any nonzero number, else 0; float (B, 1, H, W)."""
+    """Return 1 where a cell of (B, C, H, W) has a nonzero number, else 0; float (B, 1, H, W)."""
     return (grid != 0).any(1, keepdim=True).to(grid.dtype)
 
 
 def build_network(
     name: NetworkName, channels: int, outputs: int, *, positions: bool = False
 ) -> nn.Module:
-    """The network of that name for features of so many channels."""
+    """Return a new network with random weights.
+
+    Parameters
+    ----------
+    name
+        Value of ``settings.models.network``.
+    channels
+        Number of input features (:attr:`Normalise.channels`).
+    outputs
+        Number of outputs (:attr:`TargetKind.outputs`).
+    positions
+        For network ``mil``: use the positions of cells.
+    """
     if name == "published":
         return PublishedGridCNN(channels, outputs)
     if name == "mil":
@@ -257,12 +284,12 @@ def build_network(
 
 
 def component_count(name: NetworkName) -> int | None:
-    """Principal components of the embeddings that a network is given [choice]; None: all embeddings."""
+    """Return how many principal components a network gets [choice]; None: no projection."""
     return None if name == "published" else SMALL_COMPONENTS
 
 
 def check_crop(name: NetworkName, crop: int) -> None:
-    """Raise ``CohortError`` if the network cannot take crops of that many cells a side."""
+    """Raise ``CohortError`` if a network cannot process crops of ``crop`` x ``crop`` cells."""
     low, high = PUBLISHED_CROPS
     if name == "published" and not low <= crop <= high:
         raise CohortError(

@@ -1,9 +1,10 @@
-"""Predictions for new slides: compress as the model's grids were, then ask every fold.
+"""Prediction of new slides: compress them like the training slides, then apply every fold.
 
-A unit is what the model was trained on: a slide, or a patient with all of their slides. As in the
-cross-validation's split ``test``, each fold's network sees ``crops_at_test`` crops in 8
-orientations, a patient's slides count alike, and the folds are averaged (``ensemble``). Where a
-grid is larger than the crop, the places depend on the slide's id: a renamed file moves them.
+A unit is a slide, or a patient with all of their slides, as in training. As for the split ``test``
+of the cross-validation, each fold's network gets ``crops_at_test`` crops in 8 orientations, the
+slides of a patient have equal weights, and the prediction is the mean of the folds (the ensemble).
+Where a grid is larger than the crop, the centres of crops depend on the slide's id: renaming a file
+changes them.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
-from numpy.typing import NDArray
 
 from nic_core.compression.batch import Outcome, compress_slides
 from nic_core.encoders.encoder import Encoder
@@ -24,10 +24,10 @@ from nic_core.encoders.inference import Card
 from nic_core.grids import Grid, open_grid
 from nic_core.maps.heatmaps import write_heatmap
 from nic_core.models.crops import Crops
-from nic_core.models.cross_validation import prediction_columns
 from nic_core.models.explanation import explain
 from nic_core.models.files import ModelCard, SlideModel
-from nic_core.models.survival import median_survival
+from nic_core.models.kinds import kind_of
+from nic_core.models.kinds.base import named_series
 from nic_core.models.training import fitting_threads, predict_units
 from nic_core.slides import SlideError, open_slide
 from nic_core.store import atomic_file
@@ -36,24 +36,24 @@ GRIDS, HEATMAPS = "grids", "heatmaps"
 
 
 class ModelMismatchError(ValueError):
-    """An encoder or a grid is not of the kind that the model was trained on."""
+    """An encoder or a grid does not fit the model."""
 
 
 class PatientsError(ValueError):
-    """A table of patients cannot be used, or lacks a slide."""
+    """A table of patients is invalid or does not contain a slide."""
 
 
 @dataclass(frozen=True)
 class Predicted:
-    """What :func:`predict_slides` gives.
+    """The result of :func:`predict_slides`.
 
     Attributes
     ----------
     predictions
-        That of :func:`predict_grids`, with ``failed`` (list of the unit's slides that could not
-        be used) after ``slides``. A unit without any usable slide has nulls.
+        The table of :func:`predict_grids`, with ``failed`` (list of the unit's slides that could
+        not be used) after ``slides``. A unit without a usable slide has nulls.
     slides
-        What became of each slide, ``nic_core.compression.batch.BATCH_SCHEMA``.
+        Outcome of each slide, ``nic_core.compression.batch.BATCH_SCHEMA``.
     """
 
     predictions: pl.DataFrame
@@ -61,64 +61,64 @@ class Predicted:
 
 
 def check_encoder(model: ModelCard, encoder: Card) -> None:
-    """Refuse an encoder whose embeddings the model does not know.
+    """Check that an encoder is the one that the model was trained with.
 
     Raises
     ------
     ModelMismatchError
-        Its weights, patch, um/px or number of embeddings are not those of the model's card.
+        Its weights, patch size, um/px or embedding size differ from the model's card.
     """
-    _same(
+    _check_equal(
         f"encoder '{encoder.name}'",
         {
             "weights": (encoder.weights_hash, model.weights_hash),
             "patch": (encoder.patch, model.patch),
             "um/px": (encoder.mpp, model.mpp),
-            "numbers a embedding": (encoder.embedding_size, model.embedding_size),
+            "embedding size": (encoder.embedding_size, model.embedding_size),
         },
-        f"give encoder '{model.encoder}', or train the model on this one's grids",
+        f"use encoder '{model.encoder}', or train a model on grids of this encoder",
     )
 
 
 def check_times(model: ModelCard, times: Sequence[float]) -> None:
-    """Refuse times of which the model has nothing to say.
+    """Check the times at which survival probabilities are requested.
 
     Raises
     ------
     ValueError
-        The target is not survival, or a time is negative or there twice.
+        The target is not survival, a time is negative, or two times are equal.
     """
-    if len(times) and model.target.kind != "survival":
+    if len(times) and not kind_of(model.target).has_survival_functions:
         raise ValueError(
-            f"target '{model.target.name}' ({model.target.kind}) has no survival at a time; "
-            "leave the times out"
+            f"target '{model.target.name}' is not a survival target, so it has no survival "
+            "probability at a time; leave the times out"
         )
     if wrong := [time for time in times if not time >= 0]:
-        raise ValueError(f"time {wrong[0]:g}: give times from 0 on")
+        raise ValueError(f"time {wrong[0]:g} is negative; give times from 0 on")
     if len({f"{time:g}" for time in times}) < len(times):
-        raise ValueError("a time is given twice (six digits count); leave one out")
+        raise ValueError("two times are equal in their first six digits; leave one out")
 
 
 def check_grid(model: ModelCard, grid: Grid) -> None:
-    """Refuse a grid that was not made as the model's were.
+    """Check that a grid was compressed like the model's training grids.
 
     Raises
     ------
     ModelMismatchError
-        The encoder's weights, patch, um/px, numbers a embedding, precision or reading differ.
+        The encoder's weights, patch size, um/px, embedding size, precision or reading differ.
     """
     about = grid.provenance
-    _same(
+    _check_equal(
         f"grid of slide '{about.slide}'",
         {
             "weights": (about.weights_hash, model.weights_hash),
             "patch": (about.patch, model.patch),
             "um/px": (about.mpp, model.mpp),
-            "numbers a embedding": (grid.shape[0], model.embedding_size),
+            "embedding size": (grid.shape[0], model.embedding_size),
             "precision": (about.precision, model.grids.precision),
             "reading": (about.reading, model.grids.reading),
         },
-        f"compress the slide with encoder '{model.encoder}' as the model's card says",
+        f"compress the slide with encoder '{model.encoder}' and the settings of the model's card",
     )
 
 
@@ -134,33 +134,38 @@ def predict_grids(
     Parameters
     ----------
     units
-        ``unit``, ``patient`` and ``slides`` (list of at least one id).
+        Columns ``unit``, ``patient`` and ``slides`` (list of at least one id).
     grids
-        Gives the grid of a slide.
+        Opens the grid of a slide.
     times
-        Of survival: when to give the probability to be alive, in the target's unit.
+        For survival: times at which survival probabilities are predicted, in the target's unit.
 
     Returns
     -------
     polars.DataFrame
-        ``unit``, ``patient``, ``slides``; ``in_training``: the model was trained on one of the slides,
-        so its prediction says nothing about how good the model is; the columns of
-        :func:`nic_core.models.cross_validation.prediction_columns` for the ensemble, then for each
-        fold with the prefix ``fold_<k>_``. After the ensemble's, of classification ``class``
-        (the most probable one), of survival ``risk_group``: ``high`` above the training cohort's
-        median risk, else ``low``; ``median_survival``, the time at which the mean of the folds'
-        survival functions falls to one half (null where it does not before the last event in
-        training); and ``survival_<time>`` for each of ``times``, the mean of the folds', which
-        ``fold_<k>_survival_<time>`` are.
+        In this order:
+
+        - ``unit``, ``patient``, ``slides``;
+        - ``in_training``: the model was trained on one of the slides, so the prediction does not
+          show how accurate the model is;
+        - the ensemble's predictions (:attr:`TargetKind.prediction_columns`);
+        - classification: ``class``, the most probable class;
+        - survival: ``risk_group``, ``high`` above the training cohort's median risk, else
+          ``low``; ``median_survival``, the time at which the folds' mean survival function falls
+          to one half (null if it does not before the last event in training); and
+          ``survival_<time>``, the mean of the folds' survival probabilities, for each of
+          ``times``;
+        - each fold's predictions with the prefix ``fold_<k>_``, and
+          ``fold_<k>_survival_<time>``.
 
     Raises
     ------
     ModelMismatchError
         A grid does not fit the model.
     ValueError
-        A grid has no tissue, or the target has no survival at ``times``.
+        A grid has no tissue, or ``times`` are invalid (:func:`check_times`).
     """
-    card = model.card
+    card, kind = model.card, kind_of(model.card.target)
     check_times(card, times)
     trained_on, in_training = set(card.training.slides), []
     for slides in units["slides"]:
@@ -168,9 +173,11 @@ def predict_grids(
         for slide, grid in zip(slides, opened, strict=True):
             check_grid(card, grid)
             if not grid.valid.any():
-                raise ValueError(f"slide '{slide}': its grid has no tissue cell; leave it out")
+                raise ValueError(
+                    f"slide '{slide}': its grid has no tissue cell; leave the slide out"
+                )
         in_training.append(any(grid.provenance.slide_identity in trained_on for grid in opened))
-    columns = prediction_columns(card.target)
+    columns = kind.prediction_columns
     if units.is_empty():
         folds = np.empty((len(model.networks), 0, len(columns)))
     else:
@@ -187,20 +194,23 @@ def predict_grids(
                     for network in model.networks
                 ]
             )
-    ensemble = folds.mean(0)
-    later = [f"survival_{time:g}" for time in times]
-    alive = [
-        baseline.survival(risk[:, 0], np.asarray(times, np.float64))
-        for baseline, risk in zip(card.baselines, folds, strict=bool(card.baselines))
+    time_columns = [f"survival_{time:g}" for time in times]
+    survival = [
+        hazard.survival(risk[:, 0], np.asarray(times, np.float64))
+        for hazard, risk in zip(card.baseline_hazards, folds, strict=bool(card.baseline_hazards))
     ]
+    mean_survival = np.mean(survival, axis=0) if survival else np.empty((units.height, 0))
     return units.select("unit", "patient", "slides").with_columns(
         pl.Series("in_training", in_training, pl.Boolean),
-        *_named(columns, ensemble),
-        *_conclusion(card, ensemble),
-        *_median(card, folds),
-        *_named(later, np.mean(alive, axis=0) if alive else ensemble),
-        *(s for k, fold in enumerate(folds) for s in _named(columns, fold, f"fold_{k}_")),
-        *(s for k, fold in enumerate(alive) for s in _named(later, fold, f"fold_{k}_")),
+        *named_series(columns, folds.mean(0)),
+        *kind.conclusions(folds, card.median_risk, card.baseline_hazards),
+        *named_series(time_columns, mean_survival),
+        *(s for k, fold in enumerate(folds) for s in named_series(columns, fold, f"fold_{k}_")),
+        *(
+            s
+            for k, fold in enumerate(survival)
+            for s in named_series(time_columns, fold, f"fold_{k}_")
+        ),
     )
 
 
@@ -216,42 +226,41 @@ def predict_slides(
     device: str = "auto",
     heatmaps: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
-    tell: Callable[[Outcome], None] | None = None,
+    on_outcome: Callable[[Outcome], None] | None = None,
 ) -> Predicted:
-    """Compress slides as the model's grids were and predict them.
+    """Compress slides like the model's training slides, and predict them.
 
-    A slide that cannot be used does not stop the others; a patient is predicted from the slides
-    that can.
+    A slide that cannot be used does not stop the others; a patient is predicted from the usable
+    slides.
 
     Parameters
     ----------
     slides
-        Slide id to file, as of :func:`nic_core.compression.batch.name_slides`.
+        Slide id to file, as from :func:`nic_core.compression.batch.slides_by_id`.
     out
-        Folder to keep ``grids/<slide>.zarr`` in, which are used again while they are up to date,
-        and ``heatmaps/<target>/<slide>/``. None: nothing is kept.
+        Folder for ``grids/<slide>.zarr``, which are reused while they are up to date, and
+        ``heatmaps/<target>/<slide>/``. None: temporary files only.
     patients
-        Slide id to patient. None: of a model at patient level each slide counts as a patient of
-        its own.
+        Slide id to patient. None: a model at patient level treats each slide as one patient.
     times
         As in :func:`predict_grids`.
     mpp
-        um/px at level 0 of all slides; overrides the files'.
+        um/px at level 0 of all slides; overrides the files' values.
     device
-        For the encoder: ``auto``, ``cpu`` or ``cuda``. The networks work on the CPU.
+        Device of the encoder: ``auto``, ``cpu`` or ``cuda``. The networks run on the CPU.
     heatmaps
-        Write what speaks for each slide's prediction; needs ``out``.
-    progress, tell
+        Write the heatmap of each slide's prediction; requires ``out``.
+    progress, on_outcome
         As in :func:`nic_core.compression.batch.compress_slides`.
 
     Raises
     ------
     ModelMismatchError
-        The encoder is not the model's.
+        The encoder does not fit the model.
     PatientsError
-        ``patients`` lacks a slide.
+        ``patients`` does not contain a slide.
     ValueError
-        Heatmaps have no place, or the target has no survival at ``times``.
+        ``heatmaps`` without ``out``, or ``times`` are invalid (:func:`check_times`).
     StoreError
         ``out`` cannot be written.
     """
@@ -259,34 +268,34 @@ def predict_slides(
     check_encoder(card, encoder.card)
     check_times(card, times)
     if heatmaps and out is None:
-        raise ValueError("heatmaps are files: give a folder for them")
-    wanted = _units(card, slides, patients)
+        raise ValueError("heatmaps are files: give the folder 'out' too")
+    units = _units(card, slides, patients)
     prepared = encoder.prepare(device, card.grids.precision, card.grids.reading)
     with ExitStack() as stack:
-        place = out or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        folder = out or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         report = compress_slides(
             slides,
             prepared,
-            place / GRIDS,
+            folder / GRIDS,
             mpp=mpp,
             tissue=card.grids.tissue,
             progress=progress,
-            tell=tell,
+            on_outcome=on_outcome,
         )
         report = _fail(
             report,
             report.filter(cells=0)["slide"].to_list(),
-            "no cell of tissue",
-            "look at its tissue with 'nic tissue'",
+            "no cell has tissue",
+            "check the tissue mask with 'nic tissue'",
         )
 
         def grid(slide: str) -> Grid:
-            return open_grid(place / GRIDS / f"{slide}.zarr")
+            return open_grid(folder / GRIDS / f"{slide}.zarr")
 
         if heatmaps and out is not None:
             for slide in _usable(report):
                 try:
-                    _write_heat(
+                    _write_explanation(
                         model,
                         grid(slide),
                         slides[slide],
@@ -296,29 +305,31 @@ def predict_slides(
                 except SlideError as error:
                     report = _fail(report, [slide], error.reason, error.remedy)
         good = pl.element().is_in(_usable(report).implode())
-        parted = wanted.with_columns(
+        divided = units.with_columns(
             pl.col("slides").list.eval(pl.element().filter(good)),
             pl.col("slides").list.eval(pl.element().filter(~good)).alias("failed"),
         )
-        usable = parted.filter(pl.col("slides").list.len() > 0)
+        usable = divided.filter(pl.col("slides").list.len() > 0)
         found = predict_grids(model, usable, grid, times=times)
-    predictions = parted.join(
+    predictions = divided.join(
         found.drop("patient", "slides"), on="unit", how="left", maintain_order="left"
     )
     return Predicted(predictions, report)
 
 
 def write_predictions(folder: Path, target: str, predictions: pl.DataFrame) -> Path:
-    """Write ``predictions-<target>.parquet``, and the same as CSV, lists of slides joined by ``;``.
+    """Write ``predictions-<target>.parquet``, and the same table as CSV.
+
+    In the CSV, lists of slides are joined by ``;``.
 
     Returns
     -------
-    The CSV.
+    Path of the CSV file.
 
     Raises
     ------
     StoreError
-        They cannot be written.
+        The files cannot be written.
     """
     table = folder / f"predictions-{target}.csv"
     with atomic_file(table.with_suffix(".parquet")) as path:
@@ -329,40 +340,42 @@ def write_predictions(folder: Path, target: str, predictions: pl.DataFrame) -> P
 
 
 def read_patients(path: Path) -> dict[str, str]:
-    """Patients by slide, from a CSV table with the columns ``slide`` and ``patient``.
+    """Read a CSV table with the columns ``slide`` and ``patient``; return slide id to patient.
 
     Raises
     ------
     PatientsError
-        It cannot be read, lacks a column, leaves a field empty or has a slide twice.
+        The table cannot be read, a column is missing, a cell is empty, or a slide has two rows.
     """
     try:
-        # as text: an id such as 007 must keep its zeros
+        # as text: an id such as 007 keeps its zeros
         table = pl.read_csv(path, infer_schema=False)
     except (OSError, pl.exceptions.PolarsError) as error:
         raise PatientsError(f"{path}: cannot be read ({error})") from error
     missing = [name for name in ("slide", "patient") if name not in table.columns]
     if missing:
         raise PatientsError(
-            f"{path}: no column '{missing[0]}'; it has {', '.join(table.columns)}; "
-            "give a table with the columns slide and patient"
+            f"{path}: no column '{missing[0]}'; the columns are {', '.join(table.columns)}; "
+            "give a table with the columns 'slide' and 'patient'"
         )
     table = table.select("slide", "patient")
-    for bad, what in (
-        (table.filter(pl.any_horizontal(pl.all().is_null())), "an empty field"),
+    for invalid, problem in (
+        (table.filter(pl.any_horizontal(pl.all().is_null())), "an empty cell"),
         (table.filter(pl.col("slide").is_duplicated()), "more than one row"),
     ):
-        if bad.height:
-            raise PatientsError(f"{path}: slide '{bad['slide'][0]}' has {what}; keep one whole row")
+        if invalid.height:
+            raise PatientsError(
+                f"{path}: slide '{invalid['slide'][0]}' has {problem}; keep one complete row"
+            )
     return dict(table.rows())
 
 
 def _units(
     card: ModelCard, slides: Mapping[str, Path], patients: Mapping[str, str] | None
 ) -> pl.DataFrame:
-    """``unit``, ``patient``, ``slides``, in the order of the slides."""
+    """Return ``unit``, ``patient`` and ``slides`` of the units, in the order of the slides."""
     if patients is not None and (unknown := [s for s in slides if s not in patients]):
-        raise PatientsError(f"slide '{unknown[0]}' has no patient in the table of patients; add it")
+        raise PatientsError(f"slide '{unknown[0]}' is not in the table of patients; add a row")
     table = pl.DataFrame(
         {"slides": list(slides), "patient": [patients[s] if patients else None for s in slides]},
         schema={"slides": pl.String, "patient": pl.String},
@@ -374,29 +387,10 @@ def _units(
     )
 
 
-def _conclusion(card: ModelCard, ensemble: NDArray[np.float64]) -> list[pl.Series]:
-    if card.target.kind == "classification":
-        names = [card.target.classes[i] for i in ensemble.argmax(1)]
-        return [pl.Series("class", names, pl.String)]
-    if card.target.kind == "survival":
-        groups = ["high" if risk > card.median_risk else "low" for risk in ensemble[:, 0]]
-        return [pl.Series("risk_group", groups, pl.String)]
-    return []
-
-
-def _median(card: ModelCard, folds: NDArray[np.float64]) -> list[pl.Series]:
-    """Of predictions (folds, units, outputs)."""
-    if card.target.kind != "survival":
-        return []
-    median = median_survival(card.baselines, folds[..., 0])
-    return [pl.Series("median_survival", median, pl.Float64).fill_nan(None)]
-
-
-def _named(columns: list[str], values: NDArray[np.float64], prefix: str = "") -> list[pl.Series]:
-    return [pl.Series(prefix + name, values[:, i], pl.Float64) for i, name in enumerate(columns)]
-
-
-def _write_heat(model: SlideModel, grid: Grid, path: Path, folder: Path, mpp: float | None) -> None:
+def _write_explanation(
+    model: SlideModel, grid: Grid, path: Path, folder: Path, mpp: float | None
+) -> None:
+    """Write the heatmap of a slide, the file at ``path``."""
     card = model.card
     heat = explain(model.networks, grid, card.target, crop=card.settings.crop)
     with open_slide(path, mpp=mpp) as slide:
@@ -404,10 +398,13 @@ def _write_heat(model: SlideModel, grid: Grid, path: Path, folder: Path, mpp: fl
 
 
 def _usable(report: pl.DataFrame) -> pl.Series:
+    """Return the slides that have a grid."""
     return report.filter(pl.col("status").is_in(["compressed", "up to date"]))["slide"]
 
 
 def _fail(report: pl.DataFrame, slides: list[str], reason: str, remedy: str) -> pl.DataFrame:
+    """Mark slides as failed in the report of the compression."""
+
     def instead(column: str, value: str) -> pl.Expr:
         return pl.when(failed).then(pl.lit(value)).otherwise(column).alias(column)
 
@@ -417,16 +414,17 @@ def _fail(report: pl.DataFrame, slides: list[str], reason: str, remedy: str) -> 
     )
 
 
-def _same(what: str, pairs: Mapping[str, tuple[object, object]], remedy: str) -> None:
+def _check_equal(what: str, pairs: Mapping[str, tuple[object, object]], remedy: str) -> None:
+    """Raise ``ModelMismatchError`` unless each property has the value that the model requires."""
     different = [
-        f"{name} {_short(has)}, not {_short(needed)}"
-        for name, (has, needed) in pairs.items()
-        if has != needed
+        f"{name} {_short(found)}, not {_short(required)}"
+        for name, (found, required) in pairs.items()
+        if found != required
     ]
     if different:
         raise ModelMismatchError(f"{what} does not fit the model: {', '.join(different)}; {remedy}")
 
 
 def _short(value: object) -> str:
-    """A hash by its first digits."""
+    """Shorten a hash to its first digits."""
     return value[:12] if isinstance(value, str) else str(value)

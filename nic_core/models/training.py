@@ -1,4 +1,7 @@
-"""Training of one fold's network."""
+"""Training of one fold's network (paper B): optimiser, learning rate, loss, kept epoch.
+
+Also test-time prediction: the mean over crops in 8 orientations (paper B).
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,6 @@ import polars as pl
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional
 
 from nic_core.cohort import ModelSettings, Target
 from nic_core.devices import resolve_device
@@ -25,41 +27,40 @@ from nic_core.models.crops import (
     GridMoments,
     GridSource,
     View,
-    disturb,
+    augment_features,
     normalise_for,
 )
-from nic_core.models.losses import cox_loss
-from nic_core.models.metrics import (
-    PRIMARY,
-    Metric,
-    classification_metrics,
-    regression_metrics,
-    survival_metrics,
-)
+from nic_core.models.kinds import kind_of, primary_value
 from nic_core.models.networks import FoldModel, build_network, check_crop
 
 if TYPE_CHECKING:
     from nic_core.tracker import Tracker
 
-L2 = 1e-5  # B: penalty L2 * sum of squares of kernels
-LOWEST_RATE = 1e-5  # B
-WARM_UP = 0.3  # part of the epochs in which a rate that is not B's rises [choice]
+L2 = 1e-5  # paper B: penalty L2 * sum of squares of kernels
+LOWEST_RATE = 1e-5  # paper B
+WARM_UP = 0.3  # fraction of epochs in which the one-cycle learning rate rises [choice]
 PATIENCE = 10  # epochs without a better validation metric before the rate falls [choice]
 VALIDATION_VIEWS = 4  # fixed crops of each slide, each in another orientation [choice]
-_BATCH_BYTES = 1 << 28  # features that a network is given at once outside of training
+_BATCH_BYTES = 1 << 28  # largest batch of features for prediction
 
 
 class TrainingError(RuntimeError):
-    """A network could not be trained on this target."""
+    """A network cannot be trained on this target."""
 
 
 @dataclass(frozen=True)
 class FittedFold:
-    """A trained fold: its model (evaluation mode, on the device that it was trained on), best
-    epoch and one history row an epoch.
+    """The result of training one fold.
 
-    ``history`` has ``epoch``, ``loss``, ``validation_loss``, ``validation_metric`` and
-    ``learning_rate``.
+    Attributes
+    ----------
+    model
+        The trained model in evaluation mode, on the device that it was trained on.
+    best_epoch
+        The epoch whose weights are kept.
+    history
+        One row per epoch: ``epoch``, ``loss``, ``validation_loss``, ``validation_metric`` and
+        ``learning_rate``.
     """
 
     model: FoldModel
@@ -80,83 +81,91 @@ def fit_fold(
     tracker: Tracker | None = None,
     name: str = "",
 ) -> FittedFold:
-    """Train a network on some units and keep the epoch that is best on others.
+    """Train a network on training units and keep the best epoch by validation units.
 
-    Adam. For network ``published`` the rate falls tenfold when the validation metric (Spearman's
-    rho, ROC AUC, Harrell's C) stops rising, down to 1e-5 (B); for the others it rises over the
-    first 30 % of epochs and falls along a cosine [choice]: with some ten validation patients the
-    metric is too coarse to steer by. The epoch with the best validation metric is kept, of equal
-    ones that with the lower validation loss [choice]; one whose metric is undefined comes last.
-    An epoch shows each unit once: one random crop, turned at random, of one of its slides
-    drawn at random; the next batch's are cut while the network has this one. Equal seeds
-    give equal networks on one machine's CPU.
+    The optimiser is Adam. For network ``published`` the learning rate falls tenfold when the
+    validation metric (Spearman's rho, ROC AUC, Harrell's C) stops rising, down to 1e-5 (paper B).
+    For the other networks it rises over the first 30 % of epochs and falls along a cosine
+    [choice]: with about ten validation patients the metric is too coarse for a plateau rule. The
+    kept epoch has the best validation metric and, of equal ones, the lowest validation loss
+    [choice]; an undefined metric ranks last. In each epoch every unit is used once, with one
+    random crop in a random orientation of one of its slides. Equal seeds give equal networks on
+    the CPU of one machine.
 
     Parameters
     ----------
     train, validation
-        Rows of the target table; patients must differ.
+        Rows of the target table, of different patients.
+    grids
+        Opens the grid of a slide.
     moments
         Of every slide in ``train``.
+    seed
+        Seed of the weights, batches, crops and augmentation.
     device
         ``auto``, ``cpu`` or ``cuda``.
     tracker
-        Receives the history, each name prefixed by ``name``.
+        Receives the history.
+    name
+        Prefix of the metrics' names in the tracker.
 
     Raises
     ------
     TrainingError
-        The loss is no longer finite.
+        A loss is not finite.
     ValueError
-        There is no such device.
+        The device does not exist.
+    CohortError
+        The network cannot process crops of ``settings.crop`` cells.
     """
     check_crop(settings.network, settings.crop)
-    at = resolve_device(device)
+    kind = kind_of(target)
+    torch_device = resolve_device(device)
     random = np.random.default_rng(seed)
     slides = [slide for row in train["slides"] for slide in row]
     normalise = normalise_for(settings.network, [moments[slide] for slide in slides])
-    cuda = at.type == "cuda"
+    cuda = torch_device.type == "cuda"
     crops = Crops(grids, normalise, settings.crop, pinned=cuda)
-    with torch.random.fork_rng(devices=[at] if cuda else []):
+    with torch.random.fork_rng(devices=[torch_device] if cuda else []):
         torch.manual_seed(seed)
         network = build_network(
             settings.network,
             normalise.channels,
-            output_count(target),
+            kind.outputs,
             positions=settings.positions,
         )
-        model = FoldModel(normalise, network, target.kind)
-        if target.kind == "regression":
-            y = train["y"].to_numpy()
-            model.shift.fill_(y.mean())
-            model.scale.fill_(y.std())
-        model.to(at)
+        model = FoldModel(normalise, network, kind)
+        shift, scale = kind.output_scale(train)
+        model.shift.fill_(shift)
+        model.scale.fill_(scale)
+        model.to(torch_device)
         optimiser = torch.optim.Adam(_parameter_groups(network), lr=settings.learning_rate)
         schedule = _schedule(optimiser, settings)
         best: tuple[tuple[float, float], int, dict[str, Tensor]] | None = None
         history = []
         for epoch in range(settings.epochs):
             rate = float(optimiser.param_groups[0]["lr"])
-            loss = _train_epoch(model, optimiser, target, train, crops, settings, random)
-            validation_loss, metric = _validate(model, target, validation, crops, settings)
+            loss = _train_epoch(model, optimiser, train, crops, settings, random)
+            validation_loss, metric = _validate(model, validation, crops, settings)
             row = {
                 "loss": loss,
                 "validation_loss": validation_loss,
                 "validation_metric": metric,
                 "learning_rate": rate,
             }
-            wrong = next((k for k in ("loss", "validation_loss") if not math.isfinite(row[k])), "")
-            if wrong:
-                raise TrainingError(
-                    f"target '{target.name}' {name}: {wrong} is {row[wrong]} in epoch {epoch}; "
-                    "lower settings.models.learning_rate"
-                )
+            for key in ("loss", "validation_loss"):
+                if not math.isfinite(row[key]):
+                    raise TrainingError(
+                        f"target '{target.name}' {name}: {key} is {row[key]} in epoch {epoch}; "
+                        "lower settings.models.learning_rate"
+                    )
             history.append({"epoch": epoch, **row})
             if tracker is not None:
                 tracker.metrics({f"{name}{k}": v for k, v in row.items()}, step=epoch)
-            comparable = metric if math.isfinite(metric) else -math.inf
-            schedule(comparable)
-            if best is None or (comparable, -validation_loss) > best[0]:
-                best = (comparable, -validation_loss), epoch, copy.deepcopy(network.state_dict())
+            ranked = metric if math.isfinite(metric) else -math.inf
+            schedule(ranked)
+            if best is None or (ranked, -validation_loss) > best[0]:
+                best = (ranked, -validation_loss), epoch, copy.deepcopy(network.state_dict())
     assert best is not None  # epochs >= 1
     network.load_state_dict(best[2])
     model.eval().requires_grad_(False)
@@ -165,7 +174,7 @@ def fit_fold(
 
 @contextmanager
 def fitting_threads(settings: ModelSettings) -> Iterator[None]:
-    """One torch thread on small grids, for layers that are too short to be shared out."""
+    """Use one torch thread for small crops, whose layers are too short for several."""
     before = torch.get_num_threads()
     torch.set_num_threads(1 if settings.crop <= SMALL_CROP else before)
     try:
@@ -174,18 +183,18 @@ def fitting_threads(settings: ModelSettings) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def output_count(target: Target) -> int:
-    """Outputs of a network for the target: one, or one a class."""
-    return len(target.classes) if target.kind == "classification" else 1
-
-
 def predict_units(
     model: FoldModel, table: pl.DataFrame, crops: Crops, *, count: int, seed: int
 ) -> NDArray[np.float64]:
-    """Test-time prediction: ``count`` crops x 8 orientations averaged a slide (B).
+    """Predict units at test time: the mean over ``count`` crops x 8 orientations (paper B).
 
-    A unit of several slides has the mean of its slides' predictions [choice]. Centres depend on
-    slide and seed only, so that all folds and encoders see the same places.
+    A unit with several slides gets the mean of its slides' predictions [choice]. The centres of
+    crops depend on slide and seed only, so all folds and encoders use the same ones.
+
+    Parameters
+    ----------
+    table
+        Units with the column ``slides`` (list of ids).
 
     Returns
     -------
@@ -196,46 +205,22 @@ def predict_units(
         [
             (slide, centre, orientation)
             for slide in slides
-            for centre in crops.fixed(slide, count, seed)
+            for centre in crops.fixed_centres(slide, count, seed)
             for orientation in range(ORIENTATIONS)
         ]
         for slides in table["slides"]
     ]
-    return _mean_of_views(model.predict, crops, views, model.device).double().numpy()
-
-
-def target_metrics(
-    target: Target,
-    table: pl.DataFrame,
-    prediction: NDArray[np.float64],
-    survival: NDArray[np.float64] | None = None,
-    horizons: NDArray[np.float64] | None = None,
-) -> dict[str, Metric]:
-    """The target's metrics of predictions (units, outputs).
-
-    ``survival`` and ``horizons``: see :func:`nic_core.models.metrics.survival_metrics`.
-    """
-    if target.kind == "regression":
-        return regression_metrics(table["y"].to_numpy(), prediction[:, 0])
-    if target.kind == "classification":
-        return classification_metrics(table["y"].to_numpy(), prediction)
-    time, event = table["time"].to_numpy(), table["event"].to_numpy()
-    return survival_metrics(time, event, prediction[:, 0], survival, horizons)
-
-
-def primary_metric(target: Target, table: pl.DataFrame, prediction: NDArray[np.float64]) -> float:
-    """Value of the metric that the target is judged by; NaN where undefined."""
-    metric = target_metrics(target, table, prediction)[PRIMARY[target.kind]]
-    return float(metric(np.ones((1, table.height)))[0])
+    return _mean_over_views(model.predict, crops, views, model.device).double().numpy()
 
 
 def batches(
     table: pl.DataFrame, size: int, random: np.random.Generator
 ) -> Iterator[NDArray[np.int64]]:
-    """Rows of one epoch in random batches of nearly equal size, at most ``size``.
+    """Yield the row numbers of one epoch in random batches of nearly equal size.
 
-    With an ``event`` column deaths are dealt out first, so that every batch has one: there are
-    never more batches than deaths (then some are larger than ``size``).
+    A batch has at most ``size`` rows. If the table has the column ``event``, every batch gets at
+    least one event [choice], because a batch without one has no Cox gradient. If there are fewer
+    events than batches, there are fewer and larger batches.
     """
     rows = random.permutation(table.height)
     count = math.ceil(len(rows) / size)
@@ -250,19 +235,22 @@ def batches(
 def training_batches(
     train: pl.DataFrame, crops: Crops, size: int, random: np.random.Generator
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
-    """An epoch's :func:`batches` of rows, each with a random crop of one of its slides.
+    """Yield one epoch's :func:`batches` of row numbers, each with one random crop per unit.
 
-    The crops are good until the next batch is asked for: see :meth:`Crops.ahead`.
+    The crops are valid until the next batch is requested; see :meth:`Crops.load`.
     """
     slides = train["slides"].to_list()
-    return crops.ahead(
-        (rows, [crops.draw(slides[i][random.integers(len(slides[i]))], random) for i in rows])
+    return crops.load(
+        (
+            rows,
+            [crops.random_view(slides[i][random.integers(len(slides[i]))], random) for i in rows],
+        )
         for rows in batches(train, size, random)
     )
 
 
 def _schedule(optimiser: torch.optim.Optimizer, settings: ModelSettings) -> Callable[[float], None]:
-    """What is called with the validation metric after each epoch to set the next one's rate."""
+    """Return a function of the validation metric that sets the next epoch's learning rate."""
     if settings.network == "published":
         plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
             optimiser, mode="max", factor=0.1, patience=PATIENCE, min_lr=LOWEST_RATE
@@ -275,7 +263,7 @@ def _schedule(optimiser: torch.optim.Optimizer, settings: ModelSettings) -> Call
 
 
 def _one_cycle(epoch: int, epochs: int) -> float:
-    """Part of the highest rate: a linear rise, then half a cosine towards 0."""
+    """Return the fraction of the highest rate: a linear rise, then half a cosine towards 0."""
     rise = max(1, round(WARM_UP * epochs))
     if epoch < rise:
         return (epoch + 1) / rise
@@ -285,92 +273,83 @@ def _one_cycle(epoch: int, epochs: int) -> float:
 def _train_epoch(
     model: FoldModel,
     optimiser: torch.optim.Optimizer,
-    target: Target,
     train: pl.DataFrame,
     crops: Crops,
     settings: ModelSettings,
     random: np.random.Generator,
 ) -> float:
+    """Train one epoch; return the mean loss of its batches."""
     model.train()
     losses = []
     for rows, features in training_batches(train, crops, settings.batch, random):
-        raw = model.network(
-            disturb(
-                _on(model.device, features),
+        outputs = model.network(
+            augment_features(
+                _to_device(features, model.device),
                 noise=settings.feature_noise,
                 dropout=settings.feature_dropout,
             )
         )
-        loss = _loss(model, target, train[rows], raw)
+        loss = model.kind.loss(outputs, train[rows], model.shift, model.scale)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
-        losses.append(loss.item())  # waits for the device: the crops may be overwritten
+        losses.append(loss.item())  # waits for the device, so the crops may be overwritten
     return float(np.mean(losses))
-
-
-def _loss(model: FoldModel, target: Target, rows: pl.DataFrame, raw: Tensor) -> Tensor:
-    """The target's loss of network outputs; squared errors in units of the labels' deviation."""
-    if target.kind == "regression":
-        y = torch.tensor(rows["y"].to_numpy(), dtype=raw.dtype, device=raw.device)
-        return functional.mse_loss(raw[:, 0], (y - model.shift) / model.scale)
-    if target.kind == "classification":
-        return functional.cross_entropy(raw, torch.tensor(rows["y"].to_numpy(), device=raw.device))
-    time, event = (torch.tensor(rows[k].to_numpy(), device=raw.device) for k in ("time", "event"))
-    return cox_loss(raw[:, 0], time, event)
 
 
 @torch.no_grad()
 def _validate(
     model: FoldModel,
-    target: Target,
     table: pl.DataFrame,
     crops: Crops,
     settings: ModelSettings,
 ) -> tuple[float, float]:
-    """Loss and primary metric of the validation units."""
+    """Return loss and primary metric of the validation units."""
     model.eval()
     views = [
         [
             (slide, centre, i * ORIENTATIONS // VALIDATION_VIEWS)
             for slide in slides
-            for i, centre in enumerate(crops.fixed(slide, VALIDATION_VIEWS, settings.seed))
+            for i, centre in enumerate(crops.fixed_centres(slide, VALIDATION_VIEWS, settings.seed))
         ]
         for slides in table["slides"]
     ]
-    raw = _mean_of_views(model.network, crops, views, model.device).to(model.device)
-    metric = primary_metric(target, table, model.finish(raw).double().cpu().numpy())
-    return _loss(model, target, table, raw).item(), metric
+    outputs = _mean_over_views(model.network, crops, views, model.device).to(model.device)
+    prediction = model.activate(outputs).double().cpu().numpy()
+    loss = model.kind.loss(outputs, table, model.shift, model.scale).item()
+    return loss, primary_value(model.kind, table, prediction)
 
 
 @torch.no_grad()
-def _mean_of_views(
+def _mean_over_views(
     module: Callable[[Tensor], Tensor],
     crops: Crops,
     views: Sequence[Sequence[View]],
     device: torch.device,
 ) -> Tensor:
-    """Mean output over each unit's views, (units, outputs) on the CPU, of a module on a device;
-    each slide has equally many."""
-    flat = [view for of_unit in views for view in of_unit]
+    """Return the mean output over each unit's views, (units, outputs) on the CPU.
+
+    Every slide has the same number of views, so the slides of a unit have equal weights.
+    """
+    flat = [view for unit in views for view in unit]
     step = max(1, _BATCH_BYTES // (4 * math.prod(crops.shape)))
     parts = ((None, flat[i : i + step]) for i in range(0, len(flat), step))
-    # the copy back waits for the device: the crops may be overwritten
-    outputs = [module(_on(device, features)).cpu() for _, features in crops.ahead(parts)]
-    per_unit = torch.split(torch.cat(outputs), [len(of_unit) for of_unit in views])
-    return torch.stack([of_unit.mean(0) for of_unit in per_unit])
+    # .cpu() waits for the device, so the crops may be overwritten
+    outputs = [module(_to_device(features, device)).cpu() for _, features in crops.load(parts)]
+    per_unit = torch.split(torch.cat(outputs), [len(unit) for unit in views])
+    return torch.stack([unit.mean(0) for unit in per_unit])
 
 
-def _on(device: torch.device, features: NDArray[np.float32]) -> Tensor:
-    """Crops on a device; from page-locked memory the copy runs while the caller goes on."""
+def _to_device(features: NDArray[np.float32], device: torch.device) -> Tensor:
+    """Copy crops to a device; asynchronously if they are in page-locked memory."""
     return torch.from_numpy(features).to(device, non_blocking=True)
 
 
 def _parameter_groups(network: nn.Module) -> list[dict[str, object]]:
-    """Kernels with the L2 penalty of B; biases and batch normalisation without.
+    """Return kernels, with the L2 penalty of paper B, and other parameters, without.
 
-    Adam's weight decay adds its factor times the weight to the gradient, which is that of
-    factor / 2 times the sum of squares.
+    Adam's weight decay adds ``factor * weight`` to the gradient, which is the gradient of
+    ``factor / 2`` times the sum of squares.
     """
     kernels = [p for p in network.parameters() if p.ndim > 1]
     others = [p for p in network.parameters() if p.ndim <= 1]

@@ -1,4 +1,4 @@
-"""The evaluation report: results of a study as tables and figures."""
+"""The evaluation report: scores of a study as tables and figures."""
 
 from nic_core.reports.results import (
     RESULT_SCHEMA,

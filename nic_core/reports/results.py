@@ -1,4 +1,4 @@
-"""The evaluation report: every figure of a study in one table."""
+"""The evaluation report: all scores of a study in one table, with terminal and Markdown output."""
 
 from __future__ import annotations
 
@@ -13,47 +13,47 @@ from rich.table import Table
 from nic_core.cohort import ProbabilityMap
 from nic_core.encoders import EncoderCard
 from nic_core.encoders.probes import KNN
-from nic_core.models.comparison import BASELINE_NAMES, CROSS_VALIDATED, METRIC_NAMES
+from nic_core.models.baselines import BASELINE_NAMES
+from nic_core.models.comparison import CROSS_VALIDATED
 from nic_core.models.cross_validation import NETWORK
 from nic_core.models.files import ModelCard
+from nic_core.models.kinds import kind_of, metric_name
 from nic_core.models.metrics import score
 
 RESULT_SCHEMA = pl.Schema(
     {
         "kind": pl.String(),  # target, patch task or map
-        "about": pl.String(),  # its name
+        "about": pl.String(),  # name of the target, patch task or map
         "encoder": pl.String(),
-        "model": pl.String(),  # grid network, baseline, patch head or probe of embeddings
-        "part": pl.String(),  # cross-validated, test, or the slide of a map
+        "model": pl.String(),  # grid network, baseline, patch head, or probe of embeddings
+        "part": pl.String(),  # cross-validated, test; for a map held-out or training patients
         "metric": pl.String(),
         "value": pl.Float64(),
         "low": pl.Float64(),  # bounds of the 95 % bootstrap interval over patients
         "high": pl.Float64(),
-        "n": pl.Int64(),  # units that were scored
+        "n": pl.Int64(),  # scored units
     }
 )
-
-
 NETWORK_NAMES = {
     "published": "published grid CNN",
     "small": "small grid CNN",
     "mil": "gated-attention MIL",
 }
-METRICS_OF_PATCHES = {"auc": "AUC", "balanced_accuracy": "balanced accuracy", "f1": "F1"}
+PATCH_METRIC_NAMES = {"auc": "AUC", "balanced_accuracy": "balanced accuracy", "f1": "F1"}
 
 
 def results_table(results: pl.DataFrame) -> Table:
-    """The results (:data:`RESULT_SCHEMA`) for the terminal.
+    """Format the results (:data:`RESULT_SCHEMA`) for the terminal.
 
-    Each model's first metric. Baselines are shown cross-validated, what does not depend on
-    the encoder once, and of the probes the linear one; the rest is in the table itself.
+    Only the first metric of each model is shown; baselines only cross-validated, the baseline
+    that does not depend on the encoder only once, and of the probes only the linear one.
     """
     results = results.filter(pl.col("model") != KNN)
     baseline = pl.col("model").is_in(list(BASELINE_NAMES.values()))
     results = results.filter(~baseline | (pl.col("part") == CROSS_VALIDATED))
-    no_code = pl.col("model") == BASELINE_NAMES["tissue_area"]
+    without_encoder = pl.col("model") == BASELINE_NAMES["tissue_area"]
     results = results.with_columns(
-        encoder=pl.when(no_code).then(pl.lit("")).otherwise("encoder")
+        encoder=pl.when(without_encoder).then(pl.lit("")).otherwise("encoder")
     ).unique(["kind", "about", "encoder", "model", "part"], keep="first", maintain_order=True)
     table = Table(title="Results", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for column in ("about", "encoder", "model", "scored on", "metric"):
@@ -74,7 +74,7 @@ def results_table(results: pl.DataFrame) -> Table:
 
 
 def results_markdown(results: pl.DataFrame) -> str:
-    """The results (:data:`RESULT_SCHEMA`) as a Markdown table, for a model's description."""
+    """Format the results (:data:`RESULT_SCHEMA`) as Markdown, for a registered model's page."""
     lines = ["| about | model | scored on | metric | value | n |", "|---|---|---|---|---|---|"]
     for row in results.iter_rows(named=True):
         bounds = "" if row["low"] is None else f" [{row['low']:.3f}, {row['high']:.3f}]"
@@ -85,15 +85,15 @@ def results_markdown(results: pl.DataFrame) -> str:
 
 
 def comparisons_table(comparisons: pl.DataFrame) -> Table:
-    """How cross-validated networks differ (:data:`COMPARISON_SCHEMA`), for the terminal.
+    """Format comparisons of models (:data:`~nic_core.models.comparison.COMPARISON_SCHEMA`).
 
-    Each target's first metric; the others, and the split ``test``, are in the table itself.
+    Only the first metric of each target is shown, and only the cross-validated part.
     """
     shown = comparisons.filter(part=CROSS_VALIDATED).unique(
         ["target", "first", "second"], keep="first", maintain_order=True
     )
     table = Table(
-        title="Differences, cross-validated; p not corrected for their number",
+        title="Differences, cross-validated; p not corrected for multiple comparisons",
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
         pad_edge=False,
@@ -117,11 +117,11 @@ def comparisons_table(comparisons: pl.DataFrame) -> Table:
 
 
 def encoder_results(card: EncoderCard) -> pl.DataFrame:
-    """How an encoder's heads do on their tasks' test patients (:data:`RESULT_SCHEMA`)."""
+    """Return the scores of an encoder's patch heads on test patients (:data:`RESULT_SCHEMA`)."""
     rows = [
         ("patch task", task, card.name, "patch head", "test", metric, value, *bounds, scores.n)
         for task, scores in card.scores.items()
-        for name, metric in METRICS_OF_PATCHES.items()
+        for name, metric in PATCH_METRIC_NAMES.items()
         if (value := getattr(scores, name)) is not None
         for bounds in [(name == "balanced_accuracy" and scores.interval) or (None, None)]
     ]
@@ -129,9 +129,14 @@ def encoder_results(card: EncoderCard) -> pl.DataFrame:
 
 
 def probe_results(encoder: str, scores: pl.DataFrame) -> pl.DataFrame:
-    """Probes of an encoder's embeddings on test patients (:data:`RESULT_SCHEMA`).
+    """Return the scores of probes of an encoder on test patients (:data:`RESULT_SCHEMA`).
 
-    ``scores``: :data:`nic_core.encoders.probes.PROBE_SCHEMA`.
+    Parameters
+    ----------
+    encoder
+        Name of the encoder.
+    scores
+        Scores of the probes, :data:`nic_core.encoders.probes.PROBE_SCHEMA`.
     """
     rows = [
         (
@@ -147,14 +152,15 @@ def probe_results(encoder: str, scores: pl.DataFrame) -> pl.DataFrame:
             r["test"],
         )
         for r in scores.iter_rows(named=True)
-        for name, metric in METRICS_OF_PATCHES.items()
+        for name, metric in PATCH_METRIC_NAMES.items()
         if r[name] is not None
     ]
     return pl.DataFrame(rows, schema=RESULT_SCHEMA, orient="row")
 
 
 def model_results(card: ModelCard) -> pl.DataFrame:
-    """A slide model's and its baselines' metrics (:data:`RESULT_SCHEMA`)."""
+    """Return the metrics of a slide model and its baselines (:data:`RESULT_SCHEMA`)."""
+    kind = kind_of(card.target)
     network = NETWORK_NAMES[card.settings.network]
     if card.settings.permute_labels is not None:
         network += ", labels exchanged"
@@ -165,7 +171,7 @@ def model_results(card: ModelCard) -> pl.DataFrame:
             card.encoder,
             network if row.model == NETWORK else BASELINE_NAMES[row.model],
             "test" if row.split == "test" else CROSS_VALIDATED,
-            METRIC_NAMES.get(row.metric, row.metric),
+            metric_name(kind, row.metric),
             row.value,
             row.low,
             row.high,
@@ -177,14 +183,16 @@ def model_results(card: ModelCard) -> pl.DataFrame:
 
 
 def map_results(item: ProbabilityMap, scores: pl.DataFrame, *, resamples: int) -> pl.DataFrame:
-    """The mean AUC of a map over slides (:data:`RESULT_SCHEMA`), held-out patients apart.
+    """Return a map's mean AUC over slides (:data:`RESULT_SCHEMA`).
+
+    Held-out patients and patients in training have separate rows.
 
     Parameters
     ----------
     scores
-        From :func:`nic_core.steps.make_map_scores`.
+        Output of :func:`nic_core.steps.make_map_scores`.
     resamples
-        Of the patients, for the interval; a single patient gives none.
+        Number of bootstrap resamples of patients; with a single patient there is no interval.
     """
     rows = []
     for in_training, part in ((False, "held-out patients"), (True, "patients in training")):
@@ -202,8 +210,17 @@ def map_results(item: ProbabilityMap, scores: pl.DataFrame, *, resamples: int) -
 
 @dataclass(frozen=True)
 class Report:
-    """The study's results (:data:`RESULT_SCHEMA`), how models differ
-    (:data:`COMPARISON_SCHEMA`), and the figures drawn from them."""
+    """The evaluation report of a study.
+
+    Attributes
+    ----------
+    results
+        All scores, :data:`RESULT_SCHEMA`.
+    comparisons
+        Differences between models, :data:`~nic_core.models.comparison.COMPARISON_SCHEMA`.
+    figures
+        Name to figure.
+    """
 
     results: pl.DataFrame
     comparisons: pl.DataFrame
@@ -211,7 +228,10 @@ class Report:
 
 
 def results_figure(results: pl.DataFrame) -> Figure:
-    """First metric and interval of each target's models: cross-validated blue, test orange."""
+    """Plot the first metric of each target's models with its interval.
+
+    Cross-validated values are blue, values on split ``test`` orange.
+    """
     targets = results.filter(kind="target").unique(
         ["about", "encoder", "model", "part"], keep="first", maintain_order=True
     )

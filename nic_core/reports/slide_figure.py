@@ -1,4 +1,4 @@
-"""A compressed slide at a glance: what it looked like, and what each encoder made of it."""
+"""Figures of a compressed slide: the slide, its grids as colours, its probability maps."""
 
 from __future__ import annotations
 
@@ -17,17 +17,26 @@ from nic_core.types import Pixels
 def compressed_slide(
     slide: Slide, mask: TissueMask, grids: Mapping[str, Grid], maps: Mapping[str, Pixels]
 ) -> Figure:
-    """Panels side by side: the slide with its tissue, its grids by encoder, its maps by name.
+    """Draw a slide with its tissue outline, its grids and its probability maps side by side.
 
-    A grid shows the first three principal components of its embeddings as colours; the title counts
-    the numbers that were kept of the slide's.
+    A grid shows the first three principal components of its embeddings as colours; its title says
+    how many times fewer numbers it has than the slide.
+
+    Parameters
+    ----------
+    mask
+        Tissue mask of the slide.
+    grids
+        Encoder to grid.
+    maps
+        Title to picture, uint8 or float (H, W, 3 or 4).
     """
     panels: list[tuple[str, Pixels]] = [
         (f"{slide.width} x {slide.height} px", tissue_outline(slide, mask, side=900))
     ]
     for name, grid in grids.items():
         channels, rows, columns = grid.shape
-        # what the embeddings stand for is the slide at the encoder's resolution, three bytes a pixel
+        # compared with the RGB pixels of the slide at the encoder's resolution
         fewer = 3 * grid.provenance.patch**2 / channels
         title = f"{name}: {rows} x {columns} x {channels}, {fewer:,.0f} times fewer numbers"
         panels.append((title, grid_preview(grid, cell=16)))
@@ -44,7 +53,12 @@ def compressed_slide(
 
 
 def slide_and_grid(slide: Slide, grid: Grid, *, cell: int) -> Pixels:
-    """A slide and its grid's principal components side by side, each cell ``cell`` px wide.
+    """Draw a slide and its grid's principal components side by side.
+
+    Parameters
+    ----------
+    cell
+        Width of a grid cell in the picture, px.
 
     Returns
     -------
@@ -53,12 +67,12 @@ def slide_and_grid(slide: Slide, grid: Grid, *, cell: int) -> Pixels:
     Raises
     ------
     SlideError
-        The grid is that of another slide.
+        The grid belongs to another slide.
     """
     about = grid.provenance
     if content_identity(slide.path) != about.slide_identity:
         raise SlideError(
-            slide.path, f"is not the slide '{about.slide}' of the grid", "give that one"
+            slide.path, f"is not the slide '{about.slide}' of the grid", "give that slide"
         )
     _, rows, columns = grid.shape
     scale = about.patch * about.mpp / cell

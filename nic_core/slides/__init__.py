@@ -1,4 +1,7 @@
-"""Whole-slide images: opening, reading at any resolution, finding them."""
+"""Whole-slide images: open a slide file and read any region at any resolution.
+
+This package depends on no other part of the project but :mod:`nic_core.types`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The one error that a slide can raise."""
+"""The error that slides raise."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ from pathlib import Path
 
 
 class SlideError(Exception):
-    """A slide cannot be used; says which, why, and what to do about it.
+    """A slide cannot be used. The message names the slide, the reason and a remedy.
 
     Attributes
     ----------
     slide : str
         Path or id of the slide.
     reason : str
-        What is wrong.
+        What is wrong, in one line.
     remedy : str
         What the user can do.
     """
 
     def __init__(self, slide: str | Path, reason: str, remedy: str) -> None:
         self.slide = str(slide)
-        self.reason = " ".join(reason.split())  # libraries report over several lines
+        self.reason = " ".join(reason.split())  # messages of libraries may have several lines
         self.remedy = remedy
-        # all three as args: an exception is rebuilt from them when it crosses processes
+        # pickle rebuilds an exception from its args, so all three must be among them
         super().__init__(self.slide, self.reason, self.remedy)
 
     def __str__(self) -> str:

@@ -1,22 +1,22 @@
-"""A cheap fingerprint of a slide file, used as its data version."""
+"""Content identity: a hash of samples of a slide file, used as its data version."""
 
 from __future__ import annotations
 
 import hashlib
 from pathlib import Path
 
-from nic_core.slides.dicom import dicom_parts
+from nic_core.slides.dicom import dicom_files
 from nic_core.slides.errors import SlideError
 
-_END = 64 * 1024
-_SAMPLES, _SAMPLE = 32, 4 * 1024
+_END = 64 * 1024  # bytes of the head and of the tail
+_SAMPLES, _SAMPLE = 32, 4 * 1024  # number and bytes of samples between them
 
 
 def content_identity(path: Path) -> str:
-    """Hash of a file's size, head, tail and evenly spaced samples (a quarter MB read at most).
+    """Hash a file's size, head, tail and evenly spaced samples; at most 0.25 MB are read.
 
-    A slide of several files (MIRAX keeps its pixels in a folder beside it, DICOM each level in a
-    file) counts the others' names, sizes and ends too.
+    MIRAX keeps pixels in a folder with the slide's name, and DICOM each level in its own file. The
+    names, sizes and ends of these other files are hashed too.
 
     Returns
     -------
@@ -26,7 +26,7 @@ def content_identity(path: Path) -> str:
     Raises
     ------
     SlideError
-        The file cannot be read.
+        A file of the slide cannot be read.
     """
     digest = hashlib.blake2b(digest_size=16)
     try:
@@ -39,10 +39,10 @@ def content_identity(path: Path) -> str:
             ]:
                 file.seek(start)
                 digest.update(file.read(length))
-        for part in _other_parts(path):
-            with part.open("rb") as file:
+        for other in _other_files(path):
+            with other.open("rb") as file:
                 size = file.seek(0, 2)
-                digest.update(f"{part.name}:{size}\n".encode())
+                digest.update(f"{other.name}:{size}\n".encode())
                 for start in (0, max(size - _SAMPLE, 0)):
                     file.seek(start)
                     digest.update(file.read(_SAMPLE))
@@ -51,8 +51,8 @@ def content_identity(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _other_parts(path: Path) -> list[Path]:
+def _other_files(path: Path) -> list[Path]:
     folder = path.with_suffix("")
     if path.suffix.lower() == ".mrxs" and folder.is_dir():
-        return sorted(part for part in folder.iterdir() if part.is_file())
-    return dicom_parts(path)[1:]
+        return sorted(file for file in folder.iterdir() if file.is_file())
+    return dicom_files(path)[1:]

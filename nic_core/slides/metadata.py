@@ -1,4 +1,4 @@
-"""What a slide file says about itself: micrometres per pixel, power, bounds, other pictures."""
+"""Metadata of slide files: um/px, objective power, scanned area, names of other images."""
 
 from __future__ import annotations
 
@@ -13,34 +13,34 @@ import tifffile
 
 from nic_core.slides.errors import SlideError
 
-# Outside this no histology scan exists; print resolutions (72 to 600 dpi: 353 to 42 um/px) do.
+# No histology scanner works outside this range of um/px [choice]. Print resolutions, which some
+# programs write, are outside it (72 to 600 dpi are 353 to 42 um/px).
 MPP_RANGE = (0.05, 40.0)
-# The largest glass slides have sides of 200 mm.
-_MAX_SIDE = 300.0
+_MAX_SIDE = 300.0  # mm; the largest glass slides have sides of 200 mm
 DAMAGED_REMEDY = "copy the file again from its source"
 BRIGHTFIELD_REMEDY = "leave it out: only RGB brightfield slides are supported"
 MPP_REMEDY = "give the um/px at level 0 in the column `mpp` of the slide table"
 
 _MICROMETRES = {"µm": 1.0, "μm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6}
-_RESOLUTION_UNITS = {2: 25_400.0, 3: 10_000.0}  # TIFF ResolutionUnit: inch, centimetre
+_RESOLUTION_UNITS = {2: 25_400.0, 3: 10_000.0}  # um in TIFF ResolutionUnit: inch, centimetre
 _NDPI_FILTER_SET = 65434
 
 
 @dataclass(frozen=True)
-class About:
-    """What a file says about itself.
+class FileMetadata:
+    """Metadata that a slide file states.
 
     Attributes
     ----------
-    mpp : (x, y) or None
-        um/px at level 0.
+    mpp : (float, float) or None
+        um/px at level 0 in x and y; None if the file does not state it.
     mpp_source : str
-        Which of its fields says so.
+        Field of the file that states it.
     objective_power : float or None
     bounds : (x, y, width, height) or None
-        Of what was scanned, level-0 px; None: the file does not say.
+        Scanned area, level-0 px; None if the file does not state it.
     associated : tuple of str
-        Names of the label, macro and thumbnail images in it.
+        Names of the label, macro and thumbnail images in the file.
     """
 
     mpp: tuple[float, float] | None = None
@@ -50,36 +50,43 @@ class About:
     associated: tuple[str, ...] = ()
 
 
-def settle_mpp(path: Path, given: float | None, about: About) -> tuple[float, str]:
-    """The um/px to use and where it comes from: the user's, else the file's.
+def resolve_mpp(path: Path, given: float | None, metadata: FileMetadata) -> tuple[float, str]:
+    """Return the um/px to use and its source: the user's value, else that of the file.
 
     Parameters
     ----------
     given : float, optional
-        From the slide table; overrides the file.
+        um/px at level 0 from the slide table; overrides the file.
 
     Raises
     ------
     SlideError
-        None is known, or the one to use is no possible scan.
+        Neither is known, or the value is impossible for a scan.
     """
     if given is not None:
         _check_mpp(path, given, "the slide table")
         return given, "slide table"
-    if about.mpp is None:
-        raise SlideError(path, "the file does not say its um/px (mpp)", MPP_REMEDY)
-    for value in about.mpp:
-        _check_mpp(path, value, f"the file ({about.mpp_source})")
-    x, y = about.mpp
+    if metadata.mpp is None:
+        raise SlideError(path, "the file does not state its um/px (mpp)", MPP_REMEDY)
+    for value in metadata.mpp:
+        _check_mpp(path, value, f"the file ({metadata.mpp_source})")
+    x, y = metadata.mpp
     if abs(x - y) > 0.02 * max(x, y):
         raise SlideError(
-            path, f"pixels are not square: {x:g} x {y:g} um/px by the file", MPP_REMEDY
+            path, f"pixels are not square: the file states {x:g} x {y:g} um/px", MPP_REMEDY
         )
-    return (x + y) / 2, about.mpp_source
+    return (x + y) / 2, metadata.mpp_source
 
 
-def check_size(path: Path, width: int, height: int, mpp: float) -> None:
-    """Refuse a slide that no glass could hold: its size or its um/px is damaged.
+def check_physical_size(path: Path, width: int, height: int, mpp: float) -> None:
+    """Refuse a slide larger than any glass slide: its size or its um/px is wrong.
+
+    Parameters
+    ----------
+    width, height : int
+        Level-0 px.
+    mpp : float
+        um/px at level 0.
 
     Raises
     ------
@@ -100,38 +107,51 @@ def _check_mpp(path: Path, value: float, source: str) -> None:
     if not (math.isfinite(value) and low <= value <= high):
         raise SlideError(
             path,
-            f"mpp {value:g} um/px by {source} is no microscope's (possible: {low:g} to {high:g})",
+            f"mpp {value:g} um/px, given by {source}, is impossible for a microscope "
+            f"(possible: {low:g} to {high:g})",
             MPP_REMEDY,
         )
 
 
-def tiff_about(
+def tiff_metadata(
     tiff: tifffile.TiffFile, page: tifffile.TiffPage, associated: Iterable[str]
-) -> About:
-    """What a TIFF says; um/px by Aperio tag, OME-XML, resolution tags, last objective power."""
+) -> FileMetadata:
+    """Return the metadata of a TIFF file.
+
+    um/px is taken from the first of: the Aperio tag, OME-XML, the TIFF resolution, the objective
+    power (10 / power).
+
+    Parameters
+    ----------
+    page : tifffile.TiffPage
+        Level 0 of the slide.
+    associated : iterable of str
+        Names of the other images.
+    """
     mpp, source, power = None, "", None
     if tiff.is_svs:
-        power = _aperio(page.description, "AppMag")
-        if (tagged := _aperio(page.description, "MPP")) is not None:
-            mpp, source = (tagged, tagged), "Aperio tag"
+        power = _aperio_field(page.description, "AppMag")
+        if (stated := _aperio_field(page.description, "MPP")) is not None:
+            mpp, source = (stated, stated), "Aperio tag"
     elif tiff.is_ome and tiff.ome_metadata:
-        mpp, power = _ome(tiff.ome_metadata)
+        mpp, power = _ome_mpp_and_power(tiff.ome_metadata)
         source = "OME-XML"
     if mpp is None:
         mpp, source = _resolution_mpp(page), "TIFF resolution"
-    mpp, source = _or_by_power(mpp, source, power)
-    return About(mpp, source, power, associated=tuple(associated))
+    mpp, source = _mpp_or_from_power(mpp, source, power)
+    return FileMetadata(mpp, source, power, associated=tuple(associated))
 
 
-def openslide_about(properties: Mapping[str, str], associated: Iterable[str]) -> About:
-    """What OpenSlide found in a file."""
+def openslide_metadata(properties: Mapping[str, str], associated: Iterable[str]) -> FileMetadata:
+    """Return the metadata in OpenSlide's properties."""
     x, y, power = (
         _number(properties.get(f"openslide.{name}"))
         for name in ("mpp-x", "mpp-y", "objective-power")
     )
     vendor = properties.get("openslide.vendor", "OpenSlide")
     source = "TIFF resolution" if vendor == "generic-tiff" else f"{vendor} metadata"
-    mpp, source = _or_by_power((x, y) if x is not None and y is not None else None, source, power)
+    stated = (x, y) if x is not None and y is not None else None
+    mpp, source = _mpp_or_from_power(stated, source, power)
     box = [
         _number(properties.get(f"openslide.bounds-{name}"))
         for name in ("x", "y", "width", "height")
@@ -140,32 +160,39 @@ def openslide_about(properties: Mapping[str, str], associated: Iterable[str]) ->
     if all(value is not None and math.isfinite(value) for value in box):
         left, top, width, height = (int(value or 0) for value in box)
         bounds = left, top, width, height
-    return About(mpp, source, power, bounds, tuple(associated))
+    return FileMetadata(mpp, source, power, bounds, tuple(associated))
 
 
-def _or_by_power(
+def _mpp_or_from_power(
     mpp: tuple[float, float] | None, source: str, power: float | None
 ) -> tuple[tuple[float, float] | None, str]:
-    """um/px, or without it 10 / objective power."""
+    """um/px and its source; without um/px, 10 / objective power."""
     if mpp is None and power is not None and power > 0:
         return (10 / power, 10 / power), f"objective power {power:g}x"
     return mpp, source
 
 
-def fluorescence(first: tifffile.TiffPage) -> str | None:
-    """How a scan of Hamamatsu or Leica says that it is fluorescence; None: it does not."""
-    tag = first.tags.get(_NDPI_FILTER_SET)  # brightfield scans have none
+def fluorescence_evidence(first: tifffile.TiffPage) -> str | None:
+    """Return the metadata by which a Hamamatsu or Leica scan states fluorescence, or None.
+
+    Parameters
+    ----------
+    first : tifffile.TiffPage
+        First page of the file.
+    """
+    tag = first.tags.get(_NDPI_FILTER_SET)  # empty or absent in brightfield scans
     if tag is not None and (name := str(tag.value).strip()):
         return f"filter set '{name}'"
     if first.is_scn:
-        lights = re.findall(r"<illuminationSource>\s*(.*?)\s*<", first.description)
-        others = sorted(set(lights) - {"brightfield"})
-        if others and lights.count("brightfield") < 2:  # the overview picture is one
+        sources = re.findall(r"<illuminationSource>\s*(.*?)\s*<", first.description)
+        others = sorted(set(sources) - {"brightfield"})
+        # the overview image is always brightfield; a second one is a brightfield scan
+        if others and sources.count("brightfield") < 2:
             return f"illumination '{', '.join(others)}'"
     return None
 
 
-def _aperio(description: str, key: str) -> float | None:
+def _aperio_field(description: str, key: str) -> float | None:
     match = re.search(rf"\|\s*{key}\s*=\s*([^|\s]+)", description)
     return _number(match[1]) if match else None
 
@@ -177,8 +204,8 @@ def _number(text: str | None) -> float | None:
         return None
 
 
-def _ome(xml: str) -> tuple[tuple[float, float] | None, float | None]:
-    """um/px (x, y) and objective power in OME-XML, as far as they are there."""
+def _ome_mpp_and_power(xml: str) -> tuple[tuple[float, float] | None, float | None]:
+    """um/px (x, y) and objective power in OME-XML; None where they are not stated."""
     try:
         root = ElementTree.fromstring(xml)
     except ElementTree.ParseError:

@@ -1,8 +1,8 @@
 """Area resampling of pixel blocks to an exact, possibly fractional, scale.
 
-An output pixel is the mean of the source area that it covers, border pixels counted by the
-fraction covered. Every output pixel depends only on its own position, so a block cut into
-pieces gives the same pixels as the block in one.
+An output pixel is the mean of the source area that it covers; border pixels are weighted by the
+fraction covered. Every output pixel depends only on its own position, so a block resampled in
+parts gives the same pixels as the block resampled at once.
 """
 
 from __future__ import annotations
@@ -15,26 +15,37 @@ from scipy import sparse
 
 from nic_core.types import Pixels
 
-# Below a hundredth of a pixel a scale is the rounding of the file's own um/px: 2.00001 is 2.
+# Files round their um/px: a scale of 2.00001 means 2, and a start within 0.01 px of a whole number
+# means that number.
 _SCALE_ROUNDING = 1e-5
 _START_ROUNDING = 1e-2
-# Output rows made at once: what they need stays within a core's cache.
+# Output rows computed at a time, so that their data stay in a core's cache.
 _BAND = 32
 
 
 def coverage(
     start: float, scale: float, count: int, length: int, channels: int = 1
 ) -> sparse.csr_matrix:
-    """Weights of the source pixels of one axis in each output pixel.
+    """Return the weight of each source pixel in each output pixel, along one axis.
 
-    Output ``i`` covers the source interval ``[start + i*scale, start + (i+1)*scale)``; a weight
-    is the fraction of that interval within the source pixel. What lies outside ``[0, length)``
-    has no weight, so rows sum to 1 inside and to less across the border.
+    Output pixel ``i`` covers the source interval ``[start + i*scale, start + (i+1)*scale)``. A
+    weight is the fraction of that interval within the source pixel. Positions outside
+    ``[0, length)`` have no weight, so a row sums to 1 inside the source and to less across its
+    border.
+
+    Parameters
+    ----------
+    start, scale : float
+        Start of the first output pixel, and source px per output px; in source px.
+    count, length : int
+        Number of output and of source pixels.
+    channels : int
+        Number of channels interleaved along the axis.
 
     Returns
     -------
     scipy.sparse.csr_matrix
-        float32, (count * channels, length * channels), for axes of px with interleaved channels.
+        float32 (count * channels, length * channels).
     """
     low = start + scale * np.arange(count)
     first = np.floor(low).astype(np.int64)
@@ -46,7 +57,10 @@ def coverage(
 def _interpolation(
     start: float, scale: float, count: int, length: int, channels: int = 1
 ) -> sparse.csr_matrix:
-    """Linear interpolation between source pixel centres, for ``scale`` < 1; ends are repeated."""
+    """Weights of linear interpolation between pixel centres, for ``scale`` < 1.
+
+    Positions beyond the outermost centres take the outermost pixel.
+    """
     centre = start + scale * (np.arange(count) + 0.5) - 0.5
     first = np.floor(centre).astype(np.int64)
     after = centre - first
@@ -60,13 +74,21 @@ def _matrix(
     keep = (weight > 1e-9) & (index >= 0) & (index < length)
     rows = np.broadcast_to(np.arange(len(index))[:, None], index.shape)[keep]
     channel = np.arange(channels)[:, None]
-    places = (rows * channels + channel).ravel(), (index[keep] * channels + channel).ravel()
+    positions = (rows * channels + channel).ravel(), (index[keep] * channels + channel).ravel()
     values = np.tile(weight[keep].astype(np.float32), channels)
-    return sparse.csr_matrix((values, places), shape=(len(index) * channels, length * channels))
+    return sparse.csr_matrix((values, positions), shape=(len(index) * channels, length * channels))
 
 
-def settle(start: float, scale: float) -> tuple[float, float]:
-    """Round a start and a scale that are whole but for the rounding of the file's um/px."""
+def snap_to_whole(start: float, scale: float) -> tuple[float, float]:
+    """Round a start and a scale that differ from a whole number only by rounding in the file.
+
+    Parameters
+    ----------
+    start : float
+        Source px. Rounded if the scale is whole and the start within 0.01 px of a whole number.
+    scale : float
+        Source px per output px. Rounded if within a relative 1e-5 of a whole number.
+    """
     if abs(scale - round(scale)) <= _SCALE_ROUNDING * scale:
         scale = float(round(scale))
         if abs(start - round(start)) <= _START_ROUNDING:
@@ -75,7 +97,7 @@ def settle(start: float, scale: float) -> tuple[float, float]:
 
 
 def is_whole(start: float, scale: float) -> bool:
-    """Whether output px are whole blocks of source px, so that plain means resample exactly."""
+    """Whether every output pixel is a whole block of source pixels."""
     return scale >= 1 and scale == int(scale) and start == int(start)
 
 
@@ -90,18 +112,19 @@ def resample(
     Parameters
     ----------
     pixels : uint8 (H, W, 3)
-        Source block; covers all that the output needs.
-    start : (x, y)
-        Top-left corner of the output, in source px relative to the block.
+        Source block. It must cover the whole output.
+    start : (float, float)
+        Top-left corner (x, y) of the output, in source px relative to the block.
     scale : float
-        Source px per output px. From 0.99 up: area mean. Below: linear interpolation.
-    size : (width, height)
-        Of the output, px.
+        Source px per output px. From 0.99 up the result is an area mean, below it is linearly
+        interpolated.
+    size : (int, int)
+        Width and height of the output, px.
 
     Returns
     -------
     uint8 (height, width, 3)
-        Means rounded half up.
+        Values are rounded half up.
     """
     if is_whole(start[0], scale) and is_whole(start[1], scale):
         x, y, step = int(start[0]), int(start[1]), int(scale)
@@ -111,21 +134,31 @@ def resample(
 
 
 def block_means(pixels: Pixels, step: int) -> Pixels:
-    """Means of ``step`` x ``step`` px, in whole numbers, rounded half up; what does not fill a
-    block is cut off."""
+    """Return the means of blocks of ``step`` x ``step`` px, rounded half up.
+
+    Parameters
+    ----------
+    pixels : uint8 (H, W, 3)
+        Rows and columns that do not fill a block are dropped.
+
+    Returns
+    -------
+    uint8 (H // step, W // step, 3)
+    """
     if step == 1:
         return np.ascontiguousarray(pixels)
     height, width = pixels.shape[0] // step, pixels.shape[1] // step
     pixels = np.ascontiguousarray(pixels[: height * step, : width * step])
     pixels = pixels.reshape(height * step, -1)
     result = np.empty((height, width * 3), np.uint8)
-    kind = np.dtype(np.uint16 if 256 * step**2 <= 1 << 16 else np.uint32)
+    dtype = np.dtype(np.uint16 if 256 * step**2 <= 1 << 16 else np.uint32)
     for top in range(0, height, _BAND):
         rows = pixels[top * step : (top + _BAND) * step]
-        down: NDArray[np.unsignedinteger[Any]] = rows[::step].astype(kind)
+        down: NDArray[np.unsignedinteger[Any]] = rows[::step].astype(dtype)
         for i in range(1, step):
             down += rows[i::step]
-        for channel in range(3):  # long strided runs; (..., step, 3) would be runs of three
+        # a channel at a time: NumPy is slow on an inner axis of three elements
+        for channel in range(3):
             sums = down[:, channel :: 3 * step].copy()
             for i in range(1, step):
                 sums += down[:, channel + 3 * i :: 3 * step]
@@ -143,7 +176,7 @@ def _weighted_means(
     across = weights(start[0], scale, width, pixels.shape[1], channels=3)
     down = weights(start[1], scale, height, pixels.shape[0])
     result = np.empty((height, width * 3), np.uint8)
-    # scipy's products run on the calling thread alone: several readers do not fight over cores
+    # scipy multiplies on the calling thread only, so readers in parallel do not compete for cores
     for top in range(0, height, _BAND):
         rows = down[top : top + _BAND]
         low, high = int(rows.indices.min()), int(rows.indices.max()) + 1

@@ -1,4 +1,4 @@
-"""An open slide: pixels of any region at any resolution."""
+"""Open slides, and read any region at any resolution."""
 
 from __future__ import annotations
 
@@ -9,41 +9,43 @@ from typing import Self
 
 import numpy as np
 
-from nic_core.slides.engines import Engine, EngineName, naming, open_engine
+from nic_core.slides.engines import Engine, EngineName, as_slide_error, open_engine
 from nic_core.slides.errors import SlideError
-from nic_core.slides.metadata import BRIGHTFIELD_REMEDY, check_size, settle_mpp
-from nic_core.slides.resample import resample, settle
+from nic_core.slides.metadata import BRIGHTFIELD_REMEDY, check_physical_size, resolve_mpp
+from nic_core.slides.resample import resample, snap_to_whole
 from nic_core.types import Pixels
 
-# Source pixels held by one read: a wide thumbnail of a slide without a pyramid comes in bands.
+# Limit of source pixels in memory; larger reads are done in bands of rows. Thumbnails of slides
+# without a pyramid need it.
 _SOURCE_PIXELS = 1 << 24
-# A level this much coarser than asked still serves: sizes and um/px are rounded in files.
+# A level this much coarser than requested is still used, since files round sizes and um/px.
 _LEVEL_ROUNDING = 1.01
-_PROBE = 64  # px a side
+_SAMPLE = 64  # px a side of the regions that are read when a slide is opened
 
 
 class Slide:
-    """A whole-slide image, opened by :func:`open_slide`; a context manager, safe to share
-    between threads.
+    """A whole-slide image, opened by :func:`open_slide`.
+
+    A slide is a context manager. Threads may share it.
 
     Attributes
     ----------
     path : Path
     engine, engine_reason : str
-        Library that decodes it (``libvips``, ``openslide`` or ``tifffile``), and why.
+        Library that decodes the file (``libvips``, ``openslide`` or ``tifffile``), and why.
     width, height : int
         Level-0 px.
     mpp : float
         um/px at level 0.
     mpp_source : str
-        Where it comes from: the slide table, a field of the file, or the objective power.
+        Source of ``mpp``: the slide table, a field of the file, or the objective power.
     objective_power : float or None
     bounds : (x, y, width, height)
-        What was scanned, level-0 px; all, unless the file says less.
+        Scanned area, level-0 px; the whole slide if the file does not state it.
     associated : tuple of str
-        Names of the label, macro and thumbnail images in the file, which are never read.
+        Names of the label, macro and thumbnail images in the file. They are never read.
     levels : tuple of Level
-        Finest first.
+        Resolutions of the pyramid, finest first.
     """
 
     def __init__(
@@ -54,9 +56,9 @@ class Slide:
         self.levels = engine.levels
         self.width, self.height = engine.levels[0].width, engine.levels[0].height
         self.mpp, self.mpp_source = mpp, mpp_source
-        self.objective_power = engine.about.objective_power
-        self.bounds = engine.about.bounds or (0, 0, self.width, self.height)
-        self.associated = engine.about.associated
+        self.objective_power = engine.metadata.objective_power
+        self.bounds = engine.metadata.bounds or (0, 0, self.width, self.height)
+        self.associated = engine.metadata.associated
         self._engine = engine
 
     def __enter__(self) -> Self:
@@ -71,13 +73,20 @@ class Slide:
         self.close()
 
     def close(self) -> None:
+        """Close the file."""
         self._engine.close()
 
     def level_for(self, mpp: float) -> int:
-        """Index of the coarsest level that is not coarser than ``mpp`` (um/px); else 0."""
-        asked = mpp / self.mpp * _LEVEL_ROUNDING
+        """Return the index of the coarsest level that is at least as fine as ``mpp``; else 0.
+
+        Parameters
+        ----------
+        mpp : float
+            um/px. Files round sizes and um/px, so a level that is 1 % coarser counts as well.
+        """
+        limit = mpp / self.mpp * _LEVEL_ROUNDING
         return max(
-            (i for i, level in enumerate(self.levels) if level.downsample <= asked),
+            (i for i, level in enumerate(self.levels) if level.downsample <= limit),
             key=lambda i: self.levels[i].downsample,
             default=0,
         )
@@ -90,20 +99,21 @@ class Slide:
         Parameters
         ----------
         x, y : float
-            Top-left corner, level-0 px; fractions count.
+            Top-left corner, level-0 px; may be fractional or outside the slide.
         width, height : int
-            Of the result, px at ``mpp``.
+            Size of the result, px at ``mpp``.
         mpp : float
             um/px of the result.
         scaled : bool
-            Let the decoder shrink where the format allows (tiled JPEG, by 2, 4 or 8): faster,
-            and nearly but not exactly area means.
+            Let the decoder shrink the image where the format allows it (tiled JPEG, by 2, 4 or
+            8). This is faster, and close to area means but not equal to them.
 
         Returns
         -------
         uint8 (height, width, 3)
-            Area means of the nearest finer level, each over exactly the area of the output
-            pixel; linear interpolation where the slide has nothing as fine. White outside.
+            Each pixel is the mean of exactly the area it covers in the nearest finer level.
+            Where the slide has no finer level, pixels are linearly interpolated. Pixels outside
+            the slide are white.
 
         Raises
         ------
@@ -114,8 +124,8 @@ class Slide:
         factor = self.levels[level].downsample
         shrink = self._shrink(level, mpp / self.mpp / factor) if scaled else 1
         factor *= shrink
-        left, scale = settle(x / factor, mpp / self.mpp / factor)
-        top, _ = settle(y / factor, mpp / self.mpp / factor)
+        left, scale = snap_to_whole(x / factor, mpp / self.mpp / factor)
+        top, _ = snap_to_whole(y / factor, mpp / self.mpp / factor)
         rows = max(1, int(_SOURCE_PIXELS / (width * scale * scale + 1)))
         bands = [
             self._read(
@@ -130,10 +140,15 @@ class Slide:
         return bands[0] if len(bands) == 1 else np.concatenate(bands)
 
     def _shrink(self, level: int, scale: float) -> int:
-        """How much the decoder may take of a scale: all of it, or so much that at least two
-        of its px are averaged; anything between would blur."""
-        shrinks = self._engine.shrinks(level)
-        return max(s for s in shrinks if s == 1 or s <= scale / 2 or settle(0, scale / s)[1] == 1)
+        """The factor by which the decoder shrinks a level before it is resampled by ``scale``.
+
+        Either the whole scale, or at most half of it, so that an output pixel averages two decoded
+        pixels or more a side. Resampling decoded pixels by a factor between 1 and 2 would blur.
+        """
+        factors = self._engine.shrink_factors(level)
+        return max(
+            s for s in factors if s == 1 or s <= scale / 2 or snap_to_whole(0, scale / s)[1] == 1
+        )
 
     def _read(
         self,
@@ -144,7 +159,7 @@ class Slide:
         size: tuple[int, int],
     ) -> Pixels:
         """Resample from a level shrunk by the decoder; ``start`` (x, y) and ``scale`` in its px."""
-        margin = 1 if scale < 1 else 0  # interpolation looks half a pixel further
+        margin = 1 if scale < 1 else 0  # interpolation needs half a pixel more
         (left, top), (width, height) = start, size
         x0, y0 = math.floor(left) - margin, math.floor(top) - margin
         x1 = math.ceil(left + width * scale) + margin
@@ -155,14 +170,14 @@ class Slide:
     def _padded(
         self, level: int, x: int, y: int, width: int, height: int, shrink: int = 1
     ) -> Pixels:
-        """A region in px of the shrunk level that may reach outside, where it is white."""
+        """Read a region in px of the shrunk level; white outside the level."""
         size = self.levels[level]
         x0, x1 = max(x, 0), min(x + width, size.width // shrink)
         y0, y1 = max(y, 0), min(y + height, size.height // shrink)
         if x0 >= x1 or y0 >= y1:
             return np.full((height, width, 3), 255, np.uint8)
-        with naming(self.path):
-            inside = self._engine.region(level, x0, y0, x1 - x0, y1 - y0, shrink)
+        with as_slide_error(self.path):
+            inside = self._engine.read_region(level, x0, y0, x1 - x0, y1 - y0, shrink)
         if inside.shape[:2] == (height, width):
             return inside
         padded = np.full((height, width, 3), 255, np.uint8)
@@ -170,10 +185,19 @@ class Slide:
         return padded
 
     def thumbnail(self, side: int) -> Pixels:
-        """The whole slide with its longest side at most ``side`` px, uint8 (H, W, 3).
+        """Read the whole slide with its longest side at most ``side`` px.
 
-        Pixels of the scan itself: label and macro images, which can name a patient, are never
-        read.
+        The pixels come from the scan. Label and macro images, which may show a patient's name,
+        are never read.
+
+        Returns
+        -------
+        uint8 (H, W, 3)
+
+        Raises
+        ------
+        SlideError
+            A part of the slide cannot be decoded.
         """
         factor = max(self.width, self.height) / side
         if factor <= 1:
@@ -181,22 +205,25 @@ class Slide:
         size = [max(1, round(length / factor)) for length in (self.width, self.height)]
         return self.read(0, 0, size[0], size[1], self.mpp * factor)
 
-    def _probe(self) -> None:
-        """Decode a few places of the coarsest level, so that a slide that opens also reads."""
+    def _check_readable(self) -> None:
+        """Decode a few regions of the coarsest level, and refuse a slide that is not brightfield.
+
+        The error is raised when the slide is opened, not after hours of work on others.
+        """
         index = len(self.levels) - 1
         level = self.levels[index]
         dark, failure = True, None
         for across, down in ((0.5, 0.5), (0.25, 0.25), (0.75, 0.25), (0.25, 0.75), (0.75, 0.75)):
-            x = max(0, int(level.width * across) - _PROBE // 2)
-            y = max(0, int(level.height * down) - _PROBE // 2)
+            x = max(0, int(level.width * across) - _SAMPLE // 2)
+            y = max(0, int(level.height * down) - _SAMPLE // 2)
             try:
                 pixels = self._padded(
-                    index, x, y, min(_PROBE, level.width - x), min(_PROBE, level.height - y)
+                    index, x, y, min(_SAMPLE, level.width - x), min(_SAMPLE, level.height - y)
                 )
             except SlideError as error:
                 failure = error
                 continue
-            # light passes glass and tissue: only fluorescence is black with single colours lit
+            # glass and tissue transmit light; fluorescence is black with a signal in one channel
             dark = dark and bool(np.median(pixels) < 16 and pixels.min(axis=2).max() < 128)
             if not dark:
                 return
@@ -204,7 +231,7 @@ class Slide:
             raise failure
         raise SlideError(
             self.path,
-            "black wherever it was looked at: not a brightfield scan",
+            "black in all sampled regions: not a brightfield scan",
             BRIGHTFIELD_REMEDY,
         )
 
@@ -217,22 +244,22 @@ def open_slide(path: Path, *, mpp: float | None = None, engine: EngineName | Non
     path : Path
         SVS, TIFF, OME-TIFF, NDPI, MIRAX, SCN, Philips TIFF, BIF, DICOM, PNG or JPEG.
     mpp : float, optional
-        um/px at level 0; overrides the file's.
-    engine : str, optional
-        Library to read it with; default: the one for its format.
+        um/px at level 0; overrides that of the file.
+    engine : {"tifffile", "openslide", "libvips"}, optional
+        Library that reads the file; default: see :mod:`nic_core.slides.engines`.
 
     Raises
     ------
     SlideError
-        The file is missing, damaged, cut short, of unknown format, not brightfield, or its
-        um/px is unknown or impossible.
+        The file is missing, damaged, truncated, of an unknown format or not brightfield, the engine
+        does not read it, or its um/px is unknown or impossible.
     """
     path = Path(path)
     opened, reason = open_engine(path, engine)
     try:
-        slide = Slide(path, opened, reason, *settle_mpp(path, mpp, opened.about))
-        check_size(path, slide.width, slide.height, slide.mpp)
-        slide._probe()
+        slide = Slide(path, opened, reason, *resolve_mpp(path, mpp, opened.metadata))
+        check_physical_size(path, slide.width, slide.height, slide.mpp)
+        slide._check_readable()
     except SlideError:
         opened.close()
         raise

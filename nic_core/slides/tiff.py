@@ -1,4 +1,4 @@
-"""What is in a TIFF slide: which image is the scan, whether it is whole and brightfield."""
+"""TIFF slides: find the slide among the images of the file, and refuse unusable files."""
 
 from __future__ import annotations
 
@@ -16,76 +16,80 @@ from nic_core.slides.errors import SlideError
 from nic_core.slides.metadata import (
     BRIGHTFIELD_REMEDY,
     DAMAGED_REMEDY,
-    About,
-    fluorescence,
-    tiff_about,
+    FileMetadata,
+    fluorescence_evidence,
+    tiff_metadata,
 )
 
-# Formats whose tiles lie where the TIFF tags say; OpenSlide knows more of any other.
+# Formats that the TIFF tags describe completely. Others need OpenSlide to place the tiles.
 _PLAIN_FORMATS = (None, "aperio", "generic-tiff")
-_PICTURES = ("label", "macro", "thumbnail", "overview")
-_JPEG2000_YCBCR = 33003  # Aperio's
-_DECODED_TO_RGB = (7, 34892, 33007)  # JPEG, by its decoder
+_ASSOCIATED_NAMES = ("label", "macro", "thumbnail", "overview")
+_JPEG2000_YCBCR = 33003  # Aperio's compression tag
+_DECODED_TO_RGB = (7, 34892, 33007)  # JPEG compressions, whose decoders return RGB
 _SUBIFDS = 330
 _MAX_TILE = 1 << 28  # px
-# TIFF data types by number: the size of one value
+# struct format of a value, by the number of the TIFF data type
 _VALUE_FORMATS = tifffile.TIFF.DATA_FORMATS
 
 
 @dataclass(frozen=True)
-class TiffScan:
-    """The scan in a TIFF file.
+class TiffInfo:
+    """The slide in a TIFF file.
 
     Attributes
     ----------
-    dialect : str
-        What the tags and tiles alone do not tell, so that OpenSlide must read it; empty: nothing.
+    openslide_reason : str
+        Why only OpenSlide can read the file. Empty if TIFF tags and tiles suffice; only then are
+        the other attributes set.
     series : int
-        Its index among tifffile's series, where there is no dialect.
-    about : About
+        Index of the slide among tifffile's series.
+    metadata : FileMetadata
     """
 
-    dialect: str = ""
+    openslide_reason: str = ""
     series: int = 0
-    about: About = field(default_factory=About)
+    metadata: FileMetadata = field(default_factory=FileMetadata)
 
 
 def open_tiff(path: Path, *, ndpi: bool = False) -> tifffile.TiffFile:
-    """tifffile's view of a file as what it is: left to itself it goes by the name for NDPI."""
+    """Open a file with tifffile; ``ndpi`` says whether it is an NDPI file.
+
+    tifffile alone decides by the suffix, which may be wrong.
+    """
     return tifffile.TiffFile(path, is_ndpi=ndpi)
 
 
-def tiff_scan(path: Path) -> TiffScan:
-    """Find the scan in a TIFF file.
+def inspect_tiff(path: Path) -> TiffInfo:
+    """Find the slide in a TIFF file: the series with the largest image.
 
     Raises
     ------
     SlideError
-        Not readable as TIFF, cut short, or not an 8-bit RGB brightfield image.
+        The file is damaged, truncated, or not an 8-bit RGB brightfield image.
     """
     vendor = openslide.OpenSlide.detect_format(path)
     try:
         with open_tiff(path, ndpi=vendor == "hamamatsu") as tiff:
-            if how := fluorescence(tiff.pages.first):
-                raise SlideError(path, f"a fluorescence scan ({how})", BRIGHTFIELD_REMEDY)
+            if evidence := fluorescence_evidence(tiff.pages.first):
+                raise SlideError(path, f"a fluorescence scan ({evidence})", BRIGHTFIELD_REMEDY)
             if vendor not in _PLAIN_FORMATS:
-                _check_whole(path, tiff, list(tiff.pages))
-                return TiffScan(dialect=f"the format of {vendor}")
-            return _scan(path, tiff)
+                _check_complete(path, tiff, list(tiff.pages))
+                return TiffInfo(openslide_reason=f"{vendor} format")
+            return _inspect(path, tiff)
     except SlideError:
         raise
     except MemoryError as error:
         raise SlideError(
             path, "damaged TIFF structure (impossible sizes)", DAMAGED_REMEDY
         ) from error
-    # a damaged structure surfaces in tifffile as whatever its bytes lead to: any of a dozen types
+    # in a damaged structure tifffile raises whatever the bytes lead to: any of a dozen types
     except Exception as error:
         raise SlideError(path, f"damaged TIFF structure ({error})", DAMAGED_REMEDY) from error
 
 
-def _scan(path: Path, tiff: tifffile.TiffFile) -> TiffScan:
+def _inspect(path: Path, tiff: tifffile.TiffFile) -> TiffInfo:
     if not tiff.series:
-        raise SlideError(path, "holds no image", DAMAGED_REMEDY)
+        raise SlideError(path, "the file contains no image", DAMAGED_REMEDY)
     number, series = max(
         enumerate(tiff.series), key=lambda s: s[1].keyframe.imagewidth * s[1].keyframe.imagelength
     )
@@ -98,27 +102,31 @@ def _scan(path: Path, tiff: tifffile.TiffFile) -> TiffScan:
         )
     if page.photometric not in (tifffile.PHOTOMETRIC.RGB, tifffile.PHOTOMETRIC.YCBCR):
         colours = tifffile.PHOTOMETRIC(page.photometric).name
-        raise SlideError(path, f"not an RGB image: its colours are {colours}", BRIGHTFIELD_REMEDY)
+        raise SlideError(
+            path, f"not an RGB image: its colour space is {colours}", BRIGHTFIELD_REMEDY
+        )
     pages = [level.keyframe for level in series.levels]
     if any(page.parent is not tiff for page in pages):
-        raise SlideError(path, "its pixels lie in another file of its OME series", "give that file")
+        raise SlideError(
+            path, "its pixels are in another file of its OME series", "give that file instead"
+        )
     for page in pages:
         _check_tiles(path, page)
-    _check_whole(path, tiff, [*tiff.pages, *pages])
+    _check_complete(path, tiff, [*tiff.pages, *pages])
     ycbcr = page.photometric == tifffile.PHOTOMETRIC.YCBCR
     if page.compression == _JPEG2000_YCBCR or (ycbcr and page.compression not in _DECODED_TO_RGB):
-        return TiffScan(dialect="YCbCr colours that are not JPEG's")
-    # tifffile takes an Aperio file's second page for its thumbnail
+        return TiffInfo(openslide_reason="YCbCr colours outside JPEG")
+    # tifffile assumes that an Aperio file's second page is the thumbnail
     if tiff.is_svs and len(tiff.series) > 1 and tiff.series[1].keyframe.is_tiled:
-        return TiffScan(dialect="an Aperio pyramid without the thumbnail that parts its levels")
+        return TiffInfo(openslide_reason="Aperio pyramid without a thumbnail after level 0")
     names = (other.name.lower() for other in tiff.series if other is not series)
-    # any other name is a user's own, and may be a patient's
-    pictures = [name if name in _PICTURES else "unnamed" for name in names]
-    return TiffScan(series=number, about=tiff_about(tiff, pages[0], pictures))
+    # other names are free text and may contain a patient's name
+    associated = [name if name in _ASSOCIATED_NAMES else "unnamed" for name in names]
+    return TiffInfo(series=number, metadata=tiff_metadata(tiff, pages[0], associated))
 
 
 def _check_tiles(path: Path, page: tifffile.TiffPage) -> None:
-    """Sizes, offsets and byte counts must tell the same number of tiles of a possible size."""
+    """Refuse a page whose size, offsets and byte counts disagree about its tiles."""
     side = (page.tilewidth, page.tilelength)
     if not page.is_tiled:
         side = (page.imagewidth, min(page.rowsperstrip, page.imagelength))
@@ -130,37 +138,42 @@ def _check_tiles(path: Path, page: tifffile.TiffPage) -> None:
     stored = len(page.dataoffsets), len(page.databytecounts)
     if stored != (count, count):
         raise SlideError(
-            path, f"damaged: {count} tiles by its size, {stored[0]} stored", DAMAGED_REMEDY
+            path,
+            f"damaged: its size needs {count} tiles, {stored[0]} are stored",
+            DAMAGED_REMEDY,
         )
 
 
-def _check_whole(
+def _check_complete(
     path: Path, tiff: tifffile.TiffFile, pages: Sequence[tifffile.TiffPage | tifffile.TiffFrame]
 ) -> None:
-    """A file cut short still opens, and some libraries give white for what is gone."""
+    """Refuse a truncated file; libraries open it, and some return white for missing pixels."""
     end = max(max(map(add, page.dataoffsets, page.databytecounts), default=0) for page in pages)
-    # NDPI has directories of its own kind
+    # the directories of NDPI files have another layout
     end = max(end, 0 if tiff.is_ndpi else _directories_end(tiff))
     size = tiff.filehandle.size
     if end > size:
         raise SlideError(
-            path, f"cut short: {size:,} bytes, but its parts reach byte {end:,}", DAMAGED_REMEDY
+            path,
+            f"truncated: {size:,} bytes, but its contents extend to byte {end:,}",
+            DAMAGED_REMEDY,
         )
 
 
 def _directories_end(tiff: tifffile.TiffFile) -> int:
-    """Where the image directories and their values end, as far as they can be followed.
+    """The byte after the last image directory and its values, as far as they can be followed.
 
-    Coarse levels often lie last: a file cut there would pass for one without them.
+    Coarse levels often come last in the file: truncated there, the file looks like a complete
+    one without these levels.
     """
     file, form = tiff.filehandle, tiff.tiff
     width, order, letter = form.offsetsize, form.offsetformat[0], form.offsetformat[1]
-    end, seen, waiting = 0, set(), [tiff.pages.first.offset]
+    end, visited, waiting = 0, set(), [tiff.pages.first.offset]
     while waiting and end <= file.size:
         start = waiting.pop()
-        if start == 0 or start in seen:
+        if start == 0 or start in visited:
             continue
-        seen.add(start)
+        visited.add(start)
         end = max(end, start + form.tagnosize)
         if end > file.size:
             break
@@ -189,7 +202,7 @@ def _directories_end(tiff: tifffile.TiffFile) -> int:
 
 
 def tile_size(page: tifffile.TiffPage) -> tuple[int, int]:
-    """Width and height of a page's tiles or strips, px."""
+    """Return the width and height of a page's tiles or strips, px."""
     if page.is_tiled:
         return page.tilewidth, page.tilelength
     return page.imagewidth, min(page.rowsperstrip, page.imagelength)

@@ -1,10 +1,10 @@
-"""The steps of a study; each reads its inputs from the store and writes its product to it.
+"""The steps of a study: each reads its inputs from the store and writes its product to the store.
 
-A step is called ``make_<asset>`` after the asset that it makes. It reads the products of earlier
-steps, calls the module that does the work, and writes its own product atomically. A script calls
-the steps in this order: slide index, slides, patch tables, patch tasks, encoders, encoder probes,
-grids, grid manifests, target folds, slide models, explanations, probability maps, map scores,
-evaluation report.
+A step is named ``make_<asset>`` after the asset that it makes. It reads the products of earlier
+steps, calls the package that implements the method, and writes its own product atomically. A
+script calls the steps in this order: slide index, slides, patch tables, patch tasks, encoders,
+encoder probes, grids, grid manifests, target folds, slide models, explanations, probability maps,
+map scores, evaluation report.
 """
 
 from nic_core.steps.encoders import (

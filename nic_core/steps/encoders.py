@@ -1,4 +1,4 @@
-"""Patch tasks and encoders: read the images, train or import, probe."""
+"""Steps of patch tasks and encoders: build patch tasks, train or import and probe encoders."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from nic_core.store import Store, atomic_file, atomic_folder
 from nic_core.tracker import Tracker
 
 HISTORY = "history.parquet"
-RECIPE = "recipe"  # in a patch task's folder: a digest of what it was made of
+RECIPE = "recipe"  # file in a patch task's folder: hash of its entry, files and settings
 
 
 def make_patch_task(
@@ -36,7 +36,17 @@ def make_patch_task(
     task: str,
     progress: Callable[[int, int], None] | None = None,
 ) -> PatchDataset:
-    """Read a patch task's images; writes and returns the dataset, its patches on disk.
+    """Build a patch task from its images and write it to the store.
+
+    Parameters
+    ----------
+    progress : callable, optional
+        Called with (images read, total); each image counts twice.
+
+    Returns
+    -------
+    PatchDataset
+        The dataset; its patches are memory-mapped.
 
     Raises
     ------
@@ -44,7 +54,8 @@ def make_patch_task(
         See :func:`~nic_core.encoders.patch_tasks.build_patch_task`.
     """
     settings = cohort.settings
-    recipe = _recipe(cohort, task)  # before anything is read
+    # computed before reading, so that a file changed meanwhile makes the patch task stale
+    recipe = _recipe(cohort, task)
     with atomic_folder(store.patch_task(task)) as folder:
         build_patch_task(
             cohort.patch_task(task),
@@ -60,15 +71,15 @@ def make_patch_task(
 
 
 def patch_task_is_current(cohort: Cohort, store: Store, task: str) -> bool:
-    """Whether a patch task is there, made of what its entry, files and settings are now."""
+    """Return whether a patch task exists and matches its present entry, files and settings."""
     recipe = store.patch_task(task) / RECIPE
     return recipe.exists() and recipe.read_text() == _recipe(cohort, task)
 
 
 def _recipe(cohort: Cohort, task: str) -> str:
     settings = cohort.settings
-    made_of = patch_task_version(cohort.patch_task(task))
-    return digest(made_of, settings.patch, settings.mpp, settings.tissue)
+    source = patch_task_version(cohort.patch_task(task))
+    return digest(source, settings.patch, settings.mpp, settings.tissue)
 
 
 def make_encoder(
@@ -80,25 +91,40 @@ def make_encoder(
     *,
     device: str = "auto",
 ) -> Trained:
-    """Train an encoder on its patch tasks, or import a ready one; writes and returns it.
+    """Train an encoder on its patch tasks, or import it, and write it to the store.
 
-    A training that was killed goes on from its last epoch. With a tracker its state stays until
-    :func:`remove_checkpoint`: called again, it tells the tracker all and trains nothing.
+    An interrupted training resumes from its last epoch. With a tracker, the checkpoint of a
+    completed training is kept until :func:`remove_checkpoint`, so that a repeated call logs the
+    whole training to the tracker without training again.
+
+    Parameters
+    ----------
+    tracker : Tracker, optional
+        Receives settings, metrics and figures of the training.
+    progress : callable, optional
+        Called with (patches seen, total patches) after each training step.
+    device : str
+        ``auto`` (CUDA if available), ``cpu``, ``cuda`` or ``cuda:1``.
+
+    Returns
+    -------
+    Trained
+        The encoder and the history of its training, empty for an imported encoder.
 
     Raises
     ------
     EncoderError
-        The entry cannot be trained or imported, or names a version of a registry.
+        Training or import failed, or the entry names a version of a model registry.
     """
     spec, settings = cohort.encoder(encoder), cohort.settings
     if isinstance(spec, RegisteredEncoder):
         raise EncoderError(
-            f"encoder '{encoder}' is a version of a registry, which is not asked here; give the "
-            "file of an imported one"
+            f"encoder '{encoder}' is a version of a model registry, which this step cannot "
+            "download; use an entry with objective 'imported' and the encoder's file"
         )
     if isinstance(spec, ImportedEncoder):
-        ready = import_encoder(spec, patch=settings.patch, mpp=settings.mpp)
-        trained = Trained(ready, pl.DataFrame())
+        imported = import_encoder(spec, patch=settings.patch, mpp=settings.mpp)
+        trained = Trained(imported, pl.DataFrame())
     else:
         trained = train_encoder(
             spec,
@@ -120,13 +146,15 @@ def make_encoder(
 
 
 def remove_checkpoint(store: Store, encoder: str) -> None:
-    """Forget a training's state: its product is kept, and its tracker has taken everything."""
+    """Delete the checkpoint of a training, once the encoder is saved and the tracker is closed."""
     store.encoder_checkpoint(encoder).unlink(missing_ok=True)
 
 
 def leaked_groups(cohort: Cohort, store: Store, encoder: str) -> list[str]:
-    """What training an encoder saw of the test patients of the patch tasks that are made; see
-    :func:`~nic_core.encoders.patch_tasks.leaks`."""
+    """Describe test groups of patch tasks that are in the encoder's training data.
+
+    Only patch tasks in the store are compared; see :func:`~nic_core.encoders.patch_tasks.leaks`.
+    """
     made = [path for task in cohort.patch_tasks if (path := store.patch_task(task.name)).exists()]
     tasks = [load_patch_task(path) for path in made]
     return leaks([task for task in tasks if task.name in cohort.encoder(encoder).tasks], tasks)
@@ -135,22 +163,26 @@ def leaked_groups(cohort: Cohort, store: Store, encoder: str) -> list[str]:
 def make_encoder_probe(
     cohort: Cohort, store: Store, encoder: str
 ) -> tuple[pl.DataFrame, dict[str, Figure]]:
-    """Probe an encoder on every patch task that could be made; writes and returns the scores.
+    """Probe an encoder on every patch task in the store, and write the scores to the store.
 
-    The scores are those of :data:`~nic_core.encoders.probes.PROBE_SCHEMA`; the figures show the
-    embeddings' principal axes and nearest neighbours.
+    Returns
+    -------
+    scores : polars.DataFrame
+        Columns of :data:`~nic_core.encoders.probes.PROBE_SCHEMA`.
+    figures : dict of str to Figure
+        Principal axes and nearest neighbours of the embeddings.
 
     Raises
     ------
     EncoderError
-        No patch task has been made, or one is of another size or um/px than the encoder's.
+        The store has no patch task, or one with another patch size or resolution than the encoder.
     """
     loaded = load_encoder(store.encoder(encoder))
     made = [path for task in cohort.patch_tasks if (path := store.patch_task(task.name)).exists()]
     if not made:
         raise EncoderError(
-            f"encoder '{encoder}' cannot be probed: no patch task has been made; materialize "
-            "'patch_task' first"
+            f"encoder '{encoder}' cannot be probed, because the store has no patch task; "
+            "materialize 'patch_task' first"
         )
     tasks = [load_patch_task(path) for path in made]
     for task in tasks:

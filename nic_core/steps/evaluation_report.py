@@ -1,4 +1,4 @@
-"""The report: every figure of the study in one table, and its pictures."""
+"""The evaluation report: all scores of a study in one table, comparisons and figures."""
 
 from __future__ import annotations
 
@@ -23,8 +23,12 @@ RESULTS, COMPARISONS = "results.parquet", "comparisons.parquet"
 
 
 def make_evaluation_report(cohort: Cohort, store: Store) -> Report:
-    """Gather every figure of the study; writes ``results.parquet``, ``comparisons.parquet`` and
-    ``results.png``."""
+    """Collect all scores of a study; write and return the report.
+
+    The folder gets ``results.parquet``, ``comparisons.parquet``, ``results.png`` and, if every
+    encoder has compressed the same slide, ``compressed_slide.png``. Models, encoders and maps that
+    do not exist yet are left out.
+    """
     settings = cohort.settings.models
     parts = [
         pl.read_parquet(path)
@@ -81,7 +85,10 @@ def make_evaluation_report(cohort: Cohort, store: Store) -> Report:
 
 
 def draw_slide(cohort: Cohort, store: Store, slide: str) -> Figure:
-    """A slide with everything that was made of it; see :mod:`nic_core.reports.slide_figure`."""
+    """Draw a slide with its grids and probability maps.
+
+    See :func:`nic_core.reports.slide_figure.compressed_slide`.
+    """
     paths = {
         encoder.name: store.grid(GridKey(encoder=encoder.name, slide=slide))
         for encoder in cohort.encoders
@@ -101,7 +108,7 @@ def draw_slide(cohort: Cohort, store: Store, slide: str) -> Figure:
 
 
 def _first_compressed(cohort: Cohort, store: Store) -> str | None:
-    """A slide that every encoder has compressed."""
+    """Return the first slide that every encoder has compressed; None if there is none."""
     for slide in read_slide_index(store)["slide"]:
         if all(
             store.grid(GridKey(encoder=encoder.name, slide=slide)).exists()

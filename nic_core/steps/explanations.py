@@ -1,4 +1,4 @@
-"""Explanations: heatmaps of the slides that a model was tested on."""
+"""Explanations: heatmaps of slides, by the networks that were not trained on them."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from matplotlib.image import imread
 from nic_core.cohort import Cohort, CohortError
 from nic_core.grids import open_grid
 from nic_core.maps.heatmaps import OVERLAY, score_heat, write_heatmap
-from nic_core.models.cross_validation import NETWORK, prediction_columns
+from nic_core.models.cross_validation import NETWORK
 from nic_core.models.explanation import explain, held_out_networks
 from nic_core.models.files import load_model
+from nic_core.models.kinds import kind_of
 from nic_core.steps.grids import read_grid_manifest
 from nic_core.steps.probability_maps import slide_truth
 from nic_core.steps.slide_index import digest, open_indexed
@@ -22,31 +23,32 @@ from nic_core.store import GridKey, ModelKey, Store, atomic_folder
 from nic_core.types import Pixels
 
 SCORES = "scores.parquet"
-PICTURED = 4  # slides of highest predictions whose heat is drawn, and of lowest
+PICTURED = 4  # slides with the highest and the lowest predictions whose heatmaps are drawn
 EXPLANATION_SCHEMA = pl.Schema(
     {
         "slide": pl.String(),
         "split": pl.String(),
-        "map": pl.String(),
-        "auc": pl.Float64(),
-        "hit": pl.Boolean(),
+        "map": pl.String(),  # the probability map whose truth image is used
+        "auc": pl.Float64(),  # of the heatmap's values over cells
+        "hit": pl.Boolean(),  # pointing game: the hottest cell is positive
     }
 )
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """What :func:`make_explanation` made.
+    """The result of :func:`make_explanation`.
 
     Attributes
     ----------
     scores
-        A row a slide and map whose truth tells its cells apart: ``slide``, ``split``, ``map``,
-        ``auc`` of the heat over cells, ``hit`` of the pointing game.
+        One row per slide and map whose truth image has positive and negative cells,
+        :data:`EXPLANATION_SCHEMA`.
     overlays
-        Those of the highest and the lowest prediction by what they are, uint8 (H, W, 3).
+        Heatmaps drawn over the slides with the highest and the lowest prediction, by their
+        captions, uint8 (H, W, 3).
     versions
-        Of each slide's heat.
+        Slide id to digest of its heatmap.
     """
 
     scores: pl.DataFrame
@@ -55,24 +57,31 @@ class Explanation:
 
 
 def make_explanation(cohort: Cohort, store: Store, key: ModelKey) -> Explanation:
-    """Heatmaps of every slide that a model was tested on; writes them and their scores.
+    """Compute the heatmap of every slide of a model; write the heatmaps and their scores.
 
-    Each patient is explained by the networks that have not seen them: that of the fold in which
-    they were held out, or all for the split ``test``.
+    Each patient is explained by the networks that were not trained on them: the network of the
+    fold in which the patient was held out, or all networks for split ``test``. The slides with the
+    highest and lowest predictions (classification: probabilities of the last class) are also
+    drawn as pictures.
 
-    The slides of the highest and lowest predictions (of classes: of the last one) get pictures.
+    Parameters
+    ----------
+    key
+        Encoder and target of the model.
 
     Raises
     ------
     CohortError
         No slide has a grid.
+    ModelFileError
+        The model is missing or invalid.
     """
     model = load_model(store.slide_model(key))
     predictions = pl.read_parquet(store.slide_model(key) / PREDICTIONS)
     units = (
         predictions.filter(model=NETWORK)
         .join(pl.read_parquet(store.target_folds(key.target)).select("unit", "slides"), on="unit")
-        .sort(prediction_columns(model.card.target)[-1], descending=True)
+        .sort(kind_of(model.card.target).prediction_columns[-1], descending=True)
     )
     units = with_grids(units, read_grid_manifest(store, key.encoder)).explode("slides")
     if units.is_empty():

@@ -1,4 +1,4 @@
-"""Grids and their manifest: compress slides with an encoder, and list what was compressed."""
+"""Make grids and grid manifests: compress slides with an encoder, and list the grids."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nic_core.tiling.patches import read_patch_table
 MANIFEST_SCHEMA = pl.Schema(
     {
         "slide": pl.String(),
-        "hash": pl.String(),  # of the grid's content; null: the slide has no grid
+        "hash": pl.String(),  # content hash of the grid; null if the slide has no grid
         "cells": pl.Int64(),  # cells with an embedding
     }
 )
@@ -26,7 +26,7 @@ MANIFEST_SCHEMA = pl.Schema(
 def prepare_encoder(
     cohort: Cohort, store: Store, encoder: str, device: str = "auto"
 ) -> PreparedEncoder:
-    """Load an encoder for compression with the cohort's settings."""
+    """Load an encoder and prepare it for compression with the cohort's settings."""
     settings = cohort.settings.compression
     return load_encoder(store.encoder(encoder)).prepare(
         device, settings.precision, settings.reading
@@ -34,10 +34,12 @@ def prepare_encoder(
 
 
 def make_grid(cohort: Cohort, store: Store, encoder: PreparedEncoder, slide: str) -> Grid:
-    """Compress a slide with an encoder; writes and returns the grid.
+    """Compress a slide with an encoder; write and return the grid.
 
     Raises
     ------
+    CohortError
+        The slide is not in the slide index.
     SlideError, PatchTableError
         See :func:`~nic_core.compression.compress_slide`.
     """
@@ -56,10 +58,19 @@ def make_grid(cohort: Cohort, store: Store, encoder: PreparedEncoder, slide: str
 
 
 def make_grid_manifest(store: Store, encoder: str) -> pl.DataFrame:
-    """List the grid of every indexed slide (:data:`MANIFEST_SCHEMA`); writes and returns the list.
+    """List the grids of all indexed slides; write and return the manifest.
 
-    The content hashes are computed from the grids, so that the manifest's version is that of all
-    grids together.
+    Content hashes are computed from the grids, so the manifest changes exactly when a grid does.
+
+    Returns
+    -------
+    polars.DataFrame
+        :data:`MANIFEST_SCHEMA`, by slide id.
+
+    Raises
+    ------
+    GridError
+        A grid cannot be read.
     """
     rows: list[tuple[str, str | None, int]] = []
     for slide in read_slide_index(store)["slide"]:
@@ -76,12 +87,12 @@ def make_grid_manifest(store: Store, encoder: str) -> pl.DataFrame:
 
 
 def read_grid_manifest(store: Store, encoder: str) -> pl.DataFrame:
-    """The manifest that :func:`make_grid_manifest` wrote.
+    """Read the manifest that :func:`make_grid_manifest` wrote.
 
     Raises
     ------
     CohortError
-        It does not exist yet.
+        The manifest does not exist yet.
     """
     path = store.grid_manifest(encoder)
     if not path.exists():

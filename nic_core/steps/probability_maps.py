@@ -1,4 +1,4 @@
-"""Probability maps: an encoder's own head on every cell, and its scores."""
+"""Make probability maps and map scores: apply an encoder's head to every cell of a grid."""
 
 from __future__ import annotations
 
@@ -22,14 +22,29 @@ CELLS, OVERLAY = "cells.parquet", "overlay.jpg"
 
 
 def make_probability_map(cohort: Cohort, store: Store, key: MapKey) -> tuple[pl.DataFrame, Pixels]:
-    """Read a probability map off a grid; writes its cells and returns them with an overlay."""
-    item = cohort.probability_map(key.map)
-    encoder = load_encoder(store.encoder(item.encoder))
-    grid = open_grid(store.grid(GridKey(encoder=item.encoder, slide=key.slide)))
+    """Compute the probability map of a slide; write and return its cells and an overlay.
+
+    Returns
+    -------
+    cells : polars.DataFrame
+        :data:`nic_core.maps.MAP_SCHEMA`.
+    overlay : uint8 (H, W, 3)
+        The map over a thumbnail.
+
+    Raises
+    ------
+    CohortError
+        The map or its class is not defined, or the truth image cannot be read.
+    GridError
+        The grid of the slide cannot be read.
+    """
+    entry = cohort.probability_map(key.map)
+    encoder = load_encoder(store.encoder(entry.encoder))
+    grid = open_grid(store.grid(GridKey(encoder=entry.encoder, slide=key.slide)))
     record = read_record(store, key.slide)
     cell = cohort.settings.patch * cohort.settings.mpp / record.mpp
-    truth = slide_truth(cohort, store, item, key.slide, grid.valid.shape)
-    cells = probability_map(grid, encoder, item, truth)
+    truth = slide_truth(cohort, store, entry, key.slide, grid.valid.shape)
+    cells = probability_map(grid, encoder, entry, truth)
     picture = overlay(
         imread(store.slide(key.slide) / THUMBNAIL),
         cells,
@@ -44,38 +59,52 @@ def make_probability_map(cohort: Cohort, store: Store, key: MapKey) -> tuple[pl.
 
 
 def make_map_scores(cohort: Cohort, store: Store, name: str) -> pl.DataFrame:
-    """Score a map on every slide with a truth image; writes and returns the scores.
+    """Score a map on every slide with a truth image; write and return the scores.
 
-    They are those of :func:`nic_core.maps.score_maps` with ``patient`` and ``in_training``: whether
-    the encoder was trained on patches of that patient, so that the AUC says little about others.
+    Returns
+    -------
+    polars.DataFrame
+        The columns of :func:`nic_core.maps.score_maps`, ``patient`` and ``in_training``. The latter
+        is true if the encoder was trained on patches of the patient; the AUC then says little about
+        other patients.
     """
     index = read_slide_index(store)
-    found = [
+    paths = [
         store.probability_map(MapKey(map=name, slide=slide)) / CELLS for slide in index["slide"]
     ]
-    scores = score_maps(pl.concat([pl.read_parquet(path) for path in found if path.exists()]))
+    scores = score_maps(pl.concat([pl.read_parquet(path) for path in paths if path.exists()]))
     patches = load_patch_task(store.patch_task(cohort.probability_map(name).task)).table
     trained_on = patches.filter(pl.col("split") != "test")["group"].unique()
-    about = index.select(
+    patients = index.select(
         "slide", "patient", in_training=pl.col("patient").is_in(trained_on.implode())
     )
-    scores = scores.join(about, on="slide", maintain_order="left")
+    scores = scores.join(patients, on="slide", maintain_order="left")
     with atomic_file(store.map_scores(name)) as path:
         scores.write_parquet(path)
     return scores
 
 
 def slide_truth(
-    cohort: Cohort, store: Store, item: ProbabilityMap, slide: str, shape: tuple[int, ...]
+    cohort: Cohort, store: Store, entry: ProbabilityMap, slide: str, shape: tuple[int, ...]
 ) -> npt.NDArray[np.int8] | None:
-    """What the slide's truth image says of its cells, if it has one; see
-    :func:`nic_core.maps.truth_of_cells`."""
+    """Read the truth of a slide's cells from its truth image, if the slide table gives one.
+
+    Parameters
+    ----------
+    shape : (int, int)
+        Rows and columns of the grid.
+
+    Returns
+    -------
+    int8 (rows, columns) or None
+        See :func:`nic_core.maps.truth_of_cells`.
+    """
     path, record = index_row(store, slide)["truth"], read_record(store, slide)
     if not path:
         return None
     return truth_of_cells(
         Path(path),
-        item,
+        entry,
         width=record.width,
         height=record.height,
         cell=cohort.settings.patch * cohort.settings.mpp / record.mpp,

@@ -1,4 +1,4 @@
-"""Slide index: scan the cohort's files, and give a version to every input."""
+"""Make the slide index: scan the cohort's files, and compute a version of every input."""
 
 from __future__ import annotations
 
@@ -25,16 +25,17 @@ class SlideScan:
 
     Attributes
     ----------
-    index
-        The usable slides; see :func:`nic_core.cohort.index.slide_index`.
-    versions
-        Slide id to version: a digest of the file's content and of its row in the slide table.
-    missing
-        Slides with a file that does not exist or cannot be read, and the reason.
-    removed
-        Slides of the previous index that are no longer in this one.
-    snapshot
-        Size, time and identity of every file (:data:`nic_core.cohort.scan.SNAPSHOT_SCHEMA`).
+    index : polars.DataFrame
+        The usable slides (:data:`nic_core.cohort.index.INDEX_SCHEMA`).
+    versions : dict of str to str
+        Slide id to version: a digest of the content of slide and mask and of the slide's um/px.
+    missing : dict of str to str
+        Slide id to reason, for slides with a file that does not exist or cannot be read.
+    removed : list of str
+        Slides of the previous index that are not in this one.
+    snapshot : polars.DataFrame
+        Size, time and content identity of every file
+        (:data:`nic_core.cohort.scan.SNAPSHOT_SCHEMA`).
     """
 
     index: pl.DataFrame
@@ -45,7 +46,13 @@ class SlideScan:
 
 
 def make_slide_index(cohort: Cohort, store: Store) -> SlideScan:
-    """Scan the cohort's slides and write the slide index; see :func:`scan_slides`."""
+    """Scan the cohort's slides and write the slide index.
+
+    Raises
+    ------
+    CohortError
+        See :func:`scan_slides`.
+    """
     scan = scan_slides(cohort, store)
     write_slide_index(store, scan)
     return scan
@@ -59,41 +66,42 @@ def scan_slides(
     rehash: bool = True,
     allow_missing_slides: bool = False,
 ) -> SlideScan:
-    """Find the cohort's slides, and what changed since the index was last written.
+    """List the usable slides of the cohort and compute their versions.
 
     Parameters
     ----------
     ignore_paths : collection of str
-        Files that are still being written. A new slide among them is left out; a known slide
-        keeps its last state.
+        Files that are still being written. A new slide among them is left out; a known slide keeps
+        the state of the previous snapshot.
     rehash : bool
-        Compute the content identity of every file again; otherwise only of files whose size or
-        time changed.
+        Compute the content identity of every file; otherwise only of files whose size or time
+        changed.
     allow_missing_slides : bool
-        Accept that more than half of the known slides are missing.
+        Accept that more than half of the slides of the previous index are missing.
 
     Raises
     ------
     CohortError
-        See :func:`nic_core.cohort.index.slide_index`; or more than half of the slides are missing.
+        More than half of the slides are missing, none can be read, or the slides are not valid
+        (see :func:`nic_core.cohort.index.slide_index`).
     """
-    before = pl.read_parquet(store.slide_index) if store.slide_index.exists() else None
+    previous_index = pl.read_parquet(store.slide_index) if store.slide_index.exists() else None
     index = slide_index(cohort, allow_missing=True)
     previous = read_file_snapshot(store)
     tables = [str(table) for table in (cohort.slides.table, cohort.labels) if table is not None]
     files = [path for column in ("path", "mask") for path in index[column].drop_nulls()]
-    hashed = {**dict.fromkeys(files, True), **dict.fromkeys(tables, False)}
+    with_identity = {**dict.fromkeys(files, True), **dict.fromkeys(tables, False)}
     snapshot, unreadable = take_snapshot(
-        {path: content for path, content in hashed.items() if path not in ignore_paths},
+        {path: content for path, content in with_identity.items() if path not in ignore_paths},
         previous.clear() if rehash else previous,
     )
-    # a file that is still being written keeps its last state
+    # a file that is still being written keeps the state of the previous snapshot
     snapshot = pl.concat([snapshot, previous.filter(pl.col("path").is_in(list(ignore_paths)))])
     identity = dict(snapshot.select("path", "identity").iter_rows())
     missing = missing_files(index) | {
         slide: unreadable[path]
-        for slide, *own in index.select("slide", "path", "mask").iter_rows()
-        for path in own
+        for slide, *paths in index.select("slide", "path", "mask").iter_rows()
+        for path in paths
         if path in unreadable
     }
     index = index.filter(
@@ -101,16 +109,19 @@ def scan_slides(
         pl.col("path").is_in(list(identity)),
         pl.col("mask").is_null() | pl.col("mask").is_in(list(identity)),
     )
-    removed = [] if before is None else sorted(set(before["slide"]) - set(index["slide"]))
-    many = before is not None and len(removed) > max(1, before.height / 2)
-    if before is not None and many and not allow_missing_slides:
+    known = [] if previous_index is None else previous_index["slide"].to_list()
+    removed = sorted(set(known) - set(index["slide"]))
+    if len(removed) > max(1, len(known) / 2) and not allow_missing_slides:
         raise CohortError(
-            f"{len(removed)} of {before.height} slides are missing, for example {removed[0]}: is "
+            f"{len(removed)} of {len(known)} slides are missing, for example {removed[0]}: is "
             "their folder mounted? If they were removed on purpose, materialize 'slide_index' "
             "with the configuration 'allow_missing_slides: true'"
         )
     if index.is_empty():
-        raise CohortError(f"cohort '{cohort.name}': none of its slides can be read yet")
+        raise CohortError(
+            f"cohort '{cohort.name}': no slide can be read; check the slide files, or wait until "
+            "they are copied"
+        )
     versions = {
         slide: digest(identity[path], mpp, identity[mask] if mask else None)
         for slide, path, mpp, mask in index.select("slide", "path", "mpp", "mask").iter_rows()
@@ -119,7 +130,13 @@ def scan_slides(
 
 
 def write_slide_index(store: Store, scan: SlideScan) -> None:
-    """Write the slide index and the file snapshot to the store."""
+    """Write the slide index and the file snapshot to the store.
+
+    Raises
+    ------
+    StoreError
+        A file cannot be written.
+    """
     with atomic_file(store.slide_index) as path:
         scan.index.write_parquet(path)
     with atomic_file(store.file_snapshot) as path:
@@ -127,12 +144,17 @@ def write_slide_index(store: Store, scan: SlideScan) -> None:
 
 
 def read_slide_index(store: Store) -> pl.DataFrame:
-    """The slide index that :func:`write_slide_index` wrote.
+    """Read the slide index that :func:`write_slide_index` wrote.
+
+    Returns
+    -------
+    polars.DataFrame
+        :data:`nic_core.cohort.index.INDEX_SCHEMA`.
 
     Raises
     ------
     CohortError
-        It does not exist yet.
+        The slide index does not exist yet.
     """
     if not store.slide_index.exists():
         raise CohortError(f"{store.slide_index} does not exist; materialize 'slide_index' first")
@@ -140,19 +162,31 @@ def read_slide_index(store: Store) -> pl.DataFrame:
 
 
 def read_file_snapshot(store: Store) -> pl.DataFrame:
-    """The file snapshot of the last scan; empty before the first one."""
+    """Read the file snapshot of the last slide index; empty before the first one.
+
+    Returns
+    -------
+    polars.DataFrame
+        :data:`nic_core.cohort.scan.SNAPSHOT_SCHEMA`.
+    """
     if not store.file_snapshot.exists():
         return pl.DataFrame(schema=SNAPSHOT_SCHEMA)
     return pl.read_parquet(store.file_snapshot)
 
 
 def patch_task_versions(cohort: Cohort) -> dict[str, str]:
-    """A version of every patch task (:func:`patch_task_version`)."""
+    """Return the version of every patch task by name (:func:`patch_task_version`)."""
     return {task.name: patch_task_version(task) for task in cohort.patch_tasks}
 
 
 def patch_task_version(task: PatchTask) -> str:
-    """Digest of a patch task's entry, its files, and the listing of its folder."""
+    """Return a digest of a patch task's entry, its files, and the file list of its folder.
+
+    Raises
+    ------
+    CohortError, SlideError
+        A file of the task cannot be read.
+    """
     return digest(
         task,
         [content_identity(path) for path in source_files(task)],
@@ -161,9 +195,9 @@ def patch_task_version(task: PatchTask) -> str:
 
 
 def encoder_versions(cohort: Cohort) -> dict[str, str]:
-    """A version of every encoder: digest of its entry in the cohort file and of the file it names.
+    """Return a version of every encoder by name: a digest of its entry and of its file, if any.
 
-    Encoders of a registry are left out: only the registry knows their version.
+    Registered encoders are left out, since only the registry knows their version.
     """
     return {
         encoder.name: digest(encoder, _listing(encoder.file))
@@ -175,7 +209,7 @@ def encoder_versions(cohort: Cohort) -> dict[str, str]:
 
 
 def target_versions(cohort: Cohort, index: pl.DataFrame) -> dict[str, str]:
-    """A version of every target: digest of its entry and of the labels and splits it uses."""
+    """Return a version of every target by name: a digest of its entry, labels and splits."""
     return {
         target.name: digest(target, target_table(cohort, target, index).rows())
         for target in cohort.targets
@@ -183,12 +217,12 @@ def target_versions(cohort: Cohort, index: pl.DataFrame) -> dict[str, str]:
 
 
 def index_row(store: Store, slide: str) -> dict[str, Any]:
-    """The row of a slide in the index.
+    """Return the row of a slide in the slide index.
 
     Raises
     ------
     CohortError
-        The slide is not in the index.
+        The slide is not in the slide index.
     """
     rows = read_slide_index(store).filter(pl.col("slide") == slide)
     if rows.is_empty():
@@ -197,24 +231,32 @@ def index_row(store: Store, slide: str) -> dict[str, Any]:
 
 
 def open_indexed(store: Store, slide: str) -> Slide:
-    """Open a slide of the index, with the um/px that the slide table gives."""
+    """Open a slide of the slide index, with the um/px of the slide table.
+
+    Raises
+    ------
+    CohortError
+        The slide is not in the slide index.
+    SlideError
+        The slide cannot be used.
+    """
     row = index_row(store, slide)
     return open_slide(Path(row["path"]), mpp=row["mpp"])
 
 
 def digest(*parts: object) -> str:
-    """A short, stable digest of objects with a complete ``repr``; 16 hexadecimal digits."""
+    """Return a digest of objects, whose ``repr`` must be complete; 16 hexadecimal digits."""
     return hashlib.sha256("\n".join(map(repr, parts)).encode()).hexdigest()[:16]
 
 
-def _listing(place: Path) -> list[tuple[str, int, int]]:
+def _listing(path: Path) -> list[tuple[str, int, int]]:
     """Names, sizes and times of the files of a folder, or of one file; empty if it does not exist.
 
-    Contents are not read: they may be thousands of images or gigabytes of weights.
+    Contents are not read, since there may be thousands of images or gigabytes of weights.
     """
-    paths = [place] if place.is_file() else place.rglob("*")
+    files = [path] if path.is_file() else path.rglob("*")
     return sorted(
-        (str(path.relative_to(place)), path.stat().st_size, path.stat().st_mtime_ns)
-        for path in paths
-        if path.is_file()
+        (str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns)
+        for file in files
+        if file.is_file()
     )

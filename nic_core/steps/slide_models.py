@@ -1,4 +1,4 @@
-"""Target folds and slide models: deal patients into folds, cross-validate networks on grids."""
+"""Target folds and slide models: assign patients to folds, cross-validate networks on grids."""
 
 from __future__ import annotations
 
@@ -33,10 +33,15 @@ UNLOGGED = "unlogged"  # file in a model's folder until the tracker has logged t
 
 
 def make_target_folds(cohort: Cohort, store: Store, target: str) -> pl.DataFrame:
-    """Assign a target's patients to folds; writes and returns the table of folds.
+    """Assign a target's patients to folds; write and return the target table with folds.
 
-    The table is that of :func:`~nic_core.models.labels.target_table` with the column ``fold``
-    (null in split ``test``). The models of all encoders on this target share it.
+    The table is the output of :func:`~nic_core.models.labels.target_table` with the column
+    ``fold`` (null in split ``test``). The models of all encoders on this target share it.
+
+    Raises
+    ------
+    CohortError
+        The label table is invalid, or has too few labels for the folds.
     """
     entry, settings = cohort.target(target), cohort.settings.models
     units = target_table(cohort, entry, read_slide_index(store))
@@ -56,18 +61,32 @@ def make_slide_model(
     *,
     device: str = "auto",
 ) -> tuple[CrossValidation, ModelCard]:
-    """Cross-validate a target's networks on an encoder's grids; writes and returns the model.
+    """Cross-validate a target's networks on an encoder's grids; write and return the model.
 
     Slides without a grid are left out. With a tracker, the model counts as not logged until
-    :func:`mark_logged` is called. If this function is called again on the same inputs before
+    :func:`mark_logged` is called. If this function is called again with the same inputs before
     that, it reads the stored model and logs it again instead of training.
+
+    Parameters
+    ----------
+    key
+        Encoder and target.
+    tracker
+        Receives the training curves.
+    progress
+        Called after each fold with the number of folds done and of all folds.
+    device
+        ``auto``, ``cpu`` or ``cuda``.
 
     Raises
     ------
     CohortError
-        The grids were not all made in one way, or cannot be used; see :func:`cross_validate`.
+        The grids were compressed with different settings, or cannot be used; see
+        :func:`~nic_core.models.cross_validation.cross_validate`.
     TrainingError
         A loss is not finite.
+    ValueError
+        The device does not exist.
     """
     settings = cohort.settings
     encoder, target = key.encoder, key.target
@@ -85,7 +104,7 @@ def make_slide_model(
         for slide in table["slides"].explode().unique()
     }
     grids = _grid_settings(cohort, encoder, origins)
-    evaluated = cross_validate(
+    result = cross_validate(
         cohort.target(target),
         table.drop("fold"),
         table.filter(pl.col("split") == "cv").select("patient", "fold").unique().sort("patient"),
@@ -98,7 +117,7 @@ def make_slide_model(
     with atomic_folder(folder) as new:
         card = save_model(
             new,
-            evaluated,
+            result,
             encoder=encoder,
             weights_hash=weights,
             patch=settings.patch,
@@ -108,12 +127,12 @@ def make_slide_model(
                 cohort.name, table, {slide: o.slide_identity for slide, o in origins.items()}
             ),
         )
-        evaluated.predictions.write_parquet(new / PREDICTIONS)
-        evaluated.history.write_parquet(new / HISTORY)
+        result.predictions.write_parquet(new / PREDICTIONS)
+        result.history.write_parquet(new / HISTORY)
         model_results(card).write_parquet(new / METRICS)
         if tracker is not None:
             (new / UNLOGGED).write_text(recipe)
-    return evaluated, card
+    return result, card
 
 
 def mark_logged(store: Store, key: ModelKey) -> None:
@@ -124,22 +143,26 @@ def mark_logged(store: Store, key: ModelKey) -> None:
 def _grid_settings(
     cohort: Cohort, encoder: str, origins: Mapping[str, GridProvenance]
 ) -> GridSettings:
-    """Precision, reading and tissue threshold of an encoder's grids, which must all agree."""
-    ways = sorted({(origin.precision, origin.reading) for origin in origins.values()})
-    if len(ways) != 1:
-        told = " and ".join(f"{precision} by {reading}" for precision, reading in ways)
+    """Return precision, reading and tissue threshold, which must be equal for all grids."""
+    if not origins:
         raise CohortError(
-            f"encoder '{encoder}': its grids were made in more than one way ({told or 'none'}); "
-            "set settings.compression.precision, not auto, and materialize 'grid' again"
+            f"encoder '{encoder}': no labelled slide has a grid; materialize 'grid' first"
         )
-    precision, reading = ways[0]
+    found = sorted({(origin.precision, origin.reading) for origin in origins.values()})
+    if len(found) != 1:
+        pairs = " and ".join(f"{precision} by {reading}" for precision, reading in found)
+        raise CohortError(
+            f"encoder '{encoder}': its grids were made in more than one way ({pairs}); set "
+            "settings.compression.precision to float32 or bfloat16 and materialize 'grid' again"
+        )
+    precision, reading = found[0]
     return GridSettings.model_validate(
         {"precision": precision, "reading": reading, "tissue": cohort.settings.tissue}
     )
 
 
 def _unlogged_recipe(folder: Path) -> str | None:
-    """Digest of the inputs of a model that the tracker has not logged; None if it has."""
+    """Return the digest of the inputs of a model that is not logged; None if it is logged."""
     marker = folder / UNLOGGED
     return marker.read_text() if marker.exists() else None
 
@@ -150,7 +173,7 @@ def _log_again(folder: Path, tracker: Tracker) -> tuple[CrossValidation, ModelCa
     for row in history.iter_rows(named=True):
         fold, epoch = row.pop("fold"), row.pop("epoch")
         tracker.metrics({f"fold_{fold}_{name}": value for name, value in row.items()}, step=epoch)
-    evaluated = CrossValidation(
+    result = CrossValidation(
         target=model.card.target,
         settings=model.card.settings,
         predictions=pl.read_parquet(folder / PREDICTIONS),
@@ -158,12 +181,21 @@ def _log_again(folder: Path, tracker: Tracker) -> tuple[CrossValidation, ModelCa
         networks=model.networks,
         history=history,
         best_epochs=model.card.best_epochs,
+        baseline_hazards=model.card.baseline_hazards,
     )
-    return evaluated, model.card
+    return result, model.card
 
 
 def with_grids(table: pl.DataFrame, manifest: pl.DataFrame) -> pl.DataFrame:
-    """Units of a target with only those slides that have a grid; units without any are left out."""
+    """Remove slides without a grid from the units of a target; units without slides are left out.
+
+    Parameters
+    ----------
+    table
+        Target table with the column ``slides`` (list of ids).
+    manifest
+        Grid manifest of the encoder.
+    """
     compressed = manifest.filter(pl.col("hash").is_not_null())["slide"].implode()
     return table.with_columns(
         pl.col("slides").list.eval(pl.element().filter(pl.element().is_in(compressed)))

@@ -1,4 +1,4 @@
-"""Slides and patch tables: open a slide, find its tissue, lay the grid over it."""
+"""Make the slide record and the patch table of a slide."""
 
 from __future__ import annotations
 
@@ -22,29 +22,40 @@ THUMBNAIL_SIDE = 1024  # px
 
 
 class SlideRecord(BaseModel):
-    """What is known of an opened slide; ``slide.json`` in the slide's folder."""
+    """Metadata of a slide and of its tissue mask: ``slide.json`` in the slide's folder."""
 
     model_config = ConfigDict(frozen=True)
 
-    slide: str
-    identity: str  # of the file's content
-    engine: str  # library that reads it
+    slide: str  # slide id
+    identity: str  # content identity
+    engine: str  # library that reads the file
     width: int  # level-0 px
     height: int
     mpp: float  # um/px at level 0
     levels: tuple[Level, ...]  # finest first
     tissue_mpp: float  # um/px of tissue.png
-    tissue_mm2: float
+    tissue_mm2: float  # area of the tissue
 
 
 def make_slide(store: Store, slide: str) -> tuple[SlideRecord, Pixels]:
-    """Open a slide, find its tissue, draw a thumbnail.
+    """Detect the tissue of a slide, or read its given mask; write record, thumbnail and mask.
 
-    Returns the record, and the thumbnail with the tissue outlined, uint8 (H, W, 3).
+    Returns
+    -------
+    record : SlideRecord
+    outline : uint8 (H, W, 3)
+        Thumbnail with the outline of the tissue.
+
+    Raises
+    ------
+    CohortError
+        The slide is not in the slide index.
+    SlideError
+        The slide or its mask cannot be used.
     """
     with open_indexed(store, slide) as opened:
-        ready = index_row(store, slide)["mask"]
-        mask = read_mask(Path(ready), opened) if ready else tissue_mask(opened)
+        mask_path = index_row(store, slide)["mask"]
+        mask = read_mask(Path(mask_path), opened) if mask_path else tissue_mask(opened)
         record = SlideRecord(
             slide=slide,
             identity=content_identity(opened.path),
@@ -64,13 +75,20 @@ def make_slide(store: Store, slide: str) -> tuple[SlideRecord, Pixels]:
 
 
 def read_record(store: Store, slide: str) -> SlideRecord:
-    """The record that :func:`make_slide` wrote."""
+    """Read the record that :func:`make_slide` wrote."""
     return SlideRecord.model_validate_json((store.slide(slide) / RECORD).read_bytes())
 
 
 def make_patch_table(cohort: Cohort, store: Store, slide: str) -> pl.DataFrame:
-    """Lay the cohort's grid over a slide and measure its cells; writes and returns the patch
-    table."""
+    """Divide a slide into cells and measure their quality; write and return the patch table.
+
+    Raises
+    ------
+    CohortError
+        The slide is not in the slide index.
+    SlideError
+        The slide cannot be used, or too many of its cells cannot be decoded.
+    """
     settings = cohort.settings
     mask = TissueMask.load(store.slide(slide) / TISSUE, read_record(store, slide).tissue_mpp)
     with open_indexed(store, slide) as opened:

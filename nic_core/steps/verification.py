@@ -1,7 +1,8 @@
-"""Is the store what was written? Every product against the hash that was recorded with it.
+"""Verify the products of the store against the hashes that were recorded with them.
 
-Encoders and models have the hashes of their weights in their cards, grids that of their embeddings in
-their attributes. Of other products none is recorded: they are read from end to end.
+Encoders and slide models record hashes of their weights in their cards, and grids record a content
+hash in their attributes. Other products have no hash; it is only checked that they can be read
+completely.
 """
 
 from __future__ import annotations
@@ -27,15 +28,16 @@ from nic_core.tiling.tissue import TissueMask
 
 
 @dataclass(frozen=True)
-class Verified:
-    """What was found of a product.
+class Verification:
+    """The result of verifying a product.
 
     Attributes
     ----------
-    problem
-        What is wrong and what to do, or None.
-    hashed
-        It was compared with a recorded hash, not only read.
+    product : Product
+    problem : str or None
+        What is wrong and what to do; None if nothing is.
+    hashed : bool
+        Whether the product was compared with a recorded hash, or only read.
     """
 
     product: Product
@@ -43,32 +45,37 @@ class Verified:
     hashed: bool
 
 
-def verify(product: Product) -> Verified:
-    """Read a product whole and compare it with what was recorded of it."""
+def verify(product: Product) -> Verification:
+    """Read a product completely, and compare it with its recorded hash if it has one."""
     try:
         hashed = _CHECKS[product.asset](product.path)
     except (EncoderError, GridError, ModelFileError, PatchTableError) as error:
-        return Verified(product, str(error), hashed=True)
+        return Verification(product, str(error), hashed=True)
     except (OSError, ValueError, pl.exceptions.PolarsError, pyvips.Error) as error:
         text = str(error).strip().replace("\n", "; ")
-        return Verified(product, f"{product.path}: {text}; materialize it again", hashed=False)
-    return Verified(product, None, hashed)
+        return Verification(product, f"{product.path}: {text}; materialize it again", hashed=False)
+    return Verification(product, None, hashed)
 
 
 def verify_store(
     store: Store, progress: Callable[[int, int], None] | None = None
-) -> list[Verified]:
-    """:func:`verify` everything; ``progress`` is called with (products done, products in all).
+) -> list[Verification]:
+    """Verify every complete product of the store.
 
-    The state of a training that was stopped is no product: whoever goes on with it checks it.
+    Checkpoints of unfinished trainings are left out; a training checks them when it resumes.
+
+    Parameters
+    ----------
+    progress : callable, optional
+        Called with (verified products, all products) after each product.
     """
     products = [product for product in store.products() if product.complete]
-    found = []
+    results = []
     for done, product in enumerate(products, start=1):
-        found.append(verify(product))
+        results.append(verify(product))
         if progress is not None:
             progress(done, len(products))
-    return found
+    return results
 
 
 def _slide(path: Path) -> bool:
@@ -93,6 +100,11 @@ def _encoder(path: Path) -> bool:
     return True
 
 
+def _grid(path: Path) -> bool:
+    verify_grid(path)
+    return True
+
+
 def _slide_model(path: Path) -> bool:
     load_model(path)
     for name in (PREDICTIONS, METRICS):
@@ -114,13 +126,14 @@ def _explanation(path: Path) -> bool:
     return False
 
 
+# asset -> function that reads a product and returns whether it compared a hash
 _CHECKS: dict[str, Callable[[Path], bool]] = {
     "slide": _slide,
     "patch_table": _patch_table,
     "patch_task": _patch_task,
     "encoder": _encoder,
     "encoder_probe": _tables,
-    "grid": verify_grid,
+    "grid": _grid,
     "grid_manifest": _tables,
     "target_folds": _tables,
     "slide_model": _slide_model,

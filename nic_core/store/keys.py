@@ -1,8 +1,9 @@
 """Keys of products that belong to two things: an encoder and a slide, an encoder and a target.
 
-A key prints as its parts joined by ``|``, in the alphabetical order of their names. That is also the
-partition key of the product's asset. Parts are passed by name (``GridKey(encoder=..., slide=...)``),
-so they cannot be swapped, and the type checker rejects a key of another kind.
+A key prints as its parts joined by ``|``, in the alphabetical order of their names. That is also
+the partition key of the product's asset. Parts are passed by name
+(``GridKey(encoder=..., slide=...)``), so they cannot be swapped, and the type checker rejects a key
+of another kind.
 """
 
 from __future__ import annotations

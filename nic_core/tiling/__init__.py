@@ -1,1 +1,1 @@
-"""Tiling of slides: tissue mask, patch table, quality of cells, annotated regions."""
+"""Tiling: tissue masks, patch tables, quality of cells, annotated regions."""

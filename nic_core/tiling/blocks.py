@@ -1,7 +1,7 @@
-"""Cells of a slide's grid, read in blocks of neighbours.
+"""Read the cells of a slide in blocks of neighbours.
 
-Every pass over a slide's cells reads this way: one worker a core takes blocks, so that each
-stored tile is decoded once and memory is bounded whatever the slide's size.
+Compression and the measurement of quality read cells this way, with one worker per core: each
+stored tile is decoded once, and memory does not grow with the slide.
 """
 
 from __future__ import annotations
@@ -20,24 +20,25 @@ from nic_core.slides.errors import SlideError
 from nic_core.slides.slide import Slide
 from nic_core.types import Pixels
 
-BLOCK = 8  # cells a side that are read at once
-MAX_UNREADABLE = 0.05  # share of kept cells [choice]: above it a slide is damaged, not scratched
+BLOCK = 8  # cells per side of a block
+# fraction of kept cells that may be undecodable; a slide with more is refused as damaged [choice]
+MAX_UNREADABLE = 0.05
 
 _Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
 class Block:
-    """Neighbouring kept cells, read in one go.
+    """Neighbouring kept cells that are read together.
 
     Attributes
     ----------
     row, column : int
-        Top-left cell of the read.
-    shape : (rows, columns)
-        Cells read.
+        Top-left cell of the block.
+    shape : (int, int)
+        Rows and columns of the block, in cells.
     cells : int64 (n, 2)
-        Row and column in the grid of the kept ones.
+        Row and column in the grid of each kept cell.
     """
 
     row: int
@@ -47,10 +48,10 @@ class Block:
 
 
 def plan_blocks(table: pl.DataFrame, *, side: int = BLOCK) -> list[Block]:
-    """Group the kept cells into blocks of ``side`` x ``side`` cells, trimmed to what is kept.
+    """Group the kept cells into blocks of ``side`` x ``side`` cells, trimmed to the kept cells.
 
-    A block of 128 px cells at 0.5 um/px is a whole number of the usual tiles (240, 256, 512 or
-    1024 px) or ends within a tile that the engine still holds for the next block.
+    A block of 8 x 8 cells of 128 px at 0.5 um/px covers a whole number of tiles of the usual sizes
+    (240, 256, 512 or 1024 px), or ends within a tile that the engine caches for the next block.
     """
     kept = table.filter("kept").select("row", "column").to_numpy().astype(np.int64)
     blocks = []
@@ -66,7 +67,7 @@ def plan_blocks(table: pl.DataFrame, *, side: int = BLOCK) -> list[Block]:
 def read_block(
     slide: Slide, block: Block, *, patch: int, mpp: float, scaled: bool = False
 ) -> tuple[NDArray[np.int64], Pixels]:
-    """Cells of a block that can be decoded, and their pixels.
+    """Read the cells of a block; leave out those that cannot be decoded.
 
     Parameters
     ----------
@@ -75,18 +76,18 @@ def read_block(
     mpp : float
         um/px to read at.
     scaled : bool
-        Let the decoder shrink, see :meth:`nic_core.slides.Slide.read`.
+        Let the decoder shrink the image; see :meth:`nic_core.slides.Slide.read`.
 
     Returns
     -------
     cells : int64 (n, 2)
-        Row and column in the grid.
+        Row and column in the grid of each decoded cell.
     pixels : uint8 (n, patch, patch, 3)
     """
-    step = patch * mpp / slide.mpp  # level-0 px a cell
+    step = patch * mpp / slide.mpp  # side of a cell, level-0 px
 
     def read(row: int, column: int, rows: int, columns: int) -> Pixels:
-        """A rectangle of cells, cut into its patches by row then column."""
+        """Patches of a rectangle of cells, by row then column."""
         pixels = slide.read(
             column * step, row * step, columns * patch, rows * patch, mpp, scaled=scaled
         )
@@ -101,8 +102,11 @@ def read_block(
 
 
 def _rectangles(block: Block) -> list[tuple[int, int, int, int]]:
-    """Row, column, rows and columns of reads that hold the block's cells and no others: all of
-    it if it is full, else each run of neighbours in a row (their tiles stay in the engine)."""
+    """Row, column, rows and columns of the reads that cover exactly the block's kept cells.
+
+    One read if every cell is kept, else one for each run of neighbours in a row; the engine caches
+    the tiles that runs share.
+    """
     if len(block.cells) == block.shape[0] * block.shape[1]:
         return [(block.row, block.column, *block.shape)]
     step = np.diff(block.cells, axis=0)
@@ -114,31 +118,41 @@ def _rectangles(block: Block) -> list[tuple[int, int, int, int]]:
 def _decodable(
     cells: NDArray[np.int64], read: Callable[[int, int, int, int], Pixels], patch: int
 ) -> tuple[NDArray[np.int64], Pixels]:
-    """Cell by cell, where a part of a block is undecodable."""
-    good, pixels = [], [np.empty((0, patch, patch, 3), np.uint8)]
+    """Read cell by cell, and leave out undecodable cells."""
+    decoded, pixels = [], [np.empty((0, patch, patch, 3), np.uint8)]
     for row, column in cells.tolist():
         try:
             pixels.append(read(row, column, 1, 1))
         except SlideError:
             continue
-        good.append((row, column))
-    return np.array(good, np.int64).reshape(-1, 2), np.concatenate(pixels)
+        decoded.append((row, column))
+    return np.array(decoded, np.int64).reshape(-1, 2), np.concatenate(pixels)
 
 
-def allow_unreadable(slide: Slide, unreadable: int, total: int, share: float) -> None:
-    """Raise SlideError if more than a share of a slide's cells could not be decoded."""
-    if unreadable > share * total:
+def check_unreadable(slide: Slide, unreadable: int, total: int, limit: float) -> None:
+    """Refuse a slide of which too many cells could not be decoded.
+
+    Raises
+    ------
+    SlideError
+        ``unreadable`` exceeds the fraction ``limit`` of ``total``.
+    """
+    if unreadable > limit * total:
         raise SlideError(
             slide.path,
-            f"{unreadable} of {total} patches cannot be decoded (allowed: {share:.0%})",
+            f"{unreadable} of {total} patches cannot be decoded (allowed: {limit:.0%})",
             "copy the file again from its source",
         )
 
 
-def in_order(
+def map_in_order(
     blocks: Iterable[Block], work: Callable[[Block], _Result], workers: int
 ) -> Iterator[_Result]:
-    """Results of blocks in their order, at most two blocks a worker ahead of the consumer."""
+    """Yield ``work(block)`` for each block, in order, computed by a pool of threads.
+
+    At most two blocks per worker are computed before the caller consumes them, which bounds
+    memory.
+    """
     pending: deque[Future[_Result]] = deque()
     with ThreadPoolExecutor(workers, thread_name_prefix="blocks") as pool:
         try:

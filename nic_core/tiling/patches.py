@@ -1,4 +1,4 @@
-"""The patch table: which cells of a slide's grid are compressed, and where they lie."""
+"""The patch table: the cells of a slide's grid, their positions, and which are compressed."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from nic_core.slides.resample import coverage
 from nic_core.slides.slide import Slide
@@ -17,29 +19,46 @@ PATCH_SCHEMA: dict[str, pl.DataType] = {
     "slide": pl.String(),
     "row": pl.Int32(),
     "column": pl.Int32(),
-    "x": pl.Float64(),  # top-left corner, level-0 px; exact, so cells neither drift nor overlap
+    "x": pl.Float64(),  # top-left corner, level-0 px; not rounded, so that errors do not add up
     "y": pl.Float64(),
     "size": pl.Float64(),  # side, level-0 px
-    "mpp": pl.Float64(),  # um/px that the patch is read at
-    "tissue": pl.Float32(),  # fraction of the cell
+    "mpp": pl.Float64(),  # um/px of the patch
+    "tissue": pl.Float32(),  # fraction of the cell's area that is tissue
     "focus": pl.Float32(),  # variance of the Laplacian of luminance, grey levels squared
-    "red": pl.Float32(),  # mean colour, 0..255
+    "red": pl.Float32(),  # mean colour, 0 to 255
     "green": pl.Float32(),
     "blue": pl.Float32(),
     "kept": pl.Boolean(),
-    "reason": pl.Enum(["background", "unreadable"]),  # why a cell is not kept; null: it is
+    "reason": pl.Enum(["background", "unreadable"]),  # why a cell is not kept; null if it is
 }
-MEASURED = ("focus", "red", "green", "blue")  # filled in by nic_core.tiling.quality
+PATCH_UNITS = {
+    "x": "level-0 px",
+    "y": "level-0 px",
+    "size": "level-0 px",
+    "mpp": "um/px",
+    "focus": "grey levels squared",
+}
+PATCH_FORMAT = 2
+"""Format number of the file, raised when the columns or their meaning change."""
+MEASURED = ("focus", "red", "green", "blue")  # columns that measure_quality fills in
 
 
 class PatchTableError(ValueError):
-    """A patch table is not one, or not that of the slide it is used with."""
+    """A patch table is invalid, or belongs to another slide."""
 
 
 def grid_shape(slide: Slide, patch: int, mpp: float) -> tuple[int, int]:
-    """Rows and columns of cells of ``patch`` px at ``mpp`` um/px that cover the slide."""
+    """Return the rows and columns of cells that cover the slide.
+
+    Parameters
+    ----------
+    patch : int
+        Side of a cell, px at ``mpp``.
+    mpp : float
+        um/px.
+    """
     cell = patch * mpp / slide.mpp
-    # a cell that would hold less than a thousandth of a cell of slide is rounding
+    # a remainder below a thousandth of a cell is rounding of um/px, not another cell
     rows, columns = slide.height / cell, slide.width / cell
     return max(1, math.ceil(rows - 1e-3)), max(1, math.ceil(columns - 1e-3))
 
@@ -47,33 +66,39 @@ def grid_shape(slide: Slide, patch: int, mpp: float) -> tuple[int, int]:
 def patch_table(
     slide_id: str, slide: Slide, mask: TissueMask, *, patch: int, mpp: float, tissue: float
 ) -> pl.DataFrame:
-    """Lay the grid over a slide.
+    """Divide a slide into a grid of cells, and decide which are kept.
 
-    Cells do not overlap and cover the slide from its top-left corner; the last row and column
-    may reach outside. A cell is kept if its tissue fraction, the area mean of the mask (outside
-    the slide: none), exceeds ``tissue`` (0.6 in the released code of the paper).
+    Cells do not overlap. They cover the slide from its top-left corner; the last row and column
+    may extend beyond the slide. A cell is kept if its tissue fraction exceeds ``tissue``. The
+    fraction is the mean of the mask over the cell's area, and 0 outside the slide.
 
     Parameters
     ----------
+    slide_id : str
+    slide : Slide
+        Only its size and um/px are used; no pixel is read.
+    mask : TissueMask
     patch : int
         Side of a patch, px at ``mpp``.
     mpp : float
-        um/px.
+        um/px of a patch.
+    tissue : float
+        Tissue fraction; 0.6 in the code released with the paper [code].
 
     Returns
     -------
     polars.DataFrame
-        ``PATCH_SCHEMA``, one row a cell, by row then column; no pixel is read, so the columns
-        ``MEASURED`` are null: :func:`nic_core.tiling.quality.measure_quality` fills them.
+        :data:`PATCH_SCHEMA`, one row per cell, by row then column. The columns :data:`MEASURED`
+        are null; :func:`nic_core.tiling.quality.measure_quality` fills them in.
     """
     rows, columns = grid_shape(slide, patch, mpp)
     cell = patch * mpp / mask.mpp  # mask px
     height, width = mask.array.shape
     down = coverage(0.0, cell, rows, height)
     across = coverage(0.0, cell, columns, width)
-    share = np.clip(across @ (down @ mask.array.astype(np.float32)).T, 0, 1).T
-    # one cell's share summed in float32: 0.6 exactly must not pass as more than 0.6
-    share = np.round(share, 6).astype(np.float32)
+    fraction = np.clip(across @ (down @ mask.array.astype(np.float32)).T, 0, 1).T
+    # float32 sums are inexact: a fraction of exactly 0.6 must not exceed a limit of 0.6
+    fraction = np.round(fraction, 6).astype(np.float32)
     size = patch * mpp / slide.mpp
     row, column = np.divmod(np.arange(rows * columns), columns)
     table = (
@@ -86,8 +111,8 @@ def patch_table(
                 "y": row * size,
                 "size": np.full(rows * columns, size),
                 "mpp": np.full(rows * columns, float(mpp)),
-                "tissue": share.ravel(),
-                "kept": (share > np.float32(tissue)).ravel(),
+                "tissue": fraction.ravel(),
+                "kept": (fraction > np.float32(tissue)).ravel(),
             },
             schema_overrides=PATCH_SCHEMA,
         )
@@ -98,10 +123,21 @@ def patch_table(
 
 
 def check_patch_table(table: pl.DataFrame, source: str) -> None:
-    """Raise PatchTableError unless a table has the schema, whole rows and one slide.
+    """Refuse a table that is not a complete patch table of one slide.
 
-    Null are: ``reason`` exactly where a cell is kept; the columns ``MEASURED`` exactly where it
-    is not, or everywhere if quality was not measured. Nothing else is.
+    ``reason`` must be null exactly where a cell is kept. The columns :data:`MEASURED` must be null
+    exactly where it is not kept, or everywhere if quality was not measured. No other column may
+    have nulls.
+
+    Parameters
+    ----------
+    source : str
+        Name of the table in the error.
+
+    Raises
+    ------
+    PatchTableError
+        Columns, rows or values are wrong.
     """
     if dict(table.schema) != PATCH_SCHEMA:
         wrong = {
@@ -109,41 +145,63 @@ def check_patch_table(table: pl.DataFrame, source: str) -> None:
             for name, kind in PATCH_SCHEMA.items()
             if table.schema.get(name) != kind
         } | {name: "unknown column" for name in table.columns if name not in PATCH_SCHEMA}
-        raise PatchTableError(f"{source}: no patch table: {wrong or 'columns out of order'}")
+        raise PatchTableError(
+            f"{source}: not a patch table: {wrong or 'columns are in another order'}"
+        )
     if table.is_empty():
-        raise PatchTableError(f"{source}: a patch table has a row a cell; this one has none")
+        raise PatchTableError(f"{source}: the patch table is empty; it needs a row per cell")
     _check_nulls(table, source)
     if table["slide"].n_unique() != 1:
-        raise PatchTableError(f"{source}: cells of more than one slide")
+        raise PatchTableError(f"{source}: the patch table has cells of several slides")
     rows, columns = int(table["row"].max()) + 1, int(table["column"].max()) + 1  # type: ignore[arg-type]
-    place = table["row"].cast(pl.Int64) * columns + table["column"]
-    if not place.equals(pl.Series(np.arange(rows * columns))):
+    number = table["row"].cast(pl.Int64) * columns + table["column"]
+    if not number.equals(pl.Series(np.arange(rows * columns))):
         raise PatchTableError(
-            f"{source}: not one row a cell of {rows} x {columns}, by row then column"
+            f"{source}: the patch table must have one row for each of {rows} x {columns} cells, "
+            "sorted by row then column"
         )
 
 
 def _check_nulls(table: pl.DataFrame, source: str) -> None:
-    whole = table.drop(*MEASURED, "reason")
-    gaps = [name for name in whole.columns if whole[name].null_count()]
-    if gaps:
-        raise PatchTableError(f"{source}: missing values in {', '.join(gaps)}")
+    required = table.drop(*MEASURED, "reason")
+    incomplete = [name for name in required.columns if required[name].null_count()]
+    if incomplete:
+        raise PatchTableError(f"{source}: missing values in {', '.join(incomplete)}")
     if not table["reason"].is_null().equals(table["kept"]):
-        raise PatchTableError(f"{source}: a cell has a reason if and only if it is not kept")
+        raise PatchTableError(f"{source}: 'reason' must be set exactly where a cell is not kept")
     measured = table.select(pl.col(MEASURED).is_not_null())
     if measured.to_numpy().any() and not all(column.equals(table["kept"]) for column in measured):
         raise PatchTableError(
-            f"{source}: {', '.join(MEASURED)} stand at every kept cell and no other, or nowhere"
+            f"{source}: {', '.join(MEASURED)} must be set exactly where a cell is kept, or nowhere"
         )
     if not table.select(pl.col(MEASURED).is_finite().all()).to_numpy().all():
         raise PatchTableError(f"{source}: {', '.join(MEASURED)} must be finite numbers")
 
 
 def write_patch_table(path: Path, table: pl.DataFrame) -> None:
-    """Write a patch table as parquet, whole or not at all."""
+    """Check a patch table and write it as parquet, atomically.
+
+    The parquet schema holds the format number (key ``nic_format``) and the unit of each column
+    (field key ``unit``), so that the file explains itself to other readers of Arrow.
+
+    Raises
+    ------
+    PatchTableError
+        The table is not a patch table.
+    StoreError
+        The file cannot be written.
+    """
     check_patch_table(table, str(path))
+    arrow = table.to_arrow()
+    fields = [
+        field.with_metadata({**(field.metadata or {}), b"unit": PATCH_UNITS[field.name].encode()})
+        if field.name in PATCH_UNITS
+        else field
+        for field in arrow.schema
+    ]
+    schema = pa.schema(fields, metadata={"nic_format": str(PATCH_FORMAT)})
     with atomic_file(path) as temporary:
-        table.write_parquet(temporary)
+        pq.write_table(arrow.cast(schema), temporary)
 
 
 def read_patch_table(path: Path) -> pl.DataFrame:
@@ -152,11 +210,18 @@ def read_patch_table(path: Path) -> pl.DataFrame:
     Raises
     ------
     PatchTableError
-        The file is no patch table.
+        The file cannot be read, is not a patch table or has another format number.
     """
     try:
-        table = pl.read_parquet(path)
-    except (OSError, pl.exceptions.PolarsError) as error:
+        metadata = pq.read_metadata(path).metadata or {}
+        table = pl.read_parquet(path, glob=False)
+    except (OSError, pa.ArrowException, pl.exceptions.PolarsError) as error:
         raise PatchTableError(f"{path}: cannot be read ({error})") from error
+    number = metadata.get(b"nic_format", b"1").decode()
+    if number != str(PATCH_FORMAT):
+        raise PatchTableError(
+            f"{path}: a patch table of format {number}, this version reads format "
+            f"{PATCH_FORMAT}; materialize 'patch_table' again"
+        )
     check_patch_table(table, str(path))
     return table

@@ -1,7 +1,7 @@
-"""Quality of a slide's cells: focus and mean colour, into the patch table.
+"""Quality of cells: focus and mean colour, for the patch table.
 
-Measured [choice] on what the encoder sees: its 2 x 2 mean pooling makes 1.0 um/px of patches at
-0.5 um/px, and so does this.
+Quality is measured at twice the um/px of a patch [choice]. The encoder, too, first reduces patches
+of 0.5 um/px to 1.0 um/px by a mean pooling of 2 x 2 px.
 """
 
 from __future__ import annotations
@@ -15,15 +15,17 @@ from nic_core.slides.slide import Slide
 from nic_core.tiling.blocks import (
     MAX_UNREADABLE,
     Block,
-    allow_unreadable,
-    in_order,
+    check_unreadable,
+    map_in_order,
     plan_blocks,
     read_block,
 )
 from nic_core.tiling.patches import MEASURED, PATCH_SCHEMA
 from nic_core.types import Pixels
 
-LUMINANCE = np.array([0.299, 0.587, 0.114], np.float32)  # of red, green, blue: ITU-R BT.601
+LUMINANCE = np.array(
+    [0.299, 0.587, 0.114], np.float32
+)  # weights of red, green, blue (ITU-R BT.601)
 
 Floats = NDArray[np.float32]
 
@@ -35,53 +37,53 @@ def measure_quality(
     workers: int | None = None,
     max_unreadable: float = MAX_UNREADABLE,
 ) -> pl.DataFrame:
-    """Read the kept cells of a patch table at twice its um/px and fill in their quality.
+    """Measure the quality of the kept cells at twice the um/px of the patch table.
 
     Parameters
     ----------
     table : polars.DataFrame
-        A patch table of the slide (:func:`nic_core.tiling.patches.patch_table`).
+        Patch table of the slide (:func:`nic_core.tiling.patches.patch_table`).
     workers : int, optional
-        Threads; default: one a core.
+        Number of threads; default: one per core.
     max_unreadable : float
-        Share of the kept cells that may be undecodable. Those are no longer kept, for the
-        reason ``unreadable``.
+        Fraction of the kept cells that may be undecodable. They are no longer kept, with the reason
+        ``unreadable``.
 
     Returns
     -------
     polars.DataFrame
-        The table with ``focus``, ``red``, ``green`` and ``blue`` at every kept cell.
+        The table with ``focus``, ``red``, ``green`` and ``blue`` set at every kept cell.
 
     Raises
     ------
     SlideError
-        More of the slide is undecodable than allowed.
+        More than ``max_unreadable`` of the cells cannot be decoded.
     """
     cell = float(table["size"][0]) * slide.mpp  # um
     side = max(1, round(cell / (2 * float(table["mpp"][0]))))
     mpp = cell / side
     columns = int(table["column"].to_numpy().max()) + 1
-    found = np.full((table.height, len(MEASURED)), np.nan, np.float32)
+    values_of_cell = np.full((table.height, len(MEASURED)), np.nan, np.float32)
 
     def work(block: Block) -> tuple[NDArray[np.int64], Floats]:
         cells, pixels = read_block(slide, block, patch=side, mpp=mpp)
-        # px of each cell that lie within the slide, down and across: white beyond is no edge
+        # leave out px beyond the slide: the white there would count as an edge and as colour
         left = (slide.height, slide.width) - cells * (cell / slide.mpp)
         inside = np.clip(np.ceil(left * (slide.mpp / mpp) - 1e-6), 1, side).astype(np.int64)
         values = np.empty((len(cells), len(MEASURED)), np.float32)
-        for down, across in np.unique(inside, axis=0):  # one but at the slide's far edges
-            own = (inside == (down, across)).all(axis=1)
-            part = pixels if own.all() else pixels[own]
-            values[own] = cell_statistics(part[:, :down, :across])
+        for down, across in np.unique(inside, axis=0):  # a single shape, except at the far edges
+            same = (inside == (down, across)).all(axis=1)
+            part = pixels if same.all() else pixels[same]
+            values[same] = cell_statistics(part[:, :down, :across])
         return cells, values
 
-    for cells, values in in_order(plan_blocks(table), work, workers or cores()):
-        found[cells[:, 0] * columns + cells[:, 1]] = values
-    kept, read = table["kept"].to_numpy(), ~np.isnan(found[:, 0])
-    allow_unreadable(slide, int((kept & ~read).sum()), int(kept.sum()), max_unreadable)
+    for cells, values in map_in_order(plan_blocks(table), work, workers or cores()):
+        values_of_cell[cells[:, 0] * columns + cells[:, 1]] = values
+    kept, read = table["kept"].to_numpy(), ~np.isnan(values_of_cell[:, 0])
+    check_unreadable(slide, int((kept & ~read).sum()), int(kept.sum()), max_unreadable)
     return table.with_columns(
         *(
-            pl.Series(name, found[:, i]).fill_nan(None).alias(name)
+            pl.Series(name, values_of_cell[:, i]).fill_nan(None).alias(name)
             for i, name in enumerate(MEASURED)
         ),
         kept=pl.Series(read),
@@ -92,8 +94,15 @@ def measure_quality(
 
 
 def summarize(table: pl.DataFrame) -> dict[str, int | float | None]:
-    """A patch table in figures: cells kept and cells not by reason, the share of the tissue's
-    cells that cannot be decoded, the median focus of the kept cells (None without any)."""
+    """Summarize a patch table.
+
+    Returns
+    -------
+    dict
+        ``kept``, ``background`` and ``unreadable``: numbers of cells; ``unreadable_share``: the
+        fraction of tissue cells that cannot be decoded; ``median_focus`` of the kept cells (None if
+        there are none).
+    """
     kept, unreadable = int(table["kept"].sum()), table.filter(reason="unreadable").height
     focus = table["focus"].to_numpy()[table["kept"].to_numpy()]
     return {
@@ -106,7 +115,10 @@ def summarize(table: pl.DataFrame) -> dict[str, int | float | None]:
 
 
 def cell_statistics(pixels: Pixels) -> Floats:
-    """Focus and mean colour of patches.
+    """Return the focus and the mean colour of patches.
+
+    Focus is the variance of the Laplacian of luminance: the sum of the four neighbours minus four
+    times the px, over all px with four neighbours.
 
     Parameters
     ----------
@@ -115,13 +127,12 @@ def cell_statistics(pixels: Pixels) -> Floats:
     Returns
     -------
     float32 (n, 4)
-        Variance of the Laplacian (the four neighbours less four times the px) of luminance over
-        the px that have all neighbours (0 without any), grey levels squared; means of red,
-        green and blue, 0..255.
+        Focus in grey levels squared (0 for patches of fewer than 3 x 3 px), and the means of red,
+        green and blue (0 to 255).
     """
     count, height, width = pixels.shape[:3]
     result = np.zeros((count, 4), np.float32)
-    # rows are summed first: long runs; a sum over (H, W) at once would be runs of three
+    # sum over rows first: NumPy is slow on an inner axis of three elements
     rows = pixels.reshape(count, height, width * 3).sum(axis=1, dtype=np.uint32)
     result[:, 1:] = rows.reshape(count, width, 3).sum(axis=1) / (height * width)
     if min(height, width) >= 3:

@@ -1,19 +1,20 @@
-"""Where a slide holds tissue.
+"""Tissue detection and tissue masks.
 
-The rule [choice] works on the slide at 8 um/px, in optical densities against the slide's own
-glass, so that a grey or yellowish lamp is no stain:
+The rule [choice] works at 8 um/px on optical densities, relative to the slide's own glass, so that
+a grey or yellowish lamp is not taken for a stain:
 
-1. colour: the spread between the densities of red, green and blue, smoothed. Glass, dust, shadow
-   and black borders have none, or little for how dark they are (``GREY``); stained tissue has.
-   Otsu's threshold on it, held within ``COLOUR_RANGE``: on a slide with (nearly) no tissue, or
-   nothing else, Otsu would split noise or the tissue itself, and the range takes its place. What
-   is fainter, down to ``FAINT``, is tissue where it hangs together with what is not, over gaps
-   of ``GAP``: fat is thin strands, and pale stroma no more than a tint;
-2. ink: haematoxylin and eosin both absorb green the most. What absorbs red more than green (blue
-   and green pens), blue as much as green at full strength (red pens) or everything (black pens
-   and borders) is none of them, with the blurred rim around it;
-3. shape: specks under ``MIN_AREA`` go, holes under ``MAX_HOLE`` close, unless at the border: what
-   lies there is not known to be a hole.
+1. Colour. The measure is the difference between the largest and the smallest density of red, green
+   and blue, smoothed. It is low for glass, dust, shadows and black borders, or low relative to
+   their density (``GREY``), and high for stained tissue. Otsu's threshold is applied to it,
+   clipped to ``COLOUR_RANGE``: on a slide with almost no tissue, or with tissue only, Otsu would
+   split noise or the tissue itself. Fainter areas, down to ``FAINT``, are tissue if they are
+   connected to areas above the threshold, across gaps of up to ``GAP``. This includes fat (thin
+   strands) and pale stroma.
+2. Ink. Haematoxylin and eosin both absorb green the most. Areas that absorb red more than green
+   (blue and green pens), blue about as much as green at full density (red pens) or all colours
+   (black pens and borders) are not tissue, nor is the blurred rim around them.
+3. Shape. Tissue areas below ``MIN_AREA`` are removed. Holes below ``MAX_HOLE`` are filled, except
+   at the border of the image, where an area of glass may extend beyond it.
 """
 
 from __future__ import annotations
@@ -36,13 +37,14 @@ from nic_core.tiling.annotations import ANNOTATION_SUFFIXES, read_annotations, r
 TISSUE_MPP = 8.0
 COLOUR_RANGE = (0.03, 0.06)  # optical density
 FAINT = 0.02  # optical density
-GREY = 0.15  # spread over density: below it a dark place is grey with a hue, not stained
+GREY = 0.15  # colour relative to density; dark areas below it are tinted grey, not stained
 GAP = 50.0  # um
-MIN_AREA = 10_000.0  # um^2: a disc of 113 um; of a small region no more than a quarter
+# um^2: a disc 113 um across; at most a quarter of the image, so that small images keep their tissue
+MIN_AREA = 10_000.0
 INK_RIM = 25.0  # um
-MAX_HOLE = 20_000.0  # um^2: lumens and vessels belong to the tissue
+MAX_HOLE = 20_000.0  # um^2; lumens and vessels count as tissue
 
-_MASK_PIXELS = 1 << 24  # of a ready-made mask that are looked at in one go: it may be of level 0
+_MASK_PIXELS = 1 << 24  # of a given mask image in memory at a time; it may be as large as level 0
 
 Mask = NDArray[np.bool_]
 Floats = NDArray[np.float32]
@@ -50,12 +52,12 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class TissueMask:
-    """A mask over the whole slide from its top-left corner.
+    """A tissue mask of the whole slide, from its top-left corner.
 
     Attributes
     ----------
     array : bool (H, W)
-        True where there is tissue.
+        True for tissue.
     mpp : float
         um/px of the mask.
     """
@@ -64,24 +66,35 @@ class TissueMask:
     mpp: float
 
     def save(self, path: Path) -> None:
-        """Write as a black and white PNG, 1 bit a px."""
+        """Write the mask as a PNG of 1 bit per px."""
         image = pyvips.Image.new_from_array(self.array.astype(np.uint8) * 255)
         image.pngsave(str(path), bitdepth=1)
 
     @classmethod
     def load(cls, path: Path, mpp: float) -> TissueMask:
-        """Read what :meth:`save` wrote."""
+        """Read a mask that :meth:`save` wrote; ``mpp`` is its um/px.
+
+        Raises
+        ------
+        pyvips.Error
+            The file cannot be read.
+        """
         image = pyvips.Image.pngload(str(path), fail_on="error")
         return cls(image.extract_band(0).numpy() > 127, mpp)
 
 
 def tissue_mask(slide: Slide, *, mpp: float = TISSUE_MPP) -> TissueMask:
-    """Find the tissue of a slide by the module's rule.
+    """Detect the tissue of a slide by the rule of this module.
 
     Parameters
     ----------
     mpp : float
-        um/px to look at; a coarser slide is looked at as it is.
+        um/px of the mask; a coarser slide is used at its own um/px.
+
+    Raises
+    ------
+    SlideError
+        A part of the slide cannot be decoded.
     """
     mpp = max(mpp, slide.mpp)
     width, height = _mask_size(slide, mpp)
@@ -89,18 +102,20 @@ def tissue_mask(slide: Slide, *, mpp: float = TISSUE_MPP) -> TissueMask:
 
 
 def read_mask(path: Path, slide: Slide, *, mpp: float = TISSUE_MPP) -> TissueMask:
-    """A ready-made mask instead of the rule's.
+    """Read a given tissue mask, which replaces detection.
 
     Parameters
     ----------
     path : Path
-        An image of the whole slide (0 is background, all else tissue), stretched over it, or
-        annotated regions (QuPath GeoJSON, ASAP XML) that are the tissue.
+        Either an image of the whole slide, which is stretched over it (0 is background, any other
+        value tissue), or annotated tissue regions (QuPath GeoJSON, ASAP XML).
+    mpp : float
+        um/px of the returned mask; a coarser slide is used at its own um/px.
 
     Raises
     ------
     SlideError
-        The file cannot be read, or the image's shape is not the slide's.
+        The file cannot be read, or the image has another aspect ratio than the slide.
     """
     mpp = max(mpp, slide.mpp)
     width, height = _mask_size(slide, mpp)
@@ -113,8 +128,8 @@ def read_mask(path: Path, slide: Slide, *, mpp: float = TISSUE_MPP) -> TissueMas
         if abs(image.width / image.height * slide.height / slide.width - 1) > 0.05:
             raise SlideError(
                 slide.path,
-                f"mask {path} has {image.width} x {image.height} px, "
-                f"another shape than the slide's {slide.width} x {slide.height}",
+                f"mask {path} has {image.width} x {image.height} px, another aspect ratio than "
+                f"the slide ({slide.width} x {slide.height} px)",
                 remedy,
             )
         return TissueMask(_stretched(image, slide, (height, width), mpp), mpp)
@@ -123,55 +138,67 @@ def read_mask(path: Path, slide: Slide, *, mpp: float = TISSUE_MPP) -> TissueMas
 
 
 def _stretched(image: pyvips.Image, slide: Slide, shape: tuple[int, int], mpp: float) -> Mask:
-    """Px of a mask of which more than half is not 0 in an image stretched over the slide."""
-    # px of the image a px of the mask; the slide's size need not be a whole number of the latter
+    """A mask whose px are True if more than half of their area is not 0 in a stretched image."""
+    # image px per mask px; the slide's size need not be a whole number of mask px
     down = image.height / (slide.height * slide.mpp / mpp)
     across = image.width / (slide.width * slide.mpp / mpp)
     rows = coverage(0.0, down, shape[0], image.height)
     columns = coverage(0.0, across, shape[1], image.width)
-    inside = np.outer(rows.sum(axis=1), columns.sum(axis=1))  # the last px reach outside
+    inside = np.outer(rows.sum(axis=1), columns.sum(axis=1))  # the last px extend beyond the slide
     mask = np.empty(shape, np.bool_)
     step = max(1, int(_MASK_PIXELS / (image.width * down)))
     for top in range(0, shape[0], step):
         band = rows[top : top + step]
         low, high = int(band.indices.min()), int(band.indices.max()) + 1
-        drawn = (image.crop(0, low, image.width, high - low) != 0).numpy().astype(np.float32) / 255
-        share = (columns @ (band[:, low:high] @ drawn).T).T
-        mask[top : top + step] = share > 0.5 * inside[top : top + step]
+        tissue = (image.crop(0, low, image.width, high - low) != 0).numpy().astype(np.float32) / 255
+        fraction = (columns @ (band[:, low:high] @ tissue).T).T
+        mask[top : top + step] = fraction > 0.5 * inside[top : top + step]
     return mask
 
 
 def find_tissue(pixels: NDArray[np.uint8], mpp: float) -> Mask:
-    """The rule on pixels: uint8 (H, W, 3) at ``mpp`` um/px to bool (H, W)."""
+    """Detect tissue in pixels by the rule of this module.
+
+    Parameters
+    ----------
+    pixels : uint8 (H, W, 3)
+    mpp : float
+        um/px of the pixels.
+
+    Returns
+    -------
+    bool (H, W)
+    """
     density = _optical_density(pixels)
-    most = ndimage.gaussian_filter(density.max(axis=2), _px(8.0, mpp))
-    colour = most - ndimage.gaussian_filter(density.min(axis=2), _px(8.0, mpp))
+    highest = ndimage.gaussian_filter(density.max(axis=2), _px(8.0, mpp))
+    colour = highest - ndimage.gaussian_filter(density.min(axis=2), _px(8.0, mpp))
     ink = _ink(density, mpp)
     low, high = COLOUR_RANGE
-    seen = colour[~ink]
+    without_ink = colour[~ink]
     threshold = high
-    if seen.size and np.ptp(seen) > 0:
-        threshold = float(filters.threshold_otsu(seen))  # type: ignore[no-untyped-call]
-    stained = (colour > FAINT) & (colour > GREY * most) & ~ink
+    if without_ink.size and np.ptp(without_ink) > 0:
+        threshold = float(filters.threshold_otsu(without_ink))  # type: ignore[no-untyped-call]
+    stained = (colour > FAINT) & (colour > GREY * highest) & ~ink
     faint = _close(stained, mpp) & ~ink
-    tissue = _parts_with(faint, stained & (colour > np.clip(threshold, low, high)))
-    speck = min(MIN_AREA, tissue.size * mpp**2 / 4)
-    tissue = morphology.remove_small_objects(tissue, max_size=int(speck / mpp**2))
+    tissue = _components_with(faint, stained & (colour > np.clip(threshold, low, high)))
+    min_area = min(MIN_AREA, tissue.size * mpp**2 / 4)
+    tissue = morphology.remove_small_objects(tissue, max_size=int(min_area / mpp**2))
     holes = segmentation.clear_border(~tissue)  # type: ignore[no-untyped-call]
     large = morphology.remove_small_objects(holes, max_size=int(MAX_HOLE / mpp**2))
     return np.asarray((tissue | (holes & ~large)) & ~ink)
 
 
 def _close(mask: Mask, mpp: float) -> Mask:
-    """Close gaps narrower than ``GAP``, but not towards the border."""
-    reach = round(GAP / 2 / mpp)  # px; of a square, since that is two passes of a line
+    """Close gaps narrower than ``GAP``, except between tissue and the border of the image."""
+    # px; the structuring element is a square because it separates into two passes along lines
+    reach = round(GAP / 2 / mpp)
     grown = ndimage.maximum_filter(np.pad(mask, reach), 2 * reach + 1)
     closed = ndimage.minimum_filter(grown, 2 * reach + 1)
     return np.asarray(closed[reach : reach + len(mask), reach : reach + mask.shape[1]])
 
 
-def _parts_with(mask: Mask, seeds: Mask) -> Mask:
-    """The connected parts of a mask that hold a seed."""
+def _components_with(mask: Mask, seeds: Mask) -> Mask:
+    """The connected components of a mask that contain a seed."""
     label, count = ndimage.label(mask)
     chosen = np.zeros(count + 1, np.bool_)
     chosen[label[seeds & mask]] = True
@@ -179,24 +206,24 @@ def _parts_with(mask: Mask, seeds: Mask) -> Mask:
 
 
 def _optical_density(pixels: NDArray[np.uint8]) -> Floats:
-    """-log10 of the light let through, against the slide's glass: float32 (H, W, 3)."""
+    """-log10 of the transmitted light relative to the slide's glass, float32 (H, W, 3)."""
     light = np.clip(pixels, 1, 255).astype(np.float32)
     return np.asarray(np.maximum(np.log10(_glass(pixels) / light), 0), np.float32)
 
 
 def _glass(pixels: NDArray[np.uint8]) -> Floats:
-    """Colour of the empty glass: the commonest bright, nearly grey one; else white."""
+    """Colour of empty glass: the mode of bright, almost grey px; white if there are few."""
     low, high = pixels.min(axis=2), pixels.max(axis=2)
     empty = pixels[(low > 195) & (high - low < 20)]
     if len(empty) < 0.002 * low.size:
         return np.full(3, 255, np.float32)
-    # counts smoothed, since a small region has few px of each grey level
+    # smoothed, since a small image has few px of each grey level
     counts = [np.bincount(empty[:, c], minlength=256).astype(np.float32) for c in range(3)]
     return np.array([ndimage.uniform_filter1d(c, 5).argmax() for c in counts], np.float32)
 
 
 def _ink(density: Floats, mpp: float) -> Mask:
-    """Pens and black: no mixture of haematoxylin and eosin."""
+    """Pen ink and black: colours that no mixture of haematoxylin and eosin has."""
     red, green, blue = np.moveaxis(
         ndimage.gaussian_filter(density, (_px(8.0, mpp), _px(8.0, mpp), 0)), 2, 0
     )
@@ -206,9 +233,9 @@ def _ink(density: Floats, mpp: float) -> Mask:
     strong = morphology.remove_small_objects(strong, max_size=int(MIN_AREA / mpp**2))
     if not strong.any():
         return np.asarray(strong)
-    # a stroke fades out: take all of its hue that hangs together with its core
+    # a stroke fades towards its edge: add connected px of the same hue with a lower density
     weak = ((cold > 1.1) & (red > 0.03)) | ((hot > 0.2) & (green > 0.05)) | strong
-    stroke = _parts_with(weak, strong)
+    stroke = _components_with(weak, strong)
     return np.asarray(ndimage.distance_transform_edt(~stroke) * mpp <= INK_RIM)
 
 
@@ -222,7 +249,22 @@ def _mask_size(slide: Slide, mpp: float) -> tuple[int, int]:
 
 
 def tissue_outline(slide: Slide, mask: TissueMask, *, side: int = 768) -> NDArray[np.uint8]:
-    """Thumbnail with the tissue's outline drawn on it, uint8 (H, W, 3)."""
+    """Return a thumbnail with the outline of the tissue.
+
+    Parameters
+    ----------
+    side : int
+        Longest side of the thumbnail, px.
+
+    Returns
+    -------
+    uint8 (H, W, 3)
+
+    Raises
+    ------
+    SlideError
+        A part of the slide cannot be decoded.
+    """
     picture = slide.thumbnail(side)
     height, width = picture.shape[:2]
     um = slide.width * slide.mpp / width, slide.height * slide.mpp / height
@@ -232,11 +274,19 @@ def tissue_outline(slide: Slide, mask: TissueMask, *, side: int = 768) -> NDArra
     columns = np.minimum(
         ((np.arange(width) + 0.5) * um[0] / mask.mpp).astype(int), mask.array.shape[1] - 1
     )
-    return outlined(picture, mask.array[np.ix_(rows, columns)], thick=max(1, side // 400))
+    return draw_outline(picture, mask.array[np.ix_(rows, columns)], thick=max(1, side // 400))
 
 
-def outlined(picture: NDArray[np.uint8], inside: Mask, *, thick: int = 1) -> NDArray[np.uint8]:
-    """A picture with a line of ``thick`` px drawn round a mask of its size."""
-    drawn = picture.copy()
-    drawn[ndimage.binary_dilation(inside, iterations=thick) & ~inside] = (0, 140, 60)
-    return drawn
+def draw_outline(picture: NDArray[np.uint8], mask: Mask, *, thick: int = 1) -> NDArray[np.uint8]:
+    """Return a picture with a line drawn around a mask.
+
+    Parameters
+    ----------
+    picture : uint8 (H, W, 3)
+    mask : bool (H, W)
+    thick : int
+        Width of the line, px.
+    """
+    result = picture.copy()
+    result[ndimage.binary_dilation(mask, iterations=thick) & ~mask] = (0, 140, 60)
+    return result

@@ -1,4 +1,4 @@
-"""What is done without being asked: ticks of both sensors on an ephemeral instance."""
+"""Automation: ticks of both sensors on an ephemeral instance."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ GRIDS = {f"{encoder}|{slide}" for encoder in ENCODERS for slide in SLIDE_KEYS}
 
 
 class Operator:
-    """Lets time pass, evaluates the conditions and runs what they ask for."""
+    """Advance the time, evaluate the conditions and materialize what they request."""
 
     def __init__(self, world: World, hours: Automation = NIGHTLY) -> None:
         self.world, self.hours = world, hours
@@ -31,7 +31,7 @@ class Operator:
         self.definitions: dict[str, dg.Definitions] = {}
 
     def tick(self, minutes: float = 1) -> dict[str, set[str]]:
-        """One evaluation; what it asks for, by asset."""
+        """Evaluate the conditions once; return the requested partitions by asset."""
         self.now += timedelta(minutes=minutes)
         result = dg.evaluate_automation_conditions(
             defs=self._definitions(),
@@ -41,24 +41,24 @@ class Operator:
         )
         self.cursor = result.cursor
         graph = self._definitions().resolve_asset_graph()
-        asked = {
+        requested = {
             key.to_user_string(): set(result.get_requested_partitions(key))
             for key in graph.materializable_asset_keys
         }
-        return {name: keys for name, keys in asked.items() if keys}
+        return {name: keys for name, keys in requested.items() if keys}
 
     def night(self) -> dict[str, set[str]]:
-        """From before the opening on, run what is asked for until nothing is; all of it."""
+        """Materialize what is requested from the opening on; return all of it by asset."""
         self.tick()
         self.now = self.now.replace(hour=19, minute=59)
         done: dict[str, set[str]] = {}
         for _ in range(12):
-            asked = self.tick()
-            for name, keys in asked.items():
+            requested = self.tick()
+            for name, keys in requested.items():
                 done[name] = done.get(name, set()) | keys
                 for key in sorted(keys):
                     self.world.make(name, key)
-        assert not asked, "it comes to an end"
+        assert not requested, "the requests come to an end"
         self.now = self.now.replace(hour=5, minute=59) + timedelta(days=1)
         self.tick(2)
         return done
@@ -86,7 +86,8 @@ def made(hours: Automation = NIGHTLY) -> tuple[World, Operator]:
     return world, operator
 
 
-def test_what_is_missing_when_it_is_first_switched_on_is_built_in_the_order_of_the_graph():
+@pytest.mark.slow
+def test_the_first_night_materializes_everything_in_graph_order():
     world = World()
     done = Operator(world).night()
     assert done == {
@@ -96,21 +97,22 @@ def test_what_is_missing_when_it_is_first_switched_on_is_built_in_the_order_of_t
         "gathered": set(ENCODERS),
         "model": set(ENCODERS),
     }
-    assert len(world.made) == len(set(world.made)), "nothing is made twice"
+    assert len(world.made) == len(set(world.made)), "nothing is materialized twice"
 
 
-def test_nothing_is_made_of_an_input_that_nobody_has_looked_at_yet():
-    world = World(look=False)
+def test_nothing_is_materialized_from_an_input_that_was_not_scanned():
+    world = World(scan=False)
     operator = Operator(world, ALWAYS)
     assert operator.tick() == {}
-    world.look()
+    world.scan()
     assert operator.tick() == {"mask": set(SLIDE_KEYS), "encoder": set(ENCODERS)}
 
 
-def test_nothing_is_built_outside_the_hours_but_a_layer_is_summed_up():
+@pytest.mark.slow
+def test_outside_the_hours_only_summaries_are_materialized():
     world, operator = made()
     world.slides["s1"] = "b"
-    world.look()
+    world.scan()
     for _ in range(3):
         assert operator.tick(30) == {}
     world.make("mask", "s1")
@@ -118,10 +120,11 @@ def test_nothing_is_built_outside_the_hours_but_a_layer_is_summed_up():
     assert operator.tick() == {"gathered": {"first"}}
 
 
-def test_a_new_slide_is_made_under_every_encoder_and_no_other():
+@pytest.mark.slow
+def test_a_new_slide_gets_a_grid_under_every_encoder():
     world, operator = made()
     world.slides["s4"] = "a"
-    world.look()
+    world.scan()
     done = operator.night()
     assert done["mask"] == {"s4"}
     assert done["grid"] == {"first|s4", "second|s4"}
@@ -129,25 +132,28 @@ def test_a_new_slide_is_made_under_every_encoder_and_no_other():
     assert "encoder" not in done
 
 
-def test_a_changed_slide_is_made_again():
+@pytest.mark.slow
+def test_a_changed_slide_is_materialized_again():
     world, operator = made()
     world.slides["s2"] = "b"
-    world.look()
+    world.scan()
     done = operator.night()
     assert done["mask"] == {"s2"}
     assert done["grid"] == {"first|s2", "second|s2"}
 
 
-def test_an_encoder_run_again_with_identical_weights_rebuilds_nothing():
+@pytest.mark.slow
+def test_identical_weights_of_an_encoder_make_nothing_stale():
     world, operator = made()
     world.make("encoder", "first")
     assert operator.night() == {}
 
 
-def test_new_weights_rebuild_exactly_their_grids_and_the_models_on_them():
+@pytest.mark.slow
+def test_new_weights_rebuild_the_grids_and_models_of_their_encoder():
     world, operator = made()
     world.encoders["second"] = "b"
-    world.look()
+    world.scan()
     assert operator.night() == {
         "encoder": {"second"},
         "grid": {key for key in GRIDS if key.startswith("second")},
@@ -156,7 +162,8 @@ def test_new_weights_rebuild_exactly_their_grids_and_the_models_on_them():
     }
 
 
-def test_a_new_code_version_rebuilds_what_it_makes():
+@pytest.mark.slow
+def test_a_new_code_version_makes_its_asset_stale():
     world, operator = made()
     world.code = "2"
     done = operator.night()
@@ -164,19 +171,21 @@ def test_a_new_code_version_rebuilds_what_it_makes():
     assert done["grid"] == GRIDS
 
 
-def test_what_is_stale_already_when_it_is_first_switched_on_is_rebuilt():
+@pytest.mark.slow
+def test_the_first_night_rebuilds_what_is_stale():
     world = World()
     world.make_all()
     world.slides["s3"] = "b"
-    world.look()
+    world.scan()
     assert Operator(world).night()["mask"] == {"s3"}
 
 
-def test_a_failed_run_is_tried_once_a_night_and_not_forgotten():
+@pytest.mark.slow
+def test_a_failed_partition_is_retried_once_per_night():
     world, operator = made()
     world.slides["s1"] = "b"
     world.bad = {"s1"}
-    world.look()
+    world.scan()
     for _ in range(2):
         assert operator.night()["mask"] == {"s1"}
     world.bad = set()
@@ -186,7 +195,8 @@ def test_a_failed_run_is_tried_once_a_night_and_not_forgotten():
     assert operator.night() == {}
 
 
-def test_a_slide_that_fails_keeps_no_model_from_the_others():
+@pytest.mark.slow
+def test_a_failing_slide_does_not_block_models():
     world = World()
     world.bad = {"s1"}
     done = Operator(world).night()
@@ -194,17 +204,17 @@ def test_a_slide_that_fails_keeps_no_model_from_the_others():
     assert done["model"] == set(ENCODERS)
 
 
-def test_a_change_that_arrives_while_a_run_is_in_flight_is_not_lost():
+@pytest.mark.slow
+def test_a_change_during_a_run_is_not_lost():
     world, operator = made(ALWAYS)
     world.slides["s1"] = "b"
-    world.look()
-    asked = operator.tick()
-    assert asked == {"mask": {"s1"}}
+    world.scan()
+    assert operator.tick() == {"mask": {"s1"}}
 
-    # the run reads the slide; meanwhile it changes again, and the sensor says so
+    # the slide changes again while the run reads it, and the sensor records the change
     def change() -> None:
         world.slides["s1"] = "c"
-        world.look()
+        world.scan()
 
     world.meanwhile = change
     world.make("mask", "s1")
@@ -214,29 +224,33 @@ def test_a_change_that_arrives_while_a_run_is_in_flight_is_not_lost():
     assert operator.tick() == {"grid": {"first|s1", "second|s1"}}
 
 
-def test_what_a_person_has_rebuilt_is_not_built_again():
+@pytest.mark.slow
+def test_what_a_person_materialized_is_not_materialized_again():
     world, operator = made()
     world.encoders["second"] = "b"
-    world.look()
+    world.scan()
     for asset in ("encoder", "grid", "gathered", "model"):
         world.make(asset)
     assert operator.night() == {}
 
 
-def test_without_a_closing_time_a_change_is_taken_up_at_once():
+@pytest.mark.slow
+def test_without_a_closing_time_changes_are_materialized_at_once():
     world, operator = made(ALWAYS)
     world.slides["s1"] = "b"
-    world.look()
+    world.scan()
     assert operator.tick() == {"mask": {"s1"}}
-    assert operator.tick() == {}, "asked for once"
+    assert operator.tick() == {}, "requested only once"
 
 
-def test_a_schedule_that_says_no_time_is_refused():
-    with pytest.raises(CohortError, match="automation.opens: '0 25 .*' is no cron schedule"):
+def test_an_invalid_cron_schedule_is_refused():
+    with pytest.raises(
+        CohortError, match=r"automation.opens: '0 25 .*' is not a cron schedule; write"
+    ):
         automate([], Automation(opens="0 25 * * *"))
 
 
-def test_a_cohort_may_do_without():
+def test_automation_can_be_disabled():
     world = World()
     (mask, *_) = automate(world.assets(), None)
     assert list(mask.automation_conditions_by_key.values()) == []
@@ -246,7 +260,7 @@ def test_a_cohort_may_do_without():
 
 
 class Watched:
-    """A folder of files that stand for slides, under the real definitions."""
+    """A folder of text files instead of slides, under the real definitions."""
 
     def __init__(self, root: Path) -> None:
         self.wsi = root / "wsi"
@@ -259,13 +273,13 @@ class Watched:
         self.defs = build_defs(load_cohort(root / "cohort.yaml"), self.store)
         self.instance = dg.DagsterInstance.ephemeral()
         self.cursor: str | None = None
-        self.asked: set[str] = set()
+        self.run_keys: set[str] = set()
 
     def put(self, name: str, content: str) -> None:
         (self.wsi / f"{name}.tif").write_text(content)
 
     def tick(self) -> str:
-        """What the sensor says; a request is run, once for each key as the daemon does."""
+        """Evaluate the sensor; run each requested run key once, as the daemon does."""
         sensor = self.defs.resolve_sensor_def("watch_inputs")
         context = dg.build_sensor_context(
             self.instance,
@@ -278,13 +292,13 @@ class Watched:
         if data.skip_message:
             return data.skip_message
         for request in data.run_requests:
-            if request.run_key in self.asked:
-                return "known"
-            self.asked.add(request.run_key)
-            result = self.defs.resolve_job_def("scan_slides").execute_in_process(
+            if request.run_key in self.run_keys:
+                return "requested before"
+            self.run_keys.add(request.run_key)
+            result = self.defs.resolve_job_def("make_slide_index").execute_in_process(
                 instance=self.instance, run_config=request.run_config, raise_on_error=False
             )
-        return "asked" if result.success else "failed"
+        return "materialized" if result.success else "failed"
 
     def slides(self) -> list[str]:
         return list(self.instance.get_dynamic_partitions("slides"))
@@ -298,64 +312,64 @@ def watched(tmp_path: Path) -> Watched:
     return watched
 
 
-def test_files_dropped_into_a_folder_become_partitions_at_the_second_look(watched):
-    assert "still being written" in watched.tick()
+def test_new_files_become_partitions_at_the_second_scan(watched):
+    assert watched.tick() == "2 files scanned, 2 may still be being written"
     assert watched.slides() == []
-    assert watched.tick() == "asked"
+    assert watched.tick() == "materialized"
     assert watched.slides() == ["a", "b"]
-    assert watched.tick() == "nothing new among 2 files"
+    assert watched.tick() == "2 files scanned, no change"
 
 
-def test_a_file_that_is_still_being_copied_is_left(watched):
+def test_a_file_that_is_still_being_copied_is_ignored(watched):
     watched.tick()
     watched.tick()
     watched.put("c", "half")
-    assert watched.tick() == "nothing new among 3 files, 1 still being written"
+    assert watched.tick() == "3 files scanned, 1 may still be being written"
     watched.put("c", "half and half")
-    assert watched.tick() == "nothing new among 3 files, 1 still being written"
-    assert watched.tick() == "asked"
+    assert watched.tick() == "3 files scanned, 1 may still be being written"
+    assert watched.tick() == "materialized"
     assert watched.slides() == ["a", "b", "c"]
 
 
-def test_a_tick_that_is_repeated_asks_for_nothing_new(watched):
+def test_a_repeated_tick_requests_no_second_run(watched):
     watched.tick()
     cursor = watched.cursor
-    assert watched.tick() == "asked"
-    # the daemon died before it wrote the cursor: the same files, the same tick again
-    (watched.store.slides / "seen.parquet").unlink()
+    assert watched.tick() == "materialized"
+    # the daemon was killed before it stored the cursor, so the same tick is evaluated again
+    watched.store.file_snapshot.unlink()
     watched.cursor = cursor
-    assert watched.tick() == "known"
+    assert watched.tick() == "requested before"
 
 
-def test_a_vanished_file_is_reported_and_its_partition_goes(watched):
+def test_a_removed_file_is_reported_and_its_partition_deleted(watched):
     watched.tick()
     watched.tick()
     (watched.wsi / "b.tif").unlink()
     watched.tick()
-    assert watched.tick() == "asked"
+    assert watched.tick() == "materialized"
     assert watched.slides() == ["a"]
     (check,) = watched.instance.event_log_storage.get_asset_check_execution_history(
-        dg.AssetCheckKey(dg.AssetKey("slide_index"), "slide_files_there"), limit=1
+        dg.AssetCheckKey(dg.AssetKey("slide_index"), "slide_files_present"), limit=1
     )
     assert not check.event.asset_check_evaluation.passed
-    assert check.event.asset_check_evaluation.metadata["gone_since_the_last_look"].value == ["b"]
+    assert check.event.asset_check_evaluation.metadata["removed_since_last_scan"].value == ["b"]
 
 
-def test_a_changed_file_makes_its_slide_stale_and_no_other(watched):
+def test_a_changed_file_changes_the_version_of_its_slide_only(watched):
     watched.tick()
     watched.tick()
     before = versions(watched)
     watched.put("a", "another slide")
     watched.tick()
-    assert watched.tick() == "asked"
+    assert watched.tick() == "materialized"
     after = versions(watched)
     assert after["a"] != before["a"]
     assert after["b"] == before["b"]
 
 
-def test_a_folder_that_is_not_there_is_said_and_nothing_asked_for(watched):
+def test_a_missing_folder_is_reported_by_the_sensor(watched):
     watched.wsi.rename(watched.wsi.with_name("elsewhere"))
-    assert watched.tick().endswith("wsi is no folder")
+    assert str(watched.wsi) in watched.tick()
 
 
 def versions(watched: Watched) -> dict[str, str]:

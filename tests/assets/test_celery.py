@@ -1,4 +1,4 @@
-"""Steps on Celery workers, started as the example starts them, with a broker of their own."""
+"""Steps on Celery workers that are started by the example's Procfile."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from pathlib import Path
 import dagster as dg
 import pytest
 from dagster._core.definitions.reconstruct import ReconstructableRepository
-from dagster._core.storage.tags import (
+
+from nic_assets.build import build_defs
+from nic_assets.orchestration.internals import (
     ASSET_PARTITION_RANGE_END_TAG,
     ASSET_PARTITION_RANGE_START_TAG,
 )
-
-from nic_assets.build import build_defs
 from nic_core import steps
 from nic_core.cohort import load_cohort
 from nic_core.grids import open_grid
@@ -34,7 +34,7 @@ SLIDES = ("demo-01-1", "demo-03-1")
 
 @pytest.fixture
 def broker() -> Iterator[str]:
-    """The address of a Redis server that lives as long as the test."""
+    """The URL of a Redis server that runs during the test."""
     pytest.importorskip("dagster_celery", reason="the extra 'celery' is not installed")
     redis = pytest.importorskip("redis", reason="the extra 'celery' is not installed")
     program = shutil.which("redis-server")
@@ -66,11 +66,11 @@ def broker() -> Iterator[str]:
 def environment(
     broker: str, tiny_cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> dict[str, str]:
-    """What runs and workers are told, and nothing else."""
+    """The environment variables of runs and workers."""
     home = tmp_path / "home"
     home.mkdir()
     shutil.copy(ROOT / "dagster.yaml", home)
-    told = {
+    variables = {
         "NIC_COHORT": str(tiny_cohort),
         "NIC_STORE": str(tmp_path / "store"),
         "NIC_DAGSTER_STORAGE": str(tmp_path / "store" / "dagster"),
@@ -81,18 +81,18 @@ def environment(
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
     }
-    for name, value in told.items():
+    for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    # what is loaded already may be of another environment
+    # the loaded definitions may belong to another environment
     monkeypatch.delitem(sys.modules, "nic_assets.definitions", raising=False)
-    return {**os.environ, **told}
+    return {**os.environ, **variables}
 
 
 @pytest.fixture
 def workers(environment: dict[str, str], tmp_path: Path) -> Iterator[None]:
-    """The workers of the example's Procfile."""
+    """Start the workers of the example's Procfile."""
     started = []
-    # Dagster's first process makes its tables; several first ones would get in each other's way
+    # create Dagster's tables before several processes would create them at once
     dg.DagsterInstance.get().get_runs_count()
     try:
         for line in PROCFILE.read_text().splitlines():
@@ -122,7 +122,7 @@ def workers(environment: dict[str, str], tmp_path: Path) -> Iterator[None]:
 
 
 def materialize(instance: dg.DagsterInstance, assets: Sequence[str], first: str, last: str) -> None:
-    """A run of a range of partitions, as the daemon or the command line starts it."""
+    """Start a run of a range of partitions as Dagster's daemon does."""
     definitions = ReconstructableRepository.for_module("nic_assets.definitions", "defs")
     with dg.execute_job(
         definitions.get_reconstructable_job("__ASSET_JOB"),
@@ -134,7 +134,7 @@ def materialize(instance: dg.DagsterInstance, assets: Sequence[str], first: str,
 
 
 def ran_on(instance: dg.DagsterInstance) -> dict[str, str]:
-    """The worker of every step that a worker took, from the event log."""
+    """Return the worker of every step, from the event log."""
     events = (
         entry.dagster_event
         for run in instance.get_runs()
@@ -147,8 +147,10 @@ def ran_on(instance: dg.DagsterInstance) -> dict[str, str]:
     }
 
 
+@pytest.mark.integration
+@pytest.mark.slow
 @pytest.mark.usefixtures("workers")
-def test_gpu_bound_steps_run_on_the_gpu_worker_alone_and_the_others_beside(tiny_cohort, tmp_path):
+def test_steps_run_on_the_worker_of_their_device(tiny_cohort, tmp_path):
     cohort, store = load_cohort(tiny_cohort), Store(tmp_path / "store")
     instance = dg.DagsterInstance.get()
     job = build_defs(cohort, store).resolve_implicit_global_asset_job_def()

@@ -1,9 +1,8 @@
-"""Each check finds what it is there for, and passes what is right."""
+"""The judgements of the checks: each finds its fault and passes a sound product."""
 
 from __future__ import annotations
 
 import inspect
-from dataclasses import replace
 from pathlib import Path
 
 import dagster as dg
@@ -17,8 +16,9 @@ from nic_core.encoders import EncoderCard, PatchDataset
 from nic_core.encoders.patch_tasks import FINDINGS_SCHEMA
 from nic_core.encoders.scores import TaskScores
 from nic_core.grids import Grid, GridProvenance
+from nic_core.models.comparison import Verdict
 from nic_core.models.cross_validation import CrossValidation
-from nic_core.steps import SlideRecord
+from nic_core.steps import SlideRecord, SlideScan
 from nic_core.store import Store
 from nic_core.tiling.patches import MEASURED, PATCH_SCHEMA, write_patch_table
 
@@ -39,7 +39,8 @@ def record(**changes: object) -> SlideRecord:
 
 
 def grid(embeddings: np.ndarray, valid: np.ndarray, unreadable: int = 0) -> Grid:
-    about = GridProvenance(
+    provenance = GridProvenance(
+        format=2,
         slide="s",
         slide_identity="i",
         slide_mpp=0.5,
@@ -47,9 +48,13 @@ def grid(embeddings: np.ndarray, valid: np.ndarray, unreadable: int = 0) -> Grid
         weights_hash="w",
         mpp=0.5,
         patch=128,
+        stride=128,
         unreadable=unreadable,
+        precision="float32",
+        reading="patch",
+        software="nic test",
     )
-    return Grid(embeddings.astype(np.float16), valid, about)
+    return Grid(embeddings.astype(np.float16), valid, provenance)
 
 
 def cells(kept: np.ndarray) -> pl.DataFrame:
@@ -72,35 +77,45 @@ def cells(kept: np.ndarray) -> pl.DataFrame:
     return frame.select(pl.col(name).cast(kind) for name, kind in PATCH_SCHEMA.items())
 
 
-def test_a_slide_scanned_too_coarsely_is_found():
+def test_slides_coarser_than_the_study_are_found():
     assert checks.resolution_suffices(record(mpp=0.503), Settings()) is None
     assert "1.000" in str(checks.resolution_suffices(record(mpp=1.0), Settings()))
 
 
-def test_a_slide_without_tissue_is_found():
+def test_missing_and_removed_slide_files_are_found():
+    def scan(missing: dict[str, str], removed: list[str]) -> SlideScan:
+        return SlideScan(pl.DataFrame(), {}, missing, removed, pl.DataFrame())
+
+    assert checks.slide_files_present(scan({}, [])) is None
+    assert checks.slide_files_present(scan({"a": "a.tif is cut"}, ["a", "b"])) == (
+        "a: a.tif is cut; b: removed since the last scan"
+    )
+
+
+def test_slides_without_tissue_are_found():
     assert checks.tissue_found(record()) is None
     assert checks.tissue_found(record(tissue_mm2=0.0)) is not None
 
 
-def test_a_damaged_patch_table_is_found(tmp_path):
+def test_damaged_patch_tables_are_found(tmp_path):
     store = Store(tmp_path)
     table = cells(np.ones((2, 2), bool))
     write_patch_table(store.patch_table("s"), table)
-    assert checks.patch_table_valid(store, "s") is None
+    assert checks.schema_valid(store, "s") is None
     Path(store.patch_table("s")).write_bytes(b"half")
-    assert checks.patch_table_valid(store, "s") is not None
+    assert checks.schema_valid(store, "s") is not None
 
 
-def test_a_patient_in_two_splits_is_found():
+def test_patients_in_two_splits_are_found():
     def dataset(groups: list[str]) -> PatchDataset:
         table = pl.DataFrame({"group": groups, "split": ["train", "validation", "test"]})
         return PatchDataset("t", "organ", ("a", "b"), 0.5, np.zeros((3, 8, 8, 3), np.uint8), table)
 
-    assert checks.splits_disjoint(dataset(["p", "q", "r"])) is None
-    assert "'p'" in str(checks.splits_disjoint(dataset(["p", "q", "p"])))
+    assert checks.splits_disjoint_by_group(dataset(["p", "q", "r"])) is None
+    assert "'p'" in str(checks.splits_disjoint_by_group(dataset(["p", "q", "p"])))
 
 
-def test_what_was_found_in_a_patch_task_is_told():
+def test_findings_of_a_patch_task_are_reported():
     def dataset(**finding: str) -> PatchDataset:
         findings = pl.DataFrame([finding] if finding else [], schema=FINDINGS_SCHEMA)
         return PatchDataset(
@@ -110,7 +125,7 @@ def test_what_was_found_in_a_patch_task_is_told():
     for check, finding, message in (
         (checks.labels_agree, {"kind": "conflict", "source": "i.png", "label": "b"}, "i.png (b)"),
         (
-            checks.no_near_duplicates,
+            checks.no_near_duplicates_across_splits,
             {"kind": "near_duplicate", "source": "i", "split": "test"},
             "i (test)",
         ),
@@ -122,7 +137,7 @@ def test_what_was_found_in_a_patch_task_is_told():
         assert message in str(check(dataset(**finding)))
 
 
-def test_an_encoder_that_guesses_is_found():
+def test_encoders_no_better_than_chance_are_found():
     def card(accuracy: float) -> EncoderCard:
         scores = TaskScores(n=4, balanced_accuracy=accuracy, auc=None, f1=0.0, confusion=())
         return EncoderCard(
@@ -141,7 +156,7 @@ def test_an_encoder_that_guesses_is_found():
     assert "'t': 0.5" in str(checks.beats_chance(card(0.5)))
 
 
-def test_a_grid_that_misses_cells_is_found_but_unreadable_ones_may_be_missing():
+def test_grids_that_miss_readable_cells_are_found():
     kept = np.array([[True, True], [True, False]])
     embeddings = np.ones((4, 2, 2))
     assert checks.covers_patch_table(grid(embeddings, kept), cells(kept)) is None
@@ -153,25 +168,25 @@ def test_a_grid_that_misses_cells_is_found_but_unreadable_ones_may_be_missing():
     )
 
 
-def test_codes_that_are_no_numbers_are_found():
+def test_embeddings_that_are_not_finite_are_found():
     embeddings = np.ones((4, 2, 2))
     assert checks.embeddings_finite(grid(embeddings, np.ones((2, 2), bool))) is None
     embeddings[2, 1, 1] = np.nan
     assert checks.embeddings_finite(grid(embeddings, np.ones((2, 2), bool))) is not None
 
 
-def test_an_encoder_with_one_answer_is_found():
+def test_collapsed_embeddings_are_found():
     valid = np.ones((3, 3), bool)
     varied = np.random.default_rng(0).normal(size=(4, 3, 3))
     assert checks.embeddings_not_collapsed(grid(varied, valid)) is None
     assert "100%" in str(checks.embeddings_not_collapsed(grid(np.ones((4, 3, 3)), valid)))
 
 
-def test_a_patient_in_two_folds_is_found():
+def test_patients_in_two_folds_are_found():
     folds = pl.DataFrame({"patient": ["p", "p", "q", "r"], "fold": [0, 0, 1, None]})
-    assert checks.folds_disjoint(folds) is None
-    torn = pl.DataFrame({"patient": ["p", "p"], "fold": [0, 1]})
-    assert "'p'" in str(checks.folds_disjoint(torn))
+    assert checks.folds_disjoint_by_patient(folds) is None
+    shared = pl.DataFrame({"patient": ["p", "p"], "fold": [0, 1]})
+    assert "'p'" in str(checks.folds_disjoint_by_patient(shared))
 
 
 def evaluated(prediction: np.ndarray, label: np.ndarray) -> CrossValidation:
@@ -191,76 +206,18 @@ def evaluated(prediction: np.ndarray, label: np.ndarray) -> CrossValidation:
     return CrossValidation(target, ModelSettings(), rows, nothing, (), nothing, ())
 
 
-def test_predictions_no_better_than_exchanged_labels_are_found():
-    label = np.arange(40.0)
-    random = np.random.default_rng(0)
-    assert (
-        checks.above_permutation_control(evaluated(label + random.normal(0, 5, 40), label)) is None
-    )
-    problem = checks.above_permutation_control(evaluated(random.permutation(label), label))
-    assert "exchanged labels" in str(problem)
+def test_all_checks_of_assets_by_slide_are_listed(tiny_cohort, tmp_path):
+    graph = build_defs(load_cohort(tiny_cohort), Store(tmp_path)).resolve_asset_graph()
+    by_slide: dict[str, set[str]] = {}
+    for key in graph.asset_check_keys:
+        if "'slides'" in repr(graph.get(key.asset_key).partitions_def):
+            by_slide.setdefault(key.asset_key.to_user_string(), set()).add(key.name)
+    assert by_slide == {
+        asset: {check.name for check in listed} for asset, listed in checks.OF_SLIDES.items()
+    }
 
 
-# --- the champion ----------------------------------------------------------------------------
-
-
-def champion(error: float) -> checks.Champion:
-    label = np.arange(40.0)
-    noisy = label + np.random.default_rng(1).normal(0, error, 40)
-    return checks.Champion("version 1 (e)", evaluated(noisy, label).predictions)
-
-
-def challenger(error: float) -> CrossValidation:
-    label = np.arange(40.0)
-    return evaluated(label + np.random.default_rng(2).normal(0, error, 40), label)
-
-
-def test_a_model_is_champion_if_its_figure_is_better_beyond_chance():
-    assert checks.compare_with_champion(challenger(5), None).better
-    assert checks.compare_with_champion(challenger(1), champion(40)).better
-    assert not checks.compare_with_champion(challenger(40), champion(1)).better
-    even = checks.compare_with_champion(challenger(20), champion(21))
-    assert not even.better
-    assert even.compared
-    again = checks.compare_with_champion(challenger(5), champion=checks.Champion(
-        "version 1 (e)", challenger(5).predictions))  # fmt: skip
-    assert "difference +0.000 [+0.000, +0.000]" in again.words
-    assert not again.better
-
-
-def test_a_champion_is_judged_by_the_labels_of_today():
-    held = champion(0).predictions
-    assert held is not None
-    wrong = held.with_columns(y=pl.col("y").shuffle(seed=0))  # as its labels were then
-    verdict = checks.compare_with_champion(challenger(20), checks.Champion("version 1 (e)", wrong))
-    assert "against 1.000" in verdict.words
-
-
-def test_a_champion_that_cannot_be_compared_is_left_to_a_person():
-    held = champion(5).predictions
-    assert held is not None
-    others = held.with_columns(unit="other-" + pl.col("unit"))
-    for predictions, why in (
-        (None, "no predictions"),
-        (held.drop("prediction"), "no predictions"),
-        (others, "no unit"),
-        (held.head(1), "undefined"),
-    ):
-        title = checks.Champion("version 1 (e)", predictions)
-        verdict = checks.compare_with_champion(challenger(1), title)
-        assert why in verdict.words
-        assert "by hand" in verdict.words
-        assert not verdict.better
-        assert not verdict.compared
-
-
-def test_a_control_on_exchanged_labels_is_never_champion():
-    control = challenger(1)
-    control = replace(control, settings=ModelSettings(permute_labels=0))
-    assert not checks.compare_with_champion(control, None).better
-
-
-def test_every_check_says_what_it_checks(tiny_cohort, tmp_path):
+def test_every_check_has_a_description(tiny_cohort, tmp_path):
     defs = build_defs(load_cohort(tiny_cohort), Store(tmp_path))
     specs = {
         check.name: check.description
@@ -270,9 +227,15 @@ def test_every_check_says_what_it_checks(tiny_cohort, tmp_path):
     }
     assert len(specs) > 12
     assert all((about or "").endswith(".") for about in specs.values()), specs
-    assert specs["beats_chance"] == inspect.getdoc(checks.beats_chance)
+    assert specs["beats_chance"] == inspect.getdoc(checks.beats_chance.judge)
 
 
-def test_test_patients_that_another_task_trains_on_are_told():
-    assert checks.patients_unseen([]) is None
-    assert checks.patients_unseen(["one", "two"]) == "one; two"
+def test_test_patients_in_the_training_of_another_task_are_found():
+    assert checks.test_patients_unseen([]) is None
+    assert checks.test_patients_unseen(["one", "two"]) == "one; two"
+
+
+def test_models_that_a_person_must_compare_are_found():
+    assert checks.compared_with_champion(Verdict(True, "the first of its name")) is None
+    undecided = Verdict(False, "no unit is predicted by both", compared=False)
+    assert checks.compared_with_champion(undecided) == "no unit is predicted by both"

@@ -1,21 +1,21 @@
-"""``nic doctor`` on what it is for: each fault made for real, found, explained and mended."""
+"""``nic doctor``: each problem is caused for real, found, explained and fixed."""
 
 import os
 import signal
 import subprocess
 import sys
 import time
+import uuid
 from pathlib import Path
 
 import dagster as dg
 import pytest
-from dagster._core.storage.dagster_run import DagsterRun
-from dagster._core.utils import make_new_run_id
+import typer
 from dagster._daemon.types import DaemonHeartbeat
 from typer.testing import CliRunner
 
-from nic_assets.cli import app
-from nic_assets.operations.doctor import Finding, examine, release
+from nic_assets.cli import register
+from nic_assets.operations.doctor import Finding, end_dead_runs, examine
 from nic_assets.tags import HOST_TAG
 from nic_core.store import GridKey, Store
 
@@ -24,7 +24,7 @@ telemetry: {enabled: false}
 concurrency: {pools: {granularity: op, default_limit: 1}}
 run_monitoring: {enabled: true}
 """
-# a run that holds a slot and says nothing more
+# a run that holds a slot and records no further event
 HELD = """
 import sys, time
 import dagster as dg
@@ -42,11 +42,11 @@ with dg.DagsterInstance.get() as instance:
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
-    """A Dagster home of one's own."""
+    """An empty Dagster home."""
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "dagster.yaml").write_text(HOME)
     monkeypatch.setenv("DAGSTER_HOME", str(tmp_path / "home"))
-    monkeypatch.chdir(tmp_path)  # there is no .env here
+    monkeypatch.chdir(tmp_path)  # a folder without .env
     return tmp_path / "home"
 
 
@@ -64,7 +64,7 @@ def store(tmp_path):
 
 @pytest.fixture
 def training(instance):
-    """Another process in the middle of a run."""
+    """Another process that executes a step."""
     process = subprocess.Popen([sys.executable, "-c", HELD], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "training\n"
     yield process
@@ -81,93 +81,99 @@ def names(findings: list[Finding]) -> list[str]:
     return [finding.what for finding in findings]
 
 
-def mend(findings: list[Finding]) -> None:
+def fix(findings: list[Finding]) -> None:
     for finding in findings:
-        finding.mend()
+        assert finding.fix is not None
+        finding.fix()
 
 
-def test_nothing_is_wrong_where_nothing_happened(instance, store):
+def test_a_new_instance_and_store_have_no_problem(instance, store):
     assert examine(instance, store) == []
 
 
-def test_a_run_at_work_and_its_slot_are_left_alone(instance, store, training):
+@pytest.mark.integration
+def test_a_live_run_and_its_slot_are_not_changed(instance, store, training):
     assert examine(instance, store) == []
-    assert release(instance) == []
+    assert end_dead_runs(instance) == []
     [run] = instance.get_runs()
     assert run.status is dg.DagsterRunStatus.STARTED
     assert instance.event_log_storage.get_concurrency_info("gpu").claimed_slots
 
 
-def test_a_run_whose_process_was_killed_is_ended_and_its_slot_given_back(instance, store, training):
+@pytest.mark.integration
+def test_a_killed_run_is_marked_as_failed_and_its_slot_freed(instance, store, training):
     kill(training)
     [found] = examine(instance, store)
-    assert found.what == "lost run"
-    assert "its process is gone" in found.meaning
+    assert found.what == "dead run"
+    assert "its process has ended" in found.meaning
     assert ", STARTED" in found.where
-    mend([found])
+    fix([found])
     [run] = instance.get_runs()
     assert run.status is dg.DagsterRunStatus.FAILURE
     assert not instance.event_log_storage.get_concurrency_info("gpu").claimed_slots
     assert examine(instance, store) == []
 
 
-def test_a_killed_run_of_another_machine_is_told_and_left_alone(instance, store, training):
+@pytest.mark.integration
+def test_a_killed_run_of_another_machine_is_reported_only(instance, store, training):
     [run] = instance.get_runs()
     instance.add_run_tags(run.run_id, {HOST_TAG: "elsewhere"})
     kill(training)
     [found] = examine(instance, store)
-    assert found.mend is None
-    assert "on the machine that ran it" in found.remedy
-    assert release(instance) == []
+    assert found.fix is None
+    assert "on the machine of the run" in found.remedy
+    assert end_dead_runs(instance) == []
 
 
-def test_a_number_that_another_process_got_is_not_the_run(instance, store, training, monkeypatch):
+@pytest.mark.integration
+def test_a_younger_process_with_the_same_id_is_not_the_run(instance, store, training, monkeypatch):
     kill(training)
     monkeypatch.setattr("nic_assets.operations.doctor.os.kill", lambda pid, number: None)
     monkeypatch.setattr("nic_assets.operations.doctor._started", lambda pid: time.time() + 3600)
-    assert names(examine(instance, store)) == ["lost run"]
+    assert names(examine(instance, store)) == ["dead run"]
 
 
 def add_run(instance: dg.DagsterInstance, status: dg.DagsterRunStatus) -> str:
-    run = DagsterRun(job_name="train", run_id=make_new_run_id(), status=status)
+    run = dg.DagsterRun(job_name="train", run_id=str(uuid.uuid4()), status=status)
     instance.add_run(run)
     return run.run_id
 
 
-def test_a_slot_of_a_run_that_has_ended_is_given_back(instance, store):
+def test_the_slot_of_an_ended_run_is_freed(instance, store):
     storage = instance.event_log_storage
     storage.set_concurrency_slots("gpu", 1)
     run = add_run(instance, dg.DagsterRunStatus.FAILURE)
     assert storage.claim_concurrency_slot("gpu", run, "encoder").is_claimed
     [found] = examine(instance, store)
-    assert found.what == "pool slot held by a run that has ended"
+    assert found.what == "pool slot held by an ended run"
     assert f"step encoder of run {run[:8]}, FAILURE" in found.where
-    mend([found])
+    fix([found])
     assert examine(instance, store) == []
 
 
-def test_a_run_that_never_came_up_is_lost_after_a_while(instance, store, monkeypatch):
+def test_a_run_without_any_process_is_dead_after_a_while(instance, store, monkeypatch):
     add_run(instance, dg.DagsterRunStatus.STARTING)
     assert examine(instance, store) == []
     monkeypatch.setattr("nic_assets.operations.doctor.SILENT", -1)
     [found] = examine(instance, store)
-    assert "no process of it is known" in found.meaning
+    assert "no process of the run is known" in found.meaning
 
 
-def test_half_made_files_are_removed_and_those_of_a_writer_are_not(instance, store):
+def test_temporary_files_of_killed_processes_are_removed(instance, store):
     grids = store.grid(GridKey(encoder="mtl", slide="s1")).parent
     (grids / ".new.s1.zarr").mkdir(parents=True)
     (grids / ".lock.s1.zarr").touch()
     [found] = examine(instance, store)
-    assert found.what == "half-made files"
+    assert found.what == "temporary files"
     assert "grids/mtl/.new.s1.zarr" in found.where
-    mend([found])
+    fix([found])
     assert list(grids.iterdir()) == []
     assert examine(instance, store) == []
 
 
+@pytest.mark.integration
 @pytest.mark.skipif(not Path("/proc").exists(), reason="processes are looked up in /proc")
-def test_of_two_daemons_on_one_home_the_newest_stays(home, instance, store, tmp_path):
+def test_of_two_daemons_on_one_home_the_newest_is_kept(home, instance, store, tmp_path):
     def start(home: Path, *, stubborn: bool = False) -> subprocess.Popen:
         ignore = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN);" if stubborn else ""
         program = f"import time; {ignore} print('up', flush=True); time.sleep(600)"
@@ -183,9 +189,9 @@ def test_of_two_daemons_on_one_home_the_newest_stays(home, instance, store, tmp_
     other, first, second = start(tmp_path), start(home), start(home)
     try:
         [found] = examine(instance, store)
-        assert found.what == "two daemons on one home"
+        assert found.what == "two daemons on one Dagster home"
         assert str(other.pid) not in found.where
-        mend([found])
+        fix([found])
         assert first.wait(30) == -signal.SIGTERM
         assert second.poll() is None
         assert examine(instance, store) == []
@@ -194,36 +200,39 @@ def test_of_two_daemons_on_one_home_the_newest_stays(home, instance, store, tmp_
             kill(process)
 
 
-def test_daemons_that_speak_in_turns_are_two(instance, store):
+def test_heartbeats_of_two_daemons_are_reported(instance, store):
     for kind, daemon in (("SENSOR", "one"), ("SCHEDULER", "other")):
         instance.add_daemon_heartbeat(DaemonHeartbeat(time.time(), kind, daemon))
     [found] = examine(instance, store)
-    assert found.what == "two daemons on one home"
-    assert found.mend is None
+    assert found.what == "two daemons on one Dagster home"
+    assert found.fix is None
 
 
-def test_queued_runs_without_a_daemon_are_told(instance, store, monkeypatch):
+def test_queued_runs_without_a_daemon_are_reported(instance, store, monkeypatch):
     monkeypatch.setattr(instance, "get_runs_count", lambda wanted: 3)
     assert names(examine(instance, store)) == ["no daemon"]
 
 
-def test_a_pool_without_limit_gets_one_and_missing_monitoring_is_told(home, store):
+def test_a_missing_pool_limit_and_run_monitoring_are_reported(home, store):
     (home / "dagster.yaml").write_text(
         "telemetry: {enabled: false}\nrun_monitoring: {enabled: false}"
     )
     with dg.DagsterInstance.get() as instance:
         pool, monitoring = examine(instance, store)
         assert pool.what == "pool without a limit"
-        assert monitoring.what == "runs are not monitored"
-        mend([pool])
-        assert names(examine(instance, store)) == ["runs are not monitored"]
+        assert monitoring.what == "run monitoring is disabled"
+        fix([pool])
+        assert names(examine(instance, store)) == ["run monitoring is disabled"]
 
 
 def doctor(*arguments: str, **variables: str):
+    app = typer.Typer()
+    register(app)
     return CliRunner().invoke(app, ["doctor", *arguments], env=variables | {"COLUMNS": "200"})
 
 
-def test_the_command_explains_mends_on_request_and_tells_by_its_status(
+@pytest.mark.slow
+def test_the_command_reports_problems_and_fixes_them_on_request(
     instance, store, tiny_cohort, monkeypatch
 ):
     monkeypatch.delitem(sys.modules, "nic_assets.definitions", raising=False)
@@ -233,19 +242,19 @@ def test_the_command_explains_mends_on_request_and_tells_by_its_status(
     lock.touch()
     found = doctor(**variables)
     assert found.exit_code == 1
-    assert "half-made files" in found.output
-    assert "nic doctor --mend" in found.output
+    assert "temporary files" in found.output
+    assert "nic doctor --fix" in found.output
     assert lock.exists()
-    mended = doctor("--mend", **variables)
-    assert mended.exit_code == 0, mended.output
+    fixed = doctor("--fix", **variables)
+    assert fixed.exit_code == 0, fixed.output
     assert not lock.exists()
-    assert doctor(**variables).output.strip() == "nothing is wrong"
+    assert doctor(**variables).output.strip() == "no problem found"
 
 
-def test_no_home_and_no_cohort_are_told(home, store, tmp_path, monkeypatch):
+def test_a_missing_home_and_a_missing_cohort_are_reported(home, store, tmp_path, monkeypatch):
     nowhere = doctor(DAGSTER_HOME=str(tmp_path))
     assert nowhere.exit_code == 1
-    assert "no Dagster home" in nowhere.output
+    assert "is not a Dagster home" in nowhere.output
     monkeypatch.delitem(sys.modules, "nic_assets.definitions", raising=False)
     without = doctor(NIC_COHORT=str(tmp_path / "none.yaml"), NIC_STORE=str(store.root))
     assert without.exit_code == 1

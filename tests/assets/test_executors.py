@@ -1,4 +1,4 @@
-"""The executor that a setting picks, the pool's slots, and the threads of a step."""
+"""The executor by environment variable, the slots of the GPU pool, the threads of a step."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from nic_assets.orchestration.executors import (
     GPU_POOL,
     GPU_TAGS,
     chosen_executor,
-    threads_a_step,
+    threads_per_step,
 )
 from nic_core import steps
 from nic_core.cohort import load_cohort
@@ -41,16 +41,16 @@ def instance(tmp_path):
 
 
 @pytest.fixture(autouse=True)
-def _no_word_of_the_operator(monkeypatch):
+def _without_settings(monkeypatch):
     monkeypatch.delenv(executors.EXECUTOR_VARIABLE, raising=False)
     for name in executors.THREAD_VARIABLES:
-        monkeypatch.setenv(name, "")  # so that what the test leaves is undone
+        monkeypatch.setenv(name, "")  # so that monkeypatch restores the variable after the test
         monkeypatch.delenv(name)
     monkeypatch.setattr(executors, "cores", lambda: 8)
 
 
 def start(instance: dg.DagsterInstance, asset: dg.AssetsDefinition) -> None:
-    """What happens in the process of a run before its first step."""
+    """Create the executor of a run, as Dagster does before the first step."""
     executor = chosen_executor()
     job = dg.Definitions([asset]).resolve_implicit_global_asset_job_def()
     assert executor.executor_creation_fn is not None
@@ -60,7 +60,7 @@ def start(instance: dg.DagsterInstance, asset: dg.AssetsDefinition) -> None:
     )
 
 
-def under_way(instance: dg.DagsterInstance, runs: int) -> None:
+def add_unfinished_runs(instance: dg.DagsterInstance, runs: int) -> None:
     job = dg.Definitions([tissue]).resolve_implicit_global_asset_job_def()
     for _ in range(runs):
         instance.create_run_for_job(job, status=dg.DagsterRunStatus.STARTED)
@@ -75,7 +75,7 @@ def slots(instance: dg.DagsterInstance) -> int | None:
 
 
 @pytest.mark.parametrize("name", ["", "local"])
-def test_steps_run_on_this_machine_unless_told_otherwise(monkeypatch, name):
+def test_the_default_executor_is_local(monkeypatch, name):
     monkeypatch.setenv("NIC_EXECUTOR", name)
     assert chosen_executor().name == "multiprocess"
 
@@ -83,15 +83,15 @@ def test_steps_run_on_this_machine_unless_told_otherwise(monkeypatch, name):
 @pytest.mark.parametrize(
     ("name", "package"), [("celery", "dagster_celery"), ("ray", "dagster_ray")]
 )
-def test_the_setting_picks_an_engine(monkeypatch, name, package):
+def test_the_variable_selects_the_engine(monkeypatch, name, package):
     pytest.importorskip(package, reason=f"the extra '{name}' is not installed")
     monkeypatch.setenv("NIC_EXECUTOR", name)
     assert chosen_executor().name == name
 
 
-def test_an_unknown_engine_is_refused_with_those_that_there_are(monkeypatch):
+def test_an_unknown_engine_is_refused_with_a_list(monkeypatch):
     monkeypatch.setenv("NIC_EXECUTOR", "sellery")
-    with pytest.raises(dg.DagsterInvalidDefinitionError, match="'sellery'; give one of local, cel"):
+    with pytest.raises(dg.DagsterInvalidDefinitionError, match="'sellery'; set it to one of local"):
         chosen_executor()
 
 
@@ -99,14 +99,15 @@ def test_an_unknown_engine_is_refused_with_those_that_there_are(monkeypatch):
     ("name", "package"),
     [("celery", "dagster_celery"), ("ray", "dagster_ray"), ("kubernetes", "dagster_k8s")],
 )
-def test_a_missing_engine_names_its_extra(monkeypatch, name, package):
+def test_a_missing_package_of_an_engine_names_its_extra(monkeypatch, name, package):
     monkeypatch.setenv("NIC_EXECUTOR", name)
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(dg.DagsterInvalidDefinitionError, match=rf"pip install -e '\.\[{name}\]'"):
+    with pytest.raises(dg.DagsterInvalidDefinitionError, match=rf"pip install '.*\[{name}\]'"):
         chosen_executor()
 
 
-def test_every_asset_says_to_every_engine_what_it_needs(tiny_cohort, tmp_path):
+@pytest.mark.slow
+def test_every_asset_has_consistent_tags_for_all_engines(tiny_cohort, tmp_path):
     graph = build_defs(load_cohort(tiny_cohort), Store(tmp_path)).resolve_asset_graph()
     for key in graph.materializable_asset_keys:
         operation = graph.get(key).assets_def.op
@@ -125,7 +126,8 @@ def _eighth_gpu() -> Iterator[str]:
     yield "cuda:7"
 
 
-def test_gpu_bound_assets_work_on_the_device_that_they_lease(tiny_cohort, tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_gpu_bound_assets_use_the_leased_device(tiny_cohort, tmp_path, monkeypatch):
     monkeypatch.setattr("nic_assets.assets.encoders.leased_device", _eighth_gpu)
     monkeypatch.setattr("nic_assets.assets.grids.leased_device", _eighth_gpu)
     monkeypatch.setattr("nic_assets.assets.models.leased_device", _eighth_gpu)
@@ -153,7 +155,7 @@ def test_gpu_bound_assets_work_on_the_device_that_they_lease(tiny_cohort, tmp_pa
             return event.step_failure_data.error_display_string
 
         assert "trained on cuda:7" in failure("encoder", "mtl-4")
-        assert "device 'cuda:7' is not here" in failure("grid", "mean-rgb|s1")
+        assert "device 'cuda:7' is not available" in failure("grid", "mean-rgb|s1")
         assert "trained on cuda:7" in failure("slide_model", f"mean-rgb|{cohort.targets[0].name}")
 
 
@@ -161,20 +163,20 @@ def test_gpu_bound_assets_work_on_the_device_that_they_lease(tiny_cohort, tmp_pa
 
 
 @pytest.mark.parametrize(("gpus", "expected"), [(0, 1), (1, 1), (4, 4)])
-def test_the_pool_has_a_slot_a_gpu_and_one_without(instance, monkeypatch, gpus, expected):
+def test_the_pool_has_one_slot_per_gpu_and_at_least_one(instance, monkeypatch, gpus, expected):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     start(instance, tissue)
     assert slots(instance) == expected
 
 
-def test_the_pool_follows_the_machine(instance, monkeypatch):
+def test_the_pool_limit_follows_the_number_of_gpus(instance, monkeypatch):
     for gpus in (4, 2):
         monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
         start(instance, training)
     assert slots(instance) == 2
 
 
-def test_on_several_machines_the_pool_holds_nothing_back(instance, monkeypatch):
+def test_the_pool_has_no_limit_on_several_machines(instance, monkeypatch):
     pytest.importorskip("dagster_celery", reason="the extra 'celery' is not installed")
     start(instance, training)
     assert slots(instance) == 1
@@ -188,36 +190,36 @@ def test_on_several_machines_the_pool_holds_nothing_back(instance, monkeypatch):
 # --- threads ---------------------------------------------------------------------------------
 
 
-def test_cpu_bound_steps_share_the_cores_with_the_runs_under_way(instance):
-    under_way(instance, 4)
+def test_cpu_bound_steps_share_the_cores_with_other_runs(instance):
+    add_unfinished_runs(instance, 4)
     start(instance, tissue)
     assert [os.environ[name] for name in executors.THREAD_VARIABLES] == ["2", "2"]
 
 
-def test_gpu_bound_steps_share_them_among_the_gpus_whatever_else_runs(instance, monkeypatch):
+def test_gpu_bound_steps_share_the_cores_by_gpus_only(instance, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    under_way(instance, 4)
+    add_unfinished_runs(instance, 4)
     start(instance, training)
     assert os.environ["OMP_NUM_THREADS"] == "4"
 
 
-def test_a_step_that_has_the_machine_for_itself_is_left_alone(instance):
-    under_way(instance, 1)
+def test_a_single_run_gets_no_thread_limit(instance):
+    add_unfinished_runs(instance, 1)
     start(instance, tissue)
-    under_way(instance, 3)
+    add_unfinished_runs(instance, 3)
     start(instance, training)
     assert not set(executors.THREAD_VARIABLES) & set(os.environ)
 
 
-def test_what_the_operator_says_of_threads_stands(instance, monkeypatch):
+def test_a_thread_limit_in_the_environment_is_kept(instance, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    under_way(instance, 4)
+    add_unfinished_runs(instance, 4)
     start(instance, tissue)
     assert os.environ["OMP_NUM_THREADS"] == "3"
 
 
-def test_steps_never_have_more_threads_than_cores_together_nor_none():
+def test_all_steps_together_have_at_most_one_thread_per_core():
     for runs in range(12):
-        each = threads_a_step(gpu_bound=False, gpus=1, runs=runs)
+        each = threads_per_step(gpu_bound=False, gpus=1, runs=runs)
         assert each >= 1
         assert each * runs <= 8 or each == 1

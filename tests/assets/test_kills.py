@@ -1,4 +1,4 @@
-"""A study whose processes are killed and whose disk fails ends like one that was left alone."""
+"""Killed processes and failing disks: the next refresh gives the same results."""
 
 import random
 import subprocess
@@ -26,7 +26,7 @@ SLIDES = 6
 
 @pytest.fixture(scope="module")
 def cohort(tiny_cohort: Path) -> Path:
-    """The tiny cohort with nothing but grids of mean colours."""
+    """The tiny cohort reduced to six slides and one mean-RGB encoder."""
     entries = yaml.safe_load(tiny_cohort.read_text())
     table = pl.read_csv(tiny_cohort.with_name("slides.csv"), infer_schema=False).head(SLIDES)
     table.write_csv(tiny_cohort.with_name("some_slides.csv"))
@@ -40,22 +40,22 @@ def cohort(tiny_cohort: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Study, float]:
-    """A study that was left alone, and the seconds that it took."""
+    """A study without interruption, and its duration in s."""
     study = Study(cohort, tmp_path_factory.mktemp("undisturbed"))
     with study.instance():
         return study, study.refresh()
 
 
 def made(instance: dg.DagsterInstance, asset: str) -> Counter[str]:
-    """How often each partition was recorded."""
+    """Return the number of materializations of each partition."""
     records = instance.fetch_materializations(dg.AssetKey(asset), limit=1000).records
     return Counter(record.partition_key for record in records)
 
 
-def test_after_kills_at_random_moments_the_next_refresh_goes_on_to_the_same_end(
-    cohort, undisturbed, tmp_path
-):
-    left_alone, seconds = undisturbed
+@pytest.mark.integration
+@pytest.mark.slow
+def test_a_refresh_after_random_kills_gives_the_same_results(cohort, undisturbed, tmp_path):
+    reference, seconds = undisturbed
     study, chance = Study(cohort, tmp_path), random.Random(1)
     with study.instance():
         pass
@@ -63,17 +63,19 @@ def test_after_kills_at_random_moments_the_next_refresh_goes_on_to_the_same_end(
     while kills < 2 and kill_refresh(study, chance.uniform(0.2, 0.8) * seconds):
         kills += 1
     study.refresh()
-    compare(study, left_alone.results())
+    compare(study, reference.results())
     with study.instance() as instance:
         assert examine(instance, study.store) == []
         for asset in ("slide", "patch_table", "grid"):
             counts = made(instance, asset)
             assert len(counts) == SLIDES
-            # at a kill one was made and not yet recorded: no recorded one was made again
+            # no recorded partition was materialized again
             assert counts.total() == SLIDES
 
 
-def test_two_refreshes_at_once_end_like_one(cohort, undisturbed, tmp_path):
+@pytest.mark.integration
+@pytest.mark.slow
+def test_two_concurrent_refreshes_give_the_same_results(cohort, undisturbed, tmp_path):
     study = Study(cohort, tmp_path)
     with study.instance():
         pass
@@ -85,7 +87,7 @@ def test_two_refreshes_at_once_end_like_one(cohort, undisturbed, tmp_path):
 
 
 def fill(folder: Path) -> Callable[[], None]:
-    """Fill a disk; returns what makes room again."""
+    """Fill a disk; return a function that frees the space."""
     blocker = folder / "blocker"
     with blocker.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space"):
         while True:
@@ -94,47 +96,50 @@ def fill(folder: Path) -> Callable[[], None]:
 
 
 def protect(folder: Path) -> Callable[[], None]:
-    """Make a mounted file system read-only; returns what makes it writable again."""
+    """Make a file system read-only; return a function that makes it writable again."""
 
-    def remount(how: str) -> None:
-        subprocess.run(["mount", "-o", f"remount,{how}", str(folder)], check=True)
+    def remount(mode: str) -> None:
+        subprocess.run(["mount", "-o", f"remount,{mode}", str(folder)], check=True)
 
     remount("ro")
     return lambda: remount("rw")
 
 
+@pytest.mark.integration
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fail", "reason"),
     [(fill, "No space left on device"), (protect, "Read-only file system")],
 )
-def test_a_disk_that_fails_in_the_middle_stops_the_run_and_the_next_one_goes_on(
+def test_a_refresh_continues_after_a_disk_failure(
     cohort, undisturbed, mount, tmp_path, monkeypatch, fail, reason
 ):
-    # the database would keep a file open there for writing, and so the disk from being protected
+    # an open database file would keep the file system from becoming read-only
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     study = Study(cohort, tmp_path)
     (tmp_path / "store").symlink_to(mount("size=40m"))
     defs = build_defs(load_cohort(cohort), study.store)
-    calls, mend = [], []
+    calls, repair = [], []
 
     def failing(place: Path) -> AbstractContextManager[None]:
         if place.suffix == ".zarr":
             calls.append(place.stem)
             if len(calls) == 4:
-                mend.append(fail(study.store.root.resolve()))
+                repair.append(fail(study.store.root.resolve()))
         return exclusive_lock(place)
 
     monkeypatch.setattr(batches, "exclusive_lock", failing)
     with study.instance() as instance:
-        [problem, *waiting] = refresh(defs, instance, Console(quiet=True))
+        [problem, *others] = refresh(defs, instance, Console(quiet=True))
         assert f"grid: mean-rgb|{calls[-1]}: StoreError: " in problem
         assert reason in problem
-        assert waiting == []
+        # the manifest of the remaining grids cannot be written either
+        assert all(reason in other for other in others)
         assert len(calls) == 4
         assert study.broken() == []
         assert made(instance, "grid").total() == 3
-        [mended] = mend
-        mended()
+        [restore] = repair
+        restore()
         assert refresh(defs, instance, Console(quiet=True)) == []
         assert len(calls) == 4 + SLIDES - 3
         assert examine(instance, study.store) == []

@@ -1,4 +1,4 @@
-"""What can be said of Kubernetes without a cluster: the schemas, and a step's pod."""
+"""Kubernetes without a cluster: the configuration schemas, and the pod of a step."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pods = pytest.importorskip("dagster_k8s.job", reason=REASON)
     ("tags", "limits", "requests"),
     [(GPU_TAGS, {"nvidia.com/gpu": "1"}, None), (CPU_TAGS, None, {"cpu": "1"})],
 )
-def test_a_step_gets_a_pod_with_what_it_is_tagged_for(tags, limits, requests):
+def test_the_pod_of_a_step_has_the_resources_of_its_tags(tags, limits, requests):
     @dg.asset(op_tags=tags)
     def work() -> None: ...
 
@@ -37,14 +37,14 @@ def test_a_step_gets_a_pod_with_what_it_is_tagged_for(tags, limits, requests):
     assert container.resources.requests == requests
 
 
-def test_the_setting_picks_it(monkeypatch):
+def test_the_variable_selects_kubernetes(monkeypatch):
     monkeypatch.setenv("NIC_EXECUTOR", "kubernetes")
     assert chosen_executor().name == "k8s"
 
 
-def test_the_example_fits_the_schemas_of_instance_and_launcher():
-    asked = InstanceRef.from_dir(str(EXAMPLE)).run_launcher_data
-    assert asked is not None
+def test_the_example_matches_the_schemas_of_instance_and_launcher():
+    found = InstanceRef.from_dir(str(EXAMPLE)).run_launcher_data
+    assert found is not None
     schema = resolve_to_config_type(launcher.K8sRunLauncher.config_type())
-    checked = process_config(schema, asked.config_dict)
+    checked = process_config(schema, found.config_dict)
     assert checked.success, checked.errors

@@ -1,4 +1,4 @@
-"""``nic store gc``: what nobody needs goes, what anybody needs stays."""
+"""``nic store gc``: products that are not needed are listed and removed on request."""
 
 import shutil
 import sys
@@ -9,12 +9,13 @@ import dagster as dg
 import mlflow
 import polars as pl
 import pytest
+import typer
 import yaml
 from typer.testing import CliRunner
 
 from nic_assets.assets.inputs import add_slides
 from nic_assets.build import build_defs
-from nic_assets.cli import app
+from nic_assets.cli import register
 from nic_assets.operations.retention import RetentionError, registered_tags, unneeded
 from nic_assets.tracking import Tracking
 from nic_core import steps
@@ -27,7 +28,7 @@ ENCODER = "mean-rgb"
 
 @dataclass
 class World:
-    """A study with everything of one encoder, and what Dagster knows of it."""
+    """A study with every product of one encoder, and its Dagster instance."""
 
     cohort: Cohort
     store: Store
@@ -41,9 +42,9 @@ class World:
     def weights(self) -> str:
         return read_card(self.store.encoder(ENCODER)).weights_hash
 
-    def without(self, **left: tuple) -> "World":
-        """The same with a poorer cohort file."""
-        return replace(self, cohort=self.cohort.model_copy(update=left))
+    def with_entries(self, **entries: tuple) -> "World":
+        """The same study with other entries in the cohort file."""
+        return replace(self, cohort=self.cohort.model_copy(update=entries))
 
     def unneeded(self, *tags: dict[str, str]) -> set[str]:
         defs = build_defs(self.cohort, self.store)
@@ -58,11 +59,11 @@ def world(mean_rgb_study) -> World:
     return World(cohort, store, instance)
 
 
-def test_everything_of_the_cohort_is_needed(world):
+def test_every_product_of_the_cohort_is_needed(world):
     assert world.unneeded() == set()
 
 
-def test_a_slide_that_left_the_cohort_takes_its_products_with_it(world):
+def test_products_of_a_removed_slide_are_not_needed(world):
     slide = world.slides[3]
     world.instance.delete_dynamic_partition("slides", slide)
     assert world.unneeded() == {
@@ -74,22 +75,23 @@ def test_a_slide_that_left_the_cohort_takes_its_products_with_it(world):
 
 def no_encoder(world: World) -> World:
     kept = tuple(entry for entry in world.cohort.encoders if entry.name != ENCODER)
-    return world.without(encoders=kept)
+    return world.with_entries(encoders=kept)
 
 
 def everything_of_the_encoder(world: World) -> set[str]:
     return {
         f"encoder {ENCODER}",
         *(f"grid {ENCODER}|{slide}" for slide in world.slides),
-        *(f"model {target.name}|{ENCODER}" for target in world.cohort.targets),
+        *(f"slide_model {ENCODER}|{target.name}" for target in world.cohort.targets),
+        f"grid_manifest {ENCODER}",
     }
 
 
-def test_an_encoder_that_left_the_cohort_file_takes_its_grids_and_models_with_it(world):
+def test_products_of_a_removed_encoder_are_not_needed(world):
     assert no_encoder(world).unneeded() == everything_of_the_encoder(world)
 
 
-def test_a_registered_encoder_stays(world):
+def test_a_registered_encoder_is_needed(world):
     tags = {"weights_hash": world.weights}
     expected = everything_of_the_encoder(world) - {f"encoder {ENCODER}"}
     assert no_encoder(world).unneeded(tags) == expected
@@ -97,33 +99,33 @@ def test_a_registered_encoder_stays(world):
     assert no_encoder(world).unneeded(other) == everything_of_the_encoder(world)
 
 
-def test_a_registered_model_keeps_its_encoder_and_the_grids_that_it_learned_from(world):
+def test_the_encoder_and_training_grids_of_a_registered_model_are_needed(world):
     tags = {"target": "growth", "encoder": ENCODER, "weights_hash": world.weights}
     left = no_encoder(world).unneeded(tags)
-    assert f"model growth|{ENCODER}" not in left
-    assert f"model survival|{ENCODER}" in left
+    assert f"slide_model {ENCODER}|growth" not in left
+    assert f"slide_model {ENCODER}|survival" in left
     assert f"encoder {ENCODER}" not in left
     table = pl.read_parquet(world.store.target_folds("growth"))
-    learned = set(table.filter(split="cv")["slides"].explode())
-    held_out = set(world.slides) - learned
+    trained_on = set(table.filter(split="cv")["slides"].explode())
+    held_out = set(world.slides) - trained_on
     assert held_out
-    assert {name.partition("|")[2] for name in left if name.startswith("grid")} == held_out
+    assert {name.partition("|")[2] for name in left if name.startswith("grid ")} == held_out
 
 
-def test_a_target_that_left_the_cohort_file_takes_its_folds_and_models_with_it(world):
+def test_folds_and_models_of_a_removed_target_are_not_needed(world):
     kept = tuple(target for target in world.cohort.targets if target.name != "growth")
-    poorer = world.without(targets=kept)
-    assert poorer.unneeded() == {"folds growth", f"model growth|{ENCODER}"}
+    smaller = world.with_entries(targets=kept)
+    assert smaller.unneeded() == {"target_folds growth", f"slide_model {ENCODER}|growth"}
     tags = {"target": "growth", "encoder": ENCODER, "weights_hash": world.weights}
-    assert poorer.unneeded(tags) == set()
+    assert smaller.unneeded(tags) == set()
 
 
-def test_a_home_that_knows_no_slide_is_refused(world):
-    with pytest.raises(RetentionError, match="Dagster knows no slide.*DAGSTER_HOME"):
+def test_an_instance_without_slides_is_refused(world):
+    with pytest.raises(RetentionError, match="the Dagster instance has no slide.*DAGSTER_HOME"):
         replace(world, instance=dg.DagsterInstance.ephemeral()).unneeded()
 
 
-def test_what_cannot_be_read_stays(world, tmp_path):
+def test_an_unreadable_product_is_needed(world, tmp_path):
     shutil.copytree(world.store.root, tmp_path / "store")
     damaged = replace(world, store=Store(tmp_path / "store"))
     card = damaged.store.encoder(ENCODER) / "card.json"
@@ -134,7 +136,7 @@ def test_what_cannot_be_read_stays(world, tmp_path):
     assert f"encoder {ENCODER}" not in {str(item) for item in left}
 
 
-def test_the_registry_is_read_and_not_made(tmp_path):
+def test_reading_the_registry_does_not_create_a_database(tmp_path):
     tracking = Tracking.in_store(Store(tmp_path))
     assert registered_tags(tracking) == []
     assert list(tmp_path.iterdir()) == []
@@ -146,12 +148,13 @@ def test_the_registry_is_read_and_not_made(tmp_path):
     assert sorted(tags["n"] for tags in registered_tags(tracking)) == ["0", "1"]
 
 
-def test_the_command_lists_first_and_removes_on_request(world, tiny_cohort, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # there is no .env here
+@pytest.mark.slow
+def test_the_command_lists_and_removes_on_request(world, tiny_cohort, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # a folder without .env
     shutil.copytree(world.store.root, tmp_path / "store")
     entries = yaml.safe_load(tiny_cohort.read_text())
     entries["encoders"] = [e for e in entries["encoders"] if e["name"] != ENCODER]
-    cohort = tiny_cohort.with_name("poorer.yaml")
+    cohort = tiny_cohort.with_name("smaller.yaml")
     cohort.write_text(yaml.safe_dump(entries))
     assert ENCODER not in [entry.name for entry in load_cohort(cohort).encoders]
     home = tmp_path / "home"
@@ -168,29 +171,31 @@ def test_the_command_lists_first_and_removes_on_request(world, tiny_cohort, tmp_
             patch.setenv(name, value)
         with dg.DagsterInstance.get() as instance:
             add_slides(instance, world.slides)
-    mine = tmp_path / "store" / "grids" / ENCODER / "notes.txt"
-    mine.write_text("mine")
+    notes = tmp_path / "store" / "grids" / ENCODER / "notes.txt"
+    notes.write_text("of the user")
 
     def gc(*arguments: str):
         monkeypatch.delitem(sys.modules, "nic_assets.definitions", raising=False)
+        app = typer.Typer()
+        register(app)
         return CliRunner().invoke(app, ["store", "gc", *arguments], env=variables)
 
-    def there() -> set[str]:
+    def products() -> set[str]:
         return {str(item) for item in Store(tmp_path / "store").products()}
 
-    before = there()
+    before = products()
     listed = gc()
     assert listed.exit_code == 0, listed.output
-    assert "16 products" in listed.output
+    assert f"{len(everything_of_the_encoder(world))} products" in listed.output
     assert "nothing was removed" in listed.output
-    assert there() == before
+    assert products() == before
     assert gc("--delete").exit_code == 0
-    assert there() == before - everything_of_the_encoder(world)
-    assert mine.read_text() == "mine"
-    assert "everything is needed" in gc().output
+    assert products() == before - everything_of_the_encoder(world)
+    assert notes.read_text() == "of the user"
+    assert "every product is needed" in gc().output
 
 
-def test_a_product_behind_a_link_stays(world, tmp_path):
+def test_a_product_behind_a_symbolic_link_is_not_listed(world, tmp_path):
     outside = tmp_path / "elsewhere"
     shutil.copytree(world.store.root, tmp_path / "store")
     shutil.move(tmp_path / "store" / "encoders" / ENCODER, outside)

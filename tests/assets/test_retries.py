@@ -1,23 +1,24 @@
-"""What passes by itself is tried again, what does not fails at once, and nothing is done twice."""
+"""Retries after transient errors, immediate failure after others, and concurrent runs."""
 
 import errno
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import dagster as dg
 import pytest
-from dagster._core.storage.tags import (
-    ASSET_PARTITION_RANGE_END_TAG,
-    ASSET_PARTITION_RANGE_START_TAG,
-)
 from sqlalchemy.exc import OperationalError
 
 from nic_assets.build import build_defs
-from nic_assets.orchestration.batches import Product, materialize_each
-from nic_assets.orchestration.retries import RETRIES, is_transient, transient_again
+from nic_assets.orchestration.batches import Events, Product, materialize_each
+from nic_assets.orchestration.internals import (
+    ASSET_PARTITION_RANGE_END_TAG,
+    ASSET_PARTITION_RANGE_START_TAG,
+)
+from nic_assets.orchestration.partition_checks import Check
+from nic_assets.orchestration.retries import RETRIES, is_transient, retry_transient_errors
 from nic_assets.tags import HOST_TAG
 from nic_core.cohort import CohortError, load_cohort
 from nic_core.store import Store, StoreBusyError, StoreError, atomic_file
@@ -57,31 +58,38 @@ def caused(error: Exception, cause: Exception) -> Exception:
         (ValueError(), False),
     ],
 )
-def test_what_passes_by_itself_is_told_from_what_stays(error, transient):
+def test_transient_errors_are_recognized(error, transient):
     assert is_transient(error) is transient
+
+
+@Check
+def tidy(problem: str | None) -> str | None:
+    """The slide has no pen marks."""
+    return problem
 
 
 def run(
     work: Callable[[str], Product], instance: dg.DagsterInstance, place: Path | None = None
 ) -> dg.ExecuteInProcessResult:
-    """A batch of all keys whose step may be tried twice more."""
+    """Materialize all keys in one run, with two retries of the step."""
 
     @dg.asset(
         partitions_def=SLIDES,
         backfill_policy=dg.BackfillPolicy.single_run(),
         output_required=False,
         retry_policy=dg.RetryPolicy(max_retries=2),
-        check_specs=[dg.AssetCheckSpec("tidy", asset="mask")],
+        check_specs=[tidy.spec("mask")],
         code_version="1",
     )
     def mask(
         context: dg.AssetExecutionContext,
-    ) -> Iterator[dg.MaterializeResult | dg.AssetCheckResult]:
+    ) -> Events:
         yield from materialize_each(
             context,
             work,
+            parse=str,
             expected=(BadSlideError,),
-            place=None if place is None else lambda key: place / key,
+            path=None if place is None else lambda key: place / key,
         )
 
     @dg.asset(
@@ -114,7 +122,7 @@ def version(instance: dg.DagsterInstance, key: str) -> str:
 
 
 class Faulty:
-    """Work on whose second key something goes wrong a few times."""
+    """Work that raises an error for the second key a number of times."""
 
     def __init__(self, error: Exception, times: int = 1) -> None:
         self.error, self.times = error, times
@@ -125,10 +133,10 @@ class Faulty:
             self.times -= 1
             raise self.error
         self.done.append(key)
-        return Product(f"v-{key}", checks={"tidy": "a pen" if key == "s1" else None})
+        return Product(f"v-{key}", checks={tidy: tidy("a pen" if key == "s1" else None)})
 
 
-def test_a_fault_that_passes_is_tried_again_and_what_was_recorded_is_not_done_again():
+def test_a_retry_continues_with_the_partitions_that_are_left():
     instance = dg.DagsterInstance.ephemeral()
     work = Faulty(disk(errno.EIO), times=2)
     result = run(work, instance)
@@ -136,12 +144,12 @@ def test_a_fault_that_passes_is_tried_again_and_what_was_recorded_is_not_done_ag
     assert work.done == KEYS
     assert [version(instance, key) for key in KEYS] == ["v-s1", "v-s2", "v-s3"]
     assert instance.get_materialized_partitions(dg.AssetKey("grid")) == set(KEYS)
-    # the check knows of slides that an earlier attempt made
+    # the check includes slides of an earlier attempt
     [evaluation] = result.get_asset_check_evaluations()
     assert evaluation.metadata["problems"].value == {"s1": "a pen"}
 
 
-def test_a_bad_slide_is_tried_again_only_if_the_disk_was_to_blame():
+def test_a_failed_slide_is_retried_only_after_a_disk_error():
     flaky = Faulty(caused(BadSlideError("cut short"), disk(errno.EIO)))
     assert run(flaky, dg.DagsterInstance.ephemeral()).success
     assert flaky.done == ["s1", "s3", "s2"]
@@ -152,26 +160,26 @@ def test_a_bad_slide_is_tried_again_only_if_the_disk_was_to_blame():
 
 @pytest.mark.parametrize(
     "error",
-    [ValueError("a fault of ours"), caused(StoreError("p", "full", "make room"), disk(28))],
+    [ValueError("a programming error"), caused(StoreError("p", "full", "make room"), disk(28))],
 )
-def test_what_does_not_pass_by_itself_stops_the_run_at_once_and_says_why(error):
+def test_a_permanent_error_fails_the_run_at_once_with_its_message(error):
     work = Faulty(error)
     result = run(work, dg.DagsterInstance.ephemeral())
     assert not result.success
     assert work.done == ["s1"]
     [failure] = result.get_step_failure_events()
-    told = failure.step_failure_data.user_failure_data.description
-    assert told == f"s2: {type(error).__name__}: {error}"
+    description = failure.step_failure_data.user_failure_data.description
+    assert description == f"s2: {type(error).__name__}: {error}"
     assert [e for e in result.all_events if e.event_type_value == "STEP_UP_FOR_RETRY"] == []
 
 
-def test_a_fault_that_does_not_pass_after_all_fails():
+def test_retries_are_limited():
     work = Faulty(disk(errno.EIO), times=9)
     assert not run(work, dg.DagsterInstance.ephemeral()).success
     assert work.times == 6
 
 
-def test_no_secret_of_the_environment_is_recorded(monkeypatch):
+def test_no_secret_of_the_environment_is_in_the_event_log(monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "hush-hush")
     instance = dg.DagsterInstance.ephemeral()
     run(Faulty(disk(errno.EIO)), instance)
@@ -183,13 +191,13 @@ def test_no_secret_of_the_environment_is_recorded(monkeypatch):
 @pytest.mark.parametrize(
     ("error", "attempts"), [(disk(errno.EIO), 2), (CohortError("labels.csv: no such column"), 1)]
 )
-def test_a_step_of_one_product_is_tried_again_for_transient_faults_alone(error, attempts):
+def test_an_unpartitioned_step_is_retried_after_transient_errors_only(error, attempts):
     begun = []
 
     @dg.asset(retry_policy=dg.RetryPolicy(max_retries=2))
     def index() -> None:
         begun.append(1)
-        with transient_again():
+        with retry_transient_errors():
             if len(begun) == 1:
                 raise error
 
@@ -197,11 +205,12 @@ def test_a_step_of_one_product_is_tried_again_for_transient_faults_alone(error, 
     assert len(begun) == attempts
     assert result.success == (attempts == 2)
     for failure in result.get_step_failure_events():
-        told = failure.step_failure_data.user_failure_data.description
-        assert told == "CohortError: labels.csv: no such column"
+        description = failure.step_failure_data.user_failure_data.description
+        assert description == "CohortError: labels.csv: no such column"
 
 
-def test_every_asset_is_tried_again(tiny_cohort, tmp_path):
+@pytest.mark.slow
+def test_every_asset_has_the_retry_policy(tiny_cohort, tmp_path):
     graph = build_defs(load_cohort(tiny_cohort), Store(tmp_path)).resolve_asset_graph()
     policies = {
         key.to_user_string(): graph.get(key).assets_def.op.retry_policy
@@ -212,7 +221,7 @@ def test_every_asset_is_tried_again(tiny_cohort, tmp_path):
 
 
 class Slow:
-    """Work that takes a while, and says when it began."""
+    """Work that announces its start and waits for permission to go on."""
 
     def __init__(self, folder: Path, version: str) -> None:
         self.folder, self.version = folder, version
@@ -226,7 +235,7 @@ class Slow:
         with atomic_file(self.folder / key) as path:
             path.write_text(self.version)
         self.done.append(key)
-        return Product(self.version)
+        return Product(self.version, checks={tidy: None})
 
 
 @pytest.fixture
@@ -235,7 +244,8 @@ def shared(tmp_path: Path) -> dg.DagsterInstance:
     return dg.DagsterInstance.local_temp(str(tmp_path / "home"))
 
 
-def test_a_second_run_of_the_same_partitions_waits_and_takes_what_the_first_made(tmp_path, shared):
+@pytest.mark.slow
+def test_a_concurrent_run_waits_and_reuses_the_products(tmp_path, shared):
     first, second = Slow(tmp_path, "one"), Slow(tmp_path, "two")
     outcomes = {}
     threads = {
@@ -250,21 +260,24 @@ def test_a_second_run_of_the_same_partitions_waits_and_takes_what_the_first_made
     second.go_on.set()
     while shared.get_runs_count(dg.RunsFilter(statuses=[dg.DagsterRunStatus.STARTED])) < 2:
         time.sleep(0.05)
-    time.sleep(2)  # whatever is made now was made after the second was asked for
+    time.sleep(2)  # the database stores whole seconds: products from now on are newer than the run
     assert second.done == []
     first.go_on.set()
     for thread in threads.values():
         thread.join()
     assert all(outcome.success for outcome in outcomes.values())
-    assert first.done == KEYS
-    assert second.done == []
-    assert [(tmp_path / key).read_text() for key in KEYS] == ["one"] * 3
+    # each partition is made once: s1 by the first run, the others by the run that is faster
+    assert sorted(first.done + second.done) == KEYS
+    assert "s1" in first.done
+    versions = {key: work.version for work in (first, second) for key in work.done}
+    assert {key: (tmp_path / key).read_text() for key in KEYS} == versions
     for outcome in outcomes.values():
         made = [e.partition for e in outcome.asset_materializations_for_node("mask")]
         assert set(made) == set(KEYS)
 
 
-def test_a_run_that_is_asked_for_later_makes_its_partitions_again(tmp_path, shared):
+@pytest.mark.slow
+def test_a_later_run_materializes_its_partitions_again(tmp_path, shared):
     first, second = Slow(tmp_path, "one"), Slow(tmp_path, "two")
     for work in (first, second):
         work.go_on.set()

@@ -1,4 +1,4 @@
-"""Staleness of all partitions at once, against Dagster's own answer for each."""
+"""Staleness of all partitions at once, compared with Dagster's own result for each."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import dagster as dg
+import pytest
 from dagster._core.definitions.data_version import CachingStaleStatusResolver
-from dagster._core.definitions.partitions.context import partition_loading_context
 from dagster._core.loader import LoadingContext
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nic_assets.assets.inputs import ENCODER_ENTRY, SLIDE_FILE, report_versions
-from nic_assets.orchestration.staleness import due, ledger
+from nic_assets.orchestration.staleness import materialization_history, stale_assets
 from tests.assets.worlds import ENCODERS, SLIDE_KEYS, World
 
 
 @dataclass
 class Lookups(LoadingContext):
-    """What Dagster's resolver wants of a request: an instance and a cache."""
+    """The context that Dagster's resolver needs: an instance and a cache."""
 
     dagster_instance: dg.DagsterInstance
     cache: dict[type, Any] = field(default_factory=dict)
@@ -33,7 +33,7 @@ class Lookups(LoadingContext):
         return self.cache
 
 
-def dagsters_answer(world: World) -> dict[tuple[str, str | None], str]:
+def dagsters_result(world: World) -> dict[tuple[str, str | None], str]:
     graph = world.definitions().resolve_asset_graph()
     resolver = CachingStaleStatusResolver(world.instance, graph, Lookups(world.instance))
     return {
@@ -42,13 +42,13 @@ def dagsters_answer(world: World) -> dict[tuple[str, str | None], str]:
     }
 
 
-def ours(world: World) -> dict[tuple[str, str | None], str]:
+def our_result(world: World) -> dict[tuple[str, str | None], str]:
     graph = world.definitions().resolve_asset_graph()
-    book = ledger(world.instance)
-    book.read(world.instance, graph)
-    with partition_loading_context(dynamic_partitions_store=world.instance):
+    history = materialization_history(world.instance)
+    history.update(world.instance, graph)
+    with dg.partition_loading_context(dynamic_partitions_store=world.instance):
         return {
-            (key.to_user_string(), partition): book.status(graph, key, partition).value
+            (key.to_user_string(), partition): history.status(graph, key, partition)
             for key, partition in world.partitions(graph)
         }
 
@@ -61,76 +61,80 @@ events = st.one_of(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=8)
 @given(st.lists(events, max_size=8))
-def test_it_is_dagsters_answer_whatever_happened(history):
+def test_staleness_equals_dagsters_after_any_events(happened):
     world = World()
-    for kind, *about in history:
+    for kind, *about in happened:
         if kind == "slide":
             world.slides[about[0]] = about[1]
-            world.look()
+            world.scan()
         elif kind == "encoder":
             world.encoders[about[0]] = about[1]
-            world.look()
+            world.scan()
         elif kind == "code":
             world.code = about[0]
         else:
             world.make(*about)
-        assert ours(world) == dagsters_answer(world)
+        assert our_result(world) == dagsters_result(world)
 
 
 def test_a_wiped_asset_is_missing_again():
     world = World()
     world.make_all()
-    assert "MISSING" not in ours(world).values()
+    assert "MISSING" not in our_result(world).values()
     world.instance.wipe_assets([dg.AssetKey("grid")])
-    missing = {name for (name, _), status in ours(world).items() if status == "MISSING"}
+    missing = {name for (name, _), status in our_result(world).items() if status == "MISSING"}
     assert missing == {"grid"}
 
 
-def test_a_cohort_of_more_than_a_hundred_slides_is_stale_when_one_changes():
+@pytest.mark.slow
+def test_a_summary_of_over_100_slides_is_stale_when_one_changes():
     world = World(f"s{number:03d}" for number in range(120))
     world.make_all()
-    assert set(ours(world).values()) == {"FRESH"}
+    assert set(our_result(world).values()) == {"FRESH"}
     world.slides["s077"] = "b"
-    world.look()
+    world.scan()
     world.make("mask", "s077")
     world.make("grid", "first|s077")
-    stale = {name for name, status in ours(world).items() if status == "STALE"}
+    stale = {name for name, status in our_result(world).items() if status == "STALE"}
     assert stale == {("gathered", "first"), ("grid", "second|s077")}
-    # which is what Dagster itself does not look at
-    assert dagsters_answer(world)["gathered", "first"] == "FRESH"
+    # Dagster itself ignores dependencies on 100 partitions or more
+    assert dagsters_result(world)["gathered", "first"] == "FRESH"
 
 
-def test_what_lies_below_work_to_be_done_waits_for_it():
+def test_partitions_wait_for_stale_partitions_upstream():
     world = World()
     world.make_all()
     world.slides["s1"] = "b"
-    world.look()
-    judged = due(world.instance, world.definitions().resolve_asset_graph())
-    assert judged[dg.AssetKey("mask")].ready == {"s1"}
-    # of a changed slide the grid is stale too, but its mask comes first
-    assert judged[dg.AssetKey("grid")].ready == set()
-    assert judged[dg.AssetKey("grid")].early == {"first|s1", "second|s1"}
+    world.scan()
+    stale = stale_assets(world.instance, world.definitions().resolve_asset_graph())
+    assert stale[dg.AssetKey("mask")].ready == {"s1"}
+    # the grids of a changed slide are stale too, but its mask comes first
+    assert stale[dg.AssetKey("grid")].ready == set()
+    assert stale[dg.AssetKey("grid")].blocked_by_upstream == {"first|s1", "second|s1"}
 
 
-def test_what_has_failed_holds_nothing_back_until_its_input_changes():
+def test_a_failed_partition_blocks_nothing_until_its_input_changes():
     world = World()
     world.make_all()
     world.slides["s1"] = "b"
     world.bad = {"s1"}
-    world.look()
+    world.scan()
     world.make("mask", "s1")
     graph = world.definitions().resolve_asset_graph()
-    assert due(world.instance, graph)[dg.AssetKey("grid")].ready == {"first|s1", "second|s1"}
+    grid = stale_assets(world.instance, graph)[dg.AssetKey("grid")]
+    assert grid.ready == {"first|s1", "second|s1"}
     report_versions(world.instance, SLIDE_FILE, {"s1": "c"})
-    assert due(world.instance, graph)[dg.AssetKey("grid")].ready == set()
+    grid = stale_assets(world.instance, graph)[dg.AssetKey("grid")]
+    assert grid.ready == set()
 
 
-def test_a_partition_without_its_input_waits():
+def test_a_partition_without_its_input_is_not_ready():
     world = World()
     report_versions(world.instance, ENCODER_ENTRY, world.encoders)
-    judged = due(world.instance, world.definitions().resolve_asset_graph())
-    assert judged[dg.AssetKey("mask")].ready == set(SLIDE_KEYS)
-    assert len(judged[dg.AssetKey("grid")].waiting) == len(SLIDE_KEYS) * len(ENCODERS)
-    assert judged[dg.AssetKey("gathered")].waiting == set(ENCODERS)
+    stale = stale_assets(world.instance, world.definitions().resolve_asset_graph())
+    assert stale[dg.AssetKey("mask")].ready == set(SLIDE_KEYS)
+    assert len(stale[dg.AssetKey("grid")].missing_inputs) == len(SLIDE_KEYS) * len(ENCODERS)
+    assert stale[dg.AssetKey("gathered")].missing_inputs == set(ENCODERS)

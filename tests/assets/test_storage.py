@@ -1,4 +1,4 @@
-"""Dagster's records in SQLite files or on a PostgreSQL server, by one setting."""
+"""Dagster's records in SQLite files, or on a PostgreSQL server, by the choice of the home."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -14,10 +13,12 @@ from pathlib import Path
 
 import dagster as dg
 import pytest
+import yaml
 
 from nic_assets.partitions import SLIDES
 
 ROOT = Path(__file__).parents[2]
+SQLITE, POSTGRES = ROOT / "dagster.yaml", ROOT / "examples" / "postgres" / "dagster.yaml"
 
 
 @dg.asset(partitions_def=SLIDES)
@@ -25,7 +26,7 @@ def mask() -> None: ...
 
 
 def programs() -> Path | None:
-    """The folder of PostgreSQL's server programs, which Debian keeps out of PATH."""
+    """Return the folder of PostgreSQL's server programs, which Debian does not add to PATH."""
     found = shutil.which("initdb")
     folders = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
     return Path(found).parent if found else folders[-1] if folders else None
@@ -33,14 +34,14 @@ def programs() -> Path | None:
 
 @pytest.fixture
 def server() -> Iterator[str]:
-    """The URL of a PostgreSQL server that lives as long as the test."""
+    """The URL of a PostgreSQL server that runs during the test."""
     pytest.importorskip("dagster_postgres", reason="the extra 'postgres' is not installed")
     import psycopg2
 
     folder = programs()
     if folder is None:
-        pytest.skip("no PostgreSQL server is installed")
-    # it refuses to run as root; Debian's package brings a user for it
+        pytest.skip("PostgreSQL is not installed")
+    # PostgreSQL refuses to run as root; Debian's package creates this user
     user = "postgres" if os.getuid() == 0 else None
     home = Path(tempfile.mkdtemp(prefix="nic-postgres-"))
     if user:
@@ -64,15 +65,15 @@ def server() -> Iterator[str]:
             stderr=subprocess.DEVNULL,
         )
         try:
-            url = f"postgresql://nic:sesame@127.0.0.1:{port}/postgres"
+            address = f"nic:sesame@127.0.0.1:{port}/postgres"
             while True:
                 try:
-                    psycopg2.connect(url).close()
+                    psycopg2.connect(f"postgresql://{address}").close()
                     break
                 except psycopg2.OperationalError:
                     assert process.poll() is None, "the PostgreSQL server did not start"
                     time.sleep(0.05)
-            yield url
+            yield f"postgresql+psycopg2://{address}"
         finally:
             process.terminate()
             process.wait()
@@ -82,21 +83,20 @@ def server() -> Iterator[str]:
 
 @pytest.fixture
 def home(tmp_path, monkeypatch) -> Path:
-    """A home with the project's own ``dagster.yaml``."""
-    shutil.copy(ROOT / "dagster.yaml", tmp_path)
+    """An empty Dagster home, with the records in ``records``."""
     monkeypatch.setenv("NIC_DAGSTER_STORAGE", str(tmp_path / "records"))
     monkeypatch.delenv("NIC_DAGSTER_POSTGRES", raising=False)
     return tmp_path
 
 
-def remember(instance: dg.DagsterInstance) -> None:
-    """A run, a partition and a pool."""
+def write_records(instance: dg.DagsterInstance) -> None:
+    """Record a run, a partition and a pool."""
     instance.add_dynamic_partitions(SLIDES.name, ["s1"])
     assert dg.materialize([mask], instance=instance, partition_key="s1").success
     instance.event_log_storage.set_concurrency_slots("gpu", 2)
 
 
-def remembers(instance: dg.DagsterInstance) -> bool:
+def has_records(instance: dg.DagsterInstance) -> bool:
     return (
         instance.get_materialized_partitions(mask.key) == {"s1"}
         and instance.get_runs_count() == 1
@@ -105,34 +105,45 @@ def remembers(instance: dg.DagsterInstance) -> bool:
 
 
 def test_records_are_files_in_the_store_by_default(home):
+    shutil.copy(SQLITE, home)
     with dg.DagsterInstance.from_config(str(home)) as instance:
-        remember(instance)
+        write_records(instance)
     with dg.DagsterInstance.from_config(str(home)) as instance:
-        assert remembers(instance)
+        assert has_records(instance)
     assert (home / "records" / "history" / "runs.db").exists()
 
 
-def test_one_setting_keeps_them_on_a_server(home, server, monkeypatch):
+@pytest.mark.integration
+def test_the_postgres_home_keeps_records_on_a_server(home, server, monkeypatch):
+    shutil.copy(POSTGRES, home)
     monkeypatch.setenv("NIC_DAGSTER_POSTGRES", server)
     with dg.DagsterInstance.from_config(str(home)) as instance:
-        remember(instance)
-        handed_on = instance.get_ref()
-    assert "sesame" not in str(handed_on)
-    with dg.DagsterInstance.from_ref(handed_on) as instance:
-        assert remembers(instance)
+        write_records(instance)
+        reference = instance.get_ref()  # what Dagster passes to other processes
+    assert "sesame" not in str(reference)
+    with dg.DagsterInstance.from_ref(reference) as instance:
+        assert has_records(instance)
     assert not list(home.rglob("*.db"))
 
 
-@pytest.mark.parametrize("url", ["mysql://u:pw@h/name", "postgresql:/u:pw@h", "u:pw@h:5432/name"])
-def test_another_kind_of_url_is_refused_without_repeating_it(home, monkeypatch, url):
-    monkeypatch.setenv("NIC_DAGSTER_POSTGRES", url)
-    with pytest.raises(dg.DagsterInvalidDefinitionError, match="is no URL such as") as refused:
+def test_both_homes_differ_in_their_storage_only():
+    sqlite, postgres = (yaml.safe_load(path.read_text()) for path in (SQLITE, POSTGRES))
+    assert sqlite.pop("storage") != postgres.pop("storage")
+    assert sqlite == postgres
+
+
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        (None, 'environment variable "NIC_DAGSTER_POSTGRES" which is not set'),
+        ("u:pw@h:5432/name", "Could not parse SQLAlchemy URL"),
+    ],
+)
+def test_an_unusable_url_is_refused_without_its_password(home, monkeypatch, url, reason):
+    pytest.importorskip("dagster_postgres", reason="the extra 'postgres' is not installed")
+    shutil.copy(POSTGRES, home)
+    if url is not None:
+        monkeypatch.setenv("NIC_DAGSTER_POSTGRES", url)
+    with pytest.raises(Exception, match=reason) as refused:
         dg.DagsterInstance.from_config(str(home))
     assert "pw" not in str(refused.value)
-
-
-def test_a_missing_driver_names_its_extra(home, monkeypatch):
-    monkeypatch.setenv("NIC_DAGSTER_POSTGRES", "postgresql://h/name")
-    monkeypatch.setitem(sys.modules, "dagster_postgres", None)
-    with pytest.raises(dg.DagsterInvalidDefinitionError, match=r"pip install -e '\.\[postgres\]'"):
-        dg.DagsterInstance.from_config(str(home))

@@ -1,4 +1,4 @@
-"""MLflow as the team's memory: trainings that outlive it, champions, and no secrets."""
+"""MLflow tracking: interruptions, the format of registered models, champions, secrets."""
 
 from __future__ import annotations
 
@@ -16,34 +16,40 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 import mlflow
 import numpy as np
+import polars as pl
 import pytest
 import torch
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.models.model import ModelInfo
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
-from nic_assets import tracking
 from nic_assets.build import build_defs
-from nic_assets.tracking import TrackedRun, Tracking, TrackingError
-from nic_assets.tracking.runs import git_commit, without_secrets
+from nic_assets.tracking import ModelFormatError, TrackedRun, Tracking, TrackingError, runs
+from nic_assets.tracking.connection import without_secrets
+from nic_assets.tracking.database import create_database
+from nic_assets.tracking.resource import git_commit
 from nic_core import steps
-from nic_core.cohort import Cohort, EncoderSpec, load_cohort
+from nic_core.cohort import Cohort, EncoderSpec, ModelSettings, RegressionTarget, load_cohort
 from nic_core.encoders.files import read_card
 from nic_core.encoders.training_loop import _Run
 from nic_core.models.comparison import compare_with_champion
+from nic_core.models.cross_validation import CrossValidation
 from nic_core.steps.slide_models import PREDICTIONS
 from nic_core.store import Store
-from tests.assets.test_checks import evaluated
 
 ENCODER = "mtl-4"
+LOG_MODEL = mlflow.pytorch.log_model
 
 
 @pytest.fixture(scope="module")
 def one_task(tiny_cohort, tmp_path_factory) -> tuple[Cohort, Path]:
-    """A cohort whose encoder learns one task in a moment, and a store with that task."""
+    """A cohort whose encoder trains on one task within seconds, and a store with that task."""
     cohort, store = load_cohort(tiny_cohort), Store(tmp_path_factory.mktemp("tasks") / "store")
     task = cohort.patch_tasks[0].name
     steps.make_patch_task(cohort, store, task)
@@ -54,26 +60,26 @@ def one_task(tiny_cohort, tmp_path_factory) -> tuple[Cohort, Path]:
 
 
 class Lab:
-    """Materializes one encoder, and can be disturbed when an epoch of its training is over."""
+    """Materializes one encoder, and calls a function after chosen epochs of its training."""
 
     def __init__(self, cohort: Cohort, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.store = Store(root)
         self.cohort = cohort
         self.instance = dg.DagsterInstance.ephemeral()
         self.epochs = 0
-        self.disturb: dict[int, Callable[[], object]] = {}
+        self.after_epoch: dict[int, Callable[[], object]] = {}
         train_epoch = _Run.train_epoch
 
         def counted(run, progress):
             result = train_epoch(run, progress)
             self.epochs += 1
-            self.disturb.pop(self.epochs, lambda: None)()
+            self.after_epoch.pop(self.epochs, lambda: None)()
             return result
 
         monkeypatch.setattr(_Run, "train_epoch", counted)
-        monkeypatch.setattr(tracking, "LIVE_PAUSE", 0.0)
-        monkeypatch.setattr(tracking, "LAST_PAUSES", (0.0,))
-        # the step's own tries
+        monkeypatch.setattr(runs, "RETRY_AFTER", 0.0)
+        monkeypatch.setattr(runs, "FINAL_RETRY_DELAYS", (0.0,))
+        # the step's own retries
         monkeypatch.setattr(dg.RetryPolicy, "calculate_delay", lambda policy, attempt: 0)
 
     def materialize(self) -> dg.ExecuteInProcessResult:
@@ -86,10 +92,10 @@ class Lab:
         )
 
     @property
-    def said(self) -> str:
-        """Everything that Dagster recorded."""
-        runs = self.instance.get_runs()
-        return "".join(repr(self.instance.all_logs(run.run_id)) for run in runs)
+    def log(self) -> str:
+        """Every event that Dagster recorded."""
+        found = self.instance.get_runs()
+        return "".join(repr(self.instance.all_logs(run.run_id)) for run in found)
 
     def materialized(self) -> dg.AssetMaterialization | None:
         event = self.instance.get_latest_materialization_event(dg.AssetKey("encoder"))
@@ -156,14 +162,16 @@ def versions(client: mlflow.MlflowClient, name: str) -> dict[str, dict[str, str]
     return {v.version: v.tags for v in client.search_model_versions(f"name='{name}'")}
 
 
-def test_a_server_killed_in_a_training_costs_no_training_and_no_password_is_told(
+@pytest.mark.integration
+@pytest.mark.slow
+def test_a_server_killed_in_a_training_costs_no_training_nor_secret(
     lab, server, monkeypatch, capfd, tmp_path
 ):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://team:hunter2@127.0.0.1:{server.port}")
     server.start()
-    lab.disturb[2] = server.kill  # the first epoch is told, the second not
+    lab.after_epoch[2] = server.kill  # the first epoch is logged, the second is not
     assert not lab.materialize().success
-    assert f"{lab.store.encoder(ENCODER)} is made and safe" in lab.said
+    assert f"{lab.store.encoder(ENCODER)} is in the store" in lab.log
     assert lab.materialized() is None
     trained, weights = lab.epochs, read_card(lab.store.encoder(ENCODER)).weights_hash
     assert trained > 1
@@ -176,24 +184,24 @@ def test_a_server_killed_in_a_training_costs_no_training_and_no_password_is_told
     (tags,) = versions(client, f"encoder-{ENCODER}").values()
     assert tags["weights_hash"] == weights == read_card(lab.store.encoder(ENCODER)).weights_hash
     experiment = client.get_experiment_by_name("encoders")
-    runs = client.search_runs([experiment.experiment_id], order_by=["attributes.start_time"])
-    assert [run.info.status for run in runs] == ["KILLED", "FINISHED"]
-    losses = [client.get_metric_history(run.info.run_id, "loss") for run in runs]
+    found = client.search_runs([experiment.experiment_id], order_by=["attributes.start_time"])
+    assert [run.info.status for run in found] == ["KILLED", "FINISHED"]
+    losses = [client.get_metric_history(run.info.run_id, "loss") for run in found]
     assert [len(history) for history in losses] == [1, trained]
     link = lab.materialized().metadata["mlflow_run"].value
     page = f"http://127.0.0.1:{server.port}/#/experiments/{experiment.experiment_id}/runs/"
-    assert link == page + runs[1].info.run_id
+    assert link == page + found[1].info.run_id
 
-    assert "hunter2" not in lab.said
+    assert "hunter2" not in lab.log
     assert not [word for word in capfd.readouterr() if "hunter2" in word]
-    told = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert len(told) > 20
-    assert not [path for path in told if b"hunter2" in path.read_bytes()]
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) > 20
+    assert not [path for path in files if b"hunter2" in path.read_bytes()]
 
 
 @pytest.fixture
 def impatient() -> Iterator[None]:
-    """MLflow waits 20 s for a locked database; here it gives up at once."""
+    """Set SQLite's timeout for a locked database to 0 s; MLflow sets 20 s."""
 
     def give_up(connection, cursor, statement, parameters, *_):
         waits = statement.startswith("PRAGMA busy_timeout")
@@ -215,40 +223,79 @@ def locked(database: Path) -> Iterator[None]:
         connection.close()
 
 
-def test_what_a_locked_database_did_not_take_is_sent_when_it_is_free(lab, impatient):
+@pytest.mark.slow
+def test_calls_to_a_locked_database_are_repeated(lab, impatient):
     database = lab.store.mlflow / "mlflow.db"
     lock = locked(database)
-    lab.disturb[1] = lock.__enter__
-    lab.disturb[2] = lambda: lock.__exit__(None, None, None)
+    lab.after_epoch[1] = lock.__enter__
+    lab.after_epoch[2] = lambda: lock.__exit__(None, None, None)
     assert lab.materialize().success
-    assert "MLflow does not answer ((sqlite3.OperationalError) database is locked)" in lab.said
+    assert "MLflow does not answer ((sqlite3.OperationalError) database is locked)" in lab.log
     client = mlflow.MlflowClient(f"sqlite:///{database}")
     (run,) = client.search_runs([client.get_experiment_by_name("encoders").experiment_id])
     steps_ = [metric.step for metric in client.get_metric_history(run.info.run_id, "loss")]
     assert sorted(steps_) == list(range(1, lab.epochs + 1))
 
 
-def test_a_database_that_stays_locked_fails_the_step_and_the_next_only_logs(lab, impatient):
+@pytest.mark.slow
+def test_after_a_locked_database_the_next_run_only_logs(lab, impatient):
     database = lab.store.mlflow / "mlflow.db"
     lab.store.mlflow.mkdir()
-    mlflow.MlflowClient(f"sqlite:///{database}").search_experiments()  # makes it
+    mlflow.MlflowClient(f"sqlite:///{database}").search_experiments()  # creates the database
     with locked(database):
         assert not lab.materialize().success
-    assert "no training is repeated" in lab.said
+    assert "no training is repeated" in lab.log
     trained = lab.epochs
     assert lab.materialize().success
     assert lab.epochs == trained
     (tags,) = versions(mlflow.MlflowClient(f"sqlite:///{database}"), f"encoder-{ENCODER}").values()
     assert tags["weights_hash"] == read_card(lab.store.encoder(ENCODER)).weights_hash
-    assert lab.materialize().success  # asked again with nothing outstanding: trained again
+    # nothing is left to log, so a further run trains again
+    assert lab.materialize().success
     assert lab.epochs == 2 * trained
 
 
 # --- champions -------------------------------------------------------------------------------
 
 
+def cross_validated(prediction: np.ndarray) -> CrossValidation:
+    """A model that predicts the numbers 0 to 39 of 40 patients."""
+    units = [f"u{number:02}" for number in range(40)]
+    rows = pl.DataFrame(
+        {
+            "model": "network",
+            "split": "cv",
+            "unit": units,
+            "patient": units,
+            "y": np.arange(40.0),
+            "prediction": prediction,
+        }
+    )
+    target = RegressionTarget(name="t", kind="regression", column="y")
+    empty = pl.DataFrame()
+    return CrossValidation(target, ModelSettings(), rows, empty, (), empty, ())
+
+
+def predictions(error: float) -> np.ndarray:
+    return np.arange(40.0) + np.random.default_rng(1).normal(0, error, 40)
+
+
+@pytest.fixture(scope="module")
+def empty_database(tmp_path_factory) -> Path:
+    """MLflow's database before the first run; its creation takes seconds."""
+    path = tmp_path_factory.mktemp("database") / "mlflow.db"
+    create_database(f"sqlite:///{path}")
+    return path
+
+
+@pytest.fixture
+def registry(empty_database, tmp_path) -> Registry:
+    shutil.copy(empty_database, tmp_path)
+    return Registry(tmp_path)
+
+
 class Registry:
-    """Registers models that predict the numbers 0 to 39 with an error of some size."""
+    """Registers versions of ``model-t`` in a database of its own."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -260,9 +307,8 @@ class Registry:
         tags["dagster/partition"] = "mtl-4|t"
         return TrackedRun(self.tracking, "target-t", tags, lambda _: False, warn)
 
-    def register(self, error: float) -> str:
-        label = np.arange(40.0)
-        model = evaluated(label + np.random.default_rng(1).normal(0, error, 40), label)
+    def register(self, prediction: np.ndarray) -> ModelVersion:
+        model = cross_validated(prediction)
         folder = self.root / "model"
         folder.mkdir(exist_ok=True)
         model.predictions.write_parquet(folder / PREDICTIONS)
@@ -272,44 +318,125 @@ class Registry:
             torch.nn.Linear(2, 1),
             torch.zeros(2, 2),
             name="model-t",
-            description="",
+            description="a linear model",
             tags={"encoder": "mtl-4"},
         )
-        run.challenge(lambda champion: compare_with_champion(model, champion))
+        run.compare_with_champion(lambda champion: compare_with_champion(model, champion))
         run.finish(folder)
-        assert run.verdict is not None
-        return run.verdict.words
+        return self.client.get_model_version("model-t", run.page.rpartition("/")[2])
 
-    @property
-    def champion(self) -> int:
-        return int(self.client.get_model_version_by_alias("model-t", "champion").version)
+    def holder(self, alias: str) -> int | None:
+        """The number of the version that has an alias."""
+        number = self.client.get_registered_model("model-t").aliases.get(alias)
+        return None if number is None else int(number)
 
 
-def test_the_champion_is_the_first_then_a_better_one_and_whatever_a_person_chose(tmp_path):
-    registry = Registry(tmp_path)
-    assert registry.register(error=10) == "the first of its name: champion"
-    assert registry.champion == 1
-    worse = registry.register(error=40)
-    assert "version 1 (mtl-4) stays champion: Spearman 0." in worse
-    assert "on 40 units of 40 patients" in worse
-    assert registry.champion == 1
-    assert registry.client.get_model_version("model-t", "2").tags["champion"] == worse
+@pytest.mark.slow
+def test_the_champion_is_the_first_then_a_better_or_chosen_version(registry):
+    first = registry.register(predictions(error=10))
+    assert "the first of its name" in first.tags["champion"]
+    assert registry.holder("champion") == 1
+    worse = registry.register(predictions(error=20))
+    assert "version 1 (mtl-4) stays champion: Spearman 0." in worse.tags["champion"]
+    assert "on 40 units of 40 patients" in worse.tags["champion"]
+    assert registry.holder("champion") == 1
     registry.client.set_registered_model_alias("model-t", "champion", "2")
-    assert registry.register(error=10).startswith("takes the place of version 2 (mtl-4)")
-    assert registry.champion == 3
-    candidate = registry.client.get_model_version_by_alias("model-t", "candidate")
-    assert int(candidate.version) == 3
+    better = registry.register(predictions(error=0))
+    assert "version 2 (mtl-4)" in better.tags["champion"]
+    assert registry.holder("champion") == registry.holder("candidate") == 3
 
 
-def test_a_place_for_artifacts_that_is_no_folder_is_a_fault_that_can_be_mended(
-    tmp_path, monkeypatch
-):
-    monkeypatch.setattr(tracking, "LAST_PAUSES", ())
-    registry, warnings = Registry(tmp_path), []
+@pytest.mark.slow
+def test_the_description_of_a_version_has_the_comparison(registry):
+    version = registry.register(predictions(error=10))
+    reason = version.tags["champion"]
+    assert version.description == f"a linear model\n\nComparison with the champion: {reason}."
+
+
+@pytest.mark.slow
+def test_a_first_version_that_fails_its_control_is_only_a_candidate(registry):
+    random = np.random.default_rng(0).permutation(40.0 + np.arange(40))
+    version = registry.register(random)
+    assert registry.holder("candidate") == 1
+    assert registry.holder("champion") is None
+    assert "permutation control" in version.tags["champion"]
+    assert "permutation control" in version.description
+
+
+# --- the format of registered models ---------------------------------------------------------
+
+
+def logged_files(registry: Registry) -> list[str]:
+    """The files in the folder ``data`` of every logged model."""
+    folders = (registry.root / "artifacts").rglob("models/*/artifacts/data")
+    return sorted(file.name for folder in folders for file in folder.iterdir())
+
+
+@pytest.mark.slow
+def test_registered_models_are_torch_export_archives(registry):
+    registry.register(predictions(error=10))
+    assert logged_files(registry) == ["model.pt2"]
+    uri = registry.client.get_model_version_download_uri("model-t", "1")
+    loaded = torch.export.load(next(Path(uri.removeprefix("file://")).rglob("model.pt2")))
+    assert loaded.module()(torch.zeros(3, 2)).shape == (3, 1)
+
+
+def as_pickle(model: torch.nn.Module, **options: Any) -> ModelInfo:
+    """``mlflow.pytorch.log_model`` as versions of MLflow before 3.14 behave by default."""
+    return LOG_MODEL(model, **{**options, "serialization_format": "pickle"})
+
+
+def as_renamed_pickle(model: torch.nn.Module, **options: Any) -> ModelInfo:
+    """A pickle in a file with the name of an archive."""
+    info = as_pickle(model, **options)
+    folder = Path(info.artifact_path.removeprefix("file://")) / "data"
+    (folder / "pickle_module_info.txt").unlink()
+    (folder / "model.pth").rename(folder / "model.pt2")
+    return info
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("log_model", "found"),
+    [(as_pickle, "found data/model.pth"), (as_renamed_pickle, "found data/model.pt2")],
+)
+def test_a_pickled_model_is_not_registered(registry, monkeypatch, log_model, found):
+    monkeypatch.setattr(mlflow.pytorch, "log_model", log_model)
+    with pytest.raises(ModelFormatError, match=found) as refused:
+        registry.register(predictions(error=10))
+    assert "the model was not registered" in str(refused.value)
+    assert logged_files(registry) != []
+    assert list(registry.client.search_registered_models()) == []
+
+
+@pytest.mark.slow
+def test_a_refused_model_fails_its_run_and_costs_no_training(lab, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(mlflow.pytorch, "log_model", as_pickle)
+        assert not lab.materialize().success
+    assert "ModelFormatError" in lab.log
+    client = mlflow.MlflowClient(f"sqlite:///{lab.store.mlflow / 'mlflow.db'}")
+    assert list(client.search_registered_models()) == []
+    trained = lab.epochs
+    assert lab.materialize().success
+    assert lab.epochs == trained
+    assert len(versions(client, f"encoder-{ENCODER}")) == 1
+    experiment = client.get_experiment_by_name("encoders").experiment_id
+    found = client.search_runs([experiment], order_by=["attributes.start_time"])
+    assert [run.info.status for run in found] == ["FAILED", "FINISHED"]
+
+
+# --- interruptions ---------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_logging_continues_once_the_artifact_folder_can_be_written(registry, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "FINAL_RETRY_DELAYS", ())
+    warnings: list[str] = []
     (tmp_path / "artifacts").write_text("in the way")
     run = registry.run(warnings.append)
     run.card({"name": "x"})
-    with pytest.raises(TrackingError, match="model is made and safe, but MLflow"):
+    with pytest.raises(TrackingError, match="model is in the store, but MLflow"):
         run.finish(tmp_path / "model")
     assert len(warnings) == 1
     (tmp_path / "artifacts").unlink()
@@ -323,7 +450,7 @@ def test_a_place_for_artifacts_that_is_no_folder_is_a_fault_that_can_be_mended(
 # --- small things ----------------------------------------------------------------------------
 
 
-def test_addresses_are_told_without_their_user_and_password():
+def test_user_and_password_are_removed_from_urls():
     text = "no answer from https://me:secret@host:5000/api and postgresql://me:s%2Fx@db/mlflow"
     assert (
         without_secrets(text) == "no answer from https://host:5000/api and postgresql://db/mlflow"
@@ -331,17 +458,17 @@ def test_addresses_are_told_without_their_user_and_password():
     assert "secret" not in repr(Tracking("http://me:secret@host", None))
 
 
-def test_links_lead_to_the_server_that_is_written_to(tmp_path, monkeypatch):
+def test_links_point_to_the_tracking_server(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:secret@mlflow.example.org/")
     found = Tracking.in_store(Store(tmp_path))
     assert found.page("model-t", "2") == "https://mlflow.example.org/#/models/model-t/versions/2"
     assert found.artifacts is None
 
 
-def test_a_checkout_has_a_commit():
+def test_the_commit_of_a_checkout_is_found():
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
-        pytest.skip("this is no checkout")
+        pytest.skip("this is not a git checkout")
     head = subprocess.run(
         ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=True
     ).stdout.strip()

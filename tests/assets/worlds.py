@@ -1,20 +1,21 @@
-"""A small graph of the platform's shape, whose files and faults a test sets.
+"""A small asset graph of the platform's shape, with inputs and faults that a test sets.
 
-Slide files and encoder entries come from outside; ``mask`` (slide), ``encoder``, ``grid`` (encoder,
-slide) and ``gathered`` (encoder, of all its grids) are made. A version is what the input was.
+Slide files and encoder entries are external. ``mask`` (by slide), ``encoder``, ``grid`` (by encoder
+and slide), ``gathered`` (by encoder, from all its grids) and ``model`` are materialized. A data
+version is the state of the inputs.
 """
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import dagster as dg
-from dagster._core.storage.tags import (
-    ASSET_PARTITION_RANGE_END_TAG,
-    ASSET_PARTITION_RANGE_START_TAG,
-)
 
 from nic_assets.assets.inputs import ENCODER_ENTRY, SLIDE_FILE, add_slides, report_versions
 from nic_assets.orchestration.batches import Product, materialize_each
+from nic_assets.orchestration.internals import (
+    ASSET_PARTITION_RANGE_END_TAG,
+    ASSET_PARTITION_RANGE_START_TAG,
+)
 from nic_assets.partitions import SLIDES
 from nic_assets.tags import PARTIAL_INPUTS, REFRESH_TAG
 
@@ -27,23 +28,23 @@ class BadSlideError(Exception):
 
 
 class World:
-    """What is outside, which slides are bad, and what was made."""
+    """The external inputs, the slides that fail, and a log of what was materialized."""
 
-    def __init__(self, slides: Iterable[str] = SLIDE_KEYS, *, look: bool = True) -> None:
+    def __init__(self, slides: Iterable[str] = SLIDE_KEYS, *, scan: bool = True) -> None:
         self.slides = dict.fromkeys(slides, "a")
         self.encoders = dict.fromkeys(ENCODERS, "a")
         self.bad: set[str] = set()
         self.code = "1"
         self.made: list[str] = []
-        # what happens outside while a partition is being made
+        # called while a partition is being materialized
         self.meanwhile: Callable[[], None] = lambda: None
         self.instance = dg.DagsterInstance.ephemeral()
         add_slides(self.instance, list(self.slides))
-        if look:
-            self.look()
+        if scan:
+            self.scan()
 
-    def look(self) -> None:
-        """Report what the outside is now."""
+    def scan(self) -> None:
+        """Report the present versions of the external inputs."""
         add_slides(self.instance, list(self.slides))
         report_versions(self.instance, SLIDE_FILE, self.slides)
         report_versions(self.instance, ENCODER_ENTRY, self.encoders)
@@ -68,7 +69,7 @@ class World:
                 self.meanwhile()
                 return product
 
-            yield from materialize_each(context, work, expected=(BadSlideError,))
+            yield from materialize_each(context, work, parse=str, expected=(BadSlideError,))
 
         @dg.asset(partitions_def=SLIDES, deps=[SLIDE_FILE], **common)
         def mask(context: dg.AssetExecutionContext) -> Iterator[dg.MaterializeResult]:
@@ -123,7 +124,7 @@ class World:
         ]
 
     def make(self, asset: str, *keys: str) -> dg.ExecuteInProcessResult:
-        """Run an asset for neighbouring partitions, or for all, in one run."""
+        """Materialize neighbouring partitions of an asset, or all, in one run."""
         graph = self.definitions().resolve_asset_graph()
         every = [p for key, p in self.partitions(graph) if key.to_user_string() == asset]
         if "|" in every[0] and not keys:

@@ -1,13 +1,15 @@
-"""The cohort on disk: what is written, that it is the same again, and that colour is no clue."""
+"""Tests of the demo cohort: files, reproducibility, difficulty of the targets, command."""
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
 import pyvips
+import typer
 from scipy.stats import spearmanr
 from sklearn.linear_model import LogisticRegression, RidgeCV
 from sklearn.metrics import roc_auc_score
@@ -15,10 +17,11 @@ from sklearn.model_selection import GroupKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sksurv.metrics import concordance_index_censored
+from typer.testing import CliRunner
 
+from nic_core.cli.demo import demo
 from nic_core.cohort import load_cohort
 from nic_core.demo import make_demo
-from nic_core.demo.__main__ import main
 from nic_core.demo.figures import contact_sheet, slide_sheet
 from nic_core.demo.plan import plan_cohort
 from nic_core.demo.tissues import Tissue
@@ -29,17 +32,17 @@ SLIDES, PATCHES, SIDE = 40, 60, 768
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("demo") / "cohort"
-    seen: list[tuple[int, int, str]] = []
+    steps: list[tuple[int, int, str]] = []
     make_demo(
         folder,
         slides=SLIDES,
         patches_per_task=PATCHES,
         side=SIDE,
         workers=2,
-        progress=lambda *step: seen.append(step),
+        progress=lambda *step: steps.append(step),
     )
-    assert [done for done, _, _ in seen] == list(range(1, len(seen) + 1))
-    assert seen[-1][0] == seen[-1][1]
+    assert [done for done, _, _ in steps] == list(range(1, len(steps) + 1))
+    assert steps[-1][0] == steps[-1][1]
     return folder
 
 
@@ -48,7 +51,7 @@ def _small(folder: Path, workers: int, seed: int = 0) -> Path:
     return folder
 
 
-def test_cohort_file_is_accepted_and_names_what_was_written(root: Path) -> None:
+def test_cohort_file_is_valid_and_lists_the_written_data(root: Path) -> None:
     cohort = load_cohort(root / "cohort.yaml")
     assert [t.name for t in cohort.patch_tasks] == [
         "lymph_node",
@@ -69,7 +72,7 @@ def test_cohort_file_is_accepted_and_names_what_was_written(root: Path) -> None:
             assert (image.width, image.height, image.bands) == (128, 128, 3)
 
 
-def test_slides_are_tiled_pyramids_with_their_scale(root: Path) -> None:
+def test_slides_are_tiled_pyramids_with_resolution(root: Path) -> None:
     table = pl.read_csv(root / "slides.csv")
     assert table.columns == ["slide", "path", "patient", "truth", "split"]
     assert len(table) == SLIDES
@@ -89,7 +92,7 @@ def test_slides_are_tiled_pyramids_with_their_scale(root: Path) -> None:
         assert corners.min() > 200  # empty slide
 
 
-def test_labels_fit_the_slides(root: Path) -> None:
+def test_labels_match_the_slides(root: Path) -> None:
     slides, labels = pl.read_csv(root / "slides.csv"), pl.read_csv(root / "labels.csv")
     assert labels.columns == ["slide", "patient", "score", "growth", "time", "event"]
     assert labels["slide"].to_list() == slides["slide"].to_list()
@@ -104,7 +107,7 @@ def test_labels_fit_the_slides(root: Path) -> None:
     assert mitoses.select(pl.col("x", "y").max()).max_horizontal().item() < SIDE
 
 
-def test_mean_colour_of_tissue_gives_no_target_away(root: Path) -> None:
+def test_mean_colour_of_tissue_does_not_predict_targets(root: Path) -> None:
     labels = pl.read_csv(root / "labels.csv").join(
         pl.read_csv(root / "truth" / "causes.csv"), on="slide"
     )
@@ -132,7 +135,7 @@ def test_mean_colour_of_tissue_gives_no_target_away(root: Path) -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_targets_are_as_hard_as_designed(seed: int) -> None:
+def test_targets_are_as_difficult_as_designed(seed: int) -> None:
     planned, labels = plan_cohort(seed, 48)
     assert 0.85 < spearmanr(labels["signal"], labels["score"]).statistic < 0.95
     patients = labels.unique("patient", maintain_order=True)
@@ -152,7 +155,7 @@ def test_targets_are_as_hard_as_designed(seed: int) -> None:
         assert part["growth"].n_unique() == 2
 
 
-def test_one_recipe_is_painted_once_and_always_the_same(tmp_path: Path) -> None:
+def test_same_parameters_are_painted_once_and_identically(tmp_path: Path) -> None:
     one, two = _small(tmp_path / "one", 1), _small(tmp_path / "two", 2)
     files = sorted(p.relative_to(one) for p in one.rglob("*") if p.is_file())
     assert files == sorted(p.relative_to(two) for p in two.rglob("*") if p.is_file())
@@ -165,10 +168,10 @@ def test_one_recipe_is_painted_once_and_always_the_same(tmp_path: Path) -> None:
     _small(one, 2, seed=7)
     for file in (Path("slides/demo-01-1.tif"), Path("labels.csv")):
         assert (one / file).read_bytes() != before[file]
-    assert sorted(tmp_path.iterdir()) == [one, two]  # nothing half-written beside them
+    assert sorted(tmp_path.iterdir()) == [one, two]  # no temporary files
 
 
-def test_a_folder_with_other_files_is_not_touched(tmp_path: Path) -> None:
+def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("precious")
     with pytest.raises(FileExistsError, match="no demo cohort"):
         _small(tmp_path, 1)
@@ -176,19 +179,50 @@ def test_a_folder_with_other_files_is_not_touched(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"slides": 1}, {"side": 100}, {"patches_per_task": 3}])
-def test_sizes_that_make_no_cohort_are_refused(tmp_path: Path, wrong: dict[str, int]) -> None:
+def test_sizes_too_small_for_a_cohort_are_refused(tmp_path: Path, wrong: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="a demo cohort needs"):
         make_demo(tmp_path / "demo", **wrong)
     assert not (tmp_path / "demo").exists()
 
 
-def test_command_says_where_the_cohort_is(
-    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+app = typer.Typer()
+app.command()(demo)
+
+
+def test_demo_command_prints_the_cohort_file_and_pictures(root: Path, tmp_path: Path) -> None:
     sizes = f"--slides {SLIDES} --patches {PATCHES} --side {SIDE}".split()
-    monkeypatch.setattr("sys.argv", ["demo", str(root), *sizes])
-    main()
-    assert capsys.readouterr().out.strip().endswith("cohort.yaml")
+    stamp = (root / "cohort.yaml").stat().st_mtime_ns
+    done = CliRunner().invoke(app, [str(root), *sizes, "--pictures", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    pictures = [str(tmp_path / f"demo-{kind}.png") for kind in ("patches", "slides")]
+    assert done.stdout.split()[-3:] == [str(root / "cohort.yaml"), *pictures]
+    assert all(Path(path).stat().st_size > 10_000 for path in pictures)
+    assert (root / "cohort.yaml").stat().st_mtime_ns == stamp  # the cohort was not painted again
+
+
+def test_demo_command_has_the_defaults_of_make_demo() -> None:
+    command, function = (inspect.signature(f).parameters for f in (demo, make_demo))
+    for option, parameter in (
+        ("slides", "slides"),
+        ("patches", "patches_per_task"),
+        ("side", "side"),
+        ("seed", "seed"),
+        ("workers", "workers"),
+    ):
+        assert command[option].default == function[parameter].default
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"), [(["--slides", "1"], "slides >= 2"), ([], "no demo cohort")]
+)
+def test_demo_command_prints_errors_in_one_line(
+    tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    (tmp_path / "thesis.txt").write_text("precious")
+    done = CliRunner().invoke(app, [str(tmp_path), *arguments])
+    assert done.exit_code == 1
+    assert message in done.output
+    assert "Traceback" not in done.output
 
 
 def test_pictures_show_every_class(root: Path) -> None:

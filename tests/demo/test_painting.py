@@ -1,4 +1,4 @@
-"""What is painted: nuclei, stains, arrangement and colour."""
+"""Tests of the painter: nuclei, stains, arrangement and colour."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _mean_light(tissue: Tissue, grade: float = 2) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", list(Nucleus))
-def test_a_nucleus_fits_its_sprite(kind: Nucleus) -> None:
+def test_nuclei_fit_their_sprites(kind: Nucleus) -> None:
     sprites = bank(kind)
     assert np.isfinite(sprites).all()
     assert sprites.min() >= 0
@@ -61,13 +61,13 @@ def test_tumour_nuclei_vary_more_with_the_grade() -> None:
 
 @given(rows=st.integers(1, 6), start=st.integers(0, 5))
 @settings(max_examples=20, deadline=None)
-def test_enlarging_a_part_is_a_part_of_the_enlarged(rows: int, start: int) -> None:
+def test_enlarging_a_part_equals_a_part_of_the_enlarged(rows: int, start: int) -> None:
     raster = np.random.default_rng(3).normal(size=(12, 9)).astype(np.float32)
     whole = enlarge(raster, slice(0, 12 * RASTER))
     part = slice(start * RASTER, (start + rows) * RASTER)
     np.testing.assert_allclose(enlarge(raster, part), whole[part], atol=1e-6)
     assert whole.shape == (48, 36)
-    # point centres: the mean of a raster point's px is near its value for a linear field
+    # for a linear field, the mean over the px of a raster point is the value of the point
     linear = np.arange(12, dtype=np.float32)[:, None].repeat(9, 1)
     middle = enlarge(linear, slice(0, 48))[RASTER:-RASTER, 0].reshape(-1, RASTER).mean(1)
     np.testing.assert_allclose(middle, np.arange(1, 11), atol=1e-5)
@@ -77,10 +77,10 @@ def test_smooth_noise_has_unit_variance() -> None:
     noise = smooth_noise(np.random.default_rng(0), (600, 600), 7.3)
     assert noise.shape == (600, 600)
     assert noise.std() == pytest.approx(1, abs=0.08)
-    assert np.abs(np.diff(noise, axis=0)).max() < 1.2  # smooth: white noise has 5
+    assert np.abs(np.diff(noise, axis=0)).max() < 1.2  # about 5 for white noise
 
 
-def test_scattered_cells_stand_where_they_may_and_apart() -> None:
+def test_scattered_cells_respect_mask_and_distance() -> None:
     rng = np.random.default_rng(1)
     where = rng.random((60, 60)) < 0.3
     x, y = scatter(rng, where, 9.0)
@@ -90,14 +90,14 @@ def test_scattered_cells_stand_where_they_may_and_apart() -> None:
     assert near.min() > 30
 
 
-def test_fibroblasts_lie_along_the_fibres() -> None:
+def test_fibroblasts_follow_the_fibres() -> None:
     scene = _uniform(Tissue.STROMA)
     angle = fibre_angle(scene, np.array([200.0], np.float32), np.array([200.0], np.float32))
     # level sets of 0.6 x + 0.8 y run along (0.8, -0.6)
     assert abs(np.cos(angle[0] - np.arctan2(-0.6, 0.8))) == pytest.approx(1, abs=1e-4)
 
 
-def test_painting_is_reproducible_and_follows_the_seed() -> None:
+def test_painting_repeats_with_its_seed() -> None:
     first, again, other = (
         paint(_uniform(Tissue.TUMOUR), random_stain(rng), rng)
         for rng in map(np.random.default_rng, (5, 5, 6))
@@ -120,7 +120,7 @@ def test_tissues_have_the_colours_of_haematoxylin_and_eosin() -> None:
     assert light[Tissue.TUMOUR].mean() < light[Tissue.STROMA].mean()
 
 
-def test_mean_colour_tells_neither_dense_stroma_nor_grade() -> None:
+def test_mean_colour_does_not_reveal_dense_stroma_or_grade() -> None:
     loose, dense = _mean_light(Tissue.STROMA), _mean_light(Tissue.RIM)
     assert np.abs(loose - dense).max() < 5
     low, high = _mean_light(Tissue.TUMOUR, grade=1), _mean_light(Tissue.TUMOUR, grade=3)
@@ -128,7 +128,7 @@ def test_mean_colour_tells_neither_dense_stroma_nor_grade() -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_growth_pattern_is_arrangement_alone(seed: int) -> None:
+def test_growth_patterns_differ_in_arrangement_only(seed: int) -> None:
     tumour = Tumour(2, 60)
     slides = [
         plant_slide(np.random.default_rng(seed), SIDE, tumour, (capsule,) * NESTS)
@@ -140,13 +140,13 @@ def test_growth_pattern_is_arrangement_alone(seed: int) -> None:
     ]
     for tissue in (Tissue.TUMOUR, Tissue.RIM, Tissue.BACKGROUND, Tissue.STROMA, Tissue.FAT):
         assert areas[0][tissue] == pytest.approx(areas[1][tissue], abs=0.02), tissue.name
-    beside = [_neighbours(s.truth) for s in slides]
-    assert beside[0] > 0.8
-    assert beside[1] < 0.05
+    shares = [_neighbours(s.truth) for s in slides]
+    assert shares[0] > 0.8
+    assert shares[1] < 0.05
 
 
 def _neighbours(truth: np.ndarray) -> float:
-    """Share of dense stroma among what borders on tumour."""
+    """Return the share of dense stroma among the points that border on tumour."""
     outside = []
     for axis in (0, 1):
         for step in (1, -1):
@@ -156,7 +156,7 @@ def _neighbours(truth: np.ndarray) -> float:
     return float((seen[seen != Tissue.NECROSIS] == Tissue.RIM).mean())
 
 
-def test_mitoses_are_as_dense_as_asked_and_lie_in_tumour() -> None:
+def test_mitoses_have_the_given_density_and_are_in_tumour() -> None:
     slide = plant_slide(np.random.default_rng(0), SIDE, Tumour(2, 300), (True,) * NESTS)
     x, y = slide.mitoses
     tissue = slide.scene.tissue

@@ -23,7 +23,7 @@ def _one_thread():
 def real_data() -> Path:
     folder = Path(os.environ.get("NIC_REAL_DATA") or REPOSITORY.parent / "shared" / "real-data")
     if not folder.is_dir():
-        pytest.skip(f"no real data at {folder}: set NIC_REAL_DATA")
+        pytest.skip(f"no real data at {folder}; set NIC_REAL_DATA")
     return folder
 
 
@@ -36,7 +36,7 @@ def published(real_data: Path) -> Path:
 
 
 def texture(rng: np.random.Generator, side: int, kind: int) -> np.ndarray:
-    """A patch that only its stripes' direction and spacing tell apart, not its colour."""
+    """Draw stripes; their direction and spacing depend on ``kind``, their colour does not."""
     y, x = np.mgrid[:side, :side]
     angle, period = [(0.0, 16), (np.pi / 4, 16), (0.0, 40)][kind]
     wave = np.sin((x * np.cos(angle) + y * np.sin(angle)) * 2 * np.pi / period + rng.uniform(0, 6))

@@ -24,13 +24,13 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def test_the_generator_is_the_only_source_of_chance():
+def test_augmentation_depends_on_the_generator_only():
     first, again, other = (augment(patches(), generator(seed)) for seed in (3, 3, 4))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
 
-def test_variants_are_pixels_in_range_and_of_the_same_shape():
+def test_variants_keep_shape_and_range():
     variants = augment(patches(64), generator())
     assert variants.shape == (64, 3, 32, 32)
     assert variants.isfinite().all()
@@ -38,7 +38,7 @@ def test_variants_are_pixels_in_range_and_of_the_same_shape():
     assert variants.max() <= 1
 
 
-def test_at_no_strength_only_the_eight_orientations_remain():
+def test_zero_strength_leaves_only_the_8_orientations():
     patch = patches(1) * 0.9 + 0.05
     variants = augment(patch.repeat(64, 1, 1, 1), generator(), NOTHING)
     orientations = [
@@ -52,7 +52,7 @@ def test_at_no_strength_only_the_eight_orientations_remain():
     assert set(nearest) == set(range(8))
 
 
-def test_stain_jitter_scales_haematoxylin_and_eosin_as_scikit_image_does():
+def test_stain_jitter_agrees_with_scikit_image():
     rgb = patches(1) * 0.8 + 0.1
     variant = augment(rgb, generator(5), dataclasses.replace(NOTHING, stain=0.2))[0]
     stains = rgb2hed(rgb[0].permute(1, 2, 0).numpy().astype(float))
@@ -65,7 +65,7 @@ def test_stain_jitter_scales_haematoxylin_and_eosin_as_scikit_image_does():
     assert hed2rgb(jittered).shape == (32, 32, 3)
 
 
-def test_grey_has_no_hue_to_turn_and_no_saturation():
+def test_hue_and_saturation_keep_grey():
     grey = torch.full((8, 3, 16, 16), 0.5)
     variants = augment(grey, generator(), dataclasses.replace(NOTHING, hue=0.5, saturation=0.5))
     assert torch.allclose(variants, grey, atol=1e-3)
@@ -73,42 +73,42 @@ def test_grey_has_no_hue_to_turn_and_no_saturation():
 
 @pytest.mark.parametrize("name", ["rotation", "zoom", "elastic", "stain", "hue", "brightness",
                                   "contrast", "saturation", "noise", "stain_shift"])  # fmt: skip
-def test_every_kind_changes_the_patch(name: str):
+def test_each_kind_of_augmentation_changes_the_patch(name: str):
     change = dataclasses.replace(NOTHING, **{name: getattr(HEAVY, name)})
     plain, varied = (augment(patches(), generator(), strength) for strength in (NOTHING, change))
     assert (plain - varied).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize(("nodes", "side"), [(6, 64), (4, 31)])
-def test_the_elastic_field_is_bicubic_interpolation_of_its_nodes(nodes: int, side: int):
+def test_elastic_field_interpolates_its_nodes_bicubically(nodes: int, side: int):
     values = torch.randn(3, 2, nodes, nodes, generator=generator())
     between = augmentation._interpolation(nodes, side)
     expected = functional.interpolate(values, (side, side), mode="bicubic", align_corners=True)
     assert torch.allclose(between @ values @ between.T, expected, atol=1e-5)
 
 
-def test_tissue_moves_as_far_in_pooled_and_in_whole_patches():
+def test_displacement_is_relative_to_the_patch_side():
     elastic = dataclasses.replace(NOTHING, elastic=HEAVY.elastic)
     pooled, whole = (
         augmentation._sampling_grid(patches(side=side), generator(), elastic)
         - augmentation._sampling_grid(patches(side=side), generator(), NOTHING)
         for side in (64, 128)
     )
-    # the field's nodes: corners of both
+    # the corners are nodes of both fields
     torch.testing.assert_close(pooled[:, ::63, ::63], whole[:, ::127, ::127])
     assert 0.5 < pooled.std() / (2 * HEAVY.elastic) < 1.1
 
 
-def test_hue_turns_about_the_grey_axis_and_keeps_its_length():
+def test_hue_is_a_rotation_about_the_grey_axis():
     angle = torch.tensor([0.3, -1.2])
-    turn = augmentation._hue_turn(angle)
+    turn = augmentation._hue_rotation(angle)
     assert torch.allclose(turn @ turn.mT, torch.eye(3).expand(2, 3, 3), atol=1e-6)
     assert torch.allclose(turn @ torch.ones(3), torch.ones(2, 3), atol=1e-6)
     trace = turn.diagonal(dim1=1, dim2=2).sum(1)
     assert torch.allclose(trace, 1 + 2 * torch.cos(angle), atol=1e-6)
 
 
-def test_saturation_contrast_and_brightness_keep_what_they_should():
+def test_saturation_keeps_luma_contrast_its_mean_brightness_shifts():
     rgb = patches() * 0.4 + 0.3
     luma = torch.tensor(augmentation.LUMA)
 

@@ -1,4 +1,4 @@
-"""Encoders from elsewhere: TorchScript, torch.export and timm networks, in local files."""
+"""Tests of external networks: TorchScript, torch.export and timm, in local files."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SIDE = 48
 
 
 class Small(nn.Module):
-    """A network with what a real one has: convolution, BatchNorm, dropout, a view."""
+    """A small network with convolution, BatchNorm, dropout and a view."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ def load(file: Path, network: ExternalNetwork = NETWORK):
 
 
 def expected(network: nn.Module, pixels: np.ndarray) -> np.ndarray:
-    """The protocol, written out once more: scale, resize, standardise, forward."""
+    """Compute embeddings independently: scale, resize, standardise, forward."""
     images = torch.from_numpy(pixels / 255).permute(0, 3, 1, 2).contiguous()
     images = functional.interpolate(images, (SIDE, SIDE), mode="bilinear", antialias=True)
     for channel in range(3):
@@ -99,7 +99,7 @@ def pixels() -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", ["exported", "script"])
-def test_a_network_of_another_format_gives_its_own_codes(kind, files, network, pixels, tmp_path):
+def test_external_network_keeps_its_embeddings(kind, files, network, pixels, tmp_path):
     encoder = load(files[kind])
     embeddings = encoder.embed(pixels)
     np.testing.assert_allclose(embeddings, expected(network, pixels), rtol=1e-4, atol=1e-5)
@@ -111,9 +111,7 @@ def test_a_network_of_another_format_gives_its_own_codes(kind, files, network, p
 
 @pytest.mark.parametrize(("precision", "error"), [("float32", 1e-3), ("bfloat16", 2e-2)])
 @pytest.mark.parametrize("kind", ["exported", "script"])
-def test_a_slide_is_compressed_with_it_patch_by_patch(
-    kind, precision, error, files, network, tmp_path
-):
+def test_external_network_compresses_a_slide(kind, precision, error, files, network, tmp_path):
     path = write_tiff(tmp_path / "slide.tif", paint(700, 500), mpp=0.5)
     encoder = load(files[kind])
     with open_slide(path) as slide:
@@ -140,7 +138,7 @@ def test_a_slide_is_compressed_with_it_patch_by_patch(
     assert grid.provenance.precision == precision
 
 
-def test_the_hash_covers_the_file_and_its_preprocessing(files):
+def test_hash_covers_file_and_preprocessing(files):
     other = NETWORK.model_copy(
         update={"preprocess": PREPROCESS.model_copy(update={"mean": (0.5, 0.5, 0.5)})}
     )
@@ -153,7 +151,7 @@ def test_the_hash_covers_the_file_and_its_preprocessing(files):
     assert load(files["script"]).card.weights_hash in hashes
 
 
-def test_a_changed_network_file_is_not_run(files, tmp_path):
+def test_a_modified_network_file_is_refused(files, tmp_path):
     save_encoder(tmp_path, load(files["script"]))
     with zipfile.ZipFile(tmp_path / "network.pt", "a") as archive:
         archive.writestr("small/extra/note", "changed")
@@ -164,25 +162,25 @@ def test_a_changed_network_file_is_not_run(files, tmp_path):
         load_encoder(tmp_path)
 
 
-# --- networks that do not keep to the protocol -----------------------------------------------
+# --- networks with another interface ---------------------------------------------------------
 
 
-def test_a_fixed_batch_is_refused(network, tmp_path):
-    with pytest.raises(EncoderError, match="does not take float32 .* dynamic batch"):
+def test_a_fixed_batch_size_is_refused(network, tmp_path):
+    with pytest.raises(EncoderError, match="does not accept float32 .* dynamic batch"):
         load(export(network, tmp_path / "fixed.pt2", dynamic=False))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"embedding_size": 6}, r"gives \(3, 5\) for 3 patches, not finite numbers \(3, 6\)"),
+        ({"embedding_size": 6}, r"3 patches has shape \(3, 5\), but finite numbers \(3, 6\)"),
         (
             {"preprocess": PREPROCESS.model_copy(update={"resize": 40})},
-            r"does not take float32 \(B, 3, 40, 40\)",
+            r"does not accept float32 \(B, 3, 40, 40\)",
         ),
     ],
 )
-def test_another_size_than_declared_is_refused(change, message, files):
+def test_sizes_that_differ_from_the_entry_are_refused(change, message, files):
     with pytest.raises(EncoderError, match=message):
         load(files["script"], NETWORK.model_copy(update=change))
 
@@ -197,33 +195,33 @@ def test_a_network_in_training_mode_is_refused(tmp_path):
         load(script(Noisy(), tmp_path / "noisy.pt"), three)
 
 
-def test_codes_that_are_no_numbers_are_refused(tmp_path):
+def test_embeddings_that_are_not_finite_are_refused(tmp_path):
     class Broken(nn.Module):
         def forward(self, pixels: torch.Tensor) -> torch.Tensor:
             return pixels.mean((2, 3)) / 0
 
     three = NETWORK.model_copy(update={"embedding_size": 3})
-    with pytest.raises(EncoderError, match="not finite"):
+    with pytest.raises(EncoderError, match="finite numbers"):
         load(script(Broken(), tmp_path / "broken.pt"), three)
 
 
-def test_patches_of_another_size_than_the_cohorts_are_refused(files):
+def test_import_refuses_another_patch_size_than_the_cohort(files):
     with pytest.raises(
         EncoderError, match=r"64 px at 0.5 um/px, but .* patch: 224, mpp: 0.5; change"
     ):
         import_encoder(entry(files["script"]), patch=224, mpp=0.5)
 
 
-def test_the_file_and_its_description_must_fit(files, tmp_path):
+def test_file_and_description_must_match(files, tmp_path):
     for file, network, message in (
-        (tmp_path / "x.onnx", NETWORK, "no encoder file; known: a folder, .h5"),
+        (tmp_path / "x.onnx", NETWORK, "not an encoder file; supported: a folder, .h5"),
         (tmp_path / "x.pt2", None, "needs 'network'"),
-        (tmp_path / "x.h5", NETWORK, "leave it out"),
-        (tmp_path / "x.safetensors", NETWORK, "names the model"),
+        (tmp_path / "x.h5", NETWORK, "leave 'network' out"),
+        (tmp_path / "x.safetensors", NETWORK, "is required for files of weights"),
         (
             tmp_path / "x.pt",
             NETWORK.model_copy(update={"timm": TimmModel(model="r")}),
-            "of no other",
+            "not allowed for others",
         ),
     ):
         with pytest.raises(ValueError, match=message):
@@ -232,11 +230,11 @@ def test_the_file_and_its_description_must_fit(files, tmp_path):
         load(tmp_path / "gone.pt2")
 
 
-# --- files that would run more than a network ------------------------------------------------
+# --- files that would execute code -----------------------------------------------------------
 
 
 class Trap:
-    """Unpickling this makes a file."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, canary: Path) -> None:
         self.canary = canary
@@ -246,7 +244,7 @@ class Trap:
 
 
 def rewrite(source: Path, out: Path, change) -> Path:
-    """A copy of an archive; ``change(name, data)`` gives a member's new bytes."""
+    """Copy an archive; ``change(name, data)`` returns the new bytes of each member."""
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(out, "w") as new:
         for name in old.namelist():
             new.writestr(name, change(name, old.read(name)))
@@ -259,7 +257,7 @@ def refused(path: Path, canary: Path, message: str) -> None:
     assert not canary.exists()
 
 
-def test_a_pickle_in_an_exported_archive_is_not_read(files, tmp_path):
+def test_a_pickle_in_an_exported_archive_is_not_loaded(files, tmp_path):
     canary = tmp_path / "canary"
     torch.save((Trap(canary),), tmp_path / "trap")
     trap = (tmp_path / "trap").read_bytes()
@@ -271,10 +269,10 @@ def test_a_pickle_in_an_exported_archive_is_not_read(files, tmp_path):
     refused(path, canary, "cannot read this export")
     with contextlib.suppress(Exception):
         torch.export.load(path)
-    assert canary.exists()  # the trap is a trap: torch's own reader steps into it
+    assert canary.exists()  # torch.export.load alone does execute the pickle
 
 
-def test_a_pickled_object_among_the_constants_is_not_read(files, tmp_path):
+def test_a_pickled_constant_is_not_loaded(files, tmp_path):
     canary = tmp_path / "canary"
     path = rewrite(files["exported"], tmp_path / "trap.pt2", lambda _, data: data)
     with zipfile.ZipFile(path, "a") as archive:
@@ -282,16 +280,16 @@ def test_a_pickled_object_among_the_constants_is_not_read(files, tmp_path):
     refused(path, canary, "opaque_obj_0")
 
 
-def test_an_operator_that_is_none_of_tensors_is_refused(files, tmp_path):
+def test_an_operator_outside_the_allowed_ones_is_refused(files, tmp_path):
     def change(name: str, data: bytes) -> bytes:
         return data.replace(b"torch.ops.aten.relu.default", b"torch.os.system")
 
     path = rewrite(files["exported"], tmp_path / "system.pt2", change)
-    refused(path, tmp_path / "canary", r"torch\.os\.system; it is not loaded")
+    refused(path, tmp_path / "canary", r"refused, because .*torch\.os\.system")
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".bin"])
-def test_a_pickled_network_is_not_read(suffix, tmp_path):
+def test_a_pickled_network_is_not_loaded(suffix, tmp_path):
     canary = tmp_path / "canary"
     path = tmp_path / f"model{suffix}"
     torch.save({"weight": Trap(canary)}, path)
@@ -300,7 +298,7 @@ def test_a_pickled_network_is_not_read(suffix, tmp_path):
     stub.create_model = lambda *_, **__: Small()
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "timm", stub)
-        with pytest.raises(EncoderError, match="not a file of weights alone"):
+        with pytest.raises(EncoderError, match="not a file of weights only"):
             load(path, timm)
     assert not canary.exists()
 
@@ -315,7 +313,7 @@ def test_other_files_are_refused(suffix, content, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["exported", "script"])
-def test_a_cut_or_damaged_archive_is_refused(kind, files, tmp_path):
+def test_a_truncated_or_damaged_archive_is_refused(kind, files, tmp_path):
     whole = files[kind].read_bytes()
     for number, data in enumerate((whole[: len(whole) // 2], b"x" * 400 + whole[400:])):
         path = tmp_path / f"{number}{files[kind].suffix}"
@@ -327,12 +325,12 @@ def test_a_cut_or_damaged_archive_is_refused(kind, files, tmp_path):
 # --- timm ------------------------------------------------------------------------------------
 
 
-def test_weights_of_a_timm_model_are_read_from_a_local_file(network, pixels, tmp_path, monkeypatch):
-    """timm itself is stood in for: the real one is the next test's."""
-    asked = []
+def test_timm_weights_are_loaded_from_a_local_file(network, pixels, tmp_path, monkeypatch):
+    """timm is replaced by a stub; the last test of this file uses the real one."""
+    calls = []
 
     def create_model(model: str, **arguments: object) -> nn.Module:
-        asked.append((model, arguments))
+        calls.append((model, arguments))
         return Small()
 
     stub = types.ModuleType("timm")
@@ -344,7 +342,7 @@ def test_weights_of_a_timm_model_are_read_from_a_local_file(network, pixels, tmp
     torch.save(weights, tmp_path / "small.bin")
 
     encoder = load(tmp_path / "small.safetensors", timm)
-    assert asked[0] == ("small", {"pretrained": False, "num_classes": 0, "depth": 2})
+    assert calls[0] == ("small", {"pretrained": False, "num_classes": 0, "depth": 2})
     np.testing.assert_allclose(
         encoder.embed(pixels), expected(network, pixels), rtol=1e-4, atol=1e-5
     )
@@ -365,7 +363,7 @@ def test_weights_of_a_timm_model_are_read_from_a_local_file(network, pixels, tmp
         load(tmp_path / "other.safetensors", timm)
 
 
-def test_without_timm_the_error_names_the_extra(tmp_path, monkeypatch):
+def test_error_without_timm_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
     timm = NETWORK.model_copy(update={"timm": TimmModel(model="resnet18")})
@@ -377,7 +375,7 @@ def test_a_timm_model_becomes_an_encoder(tmp_path):
     try:
         import timm
     except (ImportError, RuntimeError) as error:
-        pytest.skip(f"timm is an extra and wants a torchvision that fits torch: {error}")
+        pytest.skip(f"timm is not installed, or its torchvision does not match PyTorch: {error}")
     torch.manual_seed(0)
     model = timm.create_model("resnet10t", pretrained=False, num_classes=7).eval()
     save_file(model.state_dict(), tmp_path / "resnet.safetensors")

@@ -15,7 +15,7 @@ from nic_core.encoders.patch_sources import read_image
 
 
 @pytest.mark.parametrize("name", ["multitask-4", "bigan"])
-def test_released_encoders_give_their_reference_embedding(published: Path, name: str, tmp_path):
+def test_released_encoders_give_the_reference_embedding(published: Path, name: str, tmp_path):
     reference = json.loads((published / "reference_embeddings.json").read_text())
     expected = np.array(reference["outputs"][name]["embedding"])
     pixels = read_image(published / "example_128.jpg")[None]
@@ -28,14 +28,14 @@ def test_released_encoders_give_their_reference_embedding(published: Path, name:
     assert np.array_equal(load_encoder(tmp_path).embed(pixels), encoder.embed(pixels))
 
 
-def test_released_mean_rgb_is_the_mean_of_scaled_pixels(published: Path):
+def test_released_mean_rgb_gives_the_mean_of_scaled_pixels(published: Path):
     pixels = read_image(published / "example_128.jpg")[None]
     encoder = import_keras_encoder(published / "encoder_mean-rgb.h5", "mean-rgb")
     assert encoder.card.embedding_size == 3
     assert np.allclose(encoder.embed(pixels), pixels.mean((1, 2)) / 255 * 2 - 1, atol=1e-6)
 
 
-def test_a_model_of_another_architecture_is_refused_by_its_layer(published: Path, tmp_path):
+def test_error_names_the_layer_that_differs(published: Path, tmp_path):
     path = tmp_path / "other.h5"
     shutil.copyfile(published / "encoder_multitask-4.h5", path)
     with h5py.File(path, "r+") as file:
@@ -68,7 +68,7 @@ def test_other_files_are_refused(tmp_path: Path):
 
 
 def released(path: Path, change) -> Path:
-    """A file like a released encoder's in miniature; ``change`` edits it before it is read."""
+    """Write a minimal file in the released format; ``change`` edits it."""
     layers = [{"class_name": "InputLayer", "config": {"name": "input"}}]
     with h5py.File(path, "w") as file:
         model = {"class_name": "Sequential", "config": {"layers": layers}}
@@ -92,7 +92,7 @@ def without_weights(file: h5py.File) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (damage("{"), "model_config is no JSON"),
+        (damage("{"), "model_config is not JSON"),
         (damage("[1, 2]"), "layer without class or settings"),
         (damage('{"class_name": "Model", "config": 3}'), "model without layers"),
         (damage('{"class_name": "Model", "config": [{"config": {}}]}'), "layer without class"),
@@ -100,12 +100,12 @@ def without_weights(file: h5py.File) -> None:
         (lambda file: None, "has batch_input_shape None"),
     ],
 )
-def test_a_damaged_file_is_refused_with_what_is_wrong(change, message, tmp_path: Path):
+def test_error_names_the_damage_of_a_file(change, message, tmp_path: Path):
     with pytest.raises(EncoderError, match=message):
         import_keras_encoder(released(tmp_path / "m.h5", change), "x")
 
 
-def test_a_cut_file_is_refused(published: Path, tmp_path: Path):
+def test_a_truncated_file_is_refused(published: Path, tmp_path: Path):
     data = (published / "encoder_multitask-4.h5").read_bytes()
     for share in (0.01, 0.5, 0.99):
         (tmp_path / "cut.h5").write_bytes(data[: int(len(data) * share)])
@@ -113,7 +113,7 @@ def test_a_cut_file_is_refused(published: Path, tmp_path: Path):
             import_keras_encoder(tmp_path / "cut.h5", "x")
 
 
-def test_a_small_keras_model_is_refused_without_the_released_files(tmp_path: Path):
+def test_another_keras_model_is_refused(tmp_path: Path):
     layers = [{"class_name": "Dense", "config": {"name": "dense", "units": 3}}]
     with h5py.File(tmp_path / "m.h5", "w") as file:
         model = {"class_name": "Sequential", "config": layers}

@@ -16,7 +16,7 @@ from nic_core.encoders.networks import (
 
 
 def with_random_statistics(module: nn.Module, seed: int = 0) -> nn.Module:
-    """BatchNorms as after a training, so that a mistake in them shows."""
+    """Give BatchNorm random statistics and weights, as after training."""
     generator = torch.Generator().manual_seed(seed)
     for layer in module.modules():
         if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
@@ -33,8 +33,8 @@ def random_patches(count: int, side: int = 128, seed: int = 0) -> torch.Tensor:
     return torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8, generator=generator)
 
 
-def test_the_encoder_has_the_released_number_of_parameters():
-    # trainable ones and running statistics, as Keras counts them
+def test_encoder_has_the_released_number_of_parameters():
+    # trainable parameters and running statistics, which Keras counts too
     network = TellezEncoder()
     trainable = sum(p.numel() for p in network.parameters())
     statistics = sum(b.numel() for n, b in network.named_buffers() if "running" in n)
@@ -52,7 +52,7 @@ def test_feature_maps_shrink_as_published():
     assert network.dense.in_features == 1152
 
 
-def test_blocks_are_convolution_then_leaky_relu_then_batch_norm():
+def test_blocks_are_convolution_leaky_relu_batch_norm():
     layers = list(TellezEncoder().convolutions)
     assert [type(layer) for layer in layers] == [nn.Conv2d, nn.LeakyReLU, nn.BatchNorm2d] * 4
     assert {layer.negative_slope for layer in layers[1::3]} == {0.2}
@@ -60,13 +60,13 @@ def test_blocks_are_convolution_then_leaky_relu_then_batch_norm():
     assert {layer.padding for layer in layers[0::3]} == {(0, 0)}
 
 
-def test_flatten_follows_height_width_channel():
+def test_flatten_order_is_height_width_channel():
     maps = np.arange(2 * 5 * 3 * 4, dtype=np.float32).reshape(2, 5, 3, 4)  # B, C, H, W
     expected = maps.transpose(0, 2, 3, 1).reshape(2, -1)
     assert np.array_equal(flatten_hwc(torch.from_numpy(maps)).numpy(), expected)
 
 
-def test_pixels_are_pooled_by_mean_and_scaled_to_minus_one_to_one():
+def test_pixels_are_averaged_and_scaled_to_minus_one_to_one():
     class Probe(nn.Module):
         pooling = 2
 
@@ -106,7 +106,7 @@ def test_an_odd_patch_is_refused():
         pooled_side(127)
 
 
-def test_the_encoder_exports_as_patch_to_code():
+def test_exported_encoder_maps_patch_to_embedding():
     encoder = with_random_statistics(PatchEncoder(TellezEncoder()))
     batch = torch.export.Dim("batch", min=2, max=1024)
     exported = torch.export.export(

@@ -16,8 +16,7 @@ from torch import nn
 from torch.distributions import Normal, kl_divergence
 
 from nic_core.cohort import EncoderSpec, PatchTask
-from nic_core.encoders import EncoderError, load_encoder, save_encoder, train_encoder
-from nic_core.encoders import training_loop as loop
+from nic_core.encoders import EncoderError, load_encoder, save_encoder, train_encoder, training_loop
 from nic_core.encoders.encoder import build_encoder
 from nic_core.encoders.networks import (
     ClassHead,
@@ -32,7 +31,7 @@ from nic_core.encoders.objectives.contrastive import Contrastive
 from nic_core.encoders.objectives.sampling import Sampler, pool_stored
 from nic_core.encoders.objectives.vae import Decoder, VariationalAutoencoder
 from nic_core.encoders.patch_tasks import TABLE_SCHEMA, PatchDataset, build_patch_task
-from nic_core.encoders.training import OBJECTIVES, PUBLISHED_RATES
+from nic_core.encoders.training import OBJECTIVES
 
 from .conftest import make_dataset, write_image
 
@@ -69,7 +68,7 @@ def tasks():
 
 @pytest.fixture(scope="module")
 def neighbours():
-    """Patches that lie two by two in their images."""
+    """A task whose images have 2 x 2 adjacent patches."""
     dataset = make_dataset(side=64, each=80)
     table = dataset.table.sort("split", "group").with_columns(
         index=pl.int_range(pl.len(), dtype=pl.Int64)
@@ -81,6 +80,27 @@ def neighbours():
         column=place % 2,
     )
     return dataclasses.replace(dataset, table=table)
+
+
+@pytest.mark.parametrize(
+    ("objective", "options"),
+    [
+        ("mtl", {"task_weights": "uncertainty"}),
+        ("vae", {}),
+        ("contrastive", {}),
+        ("bigan", {}),
+    ],
+)
+def test_networks_are_on_the_device_of_the_encoder(tasks, objective, options):
+    encoder = PatchEncoder(TellezEncoder(16, 32)).to("meta")
+    made = OBJECTIVES[objective](encoder, tasks, batch=16, validation=8, seed=0, **options)
+    parameters = list(made.networks.parameters())
+    assert {parameter.device.type for parameter in parameters} == {"meta"}
+    trained = {id(parameter) for parameter in parameters}
+    for head in made.heads.values():
+        assert {id(parameter) for parameter in head.parameters()} <= trained
+    for variance in getattr(made, "log_variances", {}).values():
+        assert id(variance) in trained
 
 
 def test_vae_has_the_published_layers():
@@ -111,7 +131,7 @@ def test_heads_have_the_published_layers():
     assert count(ClassHead(256, 1)) == dense(256, 256) + norm(256) + dense(256, 1)
 
 
-def test_kl_is_positive_and_that_of_torch():
+def test_kl_is_positive_and_agrees_with_torch():
     mu, log_variance = torch.randn(5, 7), torch.randn(5, 7)
     reference = kl_divergence(Normal(mu, (0.5 * log_variance).exp()), Normal(0.0, 1.0)).sum(1)
     assert torch.allclose(vae.kl_divergence(mu, log_variance), reference.mean(), atol=1e-5)
@@ -119,9 +139,9 @@ def test_kl_is_positive_and_that_of_torch():
     assert vae.kl_divergence(torch.zeros(2, 3), torch.zeros(2, 3)) == 0
 
 
-def test_bigan_networks_pull_the_discriminator_in_opposite_directions(tasks):
-    def judged() -> tuple[float, float]:
-        """The discriminator's logits of encoded patches and of generated ones, means."""
+def test_bigan_losses_move_the_discriminator_in_opposite_directions(tasks):
+    def mean_logits() -> tuple[float, float]:
+        """Mean logits of the discriminator on encoded and on generated patches."""
         embeddings, generated = objective.encoder.network(patches), objective.generator(z)
         real = objective.discriminator(patches, embeddings)
         return real.mean().item(), objective.discriminator(generated, z).mean().item()
@@ -132,24 +152,24 @@ def test_bigan_networks_pull_the_discriminator_in_opposite_directions(tasks):
             PatchEncoder(TellezEncoder(16, 32)), tasks, batch=16, validation=8, seed=0
         )
         patches, z = objective.batch(torch.Generator().manual_seed(0))
-        objective.networks.eval()  # no dropout: what moves is what was learned
-        before = judged()
+        objective.networks.eval()  # without dropout, only the update changes the logits
+        before = mean_logits()
         optimizer = torch.optim.SGD(objective.networks.parameters(), lr=1e-3)
         objective.losses((patches, z))[loss].backward()
         optimizer.step()
-        after = judged()
+        after = mean_logits()
         assert direction * (after[0] - before[0]) > 0
         assert direction * (after[1] - before[1]) < 0
 
 
-def test_bigan_losses_move_only_their_own_networks(tasks):
+def test_bigan_losses_train_only_their_own_networks(tasks):
     objective = BidirectionalGAN(
         PatchEncoder(TellezEncoder(16, 32)), tasks, batch=8, validation=8, seed=0
     )
     objective.networks.train()
     batch = objective.batch(torch.Generator().manual_seed(0))
 
-    def moved(loss: str) -> set[str]:
+    def trained(loss: str) -> set[str]:
         objective.networks.zero_grad()
         objective.losses(batch)[loss].backward()
         return {
@@ -158,11 +178,11 @@ def test_bigan_losses_move_only_their_own_networks(tasks):
             if any(p.grad is not None and p.grad.abs().sum() > 0 for p in network.parameters())
         }
 
-    assert moved("loss/discriminator") == {"discriminator"}
-    assert moved("loss/encoder_generator") == {"encoder", "generator"}
+    assert trained("loss/discriminator") == {"discriminator"}
+    assert trained("loss/encoder_generator") == {"encoder", "generator"}
 
 
-def test_contrastive_pairs_are_half_same_and_of_the_others_three_quarters_adjacent(neighbours):
+def test_contrastive_pairs_have_the_published_shares(neighbours):
     objective = Contrastive(
         PatchEncoder(TellezEncoder(16, 32)), [neighbours], batch=16, validation=16, seed=0
     )
@@ -178,7 +198,7 @@ def test_contrastive_pairs_are_half_same_and_of_the_others_three_quarters_adjace
     assert set(neighbours.table[pairs.ravel()]["split"]) == {"train"}
 
 
-def test_a_pair_is_called_same_where_both_inputs_are_variants_of_one_patch(neighbours, monkeypatch):
+def test_positive_pairs_are_two_variants_of_one_patch(neighbours, monkeypatch):
     colours = np.arange(len(neighbours.table), dtype=np.uint8)  # the patch's number
     pixels = np.broadcast_to(colours[:, None, None, None], neighbours.patches.shape).copy()
     objective = contrastive(dataclasses.replace(neighbours, patches=pixels))
@@ -190,7 +210,7 @@ def test_a_pair_is_called_same_where_both_inputs_are_variants_of_one_patch(neigh
 
 
 @pytest.mark.parametrize("mpp", [0.25, 0.5, 1.0])
-def test_neighbours_are_found_whatever_the_slide_s_own_resolution(tmp_path, mpp):
+def test_adjacent_patches_are_found_at_any_slide_resolution(tmp_path, mpp):
     rng = np.random.default_rng(0)
     for number in range(10):
         tifffile.imwrite(
@@ -210,7 +230,7 @@ def test_neighbours_are_found_whatever_the_slide_s_own_resolution(tmp_path, mpp)
     rows = [(f"s{n}.tif", f"s{n}.geojson", f"p{n}", mpp, "all.png") for n in range(10)]
     schema = ["path", "annotations", "patient", "mpp", "mask"]
     pl.DataFrame(rows, schema=schema, orient="row").write_csv(tmp_path / "slides.csv")
-    slides = {"table": tmp_path / "slides.csv", "rest": "normal"}
+    slides = {"table": tmp_path / "slides.csv", "background_label": "normal"}
     task = PatchTask(name="cut", organ="breast", slides=slides, group_column="patient")
     dataset = build_patch_task(task, patch=32, mpp=0.5, seed=0)
     objective = contrastive(dataset)
@@ -226,7 +246,7 @@ def test_neighbours_are_found_whatever_the_slide_s_own_resolution(tmp_path, mpp)
 
 
 @pytest.mark.parametrize("declared", [0.25, 1.0])
-def test_neighbours_are_found_in_images_of_another_resolution(tmp_path, declared):
+def test_adjacent_patches_are_found_at_any_image_resolution(tmp_path, declared):
     rng = np.random.default_rng(0)
     side = int(64 * 0.5 / declared)
     for label, number in product(("a", "b"), range(6)):
@@ -234,14 +254,14 @@ def test_neighbours_are_found_in_images_of_another_resolution(tmp_path, declared
         write_image(tmp_path / label / f"{number}.png", pixels)
     task = PatchTask(name="images", organ="none", mpp=declared, folder=tmp_path)
     pairs = contrastive(build_patch_task(task, patch=32, mpp=0.5, seed=0)).training_pairs[0]
-    assert len(pairs.adjacent) == 8 * len(pairs.rows) / 4  # 2 x 2 patches an image
+    assert len(pairs.adjacent) == 8 * len(pairs.rows) / 4  # 2 x 2 patches per image
 
 
 def contrastive(task):
     return Contrastive(PatchEncoder(TellezEncoder(16, 32)), [task], batch=16, validation=16, seed=0)
 
 
-def test_where_no_patch_has_a_neighbour_pairs_of_one_group_stand_in_and_it_is_said(tasks, caplog):
+def test_without_adjacent_patches_pairs_of_one_group_are_used(tasks, caplog):
     objective = contrastive(tasks[0])
     assert "'stripes', train split: no image has adjacent patches" in caplog.text
     pairs, same = objective.training_pairs[0].draw(4000, torch.Generator().manual_seed(0))
@@ -250,7 +270,7 @@ def test_where_no_patch_has_a_neighbour_pairs_of_one_group_stand_in_and_it_is_sa
     first, second = (tasks[0].table[pairs[~same, column]]["group"] for column in (0, 1))
     assert abs((first == second).mean() - 0.75) < 0.04
     train = set(tasks[0].rows("train"))
-    assert set(pairs.ravel()) == train  # every patch takes part
+    assert set(pairs.ravel()) == train  # every patch is used
 
 
 @pytest.mark.parametrize(
@@ -258,18 +278,18 @@ def test_where_no_patch_has_a_neighbour_pairs_of_one_group_stand_in_and_it_is_sa
     [pl.lit("one"), pl.col("index").cast(pl.String)],
     ids=["a single group", "each patch alone"],
 )
-def test_contrastive_needs_groups_and_neighbours(tasks, group):
+def test_contrastive_requires_groups_and_adjacent_patches(tasks, group):
     table = tasks[0].table.with_columns(group=group)
-    with pytest.raises(EncoderError, match="'stripes' cannot be trained on contrastively"):
+    with pytest.raises(EncoderError, match="'contrastive' cannot use patch task 'stripes'"):
         contrastive(dataclasses.replace(tasks[0], table=table))
 
 
-def test_contrastive_judges_two_codes_through_a_dense_layer_of_256(neighbours):
+def test_contrastive_head_has_a_dense_layer_of_256(neighbours):
     objective = contrastive(neighbours)
-    assert count(objective.judge) == dense(2 * 16, 256) + norm(256) + dense(256, 1)
+    assert count(objective.pair_head) == dense(2 * 16, 256) + norm(256) + dense(256, 1)
     batch = objective.batch(torch.Generator().manual_seed(0))
     assert batch.first.shape == batch.second.shape == (16, 3, 32, 32)
-    assert objective.patches_a_step == 32
+    assert objective.patches_per_step == 32
     assert (batch.first != batch.second).any()
 
 
@@ -283,12 +303,13 @@ def test_contrastive_judges_two_codes_through_a_dense_layer_of_256(neighbours):
         ("bigan", 2e-4, None),
     ],
 )
-def test_rate_batch_and_selection_are_the_published_ones(objective, rate, selection):
-    assert PUBLISHED_RATES[objective] == rate
+def test_rate_batch_and_selection_are_as_published(objective, rate, selection):
+    assert OBJECTIVES[objective].learning_rate == rate
     assert EncoderSpec(name="x", objective=objective, tasks=("a",)).batch == 64
     chosen = OBJECTIVES[objective].selection
     assert (chosen and (chosen.value, chosen.mode)) == selection
-    assert (loop.REDUCTION, loop.LOWEST_RATE, loop.STEPS) == (0.1, 1e-5, 200_000)
+    schedule = (training_loop.REDUCTION, training_loop.LOWEST_RATE, training_loop.STEPS)
+    assert schedule == (0.1, 1e-5, 200_000)
 
 
 @given(
@@ -296,7 +317,7 @@ def test_rate_batch_and_selection_are_the_published_ones(objective, rate, select
     pooling=st.sampled_from([1, 2, 4]),
     seed=st.integers(0, 99),
 )
-def test_stored_patches_are_pooled_as_the_encoder_pools_them(shares, pooling, seed):
+def test_stored_patches_are_pooled_like_the_encoder_input(shares, pooling, seed):
     side = 4 * len(shares) * pooling
     stored = np.random.default_rng(seed).integers(0, 256, (sum(shares), side, side, 3), np.uint8)
     pixels = torch.from_numpy(stored)
@@ -307,7 +328,7 @@ def test_stored_patches_are_pooled_as_the_encoder_pools_them(shares, pooling, se
 
 @settings(max_examples=20, deadline=None)
 @given(counts=st.lists(st.integers(1, 40), min_size=2, max_size=4), seed=st.integers(0, 99))
-def test_every_class_is_drawn_equally_often_whatever_its_size(counts, seed):
+def test_sampler_balances_classes_of_any_size(counts, seed):
     labels = np.repeat(np.arange(len(counts)), counts)
     rows = [
         (k, f"{k}", 0, 0, 0, 0, str(label), label, "g", "train") for k, label in enumerate(labels)
@@ -326,7 +347,7 @@ def test_every_class_is_drawn_equally_often_whatever_its_size(counts, seed):
 
 
 @pytest.mark.parametrize("architecture", ["tellez2020", "tellez2019"])
-def test_vae_learns_to_rebuild_patches_and_is_saved(tasks, tmp_path, architecture):
+def test_vae_learns_to_reconstruct_and_is_saved(tasks, tmp_path, architecture):
     spec = EncoderSpec(
         name="vae", objective="vae", tasks=("stripes", "other"), patches_seen=192, batch=16,
         architecture=architecture,
@@ -345,7 +366,7 @@ def test_vae_learns_to_rebuild_patches_and_is_saved(tasks, tmp_path, architectur
     assert np.allclose(plain, loaded.embed(pixels), atol=1e-4 * np.abs(plain).max())
 
 
-def test_bigan_trains_at_a_fixed_rate_and_its_seed_decides(tasks):
+def test_bigan_has_a_fixed_rate_and_repeats_with_its_seed(tasks):
     spec = EncoderSpec(
         name="bigan", objective="bigan", tasks=("stripes", "other"), patches_seen=48, batch=16
     )
@@ -354,11 +375,11 @@ def test_bigan_trains_at_a_fixed_rate_and_its_seed_decides(tasks):
         for _ in range(2)
     )
     assert set(first.history["learning_rate"]) == {2e-4}
-    assert first.encoder.card == again.encoder.card  # dropout too comes from the seed
+    assert first.encoder.card == again.encoder.card  # including dropout
 
 
-def test_contrastive_training_learns_which_pairs_are_one_place(neighbours):
-    # every image its own grey: neighbours are told apart by it, variants keep it roughly
+def test_contrastive_training_learns_to_classify_pairs(neighbours):
+    # each patch has another grey level, which augmentation changes only slightly
     grey = np.random.default_rng(0).integers(30, 226, len(neighbours.table))
     pixels = np.broadcast_to(grey[:, None, None, None], neighbours.patches.shape)
     easy = dataclasses.replace(neighbours, patches=pixels.astype(np.uint8))
@@ -386,13 +407,16 @@ def test_vae_loss_is_mse_plus_weighted_kl(tasks):
         ({"objective": "supervised", "tasks": ("a", "b")}, "takes one task"),
         (
             {"objective": "vae", "tasks": ("a",), "task_weights": "uncertainty"},
-            "weighs the tasks of objective 'mtl'",
+            "applies to objective 'mtl' only",
         ),
-        ({"objective": "mtl", "tasks": ("a",), "architecture": "tellez2019"}, "is for vae and"),
-        ({"objective": "mtl", "tasks": ("a", "a")}, r"name \['a'\] stands more than once"),
+        (
+            {"objective": "mtl", "tasks": ("a",), "architecture": "tellez2019"},
+            "is for the objectives vae and",
+        ),
+        ({"objective": "mtl", "tasks": ("a", "a")}, r"\['a'\] occurs more than once"),
     ],
 )
-def test_specs_that_cannot_be_are_refused(values, message):
+def test_invalid_specs_are_refused(values, message):
     with pytest.raises(ValidationError, match=message):
         EncoderSpec(name="x", **values)
 
@@ -406,7 +430,7 @@ def test_specs_that_cannot_be_are_refused(values, message):
         ("contrastive", "tellez2019"),
     ],
 )
-def test_patches_are_refused_that_the_networks_cannot_take(objective, architecture, patch):
+def test_check_patch_agrees_with_the_networks(objective, architecture, patch):
     spec = EncoderSpec(name="x", objective=objective, tasks=("a",), architecture=architecture)
     try:
         network = build_encoder(architecture, patch=patch, embedding_size=8).network

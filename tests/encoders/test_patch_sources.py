@@ -1,4 +1,4 @@
-"""HDF5 files, annotated slides, folders: each becomes the same table of labelled patches."""
+"""Tests of patch sources: HDF5 files, annotated slides and folders."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SIZES = {"train": 40, "validation": 20, "test": 20}
 
 @pytest.fixture
 def pcam(tmp_path: Path) -> Path:
-    """PatchCamelyon in little: a file of images, of labels and of facts for each split."""
+    """A small PatchCamelyon: files of images, labels and metadata for each split."""
     for number, (split, size) in enumerate(SIZES.items()):
         stem = f"camelyonpatch_level_2_split_{split}"
         with h5py.File(tmp_path / f"{stem}_x.h5", "w") as file:
@@ -59,7 +59,7 @@ def pcam_task(folder: Path, *, splits: bool = True, **changes: object) -> PatchT
     return PatchTask(**({"name": "pcam", "organ": "lymph node"} | values | changes))
 
 
-def test_patchcamelyon_keeps_its_splits_slides_and_pixels(pcam: Path):
+def test_patchcamelyon_keeps_splits_groups_and_pixels(pcam: Path):
     dataset = build(pcam_task(pcam), mpp=1.0, patch=24)
     assert dataset.classes == ("normal", "tumor")
     assert dict(dataset.table.group_by("split").len().rows()) == SIZES
@@ -69,19 +69,19 @@ def test_patchcamelyon_keeps_its_splits_slides_and_pixels(pcam: Path):
     assert dataset.table["source"][41].endswith("validation_x.h5#1")
 
 
-def test_patchcamelyon_is_brought_to_the_study_and_cropped(pcam: Path):
+def test_patchcamelyon_is_resampled_and_cropped(pcam: Path):
     dataset = build(pcam_task(pcam), mpp=0.5, patch=32)  # 24 px at 1.0 are 48 px at 0.5
     assert dataset.patches.shape == (80, 32, 32, 3)
     assert set(dataset.table.select("x", "y").unique().rows()) == {(8, 8)}
 
 
-def test_without_published_splits_slides_are_dealt(pcam: Path):
+def test_without_published_splits_groups_are_split(pcam: Path):
     frame = build(pcam_task(pcam, splits=False)).table
     assert frame.group_by("group").agg(pl.col("split").n_unique())["split"].max() == 1
     assert set(frame["split"]) == set(SIZES)
 
 
-def test_a_dataset_on_disk_is_the_one_in_memory(pcam: Path, tmp_path: Path):
+def test_dataset_on_disk_equals_the_one_in_memory(pcam: Path, tmp_path: Path):
     folder = tmp_path / "made"
     folder.mkdir()
     written, held = build(pcam_task(pcam), folder=folder), build(pcam_task(pcam))
@@ -97,7 +97,7 @@ def test_a_dataset_on_disk_is_the_one_in_memory(pcam: Path, tmp_path: Path):
     [
         (lambda f: (f / "camelyonpatch_level_2_split_test_x.h5").unlink(), "cannot be read"),
         (lambda f: (f / "camelyonpatch_level_2_split_test_y.h5").write_bytes(b"no"), "as HDF5"),
-        (lambda f: overwrite(f, "test_y", y=np.zeros(3, np.uint8)), "20 images.* 3 labels"),
+        (lambda f: overwrite(f, "test_y", y=np.zeros(3, np.uint8)), "20 images, .* 3 labels"),
         (lambda f: overwrite(f, "test_y", y=np.full(20, 2)), "class number 2"),
         (lambda f: overwrite(f, "test_x", images=noise(0, 20, 8, 8)), r"no dataset 'x'; .*images"),
         (lambda f: overwrite(f, "test_x", x=np.zeros((20, 8, 8), np.uint8)), r"\(N, H, W, 3\)"),
@@ -105,11 +105,11 @@ def test_a_dataset_on_disk_is_the_one_in_memory(pcam: Path, tmp_path: Path):
             lambda f: pl.DataFrame({"wsi": ["a"]}).write_csv(
                 f / "camelyonpatch_level_2_split_test_meta.csv"
             ),
-            "1 rows for 20 images",
+            "1 rows, but .*20 images",
         ),
     ],
 )  # fmt: skip
-def test_hdf5_that_is_something_else_is_refused(pcam: Path, change, message: str):
+def test_invalid_hdf5_files_are_refused(pcam: Path, change, message: str):
     change(pcam)
     with pytest.raises(CohortError, match=f"patch task 'pcam': .*{message}"):
         build(pcam_task(pcam))
@@ -120,7 +120,7 @@ def overwrite(folder: Path, name: str, **datasets: np.ndarray) -> None:
         file.update(datasets)
 
 
-def test_a_packed_file_is_to_be_unpacked(pcam: Path):
+def test_a_compressed_hdf5_file_is_refused(pcam: Path):
     task = pcam_task(pcam)
     packed = pcam / "x.h5.gz"
     packed.write_bytes(b"\x1f\x8b")
@@ -136,7 +136,7 @@ TUMOUR = [[0, 0], [256, 0], [256, 128], [0, 128], [0, 0]]  # 8 x 4 cells of 32 p
 
 @pytest.fixture
 def annotated(tmp_path: Path) -> Path:
-    """Six slides of 16 x 16 cells, all tissue, a tumour in the corner of five of them."""
+    """Six slides of 16 x 16 tissue cells; five have a tumour in the corner."""
     rows = []
     for number in range(6):
         pixels = noise(number, 512, 512) // 2
@@ -156,7 +156,7 @@ def annotated(tmp_path: Path) -> Path:
 
 
 def slide_task(table: Path, **slides: object) -> PatchTask:
-    slides = {"table": table, "rest": "normal"} | slides
+    slides = {"table": table, "background_label": "normal"} | slides
     return PatchTask(name="cut", organ="breast", slides=slides, group_column="patient")
 
 
@@ -173,20 +173,20 @@ def test_cells_of_annotated_slides_become_labelled_patches(annotated: Path):
     assert row["y"] < 128
 
 
-def test_a_cell_is_labelled_by_the_share_that_its_region_covers(annotated: Path):
+def test_a_cell_is_labelled_from_min_coverage_on(annotated: Path):
     path = annotated.parent / "s1.geojson"
     path.write_text(path.read_text().replace("256", "264"))  # a quarter of the next column
 
     def tumours(min_coverage: float) -> int:
         frame = build(slide_task(annotated, min_coverage=min_coverage)).table.filter(group="p1")
-        assert frame.filter(label="normal").height == 224 - 4  # touched cells are no rest
+        assert frame.filter(label="normal").height == 224 - 4  # touched cells are not background
         return frame.filter(label="tumour").height
 
     assert tumours(0.5) == 32
     assert tumours(0.2) == 36
 
 
-def test_a_slide_gives_at_most_so_many_patches_of_a_class_by_seed(annotated: Path):
+def test_max_per_slide_limits_patches_of_each_class(annotated: Path):
     frames = [build(slide_task(annotated, max_per_slide=10), seed=seed).table for seed in (0, 0, 1)]
     assert frames[0].group_by("group", "label").len()["len"].unique().to_list() == [10]
     assert frames[0].equals(frames[1])
@@ -194,8 +194,8 @@ def test_a_slide_gives_at_most_so_many_patches_of_a_class_by_seed(annotated: Pat
     assert not places[0].equals(places[2])
 
 
-def test_without_a_label_for_the_rest_each_slide_needs_annotations(annotated: Path):
-    with pytest.raises(CohortError, match="1 kept rows have an empty 'annotations'"):
+def test_without_background_label_each_slide_needs_annotations(annotated: Path):
+    with pytest.raises(CohortError, match="1 of the rows used have an empty 'annotations'"):
         build(slide_task(annotated, background_label=None))
 
 
@@ -205,13 +205,13 @@ def test_a_table_without_slides_is_refused(annotated: Path):
         build(slide_task(annotated))
 
 
-def test_a_slide_that_cannot_be_opened_is_named(annotated: Path):
+def test_error_names_a_slide_that_cannot_be_opened(annotated: Path):
     (annotated.parent / "s2.tif").write_bytes(b"nothing")
     with pytest.raises(CohortError, match=r"patch task 'cut': .*s2\.tif"):
         build(slide_task(annotated))
 
 
-def test_the_files_of_a_source_are_those_that_change_it(annotated: Path, pcam: Path):
+def test_source_files_are_listed(annotated: Path, pcam: Path):
     names = {path.name for path in source_files(slide_task(annotated))}
     assert names >= {"slides.csv", "s0.tif", "s5.tif", "s1.geojson", "all.png"}
     assert len(source_files(pcam_task(pcam))) == 9
@@ -234,51 +234,55 @@ def folder_task(folder: Path, **changes: object) -> PatchTask:
     return PatchTask(**(values | changes))
 
 
-def test_the_patient_is_read_from_an_images_name(folder: Path):
+def test_group_pattern_reads_the_patient_from_the_file_name(folder: Path):
     table = build(folder_task(folder, group_pattern=r"^(?P<group>P\d)")).table
     assert sorted(table["group"].unique()) == [f"P{number}" for number in range(8)]
 
 
 @pytest.mark.parametrize(
     ("pattern", "message"),
-    [("^Q(?P<group>.)", "finds no group in .*P0_0"), ("P", r"has no group"), ("(", "has no group")],
+    [
+        ("^Q(?P<group>.)", "does not match the name of .*P0_0"),
+        ("P", "has no named group"),
+        ("(", "has no named group"),
+    ],
 )
-def test_a_pattern_that_finds_no_patient_is_refused(folder: Path, pattern: str, message: str):
+def test_a_group_pattern_without_match_is_refused(folder: Path, pattern: str, message: str):
     with pytest.raises(CohortError, match=message):
         build(folder_task(folder, group_pattern=pattern))
 
 
-def test_classes_choose_labels_and_their_order(folder: Path):
+def test_classes_select_and_order_labels(folder: Path):
     dataset = build(folder_task(folder, classes=("z", "x")))
     assert dataset.classes == ("z", "x")
     assert set(dataset.table.select("label", "class").unique().rows()) == {("z", 0), ("x", 1)}
 
 
-def test_an_unknown_resolution_leaves_the_pixels_as_they_are_and_is_told(folder: Path):
+def test_unknown_resolution_keeps_pixels_and_is_a_finding(folder: Path):
     dataset = build(folder_task(folder, mpp="unknown"), patch=40, mpp=0.25)
     assert np.array_equal(dataset.patches[0], noise(0, 40, 40))
     assert len(dataset.found("unknown_mpp")) == 1
 
 
-def test_images_that_mirroring_cannot_fill_are_refused(folder: Path):
-    with pytest.raises(CohortError, match=r"P0_0\.png is 40 x 40 px .* under a third"):
+def test_images_too_small_for_mirroring_are_refused(folder: Path):
+    with pytest.raises(CohortError, match=r"P0_0\.png is 40 x 40 px .* less than a third"):
         build(folder_task(folder), patch=128)
 
 
-def test_a_class_of_one_patient_and_the_splits_without_it_are_found(folder: Path):
+def test_a_class_of_one_patient_is_a_finding(folder: Path):
     for image in (folder / "z").iterdir():
         if not image.name.startswith("P4"):
             image.unlink()
     dataset = build(folder_task(folder, group_pattern=r"^(?P<group>P\d)"))
-    (lonely,) = dataset.found("one_group").rows(named=True)
-    assert (lonely["label"], lonely["detail"]) == ("z", "all of group P4")
+    (finding,) = dataset.found("one_group").rows(named=True)
+    assert (finding["label"], finding["detail"]) == ("z", "only in group P4")
     assert dataset.found("absent").select("label", "split").rows() == [
         ("z", "validation"),
         ("z", "test"),
     ]
 
 
-def test_images_are_read_only_when_asked_for(folder: Path):
+def test_images_are_read_lazily(folder: Path):
     with open_source(folder_task(folder), patch=32, mpp=0.5, tissue=0.6, seed=0) as source:
         (folder / "x" / "P0_0.png").unlink()
         assert np.array_equal(source.read(1), noise(3, 40, 40))

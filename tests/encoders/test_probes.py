@@ -36,14 +36,14 @@ def encoders():
 
 
 @pytest.mark.parametrize("probe", [linear_probe, knn_probe])
-def test_probes_tell_a_trained_encoder_from_mean_colour(encoders, probe):
+def test_probes_score_a_trained_encoder_above_mean_rgb(encoders, probe):
     mean, trained = encoders
     unseen = make_dataset("unseen", side=62, seed=9)
     assert probe(task_embeddings(trained, unseen)).auc > 0.85
     assert probe(task_embeddings(mean, unseen)).auc < 0.75
 
 
-def test_anything_that_gives_patches_numbers_can_be_probed():
+def test_any_embedding_function_can_be_probed():
     class Stripes:
         def embed(self, pixels):
             return np.abs(np.diff(pixels.astype(float), axis=2)).mean((1, 2))
@@ -51,7 +51,7 @@ def test_anything_that_gives_patches_numbers_can_be_probed():
     assert linear_probe(task_embeddings(Stripes(), make_dataset(side=62))).auc > 0.85
 
 
-def test_a_sample_is_seeded_and_holds_every_class(encoders):
+def test_a_sample_is_seeded_and_has_every_class(encoders):
     mean, _ = encoders
     task = make_dataset("three", ("a", "b", "c"), (0, 1, 2), each=40, side=62)
     embeddings = task_embeddings(mean, task, patches=5, seed=3)
@@ -69,7 +69,7 @@ def test_a_sample_is_seeded_and_holds_every_class(encoders):
     assert np.allclose(whole.train.std(0), 1, atol=1e-5)
 
 
-def test_the_table_tells_seen_tasks_from_unseen(encoders):
+def test_probe_table_marks_tasks_used_in_training(encoders):
     mean, trained = encoders
     tasks = [make_dataset(side=62), make_dataset("unseen", side=62, seed=9)]
     scores = probe_table(trained, [task_embeddings(trained, task) for task in tasks])
@@ -90,7 +90,7 @@ def test_the_table_tells_seen_tasks_from_unseen(encoders):
 
 
 def blobs() -> TaskEmbeddings:
-    """Embeddings whose classes lie far apart along one axis, and noise in the others."""
+    """Embeddings with classes far apart along one axis and noise along the others."""
     task = make_dataset(each=40, side=32)
     rng = np.random.default_rng(0)
     embeddings = rng.normal(0, 0.1, (80, 6)).astype(np.float32)
@@ -99,7 +99,7 @@ def blobs() -> TaskEmbeddings:
     return TaskEmbeddings(task, embeddings[train], embeddings[test], train, test)
 
 
-def test_neighbours_and_axes_are_those_of_the_codes():
+def test_neighbours_and_principal_axes_are_correct():
     embeddings = blobs()
     queries = np.arange(len(embeddings.test))
     nearest = nearest_patches(embeddings, queries, 5)
@@ -111,7 +111,7 @@ def test_neighbours_and_axes_are_those_of_the_codes():
     assert shares[0] > 0.9
 
 
-def test_pictures_show_every_task_and_frame_neighbours_by_their_class():
+def test_neighbour_frames_show_the_class():
     embeddings = blobs()
     wrong = TaskEmbeddings(
         embeddings.task,

@@ -10,7 +10,7 @@ from nic_core.encoders.splits import SPLITS, split_by_group
 
 @st.composite
 def rows(draw: st.DrawFn) -> tuple[np.ndarray, list[str]]:
-    """Labels and groups: some groups hold one class, some several."""
+    """Draw labels and groups; a group has one or several classes."""
     groups = draw(st.integers(8, 40))
     labels, names = [], []
     for group in range(groups):
@@ -22,7 +22,7 @@ def rows(draw: st.DrawFn) -> tuple[np.ndarray, list[str]]:
 
 @settings(max_examples=60, deadline=None)
 @given(rows(), st.integers(0, 5))
-def test_no_group_is_in_two_splits_and_every_class_is_trained(data, seed):
+def test_no_group_is_in_two_splits_and_train_has_every_class(data, seed):
     labels, groups = data
     splits = split_by_group(labels, groups, seed=seed)
     of_group: dict[str, set[str]] = {}
@@ -64,7 +64,7 @@ def test_named_groups_are_the_test_split():
     ("groups", "test_groups", "message"),
     [
         (["a", "a", "b", "b"], (), "2 groups cannot"),
-        (["a", "b", "c", "d"], ("z",), "not among"),
+        (["a", "b", "c", "d"], ("z",), "do not exist"),
         (["a", "b", "a", "b"], ("a",), "1 groups cannot"),
         (["a", "b", "c", "b"], ("a", "c"), "1 groups cannot"),
     ],
@@ -79,6 +79,6 @@ def test_a_class_that_only_test_groups_have_is_refused():
         split_by_group(np.array([0, 0, 0, 1]), ["a", "b", "c", "d"], seed=0, test_groups=("d",))
 
 
-def test_classes_with_one_group_each_leave_nothing_to_validate():
+def test_one_group_per_class_is_refused():
     with pytest.raises(ValueError, match="too few groups"):
         split_by_group(np.array([0, 1, 2]), ["a", "b", "c"], seed=0)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import signal
 import subprocess
 import sys
@@ -22,8 +23,8 @@ from nic_core.encoders import (
     save_encoder,
     task_probabilities,
     train_encoder,
+    training_loop,
 )
-from nic_core.encoders import training_loop as loop
 from nic_core.encoders.encoder import Encoder
 from nic_core.encoders.figures import augmentation_sheet
 from nic_core.encoders.networks import PatchEncoder, TellezEncoder
@@ -119,7 +120,7 @@ def test_history_has_losses_and_validation_values_of_each_epoch(trained):
     assert history["learning_rate"].is_sorted(descending=True)
 
 
-def test_tracker_and_progress_hear_of_the_whole_training(trained):
+def test_tracker_and_progress_receive_the_whole_training(trained):
     result, recorder, seen = trained
     assert recorder.steps == result.history["epoch"].to_list()
     assert {
@@ -134,7 +135,7 @@ def test_tracker_and_progress_hear_of_the_whole_training(trained):
     assert seen[-1][0] == result.history["patches"][-1]
 
 
-def test_the_tracker_gets_a_confusion_matrix_a_task_every_epoch(trained):
+def test_tracker_receives_confusion_matrices_every_epoch(trained):
     result, recorder, _ = trained
     cells = recorder.tables["validation_confusion"]
     assert cells["epoch"].unique().to_list() == result.history["epoch"].to_list()
@@ -148,12 +149,12 @@ def test_the_tracker_gets_a_confusion_matrix_a_task_every_epoch(trained):
             assert recall == pytest.approx(row[f"validation/{task}/balanced_accuracy"])
 
 
-def test_training_repeats_bit_by_bit_and_the_seed_matters(tasks):
+def test_training_repeats_bit_by_bit_for_one_seed(tasks):
     def weights(seed: int) -> str:
         encoder = train_encoder(spec(patches_seen=128, seed=seed), tasks, **SIZES).encoder
         return encoder.card.weights_hash
 
-    torch.manual_seed(123)  # the global generator must not matter
+    torch.manual_seed(123)  # the state of the global generator must have no effect
     first = weights(0)
     torch.manual_seed(321)
     assert first == weights(0)
@@ -186,7 +187,7 @@ train_encoder(spec(patches_seen=960), make_tasks(), **SIZES, device="cpu",
         {"task_weights": "uncertainty"},
         {"objective": "vae"},
         {"objective": "contrastive"},
-        {"objective": "bigan"},  # its dropout takes torch's own generator
+        {"objective": "bigan"},  # its dropout uses the global generator
     ],
     ids=["mtl", "vae", "contrastive", "bigan"],
 )
@@ -207,11 +208,9 @@ def test_every_objective_resumes_to_the_same_weights(tmp_path, settings):
     assert resumed.history.equals(whole.history)
 
 
-def test_a_training_resumes_with_its_best_weights_its_rate_and_its_patience(
-    tasks, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(loop, "SHORTEST_EPOCH", 1)
-    values = [0.5, 0.7, *[0.6] * 30]  # best before every kill
+def test_resume_restores_best_weights_rate_and_patience(tasks, tmp_path, monkeypatch):
+    monkeypatch.setattr(training_loop, "SHORTEST_EPOCH", 1)
+    values = [0.5, 0.7, *[0.6] * 30]  # the best epoch is before every kill
     endless = spec(patches_seen=None, batch=64)
 
     class Stops(Bowl):
@@ -222,19 +221,19 @@ def test_a_training_resumes_with_its_best_weights_its_rate_and_its_patience(
 
     until = -1
     objective = Stops(values, tasks[0])
-    whole = loop.fit(objective, endless, learning_rate=1e-2)
+    whole = training_loop.fit(objective, endless, learning_rate=1e-2)
     best = objective.networks["encoder"].weight.item()
     assert best == objective.weights[1]
-    # within a patience, at a rate that fell, at the floor
+    # within the patience, after a drop of the rate, at the minimum
     for until in (4, 8, len(whole) - 1):
         checkpoint = tmp_path / f"{until}.pt"
         torch.manual_seed(0)
         with pytest.raises(Killed):
             killed = Stops(values, tasks[0])
             killed.networks.load_state_dict(objective.start)
-            loop.fit(killed, endless, learning_rate=1e-2, checkpoint=checkpoint)
+            training_loop.fit(killed, endless, learning_rate=1e-2, checkpoint=checkpoint)
         again = Bowl(values[until:], tasks[0])
-        resumed = loop.fit(again, endless, learning_rate=1e-2, checkpoint=checkpoint)
+        resumed = training_loop.fit(again, endless, learning_rate=1e-2, checkpoint=checkpoint)
         assert resumed.equals(whole)
         assert again.networks["encoder"].weight.item() == best
 
@@ -244,12 +243,12 @@ def test_without_selection_the_last_weights_are_kept(tasks):
         selection = None
 
     objective = Fixed([0.9, *[0.1] * 30], tasks[0])
-    loop.fit(objective, spec(patches_seen=640, batch=64), learning_rate=1e-2)
+    training_loop.fit(objective, spec(patches_seen=640, batch=64), learning_rate=1e-2)
     assert objective.networks["encoder"].weight.item() == objective.weights[-1]
     assert len(set(objective.weights)) == len(objective.weights)
 
 
-def test_a_process_killed_by_sigkill_resumes_to_the_same_result(tasks, tmp_path):
+def test_a_process_killed_by_sigkill_resumes_to_the_same_weights(tasks, tmp_path):
     checkpoint = tmp_path / ".training.pt"
     killed = subprocess.run([sys.executable, "-c", KILLED, str(checkpoint)], cwd=REPOSITORY)
     assert killed.returncode == -signal.SIGKILL
@@ -268,7 +267,7 @@ def test_a_process_killed_by_sigkill_resumes_to_the_same_result(tasks, tmp_path)
 
 
 class Planted:
-    """A pickle that, if it were run, would leave a file."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -277,21 +276,25 @@ class Planted:
         return Path.touch, (self.path,)
 
 
-@pytest.mark.parametrize("content", ["embedding_size", "cut", "other", "list", "weights"])
-def test_a_file_that_is_no_checkpoint_is_refused_and_no_code_in_it_runs(tasks, tmp_path, content):
+@pytest.mark.parametrize("content", ["code", "truncated", "other", "list", "weights", "old"])
+def test_invalid_checkpoints_are_refused_without_running_code(tasks, tmp_path, content):
     checkpoint, trace = tmp_path / "training.pt", tmp_path / "ran"
-    if content == "embedding_size":
-        torch.save({"fingerprint": Planted(trace)}, checkpoint)
-    elif content in ("list", "weights"):
-        torch.save([1] if content == "list" else {"w": torch.zeros(1)}, checkpoint)
+    objects = {
+        "code": {"format": Planted(trace)},
+        "list": [1],
+        "weights": {"w": torch.zeros(1)},
+        "old": {"fingerprint": "", "networks": {}},
+    }
+    if content in objects:
+        torch.save(objects[content], checkpoint)
     else:
-        checkpoint.write_bytes(b"PK\x03\x04 cut" if content == "cut" else b"nothing of the kind")
-    with pytest.raises(EncoderError, match="'mtl-2': .*training.pt is not a checkpoint"):
+        checkpoint.write_bytes(b"PK\x03\x04 cut" if content == "truncated" else b"other")
+    with pytest.raises(EncoderError, match="'mtl-2': .*training.pt is not a checkpoint .*delete"):
         train_encoder(spec(), tasks, **SIZES, checkpoint=checkpoint)
     assert not trace.exists()
 
 
-def test_a_checkpoint_of_another_training_is_not_used(tasks, tmp_path, caplog):
+def test_a_checkpoint_of_another_training_is_ignored(tasks, tmp_path, caplog):
     def kill(done: int, _: int) -> None:
         if done > 200:
             raise Killed
@@ -301,15 +304,15 @@ def test_a_checkpoint_of_another_training_is_not_used(tasks, tmp_path, caplog):
         train_encoder(spec(), tasks, **SIZES, checkpoint=checkpoint, progress=kill)
     other = spec(patches_seen=128, seed=5)
     result = train_encoder(other, tasks, **SIZES, checkpoint=checkpoint)
-    assert "starting anew" in caplog.text
+    assert "training from the start" in caplog.text
     assert result.encoder.card == train_encoder(other, tasks, **SIZES).encoder.card
 
 
 class Bowl:
-    """An objective whose validation value is given: it shows what the loop makes of it."""
+    """An objective with given validation values, to test the schedule of the training loop."""
 
     selection = Selection("validation/value", "max")
-    patches_a_step = 64
+    patches_per_step = 64
 
     def __init__(self, values: list[float], task: PatchDataset) -> None:
         self.networks = nn.ModuleDict({"encoder": nn.Linear(1, 1)})
@@ -331,13 +334,11 @@ class Bowl:
 
 
 @pytest.mark.parametrize("first", [1e-2, 1e-1])
-def test_without_a_budget_the_rate_falls_at_plateaus_until_it_is_at_its_floor(
-    tasks, monkeypatch, first
-):
-    monkeypatch.setattr(loop, "SHORTEST_EPOCH", 1)
+def test_without_budget_the_rate_falls_at_plateaus(tasks, monkeypatch, first):
+    monkeypatch.setattr(training_loop, "SHORTEST_EPOCH", 1)
     objective = Bowl([0.5, 0.6, 0.7] + [0.6] * 100, tasks[0])
-    history = loop.fit(objective, spec(patches_seen=None, batch=64), learning_rate=first)
-    # best in epoch 3; each later rate has its patience of 3 epochs and the one that exceeds it
+    history = training_loop.fit(objective, spec(patches_seen=None, batch=64), learning_rate=first)
+    # best in epoch 3; each later rate lasts for the patience of 3 epochs and one more
     later = [rate for rate in (1e-2, 1e-3, 1e-4) if rate < first]
     rates = [first] * 7 + [rate for rate in later for _ in range(4)] + [1e-5]
     assert np.allclose(history["learning_rate"], rates)
@@ -345,14 +346,14 @@ def test_without_a_budget_the_rate_falls_at_plateaus_until_it_is_at_its_floor(
     assert objective.networks["encoder"].weight.item() == objective.weights[2]
 
 
-def test_the_learning_rate_falls_by_the_budget_even_without_a_plateau(tasks):
+def test_with_budget_the_rate_falls_without_a_plateau(tasks):
     objective = Bowl([k / 100 for k in range(24)], tasks[0])
-    history = loop.fit(objective, spec(patches_seen=24 * 64, batch=64), learning_rate=3e-3)
-    # epochs of a step; from the one after 60 % and after 85 % of the budget
+    history = training_loop.fit(objective, spec(patches_seen=24 * 64, batch=64), learning_rate=3e-3)
+    # an epoch is one step; the rate drops after 60 % and after 85 % of the budget
     assert np.allclose(history["learning_rate"], [3e-3] * 15 + [3e-4] * 6 + [3e-5] * 3)
 
 
-def test_without_a_budget_a_bigan_takes_the_published_200_000_steps(tasks):
+def test_without_budget_a_bigan_trains_200_000_steps(tasks):
     class Fixed(Bowl):
         selection = None
 
@@ -363,23 +364,25 @@ def test_without_a_budget_a_bigan_takes_the_published_200_000_steps(tasks):
         raise Killed
 
     with pytest.raises(Killed):
-        loop.fit(Fixed([], tasks[0]), spec(patches_seen=None), learning_rate=2e-4, progress=stop)
+        training_loop.fit(
+            Fixed([], tasks[0]), spec(patches_seen=None), learning_rate=2e-4, progress=stop
+        )
     assert totals == [200_000 * 64]
 
 
-def test_bfloat16_training_agrees_with_float32_in_its_losses_and_keeps_float32_weights(tasks):
+def test_bfloat16_training_keeps_float32_weights_and_similar_losses(tasks):
     exact, reduced = (
         train_encoder(spec(patches_seen=640, precision=precision), tasks, **SIZES, device="cpu")
         for precision in ("float32", "bfloat16")
     )
-    # later the runs drift apart, as two seeds would
+    # later epochs differ as much as between two seeds
     assert np.allclose(exact.history["loss"][:2], reduced.history["loss"][:2], rtol=0.02)
     assert exact.encoder.card.weights_hash != reduced.encoder.card.weights_hash
     assert reduced.encoder.card.training["precision"] == "bfloat16"
     assert {p.dtype for p in reduced.encoder.module.parameters()} == {torch.float32}
 
 
-def test_uncertainty_weights_start_equal_and_fall_where_a_loss_stays_high():
+def test_uncertainty_weights_start_equal_and_fall_for_high_losses():
     losses = {"easy": torch.tensor(0.1), "hard": torch.tensor(2.0)}
     variances = {name: nn.Parameter(torch.zeros(())) for name in losses}
     assert uncertainty_loss(losses, variances).item() == pytest.approx(1.05)
@@ -388,7 +391,7 @@ def test_uncertainty_weights_start_equal_and_fall_where_a_loss_stays_high():
         optimizer.zero_grad()
         uncertainty_loss(losses, variances).backward()
         optimizer.step()
-    # where exp(-s) * loss + s / 2 is least, the variance exp(s) is twice the loss
+    # at the minimum of exp(-s) * loss + s / 2, the variance exp(s) is twice the loss
     for name, loss in losses.items():
         assert variances[name].exp().item() == pytest.approx(2 * loss.item(), rel=1e-2)
 
@@ -434,18 +437,18 @@ def test_batches_are_balanced_by_task_and_class(tasks):
     assert batches[0].inputs.max() <= 1
 
 
-def test_a_divergent_training_stops_with_an_error(tasks):
-    what = r"'mtl-2': the loss of task 'directions' became (nan|inf) in epoch 1, .* lower its"
+def test_a_diverging_training_raises_an_error(tasks):
+    what = r"'mtl-2': the loss of task 'directions' became (nan|inf) in epoch 1, .*; lower the"
     with pytest.raises(EncoderError, match=what):
         train_encoder(spec(learning_rate=1e30), tasks, **SIZES)
     what = r"'mtl-2': the validation of task 'stripes' became nan in epoch 1, after 64 patches"
     with pytest.raises(EncoderError, match=what):
         train_encoder(spec(learning_rate=1e30, patches_seen=64, batch=64), tasks, **SIZES)
-    what = r"'vae': the loss '(kl|mse)' became .* lower its learning_rate \(now 1e\+30\)$"
+    what = r"'vae': the loss '(kl|mse)' became .* lower the encoder's learning_rate \(now 1e\+30\)$"
     vae = spec(name="vae", objective="vae", learning_rate=1e30, precision="float32")
     with pytest.raises(EncoderError, match=what):
         train_encoder(vae, make_tasks(64), **SIZES | {"patch": 64})
-    # in its last step: only the validation can tell
+    # divergence in the last step is visible only in the validation
     pairs = spec(objective="contrastive", learning_rate=1e30, patches_seen=32)
     with pytest.raises(EncoderError, match="the validation 'accuracy' became nan in epoch 1"):
         train_encoder(pairs, tasks, **SIZES)
@@ -454,7 +457,7 @@ def test_a_divergent_training_stops_with_an_error(tasks):
         train_encoder(gan, make_tasks(64), **SIZES | {"patch": 64})
 
 
-def test_mean_rgb_goes_the_same_way_and_is_not_trained(tasks):
+def test_mean_rgb_is_not_trained(tasks):
     mean = EncoderSpec(name="mean", objective="mean_rgb")
     result = train_encoder(mean, [], **SIZES)
     assert result.history.is_empty()
@@ -464,14 +467,14 @@ def test_mean_rgb_goes_the_same_way_and_is_not_trained(tasks):
     assert result.encoder.card.embedding_size == 3
 
 
-def test_tasks_that_are_not_those_of_the_spec_are_refused(tasks):
+def test_tasks_that_differ_from_the_spec_are_refused(tasks):
     with pytest.raises(EncoderError, match="trains on"):
         train_encoder(spec(), tasks[:1], **SIZES)
-    with pytest.raises(EncoderError, match=r"takes 128 px .* 'stripes' has 62 px"):
+    with pytest.raises(EncoderError, match=r"patches of 128 px .* 'stripes' has 62 px"):
         train_encoder(spec(), tasks, patch=128, mpp=0.5, embedding_size=16)
 
 
-def test_a_saved_encoder_comes_back(trained, tasks, tmp_path):
+def test_a_saved_encoder_is_loaded_unchanged(trained, tasks, tmp_path):
     encoder = trained[0].encoder
     save_encoder(tmp_path / "e", encoder)
     loaded = load_encoder(tmp_path / "e")
@@ -486,7 +489,7 @@ def test_a_saved_encoder_comes_back(trained, tasks, tmp_path):
     assert not loaded.module.training
 
 
-def test_the_inference_module_is_the_same_function(trained, tasks):
+def test_prepared_module_gives_the_same_embeddings(trained, tasks):
     encoder = trained[0].encoder
     pixels = torch.from_numpy(tasks[1].patches[:20]).permute(0, 3, 1, 2)
     with torch.inference_mode():
@@ -494,7 +497,7 @@ def test_the_inference_module_is_the_same_function(trained, tasks):
     assert torch.allclose(plain, fast, rtol=1e-4, atol=1e-5 * float(plain.abs().max()))
 
 
-def test_a_changed_or_missing_file_is_refused(trained, tmp_path):
+def test_modified_or_missing_files_are_refused(trained, tmp_path):
     encoder: Encoder = trained[0].encoder
     with pytest.raises(EncoderError, match="no encoder here"):
         load_encoder(tmp_path)
@@ -507,7 +510,34 @@ def test_a_changed_or_missing_file_is_refused(trained, tmp_path):
     with pytest.raises(EncoderError, match="hash differs"):
         load_encoder(tmp_path)
     (tmp_path / "weights.safetensors").write_bytes(b"nothing")
-    with pytest.raises(EncoderError, match="not an encoder file"):
+    with pytest.raises(EncoderError, match="weights.safetensors: not a safetensors file"):
+        load_encoder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": None}, r"format 2 \(it has no format number\)"),
+        ({"format": 1}, r"format 2 \(it has format 1\)"),
+        ({"code": 16}, "field 'code': Extra inputs are not permitted"),
+        ({"embedding_size": None}, "field 'embedding_size': Field required"),
+    ],
+)
+def test_cards_of_another_format_are_refused(trained, tmp_path, change, message):
+    save_encoder(tmp_path, trained[0].encoder)
+    card = json.loads((tmp_path / "card.json").read_text()) | change
+    card = {name: value for name, value in card.items() if value is not None}
+    (tmp_path / "card.json").write_text(json.dumps(card))
+    remedy = "; train the encoder again, or import its file again"
+    with pytest.raises(EncoderError, match=f"{tmp_path}/card.json: .*{message}{remedy}"):
+        load_encoder(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe"])
+def test_a_damaged_card_is_refused(trained, tmp_path, content):
+    save_encoder(tmp_path, trained[0].encoder)
+    (tmp_path / "card.json").write_bytes(content)
+    with pytest.raises(EncoderError, match="card.json: not an encoder card .*; train the encoder"):
         load_encoder(tmp_path)
 
 
@@ -535,7 +565,7 @@ def test_scores_agree_with_scikit_learn():
     assert scores.f1 == pytest.approx(f1_score(labels, predicted, average="macro"))
 
 
-def test_the_interval_is_that_of_the_bootstrap_over_patients():
+def test_interval_is_the_bootstrap_over_patients():
     rng = np.random.default_rng(0)
     labels, patients = rng.integers(0, 3, 120), [f"p{i}" for i in rng.integers(0, 9, 120)]
     probabilities = rng.dirichlet(np.ones(3), 120) + 0.4 * np.eye(3)[labels]
@@ -548,7 +578,7 @@ def test_the_interval_is_that_of_the_bootstrap_over_patients():
     assert score_task(labels, probabilities).interval is None
 
 
-def test_scores_leave_out_classes_without_a_patch():
+def test_scores_exclude_classes_without_patches():
     probabilities = np.array([[0.8, 0.1, 0.1], [0.2, 0.7, 0.1], [0.1, 0.8, 0.1]])
     scores = score_task(np.array([0, 1, 1]), probabilities)
     assert scores.balanced_accuracy == 1
@@ -556,7 +586,7 @@ def test_scores_leave_out_classes_without_a_patch():
     assert score_task(np.array([1, 1]), probabilities[1:]).auc is None
 
 
-def test_the_contact_sheet_shows_two_patches_a_task(tasks):
+def test_augmentation_sheet_shows_two_patches_per_task(tasks):
     figure = augmentation_sheet(tasks)
     figure.canvas.draw()
     assert len(figure.axes) == 4 * 8
@@ -565,7 +595,7 @@ def test_the_contact_sheet_shows_two_patches_a_task(tasks):
     assert len(titles) == 4
 
 
-def test_the_command_trains_an_encoder_of_a_cohort_file_and_makes_its_patch_tasks(tmp_path):
+def test_train_command_makes_patch_tasks_and_encoder(tmp_path):
     for label, kind in (("fine", 0), ("coarse", 2)):
         for number in range(20):
             pixels = texture(np.random.default_rng(number), 64, kind)
@@ -588,7 +618,7 @@ def test_the_command_trains_an_encoder_of_a_cohort_file_and_makes_its_patch_task
     made = tmp_path / "store" / "patch_tasks" / "stripes"
     first = made.stat().st_ino
     runner.invoke(app, ["encoder", "train", "e", *arguments])
-    assert made.stat().st_ino == first  # nothing changed: not made again
+    assert made.stat().st_ino == first  # unchanged, so not made again
     file = tmp_path / "cohort.yaml"
     file.write_text(file.read_text().replace("folder:", "classes: [fine, coarse], folder:"))
     runner.invoke(app, ["encoder", "train", "e", *arguments])

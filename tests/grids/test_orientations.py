@@ -1,3 +1,5 @@
+"""The eight orientations of an array."""
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -20,27 +22,27 @@ def same(a, b):
 
 
 @given(arrays(), orientations)
-def test_undo_is_the_exact_inverse_on_both_sides(array, k):
+def test_undo_inverts_orient_and_orient_inverts_undo(array, k):
     assert same(undo(orient(array, k), k), array)
     assert same(orient(undo(array, k), k), array)
 
 
 @given(orientations, orientations)
-def test_two_orientations_after_each_other_are_one_of_the_eight(first, second):
+def test_two_orientations_in_a_row_equal_one_orientation(first, second):
     array = np.arange(12).reshape(3, 4)
     both = orient(orient(array, first), second)
     assert sum(same(both, orient(array, k)) for k in range(ORIENTATIONS)) == 1
 
 
 @given(orientations)
-def test_an_image_turns_as_its_channels_do(k):
+def test_an_image_is_oriented_like_its_channels(k):
     image = np.random.default_rng(k).integers(0, 256, (3, 5, 3))
     assert same(
         orient(image, k, axes=(-3, -2)), orient(image.transpose(2, 0, 1), k).transpose(1, 2, 0)
     )
 
 
-def test_orientations_are_those_of_pillow():
+def test_orientations_agree_with_pillow():
     image = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
     for k in range(ORIENTATIONS):
         pillow = Image.fromarray(image)
@@ -51,7 +53,7 @@ def test_orientations_are_those_of_pillow():
 
 
 @pytest.mark.parametrize("k", [-1, 8])
-def test_there_is_no_ninth_orientation(k):
+def test_an_unknown_orientation_is_refused(k):
     for turn in (orient, undo):
         with pytest.raises(ValueError, match="orientation"):
             turn(np.zeros((2, 2)), k)

@@ -1,6 +1,6 @@
-"""Grids with planted structure: nests of tumour whose rim is stroma, or is not.
+"""Grids with planted structure: tumour nests that have a rim of stroma, or have not.
 
-Both kinds of slide have the same mixture of cells, so only the arrangement tells them apart.
+Both kinds of slide have the same composition of cells, so only the arrangement differs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ EMBEDDING_SIZE = 16
 
 @dataclass(frozen=True)
 class ArrayGrid:
-    """A grid in memory, in the form that the models ask for."""
+    """A grid in memory; implements :class:`nic_core.models.crops.GridData`."""
 
     embeddings: np.ndarray
     valid: np.ndarray
@@ -77,7 +77,7 @@ def plant(patients: int, seed: int = 0, slides: int = 1) -> Planted:
 
 @pytest.fixture(scope="session")
 def planted() -> Planted:
-    """40 patients, a slide each."""
+    """40 patients with one slide each."""
     return plant(40)
 
 

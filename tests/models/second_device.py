@@ -1,8 +1,9 @@
-"""A device beside the CPU on machines that have none, to see that no step mixes the two.
+"""A simulated second device, to test on a CPU that no step mixes devices.
 
-Its tensors say that they are on ``meta`` and are computed by the CPU, so what comes out must be
-what the CPU gives, to the bit. As on a GPU, an operation on tensors of both devices fails, and so
-does numpy on one of them. What only CUDA has (its random state, page-locked memory) is not shown.
+Its tensors report the device ``meta`` and are computed by the CPU, so results must equal the CPU's
+exactly. As on a GPU, an operation on tensors of both devices fails, and so does numpy on a tensor
+of the second device. Features that only CUDA has (its random state, page-locked memory) are not
+simulated.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class There(torch.Tensor):
 
 
 class SecondDevice(TorchDispatchMode):
-    """While it is on, ``meta`` is a device that computes."""
+    """Context in which ``meta`` is a device that computes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,9 +61,9 @@ def compute(func: Any, args: Any, kwargs: Any) -> Any:
         found = func(*here[0], **here[1])
         goes = _is_meta(kwargs) or (target is None and isinstance(tensors[0], There))
         return There(found) if goes else found
-    # a number in a tensor of the CPU may meet any device; what is copied into may be on either
-    strangers = [x for x in tensors if not isinstance(x, There) and x.ndim]
-    if strangers and func is not aten.copy_.default:
+    # as with CUDA, a scalar tensor of the CPU works on any device, and copies cross devices
+    on_cpu = [x for x in tensors if not isinstance(x, There) and x.ndim]
+    if on_cpu and func is not aten.copy_.default:
         raise RuntimeError(f"{func}: tensors of the CPU and of the second device")
     found = func(*here[0], **here[1])
     if func is aten._local_scalar_dense.default:

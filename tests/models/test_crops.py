@@ -1,4 +1,4 @@
-"""Crops: where they are, what surrounds them, how they are turned, what stays in memory."""
+"""Crops: position, padding, orientation, normalisation, cache."""
 
 import threading
 
@@ -15,12 +15,12 @@ from nic_core.grids.orientations import orient
 from nic_core.models.crops import (
     Crops,
     all_moments,
+    augment_features,
     centre_weights,
-    disturb,
+    crop_windows,
     fit_normalise,
     grid_moments,
     prefetch,
-    windows,
 )
 from nic_core.models.networks import Normalise
 
@@ -44,59 +44,59 @@ def grid_of(embeddings, valid=None):
     st.integers(0, 11),
 )
 @settings(max_examples=100, deadline=None)
-def test_a_crop_is_the_window_of_the_zero_padded_grid(rows, columns, crop, row, column):
+def test_crop_is_a_window_of_the_zero_padded_grid(rows, columns, crop, row, column):
     row, column = row % rows, column % columns
     embeddings = 1 + np.arange(rows * columns, dtype=np.float32).reshape(1, rows, columns)
     padded = np.pad(embeddings, ((0, 0), (crop, crop), (crop, crop)))
     top, left = row - crop // 2 + crop, column - crop // 2 + crop
     crops = Crops(lambda _: grid_of(embeddings), identity(1), crop)
     np.testing.assert_array_equal(
-        crops.at("s", (row, column), 0), padded[:, top : top + crop, left : left + crop]
+        crops.crop_at("s", (row, column), 0), padded[:, top : top + crop, left : left + crop]
     )
 
 
-def test_centres_are_drawn_by_squared_distance_to_background():
+def test_centre_probability_is_squared_distance_to_background():
     valid = np.zeros((9, 9), bool)
     valid[2:7, 1:8] = True
     weights = centre_weights(valid)
     distance = ndimage.distance_transform_edt(valid)
     np.testing.assert_allclose(weights, distance**2 / (distance**2).sum())
-    # the crop is smaller than the grid: centres are where they were drawn
+    # the crop is smaller than the grid, so centres are not shifted
     crops = Crops(lambda _: grid_of(np.ones((1, 9, 9)), valid), identity(1), 3)
     drawn = np.zeros((9, 9))
-    for cell in crops.fixed("s", 20000, seed=0):
+    for cell in crops.fixed_centres("s", 20000, seed=0):
         drawn[cell] += 1
     np.testing.assert_allclose(drawn / 20000, weights, atol=0.01)
 
 
-def test_the_edge_of_a_grid_without_background_counts_as_background():
+def test_grid_edge_counts_as_background():
     weights = centre_weights(np.ones((5, 5), bool))
     assert weights[2, 2] == weights.max()
     assert weights[0, 0] == weights.min() > 0
 
 
-def test_a_grid_that_fits_is_shifted_but_never_cut():
+def test_grid_that_fits_into_the_crop_is_shifted_but_never_cut():
     embeddings = np.random.default_rng(0).normal(size=(2, 7, 9)).astype(np.float32)
     crops = Crops(lambda _: grid_of(embeddings), identity(2), 12)
     places = set()
-    for centre in crops.fixed("s", 50, seed=0):
-        crop = crops.at("s", centre, 0)
+    for centre in crops.fixed_centres("s", 50, seed=0):
+        crop = crops.crop_at("s", centre, 0)
         assert np.count_nonzero(crop) == embeddings.size
         places.add(tuple(np.argwhere(crop[0])[0]))
     assert len(places) > 5
 
 
-def test_a_crop_is_turned_into_each_of_the_eight_orientations():
+def test_crop_has_eight_orientations():
     embeddings = np.random.default_rng(0).normal(size=(2, 3, 3)).astype(np.float32)
     crops = Crops(lambda _: grid_of(embeddings), identity(2), 3)
-    upright = crops.at("s", (1, 1), 0)
-    turned = [crops.at("s", (1, 1), k) for k in range(8)]
+    upright = crops.crop_at("s", (1, 1), 0)
+    turned = [crops.crop_at("s", (1, 1), k) for k in range(8)]
     assert len({crop.tobytes() for crop in turned}) == 8
     for k, crop in enumerate(turned):
         np.testing.assert_array_equal(crop, orient(upright, k))
 
 
-def test_stored_orientations_are_used_where_a_grid_has_them():
+def test_crops_use_stored_orientations_if_the_grid_has_them():
     random = np.random.default_rng(0)
     embeddings = random.normal(size=(8, 2, 5, 4)).astype(np.float16)
     grid = ArrayGrid(embeddings[0], np.ones((5, 4), bool), embeddings)
@@ -105,41 +105,41 @@ def test_stored_orientations_are_used_where_a_grid_has_them():
         for k in range(8):
             expected = np.zeros((2, 5, 5), np.float32)
             expected[:, :, :4] = embeddings[k]
-            np.testing.assert_array_equal(crops.at("s", (2, 2), k), orient(expected, k))
+            np.testing.assert_array_equal(crops.crop_at("s", (2, 2), k), orient(expected, k))
 
 
 @pytest.mark.parametrize("components", [None, 2])
-def test_crops_are_normalised_as_the_model_normalises_raw_codes(components):
+def test_crops_equal_the_output_of_normalise(components):
     random = np.random.default_rng(0)
     valid = random.random((8, 8)) < 0.6
     embeddings = (random.normal(size=(4, 8, 8)) + 2) * valid
-    embeddings[:, 3, 3] = 0  # a embedding of 0 counts as background in either
+    embeddings[:, 3, 3] = 0  # an embedding of 0 counts as background in both
     valid[3, 3] = True
     grid = grid_of(embeddings, valid)
     normalise = fit_normalise([grid_moments("s", grid)], components=components)
     raw = torch.from_numpy(grid.embeddings.astype(np.float32))[None]
     np.testing.assert_allclose(
-        Crops(lambda _: grid, normalise, 8).at("s", (4, 4), 0), normalise(raw)[0], atol=1e-5
+        Crops(lambda _: grid, normalise, 8).crop_at("s", (4, 4), 0), normalise(raw)[0], atol=1e-5
     )
 
 
-def test_disturbed_features_keep_background_and_their_mean():
+def test_augmentation_keeps_background_and_mean():
     features = torch.ones(400, 6, 4, 4)
     features[:, :, 0] = 0
     generator = torch.Generator().manual_seed(0)
-    noisy = disturb(features, noise=0.5, dropout=0, generator=generator)
+    noisy = augment_features(features, noise=0.5, dropout=0, generator=generator)
     assert not noisy[:, :, 0].any()
     assert noisy[:, :, 1:].mean().item() == pytest.approx(1, abs=0.01)
     assert noisy[:, :, 1:].std().item() == pytest.approx(0.5, abs=0.01)
-    dropped = disturb(features, noise=0, dropout=0.25, generator=generator)[:, :, 1:]
+    dropped = augment_features(features, noise=0, dropout=0.25, generator=generator)[:, :, 1:]
     whole = dropped.flatten(2)
     assert (whole == whole[:, :, :1]).all()
     assert (whole[:, :, 0] == 0).float().mean().item() == pytest.approx(0.25, abs=0.03)
     assert dropped.mean().item() == pytest.approx(1, abs=0.04)
-    assert disturb(features, noise=0, dropout=0) is features
+    assert augment_features(features, noise=0, dropout=0) is features
 
 
-def test_prefetching_keeps_the_order_works_ahead_and_passes_errors_on():
+def test_prefetch_keeps_order_works_ahead_and_raises_errors():
     made = []
 
     def items():
@@ -156,20 +156,20 @@ def test_prefetching_keeps_the_order_works_ahead_and_passes_errors_on():
     assert list(prefetch(iter([]))) == []
     early = prefetch(iter(range(9)))
     next(early)
-    early.close()  # a loop that breaks off leaves no thread behind
+    early.close()  # a loop that stops early leaves no thread
     assert not [t for t in threading.enumerate() if t.name.startswith("prefetch")]
 
 
-def test_fixed_centres_depend_on_slide_and_seed_alone():
+def test_fixed_centres_depend_on_slide_and_seed_only():
     grid = grid_of(np.ones((1, 30, 30)))
     a, b = Crops(lambda _: grid, identity(1), 8), Crops(lambda _: grid, identity(1), 8)
-    b.fixed("another", 3, seed=0)
-    assert a.fixed("s", 5, seed=0) == b.fixed("s", 5, seed=0)
-    assert a.fixed("s", 5, seed=0) != a.fixed("s", 5, seed=1)
-    assert a.fixed("s", 5, seed=0) != a.fixed("t", 5, seed=0)
+    b.fixed_centres("another", 3, seed=0)
+    assert a.fixed_centres("s", 5, seed=0) == b.fixed_centres("s", 5, seed=0)
+    assert a.fixed_centres("s", 5, seed=0) != a.fixed_centres("s", 5, seed=1)
+    assert a.fixed_centres("s", 5, seed=0) != a.fixed_centres("t", 5, seed=0)
 
 
-def test_slides_beyond_the_cache_are_read_by_window_with_the_same_result(tmp_path):
+def test_uncached_slides_are_read_by_window_with_equal_result(tmp_path):
     embeddings = np.random.default_rng(0).normal(size=(3, 40, 40)).astype(np.float16)
     array = zarr.create_array(tmp_path / "z", shape=embeddings.shape, dtype="f2", chunks=(3, 8, 8))
     array[:] = embeddings
@@ -189,21 +189,24 @@ def test_slides_beyond_the_cache_are_read_by_window_with_the_same_result(tmp_pat
     bounded = Crops(lambda _: lazy, normalise, 10, cache_bytes=1000)
     cached = Crops(lambda _: grid_of(embeddings), normalise, 10)
     for centre in ((0, 0), (20, 20), (39, 5)):
-        np.testing.assert_array_equal(bounded.at("s", centre, 3), cached.at("s", centre, 3))
+        np.testing.assert_array_equal(
+            bounded.crop_at("s", centre, 3), cached.crop_at("s", centre, 3)
+        )
     assert max(reads) <= 3 * 10 * 10
 
 
 @pytest.mark.parametrize("cache", [0, 1 << 22, 1 << 30])
 @pytest.mark.parametrize("components", [None, 2])
-def test_crops_of_stores_are_those_of_the_codes_whatever_is_kept(tmp_path, cache, components):
+def test_crops_from_stores_equal_crops_from_memory(tmp_path, cache, components):
     random = np.random.default_rng(0)
     grids = {}
     for name, side in (("a", 150), ("b", 101), ("c", 30)):
         valid = random.random((side, side + 20)) < 0.9
-        valid[: side // 2, :70] = False  # of the largest, a chunk without tissue
+        valid[: side // 2, :70] = False  # the largest grid has a chunk without tissue
         embeddings = (random.normal(size=(3, *valid.shape)) * valid).astype(np.float16)
         grids[name] = grid_of(embeddings, valid)
         about = GridProvenance(
+            format=2,
             slide=name,
             slide_identity=name,
             slide_mpp=0.25,
@@ -211,22 +214,27 @@ def test_crops_of_stores_are_those_of_the_codes_whatever_is_kept(tmp_path, cache
             weights_hash="w",
             mpp=0.5,
             patch=128,
+            stride=128,
+            unreadable=0,
+            precision="float32",
+            reading="patch",
+            software="nic test",
         )
         write_grid(tmp_path / name, Grid(embeddings, valid, about))
     moments = all_moments(grids, grids.__getitem__).values()
     normalise = fit_normalise(moments, components=components)
     stored = Crops(lambda s: open_grid(tmp_path / s), normalise, 120, cache_bytes=cache)
     held = Crops(grids.__getitem__, normalise, 120)
-    views = [held.draw("abc"[i % 3], random) for i in range(18)]
+    views = [held.random_view("abc"[i % 3], random) for i in range(18)]
     batches = [views[:8], views[8:12], views[12:]]
-    given = stored.ahead(enumerate(batches))
+    given = stored.load(enumerate(batches))
     for (i, features), batch in zip(given, batches, strict=True):
         for crop, view in zip(features, batch, strict=True):
-            np.testing.assert_allclose(crop, held.at(*view), atol=1e-5)
+            np.testing.assert_allclose(crop, held.crop_at(*view), atol=1e-5)
         assert batches[i] is batch
 
 
-def test_crops_for_a_gpu_are_made_in_page_locked_memory(monkeypatch):
+def test_pinned_crops_use_page_locked_memory(monkeypatch):
     grid = grid_of(np.ones((2, 6, 6), np.float16), np.ones((6, 6), bool))
     normalise = Normalise(torch.zeros(2), torch.ones(2))
     empty, locked = torch.empty, []
@@ -238,20 +246,20 @@ def test_crops_for_a_gpu_are_made_in_page_locked_memory(monkeypatch):
 
     monkeypatch.setattr(torch, "empty", lock)
     views = [[("a", (3, 3), k)] for k in range(4)]
-    given = Crops({"a": grid}.__getitem__, normalise, 6, pinned=True).ahead(enumerate(views))
+    given = Crops({"a": grid}.__getitem__, normalise, 6, pinned=True).load(enumerate(views))
     for i, features in given:
         assert (features == 1).all()
         assert np.shares_memory(features, locked[i % 2].numpy())
-    assert len(locked) == 2  # in turn
+    assert len(locked) == 2  # two buffers in turn
 
 
-def test_the_window_of_a_crop_beside_the_grid_is_cut_off_but_in_place():
-    inner, place = windows((4, 4), (0, 3), 2)
+def test_crop_window_is_cut_at_the_edge_of_the_grid():
+    inner, place = crop_windows((4, 4), (0, 3), 2)
     assert inner == (slice(0, 1), slice(2, 4))
     assert place == (slice(1, 2), slice(0, 2))
 
 
-def test_standardised_codes_have_mean_0_and_deviation_1_over_tissue():
+def test_normalised_embeddings_have_mean_0_and_deviation_1():
     random = np.random.default_rng(0)
     grids = {}
     for s in "ab":
@@ -276,17 +284,19 @@ def test_standardised_codes_have_mean_0_and_deviation_1_over_tissue():
     )
 
 
-def test_components_follow_what_varies_within_slides_not_between():
+def test_components_follow_variation_within_slides():
     random = np.random.default_rng(0)
     grids = {}
     for i in range(10):
         embeddings = random.normal(size=(3, 15, 15)) * [[[3]], [[1]], [[0.1]]]
-        embeddings[2] += 50 * random.normal()  # a stain: large, but the same all over the slide
+        embeddings[2] += (
+            50 * random.normal()
+        )  # stain: a large shift that is constant over the slide
         grids[str(i)] = grid_of(embeddings)
     moments = all_moments(grids, grids.__getitem__)
     weight = fit_normalise(moments.values(), components=2).weight.numpy()
     assert weight.shape == (2, 3)
-    # divided by the root of deviation times the first one's
+    # divided by the root of the deviation times the first deviation
     np.testing.assert_allclose(weight, [[1 / 3, 0, 0], [0, 1 / 3**0.5, 0]], atol=0.03)
 
 
@@ -297,6 +307,6 @@ def test_components_follow_what_varies_within_slides_not_between():
         (np.full((1, 2, 2), np.nan), np.ones((2, 2), bool), "slide 's'.*not finite"),
     ],
 )
-def test_empty_and_broken_grids_are_named(embeddings, valid, words):
+def test_empty_and_not_finite_grids_raise_with_the_slide(embeddings, valid, words):
     with pytest.raises(ValueError, match=words):
         grid_moments("s", grid_of(embeddings, valid))

@@ -1,4 +1,4 @@
-"""Grad-CAM against arithmetic, its geometry, and its behaviour under turning."""
+"""Grad-CAM: arithmetic, geometry and orientations; attention weights."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from nic_core.cohort import ClassificationTarget, RegressionTarget, SurvivalTarget
+from nic_core.cohort import ClassificationTarget, RegressionTarget, SurvivalTarget, Target
 from nic_core.grids.orientations import orient
-from nic_core.models.explanation import Attentive, explain, grad_cam, held_out_networks
+from nic_core.models.explanation import HasAttention, explain, grad_cam, held_out_networks
+from nic_core.models.kinds import kind_of
 from nic_core.models.networks import FoldModel, Normalise, PublishedGridCNN, SmallGridCNN
 from tests.models.conftest import ArrayGrid
 
@@ -29,10 +30,9 @@ def make_grid(rows: int, columns: int, embedding_size: int = 4, seed: int = 0) -
     return ArrayGrid(embeddings.astype(np.float16), valid)
 
 
-def fold(network: nn.Module, kind: str = "regression", embedding_size: int = 4) -> FoldModel:
-    model = FoldModel(
-        Normalise(torch.zeros(embedding_size), torch.ones(embedding_size)), network, kind
-    )
+def fold(network: nn.Module, target: Target = REGRESSION, embedding_size: int = 4) -> FoldModel:
+    normalise = Normalise(torch.zeros(embedding_size), torch.ones(embedding_size))
+    model = FoldModel(normalise, network, kind_of(target))
     model.eval().requires_grad_(False)
     return model
 
@@ -47,7 +47,7 @@ def random_network(kind: type[nn.Module] = SmallGridCNN, outputs: int = 1, seed:
 
 
 class OneConvolution(nn.Module):
-    """All maps' sum, so that every weight is 1 and the heat is the map itself."""
+    """The sum of the maps: every weight is 1 and the heatmap is the map itself."""
 
     def __init__(self, stride: int, padding: int) -> None:
         super().__init__()
@@ -66,14 +66,12 @@ class OneConvolution(nn.Module):
     stride=st.integers(1, 2),
     padding=st.integers(0, 1),
 )
-def test_a_hot_cell_heats_its_place_and_nothing_beyond_its_receptive_fields(
-    side, where, stride, padding
-):
+def test_heat_of_one_cell_stays_within_its_receptive_fields(side, where, stride, padding):
     row, column = (min(i, side - 1) for i in where)
     features = torch.zeros(1, 1, side, side)
     features[0, 0, row, column] = 1
     heat, covered = grad_cam(OneConvolution(stride, padding).eval(), features, lambda raw: raw)
-    # with stride 2 and no padding, an even side leaves the last cell out
+    # with stride 2 and no padding, the last cell of an even side is in no receptive field
     seen = side - 1 if stride == 2 and not padding and side % 2 == 0 else side
     np.testing.assert_array_equal(covered.any(0), np.arange(side) < seen)
     if not covered[row, column]:
@@ -82,19 +80,19 @@ def test_a_hot_cell_heats_its_place_and_nothing_beyond_its_receptive_fields(
     distance = np.maximum(*np.abs(np.indices(heat.shape) - [[[row]], [[column]]]))
     assert heat[distance <= 1].max() > 0
     assert not heat[covered & (distance > 2)].any()
-    if stride == 1:  # each of the 3 x 3 fields that hold the cell has it at its own centre
+    if stride == 1:  # each 3 x 3 field that contains the cell assigns the heat to its own centre
         inner = slice(1 - padding, side - 1 + padding)
         np.testing.assert_array_equal(heat[inner, inner] > 0, distance[inner, inner] <= 1)
 
 
-def test_it_is_the_weighted_sum_of_the_first_maps():
+def test_grad_cam_is_the_weighted_sum_of_the_first_maps():
     network = random_network()
     features = torch.from_numpy(make_grid(9, 9).embeddings.astype(np.float32))[None]
     first = network.convolutions[0]
     tissue = (features != 0).any(1, keepdim=True).float()
     centred = (features - features.sum((2, 3), keepdim=True) / tissue.sum()) * tissue
     maps = first(centred).detach()
-    # the spatial mean of the gradients, by differences
+    # the spatial mean of the gradients, by finite differences
     step = 1e-3
     weights = []
     with torch.no_grad():
@@ -115,7 +113,7 @@ def test_it_is_the_weighted_sum_of_the_first_maps():
 
 @pytest.mark.parametrize("shape", [(10, 14), (16, 16), (26, 16), (34, 22)])
 @pytest.mark.parametrize("k", range(1, 8))
-def test_a_turned_grid_has_the_turned_heat(shape, k):
+def test_heatmap_of_a_rotated_grid_is_rotated(shape, k):
     models = [fold(random_network(seed=seed)) for seed in (0, 1)]
     grid = make_grid(*shape)
     turned = ArrayGrid(orient(grid.embeddings, k), orient(grid.valid, k))
@@ -127,15 +125,15 @@ def test_a_turned_grid_has_the_turned_heat(shape, k):
     )
 
 
-def test_every_cell_of_the_published_network_has_heat():
+def test_published_network_explains_every_cell():
     models = [fold(random_network(PublishedGridCNN))]
-    grid = make_grid(384, 3)  # an even side: turned views see the last cell
+    grid = make_grid(384, 3)  # even side: other orientations cover the last cell
     heat = explain(models, grid, REGRESSION, crop=384)
     np.testing.assert_array_equal(np.isnan(heat), ~grid.valid)
     assert np.nanstd(heat) > 0
 
 
-def test_the_mean_over_networks_is_that_of_their_heats():
+def test_heatmap_is_the_mean_over_networks():
     models = [fold(random_network(seed=seed)) for seed in range(3)]
     grid = make_grid(12, 12)
     each = [explain([model], grid, REGRESSION, crop=12) for model in models]
@@ -144,15 +142,15 @@ def test_the_mean_over_networks_is_that_of_their_heats():
     )
 
 
-def test_the_sign_is_kept_and_the_scale_is_that_of_the_prediction():
-    model, grid = fold(random_network()), make_grid(12, 12)
+def test_heatmap_has_sign_and_scale_of_the_prediction():
+    model, grid = fold(random_network(), SURVIVAL), make_grid(12, 12)
     heat = explain([model], grid, SURVIVAL, crop=12)
     model.scale.fill_(-2)
     np.testing.assert_allclose(explain([model], grid, SURVIVAL, crop=12), -2 * heat, atol=1e-6)
 
 
-def test_a_class_is_explained_against_the_others():
-    models = [fold(random_network(outputs=3), "classification")]
+def test_class_is_explained_against_all_others():
+    models = [fold(random_network(outputs=3), CLASSES)]
     grid = make_grid(12, 12)
     by_class = [explain(models, grid, CLASSES, crop=12, label=c) for c in CLASSES.classes]
     np.testing.assert_array_equal(explain(models, grid, CLASSES, crop=12), by_class[2])
@@ -165,7 +163,7 @@ def test_a_class_is_explained_against_the_others():
     two = ClassificationTarget(
         name="kind", kind="classification", column="kind", classes=("a", "b")
     )
-    binary = [fold(random_network(outputs=2), "classification")]
+    binary = [fold(random_network(outputs=2), two)]
     np.testing.assert_allclose(
         explain(binary, grid, two, crop=12, label="a"),
         -explain(binary, grid, two, crop=12, label="b"),
@@ -173,7 +171,7 @@ def test_a_class_is_explained_against_the_others():
     )
 
 
-class Looks(nn.Module):
+class SquareAttention(nn.Module):
     """Attention proportional to the first feature's square."""
 
     def forward(self, features):
@@ -184,9 +182,9 @@ class Looks(nn.Module):
         return weight / weight.sum((1, 2), keepdim=True)
 
 
-def test_attention_is_given_in_multiples_of_its_mean():
-    network, grid = Looks(), make_grid(9, 12)
-    assert isinstance(network, Attentive)
+def test_attention_is_divided_by_its_mean():
+    network, grid = SquareAttention(), make_grid(9, 12)
+    assert isinstance(network, HasAttention)
     heat = explain([fold(network)], grid, REGRESSION, crop=14)
     square = grid.embeddings[0].astype(np.float64) ** 2
     np.testing.assert_allclose(
@@ -195,13 +193,13 @@ def test_attention_is_given_in_multiples_of_its_mean():
     assert np.nanmean(heat) == pytest.approx(1)
 
 
-def test_only_networks_that_have_not_seen_a_patient_explain_it():
+def test_held_out_networks_were_trained_without_the_patient():
     models = [fold(random_network(seed=seed)) for seed in range(4)]
     assert list(held_out_networks(models, 2)) == [models[2]]
     assert list(held_out_networks(models, None)) == models
 
 
-def test_what_cannot_be_explained_is_named():
+def test_unknown_class_and_empty_grid_raise():
     models, grid = [fold(random_network())], make_grid(6, 6)
     with pytest.raises(ValueError, match="no class 'x'; it has a, b, c"):
         explain(models, grid, CLASSES, crop=6, label="x")

@@ -1,4 +1,4 @@
-"""Folds: by patient, stratified, seeded."""
+"""Folds are by patient, stratified and reproducible."""
 
 import numpy as np
 import polars as pl
@@ -32,7 +32,7 @@ def units(**labels):
 
 @given(st.lists(st.integers(0, 2), min_size=5, max_size=60), st.integers(3, 5), st.integers(0, 9))
 @settings(max_examples=50, deadline=None)
-def test_classes_and_patients_are_spread_evenly(classes, folds, seed):
+def test_classes_and_patients_are_divided_evenly(classes, folds, seed):
     table = units(y=classes)
     dealt = table.join(make_folds(table, target=GROWTH, folds=folds, seed=seed), on="patient")
     per_fold = [dealt.filter(fold=f) for f in range(folds)]
@@ -55,7 +55,7 @@ def test_neighbours_in_value_go_to_different_folds(seed):
 
 @given(st.integers(0, 999))
 @settings(max_examples=20, deadline=None)
-def test_events_and_their_times_are_spread(seed):
+def test_events_and_their_times_are_divided_evenly(seed):
     random = np.random.default_rng(seed)
     table = units(time=random.exponential(size=41), event=random.random(41) < 0.4)
     dealt = table.join(make_folds(table, target=DEATH, folds=4, seed=seed), on="patient")
@@ -67,7 +67,7 @@ def test_events_and_their_times_are_spread(seed):
             assert len(set(part["fold"][start : start + 4])) == 4
 
 
-def test_slides_of_a_patient_share_a_fold_and_test_patients_have_none():
+def test_folds_are_by_patient_and_exclude_the_test_split():
     table = pl.DataFrame(
         {
             "unit": [f"s{i}" for i in range(20)],
@@ -80,7 +80,7 @@ def test_slides_of_a_patient_share_a_fold_and_test_patients_have_none():
     assert folds["patient"].to_list() == [f"p{i}" for i in range(8)]
 
 
-def test_a_seed_gives_its_folds_again_and_another_gives_others():
+def test_folds_depend_on_the_seed_only():
     table = units(y=[i % 3 for i in range(30)])
     first, again, other = (
         make_folds(table, target=GROWTH, folds=4, seed=seed) for seed in (0, 0, 1)
@@ -91,7 +91,7 @@ def test_a_seed_gives_its_folds_again_and_another_gives_others():
     assert first.equals(make_folds(table.reverse(), target=GROWTH, folds=4, seed=0))
 
 
-def test_overlapping_missing_and_foreign_patients_are_found():
+def test_check_folds_names_the_wrong_patient():
     table = units(y=[float(i) for i in range(8)])
     folds = make_folds(table, target=SCORE, folds=4, seed=0)
     with pytest.raises(ValueError, match="overlap: patient '000'"):
@@ -100,5 +100,5 @@ def test_overlapping_missing_and_foreign_patients_are_found():
         check_folds(folds[1:], table)
     with pytest.raises(ValueError, match="'007', who is not in split"):
         check_folds(folds, table[:7])
-    with pytest.raises(ValueError, match="8 patients for 9 folds"):
+    with pytest.raises(ValueError, match="8 patients cannot be divided into 9 folds"):
         make_folds(table, target=SCORE, folds=9, seed=0)

@@ -1,4 +1,4 @@
-"""Metrics against SciPy, scikit-learn and scikit-survival, on samples and on resamples."""
+"""Metrics equal SciPy, scikit-learn and scikit-survival; intervals and p values are calibrated."""
 
 import time
 
@@ -36,13 +36,13 @@ from nic_core.models.metrics import (
 
 
 def resample(random, n):
-    """A resample as counts and as the indices that they stand for."""
+    """Return a resample as counts, and as the indices of its units."""
     index = np.sort(random.integers(0, n, n))
     return np.bincount(index, minlength=n)[None].astype(float), index
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_regression_metrics_equal_scipy_and_sklearn_on_a_resample_with_ties(seed):
+def test_regression_metrics_equal_scipy_and_sklearn(seed):
     random = np.random.default_rng(seed)
     y, p = random.integers(0, 9, 40).astype(float), random.integers(0, 9, 40) / 3
     w, i = resample(random, 40)
@@ -59,7 +59,7 @@ def test_regression_metrics_equal_scipy_and_sklearn_on_a_resample_with_ties(seed
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_binary_metrics_equal_sklearn_on_a_resample_with_ties(seed):
+def test_binary_metrics_equal_sklearn(seed):
     random = np.random.default_rng(seed)
     y = random.integers(0, 2, 40)
     p = np.round(random.random(40), 1)
@@ -77,7 +77,7 @@ def test_binary_metrics_equal_sklearn_on_a_resample_with_ties(seed):
 
 
 def reference_calibration_error(y, p):
-    """Straight from its definition."""
+    """Expected calibration error, computed from its definition."""
     total = 0.0
     for low in np.arange(10) / 10:
         inside = (p.max(1) >= low) & (p.max(1) < low + 0.1 if low < 0.9 else p.max(1) <= 1)
@@ -88,7 +88,7 @@ def reference_calibration_error(y, p):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_calibration_error_equals_its_definition_on_a_resample(seed):
+def test_calibration_error_equals_its_definition(seed):
     random = np.random.default_rng(seed)
     y, p = random.integers(0, 3, 60), random.dirichlet(np.ones(3), 60)
     w, i = resample(random, 60)
@@ -96,7 +96,7 @@ def test_calibration_error_equals_its_definition_on_a_resample(seed):
     assert ours == pytest.approx(reference_calibration_error(y[i], p[i]), abs=1e-12)
 
 
-def test_metrics_of_three_classes_are_sklearn_macro_means():
+def test_multiclass_metrics_equal_sklearn_macro_means():
     random = np.random.default_rng(0)
     y = random.integers(0, 3, 60)
     p = random.dirichlet(np.ones(3), 60)
@@ -111,12 +111,12 @@ def test_metrics_of_three_classes_are_sklearn_macro_means():
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_concordance_equals_scikit_survival_with_tied_times_and_risks(seed):
+def test_concordance_equals_scikit_survival_with_ties(seed):
     random = np.random.default_rng(seed)
     n = 50
     t = random.integers(1, 15, n).astype(float)
     e = random.random(n) < 0.6
-    e[t == t.max()] = True  # the last time uncensored keeps Uno's weights finite
+    e[t == t.max()] = True  # an event at the last time keeps Uno's weights finite
     r = np.round(random.normal(size=n), 1)
     metrics = survival_metrics(t, e, r)
     w, i = resample(random, n)
@@ -127,7 +127,7 @@ def test_concordance_equals_scikit_survival_with_tied_times_and_risks(seed):
     assert metrics["uno_c"](np.ones((1, n)))[0] == pytest.approx(
         concordance_index_ipcw(y, y, r)[0], abs=1e-12
     )
-    # in a resample the censoring distribution stays that of the sample
+    # in a resample, the censoring distribution is that of the original sample
     assert metrics["uno_c"](w)[0] == pytest.approx(concordance_index_ipcw(y, y[i], r[i])[0])
 
 
@@ -137,7 +137,7 @@ def test_time_auc_and_brier_score_equal_scikit_survival(seed):
     n = 60
     t = random.integers(1, 30, n).astype(float)
     e = random.random(n) < 0.6
-    e[t == t.max()] = True  # scikit-survival refuses weights that are infinite
+    e[t == t.max()] = True  # scikit-survival refuses infinite weights
     r = np.round(random.normal(size=n), 1)
     at = event_horizons(t, e)
     survival = np.exp(-np.exp(r)[:, None] * at / 20)
@@ -151,7 +151,7 @@ def test_time_auc_and_brier_score_equal_scikit_survival(seed):
     )
 
 
-def test_horizons_lie_within_the_follow_up_and_need_an_event():
+def test_horizons_are_within_the_follow_up():
     assert event_horizons([1, 2, 3], [False] * 3).size == 0
     assert event_horizons([2, 2, 2], [True] * 3).size == 0
     at = event_horizons(np.arange(101), np.ones(101, bool))
@@ -161,7 +161,7 @@ def test_horizons_lie_within_the_follow_up_and_need_an_event():
     assert np.isnan(few["integrated_brier"](np.ones((1, 2)))[0])
 
 
-def test_a_paired_comparison_sees_what_two_intervals_do_not():
+def test_paired_comparison_is_sharper_than_two_intervals():
     random = np.random.default_rng(0)
     y = random.normal(size=60)
     noise = random.normal(size=60)
@@ -182,7 +182,7 @@ def test_a_paired_comparison_sees_what_two_intervals_do_not():
     assert (same.value, same.low, same.high, same.p) == (0, 0, 0, 1)
 
 
-def test_p_of_no_difference_is_small_about_as_often_as_it_says():
+def test_p_values_are_calibrated_without_a_difference():
     found = []
     for trial in range(200):
         random = np.random.default_rng(trial)
@@ -195,7 +195,7 @@ def test_p_of_no_difference_is_small_about_as_often_as_it_says():
 
 @given(st.lists(st.floats(-5, 5), min_size=4, max_size=20), st.integers(0, 2**31))
 @settings(max_examples=50, deadline=None)
-def test_reversing_the_risk_turns_the_c_index_around(risk, seed):
+def test_negative_risk_gives_one_minus_the_c_index(risk, seed):
     random = np.random.default_rng(seed)
     r = np.array(risk)
     t, e = random.random(len(r)), np.ones(len(r), bool)
@@ -212,7 +212,7 @@ def test_undefined_metrics_are_nan():
     assert np.isnan(log_rank([1, 2, 3], [True] * 3, [1, 1, 1]))
 
 
-def test_the_units_of_a_patient_are_resampled_together():
+def test_units_of_a_patient_are_resampled_together():
     patient = np.array([0, 1, 1, 2, 2, 2])
     counts = bootstrap_counts(patient, resamples=100, seed=0)
     assert (counts[:, 1] == counts[:, 2]).all()
@@ -220,7 +220,7 @@ def test_the_units_of_a_patient_are_resampled_together():
     assert (counts[:, [0, 1, 3]].sum(1) == 3).all()
 
 
-def test_interval_covers_the_truth_about_as_often_as_it_says():
+def test_bootstrap_interval_has_its_nominal_coverage():
     random = np.random.default_rng(0)
     covered = 0
     for trial in range(100):
@@ -236,7 +236,7 @@ def test_interval_covers_the_truth_about_as_often_as_it_says():
     assert 85 <= covered <= 100
 
 
-def test_a_thousand_resamples_of_every_metric_take_less_than_two_seconds():
+def test_a_thousand_resamples_take_two_seconds_per_metric():
     random = np.random.default_rng(0)
     n = 300
     patients = [str(i) for i in range(n)]
@@ -248,7 +248,7 @@ def test_a_thousand_resamples_of_every_metric_take_less_than_two_seconds():
     assert time.process_time() - start < 2 * 9  # nine metrics
 
 
-def test_log_rank_separates_groups_that_differ_and_not_others():
+def test_log_rank_p_is_small_only_for_groups_that_differ():
     random = np.random.default_rng(1)
     risk = random.normal(size=100)
     t = random.exponential(np.exp(-1.5 * risk))

@@ -1,4 +1,4 @@
-"""A trained model on slides it has not seen: through the library and the command line."""
+"""Prediction of new slides, by the library and by ``nic predict``; the model file."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from nic_core.cli import app
 from nic_core.cohort import Cohort
 from nic_core.encoders import load_encoder
 from nic_core.grids import open_grid
-from nic_core.models.cross_validation import NETWORK, prediction_columns
+from nic_core.models.cross_validation import NETWORK
 from nic_core.models.files import ModelFileError, load_model, training_cohort
+from nic_core.models.kinds import kind_of
 from nic_core.models.prediction import (
     ModelMismatchError,
     check_grid,
@@ -36,7 +37,7 @@ TARGETS = ("proliferation", "growth", "survival")
 
 @pytest.fixture(scope="module")
 def study(mean_rgb_study) -> tuple[Cohort, Store]:
-    """Every target's model on grids of mean colours."""
+    """The model of every target on grids of mean colours."""
     return mean_rgb_study
 
 
@@ -56,7 +57,7 @@ def predict(*arguments: object, store: Store):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_held_out_slides_get_what_cross_validation_gave_them(study, target):
+def test_predictions_from_grids_equal_the_test_split(study, target):
     _, store = study
     model = load_model(store.slide_model(ModelKey(encoder=ENCODER, target=target)))
     stored = (
@@ -70,7 +71,7 @@ def test_held_out_slides_get_what_cross_validation_gave_them(study, target):
     )
     assert stored.height > 0
     assert found["unit"].equals(stored["unit"])
-    columns = prediction_columns(model.card.target)
+    columns = kind_of(model.card.target).prediction_columns
     np.testing.assert_allclose(
         found.select(columns).to_numpy(), stored.select(columns).to_numpy(), rtol=1e-5, atol=1e-6
     )
@@ -81,7 +82,7 @@ def test_held_out_slides_get_what_cross_validation_gave_them(study, target):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_files_get_the_same_as_their_stored_grids(study, target, tmp_path):
+def test_predictions_from_files_equal_the_test_split(study, target, tmp_path):
     _, store = study
     model = load_model(store.slide_model(ModelKey(encoder=ENCODER, target=target)))
     slides = split(store, "test")
@@ -95,11 +96,11 @@ def test_files_get_the_same_as_their_stored_grids(study, target, tmp_path):
     )
     both = stored.join(predicted, on="unit", suffix="_now")
     assert both.height == stored.height
-    for column in prediction_columns(model.card.target):
+    for column in kind_of(model.card.target).prediction_columns:
         np.testing.assert_allclose(both[f"{column}_now"], both[column], rtol=1e-5, atol=1e-6)
 
 
-def test_slides_that_were_learned_from_are_marked(study):
+def test_training_slides_are_marked(study):
     _, store = study
     model = load_model(store.slide_model(ModelKey(encoder=ENCODER, target="growth")))
     encoder = load_encoder(store.encoder(ENCODER))
@@ -110,7 +111,7 @@ def test_slides_that_were_learned_from_are_marked(study):
     ]
 
 
-def test_risk_groups_part_at_the_median_risk_of_the_held_out_training_patients(study):
+def test_risk_groups_are_divided_at_the_median_risk(study):
     _, store = study
     model = load_model(store.slide_model(ModelKey(encoder=ENCODER, target="survival")))
     stored = pl.read_parquet(
@@ -124,14 +125,14 @@ def test_risk_groups_part_at_the_median_risk_of_the_held_out_training_patients(s
         return open_grid(store.grid(GridKey(encoder=ENCODER, slide=slide)))
 
     found = predict_grids(model, units, grid)
-    # the tiny networks agree on a side by chance: part them in their middle
+    # the tiny networks may all be on one side: divide them at their own median
     card = model.card.model_copy(update={"median_risk": found["risk"].median()})
     found = predict_grids(replace(model, card=card), units, grid)
     assert set(found["risk_group"]) == {"high", "low"}
     assert ((found["risk_group"] == "high") == (found["risk"] > card.median_risk)).all()
 
 
-def test_survival_functions_of_held_out_patients_are_those_of_the_brier_score(study):
+def test_survival_probabilities_equal_the_test_split(study):
     _, store = study
     model = load_model(store.slide_model(ModelKey(encoder=ENCODER, target="survival")))
     stored = (
@@ -154,7 +155,7 @@ def test_survival_functions_of_held_out_patients_are_those_of_the_brier_score(st
     assert (found["survival_0"] == 1).all()
     for k in range(4):
         assert found[f"fold_{k}_survival_{horizons[0]:g}"].is_between(0, 1).all()
-    # where the ensemble's function has not fallen to a half by a horizon, the median is later
+    # the median is between the last horizon above one half and the first at or below it
     for median, functions in zip(found["median_survival"], alive, strict=True):
         fallen = [time for time, a in zip(horizons, functions, strict=True) if a <= 0.5]
         above = [time for time, a in zip(horizons, functions, strict=True) if a > 0.5]
@@ -163,34 +164,34 @@ def test_survival_functions_of_held_out_patients_are_those_of_the_brier_score(st
         assert median is None or median > max(above, default=0)
 
 
-def test_times_are_asked_of_survival_alone(study):
+def test_invalid_times_are_refused(study):
     _, store = study
     slide = next(iter(split(store, "test").values()))
-    done = predict("--model", f"growth/{ENCODER}", "--times", 365, slide, store=store)
+    done = predict("--model", f"{ENCODER}/growth", "--times", 365, slide, store=store)
     assert done.exit_code == 2
-    assert "has no survival at a time" in done.output
-    done = predict("--model", f"survival/{ENCODER}", "--times", -1, slide, store=store)
+    assert "is not a survival target" in done.output
+    done = predict("--model", f"{ENCODER}/survival", "--times", -1, slide, store=store)
     assert done.exit_code == 2
     assert "give times from 0 on" in done.output
     twice = ["--times", 365, "--times", 365.0]
-    done = predict("--model", f"survival/{ENCODER}", *twice, slide, store=store)
+    done = predict("--model", f"{ENCODER}/survival", *twice, slide, store=store)
     assert done.exit_code == 2
-    assert "given twice" in done.output
+    assert "two times are equal" in done.output
 
 
-def test_the_class_is_the_most_probable_one(study):
+def test_predicted_class_is_the_most_probable_one(study):
     _, store = study
     model = load_model(store.slide_model(ModelKey(encoder=ENCODER, target="growth")))
     units = pl.read_parquet(store.target_folds("growth"))
     found = predict_grids(
         model, units, lambda slide: open_grid(store.grid(GridKey(encoder=ENCODER, slide=slide)))
     )
-    columns = prediction_columns(model.card.target)
+    columns = kind_of(model.card.target).prediction_columns
     most = found.select(columns).to_numpy().argmax(1)
     assert found["class"].to_list() == [model.card.target.classes[i] for i in most]
 
 
-def test_a_patient_has_the_mean_of_the_slides_and_is_predicted_without_the_bad_one(study, tmp_path):
+def test_patient_is_the_mean_of_the_usable_slides(study, tmp_path):
     _, store = study
     model = load_model(store.slide_model(ModelKey(encoder=ENCODER, target="survival")))
     encoder = load_encoder(store.encoder(ENCODER))
@@ -209,7 +210,7 @@ def test_a_patient_has_the_mean_of_the_slides_and_is_predicted_without_the_bad_o
     assert found.predictions["failed"].to_list() == [["bad"]]
     assert found.predictions["risk"][0] == pytest.approx(pooled["risk"][0], rel=1e-6)
     assert found.slides["status"].to_list() == ["up to date", "up to date", "failed"]
-    with pytest.raises(ValueError, match="'bad' has no patient"):
+    with pytest.raises(ValueError, match="'bad' is not in the table of patients"):
         predict_slides(model, encoder, with_bad, tmp_path, patients=one)
 
 
@@ -219,10 +220,10 @@ def test_a_patient_has_the_mean_of_the_slides_and_is_predicted_without_the_bad_o
         ("weights_hash", "0" * 64, "weights 000000000000, not"),
         ("patch", 64, "patch 64, not 128"),
         ("mpp", 1.0, "um/px 1.0, not 0.5"),
-        ("embedding_size", 4, "numbers a embedding 4, not 3"),
+        ("embedding_size", 4, "embedding size 4, not 3"),
     ],
 )
-def test_another_encoder_is_refused(study, field, value, told):
+def test_other_encoder_is_refused(study, field, value, told):
     _, store = study
     model = load_model(store.slide_model(ModelKey(encoder=ENCODER, target="growth")))
     encoder = load_encoder(store.encoder(ENCODER))
@@ -232,7 +233,7 @@ def test_another_encoder_is_refused(study, field, value, told):
 
 
 @pytest.mark.parametrize("field", ["weights_hash", "precision", "reading"])
-def test_a_grid_that_was_made_otherwise_is_refused(study, field):
+def test_grid_with_other_settings_is_refused(study, field):
     _, store = study
     model = load_model(store.slide_model(ModelKey(encoder=ENCODER, target="growth")))
     grid = open_grid(store.grid(GridKey(encoder=ENCODER, slide=next(iter(split(store, "test"))))))
@@ -243,12 +244,12 @@ def test_a_grid_that_was_made_otherwise_is_refused(study, field):
         check_grid(model.card, replace(grid, provenance=about))
 
 
-def test_the_command_goes_past_bad_slides_and_exits_with_1(study, tmp_path):
+def test_command_continues_after_bad_slides_and_exits_with_1(study, tmp_path):
     _, store = study
     (tmp_path / "bad.svs").write_text("no slide")
     good = split(store, "test")
     out = tmp_path / "out"
-    model = ["--model", f"growth/{ENCODER}"]
+    model = ["--model", f"{ENCODER}/growth"]
     done = predict(*model, "--out", out, tmp_path / "bad.svs", *good.values(), store=store)
     assert done.exit_code == 1, done.output
     assert "not an image of a known format" in done.output
@@ -272,7 +273,7 @@ def test_the_command_goes_past_bad_slides_and_exits_with_1(study, tmp_path):
     )
 
 
-def test_the_command_explains_and_pools_by_the_table_of_patients(study, tmp_path):
+def test_command_writes_heatmaps_and_pools_by_patient(study, tmp_path):
     _, store = study
     slides = dict(list(split(store, "test").items())[:1])
     (tmp_path / "patients.csv").write_text(f"slide,patient\n{next(iter(slides))},007\n")
@@ -283,31 +284,31 @@ def test_the_command_explains_and_pools_by_the_table_of_patients(study, tmp_path
             "--encoder",
             store.encoder(ENCODER),
         ),
-        *("--patients", tmp_path / "patients.csv", "--out", tmp_path, "--explain"),
+        *("--patients", tmp_path / "patients.csv", "--out", tmp_path, "--heatmaps"),
         *("--times", 100, "--times", 12.5),
         *slides.values(),
         store=store,
     )
     assert done.exit_code == 0, done.output
     assert "a higher risk means an earlier event" in done.output
-    # a narrow terminal breaks the heading
+    # a narrow terminal wraps the heading
     assert "alive" in done.output
     assert "12.5" in done.output
     assert pl.read_parquet(tmp_path / "predictions-survival.parquet")["unit"].to_list() == ["007"]
     assert (tmp_path / "heatmaps" / "survival" / next(iter(slides)) / "heat.tif").exists()
 
 
-def test_the_command_names_what_it_cannot_find_or_use(study, tmp_path):
+def test_command_names_a_missing_model_and_a_wrong_encoder(study, tmp_path):
     _, store = study
     slide = next(iter(split(store, "test").values()))
-    done = predict("--model", "growth/none", slide, store=store)
+    done = predict("--model", "none/growth", slide, store=store)
     assert done.exit_code == 2
-    assert f"growth/{ENCODER}" in done.output
+    assert f"{ENCODER}/growth" in done.output
     other = tmp_path / "other"
     shutil.copytree(store.encoder(ENCODER), other)
     card = json.loads((other / "card.json").read_text())
     (other / "card.json").write_text(json.dumps(card | {"mpp": 1.0}))
-    done = predict("--model", f"growth/{ENCODER}", "--encoder", other, slide, store=store)
+    done = predict("--model", f"{ENCODER}/growth", "--encoder", other, slide, store=store)
     assert done.exit_code == 2
     assert "does not fit the model" in done.output
 
@@ -316,34 +317,34 @@ def test_the_command_names_what_it_cannot_find_or_use(study, tmp_path):
     ("text", "told"),
     [
         ("slide,person\na,b\n", "no column 'patient'"),
-        ("slide,patient\na,\n", "'a' has an empty field"),
+        ("slide,patient\na,\n", "'a' has an empty cell"),
         ("slide,patient\na,b\na,c\n", "'a' has more than one row"),
     ],
 )
-def test_a_table_of_patients_is_checked(tmp_path, text, told):
+def test_invalid_table_of_patients_raises(tmp_path, text, told):
     (tmp_path / "t.csv").write_text(text)
     with pytest.raises(ValueError, match=told):
         read_patients(tmp_path / "t.csv")
 
 
-def test_a_model_file_of_another_kind_or_with_other_weights_is_refused(study, tmp_path):
+def test_model_file_with_other_format_or_weights_is_refused(study, tmp_path):
     _, store = study
-    with pytest.raises(ModelFileError, match="not a model file of this version"):
+    with pytest.raises(ModelFileError, match="not a model file of format 4.*train the model again"):
         load_model(store.encoder(ENCODER))
     shutil.copytree(store.slide_model(ModelKey(encoder=ENCODER, target="growth")), tmp_path / "m")
     shutil.copy(tmp_path / "m" / "fold-0.safetensors", tmp_path / "m" / "fold-1.safetensors")
-    with pytest.raises(ModelFileError, match=r"fold-1.*hash differs"):
+    with pytest.raises(ModelFileError, match=r"fold-1.*hash of the weights differs"):
         load_model(tmp_path / "m")
     card = json.loads((tmp_path / "m" / "card.json").read_text())
-    (tmp_path / "m" / "card.json").write_text(json.dumps(card | {"format": 2}))
-    with pytest.raises(ModelFileError, match=r"format: Input should be 3.*train it again"):
+    (tmp_path / "m" / "card.json").write_text(json.dumps(card | {"format": 3}))
+    with pytest.raises(ModelFileError, match=r"format: Input should be 4.*train the model again"):
         load_model(tmp_path / "m")
     (tmp_path / "m" / "card.json").write_text("{")
     with pytest.raises(ModelFileError, match="not a model file"):
         load_model(tmp_path / "m")
 
 
-def test_the_card_tells_how_the_model_came_about(study):
+def test_card_describes_training_data_and_grids(study):
     cohort, store = study
     card = load_model(store.slide_model(ModelKey(encoder=ENCODER, target="growth"))).card
     learned = pl.read_parquet(store.target_folds("growth")).filter(split="cv")
@@ -355,7 +356,7 @@ def test_the_card_tells_how_the_model_came_about(study):
     assert card.median_risk is None
 
 
-def test_the_training_digest_follows_labels_and_slides_and_nothing_else(study):
+def test_training_digest_depends_on_labels_and_slides_only(study):
     _, store = study
     table = pl.read_parquet(store.target_folds("growth"))
     names = {slide: slide for slide in table["slides"].explode()}
@@ -365,7 +366,7 @@ def test_the_training_digest_follows_labels_and_slides_and_nothing_else(study):
 
     first = table.filter(split="cv")["unit"][0]
     assert digest() == digest(table.reverse())
-    assert digest() != digest(names=names | {first: "another scan"})
+    assert digest() != digest(names=names | {first: "another slide"})
     flipped = pl.when(unit=first).then(1 - pl.col("y")).otherwise("y").alias("y")
     assert digest() != digest(table.with_columns(flipped))
     assert digest() == digest(
@@ -373,8 +374,8 @@ def test_the_training_digest_follows_labels_and_slides_and_nothing_else(study):
     )
 
 
-class Heard:
-    """A tracker that remembers the curves."""
+class RecordingTracker:
+    """A tracker that records the curves."""
 
     def __init__(self) -> None:
         self.curves: list[tuple[int, dict[str, float]]] = []
@@ -383,12 +384,10 @@ class Heard:
         self.curves.append((step, dict(values)))
 
 
-def test_a_model_that_its_tracker_has_not_taken_is_told_again_without_training(
-    study, tmp_path, monkeypatch
-):
+def test_unlogged_model_is_logged_again_without_training(study, tmp_path, monkeypatch):
     cohort, _ = study
     shutil.copytree(study[1].root, tmp_path / "store")
-    store, first, again = Store(tmp_path / "store"), Heard(), Heard()
+    store, first, again = Store(tmp_path / "store"), RecordingTracker(), RecordingTracker()
     for target in TARGETS:
         made, card = steps.make_slide_model(
             cohort, store, ModelKey(encoder=ENCODER, target=target), first
@@ -408,9 +407,7 @@ def test_a_model_that_its_tracker_has_not_taken_is_told_again_without_training(
     assert again.curves == first.curves
 
 
-def test_a_model_is_trained_anew_once_it_is_tracked_or_its_inputs_differ(
-    study, tmp_path, monkeypatch
-):
+def test_logged_or_changed_model_is_trained_again(study, tmp_path, monkeypatch):
     cohort, _ = study
     shutil.copytree(study[1].root, tmp_path / "store")
     store, target = Store(tmp_path / "store"), TARGETS[0]
@@ -421,14 +418,19 @@ def test_a_model_is_trained_anew_once_it_is_tracked_or_its_inputs_differ(
         "cross_validate",
         lambda *a, **k: trained.append(k["device"]) or cross_validate(*a, **k),
     )
-    steps.make_slide_model(cohort, store, ModelKey(encoder=ENCODER, target=target), Heard())
+    steps.make_slide_model(
+        cohort, store, ModelKey(encoder=ENCODER, target=target), RecordingTracker()
+    )
     models = cohort.settings.models.model_copy(update={"seed": 1})
     other = cohort.settings.model_copy(update={"models": models})
     steps.make_slide_model(
-        cohort.model_copy(update={"settings": other}), store, ENCODER, target, Heard()
+        cohort.model_copy(update={"settings": other}),
+        store,
+        ModelKey(encoder=ENCODER, target=target),
+        RecordingTracker(),
     )
     steps.mark_logged(store, ModelKey(encoder=ENCODER, target=target))
     steps.make_slide_model(
-        cohort, store, ModelKey(encoder=ENCODER, target=target), Heard(), device="cpu"
+        cohort, store, ModelKey(encoder=ENCODER, target=target), RecordingTracker(), device="cpu"
     )
     assert trained == ["auto", "auto", "cpu"]

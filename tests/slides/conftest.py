@@ -1,4 +1,4 @@
-"""Small slides to read: drawn once a session, in every container that can be written here."""
+"""Small painted slides in every container that libvips and tifffile can write."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ GLASS = (242, 241, 243)
 
 
 def paint(height: int, width: int, seed: int = 0) -> np.ndarray:
-    """Noise of several scales in the colours of H&E: every pixel tells where it is."""
+    """Paint noise of two scales in the colours of H&E, uint8 (height, width, 3)."""
     rng = np.random.default_rng(seed)
     fine, coarse = rng.random((2, height, width))
     field = ndimage.gaussian_filter(fine, 1.0) + 4 * ndimage.gaussian_filter(coarse, 6.0)
@@ -31,7 +31,7 @@ def vips(pixels: np.ndarray) -> pyvips.Image:
 
 
 def write_tiff(path: Path, pixels: np.ndarray, *, mpp: float, **options: object) -> Path:
-    """A tiled pyramidal TIFF; lossless unless told."""
+    """Write a tiled pyramidal TIFF; lossless by default."""
     settings = {
         "tile": True,
         "tile_width": 128,
@@ -52,7 +52,7 @@ def pixels() -> np.ndarray:
 def files(tmp_path_factory: pytest.TempPathFactory, pixels: np.ndarray) -> dict[str, Path]:
     """The same image as several kinds of slide, 0.25 um/px, lossless."""
     folder = tmp_path_factory.mktemp("slides")
-    made = {
+    paths = {
         "tiff": write_tiff(folder / "tiff.tif", pixels, mpp=0.25),
         "bigtiff": write_tiff(folder / "bigtiff.tif", pixels, mpp=0.25, bigtiff=True),
         "subifd": write_tiff(folder / "subifd.tif", pixels, mpp=0.25, subifd=True),
@@ -60,17 +60,17 @@ def files(tmp_path_factory: pytest.TempPathFactory, pixels: np.ndarray) -> dict[
         "single": write_tiff(folder / "single.tif", pixels, mpp=0.25, pyramid=False),
     }
     description = "Aperio Image Library v11\n900x700 (128x128) RGB|AppMag = 40|MPP = 0.2500"
-    made["svs"] = folder / "aperio.svs"
-    tifffile.imwrite(made["svs"], pixels, tile=(128, 128), description=description, metadata=None)
-    made["ome"] = folder / "image.ome.tif"
+    paths["svs"] = folder / "aperio.svs"
+    tifffile.imwrite(paths["svs"], pixels, tile=(128, 128), description=description, metadata=None)
+    paths["ome"] = folder / "image.ome.tif"
     physical = {f"PhysicalSize{axis}": 0.25 for axis in "XY"}
-    with tifffile.TiffWriter(made["ome"]) as writer:
+    with tifffile.TiffWriter(paths["ome"]) as writer:
         options = {"tile": (128, 128), "photometric": "rgb", "compression": "zlib"}
         writer.write(pixels, subifds=1, metadata={"axes": "YXS", **physical}, **options)
         writer.write(reduced(pixels, 2), subfiletype=1, **options)
-    made["jpeg2000"] = folder / "jpeg2000.tif"
+    paths["jpeg2000"] = folder / "jpeg2000.tif"
     tifffile.imwrite(
-        made["jpeg2000"],
+        paths["jpeg2000"],
         pixels,
         tile=(128, 128),
         photometric="rgb",
@@ -78,13 +78,13 @@ def files(tmp_path_factory: pytest.TempPathFactory, pixels: np.ndarray) -> dict[
         resolution=(40_000, 40_000),
         resolutionunit="CENTIMETER",
     )
-    made["png"] = folder / "region.png"
-    vips(pixels).pngsave(str(made["png"]))
-    return made
+    paths["png"] = folder / "region.png"
+    vips(pixels).pngsave(str(paths["png"]))
+    return paths
 
 
 def reduced(pixels: np.ndarray, factor: int) -> np.ndarray:
-    """Block means, rounded half up; what does not fill a block is cut off."""
+    """Block means, rounded half up; incomplete blocks are dropped."""
     height, width = (length // factor for length in pixels.shape[:2])
     blocks = pixels[: height * factor, : width * factor].astype(np.int64)
     sums = blocks.reshape(height, factor, width, factor, 3).sum(axis=(1, 3))
@@ -94,7 +94,7 @@ def reduced(pixels: np.ndarray, factor: int) -> np.ndarray:
 def area_mean(
     level: np.ndarray, x: float, y: float, width: int, height: int, scale: float
 ) -> np.ndarray:
-    """Plain reference: area means of a whole level (white outside), before rounding."""
+    """Reference implementation: area means of a level (white outside), before rounding."""
 
     def weights(start: float, count: int, length: int) -> np.ndarray:
         edges = start + scale * np.arange(count + 1)
@@ -110,17 +110,17 @@ def area_mean(
 
 
 @pytest.fixture
-def scratched(tmp_path: Path) -> Callable[[str], Path]:
-    """A slide of 16 JPEG tiles whose sixth cannot be decoded, and one damaged within."""
+def damaged(tmp_path: Path) -> Callable[[str], Path]:
+    """Write a slide of 16 JPEG tiles with tile 5 damaged: the whole tile, or its middle."""
 
-    def make(how: str) -> Path:
+    def make(part: str) -> Path:
         path = write_tiff(
-            tmp_path / f"{how}.tif", paint(512, 512), mpp=0.5, compression="jpeg", pyramid=False
+            tmp_path / f"{part}.tif", paint(512, 512), mpp=0.5, compression="jpeg", pyramid=False
         )
         with tifffile.TiffFile(path) as tiff:
             offset, count = tiff.pages[0].dataoffsets[5], tiff.pages[0].databytecounts[5]
         noise = random.Random(1).randbytes(count)
-        start, stop = {"tile": (0, count), "middle": (count // 3, 2 * count // 3)}[how]
+        start, stop = {"tile": (0, count), "middle": (count // 3, 2 * count // 3)}[part]
         with path.open("r+b") as file:
             file.seek(offset + start)
             file.write(noise[start:stop])
@@ -131,7 +131,7 @@ def scratched(tmp_path: Path) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
-    """Folder with real slides; not part of the project."""
+    """Folder of real slides, which are not part of the project."""
     default = Path(__file__).parents[3] / "shared" / "real-data"
     folder = Path(os.environ.get("NIC_REAL_DATA") or default)
     if not folder.is_dir():

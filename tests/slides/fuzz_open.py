@@ -1,6 +1,7 @@
-"""Open mutated slides one after another; run in a process of its own by ``test_slide_fuzz``.
+"""Open mutated slides one after another; ``test_slide_fuzz`` runs this script in a new process.
 
-Prints the number of the mutation before it, so that a crash of a C library names its input.
+The number of each mutation is printed before the slide is opened, so that the output names the
+input on which a C library crashes.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ import time
 from pathlib import Path
 
 from nic_core.slides import SlideError, open_slide
-from nic_core.slides.dicom import dicom_parts
+from nic_core.slides.dicom import dicom_files
 
-LIMIT = 30  # s for one file
+LIMIT = 30  # s to open one file
 
 
 def mutate(data: bytes, rng: random.Random) -> bytes:
-    """Flip, overwrite, cut or move a few bytes, mostly in the parts that describe the image."""
+    """Change, overwrite or remove a few bytes, mostly in the parts that describe the image."""
     changed = bytearray(data)
     spots = [256, 4096, len(data)]
     for _ in range(rng.choice([1, 1, 2, 4, 16])):
@@ -29,7 +30,7 @@ def mutate(data: bytes, rng: random.Random) -> bytes:
             break
         kind = rng.random()
         at = rng.randrange(min(rng.choice(spots), len(changed)))
-        if rng.random() < 0.4:  # TIFF directories often stand last
+        if rng.random() < 0.4:  # TIFF directories are often at the end
             at = len(changed) - 1 - at
         if kind < 0.4:
             changed[at] = rng.randrange(256)
@@ -44,12 +45,12 @@ def mutate(data: bytes, rng: random.Random) -> bytes:
     return bytes(changed)
 
 
-def parts(source: Path) -> dict[Path, bytes]:
-    """The files of a slide, by their paths beside it."""
-    others = dicom_parts(source)[1:]
+def slide_files(source: Path) -> dict[Path, bytes]:
+    """Contents of all files of a slide, by path relative to its folder."""
+    others = dicom_files(source)[1:]
     if source.suffix == ".mrxs":
         others = sorted(source.with_suffix("").iterdir())
-    return {part.relative_to(source.parent): part.read_bytes() for part in (source, *others)}
+    return {file.relative_to(source.parent): file.read_bytes() for file in (source, *others)}
 
 
 def main(sources: list[Path], first: int, count: int) -> None:
@@ -60,19 +61,19 @@ def main(sources: list[Path], first: int, count: int) -> None:
     with tempfile.TemporaryDirectory() as name:
         slides = []
         for number, source in enumerate(sources):
-            slides.append((Path(name) / str(number), source.name, parts(source)))
-            for part, data in slides[-1][2].items():
-                (slides[-1][0] / part).parent.mkdir(parents=True, exist_ok=True)
-                (slides[-1][0] / part).write_bytes(data)
+            slides.append((Path(name) / str(number), source.name, slide_files(source)))
+            for file, data in slides[-1][2].items():
+                (slides[-1][0] / file).parent.mkdir(parents=True, exist_ok=True)
+                (slides[-1][0] / file).write_bytes(data)
         for number in range(first, first + count):
             rng = random.Random(number)
             folder, slide, files = rng.choice(slides)
-            part = rng.choice(sorted(files))
+            file = rng.choice(sorted(files))
             engine = rng.choice([None, None, None, "openslide", "libvips", "tifffile"])
-            (folder / part).write_bytes(mutate(files[part], rng))
-            print(f"\n{number} {slide} {part} {engine}", end="", flush=True)
+            (folder / file).write_bytes(mutate(files[file], rng))
+            print(f"\n{number} {slide} {file} {engine}", end="", flush=True)
             start = time.monotonic()
-            # a hang, be it in a C library, ends the process and shows where
+            # ends the process with a traceback if a library hangs
             faulthandler.dump_traceback_later(LIMIT, exit=True)
             try:
                 with open_slide(
@@ -85,7 +86,7 @@ def main(sources: list[Path], first: int, count: int) -> None:
                 pass
             faulthandler.cancel_dump_traceback_later()
             slowest = max(slowest, time.monotonic() - start)
-            (folder / part).write_bytes(files[part])
+            (folder / file).write_bytes(files[file])
     print(f"\nopened {opened:.0f} of {count}, slowest {slowest:.1f} s")
 
 

@@ -1,4 +1,4 @@
-"""Many slides: bad ones, full disks, several processes, killed processes."""
+"""Compressing many slides: failures, full disks, several processes, killed processes."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import polars as pl
 import pytest
 
 from nic_core.cohort import EncoderSpec
-from nic_core.compression.batch import BATCH_SCHEMA, compress_slides, name_slides, write_report
+from nic_core.compression.batch import BATCH_SCHEMA, compress_slides, slides_by_id, write_report
 from nic_core.encoders import train_encoder
 from nic_core.encoders.inference import PreparedEncoder
 from nic_core.grids import grid_hash, open_grid
 from nic_core.store import exclusive_lock
 from tests.slides.conftest import paint, write_tiff
 
-# children that are started by the dozen share their imports
+# tests start many processes, which share these imports
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(
     ["nic_core.compression.batch", "nic_core.encoders", "tests.slides.test_batch"]
@@ -36,8 +36,8 @@ def mean_rgb(patch: int = 64) -> PreparedEncoder:
 
 @pytest.fixture
 def slides(tmp_path) -> dict[str, Path]:
-    """Three slides of 8 x 8 cells, tissue all over."""
-    return name_slides(
+    """Three slides of 8 x 8 cells that are all tissue."""
+    return slides_by_id(
         write_tiff(tmp_path / f"{name}.tif", paint(512, 512, seed), mpp=1.0)
         for seed, name in enumerate("abc")
     )
@@ -49,12 +49,12 @@ def names(folder: Path) -> list[str]:
 
 def test_a_bad_slide_does_not_stop_the_others(slides, tmp_path):
     (tmp_path / "text.svs").write_text("no slide")
-    bad = name_slides([tmp_path / "text.svs", tmp_path, tmp_path / "gone.svs"])
-    told = []
+    bad = slides_by_id([tmp_path / "text.svs", tmp_path, tmp_path / "gone.svs"])
+    outcomes = []
     out = tmp_path / "grids"
-    table = compress_slides(bad | slides, mean_rgb(), out, tell=told.append)
+    table = compress_slides(bad | slides, mean_rgb(), out, on_outcome=outcomes.append)
     assert dict(table.schema) == BATCH_SCHEMA
-    assert table["slide"].to_list() == [*bad, *slides] == [outcome.slide for outcome in told]
+    assert table["slide"].to_list() == [*bad, *slides] == [outcome.slide for outcome in outcomes]
     failed, good = table[:3], table[3:]
     assert set(failed["status"]) == {"failed"}
     assert failed["reason"].to_list() == [
@@ -73,7 +73,7 @@ def test_a_bad_slide_does_not_stop_the_others(slides, tmp_path):
     assert names(out) == ["a.zarr", "b.zarr", "c.zarr"]
 
 
-def test_what_is_up_to_date_is_left_and_what_changed_is_redone(slides, tmp_path):
+def test_only_changed_slides_are_compressed_again(slides, tmp_path):
     encoder, out = mean_rgb(), tmp_path / "grids"
 
     def statuses(encoder=encoder, **options):
@@ -102,13 +102,13 @@ def test_what_is_up_to_date_is_left_and_what_changed_is_redone(slides, tmp_path)
     assert table["status"].to_list() == ["up to date", "compressed", "up to date"]
 
 
-def test_names_that_would_share_a_store_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"x/a.svs and .*y/a.ome.tif have one name"):
-        name_slides([tmp_path / "x" / "a.svs", tmp_path / "y" / "a.ome.tif"])
-    assert list(name_slides([tmp_path / "a.svs"] * 2)) == ["a"]
+def test_files_with_the_same_slide_id_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"x/a.svs and .*y/a.ome.tif have the same slide id 'a'"):
+        slides_by_id([tmp_path / "x" / "a.svs", tmp_path / "y" / "a.ome.tif"])
+    assert list(slides_by_id([tmp_path / "a.svs"] * 2)) == ["a"]
 
 
-def test_a_fault_of_the_program_is_not_taken_for_a_bad_slide(slides, tmp_path):
+def test_other_exceptions_are_not_caught(slides, tmp_path):
     def broken(slide, done, total):
         raise RuntimeError("a bug")
 
@@ -117,7 +117,7 @@ def test_a_fault_of_the_program_is_not_taken_for_a_bad_slide(slides, tmp_path):
     assert names(tmp_path / "grids") == []
 
 
-def test_progress_goes_from_none_to_all_cells_of_each_slide(slides, tmp_path):
+def test_progress_goes_from_zero_to_all_cells_of_each_slide(slides, tmp_path):
     seen: dict[str, list[tuple[int, int]]] = {}
     compress_slides(
         slides,
@@ -130,40 +130,40 @@ def test_progress_goes_from_none_to_all_cells_of_each_slide(slides, tmp_path):
         assert (cells[0], cells[-1]) == ((0, 64), (64, 64))
 
 
-def test_a_full_disk_stops_the_run_with_one_error(slides, mount):
+def test_a_full_disk_stops_the_batch_with_one_error(slides, mount):
     folder = mount("size=64k")
     (folder / "ballast").write_bytes(bytes(52_000))
     table = compress_slides(slides, mean_rgb(), folder / "grids")
     assert table["status"].to_list() == ["failed", "not tried", "not tried"]
     assert table["reason"][0] == f"{folder}/grids/a.zarr: No space left on device"
-    assert table["remedy"][0] == "make room and run again"
+    assert table["remedy"][0] == "free some space and run again"
     assert names(folder / "grids") == []
     (folder / "ballast").unlink()
     again = compress_slides(slides, mean_rgb(), folder / "grids")
     assert again["status", "reason"].row(0) == ("compressed", None)
 
 
-def test_a_slide_that_another_process_is_at_comes_last(slides, tmp_path):
-    out, told = tmp_path / "grids", []
-    busy, free = threading.Event(), threading.Event()
+def test_a_slide_locked_by_another_process_is_compressed_last(slides, tmp_path):
+    out, outcomes = tmp_path / "grids", []
+    locked, release = threading.Event(), threading.Event()
 
     def hold():
         with exclusive_lock(out / "a.zarr"):
-            busy.set()
-            free.wait()
+            locked.set()
+            release.wait()
 
-    def tell(outcome):
-        told.append((outcome.slide, outcome.status))
+    def on_outcome(outcome):
+        outcomes.append((outcome.slide, outcome.status))
         if outcome.slide == "c":
-            free.set()
+            release.set()
 
     thread = threading.Thread(target=hold)
     thread.start()
-    busy.wait()
-    table = compress_slides(slides, mean_rgb(), out, tell=tell)
+    locked.wait()
+    table = compress_slides(slides, mean_rgb(), out, on_outcome=on_outcome)
     thread.join()
-    assert told == [
-        ("a", "put off"),
+    assert outcomes == [
+        ("a", "waiting"),
         ("b", "compressed"),
         ("c", "compressed"),
         ("a", "compressed"),
@@ -202,7 +202,7 @@ def test_processes_with_the_same_slides_share_the_work(slides, tmp_path):
     assert names(tmp_path / "grids") == ["a.zarr", "b.zarr", "c.zarr"]
 
 
-def test_killed_at_any_moment_it_leaves_the_old_store_or_the_new_one(slides, tmp_path):
+def test_a_killed_process_leaves_a_complete_store(slides, tmp_path):
     slide, out = {"a": slides["a"]}, tmp_path / "grids"
     encoders = {patch: mean_rgb(patch) for patch in (64, 32)}
     hashes = {}
@@ -214,19 +214,19 @@ def test_killed_at_any_moment_it_leaves_the_old_store_or_the_new_one(slides, tmp
     random.seed(0)
     killed = 0
     for _ in range(30):
-        # every run has something to do: the store is that of the other patch size
-        there = open_grid(out / "a.zarr").provenance.patch
-        arguments = (slide, encoders[96 - there], out, processes.Event(), tmp_path / "report.csv")
+        # alternate between two patch sizes, so that the store is never up to date
+        current = open_grid(out / "a.zarr").provenance.patch
+        arguments = (slide, encoders[96 - current], out, processes.Event(), tmp_path / "report.csv")
         child = processes.Process(target=run, args=arguments)
         child.start()
         arguments[3].set()
         child.join(random.uniform(0, window))
         child.kill()
         child.join()
-        caught = child.exitcode == -signal.SIGKILL
-        # moments within the work, however fast the machine is just now
-        window *= 1.3 if caught else 0.5
-        killed += caught
+        was_killed = child.exitcode == -signal.SIGKILL
+        # adapt to the speed of the machine, so that kills happen during the work
+        window *= 1.3 if was_killed else 0.5
+        killed += was_killed
         grid = open_grid(out / "a.zarr")
         assert grid_hash(grid) == hashes[grid.provenance.patch]
     assert killed > 3

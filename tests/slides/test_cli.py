@@ -1,4 +1,4 @@
-"""The ``nic`` command."""
+"""The ``nic`` commands for slides, grids and compression."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ run = CliRunner().invoke
 
 @pytest.fixture
 def section(tmp_path) -> Path:
-    """A slide of 1.2 x 1.2 mm, its left half tissue."""
+    """A slide of 1.2 x 1.2 mm whose left half is tissue."""
     image = np.full((1200, 1200, 3), GLASS, np.uint8)
     image[:, :600] = paint(1200, 600)
     return write_tiff(tmp_path / "section.tif", image, mpp=1.0)
 
 
-def test_inspect_tells_what_a_slide_is(section):
+def test_inspect_prints_the_metadata_of_a_slide(section):
     result = run(app, ["inspect", str(section)])
     assert result.exit_code == 0
     for text in (
-        "tifffile (TIFF: tiles by their offsets)",
+        "tifffile (TIFF tiles read directly)",
         "1200 x 1200 px",
         "1 um/px (TIFF resolution)",
         "1.44 mm2",
@@ -54,12 +54,12 @@ def test_inspect_tells_what_a_slide_is(section):
     assert "0.5 um/px (slide table)" in run(app, ["inspect", str(section), "--mpp", "0.5"]).stdout
 
 
-def test_inspect_tells_bounds_power_and_the_names_of_other_images(tmp_path):
+def test_inspect_prints_bounds_power_and_names_of_other_images(tmp_path):
     image = paint(256, 384)
     path = write_scn(tmp_path / "a.scn", [image], 0.25, macro=image[:64, :64])
     result = run(app, ["inspect", str(path)])
     for text in (
-        "openslide (the format of leica)",
+        "openslide (leica format)",
         "0.25 um/px (leica metadata)",
         "20x",
         "384 x 256 px at 128, 64",
@@ -68,7 +68,7 @@ def test_inspect_tells_bounds_power_and_the_names_of_other_images(tmp_path):
         assert text in result.stdout
 
 
-def test_a_bad_slide_is_one_line_and_status_1(tmp_path):
+def test_an_unusable_slide_gives_one_line_and_exit_status_1(tmp_path):
     (tmp_path / "text.svs").write_text("no slide")
     for command in (["inspect"], ["tissue", "--out", str(tmp_path / "x.png")]):
         result = run(app, [*command, str(tmp_path / "text.svs")])
@@ -78,7 +78,7 @@ def test_a_bad_slide_is_one_line_and_status_1(tmp_path):
     assert not (tmp_path / "x.png").exists()
 
 
-def test_tissue_draws_the_outline(section, tmp_path):
+def test_tissue_draws_the_outline_of_the_tissue(section, tmp_path):
     out = tmp_path / "pictures" / "tissue.png"
     result = run(app, ["tissue", str(section), "--out", str(out)])
     assert result.exit_code == 0
@@ -86,11 +86,11 @@ def test_tissue_draws_the_outline(section, tmp_path):
     assert Image.open(out).size == (1200, 1200)
 
 
-def test_what_is_no_grid_is_one_line_and_status_1(tmp_path):
+def test_a_missing_grid_gives_one_line_and_exit_status_1(tmp_path):
     for command in (["info"], ["preview", "--out", str(tmp_path / "x.png")]):
         result = run(app, ["grid", *command, str(tmp_path / "gone.zarr")])
         assert result.exit_code == 1
-        assert "no grid store" in result.stdout
+        assert "not a grid store" in result.stdout
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ def encoder(tmp_path) -> Path:
     return tmp_path / "mean"
 
 
-def test_compress_goes_on_past_a_bad_slide_and_skips_what_is_done(section, encoder, tmp_path):
+def test_compress_continues_after_failures_and_skips_stores(section, encoder, tmp_path):
     (tmp_path / "text.svs").write_text("no slide")
     command = ["compress", "--encoder", str(encoder), "--out", str(tmp_path / "grids")]
     first = run(app, [*command, str(tmp_path / "text.svs"), str(section)])
@@ -122,8 +122,8 @@ def test_compress_goes_on_past_a_bad_slide_and_skips_what_is_done(section, encod
     assert report.select("slide", "status").rows() == [("section", "compressed")]
 
     store = tmp_path / "grids" / "section.zarr"
-    told = run(app, ["grid", "info", str(store)])
-    assert "3 numbers x" in told.stdout
+    info = run(app, ["grid", "info", str(store)])
+    assert "3 numbers x" in info.stdout
     picture = tmp_path / "preview.png"
     assert run(app, ["grid", "preview", str(store), "--out", str(picture)]).exit_code == 0
     assert Image.open(picture).mode == "RGB"
@@ -137,7 +137,7 @@ def test_an_encoder_is_found_by_its_name_in_the_store(section, encoder, tmp_path
     assert run(app, [*command, "mean-rgb"]).exit_code == 0
     missing = run(app, [*command, "mtl"])
     assert missing.exit_code == 2
-    assert "mean-rgb" in missing.stderr  # what there is
+    assert "mean-rgb" in missing.stderr  # the existing encoders are listed
 
 
 @pytest.fixture
@@ -159,9 +159,7 @@ def network(tmp_path) -> Path:
     return tmp_path / "random"
 
 
-def test_how_it_is_compressed_is_told_by_the_store_and_a_change_redoes_it(
-    section, network, tmp_path
-):
+def test_changed_settings_compress_a_slide_again(section, network, tmp_path):
     command = ["compress", "--encoder", str(network), "--out", str(tmp_path), str(section)]
     store = tmp_path / "section.zarr"
     for options, precision, reading, orientations in (
@@ -180,10 +178,10 @@ def test_how_it_is_compressed_is_told_by_the_store_and_a_change_redoes_it(
         grid = open_grid(store)
         assert (grid.provenance.precision, grid.provenance.reading) == (precision, reading)
         assert (grid.orientations is not None) == orientations
-    told = " ".join(run(app, ["grid", "info", str(store)]).stdout.split())
-    assert "orientations 8" in told
-    assert "precision float32 reading input" in told
-    assert open_grid(store).provenance.weights_hash in told.replace(" ", "")  # it may be folded
+    info = " ".join(run(app, ["grid", "info", str(store)]).stdout.split())
+    assert "orientations 8" in info
+    assert "precision float32 reading input" in info
+    assert open_grid(store).provenance.weights_hash in info.replace(" ", "")  # it may be wrapped
 
 
 @pytest.mark.parametrize(
@@ -196,7 +194,7 @@ def test_how_it_is_compressed_is_told_by_the_store_and_a_change_redoes_it(
         ("--reading", "fast"),
     ],
 )
-def test_an_impossible_setting_is_told_before_any_work(section, encoder, tmp_path, option, value):
+def test_an_invalid_setting_is_refused_before_any_work(section, encoder, tmp_path, option, value):
     command = ["compress", "--encoder", str(encoder), "--out", str(tmp_path / "grids")]
     result = run(app, [*command, str(section), option, value])
     assert result.exit_code == 2
@@ -204,7 +202,7 @@ def test_an_impossible_setting_is_told_before_any_work(section, encoder, tmp_pat
     assert not (tmp_path / "grids").exists()
 
 
-def test_a_full_disk_is_told_with_what_was_not_tried(section, encoder, mount):
+def test_a_full_disk_is_reported_with_the_slides_not_tried(section, encoder, mount):
     folder = mount("size=64k")
     (folder / "ballast").write_bytes(bytes(56_000))
     other = section.rename(section.with_name("other.tif"))
@@ -217,13 +215,13 @@ def test_a_full_disk_is_told_with_what_was_not_tried(section, encoder, mount):
     assert not list(folder.glob("*.zarr"))
 
 
-def test_the_preview_stands_beside_the_slide_of_the_grid(section, encoder, tmp_path):
+def test_preview_draws_the_grid_beside_its_slide(section, encoder, tmp_path):
     command = ["compress", "--encoder", str(encoder), "--out", str(tmp_path)]
     assert run(app, [*command, str(section)]).exit_code == 0
     preview = ["grid", "preview", str(tmp_path / "section.zarr"), "--out", str(tmp_path / "p.png")]
     assert run(app, [*preview, "--slide", str(section)]).exit_code == 0
     picture = np.asarray(Image.open(tmp_path / "p.png"))
-    rows, columns, cell = 19, 19, 43  # cells of 64 um over 1200 um, drawn at 800 px or more
+    rows, columns, cell = 19, 19, 43  # cells of 64 um in 1200 um; the picture has 800 px or more
     assert picture.shape == (rows * cell, 2 * columns * cell + 16, 3)
     left, right = picture[:, : columns * cell], picture[:, -columns * cell :]
     tissue = left[:, : 9 * cell].mean(axis=(0, 1))
@@ -236,7 +234,7 @@ def test_the_preview_stands_beside_the_slide_of_the_grid(section, encoder, tmp_p
     assert "is not the slide 'section' of the grid" in " ".join(refused.stdout.split())
 
 
-def test_compress_refuses_a_missing_encoder_and_equal_names(section, encoder, tmp_path):
+def test_compress_refuses_a_missing_encoder_and_equal_slide_ids(section, encoder, tmp_path):
     out = ["--out", str(tmp_path / "grids")]
     missing = run(app, ["compress", "--encoder", str(tmp_path / "gone"), *out, str(section)])
     assert missing.exit_code == 2

@@ -1,4 +1,4 @@
-"""Streaming compression against patch by patch."""
+"""Compression of a slide, compared with encoding patch by patch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from nic_core.compression import compress_slide, up_to_date
+from nic_core.compression import compress_slide, is_up_to_date
 from nic_core.encoders.inference import PreparedEncoder
 from nic_core.grids import open_grid, write_grid
 from nic_core.grids.orientations import orient, undo
@@ -33,7 +33,7 @@ class Card:
 
 
 class Moments(nn.Module):
-    """Mean and spread of each channel: sensitive to every pixel and to nothing else."""
+    """Mean and standard deviation of each channel: every pixel changes them."""
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         assert pixels.dtype == torch.uint8
@@ -73,36 +73,36 @@ def compress(slide, table, encoder=None, **options):
 @pytest.mark.parametrize(
     ("kind", "mpp"), [("tiff", 0.25), ("single", 0.2498), ("svs", 0.25), ("ome", 0.3), ("png", 0.7)]
 )
-def test_a_grid_is_every_kept_patch_at_its_place(kind, mpp, files):
+def test_a_grid_has_the_embedding_of_every_kept_patch(kind, mpp, files):
     with open_slide(files[kind], mpp=mpp) as slide:
         table = table_of(slide)
         grid = compress(slide, table, workers=3)
         assert 0 < table["kept"].sum() < len(table)
         for row in table.iter_rows(named=True):
-            place = row["row"], row["column"]
-            assert grid.valid[place] == row["kept"]
+            cell = row["row"], row["column"]
+            assert grid.valid[cell] == row["kept"]
             if row["kept"]:
                 pixels = slide.read(row["x"], row["y"], 32, 32, 0.5).reshape(-1, 3)
                 expected = np.concatenate([pixels.mean(0), pixels.std(0, ddof=1)])
-                # float16 has 11 bits
-                np.testing.assert_allclose(grid.embeddings[:, *place], expected, rtol=2e-3)
+                # float16 has a precision of 11 bits
+                np.testing.assert_allclose(grid.embeddings[:, *cell], expected, rtol=2e-3)
             else:
-                assert not grid.embeddings[:, *place].any()
+                assert not grid.embeddings[:, *cell].any()
 
 
-def test_the_result_depends_neither_on_threads_nor_on_blocks(files, monkeypatch):
+def test_the_grid_depends_neither_on_threads_nor_on_blocks(files, monkeypatch):
     with open_slide(files["tiff"]) as slide:
         table = table_of(slide)
         first = compress(slide, table, workers=1)
         monkeypatch.setattr(
-            "nic_core.compression.plan_blocks", lambda t, side: plan_blocks(t, side=3)
+            "nic_core.compression.stream.plan_blocks", lambda t, side: plan_blocks(t, side=3)
         )
         second = compress(slide, table, workers=4)
     np.testing.assert_array_equal(first.valid, second.valid)
     np.testing.assert_allclose(first.embeddings, second.embeddings, rtol=2e-3)
 
 
-def test_blocks_hold_every_kept_cell_once(files):
+def test_blocks_contain_every_kept_cell_once(files):
     with open_slide(files["tiff"]) as slide:
         table = table_of(slide)
     kept = table.filter("kept").select("row", "column").rows()
@@ -116,7 +116,7 @@ def test_blocks_hold_every_kept_cell_once(files):
             assert max(block.shape) <= side
 
 
-def test_no_tissue_gives_a_valid_empty_grid(files, tmp_path):
+def test_a_slide_without_tissue_gives_a_grid_without_cells(files, tmp_path):
     with open_slide(files["tiff"]) as slide:
         grid = compress(slide, table_of(slide, np.zeros((22, 29), bool)))
     assert not grid.valid.any()
@@ -125,73 +125,77 @@ def test_no_tissue_gives_a_valid_empty_grid(files, tmp_path):
     assert not open_grid(tmp_path / "s.zarr").valid.any()
 
 
-def test_provenance_says_where_it_comes_from(files):
+def test_provenance_states_slide_encoder_and_settings(files):
     with open_slide(files["tiff"]) as slide:
         identity = content_identity(slide.path)
         grid = compress_slide(
             slide, table_of(slide), prepared(), slide_id="s", slide_identity=identity
         )
-    about = grid.provenance
-    assert (about.slide, about.slide_identity, about.encoder) == ("s", identity, "moments")
-    assert (about.mpp, about.patch, about.slide_mpp) == (0.5, 32, 0.25)
-    assert about.precision == "float32"
+    provenance = grid.provenance
+    assert (provenance.slide, provenance.slide_identity, provenance.encoder) == (
+        "s",
+        identity,
+        "moments",
+    )
+    assert (provenance.mpp, provenance.patch, provenance.slide_mpp) == (0.5, 32, 0.25)
+    assert provenance.precision == "float32"
 
 
-def test_progress_reaches_the_total(files):
-    seen = []
+def test_progress_ends_at_the_number_of_kept_cells(files):
+    calls = []
     with open_slide(files["tiff"]) as slide:
         table = table_of(slide)
-        compress(slide, table, progress=lambda done, total: seen.append((done, total)))
+        compress(slide, table, progress=lambda done, total: calls.append((done, total)))
     total = table["kept"].sum()
-    assert seen[-1] == (total, total)
-    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+    assert calls[-1] == (total, total)
+    assert [done for done, _ in calls] == sorted(done for done, _ in calls)
 
 
 @pytest.mark.parametrize("card", [Card(patch=64), Card(mpp=0.25)], ids=["patch size", "resolution"])
-def test_a_table_for_another_encoder_is_refused(files, card):
+def test_a_patch_table_for_another_encoder_is_refused(files, card):
     with open_slide(files["tiff"]) as slide:
         table = table_of(slide)
         with pytest.raises(PatchTableError, match="does not fit"):
             compress(slide, table, prepared(card=card))
 
 
-def test_a_table_of_another_slide_is_refused(files):
+def test_a_patch_table_of_another_slide_is_refused(files):
     with open_slide(files["tiff"]) as slide, pytest.raises(PatchTableError, match="'s'"):
         compress_slide(slide, table_of(slide), prepared(), slide_id="other", slide_identity="ab")
 
 
-@pytest.mark.parametrize("how", ["tile", "middle"])
-def test_an_undecodable_tile_leaves_its_cells_empty_and_the_rest_right(scratched, how):
-    with open_slide(scratched(how)) as slide:
+@pytest.mark.parametrize("part", ["tile", "middle"])
+def test_cells_of_an_undecodable_tile_are_not_valid(damaged, part):
+    with open_slide(damaged(part)) as slide:
         table = table_of(slide, np.ones((32, 32), bool))
         grid = compress(slide, table, max_unreadable=0.1)
         empty = np.argwhere(~grid.valid)
-        # tile 5 of 4 x 4 is that of cells 4 to 7 of 16, both ways
+        # tile 5 of 4 x 4 covers cells 4 to 7 of 16 in both axes
         np.testing.assert_array_equal(np.unique(empty), [4, 5, 6, 7])
         assert len(empty) == grid.provenance.unreadable == 16
         pixels = slide.read(3 * 32, 3 * 32, 32, 32, 0.5).reshape(-1, 3)
         np.testing.assert_allclose(grid.embeddings[:3, 3, 3], pixels.mean(0), rtol=2e-3)
 
 
-def test_cells_that_the_patch_table_found_undecodable_are_not_tried_again(scratched, tmp_path):
-    with open_slide(scratched("tile")) as slide:
+def test_cells_marked_unreadable_are_not_read_again(damaged, tmp_path):
+    with open_slide(damaged("tile")) as slide:
         table = measure_quality(table_of(slide, np.ones((32, 32), bool)), slide, max_unreadable=0.1)
         grid = compress(slide, table)
         kept = table["kept"].to_numpy().reshape(16, 16)
         np.testing.assert_array_equal(grid.valid, kept)
         assert grid.provenance.unreadable == 0
         write_grid(tmp_path / "s.zarr", grid)
-        assert up_to_date(tmp_path / "s.zarr", slide, table, prepared(), slide_identity="ab")
+        assert is_up_to_date(tmp_path / "s.zarr", slide, table, prepared(), slide_identity="ab")
 
 
-def test_too_many_undecodable_tiles_fail_the_slide(scratched):
-    with open_slide(scratched("tile")) as slide:
+def test_a_slide_with_too_many_undecodable_cells_is_refused(damaged):
+    with open_slide(damaged("tile")) as slide:
         table = table_of(slide, np.ones((32, 32), bool))
         with pytest.raises(SlideError, match="16 of 256 patches cannot be decoded"):
             compress(slide, table)
 
 
-def test_a_failing_encoder_ends_the_workers(files):
+def test_an_error_of_the_encoder_stops_the_workers(files):
     class Raises(nn.Module):
         def forward(self, pixels: torch.Tensor) -> torch.Tensor:
             raise RuntimeError("no memory")
@@ -203,7 +207,7 @@ def test_a_failing_encoder_ends_the_workers(files):
     assert torch.get_num_threads() == torch_threads
 
 
-def test_codes_that_float16_cannot_hold_are_an_error(files):
+def test_embeddings_that_exceed_float16_are_refused(files):
     class Million(nn.Module):
         def forward(self, pixels: torch.Tensor) -> torch.Tensor:
             return torch.full((len(pixels), 6), 1e6)
@@ -213,7 +217,7 @@ def test_codes_that_float16_cannot_hold_are_an_error(files):
 
 
 class Pooled(nn.Module):
-    """The first pixels of a patch after pooling: sees scale and place of what is read."""
+    """The first pixels of a patch after pooling: depends on um/px and position."""
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         pooled = nn.functional.avg_pool2d(pixels.float(), pixels.shape[-1] // 4)
@@ -221,7 +225,7 @@ class Pooled(nn.Module):
 
 
 @pytest.mark.parametrize("kind", ["tiff", "single", "ome"])
-def test_reading_at_the_input_resolution_gives_the_pooled_patch(kind, files):
+def test_reading_at_the_input_resolution_gives_pooled_pixels(kind, files):
     with open_slide(files[kind]) as slide:
         table = table_of(slide)
         published = compress(slide, table, prepared(Pooled()))
@@ -229,30 +233,30 @@ def test_reading_at_the_input_resolution_gives_the_pooled_patch(kind, files):
     assert published.provenance.reading == "patch"
     assert direct.provenance.reading == "input"
     np.testing.assert_array_equal(published.valid, direct.valid)
-    # pixels are rounded once more, the stored half-size level another time
+    # pixels are rounded twice: in the stored level of half size, and when read
     np.testing.assert_allclose(published.embeddings, direct.embeddings, atol=1.0)
 
 
-def test_jpeg_tiles_are_shrunk_by_the_decoder_to_nearly_the_same_pixels(tmp_path):
+def test_jpeg_tiles_shrunk_by_the_decoder_are_almost_equal(tmp_path):
     path = write_tiff(
         tmp_path / "s.tif", paint(512, 640), mpp=0.25, compression="jpeg", pyramid=False
     )
     with open_slide(path) as slide:
         table = table_of(slide, np.ones((16, 20), bool))
-        seen = []
-        region = slide._engine.region
-        slide._engine.region = lambda *where: seen.append(where[-1]) or region(*where)
+        shrinks = []
+        region = slide._engine.read_region
+        slide._engine.read_region = lambda *args: shrinks.append(args[-1]) or region(*args)
         published = compress(slide, table, prepared(Pooled()))
-        assert set(seen) == {1}
-        seen.clear()
+        assert set(shrinks) == {1}
+        shrinks.clear()
         direct = compress(slide, table, prepared(Pooled(), side=16, mpp=1.0, reading="input"))
-        assert set(seen) == {4}
+        assert set(shrinks) == {4}
     assert direct.valid.all()
     np.testing.assert_allclose(published.embeddings, direct.embeddings, atol=6.0)
 
 
 class Corner(nn.Module):
-    """A patch's top-left and top-right pixels: tells every orientation."""
+    """A patch's top-left and top-right pixels: they differ between orientations."""
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         assert pixels.is_contiguous(memory_format=torch.channels_last)
@@ -260,7 +264,7 @@ class Corner(nn.Module):
 
 
 @pytest.mark.parametrize("k", range(8))
-def test_an_orientation_is_the_grid_of_the_turned_slide_turned_back(k, tmp_path):
+def test_an_orientation_equals_the_grid_of_the_turned_slide(k, tmp_path):
     upright = paint(160, 224)
     turned = np.ascontiguousarray(orient(upright, k, axes=(0, 1)))
     grids = []
@@ -281,7 +285,8 @@ def test_an_orientation_is_the_grid_of_the_turned_slide_turned_back(k, tmp_path)
 def test_orientations_share_one_read(files, monkeypatch):
     reads = []
     monkeypatch.setattr(
-        "nic_core.compression.read_block", lambda *a, **k: reads.append(1) or read_block(*a, **k)
+        "nic_core.compression.stream.read_block",
+        lambda *a, **k: reads.append(1) or read_block(*a, **k),
     )
     with open_slide(files["tiff"]) as slide:
         table = table_of(slide)
@@ -291,11 +296,11 @@ def test_orientations_share_one_read(files, monkeypatch):
     np.testing.assert_array_equal(grid.orientations[0], grid.embeddings)
 
 
-def test_a_device_that_is_no_cpu_is_fed_by_one_thread(files, monkeypatch):
-    """The path before a GPU, on the CPU: workers read, the calling thread encodes."""
+def test_a_device_other_than_the_cpu_is_used_by_one_thread(files, monkeypatch):
+    """The code for a GPU, run on the CPU: workers read, the calling thread encodes."""
     threads = set()
 
-    class Noting(Moments):
+    class Recording(Moments):
         def forward(self, pixels: torch.Tensor) -> torch.Tensor:
             threads.add(threading.current_thread())
             return super().forward(pixels)
@@ -304,6 +309,6 @@ def test_a_device_that_is_no_cpu_is_fed_by_one_thread(files, monkeypatch):
         table = table_of(slide)
         expected = compress(slide, table)
         monkeypatch.setattr(PreparedEncoder, "on_cpu", False)
-        found = compress(slide, table, prepared(Noting()))
+        found = compress(slide, table, prepared(Recording()))
     assert threads == {threading.current_thread()}
     np.testing.assert_allclose(found.embeddings, expected.embeddings, rtol=2e-3)

@@ -1,4 +1,4 @@
-"""Heatmaps as other programs read them, each at its place on the slide."""
+"""Heatmaps: files as other programs read them, areas, pictures, scores."""
 
 from __future__ import annotations
 
@@ -43,9 +43,10 @@ def slide(files):
 
 
 @pytest.fixture(scope="module")
-def about(files):
-    """7 x 9 cells of 100 px at level 0."""
+def provenance(files):
+    """Of a grid of 7 x 9 cells of 100 level-0 px."""
     return GridProvenance(
+        format=2,
         slide="s1",
         slide_identity=content_identity(files["tiff"]),
         slide_mpp=0.25,
@@ -53,6 +54,11 @@ def about(files):
         weights_hash="cd" * 16,
         mpp=0.5,
         patch=50,
+        stride=50,
+        unreadable=0,
+        precision="float32",
+        reading="patch",
+        software="nic test",
     )
 
 
@@ -65,38 +71,38 @@ def heat():
 
 
 @pytest.fixture
-def folder(tmp_path, heat, about, slide):
-    write_heatmap(tmp_path / "s1", heat, about, slide, name="growth")
+def folder(tmp_path, heat, provenance, slide):
+    write_heatmap(tmp_path / "s1", heat, provenance, slide, name="growth")
     return tmp_path / "s1"
 
 
-def test_a_heatmap_is_written_whole_and_read_back(folder, heat, about, slide):
+def test_a_heatmap_is_written_atomically_and_read_back(folder, heat, provenance, slide):
     names = {TIFF, ZARR, GEOJSON, OVERLAY, PATCHES}
     assert {path.name for path in folder.iterdir()} == names
     np.testing.assert_array_equal(read_heatmap(folder), heat)
     with pytest.raises(ValueError, match="slide 's1': no cell has heat"):
-        write_heatmap(folder, heat * np.nan, about, slide, name="growth")
-    beyond = about.model_copy(update={"patch": 10**6})  # a picture that no memory holds
+        write_heatmap(folder, heat * np.nan, provenance, slide, name="growth")
+    beyond = provenance.model_copy(update={"patch": 10**6})  # a picture larger than memory
     with pytest.raises(MemoryError):
         write_heatmap(folder, heat, beyond, slide, name="growth")
     np.testing.assert_array_equal(read_heatmap(folder), heat)
     assert list(folder.parent.iterdir()) == [folder]
-    write_heatmap(folder, heat, about, slide, name="growth", pictures=False)
+    write_heatmap(folder, heat, provenance, slide, name="growth", pictures=False)
     assert {path.name for path in folder.iterdir()} == {TIFF, ZARR, GEOJSON}
 
 
-def test_no_heatmap_is_named(tmp_path):
-    with pytest.raises(GridError, match="no heatmap"):
+def test_a_missing_heatmap_is_an_error(tmp_path):
+    with pytest.raises(GridError, match="the heatmap cannot be read"):
         read_heatmap(tmp_path / "gone")
 
 
-def test_another_slide_is_refused(tmp_path, heat, about, files):
+def test_a_heatmap_of_another_slide_is_refused(tmp_path, heat, provenance, files):
     with open_slide(files["svs"]) as other, pytest.raises(SlideError, match="not the slide 's1'"):
-        write_heatmap(tmp_path / "s1", heat, about, other, name="growth")
+        write_heatmap(tmp_path / "s1", heat, provenance, other, name="growth")
     assert not list(tmp_path.iterdir())
 
 
-def test_the_tiff_is_tiled_and_knows_its_resolution(folder, heat):
+def test_the_tiff_is_tiled_and_states_its_resolution(folder, heat):
     with tifffile.TiffFile(folder / TIFF) as file:
         page = file.pages[0]
         np.testing.assert_array_equal(page.asarray(), heat)
@@ -104,22 +110,22 @@ def test_the_tiff_is_tiled_and_knows_its_resolution(folder, heat):
         assert page.dtype == np.float32
         per_cm = [n / d for n, d in (page.tags[f"{a}Resolution"].value for a in "XY")]
         assert page.tags["ResolutionUnit"].value == tifffile.RESUNIT.CENTIMETER
-    # 25 um a cell
+    # 25 um per cell
     np.testing.assert_allclose(per_cm, [400, 400], rtol=1e-6)
 
 
-def test_the_tiff_of_a_large_slide_is_a_pyramid(tmp_path, slide, about):
+def test_the_tiff_of_a_large_slide_is_a_pyramid(tmp_path, slide, provenance):
     heat = np.hypot(*np.mgrid[-300:300, -350:350]).astype(np.float32)
-    write_heatmap(tmp_path / "s1", heat, about, slide, name="growth")
+    write_heatmap(tmp_path / "s1", heat, provenance, slide, name="growth")
     assert pyvips.Image.new_from_file(str(tmp_path / "s1" / TIFF)).get("n-pages") == 3
     with tifffile.TiffFile(tmp_path / "s1" / TIFF) as file:
         half = heat.reshape(300, 2, 350, 2).mean((1, 3))
         np.testing.assert_allclose(file.pages[1].asarray(), half, rtol=1e-6)
 
 
-def test_openslide_and_libvips_see_the_same_levels_and_resolution(tmp_path, slide, about):
+def test_openslide_and_libvips_read_levels_and_resolution(tmp_path, slide, provenance):
     heat = np.hypot(*np.mgrid[-300:300, -350:350]).astype(np.float32)
-    write_heatmap(tmp_path / "s1", heat, about, slide, name="growth", pictures=False)
+    write_heatmap(tmp_path / "s1", heat, provenance, slide, name="growth", pictures=False)
     path = tmp_path / "s1" / TIFF
     with openslide.OpenSlide(path) as opened:
         assert opened.properties["openslide.vendor"] == "generic-tiff"
@@ -132,7 +138,7 @@ def test_openslide_and_libvips_see_the_same_levels_and_resolution(tmp_path, slid
         assert (page.width, page.height, page.format, page.bands) == (width, height, "float", 1)
         assert (page.get("tile-width"), page.get("tile-height")) == (256, 256)
         assert page.get("resolution-unit") == "cm"
-    # levels are pages, each below the first marked as a smaller copy of it
+    # levels are pages; all but the first are marked as reduced copies
     with tifffile.TiffFile(path) as file:
         assert [page.is_reduced for page in file.pages] == [False, True, True]
         assert not any("SubIFDs" in page.tags for page in file.pages)
@@ -143,7 +149,7 @@ def test_openslide_and_libvips_see_the_same_levels_and_resolution(tmp_path, slid
         ]
 
 
-def test_ome_zarr_opens_it_at_its_place_on_the_slide(folder, heat):
+def test_ome_zarr_reads_the_position_on_the_slide(folder, heat):
     location = ome_zarr.io.parse_url(folder / ZARR)
     (node,) = list(ome_zarr.reader.Reader(location)())[:1]
     np.testing.assert_array_equal(np.asarray(node.data[0]), heat)
@@ -157,7 +163,7 @@ def test_ome_zarr_opens_it_at_its_place_on_the_slide(folder, heat):
 
 
 class Frame:
-    """What rasterising asks of a slide: a cell is 40 px of 0.25 um."""
+    """The attribute of a slide that region_mask uses; a cell is 40 px of 0.25 um."""
 
     mpp = 0.25
 
@@ -167,12 +173,12 @@ class Frame:
     mask=arrays(bool, st.tuples(st.integers(1, 12), st.integers(1, 12))),
     fill=st.booleans(),
 )
-def test_outlines_hold_the_centres_of_exactly_the_mask(mask, fill):
-    if fill:  # mostly full: many holes
+def test_outlines_contain_exactly_the_centres_of_the_mask(mask, fill):
+    if fill:  # masks with many holes
         mask = ~mask
     polygons = outlines(mask, 40)
     regions = [Region("", tuple(np.array(ring) for ring in polygon)) for polygon in polygons]
-    # each region of its own, so that one polygon cannot undo another
+    # one region per polygon, so that rings of two polygons do not cancel
     np.testing.assert_array_equal(region_mask(regions, Frame(), mask.shape, 10), mask)
     for polygon in polygons:
         for i, ring in enumerate(polygon):
@@ -191,17 +197,17 @@ def test_a_hole_is_a_second_ring():
     assert np.mean(hole[:-1], axis=0).tolist() == [150, 150]
 
 
-def test_the_areas_of_a_quantile_are_the_cells_that_reach_it(folder, heat, slide):
+def test_an_area_contains_the_cells_that_reach_its_quantile(folder, heat, slide):
     regions = read_annotations(folder / GEOJSON)
     for quantile in (0.5, 0.75, 0.9):
-        own = [region for region in regions if region.label == f"growth q{quantile:g}"]
-        mask = region_mask(own, slide, heat.shape, 25)
+        areas = [region for region in regions if region.label == f"growth q{quantile:g}"]
+        mask = region_mask(areas, slide, heat.shape, 25)
         np.testing.assert_array_equal(mask, heat >= np.nanquantile(heat, quantile))
     features = json.loads((folder / GEOJSON).read_text())["features"]
     assert [f["properties"]["objectType"] for f in features] == ["annotation"] * 3
 
 
-def test_areas_are_annotations_as_qupath_writes_them(folder, heat, slide):
+def test_areas_are_qupath_annotations_in_level_0_px(folder, heat, slide):
     areas = json.loads((folder / GEOJSON).read_text())
     assert set(areas) == {"type", "features"}
     assert areas["type"] == "FeatureCollection"
@@ -220,20 +226,20 @@ def test_areas_are_annotations_as_qupath_writes_them(folder, heat, slide):
             for ring in polygon:
                 assert len(ring) >= 4
                 assert ring[0] == ring[-1]
-                # level-0 px: a cell is 100 of them
+                # a cell is 100 level-0 px
                 x, y = np.array(ring).T
                 assert 0 <= x.min() <= x.max() <= 900
                 assert 0 <= y.min() <= y.max() <= 700
     every = [p for f in areas["features"] for q in f["geometry"]["coordinates"] for p in q[0]]
-    assert np.ptp(every, axis=0).min() > 300  # px, not cells
+    assert np.ptp(every, axis=0).min() > 300  # coordinates are px, not cells
 
 
-def test_heat_that_is_the_same_everywhere_is_one_area():
+def test_uniform_heat_gives_one_area():
     (feature,) = hot_areas(np.ones((2, 2), np.float32), 10, name="x", quantiles=[0.9])["features"]
     assert len(feature["geometry"]["coordinates"]) == 1
 
 
-def test_the_overlay_colours_cells_and_leaves_background_alone(slide, pixels):
+def test_the_overlay_colours_only_cells_with_heat(slide, pixels):
     heat = np.full((7, 9), np.nan, np.float32)
     heat[2, 3], heat[2, 4] = -1, 1
     drawn = heat_overlay(slide, heat, 100).astype(int)
@@ -245,27 +251,27 @@ def test_the_overlay_colours_cells_and_leaves_background_alone(slide, pixels):
     np.testing.assert_array_equal(drawn[:200], pixels[:200])
 
 
-def test_the_scale_bar_is_as_long_as_it_says(slide):
+def test_the_scale_bar_has_the_length_of_its_label(slide):
     heat = np.full((7, 9), np.nan, np.float32)
     heat[0, 0], heat[0, 1] = 0, 1
     drawn = heat_overlay(slide, heat, 100)
-    # a fifth of 225 um is 45 um: the bar is 20 um, 80 px
+    # a fifth of the width of 225 um is 45 um; the bar of 20 um has 80 px
     black = (drawn[-14] == 0).all(-1)
     assert black.sum() == 80
     assert black[12:92].all()
 
 
-def test_the_sheet_shows_the_hottest_and_the_coldest_patches(slide, about, heat):
-    sheet = patch_sheet(slide, heat, about)
+def test_the_sheet_shows_the_hottest_and_coldest_patches(slide, provenance, heat):
+    sheet = patch_sheet(slide, heat, provenance)
     rows, columns = np.nonzero(np.isfinite(heat))
     order = np.argsort(-heat[rows, columns])
     assert sheet.shape == (104, 8 * 54 - 4, 3)
-    for line, which in ((0, order[0]), (1, order[-1])):
-        patch = slide.read(columns[which] * 100, rows[which] * 100, 50, 50, 0.5)
+    for line, cell in ((0, order[0]), (1, order[-1])):
+        patch = slide.read(columns[cell] * 100, rows[cell] * 100, 50, 50, 0.5)
         np.testing.assert_array_equal(sheet[54 * line :][:50, :50], patch)
 
 
-def test_scores_are_known_for_known_heat():
+def test_score_heat_gives_known_scores():
     truth = np.array([[1, 1, 0, 0, -1]], np.int8)
     assert score_heat(np.array([[4, 3, 2, 1, 9]], np.float32), truth) == (1.0, True)
     assert score_heat(np.array([[4, 1, 5, 2, 9]], np.float32), truth) == (0.25, False)

@@ -1,3 +1,5 @@
+"""Probability maps: cells, truth images, scores, overlays."""
+
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ from nic_core.encoders import Encoder, EncoderCard
 from nic_core.grids import Grid, GridProvenance
 from nic_core.maps import MAP_SCHEMA, overlay, probability_map, score_maps, truth_of_cells
 
-ITEM = ProbabilityMap(name="tumour", encoder="e", task="t", label="tumour")
+MAP = ProbabilityMap(name="tumour", encoder="e", task="t", label="tumour")
 
 
 def labels(folder: Path, values: np.ndarray) -> Path:
@@ -23,7 +25,8 @@ def labels(folder: Path, values: np.ndarray) -> Path:
 
 
 def grid_of(embeddings: np.ndarray, valid: np.ndarray) -> Grid:
-    about = GridProvenance(
+    provenance = GridProvenance(
+        format=2,
         slide="s",
         slide_identity="i",
         slide_mpp=0.5,
@@ -31,8 +34,13 @@ def grid_of(embeddings: np.ndarray, valid: np.ndarray) -> Grid:
         weights_hash="w",
         mpp=0.5,
         patch=128,
+        stride=128,
+        unreadable=0,
+        precision="float32",
+        reading="patch",
+        software="nic test",
     )
-    return Grid(np.where(valid, embeddings, 0).astype(np.float16), valid, about)
+    return Grid(np.where(valid, embeddings, 0).astype(np.float16), valid, provenance)
 
 
 def encoder_of(head: torch.nn.Module) -> Encoder:
@@ -49,12 +57,12 @@ def encoder_of(head: torch.nn.Module) -> Encoder:
     return Encoder(card, torch.nn.Identity(), {"t": head})
 
 
-def test_the_head_is_read_at_every_valid_cell_and_nowhere_else():
+def test_the_map_has_a_probability_at_every_valid_cell():
     valid = np.array([[True, False], [True, True]])
     embeddings = np.array([[[0, 9], [1, 2]], [[3, 9], [1, 0]]])
     head = torch.nn.Linear(2, 2, bias=False)
     head.weight.data = torch.eye(2)
-    cells = probability_map(grid_of(embeddings, valid), encoder_of(head), ITEM, None)
+    cells = probability_map(grid_of(embeddings, valid), encoder_of(head), MAP, None)
     assert cells.schema == MAP_SCHEMA
     assert cells.select("row", "column").rows() == [(0, 0), (1, 0), (1, 1)]
     expected = 1 / (1 + np.exp(np.array([-3.0, 0.0, 2.0])))
@@ -62,29 +70,29 @@ def test_the_head_is_read_at_every_valid_cell_and_nowhere_else():
     assert cells["truth"].null_count() == 3
 
 
-def test_an_unknown_class_lists_the_known_ones():
+def test_an_unknown_class_is_refused_with_the_known_ones():
     valid = np.ones((1, 1), bool)
-    item = ITEM.model_copy(update={"label": "stroma"})
-    with pytest.raises(CohortError, match="no class 'stroma'; it has normal, tumour"):
+    unknown = MAP.model_copy(update={"label": "stroma"})
+    with pytest.raises(CohortError, match="no class 'stroma'; its classes are normal, tumour"):
         probability_map(
-            grid_of(np.zeros((2, 1, 1)), valid), encoder_of(torch.nn.Identity()), item, None
+            grid_of(np.zeros((2, 1, 1)), valid), encoder_of(torch.nn.Identity()), unknown, None
         )
 
 
-def test_one_label_pixel_a_cell_is_taken_as_it_is(tmp_path):
+def test_a_truth_image_of_one_pixel_per_cell_is_copied(tmp_path):
     values = np.array([[0, 1, 255], [1, 0, 0]])
     truth = truth_of_cells(
-        labels(tmp_path, values), ITEM, width=150, height=100, cell=50, shape=(2, 3)
+        labels(tmp_path, values), MAP, width=150, height=100, cell=50, shape=(2, 3)
     )
     np.testing.assert_array_equal(truth, [[0, 1, -1], [1, 0, 0]])
 
 
 @given(st.integers(1, 6), st.integers(2, 5), st.integers(0, 2**32 - 1))
-def test_a_cell_takes_the_majority_of_its_label_pixels(tmp_path_factory, cells, pixels, seed):
+def test_the_truth_of_a_cell_is_the_majority_of_its_area(tmp_path_factory, cells, pixels, seed):
     values = np.random.default_rng(seed).choice([0, 1, 255], (cells * pixels, cells * pixels))
     truth = truth_of_cells(
         labels(tmp_path_factory.mktemp("truth"), values),
-        ITEM,
+        MAP,
         width=cells * pixels * 7,
         height=cells * pixels * 7,
         cell=pixels * 7,
@@ -98,14 +106,14 @@ def test_a_cell_takes_the_majority_of_its_label_pixels(tmp_path_factory, cells, 
             assert truth[row, column] == (majority if known >= part.size / 2 else -1)
 
 
-def test_what_lies_outside_the_slide_is_unknown(tmp_path):
+def test_the_truth_outside_the_slide_is_unknown(tmp_path):
     truth = truth_of_cells(
-        labels(tmp_path, np.ones((2, 2))), ITEM, width=100, height=100, cell=100, shape=(1, 2)
+        labels(tmp_path, np.ones((2, 2))), MAP, width=100, height=100, cell=100, shape=(1, 2)
     )
     np.testing.assert_array_equal(truth, [[1, -1]])
 
 
-def test_a_slide_with_one_kind_of_cell_has_no_auc():
+def test_a_slide_with_cells_of_one_class_has_no_auc():
     rows = [("a", i, 0, p, t) for i, (p, t) in enumerate([(0.9, True), (0.1, False), (0.5, None)])]
     rows += [("b", 0, 0, 0.3, False), ("b", 1, 0, 0.2, False)]
     scores = score_maps(pl.DataFrame(rows, schema=MAP_SCHEMA, orient="row"))

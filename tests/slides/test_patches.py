@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import polars as pl
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -23,8 +24,8 @@ from tests.slides.conftest import write_tiff
 REASON = PATCH_SCHEMA["reason"]
 
 
-class Plain:
-    """A slide as far as the table asks: a size and a scale."""
+class PlainSlide:
+    """The attributes of a slide that the patch table uses."""
 
     def __init__(self, width: int, height: int, mpp: float) -> None:
         self.width, self.height, self.mpp = width, height, mpp
@@ -34,11 +35,11 @@ def table_of(width=1000, height=700, mpp=0.25, mask=None, **settings) -> pl.Data
     if mask is None:
         mask = np.ones((round(height * mpp / 8) + 1, round(width * mpp / 8) + 1), bool)
     settings = {"patch": 64, "mpp": 0.5, "tissue": 0.6} | settings
-    return patch_table("s", Plain(width, height, mpp), TissueMask(mask, 8.0), **settings)
+    return patch_table("s", PlainSlide(width, height, mpp), TissueMask(mask, 8.0), **settings)
 
 
-def measured(table: pl.DataFrame, **values: float) -> pl.DataFrame:
-    """Some quality at every kept cell, as its measurement would leave."""
+def with_quality(table: pl.DataFrame, **values: float) -> pl.DataFrame:
+    """Set the quality columns at every kept cell."""
     return table.with_columns(
         pl.when("kept").then(pl.lit(values.get(name, 1.0), pl.Float32)).alias(name)
         for name in MEASURED
@@ -64,8 +65,8 @@ def test_cells_cover_the_slide_without_gap_or_overlap(width, height, mpp, patch)
     assert len(table) == (table["row"].max() + 1) * (table["column"].max() + 1)
 
 
-def test_tissue_is_the_area_mean_of_the_mask():
-    # cells of 32 um on a mask of 8 um/px: 4 x 4 mask px each
+def test_the_tissue_fraction_is_the_area_mean_of_the_mask():
+    # cells of 32 um and a mask of 8 um/px: 4 x 4 mask px per cell
     mask = np.zeros((8, 8), bool)
     mask[:4, :3] = True  # 12 of 16
     mask[4:, 4:6] = True  # 8 of 16
@@ -75,29 +76,29 @@ def test_tissue_is_the_area_mean_of_the_mask():
     assert table["reason"].to_list() == [None, "background", "background", "background"]
 
 
-@pytest.mark.parametrize(("share", "kept"), [(60, False), (61, True)])
-def test_a_cell_is_kept_above_the_threshold_not_at_it(share, kept):
+@pytest.mark.parametrize(("pixels", "kept"), [(60, False), (61, True)])
+def test_a_cell_is_kept_above_the_tissue_limit_not_at_it(pixels, kept):
     mask = np.zeros((10, 10), bool)
-    mask.ravel()[:share] = True
+    mask.ravel()[:pixels] = True
     table = patch_table(
-        "s", Plain(160, 160, 0.5), TissueMask(mask, 8.0), patch=160, mpp=0.5, tissue=0.6
+        "s", PlainSlide(160, 160, 0.5), TissueMask(mask, 8.0), patch=160, mpp=0.5, tissue=0.6
     )
-    assert table["tissue"].to_list() == pytest.approx([share / 100])
+    assert table["tissue"].to_list() == pytest.approx([pixels / 100])
     assert table["kept"].to_list() == [kept]
 
 
-def test_what_reaches_outside_the_slide_counts_as_glass():
-    # the second column lies three quarters outside
+def test_area_outside_the_slide_counts_as_glass():
+    # three quarters of the second column are outside the slide
     table = table_of(160, 128, mask=np.ones((4, 5), bool))
     np.testing.assert_allclose(table["tissue"], [1.0, 0.25])
 
 
-def test_a_table_survives_the_disk(tmp_path, files):
+def test_a_patch_table_is_read_back_unchanged(tmp_path, files):
     with open_slide(files["tiff"]) as slide:
         mask = TissueMask(np.ones((22, 29), bool), 8.0)
         table = patch_table("s", slide, mask, patch=64, mpp=0.5, tissue=0.6)
     path = tmp_path / "tables" / "s.parquet"
-    for written in (table, measured(table)):
+    for written in (table, with_quality(table)):
         write_patch_table(path, written)
         assert read_patch_table(path).equals(written)
 
@@ -108,39 +109,61 @@ def test_a_table_survives_the_disk(tmp_path, files):
         (lambda t: t.drop("tissue"), "'tissue': 'missing'"),
         (lambda t: t.with_columns(pl.col("row").cast(pl.Int64)), "'row': 'Int64'"),
         (lambda t: t.with_columns(extra=1), "unknown column"),
-        (lambda t: t.head(0), "this one has none"),
-        (lambda t: t.head(3), "not one row a cell"),
-        (lambda t: t.reverse(), "not one row a cell"),
+        (lambda t: t.head(0), "the patch table is empty"),
+        (lambda t: t.head(3), "must have one row for each"),
+        (lambda t: t.reverse(), "must have one row for each"),
         (lambda t: t.with_columns(x=pl.lit(None, pl.Float64)), "missing values in x"),
         (lambda t: t.with_columns(reason=pl.lit("dull")), "'reason': 'String'"),
-        (lambda t: t.with_columns(reason=pl.lit("background", REASON)), "only if it is not kept"),
-        (lambda t: t.with_columns(kept=~pl.col("kept")), "only if it is not kept"),
-        (lambda t: t.with_columns(focus=pl.lit(1, pl.Float32)), "at every kept cell"),
-        (lambda t: measured(t).with_columns(red=pl.lit(None, pl.Float32)), "at every kept cell"),
-        (lambda t: measured(t, focus=np.inf), "finite"),
+        (
+            lambda t: t.with_columns(reason=pl.lit("background", REASON)),
+            "exactly where a cell is not kept",
+        ),
+        (lambda t: t.with_columns(kept=~pl.col("kept")), "exactly where a cell is not kept"),
+        (lambda t: t.with_columns(focus=pl.lit(1, pl.Float32)), "exactly where a cell is kept"),
+        (
+            lambda t: with_quality(t).with_columns(red=pl.lit(None, pl.Float32)),
+            "exactly where a cell is kept",
+        ),
+        (lambda t: with_quality(t, focus=np.inf), "finite"),
     ],
 )
-def test_a_wrong_table_is_refused_on_both_ways(tmp_path, change, message):
+def test_an_invalid_table_is_refused_when_written_and_read(tmp_path, change, message):
     table = change(table_of(256, 256, mask=np.tril(np.ones((8, 8), bool), -2)))
     path = tmp_path / "s.parquet"
     with pytest.raises(PatchTableError, match=message):
         write_patch_table(path, table)
     assert not path.exists()
-    table.write_parquet(path)
+    table.write_parquet(path, metadata={"nic_format": "2"})
     with pytest.raises(PatchTableError, match=message):
         read_patch_table(path)
 
 
-def test_a_file_that_is_no_parquet_is_refused(tmp_path):
+def test_a_file_that_is_not_parquet_is_refused(tmp_path):
     (tmp_path / "s.parquet").write_text("slide,row")
     with pytest.raises(PatchTableError, match="cannot be read"):
         read_patch_table(tmp_path / "s.parquet")
 
 
-def test_a_whole_number_of_cells_has_no_empty_row_for_rounding(tmp_path):
+def test_rounding_of_mpp_does_not_add_an_empty_row(tmp_path):
     path = write_tiff(tmp_path / "s.tif", np.full((256, 256, 3), 200, np.uint8), mpp=0.25)
-    with open_slide(path) as slide:  # 0.25 as the file's rational may be 0.2500000001
+    with open_slide(path) as slide:  # the file may state 0.2500000001
         table = patch_table(
             "s", slide, TissueMask(np.ones((8, 8), bool), 8.0), patch=64, mpp=0.5, tissue=0.6
         )
     assert len(table) == 4
+
+
+def test_the_file_holds_units_and_format_for_readers_of_arrow(tmp_path):
+    path = tmp_path / "s.parquet"
+    write_patch_table(path, table_of(width=64, height=64))
+    schema = pq.read_schema(path)
+    assert schema.metadata[b"nic_format"] == b"2"
+    assert schema.field("x").metadata[b"unit"] == b"level-0 px"
+    assert schema.field("mpp").metadata[b"unit"] == b"um/px"
+
+
+def test_a_table_of_another_format_is_refused_with_the_remedy(tmp_path):
+    path = tmp_path / "s.parquet"
+    table_of(width=64, height=64).write_parquet(path)
+    with pytest.raises(PatchTableError, match="format 1.*materialize 'patch_table' again"):
+        read_patch_table(path)

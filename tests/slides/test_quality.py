@@ -1,4 +1,4 @@
-"""Quality of cells against plain references, cell by cell."""
+"""Quality of cells, compared with plain reference implementations."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def table_of(slide, mask=None, patch=32, tissue=0.6) -> pl.DataFrame:
 
 
 def reference(pixels: np.ndarray) -> np.ndarray:
-    """Focus and colour of one patch, by scipy."""
+    """Focus and mean colour of one patch, computed with scipy."""
     grey = pixels @ np.array([0.299, 0.587, 0.114])
     laplacian = ndimage.laplace(grey)[1:-1, 1:-1]
     return np.array([laplacian.var(), *pixels.reshape(-1, 3).mean(0)])
@@ -35,7 +35,7 @@ def reference(pixels: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize(("kind", "mpp"), [("tiff", 0.25), ("single", 0.2498), ("ome", 0.3)])
 @pytest.mark.parametrize("patch", [32, 30, 33])
-def test_every_kept_cell_is_measured_at_half_its_resolution(files, kind, mpp, patch):
+def test_kept_cells_are_measured_at_twice_their_mpp(files, kind, mpp, patch):
     with open_slide(files[kind], mpp=mpp) as slide:
         table = table_of(slide, patch=patch)
         measured = measure_quality(table, slide, workers=3)
@@ -47,11 +47,11 @@ def test_every_kept_cell_is_measured_at_half_its_resolution(files, kind, mpp, pa
             if row["x"] + row["size"] > slide.width or row["y"] + row["size"] > slide.height:
                 continue
             pixels = slide.read(row["x"], row["y"], side, side, patch * 0.5 / side)
-            # a px may round to the other side where its place is computed in another order
+            # coordinates computed in another order may round px values differently
             np.testing.assert_allclose([row[name] for name in MEASURED], reference(pixels), 2e-3)
 
 
-def test_the_result_does_not_depend_on_threads(files):
+def test_quality_does_not_depend_on_the_number_of_threads(files):
     with open_slide(files["tiff"]) as slide:
         table = table_of(slide)
         one, many = (measure_quality(table, slide, workers=n) for n in (1, 4))
@@ -59,7 +59,7 @@ def test_the_result_does_not_depend_on_threads(files):
 
 
 @given(arrays(np.uint8, st.tuples(*[st.integers(n, 9) for n in (1, 3, 3)], st.just(3))))
-def test_statistics_equal_the_reference_and_do_not_change_with_orientation(pixels):
+def test_statistics_equal_the_reference_in_any_orientation(pixels):
     found = cell_statistics(pixels)
     np.testing.assert_allclose(found, [reference(p) for p in pixels], rtol=1e-4, atol=1e-2)
     turned = cell_statistics(np.rot90(pixels, axes=(1, 2))[:, ::-1])
@@ -67,12 +67,12 @@ def test_statistics_equal_the_reference_and_do_not_change_with_orientation(pixel
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 5), (5, 2)])
-def test_without_neighbours_there_is_no_focus_but_a_colour(shape):
+def test_patches_without_inner_px_have_focus_0_and_a_colour(shape):
     found = cell_statistics(np.full((2, *shape, 3), (10, 20, 30), np.uint8))
     np.testing.assert_array_equal(found, [[0, 10, 20, 30]] * 2)
 
 
-def test_blur_lowers_focus_of_every_cell(tmp_path):
+def test_blur_lowers_the_focus_of_every_cell(tmp_path):
     sharp = paint(512, 512)
     focus = []
     for sigma in (0, 1, 2, 4):
@@ -82,8 +82,8 @@ def test_blur_lowers_focus_of_every_cell(tmp_path):
     assert (np.diff(focus, axis=0) < 0).all()
 
 
-def test_the_slides_end_is_no_edge_in_focus_nor_white_in_colour(tmp_path):
-    # the last row and column of cells lie half outside
+def test_area_beyond_the_slide_affects_neither_focus_nor_colour(tmp_path):
+    # half of the last row and column of cells is outside the slide
     path = write_tiff(tmp_path / "s.tif", np.full((112, 112, 3), (90, 40, 120), np.uint8), mpp=0.5)
     with open_slide(path) as slide:
         measured = measure_quality(table_of(slide, True, tissue=0.2), slide)
@@ -93,17 +93,17 @@ def test_the_slides_end_is_no_edge_in_focus_nor_white_in_colour(tmp_path):
         assert measured[name].unique().to_list() == [value]
 
 
-def test_undecodable_cells_are_not_kept_and_the_rest_is_measured(scratched):
-    with open_slide(scratched("tile")) as slide:
+def test_undecodable_cells_are_not_kept(damaged):
+    with open_slide(damaged("tile")) as slide:
         table = table_of(slide, True)
         measured = measure_quality(table, slide, max_unreadable=0.1)
     check_patch_table(measured, "s")
-    lost = measured.filter(reason="unreadable")
-    # tile 5 of 4 x 4 is that of cells 4 to 7 of 16, both ways
-    assert lost.height == 16
-    assert set(lost["row"]) == set(lost["column"]) == {4, 5, 6, 7}
-    assert not lost["kept"].any()
-    assert lost["tissue"].to_list() == [1.0] * 16
+    unreadable = measured.filter(reason="unreadable")
+    # tile 5 of 4 x 4 covers cells 4 to 7 of 16 in both axes
+    assert unreadable.height == 16
+    assert set(unreadable["row"]) == set(unreadable["column"]) == {4, 5, 6, 7}
+    assert not unreadable["kept"].any()
+    assert unreadable["tissue"].to_list() == [1.0] * 16
     assert measured["kept"].sum() == 256 - 16
     assert summarize(measured) == {
         "kept": 240,
@@ -114,15 +114,15 @@ def test_undecodable_cells_are_not_kept_and_the_rest_is_measured(scratched):
     }
 
 
-def test_too_many_undecodable_cells_fail_the_slide(scratched):
+def test_a_slide_with_too_many_undecodable_cells_is_refused(damaged):
     with (
-        open_slide(scratched("middle")) as slide,
+        open_slide(damaged("middle")) as slide,
         pytest.raises(SlideError, match=r"16 of 256 patches cannot be decoded \(allowed: 5%\)"),
     ):
         measure_quality(table_of(slide, True), slide)
 
 
-def test_background_is_not_read(files, monkeypatch):
+def test_background_cells_are_not_read(files, monkeypatch):
     with open_slide(files["tiff"]) as slide:
         table = table_of(slide, False)
         monkeypatch.setattr(slide, "read", None)
@@ -145,7 +145,7 @@ def test_a_slide_of_one_pixel_has_a_table_of_one_cell(tmp_path, colour):
     assert measured["reason"].to_list() == ["background"]
 
 
-def test_all_tissue_keeps_every_cell(files):
+def test_a_slide_full_of_tissue_keeps_every_cell(files):
     with open_slide(files["tiff"]) as slide:
         measured = measure_quality(table_of(slide, True, tissue=0.1), slide)
     assert measured["kept"].all()

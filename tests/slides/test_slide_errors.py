@@ -1,4 +1,4 @@
-"""What cannot be used is refused with one line that says which, why and what to do."""
+"""Unusable slides are refused with a one-line error: which slide, why, and what to do."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ def refused(path: Path, *words: str, mpp: float | None = None) -> None:
         assert word in message, message
 
 
-def test_a_missing_file_a_folder_and_an_empty_file_are_refused(tmp_path):
+def test_missing_files_folders_and_empty_files_are_refused(tmp_path):
     refused(tmp_path / "gone.svs", "No such file")
     refused(tmp_path, "is a folder")
     (tmp_path / "empty.svs").touch()
     refused(tmp_path / "empty.svs", "empty")
 
 
-def test_a_pipe_is_refused_at_once(tmp_path):
+def test_a_pipe_is_refused_without_blocking(tmp_path):
     os.mkfifo(tmp_path / "pipe.svs")
-    refused(tmp_path / "pipe.svs", "no regular file")
+    refused(tmp_path / "pipe.svs", "not a regular file")
 
 
 AS_ANOTHER_USER = """
@@ -49,7 +49,7 @@ import os, sys
 from pathlib import Path
 from nic_core.slides import SlideError, content_identity, open_slide
 if os.geteuid() == 0:
-    os.setuid(65534)  # root may read everything
+    os.setuid(65534)  # root can read every file
 for call in (open_slide, content_identity):
     try:
         call(Path(sys.argv[1]))
@@ -59,7 +59,7 @@ for call in (open_slide, content_identity):
 
 
 def test_a_file_without_permission_is_refused():
-    # not below pytest's folder, which other users may not enter
+    # not inside pytest's folder, which other users cannot enter
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         folder.chmod(0o755)
@@ -78,46 +78,46 @@ def test_a_file_without_permission_is_refused():
 
 
 @pytest.mark.parametrize("name", ["text.svs", "text.tif", "text.ndpi", "text.dcm", "text"])
-def test_text_under_a_slide_name_is_refused(tmp_path, name):
+def test_text_with_a_slide_suffix_is_refused(tmp_path, name):
     path = tmp_path / name
     path.write_text("slide,patient\n1,2\n" * 50)
     refused(path, "known format")
 
 
-def test_a_tiff_header_without_a_tiff_is_refused(tmp_path):
+def test_a_tiff_header_followed_by_noise_is_refused(tmp_path):
     path = tmp_path / "header.tif"
     path.write_bytes(b"II*\0" + random.Random(0).randbytes(500))
     refused(path, "damaged")
 
 
-@pytest.mark.parametrize("share", [0.02, 0.3, 0.6, 0.95, 0.999])
+@pytest.mark.parametrize("fraction", [0.02, 0.3, 0.6, 0.95, 0.999])
 @pytest.mark.parametrize("options", [{}, {"subifd": True}, {"tile": False, "pyramid": False}])
-def test_a_tiff_cut_short_is_refused(tmp_path, share, options):
+def test_a_truncated_tiff_is_refused(tmp_path, fraction, options):
     whole = write_tiff(tmp_path / "whole.tif", paint(600, 600), mpp=0.5, **options)
     path = tmp_path / "cut.tif"
-    path.write_bytes(whole.read_bytes()[: int(whole.stat().st_size * share)])
+    path.write_bytes(whole.read_bytes()[: int(whole.stat().st_size * fraction)])
     refused(path)
 
 
 @pytest.mark.parametrize("name", ["slide.png", "slide.jpg", "slide.ndpi", "slide.dcm", "slide"])
-def test_a_slide_under_another_name_is_read_as_what_it_is(tmp_path, name, files, pixels):
+def test_the_format_is_recognised_by_content_not_by_suffix(tmp_path, name, files, pixels):
     shutil.copy(files["tiff"], tmp_path / name)
     with open_slide(tmp_path / name) as slide:
         assert slide.engine == "tifffile"
         np.testing.assert_array_equal(slide.read(0, 0, 90, 70, slide.mpp), pixels[:70, :90])
 
 
-def test_an_ndpi_under_another_name_is_read_as_what_it_is(tmp_path):
+def test_ndpi_is_recognised_with_another_suffix(tmp_path):
     image = paint(512, 768)
     path = vendors.write_ndpi(tmp_path / "a.tif", [image], 0.5)
     with open_slide(path) as slide:
-        assert slide.engine_reason == "the format of hamamatsu"
+        assert slide.engine_reason == "hamamatsu format"
         read = slide.read(100, 100, 100, 100, 0.5)
     assert np.abs(read.astype(int) - image[100:200, 100:200]).max() < 16
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".png"])
-def test_a_plain_image_cut_short_is_refused(tmp_path, suffix):
+def test_a_truncated_plain_image_is_refused(tmp_path, suffix):
     whole = tmp_path / f"whole{suffix}"
     vips(paint(600, 600)).write_to_file(str(whole))
     path = tmp_path / f"cut{suffix}"
@@ -125,7 +125,7 @@ def test_a_plain_image_cut_short_is_refused(tmp_path, suffix):
     refused(path, mpp=0.5)
 
 
-def test_a_plain_image_needs_its_scale_from_the_table(tmp_path):
+def test_a_plain_image_needs_mpp_from_the_slide_table(tmp_path):
     path = tmp_path / "region.jpg"
     vips(paint(100, 100)).write_to_file(str(path))
     refused(path, "um/px", "column `mpp`")
@@ -133,7 +133,7 @@ def test_a_plain_image_needs_its_scale_from_the_table(tmp_path):
         assert slide.mpp == 0.5
 
 
-def test_a_tiff_without_scale_or_with_print_resolution_is_refused(tmp_path):
+def test_a_tiff_without_mpp_or_with_print_resolution_is_refused(tmp_path):
     image = paint(100, 100)
     bare = tmp_path / "bare.tif"
     tifffile.imwrite(bare, image, photometric="rgb")
@@ -143,7 +143,7 @@ def test_a_tiff_without_scale_or_with_print_resolution_is_refused(tmp_path):
         tifffile.imwrite(
             path, image, photometric="rgb", resolution=(dpi, dpi), resolutionunit="INCH"
         )
-        refused(path, "no microscope's", "column `mpp`")
+        refused(path, "impossible for a microscope", "column `mpp`")
 
 
 def test_pixels_that_are_not_square_are_refused(tmp_path):
@@ -159,7 +159,7 @@ def test_pixels_that_are_not_square_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("mpp", [0.0, -1.0, float("nan"), float("inf"), 1000.0])
-def test_an_impossible_scale_in_the_table_is_refused(files, mpp):
+def test_an_impossible_mpp_in_the_slide_table_is_refused(files, mpp):
     refused(files["tiff"], "slide table", "column `mpp`", mpp=mpp)
 
 
@@ -193,7 +193,7 @@ def test_pixels_in_another_file_of_an_ome_series_are_refused(tmp_path):
         assert slide.width == 80
 
 
-def test_the_scale_of_the_table_overrides_that_of_the_file(files):
+def test_mpp_of_the_slide_table_overrides_that_of_the_file(files):
     with open_slide(files["tiff"], mpp=0.5) as slide:
         assert slide.mpp == 0.5
 
@@ -224,14 +224,14 @@ COLOURS = {
 
 @pytest.mark.parametrize("kind", COLOURS)
 @pytest.mark.parametrize("tiling", [{}, {"tile": (32, 32)}])
-def test_other_colours_than_8_bit_rgb_are_refused(tmp_path, kind, tiling):
+def test_tiff_colours_other_than_8_bit_rgb_are_refused(tmp_path, kind, tiling):
     shape, dtype, options = COLOURS[kind]
     path = tmp_path / "slide.tif"
     tifffile.imwrite(path, np.full(shape, 200, dtype), **options, **tiling)
     refused(path, "RGB", "leave it out", mpp=0.5)
 
 
-def test_separate_colour_planes_are_refused_with_what_to_do(tmp_path):
+def test_separate_colour_planes_are_refused_with_a_remedy(tmp_path):
     path = tmp_path / "slide.tif"
     planes = np.moveaxis(paint(64, 64), -1, 0).copy()
     tifffile.imwrite(path, planes, photometric="rgb", planarconfig="separate", tile=(32, 32))
@@ -246,13 +246,13 @@ def test_plain_images_of_other_colours_are_refused(tmp_path):
         refused(tmp_path / name, "not an 8-bit RGB image", mpp=0.5)
 
 
-def test_a_black_image_with_single_colours_is_no_brightfield_scan(tmp_path):
+def test_a_black_image_with_one_lit_channel_is_refused(tmp_path):
     image = np.zeros((300, 300, 3), np.uint8)
     image[::20, ::20, 2] = 255
     refused(write_tiff(tmp_path / "dapi.tif", image, mpp=0.5), "not a brightfield scan")
 
 
-def test_a_single_pixel_is_a_slide_in_any_container(tmp_path):
+def test_a_slide_of_one_pixel_opens_in_every_container(tmp_path):
     image = np.full((1, 1, 3), 200, np.uint8)
     vips(image).write_to_file(str(tmp_path / "dot.jpg"))
     write_tiff(tmp_path / "strip.tif", image, mpp=0.5, tile=False, pyramid=False)
@@ -263,15 +263,15 @@ def test_a_single_pixel_is_a_slide_in_any_container(tmp_path):
             assert slide.thumbnail(64).tolist() == [[[200] * 3]]
 
 
-def test_a_single_pixel_is_padded_with_white(tmp_path):
+def test_a_slide_of_one_pixel_is_padded_with_white(tmp_path):
     path = tmp_path / "dot.png"
     vips(np.full((1, 1, 3), 200, np.uint8)).pngsave(str(path))
     with open_slide(path, mpp=0.5) as slide:
         assert slide.read(0, 0, 2, 2, 0.5).tolist()[0] == [[200] * 3, [255] * 3]
 
 
-def scratch(path: Path, tile: int, start: float = 0.0) -> None:
-    """Overwrite a tile's data from a share of it on."""
+def damage_tile(path: Path, tile: int, start: float = 0.0) -> None:
+    """Overwrite a tile's data with noise, from the fraction ``start`` of its length on."""
     with tifffile.TiffFile(path) as tiff:
         offset, count = tiff.pages[0].dataoffsets[tile], tiff.pages[0].databytecounts[tile]
     first = int(count * start)
@@ -284,35 +284,35 @@ def scratch(path: Path, tile: int, start: float = 0.0) -> None:
 @pytest.mark.parametrize("codec", ["jpeg", "deflate"])
 def test_an_undecodable_tile_fails_its_region_only(tmp_path, engine, codec):
     image = paint(512, 512)
-    path = write_tiff(tmp_path / "scratched.tif", image, mpp=0.5, compression=codec, pyramid=False)
-    scratch(path, 5)
+    path = write_tiff(tmp_path / "damaged.tif", image, mpp=0.5, compression=codec, pyramid=False)
+    damage_tile(path, 5)
     with open_slide(path, engine=engine) as slide:
-        for _ in range(2):  # the failure does not stick to the slide, nor is it forgotten
-            with pytest.raises(SlideError, match=r"scratched.tif: pixels cannot be decoded"):
+        for _ in range(2):  # the same error at every read
+            with pytest.raises(SlideError, match=r"damaged.tif: pixels cannot be decoded"):
                 slide.read(140, 140, 50, 50, 0.5)
             with pytest.raises(SlideError, match="cannot be decoded"):
-                slide.read(90, 200, 100, 100, 0.5)  # also if another tile comes first
+                slide.read(90, 200, 100, 100, 0.5)  # also when a good tile is read first
             for x, y in ((300, 300), (0, 130), (260, 130), (130, 0)):
                 read = slide.read(x, y, 100, 100, 0.5)
                 assert np.abs(read.astype(int) - image[y : y + 100, x : x + 100]).max() < 25
 
 
 @pytest.mark.parametrize("codec", ["jpeg", "deflate", "lzw"])
-def test_data_damaged_within_a_tile_are_noticed(tmp_path, codec):
+def test_damage_within_a_tile_is_detected(tmp_path, codec):
     path = write_tiff(
-        tmp_path / "scratched.tif", paint(512, 512), mpp=0.5, compression=codec, pyramid=False
+        tmp_path / "damaged.tif", paint(512, 512), mpp=0.5, compression=codec, pyramid=False
     )
-    scratch(path, 5, 0.5)
+    damage_tile(path, 5, 0.5)
     with open_slide(path) as slide, pytest.raises(SlideError, match="cannot be decoded"):
         slide.read(140, 140, 50, 50, 0.5)
 
 
 LARGE = paint(1024, 1536)
-LATE = ["tiff tifffile", "tiff libvips", "tiff openslide", "ndpi", "scn", "mirax", "dicom"]
+LARGE_SLIDES = ["tiff tifffile", "tiff libvips", "tiff openslide", "ndpi", "scn", "mirax", "dicom"]
 
 
-def opened_large(kind: str, folder: Path) -> tuple[Slide, Path]:
-    """A slide, and the file that holds its pixels."""
+def open_large(kind: str, folder: Path) -> tuple[Slide, Path]:
+    """Open a large slide; also return the file that holds its pixels."""
     image, levels = LARGE, [LARGE, LARGE[::2, ::2].copy()]
     name, _, engine = kind.partition(" ")
     if name == "tiff":
@@ -330,14 +330,14 @@ def opened_large(kind: str, folder: Path) -> tuple[Slide, Path]:
     return open_slide(path), path
 
 
-@pytest.mark.parametrize("kind", LATE)
-@pytest.mark.parametrize("how", ["vanishes", "is cut"])
-def test_a_file_that_goes_while_it_is_read_gives_its_pixels_or_an_error(tmp_path, kind, how):
-    slide, path = opened_large(kind, tmp_path)
+@pytest.mark.parametrize("kind", LARGE_SLIDES)
+@pytest.mark.parametrize("event", ["removed", "truncated"])
+def test_a_file_lost_while_open_gives_its_pixels_or_an_error(tmp_path, kind, event):
+    slide, path = open_large(kind, tmp_path)
     with slide:
         x, y = slide.bounds[:2]
         before = slide.read(x, y, 100, 100, 0.5)
-        if how == "vanishes":
+        if event == "removed":
             path.unlink()
         else:
             os.truncate(path, path.stat().st_size // 5)
@@ -350,12 +350,12 @@ def test_a_file_that_goes_while_it_is_read_gives_its_pixels_or_an_error(tmp_path
                 continue
             expected = LARGE[top : top + 100, left : left + 100]
             assert np.abs(read.astype(int) - expected).mean() < 3
-        if how == "is cut":
-            assert failed >= 2  # what was read at opening may be remembered
+        if event == "truncated":
+            assert failed >= 2  # pixels that were read on opening may be cached
         assert before.shape == (100, 100, 3)
 
 
-def test_the_error_survives_pickling():
+def test_a_slide_error_survives_pickling():
     error = SlideError("a.svs", "two\nlines", "do this")
     again = pickle.loads(pickle.dumps(error))
     assert (str(again), again.slide, again.reason) == (
@@ -365,7 +365,7 @@ def test_the_error_survives_pickling():
     )
 
 
-def test_identity_follows_the_content(tmp_path, files):
+def test_content_identity_depends_on_the_content_only(tmp_path, files):
     copy = tmp_path / "renamed.tif"
     shutil.copy(files["tiff"], copy)
     first = content_identity(copy)
@@ -379,7 +379,7 @@ def test_identity_follows_the_content(tmp_path, files):
         content_identity(tmp_path / "gone.tif")
 
 
-def test_real_bad_files_are_refused(real_data):
+def test_unusable_real_files_are_refused(real_data):
     folder = real_data / "slides"
     refused(folder / "broken.svs", "known format")
     refused(folder / "unreadable.svs", "cannot be decoded")
@@ -387,7 +387,7 @@ def test_real_bad_files_are_refused(real_data):
 
 
 @pytest.mark.parametrize("name", ["CMU-1-Small-Region.svs", "camelyon_multiframe_lowres.dcm"])
-def test_real_slides_cut_to_60_percent_are_refused(real_data, tmp_path, name):
+def test_truncated_real_slides_are_refused(real_data, tmp_path, name):
     data = (real_data / "slides" / name).read_bytes()
     path = tmp_path / name
     path.write_bytes(data[: int(len(data) * 0.6)])

@@ -1,4 +1,4 @@
-"""um/px from what files say."""
+"""um/px and other metadata of slide files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import tifffile
 
 from nic_core.slides import SlideError, open_slide
-from nic_core.slides.metadata import openslide_about
+from nic_core.slides.metadata import openslide_metadata
 from tests.slides.conftest import paint
 
 
@@ -24,12 +24,12 @@ def aperio(folder: Path, fields: str) -> Path:
     return path
 
 
-def test_aperio_mpp_comes_before_magnification(tmp_path):
+def test_aperio_mpp_is_preferred_to_magnification(tmp_path):
     with open_slide(aperio(tmp_path, "AppMag = 40|MPP = 0.2527|Date = 1")) as slide:
         assert (slide.mpp, slide.mpp_source) == (0.2527, "Aperio tag")
 
 
-def test_aperio_magnification_is_the_last_resort(tmp_path):
+def test_aperio_magnification_is_used_without_mpp(tmp_path):
     with open_slide(aperio(tmp_path, "AppMag = 20|Date = 1")) as slide:
         assert (slide.mpp, slide.mpp_source) == (0.5, "objective power 20x")
         assert slide.objective_power == 20
@@ -38,10 +38,10 @@ def test_aperio_magnification_is_the_last_resort(tmp_path):
 @pytest.mark.parametrize(
     ("size", "unit"), [(0.5, "µm"), (500.0, "nm"), (0.0005, "mm"), (0.00005, "cm")]
 )
-def test_ome_units_are_converted(tmp_path, size, unit):
+def test_ome_units_are_converted_to_micrometres(tmp_path, size, unit):
     path = tmp_path / "slide.ome.tif"
-    about = {f"PhysicalSize{a}": size for a in "XY"} | {f"PhysicalSize{a}Unit": unit for a in "XY"}
-    tifffile.imwrite(path, paint(80, 80), photometric="rgb", metadata={"axes": "YXS", **about})
+    sizes = {f"PhysicalSize{a}": size for a in "XY"} | {f"PhysicalSize{a}Unit": unit for a in "XY"}
+    tifffile.imwrite(path, paint(80, 80), photometric="rgb", metadata={"axes": "YXS", **sizes})
     with open_slide(path) as slide:
         assert slide.mpp == pytest.approx(0.5)
 
@@ -59,22 +59,24 @@ def test_resolution_tags_are_read_in_their_unit(tmp_path, unit, value):
 
 
 @pytest.mark.parametrize("value", ["0", "nan", "1000", "-0.25", "inf", "1e-9"])
-def test_an_absurd_mpp_in_the_file_names_the_slide_and_the_column(tmp_path, value):
+def test_an_impossible_mpp_in_the_file_is_refused_with_a_remedy(tmp_path, value):
     path = aperio(tmp_path, f"AppMag = 40|MPP = {value}|Date = 1")
-    with pytest.raises(SlideError, match=r"slide.svs: mpp .* by the file \(Aperio tag\).*`mpp`"):
+    with pytest.raises(
+        SlideError, match=r"slide.svs: mpp .* given by the file \(Aperio tag\).*`mpp`"
+    ):
         open_slide(path)
     with open_slide(path, mpp=0.5) as slide:
         assert (slide.mpp, slide.mpp_source) == (0.5, "slide table")
 
 
-def test_an_unreadable_mpp_is_a_missing_one(tmp_path):
+def test_an_unreadable_mpp_counts_as_missing(tmp_path):
     with open_slide(aperio(tmp_path, "AppMag = 20|MPP = unknown|Date = 1")) as slide:
         assert (slide.mpp, slide.mpp_source) == (0.5, "objective power 20x")
-    with pytest.raises(SlideError, match=r"does not say its um/px.*`mpp`"):
+    with pytest.raises(SlideError, match=r"does not state its um/px.*`mpp`"):
         open_slide(aperio(tmp_path, "AppMag = |MPP = ?|Date = 1"))
 
 
-def test_ome_without_a_size_falls_back_on_the_objective_and_is_said_so(tmp_path):
+def test_ome_without_pixel_size_uses_the_objective_power(tmp_path):
     path = tmp_path / "slide.ome.tif"
     xml = (
         '<OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06">'
@@ -105,30 +107,30 @@ def test_ome_without_a_size_falls_back_on_the_objective_and_is_said_so(tmp_path)
             assert slide.bounds == (0, 0, 80, 80)
 
 
-def test_names_of_other_images_are_told_unless_they_are_the_users_own(tmp_path):
+def test_only_standard_names_of_other_images_are_reported(tmp_path):
     path = tmp_path / "slide.ome.tif"
     with tifffile.TiffWriter(path) as writer:
         for name, side in (("scan", 96), ("label", 32), ("Jane Doe", 48), ("Macro", 64)):
-            about = {"axes": "YXS", "Name": name, "PhysicalSizeX": 0.5, "PhysicalSizeY": 0.5}
-            writer.write(paint(side, side), photometric="rgb", metadata=about)
+            metadata = {"axes": "YXS", "Name": name, "PhysicalSizeX": 0.5, "PhysicalSizeY": 0.5}
+            writer.write(paint(side, side), photometric="rgb", metadata=metadata)
     with open_slide(path) as slide:
         assert (slide.width, slide.mpp_source) == (96, "OME-XML")
         assert slide.associated == ("label", "unnamed", "macro")
 
 
-def test_openslide_properties_are_read():
+def test_openslide_properties_are_parsed():
     stated = {"openslide.mpp-x": "0.25", "openslide.mpp-y": "0.26", "openslide.vendor": "leica"}
-    about = openslide_about(stated, ["label"])
-    assert (about.mpp, about.mpp_source) == ((0.25, 0.26), "leica metadata")
-    assert about.associated == ("label",)
-    about = openslide_about({"openslide.objective-power": "20"}, [])
-    assert (about.mpp, about.mpp_source) == ((0.5, 0.5), "objective power 20x")
-    assert about.objective_power == 20
-    assert openslide_about({}, []).mpp is None
-    assert openslide_about({"openslide.mpp-x": "?", "openslide.mpp-y": "0.2"}, []).mpp is None
+    metadata = openslide_metadata(stated, ["label"])
+    assert (metadata.mpp, metadata.mpp_source) == ((0.25, 0.26), "leica metadata")
+    assert metadata.associated == ("label",)
+    metadata = openslide_metadata({"openslide.objective-power": "20"}, [])
+    assert (metadata.mpp, metadata.mpp_source) == ((0.5, 0.5), "objective power 20x")
+    assert metadata.objective_power == 20
+    assert openslide_metadata({}, []).mpp is None
+    assert openslide_metadata({"openslide.mpp-x": "?", "openslide.mpp-y": "0.2"}, []).mpp is None
     box = {
         f"openslide.bounds-{k}": v
         for k, v in zip(("x", "y", "width", "height"), "1234", strict=True)
     }
-    assert openslide_about(box, []).bounds == (1, 2, 3, 4)
-    assert openslide_about(box | {"openslide.bounds-x": "nan"}, []).bounds is None
+    assert openslide_metadata(box, []).bounds == (1, 2, 3, 4)
+    assert openslide_metadata(box | {"openslide.bounds-x": "nan"}, []).bounds is None

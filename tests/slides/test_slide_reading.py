@@ -1,4 +1,4 @@
-"""Pixels of every engine against a plain reference."""
+"""Pixels of every engine, compared with a plain reference."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from PIL import Image
 
 from nic_core.slides import SlideError, open_slide
 from nic_core.slides.engines.base import downsample
-from nic_core.slides.resample import coverage, settle
+from nic_core.slides.resample import coverage, snap_to_whole
 from tests.slides.conftest import area_mean, paint, reduced, write_tiff
 
 ENGINES = {
@@ -30,19 +30,19 @@ ENGINES = {
     "jpeg2000": "tifffile",
     "png": "libvips",
 }
-# those that were asked for; OpenSlide knows neither strips nor sub-IFDs
-ASKED = [
+# engines that are not the default; OpenSlide supports neither strips nor sub-IFDs
+REQUESTED = [
     *(
         ("libvips", kind)
         for kind in ("tiff", "bigtiff", "subifd", "strips", "single", "svs", "ome")
     ),
     *(("openslide", kind) for kind in ("tiff", "bigtiff", "single", "svs")),
 ]
-EVERY = [("tifffile", "single"), ("tifffile", "tiff"), ("tifffile", "ome"), *ASKED]
+EVERY = [("tifffile", "single"), ("tifffile", "tiff"), ("tifffile", "ome"), *REQUESTED]
 
 
-@pytest.mark.parametrize(("engine", "kind"), [*((None, kind) for kind in ENGINES), *ASKED])
-def test_every_container_gives_the_pixels_that_were_written(engine, kind, files, pixels):
+@pytest.mark.parametrize(("engine", "kind"), [*((None, kind) for kind in ENGINES), *REQUESTED])
+def test_every_container_returns_the_written_pixels(engine, kind, files, pixels):
     mpp = 0.25 if kind == "png" else None
     with open_slide(files[kind], mpp=mpp, engine=engine) as slide:
         assert slide.engine == (engine or ENGINES[kind])
@@ -59,7 +59,7 @@ def test_every_container_gives_the_pixels_that_were_written(engine, kind, files,
 
 @pytest.mark.parametrize("engine", [None, "libvips"])
 @pytest.mark.parametrize("kind", ["tiff", "subifd", "ome"])
-def test_levels_are_those_of_the_pyramid(kind, engine, files, pixels):
+def test_levels_match_the_pyramid(kind, engine, files, pixels):
     with open_slide(files[kind], engine=engine) as slide:
         assert [level.downsample for level in slide.levels][:2] == [1.0, 2.0]
         assert (slide.levels[1].width, slide.levels[1].height) == (450, 350)
@@ -91,48 +91,48 @@ def test_a_read_is_the_area_mean_of_the_nearest_finer_level(
         index = slide.level_for(mpp)
         level = slide.levels[index]
         assert level.downsample <= mpp / slide.mpp * 1.01
-        whole = slide._engine.region(index, 0, 0, level.width, level.height)
+        whole = slide._engine.read_region(index, 0, 0, level.width, level.height)
         read = slide.read(x, y, width, height, mpp)
         scale = mpp / slide.mpp / level.downsample
-        # the rounding of a file's um/px is no scale; nor is a hundredth of a pixel a place
-        left, settled = settle(x / level.downsample, scale)
-        top, _ = settle(y / level.downsample, scale)
+        # scale and start are rounded within the precision of a file's um/px
+        left, settled = snap_to_whole(x / level.downsample, scale)
+        top, _ = snap_to_whole(y / level.downsample, scale)
         assert abs(settled - scale) <= 1e-5 * scale
         assert max(abs(left - x / level.downsample), abs(top - y / level.downsample)) <= 1e-2
         expected = area_mean(whole, left, top, width, height, settled)
     assert np.abs(read - expected).max() <= 0.5 + 3e-3
 
 
-def test_openslide_is_near_at_a_level_that_is_no_whole_part(files):
+def test_openslide_is_close_at_levels_with_fractional_downsample(files):
     with open_slide(files["tiff"], engine="openslide") as slide:
         level = slide.levels[3]  # 112 x 87 px of 900 x 700
-        whole = slide._engine.region(3, 0, 0, level.width, level.height).astype(int)
-        part = slide._engine.region(3, 50, 40, 40, 30)
-    # it interpolates over the rest of a level-0 px
+        whole = slide._engine.read_region(3, 0, 0, level.width, level.height).astype(int)
+        part = slide._engine.read_region(3, 50, 40, 40, 30)
+    # OpenSlide interpolates by the fraction of a level-0 px
     assert np.abs(part - whole[40:70, 50:90]).mean() < 2.5
 
 
 @pytest.mark.parametrize("engine", ["tifffile", "libvips", "openslide"])
 @pytest.mark.parametrize("factor", [1, 2, 3, 4, 7])
-def test_whole_downsamples_are_exact_block_means(factor, engine, files, pixels):
+def test_whole_downsamples_give_exact_block_means(factor, engine, files, pixels):
     with open_slide(files["single"], engine=engine) as slide:
         read = slide.read(0, 0, 900 // factor, 700 // factor, 0.25 * factor)
     np.testing.assert_array_equal(read, reduced(pixels, factor))
 
 
-def test_patches_read_alone_and_in_a_block_are_equal(files):
+def test_a_patch_is_the_same_read_alone_or_within_a_block(files):
     with open_slide(files["single"], mpp=0.2498) as slide:
         step = 64 * 0.5 / slide.mpp
         block = slide.read(step, 2 * step, 4 * 64, 64, 0.5)
         for i in range(4):
             alone = slide.read((1 + i) * step, 2 * step, 64, 64, 0.5)
             difference = np.abs(alone.astype(int) - block[:, 64 * i : 64 * (i + 1)])
-            assert difference.max() <= 1  # half-way cases of float32
+            assert difference.max() <= 1  # float32 rounds .5 either way
             assert (difference > 0).mean() < 1e-3
 
 
 @pytest.mark.parametrize(("engine", "kind"), EVERY)
-def test_outside_is_white(engine, kind, files, pixels):
+def test_pixels_outside_the_slide_are_white(engine, kind, files, pixels):
     with open_slide(files[kind], engine=engine) as slide:
         read = slide.read(-10, -20, 30, 40, slide.mpp)
         np.testing.assert_array_equal(read[20:, 10:], pixels[:20, :20])
@@ -149,7 +149,7 @@ def test_a_finer_resolution_than_stored_is_interpolated(files, pixels):
     assert difference.max() <= 1
 
 
-def test_a_wide_read_comes_in_bands_and_is_the_same(files, monkeypatch):
+def test_reading_in_bands_gives_the_same_pixels(files, monkeypatch):
     with open_slide(files["single"]) as slide:
         whole = slide.read(3.3, 4.4, 300, 200, 0.67)
         monkeypatch.setattr("nic_core.slides.slide._SOURCE_PIXELS", 20_000)
@@ -157,7 +157,7 @@ def test_a_wide_read_comes_in_bands_and_is_the_same(files, monkeypatch):
     assert np.abs(whole.astype(int) - banded).max() <= 1
 
 
-def test_thumbnail_has_the_shape_of_the_slide(files):
+def test_a_thumbnail_has_the_aspect_ratio_of_the_slide(files):
     with open_slide(files["tiff"]) as slide:
         assert slide.thumbnail(300).shape == (233, 300, 3)
         assert slide.thumbnail(5000).shape == (700, 900, 3)
@@ -167,7 +167,7 @@ def test_thumbnail_has_the_shape_of_the_slide(files):
     ("engine", "kind"),
     [("tifffile", "tiff"), ("tifffile", "jpeg2000"), ("libvips", "ome"), ("openslide", "tiff")],
 )
-def test_threads_share_a_slide(engine, kind, files):
+def test_threads_can_share_a_slide(engine, kind, files):
     with open_slide(files[kind], engine=engine) as slide:
         places = [(x, y) for x in range(0, 800, 90) for y in range(0, 600, 80)]
         alone = [slide.read(x, y, 50, 50, 0.6) for x, y in places]
@@ -183,13 +183,13 @@ def test_threads_share_a_slide(engine, kind, files):
 
 
 @pytest.mark.parametrize("engine", ["openslide", "libvips"])
-def test_another_engine_agrees_with_tifffile(engine, tmp_path):
+def test_other_engines_agree_with_tifffile(engine, tmp_path):
     path = write_tiff(tmp_path / "slide.tif", paint(500, 600), mpp=0.25, compression="jpeg")
     with open_slide(path) as by_tifffile, open_slide(path, engine=engine) as other:
         assert (by_tifffile.engine, other.engine) == ("tifffile", engine)
         assert (by_tifffile.engine_reason, other.engine_reason) == (
-            "TIFF: tiles by their offsets",
-            "asked for",
+            "TIFF tiles read directly",
+            "requested",
         )
         assert other.levels == by_tifffile.levels
         for args in [(0, 0, 300, 250, 0.5), (33, 21, 77, 66, 0.61), (-9, 480, 50, 50, 1.3)]:
@@ -198,14 +198,14 @@ def test_another_engine_agrees_with_tifffile(engine, tmp_path):
             assert np.abs(difference).max() <= 2
 
 
-def test_jfif_tiles_that_are_tagged_rgb_come_in_true_colours(real_data):
+def test_jfif_tiles_tagged_rgb_are_decoded_to_true_colours(real_data):
     with open_slide(real_data / "slides" / "OS-1-detail.ome.tif") as slide:
         mean = slide.thumbnail(256).mean(axis=(0, 1))
-    # H&E absorbs green the most; taken as RGB, the stored YCbCr is greenest
+    # H&E absorbs green the most; YCbCr read as RGB would make green the brightest
     assert mean[1] == mean.min()
 
 
-def test_real_slides_open_with_their_size_and_scale(real_data):
+def test_real_slides_open_with_their_size_and_mpp(real_data):
     known = {
         "CMU-1-Small-Region.svs": ("tifffile", 2220, 2967, 0.499),
         "OS-1-detail.ome.tif": ("tifffile", 1101, 1101, 0.2271),
@@ -219,7 +219,7 @@ def test_real_slides_open_with_their_size_and_scale(real_data):
             assert slide.thumbnail(64).shape[1] <= 64
 
 
-def test_an_aperio_slide_reads_the_same_through_openslide(real_data):
+def test_aperio_pixels_agree_with_openslide(real_data):
     path = real_data / "slides" / "CMU-1-Small-Region.svs"
     reference = np.asarray(openslide.OpenSlide(path).read_region((700, 800), 0, (256, 256)))
     with open_slide(path) as slide:
@@ -231,7 +231,7 @@ def test_an_aperio_slide_reads_the_same_through_openslide(real_data):
 @given(
     width=st.integers(50, 5000), height=st.integers(50, 5000), factor=st.sampled_from([2, 4, 16])
 )
-def test_a_whole_downsample_is_found_behind_rounded_sizes(width, height, factor):
+def test_a_whole_downsample_is_found_despite_rounded_sizes(width, height, factor):
     for rounded in (np.floor, np.ceil, np.round):
         w, h = int(rounded(width / factor)), int(rounded(height / factor))
         if w > 2 * factor and h > 2 * factor:
@@ -239,7 +239,7 @@ def test_a_whole_downsample_is_found_behind_rounded_sizes(width, height, factor)
 
 
 @given(start=st.floats(-20, 50), scale=st.floats(0.2, 9), count=st.integers(1, 20))
-def test_coverage_sums_to_one_inside(start, scale, count):
+def test_coverage_weights_sum_to_one_inside(start, scale, count):
     weights = coverage(start, scale, count, 60)
     sums = np.asarray(weights.sum(axis=1)).ravel()
     low = start + scale * np.arange(count)
@@ -269,7 +269,7 @@ def test_lossless_codecs_in_strips_and_tiles_are_exact(tmp_path, options, pixels
         assert slide.levels[0].tile in ((900, 50), (900, 1), (64, 128))
 
 
-def test_transparency_is_left_out(tmp_path, pixels):
+def test_an_alpha_channel_is_ignored(tmp_path, pixels):
     path = tmp_path / "slide.tif"
     opaque = np.dstack([pixels, np.full(pixels.shape[:2], 255, np.uint8)])
     tifffile.imwrite(path, opaque, photometric="rgb", extrasamples=["unassalpha"], tile=(128, 128))
@@ -278,20 +278,20 @@ def test_transparency_is_left_out(tmp_path, pixels):
             np.testing.assert_array_equal(slide.read(0, 0, 900, 700, 0.5), pixels)
 
 
-def test_ycbcr_that_is_not_jpeg_is_left_to_openslide(tmp_path, pixels):
+def test_ycbcr_outside_jpeg_is_read_by_openslide(tmp_path, pixels):
     path = tmp_path / "slide.tif"
     ycbcr = np.asarray(Image.fromarray(pixels).convert("YCbCr"))
     tifffile.imwrite(path, ycbcr, photometric="ycbcr", tile=(128, 128), compression="lzw")
     with open_slide(path, mpp=0.5) as slide:
         assert (slide.engine, slide.engine_reason) == (
             "openslide",
-            "YCbCr colours that are not JPEG's",
+            "YCbCr colours outside JPEG",
         )
         read = slide.read(0, 0, 900, 700, 0.5)
     assert np.abs(read.astype(int) - pixels).max() <= 3
 
 
-def test_tifffile_engine_pads_edge_tiles(tmp_path):
+def test_tifffile_engine_reads_padded_edge_tiles(tmp_path):
     image = paint(150, 170)
     path = tmp_path / "edge.tif"
     tifffile.imwrite(
@@ -309,18 +309,18 @@ def test_tifffile_engine_pads_edge_tiles(tmp_path):
         np.testing.assert_array_equal(slide.read(61, 60, 20, 30, slide.mpp), image[60:90, 61:81])
 
 
-def test_paths_may_be_strings_with_spaces(tmp_path):
+def test_a_path_may_contain_spaces_and_brackets(tmp_path):
     path = write_tiff(tmp_path / "a slide [1].tif", paint(100, 100), mpp=0.5)
     with open_slide(Path(path)) as slide:
         assert slide.width == 100
 
 
-def test_libvips_refuses_colours_that_it_would_get_wrong(real_data):
+def test_libvips_refuses_mistagged_colours(real_data):
     with pytest.raises(SlideError, match="false colours"):
         open_slide(real_data / "slides" / "OS-1-detail.ome.tif", engine="libvips")
 
 
 @pytest.mark.parametrize(("kind", "engine"), [("png", "openslide"), ("png", "tifffile")])
-def test_an_engine_that_does_not_read_a_file_is_named(kind, engine, files):
+def test_an_engine_that_cannot_read_a_file_is_refused(kind, engine, files):
     with pytest.raises(SlideError, match=f"engine '{engine}' does not read"):
         open_slide(files[kind], mpp=0.5, engine=engine)

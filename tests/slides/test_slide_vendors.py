@@ -1,4 +1,4 @@
-"""The scanners' formats, written with known pixels: engine, levels, scale, pixels."""
+"""Vendor formats, written with known pixels: engine, levels, um/px, pixels."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ def levels(count: int = 2) -> list[np.ndarray]:
 
 @dataclass(frozen=True)
 class Format:
-    """How to write it, and what opening it should tell; ``corner``: of the written pixels."""
+    """How to write a format, and what opening it must return.
+
+    ``corner`` is the top-left corner (x, y) of the written pixels within the slide.
+    """
 
     write: Callable[[Path], Path]
     engine: str
@@ -121,15 +124,15 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {kind: form.write(tmp_path_factory.mktemp("f")) for kind, form in FORMATS.items()}
 
 
-def close(read: np.ndarray, expected: np.ndarray) -> None:
-    """Equal but for JPEG."""
+def assert_close(read: np.ndarray, expected: np.ndarray) -> None:
+    """Assert that pixels are equal up to JPEG compression."""
     difference = np.abs(read.astype(int) - expected)
     assert difference.mean() < 2.5
     assert difference.max() < 16
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_a_vendor_slide_opens_with_its_levels_scale_and_names(kind, written):
+def test_a_vendor_slide_opens_with_its_metadata(kind, written):
     form = FORMATS[kind]
     with open_slide(written[kind]) as slide:
         assert slide.engine == form.engine
@@ -140,19 +143,19 @@ def test_a_vendor_slide_opens_with_its_levels_scale_and_names(kind, written):
         assert slide.objective_power == form.power
         assert set(slide.associated) == form.names
         x, y = form.corner
-        # Ventana says none, so all of it is
+        # Ventana states no bounds: the whole slide
         assert slide.bounds[:2] == (x, y)
         assert slide.bounds[2:] == (form.pixels.shape[1], form.pixels.shape[0])
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_a_vendor_slide_has_the_pixels_that_were_written(kind, written):
+def test_a_vendor_slide_returns_the_written_pixels(kind, written):
     form = FORMATS[kind]
     height, width = form.pixels.shape[:2]
     with open_slide(written[kind]) as slide:
         x, y = form.corner
         whole = slide.read(x, y, width, height, MPP)
-        (close, np.testing.assert_array_equal)[form.lossless](whole, form.pixels)
+        (assert_close, np.testing.assert_array_equal)[form.lossless](whole, form.pixels)
         # across tile borders and at a corner
         for left, top in ((100, 110), (250, 5), (width - 60, height - 60)):
             part = slide.read(x + left, y + top, 60, 60, MPP)
@@ -164,37 +167,37 @@ def test_a_vendor_slide_has_the_pixels_that_were_written(kind, written):
 
 @pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("mpp", [0.5, 1.0, 0.37, 0.83])
-def test_a_vendor_slide_reads_area_means_at_any_scale(kind, mpp, written):
+def test_a_vendor_slide_returns_area_means_at_any_mpp(kind, mpp, written):
     with open_slide(written[kind]) as slide:
         index = slide.level_for(mpp)
         level = slide.levels[index]
         assert index == 0 or mpp >= 0.5
-        whole = slide._engine.region(index, 0, 0, level.width, level.height)
+        whole = slide._engine.read_region(index, 0, 0, level.width, level.height)
         factor = level.downsample
         for x, y in ((130.0, 70.0), (201.7, 99.2), (-6.0, slide.height - 40.5)):
             read = slide.read(x, y, 40, 30, mpp)
             expected = area_mean(whole, x / factor, y / factor, 40, 30, mpp / MPP / factor)
-            # starts within a hundredth of a pixel of a whole one are taken as whole
+            # a start within 0.01 px of a whole number is rounded
             assert np.abs(read - expected).max() <= 0.5 + 1e-2
 
 
-def test_the_coarser_level_shows_the_same_place(written):
+def test_a_coarser_level_shows_the_same_region(written):
     for kind, path in written.items():
         form = FORMATS[kind]
         with open_slide(path) as slide:
             x, y = form.corner
             read = slide.read(x + 128, y + 128, 100, 100, 2 * MPP)
-        close(read, reduced(form.pixels[128:328, 128:328], 2))
+        assert_close(read, reduced(form.pixels[128:328, 128:328], 2))
 
 
-def test_what_mirax_did_not_scan_is_white(tmp_path):
+def test_areas_that_mirax_did_not_scan_are_white(tmp_path):
     path = vendors.write_mirax(
         tmp_path / "a.mrxs", levels(), MPP, picture=PICTURE, missing=(0, 6, 12, 18, 1)
     )
     with open_slide(path) as slide:
         assert slide.bounds == (128, 0, 640, 512)
         assert (slide.read(0, 0, 128, 512, MPP) == 255).all()
-        close(slide.read(256, 0, 100, 100, MPP), SLIDE[:100, 256:356])
+        assert_close(slide.read(256, 0, 100, 100, MPP), SLIDE[:100, 256:356])
 
 
 def test_a_leica_fluorescence_scan_is_refused(tmp_path):
@@ -204,50 +207,50 @@ def test_a_leica_fluorescence_scan_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-@pytest.mark.parametrize("share", [0.05, 0.6, 0.98])
-def test_a_vendor_slide_cut_short_is_refused(kind, share, tmp_path):
+@pytest.mark.parametrize("fraction", [0.05, 0.6, 0.98])
+def test_a_truncated_vendor_slide_is_refused(kind, fraction, tmp_path):
     path = FORMATS[kind].write(tmp_path)
     large = max((p for p in tmp_path.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
     data = large.read_bytes()
-    large.write_bytes(data[: int(len(data) * share)])
+    large.write_bytes(data[: int(len(data) * fraction)])
     with pytest.raises(SlideError, match="copy the file again"):
         open_slide(path, mpp=MPP)
 
 
-def test_a_mirax_file_without_its_folder_says_so(tmp_path):
+def test_a_mirax_file_without_its_folder_is_refused(tmp_path):
     path = vendors.write_mirax(tmp_path / "a.mrxs", levels(), MPP, picture=PICTURE)
     path.with_suffix("").rename(tmp_path / "elsewhere")
-    with pytest.raises(SlideError, match=r"folder a beside it is missing"):
+    with pytest.raises(SlideError, match="its folder 'a' is missing"):
         open_slide(path)
 
 
-def test_one_bad_tile_does_not_spoil_the_reads_of_other_threads(tmp_path):
+def test_an_undecodable_tile_does_not_affect_other_threads(tmp_path):
     path = vendors.write_philips(tmp_path / "a.tiff", levels(), MPP, macro=PICTURE)
     with tifffile.TiffFile(path) as tiff:
         offset, count = tiff.pages[0].dataoffsets[8], tiff.pages[0].databytecounts[8]
     with path.open("r+b") as file:
         file.seek(offset)
         file.write(np.random.default_rng(0).bytes(count))
-    places = [(x, y) for y in range(0, 512, 128) for x in range(0, 768, 128)] * 4
+    corners = [(x, y) for y in range(0, 512, 128) for x in range(0, 768, 128)] * 4
 
     with open_slide(path) as slide, ThreadPoolExecutor(4) as pool:
 
-        def read(place: tuple[int, int]) -> bool:
+        def read(corner: tuple[int, int]) -> bool:
             try:
-                pixels = slide.read(*place, 128, 128, MPP)
+                pixels = slide.read(*corner, 128, 128, MPP)
             except SlideError:
                 return False
-            close(pixels, SLIDE[place[1] : place[1] + 128, place[0] : place[0] + 128])
+            assert_close(pixels, SLIDE[corner[1] : corner[1] + 128, corner[0] : corner[0] + 128])
             return True
 
-        good = list(pool.map(read, places))
-    assert good == [place != (256, 128) for place in places]
+        good = list(pool.map(read, corners))
+    assert good == [corner != (256, 128) for corner in corners]
 
 
-def test_the_other_files_of_a_slide_are_part_of_its_identity(tmp_path):
+def test_content_identity_includes_all_files_of_a_slide(tmp_path):
     mirax = vendors.write_mirax(tmp_path / "a.mrxs", levels(), MPP, picture=PICTURE)
     dicom = vendors.write_dicom(tmp_path / "dicom", levels(), MPP, label=PICTURE)
-    (dicom.parent / "notes.txt").write_text("of another matter")
+    (dicom.parent / "notes.txt").write_text("not a part of the slide")
     for path, part in (
         (mirax, tmp_path / "a" / "Data0000.dat"),
         (dicom, dicom.parent / "level1.dcm"),
@@ -258,7 +261,7 @@ def test_the_other_files_of_a_slide_are_part_of_its_identity(tmp_path):
             file.write(b"more")
         assert content_identity(path) != before
     before = content_identity(dicom)
-    (dicom.parent / "notes.txt").write_text("longer than it was")
+    (dicom.parent / "notes.txt").write_text("not a part of the slide, changed")
     assert content_identity(dicom) == before
 
 
@@ -266,7 +269,7 @@ WITH_OPENSLIDE = bool(pyvips.type_find("VipsForeignLoad", "openslideload"))
 
 
 @pytest.mark.parametrize("kind", [kind for kind in FORMATS if FORMATS[kind].engine == "openslide"])
-def test_libvips_reads_vendor_formats_where_it_has_openslide(kind, written):
+def test_libvips_reads_vendor_formats_if_built_with_openslide(kind, written):
     if not WITH_OPENSLIDE:
         with pytest.raises(SlideError, match="install a libvips with OpenSlide"):
             open_slide(written[kind], engine="libvips")

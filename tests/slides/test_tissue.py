@@ -1,4 +1,4 @@
-"""Tissue masks: on drawn slides whose tissue is known, and on real ones."""
+"""Tissue detection on painted slides with known tissue and on real slides; given masks."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def overlap(a: np.ndarray, b: np.ndarray) -> float:
     return (a & b).sum() / (a | b).sum()
 
 
-def test_a_section_on_glass_is_found():
+def test_tissue_on_glass_is_detected():
     where = disc((250, 300), 120, 150, 80)
     assert overlap(find_tissue(with_tissue(glass(), where), MPP), where) > 0.95
 
 
 @pytest.mark.parametrize("lamp", [(250, 250, 250), (225, 222, 215), (232, 215, 228)])
-def test_the_colour_of_the_lamp_is_no_stain(lamp):
+def test_the_colour_of_the_lamp_is_not_taken_for_stain(lamp):
     where = disc((250, 300), 120, 150, 60)
     assert overlap(find_tissue(with_tissue(glass(colour=lamp), where), MPP), where) > 0.95
     assert not find_tissue(glass(colour=lamp), MPP).any()
@@ -57,12 +57,12 @@ def test_a_slide_full_of_tissue_is_all_tissue():
     assert find_tissue(paint(250, 300), MPP).all()
 
 
-def test_a_small_biopsy_on_much_glass_is_found():
+def test_a_small_biopsy_on_much_glass_is_detected():
     where = disc((800, 800), 400, 400, 12)
     assert overlap(find_tissue(with_tissue(glass(800, 800), where), MPP), where) > 0.7
 
 
-def test_specks_go_and_small_holes_close():
+def test_specks_are_removed_and_small_holes_filled():
     where = disc((250, 300), 120, 150, 80)
     hole, speck = disc(where.shape, 120, 150, 6), disc(where.shape, 20, 20, 3)
     found = find_tissue(with_tissue(glass(), (where & ~hole) | speck), MPP)
@@ -91,16 +91,16 @@ def painted() -> dict[str, Section]:
         ("all tissue", 1.0),
     ],
 )
-def test_painted_tissue_is_found_whatever_else_is_on_the_glass(painted, name, least):
+def test_painted_tissue_is_detected_among_artefacts(painted, name, least):
     section = painted[name]
     assert overlap(find_tissue(section.pixels, MPP), section.tissue) >= least
 
 
-def test_an_empty_slide_stays_empty(painted):
+def test_a_painted_empty_slide_has_no_tissue(painted):
     assert not find_tissue(painted["empty"].pixels, MPP).any()
 
 
-def test_fat_is_tissue_though_most_of_it_is_as_clear_as_glass(painted):
+def test_fat_is_tissue_although_most_of_it_looks_like_glass(painted):
     section = painted["plain"]
     assert (section.pixels[section.fat].min(axis=1) > 225).mean() > 0.5
     assert find_tissue(section.pixels, MPP)[section.fat].mean() > 0.85
@@ -116,26 +116,26 @@ def test_glass_between_tissue_and_the_border_stays_glass(gap):
     assert not found[:, : gap - 2].any()
 
 
-def test_pale_stroma_is_found(painted):
+def test_pale_stroma_is_detected(painted):
     section = painted["pale stain"]
     stroma = section.tissue & ~section.fat
     assert find_tissue(section.pixels, MPP)[stroma].mean() > 0.95
 
 
 @pytest.mark.parametrize("side", [1, 2, 5, 16])
-def test_a_region_smaller_than_specks_and_holes_is_what_it_shows(side):
+def test_an_image_smaller_than_a_speck_is_classified(side):
     assert find_tissue(paint(64, 64)[:side, :side], MPP).all()
     assert not find_tissue(glass(side, side), MPP).any()
 
 
-def test_the_rule_turns_with_the_slide(painted):
+def test_detection_commutes_with_rotations_and_flips(painted):
     pixels = painted["dust"].pixels
     found = find_tissue(pixels, MPP)
     for turned in (lambda a: np.rot90(a), lambda a: a[::-1], lambda a: a[:, ::-1]):
         np.testing.assert_array_equal(find_tissue(turned(pixels), MPP), turned(found))
 
 
-def test_the_mask_covers_the_slide_at_its_scale(tmp_path):
+def test_a_mask_covers_the_slide_at_its_mpp(tmp_path):
     image = np.kron(with_tissue(glass(), disc((250, 300), 120, 150, 80)), np.ones((4, 4, 1)))
     path = write_tiff(tmp_path / "slide.tif", image.astype(np.uint8), mpp=2.0)
     with open_slide(path) as slide:
@@ -143,7 +143,7 @@ def test_the_mask_covers_the_slide_at_its_scale(tmp_path):
         assert mask.mpp == 8.0
         assert mask.array.shape == (250, 300)
         assert tissue_outline(slide, mask, side=200).shape == (167, 200, 3)
-        # a coarser slide is looked at as it is
+        # a coarser slide is used at its own um/px
     with open_slide(path, mpp=20.0) as slide:
         assert tissue_mask(slide).array.shape == (1000, 1200)
     mask.save(tmp_path / "tissue.png")
@@ -152,7 +152,7 @@ def test_the_mask_covers_the_slide_at_its_scale(tmp_path):
 
 
 @pytest.mark.parametrize("value", [1, 255])
-def test_a_ready_mask_is_stretched_over_the_slide(tmp_path, files, value):
+def test_a_mask_image_is_stretched_over_the_slide(tmp_path, files, value):
     image = np.zeros((70, 90), np.uint8)
     image[:35] = value
     path = tmp_path / "mask.png"
@@ -172,14 +172,12 @@ def slide(files):
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(
-    width=st.integers(60, 2000),  # less, and rounding makes it another shape than the slide's
+    width=st.integers(60, 2000),  # at smaller widths rounding changes the aspect ratio
     stretch=st.floats(0.97, 1.03),
     corners=st.tuples(*[st.floats(0, 1)] * 4),
     mpp=st.sampled_from([1.0, 2.0, 8.0]),
 )
-def test_a_ready_mask_lies_where_it_was_drawn_at_any_scale(
-    tmp_path, slide, width, stretch, corners, mpp
-):
+def test_a_mask_image_is_placed_exactly_at_any_mpp(tmp_path, slide, width, stretch, corners, mpp):
     size = round(width * stretch * 7 / 9), width
     y0, y1 = sorted(round(c * size[0]) for c in corners[:2])
     x0, x1 = sorted(round(c * size[1]) for c in corners[2:])
@@ -189,21 +187,21 @@ def test_a_ready_mask_lies_where_it_was_drawn_at_any_scale(
     vips(image).tiffsave(str(path), tile=True, pyramid=True, compression="deflate")
     found = read_mask(path, slide, mpp=mpp).array
 
-    def share(start: float, stop: float, um: float) -> np.ndarray:
+    def fraction(start: float, stop: float, um: float) -> np.ndarray:
         low = np.arange(np.ceil(um / mpp)) * mpp
         high = np.minimum(low + mpp, um)
         return np.clip(np.minimum(high, stop) - np.maximum(low, start), 0, None) / (high - low)
 
     covered = np.outer(
-        share(y0 * 175 / size[0], y1 * 175 / size[0], 175),
-        share(x0 * 225 / size[1], x1 * 225 / size[1], 225),
+        fraction(y0 * 175 / size[0], y1 * 175 / size[0], 175),
+        fraction(x0 * 225 / size[1], x1 * 225 / size[1], 225),
     )
-    unsure = abs(covered - 0.5) < 1e-3  # half of a px and rounding
+    unsure = abs(covered - 0.5) < 1e-3  # half covered: rounding decides
     np.testing.assert_array_equal(found | unsure, (covered > 0.5) | unsure)
 
 
-def test_annotated_regions_may_be_the_mask(tmp_path, files):
-    """Level-0 px of 0.25 um: a ring with a hole, and two more pieces, one out of the slide."""
+def test_qupath_regions_can_be_the_mask(tmp_path, files):
+    """A ring with a hole and two more polygons, one partly outside; level-0 px of 0.25 um."""
     corners = [[0, 0], [448, 0], [448, 300], [0, 300], [0, 0]]
     hole = [[40, 40], [80, 40], [80, 120], [40, 120], [40, 40]]
     pieces = [
@@ -224,7 +222,7 @@ def test_annotated_regions_may_be_the_mask(tmp_path, files):
         np.testing.assert_array_equal(read_mask(qupath, slide, mpp=1.0).array, expected)
 
 
-def test_asap_regions_may_be_the_mask(tmp_path, files):
+def test_asap_regions_can_be_the_mask(tmp_path, files):
     points = "".join(
         f'<Coordinate Order="{i}" X="{x}" Y="{y}"/>'
         for i, (x, y) in enumerate([(100, 20), (300, 20), (300, 60), (100, 60)])
@@ -240,18 +238,18 @@ def test_asap_regions_may_be_the_mask(tmp_path, files):
         np.testing.assert_array_equal(read_mask(asap, slide, mpp=1.0).array, expected)
 
 
-def test_a_mask_of_another_shape_or_none_is_refused(tmp_path, files):
+def test_a_missing_or_misshapen_mask_is_refused(tmp_path, files):
     path = tmp_path / "mask.png"
     vips(np.zeros((90, 70, 1), np.uint8)).pngsave(str(path))
     with open_slide(files["tiff"]) as slide:
-        with pytest.raises(SlideError, match="another shape"):
+        with pytest.raises(SlideError, match="another aspect ratio"):
             read_mask(path, slide)
         with pytest.raises(SlideError, match=r"mask .*gone.png"):
             read_mask(tmp_path / "gone.png", slide)
 
 
-def test_real_slides_have_plausible_shares_of_tissue(real_data):
-    shares = {
+def test_real_slides_have_a_plausible_tissue_fraction(real_data):
+    fractions = {
         "CMU-1-Small-Region.svs": (0.38, 0.46),
         "OS-1-detail.ome.tif": (1.0, 1.0),
         "idc_8863.tif": (0.28, 0.36),
@@ -259,15 +257,15 @@ def test_real_slides_have_plausible_shares_of_tissue(real_data):
         "idc_8913.tif": (0.26, 0.34),
         "camelyon_multiframe_lowres.dcm": (0.2, 0.3),
     }
-    for name, (low, high) in shares.items():
+    for name, (low, high) in fractions.items():
         with open_slide(real_data / "slides" / name) as slide:
-            share = tissue_mask(slide).array.mean()
-        assert low <= share <= high, (name, share)
+            fraction = tissue_mask(slide).array.mean()
+        assert low <= fraction <= high, (name, fraction)
 
 
 @pytest.mark.parametrize(("patient", "least"), [("8863", 0.85), ("8865", 0.75), ("8913", 0.83)])
-def test_what_others_cut_patches_from_is_tissue_and_the_rest_is_not(real_data, patient, least):
-    # one px a cell of 200 um; 255: no patch was cut here, an even grey. Much of the patches is fat
+def test_tissue_agrees_with_the_published_patches_of_a_slide(real_data, patient, least):
+    # one px per cell of 200 um; 255 marks cells without a patch. Much of the patches is fat
     labels = np.asarray(Image.open(real_data / "slides" / f"idc_{patient}_labels.png"))
     with open_slide(real_data / "slides" / f"idc_{patient}.tif") as slide:
         found = tissue_mask(slide).array
@@ -276,8 +274,8 @@ def test_what_others_cut_patches_from_is_tissue_and_the_rest_is_not(real_data, p
     assert found[~patches].mean() < 0.005
 
 
-def test_real_quality_patches_are_told_apart(real_data):
-    # um/px as names and cell sizes tell; reduced to 8 um/px
+def test_real_patches_of_known_tissue_are_classified(real_data):
+    # um/px follow from file names and cell sizes; images are reduced to 8 um/px
     known = {
         "almost-white-1": (0.25, 0.0, 0.0),
         "no-tissue": (0.25, 0.0, 0.0),
@@ -293,5 +291,5 @@ def test_real_quality_patches_are_told_apart(real_data):
     assert {path.stem for path in folder.glob("*.png")} == set(known)
     for name, (mpp, low, high) in known.items():
         image = Image.open(folder / f"{name}.png").convert("RGB")
-        share = find_tissue(np.asarray(image.reduce(round(MPP / mpp))), MPP).mean()
-        assert low <= share <= high, (name, share)
+        fraction = find_tissue(np.asarray(image.reduce(round(MPP / mpp))), MPP).mean()
+        assert low <= fraction <= high, (name, fraction)

@@ -1,7 +1,7 @@
-"""Slides as the vendors' scanners write them, with known pixels and um/px.
+"""Write slides in vendor formats, with known pixels and um/px.
 
-Each writer takes the levels of a pyramid (level 0 first) and follows what OpenSlide demands of the
-format, no more. JPEG at quality 95 without chroma subsampling, so pixels come back almost as given.
+Each writer takes the levels of a pyramid, level 0 first, and writes only what OpenSlide requires of
+the format. JPEG has quality 95 and no chroma subsampling, so pixels hardly change.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def jpeg(pixels: np.ndarray, **options: object) -> bytes:
 
 
 def tiles(pixels: np.ndarray, side: int = TILE) -> Iterator[np.ndarray]:
-    """Whole tiles by row then column, the last ones filled up with white."""
+    """Yield tiles by row then column; the last ones are padded with white."""
     height, width = pixels.shape[:2]
     for y in range(0, height, side):
         for x in range(0, width, side):
@@ -40,7 +40,7 @@ def tiles(pixels: np.ndarray, side: int = TILE) -> Iterator[np.ndarray]:
 def add_tiled(
     writer: tifffile.TiffWriter, pixels: np.ndarray, mpp: float, **options: object
 ) -> None:
-    """A page of JPEG tiles."""
+    """Add a page of JPEG tiles."""
     settings = {
         "tile": (TILE, TILE),
         "photometric": "ycbcr",
@@ -55,7 +55,7 @@ def add_tiled(
 
 
 def add_picture(writer: tifffile.TiffWriter, pixels: np.ndarray, description: str) -> None:
-    """A label, macro or thumbnail: a page of strips."""
+    """Add a label, macro or thumbnail: a page of strips."""
     writer.write(pixels, photometric="rgb", rowsperstrip=16, description=description, metadata=None)
 
 
@@ -68,16 +68,16 @@ def write_svs(
     power: int = 40,
     pictures: np.ndarray | None = None,
 ) -> Path:
-    """Aperio: pages of tiles; after the first a thumbnail, at the end label and macro.
+    """Write Aperio SVS: pages of tiles; a thumbnail after level 0, label and macro at the end.
 
-    ``codec``: jpeg, 33003 (JPEG 2000 of YCbCr) or 33005 (of RGB).
+    ``codec`` is jpeg, 33003 (JPEG 2000 of YCbCr) or 33005 (JPEG 2000 of RGB).
     """
     height, width = levels[0].shape[:2]
-    about = f"Aperio Image Library v11.2.1 \r\n{width}x{height} ({TILE}x{TILE})"
+    header = f"Aperio Image Library v11.2.1 \r\n{width}x{height} ({TILE}x{TILE})"
     with tifffile.TiffWriter(path) as writer:
         for number, pixels in enumerate(levels):
             size = f" -> {pixels.shape[1]}x{pixels.shape[0]}" if number else ""
-            text = f"{about}{size} RGB|AppMag = {power}|MPP = {mpp}|Left = 1"
+            text = f"{header}{size} RGB|AppMag = {power}|MPP = {mpp}|Left = 1"
             options: dict[str, object] = {"description": text, "subfiletype": 0}
             if codec == "jpeg":
                 add_tiled(writer, pixels, mpp, **options)
@@ -92,7 +92,7 @@ def write_svs(
                     **options,
                 )
             if number == 0 and pictures is not None:
-                add_picture(writer, pictures, f"{about} -> 64x64 - |AppMag = {power}")
+                add_picture(writer, pictures, f"{header} -> 64x64 - |AppMag = {power}")
         if pictures is not None:
             for name, kind in (("label", 1), ("macro", 9)):
                 writer.write(
@@ -117,15 +117,15 @@ def _jpeg2000(tile: np.ndarray, *, ycbcr: bool) -> bytes:
 def write_ndpi(
     path: Path, levels: Levels, mpp: float, *, macro: np.ndarray | None = None, power: float = 40.0
 ) -> Path:
-    """Hamamatsu: a level is one JPEG whose restart intervals are the tiles; 64-bit offsets.
+    """Write Hamamatsu NDPI: a level is one JPEG whose restart intervals are the tiles.
 
-    Widths must be multiples of 128, heights of 8.
+    Offsets have 64 bits. Widths must be multiples of 128, heights of 8.
     """
     pages = [(pixels, power / 2**number) for number, pixels in enumerate(levels)]
     pages += [(macro, -1.0)] if macro is not None else []
     with path.open("wb") as file:
         file.write(b"II*\0" + struct.pack("<Q", 0))
-        link = 4  # where the offset of the next directory stands
+        link = 4  # position of the offset to the next directory
         for pixels, lens in pages:
             height, width = pixels.shape[:2]
             data = jpeg(pixels, restart_marker_blocks=TILE // 8)
@@ -133,7 +133,7 @@ def write_ndpi(
             file.write(data)
             scan = data.index(b"\xff\xda")
             first = scan + 2 + int.from_bytes(data[scan + 2 : scan + 4], "big")
-            fingerprints = [first] + [
+            restarts = [first] + [
                 at + 2
                 for at in range(first, len(data) - 1)
                 if data[at] == 0xFF and 0xD0 <= data[at + 1] <= 0xD7
@@ -160,14 +160,14 @@ def write_ndpi(
                 (65422, 9, 0),
                 (65423, 9, 0),
                 (65424, 9, 0),
-                (65426, 4, tuple(fingerprints)),
+                (65426, 4, tuple(restarts)),
             ]
             link = _ndpi_directory(file, tags, link)
     return path
 
 
 def _ndpi_directory(file: io.BufferedWriter, tags: list[tuple[int, int, object]], link: int) -> int:
-    """Write a directory and the offset to it at ``link``; where the next offset goes."""
+    """Write a directory, and its offset at ``link``; return the position of the next offset."""
     forms = {3: "H", 4: "I", 5: "I", 9: "i", 11: "f"}
     entries, high = b"", b""
     for code, kind, value in tags:
@@ -178,19 +178,19 @@ def _ndpi_directory(file: io.BufferedWriter, tags: list[tuple[int, int, object]]
             values = value if isinstance(value, tuple) else (value,)
             raw = struct.pack(f"<{len(values)}{forms[kind]}", *values)
             count = 1 if kind == 5 else len(values)
-        # the values' upper halves follow the directory; strings are never held within it
+        # the upper halves of values follow the directory; strings are never stored inside it
         if len(raw) > 4 or kind == 2:
             raw, at = struct.pack("<I", file.tell()), raw
             file.write(at)
         entries += struct.pack("<HHI", code, kind, count) + raw.ljust(4, b"\0")
         high += bytes(4)
-    place = file.tell()
+    start = file.tell()
     file.write(struct.pack("<H", len(tags)) + entries)
     after = file.tell()
     file.write(bytes(8) + high)
     end = file.tell()
     file.seek(link)
-    file.write(struct.pack("<Q", place))
+    file.write(struct.pack("<Q", start))
     file.seek(end)
     return after
 
@@ -210,7 +210,7 @@ SCN_IMAGE = """<image name="i{number}" uuid="u{number}"><creationDate>2012</crea
 def write_scn(
     path: Path, levels: Levels, mpp: float, *, macro: np.ndarray, light: str = "brightfield"
 ) -> Path:
-    """Leica: the scan lies within the slide, at 128, 64 px; the macro image covers the slide."""
+    """Write Leica SCN: the scan starts at (128, 64) px; the macro image covers the slide."""
     height, width = levels[0].shape[:2]
     nm = round(mpp * 1000)
     size_x, size_y = (width + 256) * nm, (height + 128) * nm
@@ -266,7 +266,7 @@ PHILIPS_LEVEL = """<DataObject ObjectType="PixelDataRepresentation">
 
 
 def write_philips(path: Path, levels: Levels, mpp: float, *, macro: np.ndarray) -> Path:
-    """Philips: level sizes filled up to whole tiles; um/px in XML only."""
+    """Write Philips TIFF: levels are padded to whole tiles; um/px is stated in XML only."""
 
     def spacing(factor: int) -> str:
         return f"&quot;{mpp * factor / 1000:.9f}&quot; &quot;{mpp * factor / 1000:.9f}&quot;"
@@ -282,8 +282,8 @@ def write_philips(path: Path, levels: Levels, mpp: float, *, macro: np.ndarray) 
             height, width = (-(-length // TILE) * TILE for length in pixels.shape[:2])
             filled = np.full((height, width, 3), 255, np.uint8)
             filled[: pixels.shape[0], : pixels.shape[1]] = pixels
-            about = {"description": text} if number == 0 else {"subfiletype": 1}
-            add_tiled(writer, filled, mpp, **options, **about)
+            tags = {"description": text} if number == 0 else {"subfiletype": 1}
+            add_tiled(writer, filled, mpp, **options, **tags)
         add_picture(writer, macro, "Macro")
     return path
 
@@ -302,7 +302,7 @@ BIF_OVERLAP = 8
 
 
 def bif_size(columns: int, rows: int) -> tuple[int, int]:
-    """Height and width of the image that the overlapping tiles make."""
+    """Height and width of the image that overlapping tiles form."""
     step = TILE - BIF_OVERLAP
     return (rows - 1) * step + TILE, (columns - 1) * step + TILE
 
@@ -310,9 +310,9 @@ def bif_size(columns: int, rows: int) -> tuple[int, int]:
 def write_bif(
     path: Path, pixels: np.ndarray, mpp: float, *, macro: np.ndarray, power: int = 20
 ) -> Path:
-    """Ventana: tiles overlap by 8 px, each stored whole; level 1 is level 0's stored halved.
+    """Write Ventana BIF: tiles overlap by 8 px and are stored whole.
 
-    The image must have a ``bif_size``.
+    Level 1 is the stored level 0, reduced by 2. The image must have a size of :func:`bif_size`.
     """
     step = TILE - BIF_OVERLAP
     rows, columns = (1 + (length - TILE) // step for length in pixels.shape[:2])
@@ -329,7 +329,7 @@ def write_bif(
         ]
     )
 
-    def name(row: int, column: int) -> int:  # counted from the bottom, in a snake
+    def name(row: int, column: int) -> int:  # numbered from the bottom in a serpentine
         up = rows - 1 - row
         return 1 + up * columns + (columns - 1 - column if up % 2 else column)
 
@@ -374,9 +374,9 @@ def write_bif(
 def write_mirax(
     path: Path, levels: Levels, mpp: float, *, picture: np.ndarray, missing: Sequence[int] = ()
 ) -> Path:
-    """3DHISTECH: a .mrxs that is a picture, and a folder beside it with index and data.
+    """Write 3DHISTECH MIRAX: a .mrxs file, which is a JPEG, and a folder with index and data.
 
-    Sizes must be multiples of 256; images of level 0 in ``missing`` were never scanned.
+    Sizes must be multiples of 256. Images of level 0 in ``missing`` are left out.
     """
     folder, identifier = path.with_suffix(""), "0" * 32
     folder.mkdir()
@@ -386,8 +386,8 @@ def write_mirax(
     for number, pixels in enumerate(levels):
         factor = 2**number
         entries.append([])
-        for place, tile in enumerate(tiles(pixels)):
-            row, column = divmod(place, across // factor)
+        for position, tile in enumerate(tiles(pixels)):
+            row, column = divmod(position, across // factor)
             index = row * factor * across + column * factor
             if number == 0 and index in missing:
                 continue
@@ -445,7 +445,7 @@ _JPEG = "1.2.840.10008.1.2.4.50"
 
 
 def write_dicom(folder: Path, levels: Levels, mpp: float, *, label: np.ndarray) -> Path:
-    """DICOM: a file of JPEG frames for each level and one for the label; the first level's path."""
+    """Write DICOM: a file of JPEG frames for each level and one for the label; return level 0."""
     folder.mkdir()
     for number, pixels in enumerate(levels):
         _dicom_file(folder / f"level{number}.dcm", pixels, "VOLUME", mpp * 2**number, number + 1)

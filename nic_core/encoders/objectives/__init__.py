@@ -1,1 +1,1 @@
-"""What encoders are trained for: one module an objective."""
+"""Section 3: training objectives of encoders, one module each."""

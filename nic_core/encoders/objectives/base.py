@@ -1,22 +1,30 @@
-"""What training asks of an objective."""
+"""Section 3, interface and shared state of the training objectives.
+
+:mod:`nic_core.encoders.training_loop` trains any :class:`Objective`. A new objective derives from
+:class:`PatchObjective`, adds its networks and defines ``batch``, ``losses`` and ``validate``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from functools import cached_property
+from typing import Any, ClassVar, Literal, Protocol, TypedDict, Unpack
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from nic_core.encoders.networks import PatchEncoder
+from nic_core.encoders.objectives.sampling import Sampler, validation_rows
 from nic_core.encoders.patch_tasks import PatchDataset
 from nic_core.encoders.scores import TaskScores
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The validation value that steers the learning rate and picks the weights to keep."""
+    """The validation value that drives the learning rate and selects the weights to keep."""
 
     value: str
     mode: Literal["max", "min"]
@@ -24,39 +32,97 @@ class Selection:
 
 @dataclass(frozen=True)
 class Validation:
-    """What the validation splits say: numbers by name, and the scores of supervised tasks."""
+    """Results on the validation splits: numbers by name, and the scores of supervised tasks."""
 
     values: dict[str, float]
     scores: Mapping[str, TaskScores] = field(default_factory=dict)
 
 
 class Objective(Protocol):
-    """Owns its networks, its batches and its loss; :mod:`loop` owns the training.
+    """What the training loop requires of an objective.
 
-    ``networks`` holds everything that learns, the encoder included. ``selection`` is ``None``
-    for a fixed learning rate with the last weights kept.
+    ``networks`` holds every module that is trained, including the encoder. ``selection`` is
+    ``None`` for a fixed learning rate where the last weights are kept.
     """
 
     encoder: PatchEncoder
     tasks: tuple[PatchDataset, ...]
     networks: nn.ModuleDict
-    patches_a_step: int
+    patches_per_step: int
 
     @property
     def heads(self) -> Mapping[str, nn.Module]:
-        """Of supervised tasks, by name."""
+        """Classification heads of supervised tasks, by task name."""
 
     @property
     def selection(self) -> Selection | None: ...
 
     def batch(self, generator: torch.Generator) -> Any:
-        """Draw a batch; ``generator`` (on the networks' device) is the only source of chance."""
+        """Draw a batch; ``generator``, on the networks' device, is the only source of chance."""
 
     def losses(self, batch: Any) -> dict[str, Tensor]:
-        """Scalars by name, float32; ``loss`` is the one to minimise.
+        """Return float32 scalars by name; the training minimises ``loss``.
 
-        It runs under autocast where the training's precision is bfloat16.
+        It runs under autocast if the precision of the training is bfloat16.
         """
 
     def validate(self) -> Validation:
-        """Figures on the validation splits, networks in evaluation mode, always float32."""
+        """Evaluate the validation splits in float32, with the networks in evaluation mode."""
+
+
+class Sizes(TypedDict):
+    """Arguments of every objective besides the encoder and its patch tasks.
+
+    ``batch``: samples per step, divided equally among the tasks. ``validation``: upper limit of
+    validation samples per task. ``seed``: of the validation sample.
+    """
+
+    batch: int
+    validation: int
+    seed: int
+
+
+class PatchObjective:
+    """The state that all objectives share; see :class:`Objective` for its attributes.
+
+    Attributes
+    ----------
+    learning_rate : float
+        Published initial learning rate.
+    by_class : bool
+        Whether ``sampler`` draws every class of a task equally often.
+    share : int
+        Samples of each task in a batch.
+    """
+
+    selection: ClassVar[Selection | None]
+    learning_rate: ClassVar[float]
+    by_class: ClassVar[bool] = False
+
+    def __init__(
+        self, encoder: PatchEncoder, tasks: Sequence[PatchDataset], **sizes: Unpack[Sizes]
+    ) -> None:
+        self.encoder = encoder
+        self.tasks = tuple(tasks)
+        self.device = next(encoder.parameters()).device
+        self.heads: dict[str, nn.Module] = {}
+        self.networks = nn.ModuleDict({"encoder": encoder})
+        # at least two samples per task, because BatchNorm cannot normalise one
+        self.share = max(2, sizes["batch"] // len(self.tasks))
+        self.patches_per_step = self.share * len(self.tasks)
+        self.validation, self.seed = sizes["validation"], sizes["seed"]
+
+    def add_networks(self, **networks: nn.Module) -> None:
+        """Train ``networks`` too, on the encoder's device."""
+        self.networks.update(networks)
+        self.networks.to(self.device)
+
+    @cached_property
+    def sampler(self) -> Sampler:
+        """Draws the training patches of a batch."""
+        return Sampler(self.tasks, self.share, by_class=self.by_class, device=self.device)
+
+    @cached_property
+    def validation_rows(self) -> list[NDArray[np.int64]]:
+        """Rows of the validation patches of each task."""
+        return validation_rows(self.tasks, self.validation, self.seed)

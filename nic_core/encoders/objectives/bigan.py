@@ -1,14 +1,17 @@
-"""Bidirectional GAN (paper B): encoder and generator fool a discriminator of pairs.
+"""Section 3, bidirectional GAN (BiGAN) [B].
 
-The discriminator tells (patch, E(patch)) from (G(z), z), z ~ N(0, 1)^C. Fixed learning rate,
-last weights. One step trains all three networks: the discriminator's loss sees the embeddings and
-patches without their gradient, the others' loss the discriminator without its own. Real and
-generated pairs pass the discriminator as two batches [choice].
+The discriminator is trained to separate pairs (patch, E(patch)) from pairs (G(z), z) with
+z ~ N(0, 1)^C; encoder E and generator G are trained against it. The learning rate is fixed and
+the last weights are kept. One step trains all three networks: the discriminator's loss has no
+gradient through embeddings and generated patches, and the loss of encoder and generator has none
+through the discriminator's weights. Real and generated pairs are separate batches of the
+discriminator [choice].
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +25,8 @@ from nic_core.encoders.networks import (
     initialise_as_keras,
     pool_patches,
 )
-from nic_core.encoders.objectives.base import Validation
-from nic_core.encoders.objectives.sampling import (
-    Sampler,
-    patch_tensor,
-    training_inputs,
-    validation_rows,
-)
+from nic_core.encoders.objectives.base import PatchObjective, Sizes, Validation
+from nic_core.encoders.objectives.sampling import patch_tensor, training_inputs
 from nic_core.encoders.objectives.vae import upsampling_block
 from nic_core.encoders.patch_tasks import PatchDataset
 
@@ -36,8 +34,13 @@ from nic_core.encoders.patch_tasks import PatchDataset
 class Generator(nn.Module):
     """z (B, C) to pooled patch in [-1, 1], float32 (B, 3, side, side).
 
-    Dense 1024 to 4 x 4 x 64 (for 64 px), 4 x (nearest upsampling, convolution 128, BatchNorm,
-    LeakyReLU), convolution 3, tanh.
+    Dense 1024 to 4 x 4 x 64 (for 64 px), 4 x (nearest upsampling, convolution with 128 filters,
+    BatchNorm, LeakyReLU), convolution with 3 filters, tanh.
+
+    Raises
+    ------
+    ValueError
+        ``side`` is not a multiple of 16.
     """
 
     FIRST = 64
@@ -48,7 +51,10 @@ class Generator(nn.Module):
         super().__init__()
         self.start = side // 2**self.STAGES
         if self.start * 2**self.STAGES != side:
-            raise ValueError(f"a pooled patch of {side} px does not halve {self.STAGES} times")
+            raise ValueError(
+                f"a pooled patch of {side} px cannot be generated: the side must be a multiple of "
+                f"{2**self.STAGES} px"
+            )
         self.dense = nn.Linear(embedding_size, self.start**2 * self.FIRST)
         layers: list[nn.Module] = []
         for channels in (self.FIRST, *[self.FILTERS] * (self.STAGES - 1)):
@@ -67,7 +73,7 @@ class Generator(nn.Module):
 class Discriminator(nn.Module):
     """(pooled patch, z) to the logit (B,) that the pair is (patch, E(patch)).
 
-    Image branch like the encoder with its own weights, concatenated with z, 2 x (dense 1024,
+    An image branch like the encoder with separate weights, concatenated with z, 2 x (dense 1024,
     LeakyReLU, dropout 0.5), one output.
     """
 
@@ -92,38 +98,23 @@ class Discriminator(nn.Module):
         return logits[:, 0]
 
 
-class BidirectionalGAN:
-    """The BiGAN objective."""
+class BidirectionalGAN(PatchObjective):
+    """The BiGAN objective: equal numbers of patches of each task, labels unused."""
 
     selection = None
+    learning_rate = 2e-4  # [B]
 
     def __init__(
-        self,
-        encoder: PatchEncoder,
-        tasks: Sequence[PatchDataset],
-        *,
-        batch: int,
-        validation: int,
-        seed: int,
+        self, encoder: PatchEncoder, tasks: Sequence[PatchDataset], **sizes: Unpack[Sizes]
     ) -> None:
-        """Patches come from the tasks in equal numbers, labels unused."""
-        self.encoder = encoder
-        self.tasks = tuple(tasks)
-        self.device = next(encoder.parameters()).device
+        super().__init__(encoder, tasks, **sizes)
         network = encoder.network
-        self.generator = Generator(network.embedding_size, network.side).to(self.device)
-        self.discriminator = Discriminator(network.embedding_size, network.side).to(self.device)
-        self.heads: dict[str, nn.Module] = {}
-        self.networks = nn.ModuleDict(
-            {"encoder": encoder, "generator": self.generator, "discriminator": self.discriminator}
-        )
-        share = max(2, batch // len(self.tasks))
-        self.patches_a_step = share * len(self.tasks)
-        self.sampler = Sampler(self.tasks, share, by_class=False, device=self.device)
-        self.validation_rows = validation_rows(self.tasks, validation, seed)
+        self.generator = Generator(network.embedding_size, network.side)
+        self.discriminator = Discriminator(network.embedding_size, network.side)
+        self.add_networks(generator=self.generator, discriminator=self.discriminator)
 
     def batch(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Augmented pooled patches (B, 3, S, S) in [-1, 1] and z (B, C)."""
+        """Draw augmented pooled patches (B, 3, S, S) in [-1, 1] and z (B, C)."""
         network = self.encoder.network
         draws = zip(self.tasks, self.sampler.draw(generator), strict=True)
         patches = training_inputs(draws, network.pooling, generator)
@@ -140,19 +131,19 @@ class BidirectionalGAN:
             self.discriminator(generated.detach(), z),
         )
         frozen = {name: p.detach() for name, p in self.discriminator.named_parameters()}
-        fooling = _pair_loss(
+        adversarial = _pair_loss(
             functional_call(self.discriminator, frozen, (generated, z)),
             functional_call(self.discriminator, frozen, (patches, embeddings)),
         )
         return {
-            "loss": discriminator + fooling,
+            "loss": discriminator + adversarial,
             "loss/discriminator": discriminator,
-            "loss/encoder_generator": fooling,
+            "loss/encoder_generator": adversarial,
         }
 
     @torch.inference_mode()
     def validate(self) -> Validation:
-        """How well G(E(patch)) is the patch: mean squared error in [-1, 1] units."""
+        """Evaluate the mean squared error of G(E(patch)) against the patch, in [-1, 1] units."""
         error, count = 0.0, 0
         network = self.encoder.network
         for task, rows in zip(self.tasks, self.validation_rows, strict=True):
@@ -165,7 +156,7 @@ class BidirectionalGAN:
         return Validation({"validation/reconstruction": error / count})
 
 
-def _pair_loss(called_real: Tensor, called_generated: Tensor) -> Tensor:
-    """Binary cross-entropy of logits that should be 1 for the first and 0 for the second."""
-    real, generated = called_real.float(), called_generated.float()
+def _pair_loss(real_logits: Tensor, generated_logits: Tensor) -> Tensor:
+    """Return the binary cross-entropy of logits with target 1 (real) and 0 (generated)."""
+    real, generated = real_logits.float(), generated_logits.float()
     return functional.softplus(-real).mean() + functional.softplus(generated).mean()

@@ -1,12 +1,14 @@
-"""Contrastive training (paper B): do two patches show the same place?
+"""Section 3, contrastive training [B]: classify pairs of patches as same place or not.
 
-A Siamese encoder; the two embeddings, concatenated, pass a dense layer of 256 to one logit. 'Same'
-pairs are two heavy augmentations of one patch; of the others 75 % are adjacent,
-non-overlapping patches and 25 % patches of two slides. As many 'same' pairs as others,
-BatchNorm and LeakyReLU in the head are [choice], and so is what stands for the slide in a patch
-task: adjacent are patches of one image that share an edge; where no image of a split holds
-several patches, two patches of one group (patient), which share its stain as neighbours do;
-another slide is another group.
+A Siamese encoder embeds both patches of a pair; the concatenated embeddings go through a dense
+layer of 256 to one logit. Positive pairs are two heavy augmentations of one patch. Of the negative
+pairs, 75 % are adjacent non-overlapping patches and 25 % are patches of two slides.
+
+[choice]: equal numbers of positive and negative pairs, BatchNorm and LeakyReLU in the head, and
+how a patch task, which has groups (patients) instead of slides, provides the negative pairs.
+Adjacent patches are patches of one image that share an edge. If no image of a split has several
+patches, two patches of one group replace them, because they share its stain as adjacent patches
+do. Patches of two groups replace patches of two slides.
 """
 
 from __future__ import annotations
@@ -15,17 +17,18 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Unpack
 
 import numpy as np
 import polars as pl
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
-from nic_core.encoders.encoder import EncoderError
+from nic_core.encoders.errors import EncoderError
 from nic_core.encoders.networks import ClassHead, PatchEncoder
-from nic_core.encoders.objectives.base import Selection, Validation
+from nic_core.encoders.objectives.base import PatchObjective, Selection, Sizes, Validation
 from nic_core.encoders.objectives.sampling import training_inputs
 from nic_core.encoders.patch_tasks import PatchDataset
 
@@ -36,7 +39,7 @@ ADJACENT_SHARE = 0.75
 
 @dataclass(frozen=True)
 class PairBatch:
-    """Network inputs (B, 3, S, S) in [-1, 1] of each pair, and 1.0 where they are one place."""
+    """Both network inputs (B, 3, S, S) in [-1, 1] of each pair; ``same`` is 1 if positive."""
 
     first: Tensor
     second: Tensor
@@ -44,28 +47,28 @@ class PairBatch:
 
 
 class _Pairs:
-    """The pairs that one split of a task offers."""
+    """Draws pairs of patches from one split of a task."""
 
     def __init__(self, task: PatchDataset, split: str) -> None:
         self.task = task
         table = task.table.filter(pl.col("split") == split).sort("group", "index")
         self.rows = table["index"].to_numpy()
-        # a group is a range of rows: from its first to before its last
+        # rows are sorted by group: group boundaries are the ends of runs
         groups = table["group"].rle_id().to_numpy()
         self.start = np.searchsorted(groups, groups, "left")
         self.size = np.searchsorted(groups, groups, "right") - self.start
         self.adjacent = _adjacent(table)
-        self.shared = np.flatnonzero(self.size > 1)  # places of rows that are not alone in a group
+        self.shared = np.flatnonzero(self.size > 1)  # positions of rows in groups of two or more
         if self.size.max(initial=0) == len(self.rows) or not len(self.adjacent) + len(self.shared):
             raise EncoderError(
-                f"patch task '{task.name}' cannot be trained on contrastively: its {split} split "
-                "needs two groups (patients) or more, and adjacent patches (images of several "
+                f"objective 'contrastive' cannot use patch task '{task.name}': its {split} split "
+                "needs at least two groups (patients), and adjacent patches (images of several "
                 "patches) or groups of several patches"
             )
         if not len(self.adjacent):
             log.warning(
-                "patch task '%s', %s split: no image has adjacent patches; pairs of one group "
-                "stand in for them",
+                "patch task '%s', %s split: no image has adjacent patches; contrastive training "
+                "uses pairs of one group (patient) instead",
                 task.name,
                 split,
             )
@@ -73,7 +76,7 @@ class _Pairs:
     def draw(
         self, count: int, generator: torch.Generator
     ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """Rows (count, 2) of pairs and which of them are one place."""
+        """Return rows (count, 2) of pairs, and which pairs (count,) are positive."""
 
         def chance() -> NDArray[np.float64]:
             draws: NDArray[np.float64] = (
@@ -91,7 +94,7 @@ class _Pairs:
         first = below(len(self.rows))
         pairs = np.stack([self.rows[first]] * 2, 1)
 
-        # of the rows that are left without the first one's group
+        # uniform over the rows outside the first patch's group
         far = below(len(self.rows) - self.size[first])
         far += np.where(far >= self.start[first], self.size[first], 0)
         pairs[:, 1] = np.where(same, pairs[:, 1], self.rows[far])
@@ -108,9 +111,9 @@ class _Pairs:
 
 
 def _adjacent(table: pl.DataFrame) -> NDArray[np.int64]:
-    """Rows (N, 2) of patches of one image that share an edge, each pair in both orders."""
-    places = table["source", "row", "column", "index"].rows()
-    at = {(source, row, column): index for source, row, column, index in places}
+    """Return rows (N, 2) of patches of one image that share an edge, each pair in both orders."""
+    cells = table["source", "row", "column", "index"].rows()
+    at = {(source, row, column): index for source, row, column, index in cells}
     steps = ((0, 1), (0, -1), (1, 0), (-1, 0))
     pairs = [
         (index, at[source, row + down, column + right])
@@ -121,39 +124,29 @@ def _adjacent(table: pl.DataFrame) -> NDArray[np.int64]:
     return np.array(pairs, dtype=np.int64).reshape(-1, 2)
 
 
-class Contrastive:
-    """The contrastive objective. ``batch`` counts pairs; a step sees twice as many patches."""
+class Contrastive(PatchObjective):
+    """The contrastive objective: equal numbers of pairs of each task, labels unused.
+
+    ``batch`` counts pairs; a step uses twice as many patches.
+
+    Raises
+    ------
+    EncoderError
+        A task has fewer than two groups, or neither adjacent patches nor groups of several.
+    """
 
     selection = Selection("validation/accuracy", "max")
+    learning_rate = 1e-2  # [B]
 
     def __init__(
-        self,
-        encoder: PatchEncoder,
-        tasks: Sequence[PatchDataset],
-        *,
-        batch: int,
-        validation: int,
-        seed: int,
+        self, encoder: PatchEncoder, tasks: Sequence[PatchDataset], **sizes: Unpack[Sizes]
     ) -> None:
-        """Pairs come from the tasks in equal numbers, labels unused.
-
-        Raises
-        ------
-        EncoderError
-            A task has too few groups, or neither adjacent patches nor groups of several.
-        """
-        self.encoder = encoder
-        self.tasks = tuple(tasks)
-        self.device = next(encoder.parameters()).device
-        self.judge = ClassHead(2 * encoder.network.embedding_size, 1).to(self.device)
-        self.heads: dict[str, nn.Module] = {}
-        self.networks = nn.ModuleDict({"encoder": encoder, "judge": self.judge})
-        self.share = max(2, batch // len(self.tasks))
-        self.patches_a_step = 2 * self.share * len(self.tasks)
+        super().__init__(encoder, tasks, **sizes)
+        self.pair_head = ClassHead(2 * encoder.network.embedding_size, 1)
+        self.add_networks(pair_head=self.pair_head)
+        self.patches_per_step *= 2
         self.training_pairs = [_Pairs(task, "train") for task in self.tasks]
         self.validation_pairs = [_Pairs(task, "validation") for task in self.tasks]
-        self.validation = max(2, validation // 2)
-        self.seed = seed
 
     def batch(self, generator: torch.Generator) -> PairBatch:
         return self._draw(self.training_pairs, self.share, generator)
@@ -165,23 +158,24 @@ class Contrastive:
 
     @torch.inference_mode()
     def validate(self) -> Validation:
-        """Accuracy on pairs that are the same at every call."""
+        """Evaluate the accuracy on pairs that are the same at every call."""
         generator = torch.Generator(self.device).manual_seed(self.seed)
-        right, count = 0.0, 0
+        pairs_per_task = max(2, self.validation // 2)
+        correct, count = 0, 0
         for pairs in self.validation_pairs:
-            for start in range(0, self.validation, 64):
-                batch = self._draw([pairs], min(64, self.validation - start), generator)
+            for start in range(0, pairs_per_task, 64):
+                batch = self._draw([pairs], min(64, pairs_per_task - start), generator)
                 logits = self._logits(batch)
-                if not logits.isfinite().all():  # a comparison with NaN is merely false
+                if not logits.isfinite().all():  # NaN > 0 is false and would count as an answer
                     return Validation({self.selection.value: math.nan})
-                right += int(((logits > 0) == (batch.same > 0)).sum())
+                correct += int(((logits > 0) == (batch.same > 0)).sum())
                 count += len(batch.same)
-        return Validation({self.selection.value: right / count})
+        return Validation({self.selection.value: correct / count})
 
     def _logits(self, batch: PairBatch) -> Tensor:
         embeddings = self.encoder.network(torch.cat([batch.first, batch.second]))
         first, second = embeddings.chunk(2)
-        logits: Tensor = self.judge(torch.cat([first, second], 1))
+        logits: Tensor = self.pair_head(torch.cat([first, second], 1))
         return logits[:, 0]
 
     def _draw(self, sources: Sequence[_Pairs], count: int, generator: torch.Generator) -> PairBatch:

@@ -1,4 +1,4 @@
-"""Mean-RGB (paper B): the embedding is the patch's mean colour; nothing is trained."""
+"""Section 3, mean-RGB [B]: the embedding is the mean colour of a patch; nothing is trained."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ EMBEDDING_SIZE = 3
 
 
 def mean_rgb_module() -> MeanRGB:
-    """uint8 (B, 3, P, P) to float32 (B, 3)."""
+    """Return a module from uint8 (B, 3, P, P) to float32 (B, 3)."""
     return MeanRGB().eval()

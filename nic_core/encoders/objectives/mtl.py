@@ -1,9 +1,9 @@
-"""Supervised multitask learning (paper A): one shared encoder, one head a task.
+"""Section 3, multitask learning (MTL) [A]: one shared encoder, one head per task.
 
-The paper gives the shared encoder, a head a task and one combined loss. Heads and schedule
-are those of paper B's supervised encoder; equal task weights, task-balanced batches, batches
-balanced by class within a task and selection by the mean balanced accuracy are [choice]. So is
-the other weighting, by learned uncertainty (Kendall, Gal & Cipolla, CVPR 2018).
+The paper specifies a shared encoder, one head per task and one combined loss. The heads and the
+schedule follow the supervised encoder of paper B. Equal task weights, task-balanced batches,
+class-balanced batches within a task and selection by the mean balanced accuracy are [choice], as
+is the alternative weighting by learned uncertainty (Kendall, Gal & Cipolla, CVPR 2018).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Unpack
 
 import numpy as np
 import torch
@@ -20,13 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nic_core.encoders.networks import ClassHead, PatchEncoder
-from nic_core.encoders.objectives.base import Selection, Validation
-from nic_core.encoders.objectives.sampling import (
-    Sampler,
-    patch_tensor,
-    training_inputs,
-    validation_rows,
-)
+from nic_core.encoders.objectives.base import PatchObjective, Selection, Sizes, Validation
+from nic_core.encoders.objectives.sampling import patch_tensor, training_inputs
 from nic_core.encoders.patch_tasks import PatchDataset
 from nic_core.encoders.scores import TaskScores, score_task
 
@@ -35,51 +30,40 @@ CHUNK = 128
 
 @dataclass(frozen=True)
 class MultitaskBatch:
-    """Augmented network input (B, 3, S, S) in [-1, 1]; task ``t`` owns ``len(labels[t])`` rows."""
+    """Augmented network input (B, 3, S, S) in [-1, 1], and the labels of each task.
+
+    The rows of ``inputs`` are in the order of the tasks, ``len(labels[t])`` rows for task ``t``.
+    """
 
     inputs: Tensor
     labels: tuple[Tensor, ...]
 
 
-class Multitask:
-    """The objective of T supervised tasks; with one task, paper B's supervised encoder."""
+class Multitask(PatchObjective):
+    """The objective of T supervised tasks; with one task, the supervised encoder of paper B."""
 
     selection = Selection("validation/balanced_accuracy", "max")
+    learning_rate = 1e-2  # [B] for one task; [choice] for several
+    by_class = True
 
     def __init__(
         self,
         encoder: PatchEncoder,
         tasks: Sequence[PatchDataset],
-        *,
-        batch: int,
-        validation: int,
-        seed: int,
         task_weights: Literal["equal", "uncertainty"] = "equal",
+        **sizes: Unpack[Sizes],
     ) -> None:
-        """``batch`` is shared equally by the tasks; ``validation``: most patches a task there."""
-        device = next(encoder.parameters()).device
-        self.encoder = encoder
-        self.tasks = tuple(tasks)
+        super().__init__(encoder, tasks, **sizes)
         embedding_size = encoder.network.embedding_size
-        self.heads = {
-            task.name: ClassHead(embedding_size, len(task.classes)).to(device) for task in tasks
-        }
-        # lists: a name that a module dictionary has itself, such as "type", cannot be its key
-        self.networks = nn.ModuleDict(
-            {"encoder": encoder, "heads": nn.ModuleList(self.heads.values())}
-        )
+        self.heads = {task.name: ClassHead(embedding_size, len(task.classes)) for task in tasks}
+        # lists, because a task's name may be an attribute of a module dictionary, such as "type"
+        self.add_networks(heads=nn.ModuleList(self.heads.values()))
         self.log_variances: dict[str, nn.Parameter] = {}
         if task_weights == "uncertainty":
             self.log_variances = {
-                task.name: nn.Parameter(torch.zeros((), device=device)) for task in tasks
+                task.name: nn.Parameter(torch.zeros((), device=self.device)) for task in tasks
             }
-            self.networks["log_variances"] = nn.ParameterList(self.log_variances.values())
-        # BatchNorm needs two rows of a task
-        self.share = max(2, batch // len(self.tasks))
-        self.patches_a_step = self.share * len(self.tasks)
-        self.sampler = Sampler(self.tasks, self.share, by_class=True, device=device)
-        self.validation_rows = validation_rows(self.tasks, validation, seed)
-        self.device = device
+            self.add_networks(log_variances=nn.ParameterList(self.log_variances.values()))
 
     def batch(self, generator: torch.Generator) -> MultitaskBatch:
         draws = list(zip(self.tasks, self.sampler.draw(generator), strict=True))
@@ -111,7 +95,7 @@ class Multitask:
                 self.encoder, self.heads[task.name], task, rows, self.device
             )
             if not np.isfinite(probabilities).all():
-                # nothing to score: the loop stops at it
+                # scores are undefined; the NaN makes the training loop raise
                 return Validation({f"validation/{task.name}/balanced_accuracy": math.nan})
             scores = score_task(task.labels[rows], probabilities)
             found[task.name] = scores
@@ -125,10 +109,10 @@ class Multitask:
 
 
 def uncertainty_loss(losses: Mapping[str, Tensor], log_variances: Mapping[str, Tensor]) -> Tensor:
-    """Mean over tasks of ``exp(-s) * loss + s / 2``, s the task's learned log-variance.
+    """Return the mean over tasks of ``exp(-s) * loss + s / 2``; s is a learned log-variance.
 
-    Kendall et al. 2018: their term of a classification, with s = log sigma^2. Their sum over tasks
-    is a mean here, so that it starts, at s = 0, as the equally weighted loss.
+    This is the classification term of Kendall et al. 2018 with s = log sigma^2. Their sum over
+    tasks is a mean here, so that at the start (s = 0) it equals the equally weighted loss.
     """
     terms = [
         torch.exp(-log_variances[name]) * loss + log_variances[name] / 2
@@ -145,7 +129,7 @@ def class_probabilities(
     rows: NDArray[np.int64],
     device: torch.device,
 ) -> NDArray[np.float32]:
-    """Class probabilities (N, classes) of a task's patches; modules in evaluation mode."""
+    """Return class probabilities (N, classes) of ``rows``, by modules in evaluation mode."""
     parts = [
         head(encoder(patch_tensor(task, rows[start : start + CHUNK], device))).softmax(1).cpu()
         for start in range(0, len(rows), CHUNK)

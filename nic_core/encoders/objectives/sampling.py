@@ -1,4 +1,4 @@
-"""From patch tasks to a batch: which patches, and what the network sees of them."""
+"""Section 3, batches: draw patches of the patch tasks and augment them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nic_core.encoders.patch_tasks import PatchDataset
 class Sampler:
     """Draws ``share`` training patches of each task, with replacement.
 
-    With ``by_class`` every class of a task is drawn equally often, else every patch.
+    With ``by_class`` every class of a task has the same probability, otherwise every patch.
     """
 
     def __init__(
@@ -26,8 +26,8 @@ class Sampler:
         self.share = share
         self.device = device
         self.rows = [task.rows("train") for task in tasks]
-        # shares of the patches up to each one: a draw is a look-up, however many there are
-        self.shares = [
+        # cumulative weights: a draw is a binary search
+        self.cumulative = [
             (class_balance(task, rows) if by_class else torch.ones(len(rows), dtype=torch.float64))
             .cumsum(0)
             .to(device)
@@ -35,32 +35,34 @@ class Sampler:
         ]
 
     def draw(self, generator: torch.Generator) -> list[NDArray[np.int64]]:
-        """Rows of each task's patches."""
+        """Return the drawn rows of each task."""
         drawn = []
-        for rows, shares in zip(self.rows, self.shares, strict=True):
+        for rows, cumulative in zip(self.rows, self.cumulative, strict=True):
             chance = torch.rand(
                 self.share, generator=generator, device=self.device, dtype=torch.float64
             )
-            places = torch.searchsorted(shares, chance * shares[-1], right=True)
+            places = torch.searchsorted(cumulative, chance * cumulative[-1], right=True)
             drawn.append(rows[places.clamp(max=len(rows) - 1).cpu().numpy()])
         return drawn
 
 
 def class_balance(task: PatchDataset, rows: NDArray[np.int64]) -> Tensor:
-    """Weight of each row such that the classes among them have the same sum."""
+    """Return a weight for each row, such that every class has the same total weight."""
     labels = task.labels[rows]
     counts = np.bincount(labels, minlength=len(task.classes))
     return torch.from_numpy(1 / counts[labels])
 
 
-def validation_rows(tasks: Sequence[PatchDataset], most: int, seed: int) -> list[NDArray[np.int64]]:
-    """Up to ``most`` validation patches of each task, the same at every call."""
+def validation_rows(
+    tasks: Sequence[PatchDataset], limit: int, seed: int
+) -> list[NDArray[np.int64]]:
+    """Return up to ``limit`` validation rows of each task, the same at every call."""
     rng = np.random.default_rng(seed)
-    return [np.sort(rng.permutation(task.rows("validation"))[:most]) for task in tasks]
+    return [np.sort(rng.permutation(task.rows("validation"))[:limit]) for task in tasks]
 
 
 def patch_tensor(task: PatchDataset, rows: NDArray[np.int64], device: torch.device) -> Tensor:
-    """Patches as uint8 (B, 3, P, P) in channels-last layout."""
+    """Return patches as uint8 (B, 3, P, P) in channels-last layout."""
     return torch.from_numpy(task.patches[rows]).to(device).permute(0, 3, 1, 2)
 
 
@@ -69,9 +71,9 @@ def training_inputs(
     pooling: int,
     generator: torch.Generator,
 ) -> Tensor:
-    """Augmented patches of the drawn rows as the network sees them.
+    """Return augmented network input of the drawn rows.
 
-    float32 (B, 3, P / pooling, P / pooling) in [-1, 1], on the generator's device.
+    It is float32 (B, 3, P / pooling, P / pooling) in [-1, 1], on the generator's device.
     """
     pooled = [
         pool_stored(torch.from_numpy(task.patches[rows]).to(generator.device), pooling)
@@ -81,10 +83,10 @@ def training_inputs(
 
 
 def pool_stored(pixels: Tensor, pooling: int) -> Tensor:
-    """:func:`~nic_core.encoders.networks.pool_patches` for patches as they are stored.
+    """Pool stored patches as :func:`~nic_core.encoders.networks.pool_patches` does, but faster.
 
     uint8 (B, P, P, 3) to float32 (B, 3, P / pooling, P / pooling) in channels-last layout. Sums
-    of whole rows in int16 are four times as fast on a CPU as pooling the converted pixels.
+    of whole rows in int16 are four times as fast on a CPU as average pooling in float32.
     """
     batch, side = len(pixels), pixels.shape[1] // pooling
     lines = pixels.view(batch, side, pooling, -1)

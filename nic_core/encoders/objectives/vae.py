@@ -1,13 +1,14 @@
-"""Variational autoencoder (paper B).
+"""Section 3, variational autoencoder (VAE) [B].
 
-Encoder to mu and sigma, decoder from the embedding to the patch, MSE + 5e-5 * KL with the KL
-divergence positive. Augmented patches as input and target, log-variance for sigma, the KL
-summed over the embedding's numbers and the MSE averaged over pixels are [choice].
+The encoder gives mu and sigma, the decoder maps the embedding back to the patch, and the loss is
+MSE + 5e-5 * KL with a positive KL divergence. [choice]: augmented patches as input and target, a
+log-variance instead of sigma, the KL summed over the embedding and the MSE averaged over pixels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
@@ -21,20 +22,15 @@ from nic_core.encoders.networks import (
     initialise_as_keras,
     pool_patches,
 )
-from nic_core.encoders.objectives.base import Selection, Validation
-from nic_core.encoders.objectives.sampling import (
-    Sampler,
-    patch_tensor,
-    training_inputs,
-    validation_rows,
-)
+from nic_core.encoders.objectives.base import PatchObjective, Selection, Sizes, Validation
+from nic_core.encoders.objectives.sampling import patch_tensor, training_inputs
 from nic_core.encoders.patch_tasks import PatchDataset
 
 KL_WEIGHT = 5e-5
 
 
 def upsampling_block(channels: int, filters: int) -> list[nn.Module]:
-    """Nearest-neighbour doubling, 3x3 convolution, BatchNorm, LeakyReLU."""
+    """Return layers: nearest-neighbour upsampling x2, 3x3 convolution, BatchNorm, LeakyReLU."""
     return [
         nn.Upsample(scale_factor=2, mode="nearest"),
         nn.Conv2d(channels, filters, kernel_size=3, padding=1),
@@ -44,10 +40,15 @@ def upsampling_block(channels: int, filters: int) -> list[nn.Module]:
 
 
 class Decoder(nn.Module):
-    """Code (B, C) to patch in [-1, 1], float32 (B, 3, side, side).
+    """Embedding (B, C) to patch in [-1, 1], float32 (B, 3, side, side).
 
     Dense 8192 to 4 x 4 x 512 (for 128 px), 5 x (nearest upsampling, convolution with 256, 128,
-    64, 32, 16 filters), convolution with 3, tanh. BatchNorm and LeakyReLU are [choice].
+    64, 32, 16 filters), convolution with 3 filters, tanh. BatchNorm and LeakyReLU are [choice].
+
+    Raises
+    ------
+    ValueError
+        ``side`` is not a multiple of 32.
     """
 
     FILTERS = (256, 128, 64, 32, 16)
@@ -57,7 +58,10 @@ class Decoder(nn.Module):
         super().__init__()
         self.start = side // 2 ** len(self.FILTERS)
         if self.start * 2 ** len(self.FILTERS) != side:
-            raise ValueError(f"a patch of {side} px does not halve {len(self.FILTERS)} times")
+            raise ValueError(
+                f"a patch of {side} px cannot be decoded: the side must be a multiple of "
+                f"{2 ** len(self.FILTERS)} px"
+            )
         self.dense = nn.Linear(embedding_size, self.start**2 * self.FIRST)
         layers: list[nn.Module] = []
         for channels, filters in zip((self.FIRST, *self.FILTERS), self.FILTERS, strict=False):
@@ -74,47 +78,31 @@ class Decoder(nn.Module):
 
 
 def kl_divergence(mu: Tensor, log_variance: Tensor) -> Tensor:
-    """KL of N(mu, sigma^2) from N(0, 1), summed over the embedding, mean over the batch; >= 0."""
+    """Return KL(N(mu, sigma^2) || N(0, 1)) >= 0, sum over the embedding, mean over the batch."""
     return 0.5 * (mu.square() + log_variance.exp() - 1 - log_variance).sum(1).mean()
 
 
-class VariationalAutoencoder:
-    """The VAE objective; the embedding that is kept is mu."""
+class VariationalAutoencoder(PatchObjective):
+    """The VAE objective: equal numbers of patches of each task, labels unused.
+
+    The embedding of a patch is mu.
+    """
 
     selection = Selection("validation/loss", "min")
+    learning_rate = 1e-3  # [B]
 
     def __init__(
-        self,
-        encoder: PatchEncoder,
-        tasks: Sequence[PatchDataset],
-        *,
-        batch: int,
-        validation: int,
-        seed: int,
+        self, encoder: PatchEncoder, tasks: Sequence[PatchDataset], **sizes: Unpack[Sizes]
     ) -> None:
-        """Patches come from the tasks in equal numbers, labels unused."""
-        self.encoder = encoder
-        self.tasks = tuple(tasks)
-        self.device = next(encoder.parameters()).device
+        super().__init__(encoder, tasks, **sizes)
         network = encoder.network
-        self.decoder = Decoder(network.embedding_size, network.side * network.pooling).to(
-            self.device
-        )
-        self.log_variance = nn.Linear(network.dense.in_features, network.embedding_size).to(
-            self.device
-        )
+        self.decoder = Decoder(network.embedding_size, network.side * network.pooling)
+        self.log_variance = nn.Linear(network.dense.in_features, network.embedding_size)
         initialise_as_keras(self.log_variance)
-        self.heads: dict[str, nn.Module] = {}
-        self.networks = nn.ModuleDict(
-            {"encoder": encoder, "log_variance": self.log_variance, "decoder": self.decoder}
-        )
-        share = max(2, batch // len(self.tasks))
-        self.patches_a_step = share * len(self.tasks)
-        self.sampler = Sampler(self.tasks, share, by_class=False, device=self.device)
-        self.validation_rows = validation_rows(self.tasks, validation, seed)
+        self.add_networks(log_variance=self.log_variance, decoder=self.decoder)
 
     def batch(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Augmented patches (B, 3, P, P) in [-1, 1] and the noise (B, C) of the embedding."""
+        """Draw augmented patches (B, 3, P, P) in [-1, 1] and noise (B, C) for the embedding."""
         draws = zip(self.tasks, self.sampler.draw(generator), strict=True)
         patches = training_inputs(draws, 1, generator)
         noise = torch.randn(
@@ -140,7 +128,7 @@ class VariationalAutoencoder:
 
     @torch.inference_mode()
     def validate(self) -> Validation:
-        """The loss without chance: unaugmented patches, decoded from mu."""
+        """Evaluate the loss without randomness: unaugmented patches, decoded from mu."""
         sums = torch.zeros(3, dtype=torch.float64)
         for task, rows in zip(self.tasks, self.validation_rows, strict=True):
             for start in range(0, len(rows), 64):

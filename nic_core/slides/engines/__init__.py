@@ -1,119 +1,99 @@
-"""The libraries that decode slides, behind one small interface.
+"""Engines: the libraries that decode slides, behind one interface.
 
-:func:`open_engine` alone decides which of them reads a file:
+:func:`open_engine` is the only place that decides which library reads a file:
 
-==============================================  =========================================
+==============================================  ===========================================
 file                                            engine
-==============================================  =========================================
-TIFF, OME-TIFF, Aperio SVS                      ``tifffile``: tiles by their offsets; JPEG by
+==============================================  ===========================================
+TIFF, OME-TIFF, Aperio SVS                      ``tifffile``; JPEG tiles are decoded by
                                                 libjpeg-turbo, other codecs by imagecodecs
 Hamamatsu NDPI, Leica SCN, Philips TIFF,        ``openslide``
-Ventana BIF, DICOM, MIRAX, other vendors',
-YCbCr that is not JPEG's (SVS 33003)
-PNG, JPEG                                       ``libvips``, whole into memory
-==============================================  =========================================
+Ventana BIF, DICOM, MIRAX, other vendor
+formats, YCbCr outside JPEG (SVS with 33003)
+PNG, JPEG                                       ``libvips``; the whole image is held in memory
+==============================================  ===========================================
 
-libvips reads TIFF too when asked, about as fast. It is not the default: it reports an
-undecodable tile once, then gives it and good ones beside it as black, and passes JPEG data
-damaged within a tile.
-Vendors' formats it reads where it was built with OpenSlide, which the wheels are not.
+libvips can read TIFF as well, at about the same speed, if the caller requests it. It is not the
+default because it reports an undecodable tile only once, then returns that tile and good
+neighbours as black, and because it accepts JPEG data that are damaged inside a tile. It reads
+vendor formats where it was built with OpenSlide, which the wheels are not.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import openslide
-import pyvips
-
-from nic_core.slides.dicom import check_dicom
-from nic_core.slides.engines.base import Engine, EngineName, Level, naming
-from nic_core.slides.engines.openslide import OpenSlideEngine
+from nic_core.slides.engines.base import Engine, EngineName, Level, as_slide_error
+from nic_core.slides.engines.openslide import UNKNOWN_FORMAT_REMEDY, OpenSlideEngine
 from nic_core.slides.engines.tifffile import TiffEngine
 from nic_core.slides.engines.vips import VipsEngine
 from nic_core.slides.errors import SlideError
 from nic_core.slides.metadata import DAMAGED_REMEDY
-from nic_core.slides.tiff import TiffScan, tiff_scan
+from nic_core.slides.tiff import TiffInfo, inspect_tiff
 
-__all__ = ["Engine", "EngineName", "Level", "naming", "open_engine"]
+__all__ = ["Engine", "EngineName", "Level", "as_slide_error", "open_engine"]
 
-_NOT_A_SLIDE = "give a whole-slide image (SVS, TIFF, NDPI, MIRAX, SCN, DICOM), a PNG or a JPEG"
-_CONVERT = "convert it to a tiled RGB TIFF"
 _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _PLAIN_MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
 
 
 def open_engine(path: Path, name: EngineName | None = None) -> tuple[Engine, str]:
-    """Open a slide file with the engine for it, or with the one asked for.
+    """Open a slide file with the engine for its format, or with the requested one.
+
+    Formats are recognised by content, not by suffix, except for MIRAX, whose ``.mrxs`` file is a
+    JPEG.
 
     Returns
     -------
-    engine, reason
-        And why it is this one, in a few words.
+    engine : Engine
+    reason : str
+        Why this engine was chosen, in a few words.
 
     Raises
     ------
     SlideError
-        The file is missing, damaged, no image or not an RGB brightfield one, or not one for the
-        engine asked for.
+        The file is missing, damaged, not an image or not RGB brightfield, or the requested engine
+        does not read it.
     """
     magic = _magic(path)
-    scan = tiff_scan(path) if magic.startswith(_TIFF_MAGIC) else None
+    tiff = inspect_tiff(path) if magic.startswith(_TIFF_MAGIC) else None
     plain = magic.startswith(_PLAIN_MAGIC) and path.suffix.lower() != ".mrxs"
     default: EngineName = "openslide"
     if plain:
-        default, reason = "libvips", "a plain image, whole in memory"
-    elif scan is None:
-        reason = "a vendor's format, not TIFF"
-    elif scan.dialect:
-        reason = scan.dialect
+        default, reason = "libvips", "plain image, held in memory"
+    elif tiff is None:
+        reason = "vendor format, not TIFF"
+    elif tiff.openslide_reason:
+        reason = tiff.openslide_reason
     else:
-        default, reason = "tifffile", "TIFF: tiles by their offsets"
-    engine = _open(path, name or default, scan, plain)
-    return engine, reason if name in (None, default) else "asked for"
+        default, reason = "tifffile", "TIFF tiles read directly"
+    engine = _open(path, name or default, tiff, plain)
+    return engine, reason if name in (None, default) else "requested"
 
 
-def _open(path: Path, name: EngineName, scan: TiffScan | None, plain: bool) -> Engine:
-    remedy = "leave the engine open"
+def _open(path: Path, name: EngineName, tiff: TiffInfo | None, plain: bool) -> Engine:
+    remedy = "do not choose an engine"
     if name == "openslide" and not plain:
-        return _open_with_openslide(path, scan)
-    if name == "tifffile" and scan is not None and not scan.dialect:
-        return TiffEngine(path, scan)
+        return OpenSlideEngine(path, tiff)
+    if name == "tifffile" and tiff is not None and not tiff.openslide_reason:
+        return TiffEngine(path, tiff)
     if name == "libvips" and plain:
         return VipsEngine.plain(path)
-    if name == "libvips" and scan is not None and not scan.dialect:
-        return VipsEngine.tiff(path, scan)
+    if name == "libvips" and tiff is not None and not tiff.openslide_reason:
+        return VipsEngine.tiff(path, tiff)
     if name == "libvips":
-        if pyvips.type_find("VipsForeignLoad", "openslideload"):
+        if VipsEngine.has_openslide():
             return VipsEngine.vendor(path)
         remedy += ", or install a libvips with OpenSlide"
     raise SlideError(path, f"engine '{name}' does not read this file", remedy)
 
 
-def _open_with_openslide(path: Path, scan: TiffScan | None) -> Engine:
-    if path.suffix.lower() == ".mrxs" and not path.with_suffix("").is_dir():
-        raise SlideError(
-            path, f"the folder {path.stem} beside it is missing", "copy the folder with the file"
-        )
-    check_dicom(path)
-    try:
-        return OpenSlideEngine(path)
-    except openslide.OpenSlideUnsupportedFormatError as error:
-        if scan is None:
-            raise SlideError(path, "not an image of a known format", _NOT_A_SLIDE) from error
-        kind = scan.dialect or "tiles by their offsets"
-        raise SlideError(path, f"a TIFF that OpenSlide does not know ({kind})", _CONVERT) from error
-    except openslide.OpenSlideError as error:
-        remedy = f"{DAMAGED_REMEDY}, or {_CONVERT}"
-        raise SlideError(path, f"OpenSlide cannot open it: {error}", remedy) from error
-
-
 def _magic(path: Path) -> bytes:
     try:
         if path.is_dir():
-            raise SlideError(path, "is a folder", _NOT_A_SLIDE)
-        if path.exists() and not path.is_file():  # a pipe would wait for ever
-            raise SlideError(path, "is no regular file", _NOT_A_SLIDE)
+            raise SlideError(path, "is a folder", UNKNOWN_FORMAT_REMEDY)
+        if path.exists() and not path.is_file():  # opening a pipe would block
+            raise SlideError(path, "is not a regular file", UNKNOWN_FORMAT_REMEDY)
         with path.open("rb") as file:
             magic = file.read(8)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The interface that every decoding library is put behind."""
+"""The interface of an engine: what a decoding library does for a slide."""
 
 from __future__ import annotations
 
@@ -10,21 +10,29 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from nic_core.slides.errors import SlideError
-from nic_core.slides.metadata import DAMAGED_REMEDY, About
+from nic_core.slides.metadata import DAMAGED_REMEDY, FileMetadata
 from nic_core.types import Pixels
 
 EngineName = Literal["tifffile", "openslide", "libvips"]
 
 
 class ReadError(Exception):
-    """A region could not be decoded; the slide adds its name and turns it into a SlideError."""
+    """A region cannot be decoded; :func:`as_slide_error` turns it into a SlideError."""
 
 
 @dataclass(frozen=True)
 class Level:
-    """One resolution of the pyramid: size in its own px, level-0 px per px, stored tiles.
+    """One resolution of the pyramid.
 
-    ``tile`` is their width and height in px of the level; None: not known, or not a grid.
+    Attributes
+    ----------
+    width, height : int
+        Size in px of the level.
+    downsample : float
+        Level-0 px per px of the level.
+    tile : (int, int) or None
+        Width and height of its stored tiles, px of the level; None if unknown, or if the tiles are
+        no regular grid.
     """
 
     width: int
@@ -34,31 +42,57 @@ class Level:
 
 
 class Engine(Protocol):
-    """What a decoding library does for a slide. ``region`` may be called from several threads."""
+    """An open slide file. Threads may call :meth:`read_region` in parallel.
+
+    Attributes
+    ----------
+    name : EngineName
+    levels : tuple of Level
+        Finest first.
+    metadata : FileMetadata
+    """
 
     name: EngineName
     levels: tuple[Level, ...]
-    about: About
+    metadata: FileMetadata
 
-    def shrinks(self, level: int) -> tuple[int, ...]:
-        """Whole factors by which decoding can shrink a level, 1 among them."""
+    def shrink_factors(self, level: int) -> tuple[int, ...]:
+        """Return the whole factors by which the decoder can shrink a level; 1 is one of them."""
         ...
 
-    def region(
+    def read_region(
         self, level: int, x: int, y: int, width: int, height: int, shrink: int = 1
     ) -> Pixels:
-        """Pixels of a region inside the level, in px of the level shrunk by ``shrink``; raises
-        ReadError."""
+        """Read a region that lies inside the level.
+
+        Parameters
+        ----------
+        x, y, width, height : int
+            Region in px of the level after shrinking.
+        shrink : int
+            One of :meth:`shrink_factors`.
+
+        Returns
+        -------
+        uint8 (height, width, 3)
+
+        Raises
+        ------
+        ReadError
+            A part of the region cannot be decoded.
+        """
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Close the file."""
+        ...
 
 
 def downsample(width: int, height: int, level_width: int, level_height: int) -> float:
-    """Level-0 px per level px.
+    """Return the level-0 px per px of a level, from the sizes of both in px.
 
-    Pyramids shrink by whole numbers and cut the sizes to whole px, so a whole number that
-    explains both sides is the truth and the ratio of the sizes (700.5 / 175) is not.
+    Pyramids shrink by whole numbers and round the sizes to whole px. A whole number that explains
+    both sides is therefore preferred to the ratio of the sizes (700.5 / 175).
     """
     ratio = max(width / level_width, height / level_height)
     for whole in (round(ratio), int(ratio)):
@@ -72,6 +106,15 @@ def downsample(width: int, height: int, level_width: int, level_height: int) -> 
 
 
 def pyramid_levels(sizes: list[tuple[int, int]], tiles: list[tuple[int, int]]) -> tuple[Level, ...]:
+    """Return the levels of a pyramid.
+
+    Parameters
+    ----------
+    sizes : list of (int, int)
+        Width and height of each level, finest first.
+    tiles : list of (int, int)
+        Width and height of each level's tiles; empty if unknown.
+    """
     width, height = sizes[0]
     return tuple(
         Level(w, h, downsample(width, height, w, h), tile)
@@ -80,8 +123,8 @@ def pyramid_levels(sizes: list[tuple[int, int]], tiles: list[tuple[int, int]]) -
 
 
 @contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Give a ReadError the slide's name."""
+def as_slide_error(path: Path) -> Iterator[None]:
+    """Turn a ReadError into a SlideError that names the slide."""
     try:
         yield
     except ReadError as error:

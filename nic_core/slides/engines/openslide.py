@@ -1,4 +1,4 @@
-"""OpenSlide: the vendors' formats."""
+"""OpenSlide: vendor formats."""
 
 from __future__ import annotations
 
@@ -11,23 +11,43 @@ import numpy as np
 import openslide
 from PIL import Image
 
+from nic_core.slides.dicom import check_dicom_complete
 from nic_core.slides.engines.base import EngineName, Level, ReadError, downsample
-from nic_core.slides.metadata import openslide_about
+from nic_core.slides.errors import SlideError
+from nic_core.slides.metadata import DAMAGED_REMEDY, openslide_metadata
+from nic_core.slides.tiff import TiffInfo
 from nic_core.types import Pixels
+
+UNKNOWN_FORMAT_REMEDY = (
+    "give a whole-slide image (SVS, TIFF, NDPI, MIRAX, SCN, DICOM), a PNG or a JPEG"
+)
+_CONVERT_REMEDY = "convert it to a tiled RGB TIFF"
 
 
 class OpenSlideEngine:
-    """OpenSlide: the vendors' formats."""
+    """Engine for vendor formats.
+
+    Parameters
+    ----------
+    path : Path
+    tiff : TiffInfo or None
+        None if the file is not a TIFF.
+
+    Raises
+    ------
+    SlideError
+        OpenSlide does not know the format, or the slide is damaged or incomplete.
+    """
 
     name: EngineName = "openslide"
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, tiff: TiffInfo | None) -> None:
         self._path = path
-        self._slide = openslide.OpenSlide(path)
+        self._slide = _open(path, tiff)
         self._lock = threading.Lock()
         self._factors = self._slide.level_downsamples
         sizes = self._slide.level_dimensions
-        # a whole factor is the format's own word; any other is the ratio of rounded sizes
+        # a whole factor is stated by the format; any other is OpenSlide's ratio of rounded sizes
         self.levels = tuple(
             Level(
                 w,
@@ -37,48 +57,68 @@ class OpenSlideEngine:
             )
             for number, ((w, h), factor) in enumerate(zip(sizes, self._factors, strict=True))
         )
-        self.about = openslide_about(self._slide.properties, self._slide.associated_images)
+        self.metadata = openslide_metadata(self._slide.properties, self._slide.associated_images)
 
-    def shrinks(self, level: int) -> tuple[int, ...]:
+    def shrink_factors(self, level: int) -> tuple[int, ...]:
         return (1,)
 
-    def region(
+    def read_region(
         self, level: int, x: int, y: int, width: int, height: int, shrink: int = 1
     ) -> Pixels:
         factor = self._factors[level]
-        place = (round(x * factor), round(y * factor)), level, (width, height)
+        region = (round(x * factor), round(y * factor)), level, (width, height)
         slide = self._slide
         try:
-            image = slide.read_region(*place)
+            image = slide.read_region(*region)
         except openslide.OpenSlideError:
-            # after one error a handle refuses everything, also what other threads ask of it
-            self._renew(slide)
-            image = self._read_alone(*place)
+            # after an error a handle fails every read, also those of other threads
+            self._replace_handle(slide)
+            image = self._read_with_new_handle(*region)
         pixels = np.asarray(image)
-        if pixels[..., 3].min() < 255:  # not scanned there: glass
+        if pixels[..., 3].min() < 255:  # areas that were not scanned are transparent
             alpha = pixels[..., 3:].astype(np.uint16)
             return ((pixels[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
         return np.ascontiguousarray(pixels[..., :3])
 
-    def _read_alone(
+    def _read_with_new_handle(
         self, corner: tuple[int, int], level: int, size: tuple[int, int]
     ) -> Image.Image:
-        """Read with a handle of this read's own: an error is then this region's."""
+        """Read with a handle that no other read uses, so that an error belongs to this region."""
         try:
-            with openslide.OpenSlide(self._path) as own:
-                return own.read_region(corner, level, size)
+            with openslide.OpenSlide(self._path) as slide:
+                return slide.read_region(corner, level, size)
         except openslide.OpenSlideError as error:
             raise ReadError(str(error)) from error
 
-    def _renew(self, failed: openslide.OpenSlide) -> None:
+    def _replace_handle(self, failed: openslide.OpenSlide) -> None:
         with self._lock:
             if self._slide is failed:
-                # it stays where the file is gone or cut by now
+                # the failed handle is kept if the file no longer exists or was truncated
                 with contextlib.suppress(openslide.OpenSlideError):
                     self._slide = openslide.OpenSlide(self._path)
 
     def close(self) -> None:
         self._slide.close()
+
+
+def _open(path: Path, tiff: TiffInfo | None) -> openslide.OpenSlide:
+    if path.suffix.lower() == ".mrxs" and not path.with_suffix("").is_dir():
+        raise SlideError(
+            path, f"its folder '{path.stem}' is missing", "copy the folder together with the file"
+        )
+    check_dicom_complete(path)
+    try:
+        return openslide.OpenSlide(path)
+    except openslide.OpenSlideUnsupportedFormatError as error:
+        if tiff is None:
+            reason = "not an image of a known format"
+            raise SlideError(path, reason, UNKNOWN_FORMAT_REMEDY) from error
+        kind = tiff.openslide_reason or "plain tiles"
+        reason = f"a TIFF that OpenSlide does not support ({kind})"
+        raise SlideError(path, reason, _CONVERT_REMEDY) from error
+    except openslide.OpenSlideError as error:
+        remedy = f"{DAMAGED_REMEDY}, or {_CONVERT_REMEDY}"
+        raise SlideError(path, f"OpenSlide cannot open it: {error}", remedy) from error
 
 
 def _tile_size(properties: Mapping[str, str], level: int) -> tuple[int, int] | None:

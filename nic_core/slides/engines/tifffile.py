@@ -1,4 +1,4 @@
-"""tifffile: tiles of a TIFF by their offsets."""
+"""tifffile: the tiles of a TIFF, read directly by their offsets in the file."""
 
 from __future__ import annotations
 
@@ -14,26 +14,27 @@ import tifffile
 
 from nic_core.slides.engines.base import EngineName, ReadError, pyramid_levels
 from nic_core.slides.resample import block_means
-from nic_core.slides.tiff import TiffScan, open_tiff, tile_size
+from nic_core.slides.tiff import TiffInfo, open_tiff, tile_size
 from nic_core.types import Pixels
 
 _RGB = tifffile.PHOTOMETRIC.RGB
-_ADOBE_RGB = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x00"  # marker APP14: no transform
-_TILE_CACHE = 64 * 1024 * 1024  # bytes of decoded tiles kept: what neighbouring reads share
+# JPEG marker APP14, which states that the components are RGB
+_ADOBE_RGB = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x00"
+_TILE_CACHE = 64 * 1024 * 1024  # bytes of decoded tiles; neighbouring reads share tiles
 
 
 class TiffEngine:
-    """Tiles (or strips) of a TIFF by their offsets, each decoded once while it is near.
+    """Engine for TIFF files whose tags describe the tiles (or strips) completely.
 
-    JPEG goes through libjpeg-turbo with its warnings as errors: damaged data is reported, not
-    guessed at.
+    Decoded tiles are cached, so that neighbouring reads decode a tile once. JPEG is decoded by
+    libjpeg-turbo with warnings as errors, so that damaged data are reported.
     """
 
     name: EngineName = "tifffile"
 
-    def __init__(self, path: Path, scan: TiffScan) -> None:
+    def __init__(self, path: Path, tiff: TiffInfo) -> None:
         self._tiff = open_tiff(path)
-        self._pages = [level.keyframe for level in self._tiff.series[scan.series].levels]
+        self._pages = [level.keyframe for level in self._tiff.series[tiff.series].levels]
         self._jpeg = [_jpeg_header(page) for page in self._pages]
         self._lock = threading.Lock()
         self._cache: OrderedDict[tuple[int, int, int], Pixels] = OrderedDict()
@@ -42,16 +43,16 @@ class TiffEngine:
             [(page.imagewidth, page.imagelength) for page in self._pages],
             [tile_size(page) for page in self._pages],
         )
-        self.about = scan.about
+        self.metadata = tiff.metadata
 
-    def shrinks(self, level: int) -> tuple[int, ...]:
+    def shrink_factors(self, level: int) -> tuple[int, ...]:
         page = self._pages[level]
         if self._jpeg[level] is None or not page.is_tiled:
             return (1,)
-        # libjpeg makes 4, 2 or 1 px of 8 by leaving out the finer waves of each block
+        # libjpeg decodes a block of 8 px to 4, 2 or 1 px from its low frequencies
         return tuple(s for s in (1, 2, 4, 8) if not (page.tilewidth % s or page.tilelength % s))
 
-    def region(
+    def read_region(
         self, level: int, x: int, y: int, width: int, height: int, shrink: int = 1
     ) -> Pixels:
         page = self._pages[level]
@@ -77,7 +78,7 @@ class TiffEngine:
             if key in self._cache:
                 self._cache.move_to_end(key)
                 return self._cache[key]
-            data = self._stored(page, index)
+            data = self._read_tile(page, index)
         tile = self._decode(level, index, data, shrink)
         with self._lock:
             if key not in self._cache:
@@ -87,21 +88,21 @@ class TiffEngine:
                 self._cached -= self._cache.popitem(last=False)[1].nbytes
         return tile
 
-    def _stored(self, page: tifffile.TiffPage, index: int) -> bytes:
+    def _read_tile(self, page: tifffile.TiffPage, index: int) -> bytes:
         handle, length = page.parent.filehandle, page.databytecounts[index]
         try:
             handle.seek(page.dataoffsets[index])
             data = bytes(handle.read(length))
         except OSError as error:
             raise ReadError(f"tile {index}: {error}") from error
-        if len(data) != length:  # cut while it was open
+        if len(data) != length:  # the file was truncated while open
             raise ReadError(f"tile {index}: {len(data)} of {length} bytes")
         return data
 
     def _decode(self, level: int, index: int, data: bytes, shrink: int) -> Pixels:
         page, header = self._pages[level], self._jpeg[level]
         width, height = (side // shrink for side in tile_size(page))
-        if not data:  # never written: glass
+        if not data:  # not scanned
             return np.full((height, width, 3), 255, np.uint8)
         if header is not None:
             try:
@@ -110,7 +111,7 @@ class TiffEngine:
                 raise ReadError(f"tile {index}: {error}") from error
         try:
             decoded: Any = page.decode(data, index)[0]
-        # every codec of imagecodecs has an error class of its own
+        # each codec of imagecodecs has its own error class
         except Exception as error:
             raise ReadError(f"tile {index}: {error}") from error
         return np.ascontiguousarray(decoded.reshape(decoded.shape[-3:])[..., :3])
@@ -121,25 +122,33 @@ class TiffEngine:
 
 
 def _decode_jpeg(data: bytes, width: int, height: int, shrink: int) -> Pixels:
-    """A tile of ``width`` x ``height`` px after shrinking."""
+    """Decode a tile to ``width`` x ``height`` px, its size divided by ``shrink``."""
     if shrink > 1:
         tile = np.asarray(simplejpeg.decode_jpeg(data, min_width=width, min_height=height))
         if tile.shape[:2] == (height, width):
             return tile
-        # stored smaller than the page's tiles, as some writers do at its edges
+        # some writers store smaller tiles at the edges of a page
     return block_means(np.asarray(simplejpeg.decode_jpeg(data)), shrink)
 
 
 @dataclass(frozen=True)
 class _JpegHeader:
-    """What the tiles of a page leave out: shared tables, and the colours they are in."""
+    """Parts of a JPEG file that the tiles of a page share.
+
+    Attributes
+    ----------
+    tables : bytes
+        Quantisation and Huffman tables.
+    rgb : bool
+        The components are RGB, not YCbCr.
+    """
 
     tables: bytes
     rgb: bool
 
     def complete(self, tile: bytes) -> bytes:
-        """A tile as a JPEG file of its own."""
-        # without a marker decoders take three components for YCbCr; in JFIF they always are
+        """Return a tile as a complete JPEG file."""
+        # without the marker decoders assume YCbCr, and in JFIF files the components always are
         colours = _ADOBE_RGB if self.rgb and tile[6:10] != b"JFIF" else b""
         return tile[:2] + colours + self.tables + tile[2:]
 
@@ -148,5 +157,5 @@ def _jpeg_header(page: tifffile.TiffPage) -> _JpegHeader | None:
     if page.compression != tifffile.COMPRESSION.JPEG:
         return None
     tables = page.jpegtables or b""
-    # a stream of its own: leave its start and end marks
+    # the tables are a JPEG stream; drop its start and end markers
     return _JpegHeader(tables[2:-2], page.photometric == _RGB)

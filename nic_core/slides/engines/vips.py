@@ -1,4 +1,4 @@
-"""libvips: PNG and JPEG; TIFF and vendors' formats on request."""
+"""libvips: PNG and JPEG; on request TIFF and vendor formats."""
 
 from __future__ import annotations
 
@@ -12,31 +12,49 @@ import tifffile
 
 from nic_core.slides.engines.base import EngineName, ReadError, pyramid_levels
 from nic_core.slides.errors import SlideError
-from nic_core.slides.metadata import BRIGHTFIELD_REMEDY, DAMAGED_REMEDY, About, openslide_about
-from nic_core.slides.tiff import TiffScan, open_tiff, tile_size
+from nic_core.slides.metadata import (
+    BRIGHTFIELD_REMEDY,
+    DAMAGED_REMEDY,
+    FileMetadata,
+    openslide_metadata,
+)
+from nic_core.slides.tiff import TiffInfo, open_tiff, tile_size
 from nic_core.types import Pixels
 
-# libvips would give back what it loaded before, with its black tiles or from an older file
-_ANEW = {"revalidate": True} if pyvips.at_least_libvips(8, 15) else {}
-if not _ANEW:
+# bypass libvips' cache of loaded files: it may hold black tiles, or an older version of the file
+_NO_CACHE = {"revalidate": True} if pyvips.at_least_libvips(8, 15) else {}
+if not _NO_CACHE:
     pyvips.cache_set_max(0)
-_VipsImage = Callable[[], pyvips.Image]  # opens it anew
+_OpenImage = Callable[[], pyvips.Image]
 
 
 class VipsEngine:
-    """libvips: PNG and JPEG; on request TIFF, and vendors' formats where it has OpenSlide.
+    """Engine for PNG and JPEG; on request for TIFF, and for vendor formats if built with OpenSlide.
 
-    Every thread has images of its own, and new ones after an error: libvips reports an
-    undecodable tile once, keeps black in its place, and gives that to whoever comes next.
+    Each thread opens its own images, and opens them again after an error: libvips reports an
+    undecodable tile once and returns black pixels for it from then on.
+
+    Parameters
+    ----------
+    path : Path
+    images : list of callable
+        Open the image of each level, finest first.
+    tiles : list of (int, int)
+        Width and height of each level's tiles, px; empty if unknown.
+    metadata : FileMetadata
     """
 
     name: EngineName = "libvips"
 
     def __init__(
-        self, path: Path, images: list[_VipsImage], tiles: list[tuple[int, int]], about: About
+        self,
+        path: Path,
+        images: list[_OpenImage],
+        tiles: list[tuple[int, int]],
+        metadata: FileMetadata,
     ) -> None:
-        self._path, self._images, self.about = path, images, about
-        self._own = threading.local()
+        self._path, self._images, self.metadata = path, images, metadata
+        self._per_thread = threading.local()
         try:
             opened = [image() for image in images]
         except pyvips.Error as error:
@@ -48,79 +66,84 @@ class VipsEngine:
 
     @classmethod
     def plain(cls, path: Path) -> VipsEngine:
-        """A PNG or JPEG, whole in memory. Its dpi is that of a print: no um/px."""
+        """Open a PNG or JPEG and hold it in memory. Its dpi is for printing and is ignored."""
         try:
-            image = pyvips.Image.new_from_file(str(path), fail_on="warning", **_ANEW)
+            image = pyvips.Image.new_from_file(str(path), fail_on="warning", **_NO_CACHE)
             image = image.copy_memory()
         except pyvips.Error as error:
             raise SlideError(path, f"damaged: {error}", DAMAGED_REMEDY) from error
-        return cls(path, [lambda: image], [], About())
+        return cls(path, [lambda: image], [], FileMetadata())
 
     @classmethod
-    def tiff(cls, path: Path, scan: TiffScan) -> VipsEngine:
-        """A TIFF without a dialect."""
+    def tiff(cls, path: Path, info: TiffInfo) -> VipsEngine:
+        """Open a TIFF whose tags describe the tiles completely."""
         with open_tiff(path) as tiff:
-            pages = [level.keyframe for level in tiff.series[scan.series].levels]
-            if any(_mistagged(page) for page in pages):
+            pages = [level.keyframe for level in tiff.series[info.series].levels]
+            if any(_is_mistagged(page) for page in pages):
                 raise SlideError(
                     path,
-                    "its JPEG tiles are YCbCr but tagged RGB: libvips would give false colours",
-                    "leave the engine open",
+                    "its JPEG tiles are YCbCr but tagged RGB: libvips would return false colours",
+                    "do not choose an engine",
                 )
-            # libvips counts a page's sub-directories, tifffile names their places in the file
-            known = {page.offset: (number, -1) for number, page in enumerate(tiff.pages)}
-            number, _ = known[pages[0].offset]
-            known |= {at: (number, sub) for sub, at in enumerate(pages[0].subifds or ())}
-            places = [known[page.offset] for page in pages]
+            # libvips numbers pages and sub-directories, tifffile knows their offsets in the file
+            numbers = {page.offset: (number, -1) for number, page in enumerate(tiff.pages)}
+            number, _ = numbers[pages[0].offset]
+            numbers |= {at: (number, sub) for sub, at in enumerate(pages[0].subifds or ())}
+            page_numbers = [numbers[page.offset] for page in pages]
             tiles = [tile_size(page) for page in pages]
 
-        def image(page: int, subifd: int) -> _VipsImage:
+        def image(page: int, subifd: int) -> _OpenImage:
             return lambda: pyvips.Image.tiffload(
-                str(path), page=page, subifd=subifd, fail_on="warning", **_ANEW
+                str(path), page=page, subifd=subifd, fail_on="warning", **_NO_CACHE
             )
 
-        return cls(path, [image(*place) for place in places], tiles, scan.about)
+        return cls(path, [image(*both) for both in page_numbers], tiles, info.metadata)
+
+    @staticmethod
+    def has_openslide() -> bool:
+        """Whether libvips was built with OpenSlide."""
+        return bool(pyvips.type_find("VipsForeignLoad", "openslideload"))
 
     @classmethod
     def vendor(cls, path: Path) -> VipsEngine:
-        """A vendor's format, by the OpenSlide within libvips."""
+        """Open a vendor format, if :meth:`has_openslide`."""
 
-        def image(level: int) -> _VipsImage:
-            return lambda: pyvips.Image.openslideload(str(path), level=level, **_ANEW)
+        def image(level: int) -> _OpenImage:
+            return lambda: pyvips.Image.openslideload(str(path), level=level, **_NO_CACHE)
 
         try:
-            whole = image(0)()
+            level_0 = image(0)()
         except pyvips.Error as error:
             raise SlideError(path, f"libvips cannot open it: {error}", DAMAGED_REMEDY) from error
-        fields = {name: str(whole.get(name)) for name in whole.get_fields()}
-        pictures = fields.get("slide-associated-images", "").split(", ")
-        about = openslide_about(fields, [name for name in pictures if name])
+        fields = {name: str(level_0.get(name)) for name in level_0.get_fields()}
+        associated = fields.get("slide-associated-images", "").split(", ")
+        metadata = openslide_metadata(fields, [name for name in associated if name])
         count = int(fields["openslide.level-count"])
-        return cls(path, [image(level) for level in range(count)], [], about)
+        return cls(path, [image(level) for level in range(count)], [], metadata)
 
-    def shrinks(self, level: int) -> tuple[int, ...]:
+    def shrink_factors(self, level: int) -> tuple[int, ...]:
         return (1,)
 
-    def region(
+    def read_region(
         self, level: int, x: int, y: int, width: int, height: int, shrink: int = 1
     ) -> Pixels:
-        own: dict[int, pyvips.Region] = self._own.__dict__.setdefault("regions", {})
+        regions: dict[int, pyvips.Region] = self._per_thread.__dict__.setdefault("regions", {})
         try:
-            if level not in own:
-                own[level] = pyvips.Region.new(_rgb(self._images[level]()))
-            data = own[level].fetch(x, y, width, height)
+            if level not in regions:
+                regions[level] = pyvips.Region.new(_to_rgb(self._images[level]()))
+            data = regions[level].fetch(x, y, width, height)
         except pyvips.Error as error:
-            own.pop(level, None)
+            regions.pop(level, None)
             raise ReadError(str(error)) from error
         return np.frombuffer(data, np.uint8).reshape(height, width, 3)
 
     def close(self) -> None:
         self._images = []
-        self._own = threading.local()
+        self._per_thread = threading.local()
 
 
-def _mistagged(page: tifffile.TiffPage) -> bool:
-    """Whether JPEG tiles are JFIF, whose colours are YCbCr, and the page says RGB."""
+def _is_mistagged(page: tifffile.TiffPage) -> bool:
+    """Whether a page is tagged RGB and its JPEG tiles are JFIF, whose colours are YCbCr."""
     if (
         page.compression != tifffile.COMPRESSION.JPEG
         or page.photometric != tifffile.PHOTOMETRIC.RGB
@@ -131,7 +154,7 @@ def _mistagged(page: tifffile.TiffPage) -> bool:
     return bool(page.parent.filehandle.read(10)[6:] == b"JFIF")
 
 
-def _rgb(image: pyvips.Image) -> pyvips.Image:
+def _to_rgb(image: pyvips.Image) -> pyvips.Image:
     if image.interpretation not in ("srgb", "rgb"):
         image = image.colourspace("srgb")
     return image.flatten(background=255) if image.hasalpha() else image

@@ -1,0 +1,115 @@
+"""The private interfaces of Dagster that this project uses, each with the reason.
+
+No other module of ``nic_assets`` imports a private name of Dagster. A release may change these
+names without notice, so Dagster is pinned, and ``tests/assets/test_internals.py`` tests each of
+them by its use and names the one that a release breaks.
+
+Importing this module silences Dagster's beta and preview warnings. Backfill policies and checks
+of partitions cause them, and each process of a run would repeat them.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import dagster as dg
+
+# The materialization that a check's result belongs to: a result that a step does not yield itself
+# (`partition_checks` publishes one for all partitions) has to name it.
+from dagster._core.definitions.asset_checks.asset_check_evaluation import (
+    AssetCheckEvaluationTargetMaterializationData,
+)
+
+# The tags of a materialization that Dagster's staleness reads. Dagster writes one set for all
+# partitions of a run; `batches` writes one for each partition.
+from dagster._core.definitions.data_version import (
+    CODE_VERSION_TAG,
+    DATA_VERSION_IS_USER_PROVIDED_TAG,
+    DATA_VERSION_TAG,
+    get_input_data_version_tag,
+    get_input_event_pointer_tag,
+)
+
+# The data of the events that carry process ids; see `process_id`.
+from dagster._core.events import EngineEventData
+
+# Storage classes; see `records_id` and `records_are_local`.
+from dagster._core.storage.runs import SqliteRunStorage, SqlRunStorage
+
+# Tags of a run. A run of a range of partitions in this process is asked for by its two tags: no
+# public function has an argument for it. The prefix tags a partition's dimensions. By the others
+# `batches` recognizes a run that continues an earlier one.
+from dagster._core.storage.tags import (
+    ASSET_PARTITION_RANGE_END_TAG,
+    ASSET_PARTITION_RANGE_START_TAG,
+    MULTIDIMENSIONAL_PARTITION_PREFIX,
+    RESUME_RETRY_TAG,
+    RETRY_NUMBER_TAG,
+)
+
+if TYPE_CHECKING:
+    # Types of what public functions return: `Definitions.resolve_asset_graph` and
+    # `define_asset_job`.
+    from dagster._core.definitions.assets.graph.base_asset_graph import BaseAssetGraph
+    from dagster._core.definitions.unresolved_asset_job_definition import (
+        UnresolvedAssetJobDefinition,
+    )
+
+    AssetGraph: TypeAlias = BaseAssetGraph[Any]
+    AssetJob: TypeAlias = UnresolvedAssetJobDefinition
+
+__all__ = [
+    "ASSET_PARTITION_RANGE_END_TAG",
+    "ASSET_PARTITION_RANGE_START_TAG",
+    "CODE_VERSION_TAG",
+    "DATA_VERSION_IS_USER_PROVIDED_TAG",
+    "DATA_VERSION_TAG",
+    "MULTIDIMENSIONAL_PARTITION_PREFIX",
+    "RESUME_RETRY_TAG",
+    "RETRY_NUMBER_TAG",
+    "AssetCheckEvaluationTargetMaterializationData",
+    "get_input_data_version_tag",
+    "get_input_event_pointer_tag",
+    "process_id",
+    "records_are_local",
+    "records_id",
+]
+
+warnings.filterwarnings("ignore", category=dg.BetaWarning)
+warnings.filterwarnings("ignore", category=dg.PreviewWarning)
+
+
+def records_id(instance: dg.DagsterInstance) -> str:
+    """Return the id of an instance's records: the same for every object that reads them.
+
+    Private, since Dagster has no public id: a process builds several instance objects, and only
+    this id tells that they share one history.
+
+    Raises
+    ------
+    TypeError
+        The records are not in a SQL database.
+    """
+    storage = instance.run_storage
+    if not isinstance(storage, SqlRunStorage):
+        raise TypeError(f"{type(storage).__name__}: Dagster's records must be in a SQL database")
+    return storage.get_run_storage_id()
+
+
+def records_are_local(instance: dg.DagsterInstance) -> bool:
+    """Return whether only this machine can have written the records (SQLite files).
+
+    Private, since Dagster has no public name for the kind of storage.
+    """
+    return isinstance(instance.run_storage, SqliteRunStorage)
+
+
+def process_id(event: dg.DagsterEvent) -> int | None:
+    """Return the id of the process that an event announces; None if it announces none.
+
+    Private, since Dagster records the processes of runs and steps in no other place.
+    """
+    data = event.event_specific_data
+    pid = data.metadata.get("pid") if isinstance(data, EngineEventData) else None
+    return None if pid is None else int(str(pid.value))

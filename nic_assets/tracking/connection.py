@@ -1,0 +1,106 @@
+"""The connection to MLflow: its address, its settings in this process, and its errors."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import mlflow
+from mlflow.exceptions import MlflowException
+from sqlalchemy.exc import SQLAlchemyError
+
+from nic_assets.tracking.database import create_database
+
+DEFAULT_UI = "http://127.0.0.1:5000"
+
+CONNECTION_ERRORS = (MlflowException, SQLAlchemyError, OSError)
+"""What an MLflow client raises when it gets no answer.
+
+The causes are no connection, a server error, a locked database, or an artifact folder that cannot
+be written.
+"""
+
+# a table that is logged in parts is read again for each part; no progress bar for that
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+# the URL of the tracking server may contain a password
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+# a training waits during the client's retries; TrackedRun retries by itself
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+# each migration of a new database is an INFO line
+logging.getLogger("alembic").setLevel(logging.WARNING)
+# MLflow logs database errors and raises them as well
+logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+
+
+class TrackingError(Exception):
+    """MLflow does not answer; the message says what is stored and what is not logged yet.
+
+    The error is transient: the same call may succeed later.
+    """
+
+
+@dataclass(frozen=True)
+class Connection:
+    """The address of MLflow's records.
+
+    Attributes
+    ----------
+    uri
+        Tracking URI; may contain a password, so it is not part of the ``repr``.
+    artifacts
+        URI of the folder for the files of new experiments; None if the server chooses it.
+    ui
+        URL of MLflow's web pages, without a password.
+    """
+
+    uri: str = field(repr=False)
+    artifacts: str | None
+    ui: str = DEFAULT_UI
+
+    @property
+    def client(self) -> mlflow.MlflowClient:
+        """A client; creates the database if the URI is a SQLite file that does not exist."""
+        create_database(self.uri)
+        return mlflow.MlflowClient(self.uri)
+
+    def page(self, name: str, number: str) -> str:
+        """Return the URL of a registered version."""
+        return f"{self.ui}/#/models/{name}/versions/{number}"
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Set the address for MLflow's own functions, which read it from the process."""
+        before = os.environ.get("MLFLOW_TRACKING_URI")
+        mlflow.set_tracking_uri(self.uri)
+        try:
+            yield
+        finally:
+            mlflow.set_tracking_uri(before)  # type: ignore[arg-type]  # None: as if never set
+
+
+@contextmanager
+def as_tracking_error(version: str) -> Iterator[None]:
+    """Turn a connection error of a registry request into a :class:`TrackingError`."""
+    try:
+        yield
+    except CONNECTION_ERRORS as error:
+        # `from None`: the cause may contain a URL with a password
+        raise TrackingError(
+            f"MLflow does not answer the request for {version} ({reason(error)}); run again when "
+            "it does"
+        ) from None
+
+
+def without_secrets(text: str) -> str:
+    """Return a text without the user and password of any URL in it."""
+    return re.sub(r"(?<=://)[^/@\s]+@", "", text)
+
+
+def reason(error: Exception) -> str:
+    """Return the first line of an error's message, without passwords, up to 300 characters."""
+    return without_secrets(str(error).strip().partition("\n")[0])[:300] or type(error).__name__

@@ -1,0 +1,127 @@
+"""MLflow's model registry: versions by alias, their files, and the format of a logged model."""
+
+from __future__ import annotations
+
+import tempfile
+import zipfile
+from pathlib import Path
+
+import mlflow
+import polars as pl
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+
+from nic_assets.tracking.connection import Connection, as_tracking_error
+from nic_core.cohort import RegisteredEncoder
+from nic_core.encoders import EncoderError
+from nic_core.models.comparison import Champion
+from nic_core.steps.slide_models import PREDICTIONS
+
+CANDIDATE, CHAMPION = "candidate", "champion"
+"""Aliases of a registered model: its newest version, and the best of those that were compared."""
+
+PRODUCT_FOLDER = "product"
+"""Folder among a run's artifacts with the files of the product as they are in the store."""
+
+EXPORTED_MODEL = "model.pt2"
+"""The only file in the folder ``data`` of a model that MLflow logged as torch.export archive."""
+
+
+class ModelFormatError(Exception):
+    """A logged model is not a torch.export archive, so it is not registered."""
+
+
+def find_version(connection: Connection, name: str, alias: str) -> ModelVersion | None:
+    """Return the version of a registered model that has an alias; None if there is none."""
+    client = connection.client
+    try:
+        number = client.get_registered_model(name).aliases.get(alias)
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return None
+        raise
+    return None if number is None else client.get_model_version(name, str(number))
+
+
+def find_encoder(connection: Connection, entry: RegisteredEncoder) -> ModelVersion:
+    """Return the registered version of an encoder entry.
+
+    Raises
+    ------
+    EncoderError
+        No version has the alias.
+    TrackingError
+        MLflow does not answer.
+    """
+    name, alias = entry.version.split("@")
+    with as_tracking_error(entry.version):
+        found = find_version(connection, name, alias)
+    if found is None:
+        raise EncoderError(
+            f"encoder '{entry.name}': the registry has no {entry.version}; set the alias "
+            f"'{alias}' on a version of '{name}' in MLflow"
+        )
+    return found
+
+
+def find_champion(connection: Connection, name: str) -> Champion | None:
+    """Return the champion of a registered model; None if no version is the champion."""
+    found = find_version(connection, name, CHAMPION)
+    if found is None:
+        return None
+    title = f"version {found.version} ({found.tags.get('encoder', 'encoder unknown')})"
+    with tempfile.TemporaryDirectory() as folder:
+        path = download_artifact(connection, found, f"{PRODUCT_FOLDER}/{PREDICTIONS}", folder)
+        try:
+            return Champion(title, None if path is None else pl.read_parquet(path))
+        except pl.exceptions.PolarsError:
+            return Champion(title, None)
+
+
+def download_artifact(
+    connection: Connection, version: ModelVersion, path: str, folder: str
+) -> Path | None:
+    """Download an artifact of a version's run into ``folder``; None if the run does not have it."""
+    if version.run_id is None:
+        return None
+    siblings = connection.client.list_artifacts(version.run_id, path.rpartition("/")[0])
+    if all(item.path != path for item in siblings):
+        return None
+    return Path(connection.client.download_artifacts(version.run_id, path, folder))
+
+
+def verify_exported(connection: Connection, model_id: str) -> None:
+    """Verify that a logged model is a torch.export archive (pt2), from its files.
+
+    MLflow's description of a model is the same for an archive and a pickle, so this downloads the
+    files and reads the names in the archive; it unpickles nothing.
+
+    Raises
+    ------
+    ModelFormatError
+        The model has other files, such as a pickle, or its file is not a torch.export archive.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        with connection.active():
+            model = Path(
+                mlflow.artifacts.download_artifacts(f"models:/{model_id}", dst_path=folder)
+            )
+        files = sorted(str(path.relative_to(model)) for path in model.glob("data/**/*"))
+        if files == [f"data/{EXPORTED_MODEL}"] and _is_exported(model / files[0]):
+            return
+    raise ModelFormatError(
+        f"logged model {model_id}: expected the torch.export archive data/{EXPORTED_MODEL}, found "
+        f"{', '.join(files) or 'no file in data/'}; a pickle executes code when it is loaded, so "
+        "the model was not registered. Install the versions of mlflow and torch that "
+        "pyproject.toml requires and materialize the partition again: no training is repeated"
+    )
+
+
+def _is_exported(path: Path) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(
+            name.rpartition("/")[2] == "archive_format" and archive.read(name) == b"pt2"
+            for name in archive.namelist()
+        )

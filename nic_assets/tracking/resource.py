@@ -1,0 +1,159 @@
+"""The Dagster resource ``tracking``: experiment tracking and model registry by MLflow.
+
+Each training of an encoder or slide model is one MLflow run, tagged with the Dagster run and asset
+key. Each encoder and each target is one registered model, whose newest version has the alias
+``candidate``.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import tempfile
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import dagster as dg
+
+from nic_assets.tracking.connection import (
+    Connection,
+    TrackingError,
+    as_tracking_error,
+    without_secrets,
+)
+from nic_assets.tracking.registry import PRODUCT_FOLDER, download_artifact, find_encoder
+from nic_assets.tracking.runs import TrackedRun
+from nic_core.cohort import Cohort, ImportedEncoder, RegisteredEncoder
+from nic_core.encoders import EncoderError
+from nic_core.steps import digest
+from nic_core.store import Store
+
+
+class Tracking(Connection):
+    """A connection to MLflow that opens runs and reads the registry."""
+
+    @classmethod
+    def in_store(cls, store: Store) -> Tracking:
+        """Return the connection by ``$MLFLOW_TRACKING_URI``; by default a database in the store."""
+        folder: Path = store.mlflow
+        uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder / 'mlflow.db'}"
+        if uri.startswith("http"):
+            return cls(uri, None, without_secrets(uri).rstrip("/"))
+        return cls(uri, (folder / "artifacts").as_uri())
+
+    @contextmanager
+    def run(
+        self,
+        context: dg.AssetExecutionContext,
+        *,
+        cohort: Cohort,
+        partition: str,
+        experiment: str,
+        product: Path,
+    ) -> Iterator[TrackedRun]:
+        """Open an MLflow run for one partition of the asset that ``context`` materializes.
+
+        The block writes ``product`` to the store and logs it to the run. When the block ends, the
+        run sends what is still queued.
+
+        Raises
+        ------
+        TrackingError
+            The block succeeded, but MLflow does not answer.
+        ModelFormatError
+            A logged model is not a torch.export archive.
+        """
+        tags = {
+            "cohort": cohort.name,
+            "dagster/run_id": context.run.run_id,
+            "dagster/asset_key": context.asset_key.to_user_string(),
+            "dagster/partition": partition,
+        }
+        if commit := git_commit():
+            tags["git/commit"] = commit
+
+        def is_finished(dagster_run: str) -> bool:
+            found = context.instance.get_run_by_id(dagster_run)
+            return found is not None and found.is_finished
+
+        run = TrackedRun(self, experiment, tags, is_finished, context.log.warning)
+        try:
+            yield run
+            run.finish(product)
+        except TrackingError:
+            raise  # MLflow does not answer; the next run of the partition ends this one
+        except BaseException:
+            run.fail()
+            raise
+
+    def registered_versions(
+        self, cohort: Cohort, warn: Callable[[str], None], known: Collection[str]
+    ) -> dict[str, str]:
+        """Return the data version of every encoder entry that refers to the registry.
+
+        The version is a digest of the entry and of the weights that have the alias now. If an
+        encoder cannot be looked up, ``warn`` receives the reason. The encoder is then left out if
+        it is among the ``known`` (it counts as unchanged); otherwise its version is a digest of
+        the entry, and its materialization raises the error.
+        """
+        versions = {}
+        for entry in cohort.encoders:
+            if isinstance(entry, RegisteredEncoder):
+                try:
+                    found = find_encoder(self, entry)
+                    versions[entry.name] = digest(entry, found.tags["weights_hash"])
+                except (TrackingError, EncoderError) as error:
+                    warn(str(error))
+                    if entry.name not in known:
+                        versions[entry.name] = digest(entry)
+        return versions
+
+    @contextmanager
+    def download_encoder(self, entry: RegisteredEncoder) -> Iterator[tuple[ImportedEncoder, str]]:
+        """Download a registered encoder to a temporary folder, which exists within the block.
+
+        Yields
+        ------
+        ImportedEncoder, str
+            An entry of the same name for the downloaded files, and the URL of the version.
+
+        Raises
+        ------
+        EncoderError
+            No version has the alias, or its run does not have the encoder's files.
+        TrackingError
+            MLflow does not answer.
+        """
+        found = find_encoder(self, entry)
+        with tempfile.TemporaryDirectory() as folder:
+            with as_tracking_error(entry.version):
+                path = download_artifact(self, found, PRODUCT_FOLDER, folder)
+            if path is None:
+                raise EncoderError(
+                    f"encoder '{entry.name}': the run of {entry.version} (version "
+                    f"{found.version}) has no artifact '{PRODUCT_FOLDER}': the encoder was "
+                    "imported from a file, or logged by an older version of this package; import "
+                    "the file, or train it again"
+                )
+            imported = ImportedEncoder(name=entry.name, objective="imported", file=path)
+            yield imported, self.page(found.name, found.version)
+
+
+@cache
+def git_commit() -> str | None:
+    """Return the commit of this project's checkout, with ``-dirty`` if tracked files differ.
+
+    None if the package is not in a git checkout.
+    """
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(
+            [*command, "--exclude=*"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # git is not installed, or refuses this user
+        return None

@@ -1,0 +1,277 @@
+"""The interface of a target kind, and functions that every kind shares.
+
+Terms: the *label table* is the cohort's file of labels; the *target table* is its decoded form,
+one row per unit (:func:`nic_core.models.labels.target_table`); *outputs* are the numbers that a
+network returns, float (B, outputs); *predictions* are outputs in the target's own terms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import polars as pl
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from torch import Tensor
+
+from nic_core.cohort import CohortError, Target
+from nic_core.models.cox import BaselineHazard
+from nic_core.models.metrics import Metric
+
+Floats = NDArray[np.float64]
+
+MISSING = ("", "NA", "N/A", "na", "nan", "NaN", "null", "None")  # texts that mean "no label"
+
+
+class Calibration(NamedTuple):
+    """Scale of one fold's risks on its own training units, and their baseline hazard.
+
+    The calibrated risk is ``(risk - mean) / deviation``.
+    """
+
+    mean: float
+    deviation: float
+    hazard: BaselineHazard
+
+
+class TargetKind(Protocol):
+    """A target together with everything that depends on its kind."""
+
+    @property
+    def target(self) -> Target:
+        """The target itself."""
+
+    # --- labels ---
+
+    @property
+    def source_columns(self) -> tuple[str, ...]:
+        """Columns of the label table that hold this target's labels."""
+
+    @property
+    def label_columns(self) -> tuple[str, ...]:
+        """Columns of the target table, and of tables of predictions, that hold the labels."""
+
+    def decode(self, labels: pl.DataFrame, key: str) -> pl.DataFrame:
+        """Convert labels to numbers.
+
+        Parameters
+        ----------
+        labels
+            Columns ``key`` (``slide`` or ``patient``) and :attr:`source_columns`.
+
+        Returns
+        -------
+        ``key`` and :attr:`label_columns`; rows without any label are dropped.
+
+        Raises
+        ------
+        CohortError
+            A label is invalid; the message names target, column and row.
+        """
+
+    def check_enough(self, cv: pl.DataFrame, folds: int) -> None:
+        """Raise ``CohortError`` if the units of split ``cv`` cannot be divided into folds.
+
+        Every fold needs a patient of each class (classification) or with an event (survival);
+        regression needs two different labels.
+        """
+
+    # --- folds ---
+
+    def patient_labels(self) -> list[pl.Expr]:
+        """Aggregations of the labels of one patient's units into :attr:`label_columns`."""
+
+    @property
+    def fold_order(self) -> tuple[str, ...]:
+        """Columns by which patients are sorted before they are assigned to folds."""
+
+    def strata(self, patients: pl.DataFrame) -> pl.Series:
+        """Stratum of each patient; folds get equally many patients of each stratum."""
+
+    # --- network ---
+
+    @property
+    def outputs(self) -> int:
+        """Number of outputs of a network."""
+
+    def output_scale(self, train: pl.DataFrame) -> tuple[float, float]:
+        """Shift and scale, estimated on training units, that :meth:`activate` applies."""
+
+    def activate(self, outputs: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        """Convert network outputs to predictions, both float (B, outputs)."""
+
+    def loss(self, outputs: Tensor, rows: pl.DataFrame, shift: Tensor, scale: Tensor) -> Tensor:
+        """Mean loss of network outputs on the labels in ``rows`` of the target table."""
+
+    def explained_output(self, label: str | None) -> Callable[[Tensor, Tensor], Tensor]:
+        """Return the function whose gradient Grad-CAM uses.
+
+        It maps network outputs and predictions, float (B, outputs) each, to one number per
+        crop, float (B,).
+
+        Parameters
+        ----------
+        label
+            Class to explain; None: the last one, or the only output.
+
+        Raises
+        ------
+        ValueError
+            The target has no such class.
+        """
+
+    # --- metrics ---
+
+    @property
+    def primary_metric(self) -> str:
+        """Metric by which epochs, penalties and champions are chosen."""
+
+    @property
+    def primary_name(self) -> str:
+        """Name of :attr:`primary_metric` in tables and figures."""
+
+    @property
+    def chance_level(self) -> float:
+        """Expected :attr:`primary_metric` of predictions that are independent of the labels."""
+
+    def metrics(self, rows: pl.DataFrame, prediction: Floats) -> dict[str, Metric]:
+        """Metrics of predictions float (units, outputs).
+
+        Parameters
+        ----------
+        rows
+            :attr:`label_columns`; for survival optionally also ``survival`` and ``horizons``
+            (see :attr:`nic_core.models.cross_validation.CrossValidation.predictions`).
+        """
+
+    def p_values(self, rows: pl.DataFrame, prediction: Floats) -> dict[str, float]:
+        """Significance tests of the predictions, which have no bootstrap interval."""
+
+    # --- linear baseline ---
+
+    def linear_model(self, penalty: float) -> Any:
+        """Unfitted linear estimator; ``penalty`` weights the sum of squared coefficients."""
+
+    def linear_labels(self, table: pl.DataFrame) -> Any:
+        """Labels of the target table in the form that :meth:`linear_model` is fitted on."""
+
+    def linear_prediction(self, model: Any, features: Floats) -> Floats:
+        """Predictions (units, outputs) of a fitted linear model, in the terms of networks."""
+
+    # --- cross-validation ---
+
+    def calibrate(
+        self, train: pl.DataFrame, predict: Callable[[pl.DataFrame], Floats]
+    ) -> Calibration | None:
+        """Estimate the scale of a fold's risks on its training units; None: none is needed."""
+
+    def horizons(self, units: pl.DataFrame) -> Floats:
+        """Times at which survival functions are evaluated, (times,); empty for other kinds."""
+
+    # --- tables of predictions ---
+
+    @property
+    def prediction_columns(self) -> list[str]:
+        """Names of the predictions' columns, one per output."""
+
+    @property
+    def has_survival_functions(self) -> bool:
+        """Whether a model of this kind has baseline hazards and a median risk."""
+
+    def prediction_series(
+        self, prediction: Floats, survival: Floats, horizons: Floats
+    ) -> list[pl.Series]:
+        """Columns of the table of cross-validated predictions.
+
+        Parameters
+        ----------
+        prediction : float (units, outputs)
+        survival : float (units, times)
+            Survival probabilities at ``horizons``; (units, 0) for other kinds.
+        horizons : float (times,)
+        """
+
+    def median_risk(self, held_out: pl.DataFrame) -> float | None:
+        """Median of cross-validated risks; None for kinds without risk groups."""
+
+    def conclusions(
+        self,
+        folds: Floats,
+        median_risk: float | None,
+        hazards: Sequence[BaselineHazard],
+    ) -> list[pl.Series]:
+        """Columns that summarise the folds' predictions (folds, units, outputs) of new units."""
+
+    # --- display ---
+
+    def figure(self, predictions: Mapping[str, pl.DataFrame], title: str) -> Figure:
+        """Draw the evaluation of one split.
+
+        Parameters
+        ----------
+        predictions
+            Display name of each model to its rows of predictions; the network comes first.
+        """
+
+    def conclusion_headings(self, times: Sequence[float]) -> list[str]:
+        """Headings of the terminal's columns after the predictions: conclusions, then times."""
+
+    def conclusion_cells(self, row: Mapping[str, Any]) -> list[str]:
+        """Texts of the conclusions of one unit, a row of :func:`predict_grids`."""
+
+    def legend(self, median_risk: float | None) -> str:
+        """Explanation of the terminal's table; empty if the headings are enough."""
+
+
+def prediction_array(kind: TargetKind, predictions: pl.DataFrame) -> Floats:
+    """Return one model's predictions (units, outputs) from their table."""
+    return predictions.select(kind.prediction_columns).to_numpy()
+
+
+def primary_value(kind: TargetKind, rows: pl.DataFrame, prediction: Floats) -> float:
+    """Return the primary metric of predictions (units, outputs); NaN where it is undefined."""
+    metric = kind.metrics(rows, prediction)[kind.primary_metric]
+    return float(metric(np.ones((1, rows.height)))[0])
+
+
+def metric_name(kind: TargetKind, metric: str) -> str:
+    """Return the name of a metric in tables and figures."""
+    return kind.primary_name if metric == kind.primary_metric else metric
+
+
+def named_series(columns: Sequence[str], values: Floats, prefix: str = "") -> list[pl.Series]:
+    """Return the columns of an array (units, columns) as named series."""
+    return [pl.Series(prefix + name, values[:, i], pl.Float64) for i, name in enumerate(columns)]
+
+
+def label_error(target: Target, column: str, problem: str) -> CohortError:
+    """Return a ``CohortError`` that names the target and the column of the label table."""
+    return CohortError(f"target '{target.name}', column '{column}': {problem}")
+
+
+def numeric_labels(labels: pl.DataFrame, target: Target, column: str, key: str) -> pl.DataFrame:
+    """Convert a column of labels to float64; missing labels become null.
+
+    Raises
+    ------
+    CohortError
+        A label is not a finite number.
+    """
+    numbers = labels.with_columns(
+        pl.col(column).cast(pl.Float64, strict=False).fill_nan(None).alias("number")
+    )
+    text = pl.col(column).cast(pl.String)
+    invalid = numbers.filter(
+        (pl.col("number").is_null() & text.is_not_null() & ~text.is_in(MISSING))
+        | pl.col("number").is_infinite()
+    )
+    if invalid.height:
+        raise label_error(
+            target,
+            column,
+            f"{key} '{invalid[key][0]}' has '{invalid[column][0]}', which is not a finite number; "
+            "correct it or leave the cell empty",
+        )
+    return numbers.with_columns(pl.col("number").alias(column)).drop("number")

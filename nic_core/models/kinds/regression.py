@@ -1,0 +1,148 @@
+"""Regression targets: squared error, Spearman's rho, ridge regression (paper B)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+from matplotlib.figure import Figure
+from sklearn.linear_model import Ridge
+from torch import Tensor
+from torch.nn import functional
+
+from nic_core.cohort import RegressionTarget
+from nic_core.models.cox import BaselineHazard
+from nic_core.models.kinds.base import (
+    Calibration,
+    Floats,
+    label_error,
+    named_series,
+    numeric_labels,
+    prediction_array,
+)
+from nic_core.models.metrics import Metric, regression_metrics
+from nic_core.models.plots import scatter_figure
+
+
+@dataclass(frozen=True)
+class Regression:
+    """A number per unit; implements :class:`~nic_core.models.kinds.base.TargetKind`.
+
+    The column ``y`` (float64) holds the label. Networks learn standardised labels: predictions
+    are ``output * scale + shift`` in the label's unit.
+    """
+
+    target: RegressionTarget
+
+    primary_metric = "spearman"
+    primary_name = "Spearman"
+    chance_level = 0.0
+    label_columns = ("y",)
+    fold_order = ("y",)
+    outputs = 1
+    has_survival_functions = False
+
+    @property
+    def source_columns(self) -> tuple[str, ...]:
+        return (self.target.column,)
+
+    def decode(self, labels: pl.DataFrame, key: str) -> pl.DataFrame:
+        column = self.target.column
+        numbers = numeric_labels(labels, self.target, column, key)
+        return numbers.rename({column: "y"}).drop_nulls("y")
+
+    def check_enough(self, cv: pl.DataFrame, folds: int) -> None:
+        if cv["y"].n_unique() < 2:
+            raise label_error(
+                self.target,
+                self.target.column,
+                "all labels are equal, so a model cannot learn; correct them or remove the target",
+            )
+
+    def patient_labels(self) -> list[pl.Expr]:
+        return [pl.col("y").mean()]
+
+    def strata(self, patients: pl.DataFrame) -> pl.Series:
+        return pl.zeros(patients.height, pl.Int64, eager=True)
+
+    def output_scale(self, train: pl.DataFrame) -> tuple[float, float]:
+        y = train["y"].to_numpy()
+        return float(y.mean()), float(y.std())
+
+    def activate(self, outputs: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        return outputs * scale + shift
+
+    def loss(self, outputs: Tensor, rows: pl.DataFrame, shift: Tensor, scale: Tensor) -> Tensor:
+        y = torch.tensor(rows["y"].to_numpy(), dtype=outputs.dtype, device=outputs.device)
+        return functional.mse_loss(outputs[:, 0], (y - shift) / scale)
+
+    def explained_output(self, label: str | None) -> Callable[[Tensor, Tensor], Tensor]:
+        if label is not None:
+            raise ValueError(
+                f"target '{self.target.name}' (regression) has no class '{label}'; "
+                "leave the class out"
+            )
+        return lambda outputs, predictions: predictions[:, 0]
+
+    def metrics(self, rows: pl.DataFrame, prediction: Floats) -> dict[str, Metric]:
+        return regression_metrics(rows["y"].to_numpy(), prediction[:, 0])
+
+    def p_values(self, rows: pl.DataFrame, prediction: Floats) -> dict[str, float]:
+        return {}
+
+    def linear_model(self, penalty: float) -> Ridge:
+        return Ridge(alpha=penalty)
+
+    def linear_labels(self, table: pl.DataFrame) -> Floats:
+        return table["y"].to_numpy()
+
+    def linear_prediction(self, model: Any, features: Floats) -> Floats:
+        return np.asarray(model.predict(features), np.float64)[:, None]
+
+    def calibrate(
+        self, train: pl.DataFrame, predict: Callable[[pl.DataFrame], Floats]
+    ) -> Calibration | None:
+        return None
+
+    def horizons(self, units: pl.DataFrame) -> Floats:
+        return np.empty(0)
+
+    @property
+    def prediction_columns(self) -> list[str]:
+        return ["prediction"]
+
+    def prediction_series(
+        self, prediction: Floats, survival: Floats, horizons: Floats
+    ) -> list[pl.Series]:
+        return named_series(self.prediction_columns, prediction)
+
+    def median_risk(self, held_out: pl.DataFrame) -> float | None:
+        return None
+
+    def conclusions(
+        self, folds: Floats, median_risk: float | None, hazards: Sequence[BaselineHazard]
+    ) -> list[pl.Series]:
+        return []
+
+    def figure(self, predictions: Mapping[str, pl.DataFrame], title: str) -> Figure:
+        rows = next(iter(predictions.values()))
+        return scatter_figure(
+            rows["y"].to_numpy(),
+            prediction_array(self, rows)[:, 0],
+            fold=None if rows["fold"].null_count() else rows["fold"].to_numpy(),
+            label=self.target.column,
+            title=title,
+        )
+
+    def conclusion_headings(self, times: Sequence[float]) -> list[str]:
+        return []
+
+    def conclusion_cells(self, row: Mapping[str, Any]) -> list[str]:
+        return []
+
+    def legend(self, median_risk: float | None) -> str:
+        return ""

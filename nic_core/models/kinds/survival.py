@@ -1,0 +1,205 @@
+"""Survival targets: Cox loss, Harrell's C, risk groups and median survival (paper A).
+
+The method itself, partial likelihood and baseline hazard, is in :mod:`nic_core.models.cox`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+from matplotlib.figure import Figure
+from sksurv.linear_model import CoxPHSurvivalAnalysis
+from sksurv.util import Surv
+from torch import Tensor
+
+from nic_core.cohort import SurvivalTarget
+from nic_core.models.cox import BaselineHazard, cox_loss, fit_baseline_hazard, median_survival
+from nic_core.models.kinds.base import (
+    Calibration,
+    Floats,
+    label_error,
+    named_series,
+    numeric_labels,
+    prediction_array,
+)
+from nic_core.models.metrics import Metric, event_horizons, log_rank, survival_metrics
+from nic_core.models.plots import kaplan_meier_figure
+
+
+@dataclass(frozen=True)
+class Survival:
+    """Time to an event with right censoring; implements :class:`~.base.TargetKind`.
+
+    The columns ``time`` (float64, in ``target.unit``) and ``event`` (bool, true: observed, false:
+    censored) hold the label. A prediction is a risk: higher means an earlier event.
+    """
+
+    target: SurvivalTarget
+
+    primary_metric = "harrell_c"
+    primary_name = "Harrell's C"
+    chance_level = 0.5
+    label_columns = ("time", "event")
+    fold_order = ("event", "time")
+    outputs = 1
+    has_survival_functions = True
+
+    @property
+    def source_columns(self) -> tuple[str, ...]:
+        return self.target.time, self.target.event
+
+    def decode(self, labels: pl.DataFrame, key: str) -> pl.DataFrame:
+        for column in self.source_columns:
+            labels = numeric_labels(labels, self.target, column, key)
+        time, event = pl.col(self.target.time), pl.col(self.target.event)
+        labels = labels.filter(time.is_not_null() | event.is_not_null())
+        for column, invalid, problem in (
+            (self.target.time, time.is_null(), "has an event but no time"),
+            (self.target.event, event.is_null(), "has a time but no event"),
+            (self.target.time, time < 0, "has a negative time"),
+            (self.target.event, ~event.is_in([0.0, 1.0]), "has an event that is not 0 or 1"),
+        ):
+            rows = labels.filter(invalid)
+            if rows.height:
+                raise label_error(
+                    self.target, column, f"{key} '{rows[key][0]}' {problem}; correct the row"
+                )
+        return labels.select(key, time=time, event=event == 1)
+
+    def check_enough(self, cv: pl.DataFrame, folds: int) -> None:
+        count = cv.filter("event")["patient"].n_unique()
+        if count < folds:
+            raise label_error(
+                self.target,
+                self.target.event,
+                f"{count} patients have an event, too few for {folds} folds; "
+                "lower settings.models.folds",
+            )
+
+    def patient_labels(self) -> list[pl.Expr]:
+        return [pl.col("time", "event").first()]
+
+    def strata(self, patients: pl.DataFrame) -> pl.Series:
+        return patients["event"].cast(pl.Int64)
+
+    def output_scale(self, train: pl.DataFrame) -> tuple[float, float]:
+        return 0.0, 1.0
+
+    def activate(self, outputs: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        return outputs * scale + shift
+
+    def loss(self, outputs: Tensor, rows: pl.DataFrame, shift: Tensor, scale: Tensor) -> Tensor:
+        time, event = (
+            torch.tensor(rows[column].to_numpy(), device=outputs.device)
+            for column in self.label_columns
+        )
+        return cox_loss(outputs[:, 0], time, event)
+
+    def explained_output(self, label: str | None) -> Callable[[Tensor, Tensor], Tensor]:
+        if label is not None:
+            raise ValueError(
+                f"target '{self.target.name}' (survival) has no class '{label}'; "
+                "leave the class out"
+            )
+        return lambda outputs, predictions: predictions[:, 0]
+
+    def metrics(self, rows: pl.DataFrame, prediction: Floats) -> dict[str, Metric]:
+        time, event = (rows[column].to_numpy() for column in self.label_columns)
+        if "survival" not in rows.columns:
+            return survival_metrics(time, event, prediction[:, 0])
+        horizons = np.asarray(rows["horizons"][0].to_list(), np.float64)
+        survival = np.array(rows["survival"].to_list()).reshape(rows.height, len(horizons))
+        return survival_metrics(time, event, prediction[:, 0], survival, horizons)
+
+    def p_values(self, rows: pl.DataFrame, prediction: Floats) -> dict[str, float]:
+        """``log_rank_p``: between units above the median risk and the others (paper A)."""
+        time, event = (rows[column].to_numpy() for column in self.label_columns)
+        return {"log_rank_p": log_rank(time, event, prediction[:, 0])}
+
+    def linear_model(self, penalty: float) -> CoxPHSurvivalAnalysis:
+        return CoxPHSurvivalAnalysis(alpha=penalty)
+
+    def linear_labels(self, table: pl.DataFrame) -> Any:
+        return Surv.from_arrays(table["event"].to_numpy(), table["time"].to_numpy())
+
+    def linear_prediction(self, model: Any, features: Floats) -> Floats:
+        return np.asarray(model.predict(features), np.float64)[:, None]
+
+    def calibrate(
+        self, train: pl.DataFrame, predict: Callable[[pl.DataFrame], Floats]
+    ) -> Calibration | None:
+        """Standardise risks, which are defined up to a constant in each fold [choice]."""
+        risk = predict(train)
+        # equal risks have deviation 0, which cannot be divided by
+        mean, deviation = float(risk.mean()), float(risk.std()) or 1.0
+        hazard = fit_baseline_hazard(train, (risk[:, 0] - mean) / deviation, deviation)
+        return Calibration(mean, deviation, hazard)
+
+    def horizons(self, units: pl.DataFrame) -> Floats:
+        return event_horizons(units["time"].to_numpy(), units["event"].to_numpy())
+
+    @property
+    def prediction_columns(self) -> list[str]:
+        return ["risk"]
+
+    def prediction_series(
+        self, prediction: Floats, survival: Floats, horizons: Floats
+    ) -> list[pl.Series]:
+        lists = pl.List(pl.Float64)
+        return [
+            *named_series(self.prediction_columns, prediction),
+            pl.Series("survival", survival.tolist(), lists),
+            pl.Series("horizons", [horizons.tolist()] * len(prediction), lists),
+        ]
+
+    def median_risk(self, held_out: pl.DataFrame) -> float | None:
+        return float(np.median(held_out["risk"]))
+
+    def conclusions(
+        self, folds: Floats, median_risk: float | None, hazards: Sequence[BaselineHazard]
+    ) -> list[pl.Series]:
+        """``risk_group``, ``high`` above ``median_risk``, else ``low``; ``median_survival``."""
+        assert median_risk is not None  # the card of a survival model has one
+        groups = ["high" if risk > median_risk else "low" for risk in folds.mean(0)[:, 0]]
+        median = median_survival(hazards, folds[..., 0])
+        return [
+            pl.Series("risk_group", groups, pl.String),
+            pl.Series("median_survival", median, pl.Float64).fill_nan(None),
+        ]
+
+    def figure(self, predictions: Mapping[str, pl.DataFrame], title: str) -> Figure:
+        rows = next(iter(predictions.values()))
+        return kaplan_meier_figure(
+            rows["time"].to_numpy(),
+            rows["event"].to_numpy(),
+            prediction_array(self, rows)[:, 0],
+            unit=self.target.unit,
+            title=title,
+        )
+
+    def conclusion_headings(self, times: Sequence[float]) -> list[str]:
+        unit = self.target.unit
+        return [
+            "risk group",
+            f"median survival ({unit})",
+            *(f"alive after {time:g} {unit}" for time in times),
+        ]
+
+    def conclusion_cells(self, row: Mapping[str, Any]) -> list[str]:
+        if row["risk"] is None:
+            return ["", "none"]
+        median = row["median_survival"]
+        return [row["risk_group"], "not reached" if median is None else f"{median:.3g}"]
+
+    def legend(self, median_risk: float | None) -> str:
+        assert median_risk is not None  # the card of a survival model has one
+        return (
+            "a higher risk means an earlier event; risk group high: above the training cohort's "
+            f"median risk of {median_risk:.3g}; median survival: the time at which the folds' mean "
+            "survival probability falls to one half"
+        )

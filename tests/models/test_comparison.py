@@ -1,0 +1,223 @@
+"""Comparisons of encoders and baselines, the permutation control, and the champion's rule."""
+
+import io
+from dataclasses import replace
+
+import numpy as np
+import polars as pl
+import pytest
+from rich.console import Console
+
+from nic_core.cohort import ModelSettings, RegressionTarget, SurvivalTarget
+from nic_core.models.baselines import BASELINES
+from nic_core.models.comparison import (
+    COMPARISON_SCHEMA,
+    PERMUTATIONS,
+    Champion,
+    above_permutation_control,
+    compare_models,
+    compare_with_champion,
+    permutation_control,
+)
+from nic_core.models.cross_validation import NETWORK, CrossValidation
+from nic_core.reports import comparisons_table
+
+SCORE = RegressionTarget(name="score", kind="regression", column="y")
+DEATH = SurvivalTarget(name="death", kind="survival", time="time", event="event", unit="days")
+LABELS = np.arange(40.0)
+
+
+def cross_validated(prediction: np.ndarray) -> CrossValidation:
+    """A regression model with these predictions of 40 patients, one unit each."""
+    units = [f"u{i:02}" for i in range(len(LABELS))]
+    rows = pl.DataFrame(
+        {
+            "model": NETWORK,
+            "split": "cv",
+            "unit": units,
+            "patient": units,
+            "y": LABELS,
+            "prediction": prediction,
+        }
+    )
+    empty = pl.DataFrame()
+    return CrossValidation(SCORE, ModelSettings(bootstrap=200), rows, empty, (), empty, ())
+
+
+def model(error: float, seed: int = 2) -> CrossValidation:
+    """A model whose predictions have normal errors of that standard deviation."""
+    return cross_validated(LABELS + np.random.default_rng(seed).normal(0, error, len(LABELS)))
+
+
+def failing_model() -> CrossValidation:
+    """A model whose predictions do not depend on the labels."""
+    return cross_validated(np.random.default_rng(0).permutation(LABELS))
+
+
+def champion(error: float) -> Champion:
+    return Champion("version 1 (e)", model(error, seed=1).predictions)
+
+
+def survival_predictions() -> pl.DataFrame:
+    """Predictions of 12 patients by a network and the baselines."""
+    random = np.random.default_rng(0)
+    patients = [f"p{i:02}" for i in range(12)]
+    time, event = random.uniform(1, 9, 12), random.random(12) < 0.7
+    return pl.concat(
+        pl.DataFrame(
+            {
+                "model": name,
+                "split": "cv",
+                "unit": patients,
+                "patient": patients,
+                "time": time,
+                "event": event,
+                "risk": random.normal(size=12),
+                "survival": random.random((12, 2)).tolist(),
+                "horizons": [[2.0, 5.0]] * 12,
+            }
+        )
+        for name in (NETWORK, *BASELINES)
+    )
+
+
+def test_encoders_and_baselines_are_compared_in_pairs():
+    predictions = survival_predictions()
+    half = predictions.filter(pl.col("patient") < "p06")
+    found = compare_models(DEATH, {"a": predictions, "b": half}, resamples=50, seed=0)
+    assert found.schema == COMPARISON_SCHEMA
+    pair = found.filter(first="a: network", second="b: network")
+    assert (pair["difference"] == 0).all()
+    assert (pair["p"] == 1).all()
+    assert set(pair["n"]) == {6}
+    assert "time_auc" in pair["metric"]
+    linear = found.filter(first="a: network", second="a: mean embedding, linear")
+    assert linear.filter(metric="Harrell's C")["n"].to_list() == [12]
+    assert set(zip(found["first"], found["second"], strict=True)) == {
+        ("a: network", "b: network"),
+        *(
+            (f"{e}: network", f"{e}: {name}, linear")
+            for e in "ab"
+            for name in ("mean embedding", "tissue area")
+        ),
+    }
+
+
+def test_survival_functions_at_other_horizons_are_not_compared():
+    predictions = survival_predictions()
+    other = predictions.with_columns(horizons=pl.lit([2.0, 6.0]))
+    found = compare_models(DEATH, {"a": predictions, "b": other}, resamples=50, seed=0)
+    pair = found.filter(first="a: network", second="b: network")
+    assert pair["metric"].to_list() == ["Harrell's C", "uno_c"]
+
+
+def test_terminal_shows_each_pair_once_by_its_first_metric():
+    predictions = survival_predictions()
+    found = compare_models(DEATH, {"a": predictions, "b": predictions}, resamples=50, seed=0)
+    console = Console(width=150, record=True, file=io.StringIO())
+    undefined = dict.fromkeys(["difference", "low", "high", "p"])
+    other = (
+        found[:1]
+        .with_columns(target=pl.lit("other"))
+        .with_columns(pl.lit(value, pl.Float64).alias(name) for name, value in undefined.items())
+    )
+    console.print(comparisons_table(pl.concat([found, other])))
+    lines = [line for line in console.export_text().splitlines() if ": network" in line]
+    assert len(lines) == 5 + 1
+    texts = [" ".join(line.split()) for line in lines]
+    assert texts[0] == "death a: network b: network Harrell's C +0.000 +0.000 to +0.000 1 12"
+    assert texts[-1] == "other a: network b: network Harrell's C 12"
+
+
+def test_permutation_control_separates_models_from_chance():
+    passed, failed = permutation_control(model(5)), permutation_control(failing_model())
+    assert passed.passed
+    assert passed.value > 0.9 > passed.bound
+    assert not failed.passed
+    assert 0.2 < failed.bound < 0.35  # 95th percentile of Spearman's rho for 40 units: 0.27
+    assert failed.explanation == (
+        f"Spearman {failed.value:.3f} is not above {failed.bound:.3f}, the 95th percentile with "
+        f"exchanged labels ({PERMUTATIONS} permutations)"
+    )
+
+
+def test_check_returns_the_problem_of_a_failed_permutation_control():
+    assert above_permutation_control(model(5)) is None
+    problem = above_permutation_control(failing_model())
+    assert problem == permutation_control(failing_model()).explanation
+
+
+def test_undefined_score_fails_the_permutation_control():
+    control = permutation_control(cross_validated(np.ones(len(LABELS))))
+    assert not control.passed
+    assert np.isnan(control.value)
+
+
+def test_first_model_becomes_champion_if_it_passes_its_control():
+    verdict = compare_with_champion(model(5), None)
+    assert verdict.better
+    assert verdict.explanation.startswith("becomes champion as the first of its name: Spearman 0.9")
+
+
+def test_model_that_fails_its_control_is_not_champion_even_as_the_first():
+    verdict = compare_with_champion(failing_model(), None)
+    assert not verdict.better
+    assert verdict.compared
+    assert verdict.explanation == (
+        "does not become champion: it fails its permutation control, "
+        + permutation_control(failing_model()).explanation
+    )
+
+
+def test_model_that_fails_its_control_does_not_replace_a_worse_champion():
+    worst = Champion("version 1 (e)", cross_validated(-LABELS).predictions)
+    verdict = compare_with_champion(failing_model(), worst)
+    assert not verdict.better
+    assert "fails its permutation control" in verdict.explanation
+
+
+def test_model_replaces_the_champion_only_if_its_interval_is_above_0():
+    better = compare_with_champion(model(1), champion(20))
+    assert better.better
+    assert better.explanation.startswith("replaces version 1 (e) as champion: Spearman 0.99")
+    worse = compare_with_champion(model(15), champion(1))
+    assert not worse.better
+    assert worse.explanation.startswith("version 1 (e) stays champion: Spearman 0.")
+    assert "on 40 units of 40 patients" in worse.explanation
+    equal = compare_with_champion(model(5), Champion("version 1 (e)", model(5).predictions))
+    assert not equal.better
+    assert equal.compared
+    assert "difference +0.000 [+0.000, +0.000]" in equal.explanation
+
+
+def test_champion_is_scored_with_the_labels_of_the_new_model():
+    held = cross_validated(LABELS).predictions
+    old_labels = held.with_columns(y=pl.col("y").shuffle(seed=0))
+    verdict = compare_with_champion(model(15), Champion("version 1 (e)", old_labels))
+    assert "against 1.000" in verdict.explanation
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda held: None, "no predictions"),
+        (lambda held: held.drop("prediction"), "no predictions"),
+        (lambda held: held.with_columns(unit="other-" + pl.col("unit")), "no unit"),
+        (lambda held: held.head(1), "undefined"),
+    ],
+    ids=["missing", "other target", "other units", "one unit"],
+)
+def test_champion_that_cannot_be_compared_is_left_to_a_person(change, reason):
+    held = model(5, seed=1).predictions
+    verdict = compare_with_champion(model(1), Champion("version 1 (e)", change(held)))
+    assert reason in verdict.explanation
+    assert "by hand" in verdict.explanation
+    assert not verdict.better
+    assert not verdict.compared
+
+
+def test_model_trained_on_exchanged_labels_is_never_champion():
+    control = replace(model(1), settings=ModelSettings(permute_labels=0))
+    verdict = compare_with_champion(control, None)
+    assert not verdict.better
+    assert "trained on exchanged labels" in verdict.explanation
