@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nic_core.cohort import CohortError
-from nic_core.cohort.tables import normalise, read_table, require_columns, suggestion, unmatched
+from nic_core.cohort.fields import normalise
+from nic_core.cohort.tables import existing_path, read_table, require_columns, suggestion, unmatched
 
 
 def written(path, text: str, encoding: str = "utf-8"):
@@ -111,3 +112,12 @@ def test_every_row_with_a_value_is_kept(tmp_path_factory, rows):
     kept = [tuple(normalise(value) or None for value in row) for row in rows]
     kept = [row for row in kept if any(value is not None for value in row)]
     assert read_table(path, "slide table").rows() == kept
+
+
+def test_a_path_is_found_in_another_unicode_form(tmp_path):
+    stored = tmp_path / unicodedata.normalize("NFD", "Müller") / "a.tif"
+    stored.parent.mkdir()
+    stored.touch()
+    written_as = tmp_path / unicodedata.normalize("NFC", "Müller") / "a.tif"
+    assert existing_path(written_as) == stored
+    assert existing_path(tmp_path / "no" / "a.tif") == tmp_path / "no" / "a.tif"

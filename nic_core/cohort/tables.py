@@ -18,14 +18,12 @@ from pathlib import Path
 
 import polars as pl
 
-from nic_core.cohort.fields import CohortError
+from nic_core.cohort.fields import CohortError, normalise
 
 MISSING = ("", "NA", "N/A", "n/a", "na", "nan", "NaN", "null", "NULL", "None")
 """Text that means 'no value', unless a target lists it as a class."""
 
 _DELIMITERS = ",;\t"
-# spaces that `str.strip` leaves: zero width space, joiners and byte order mark
-_INVISIBLE = "\u200b\u200c\u200d\u2060\ufeff"
 
 
 @dataclass(frozen=True)
@@ -46,14 +44,6 @@ class Unmatched:
 
     def __str__(self) -> str:
         return self.name if self.suggestion is None else f"{self.name} (is it {self.suggestion}?)"
-
-
-def normalise(text: str) -> str:
-    """``text`` in Unicode form NFC, without surrounding white space and invisible characters."""
-    text = unicodedata.normalize("NFC", text)
-    while (stripped := text.strip().strip(_INVISIBLE)) != text:
-        text = stripped
-    return text
 
 
 def read_table(path: Path, what: str) -> pl.DataFrame:
@@ -93,6 +83,24 @@ def read_table(path: Path, what: str) -> pl.DataFrame:
         for name in text
     )
     return table.filter(pl.any_horizontal(pl.all().is_not_null())) if table.width else table
+
+
+def existing_path(path: Path) -> Path:
+    """Return ``path`` as the file system spells it.
+
+    macOS and some network file systems store names in another Unicode form than the table has
+    them. If ``path`` does not exist, each of its parts is looked up by its normalised name.
+    """
+    if path.exists():
+        return path
+    found = Path(path.anchor)
+    for part in path.parts[1 if path.anchor else 0 :]:
+        here = found / part
+        if not here.exists() and found.is_dir():
+            equal = [item for item in found.iterdir() if normalise(item.name) == normalise(part)]
+            here = equal[0] if len(equal) == 1 else here
+        found = here
+    return found
 
 
 def require_columns(table: pl.DataFrame, columns: Iterable[str], path: Path, what: str) -> None:
