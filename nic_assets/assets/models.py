@@ -55,6 +55,7 @@ def model_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
 
         def make(target: str) -> Product:
             folds = steps.make_target_folds(cohort, store, target)
+            matches = steps.find_unmatched_labels(cohort, store, target)
             return Product(
                 version=steps.digest(folds.to_dicts()),
                 metadata={
@@ -64,6 +65,9 @@ def model_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
                         .agg(units=pl.len(), patients=pl.col("patient").n_unique())
                         .sort("split", "fold")
                     ),
+                    "labels_used": matches.used,
+                    "labels_without_slide": list(map(str, matches.labels_without_slide)),
+                    "slides_without_label": list(map(str, matches.slides_without_label)),
                     "file": dg.MetadataValue.path(store.target_folds(target)),
                 },
                 checks={checks.folds_disjoint_by_patient: checks.folds_disjoint_by_patient(folds)},
