@@ -26,7 +26,7 @@ from nic_assets.orchestration.internals import AssetCheckEvaluationTargetMateria
 Arguments = ParamSpec("Arguments")
 
 PASSED = "passed"
-SHOWN = 5  # problems that the description of a result names
+SHOWN = 3  # problems that the description of a result names
 
 # metadata of a materialization: check to PASSED or its problem
 _RESULTS = "checks"
@@ -115,7 +115,9 @@ def publish_checks(context: dg.AssetExecutionContext) -> Iterator[dg.Output[None
     if not specs:
         return
     for name, result in _evaluations(instance, asset, partitions, specs).items():
-        context.log_event(result)
+        # a check of no product has no result: Dagster shows that it did not run
+        if result.metadata["partitions"].value:
+            context.log_event(result)
         yield dg.Output(None, output_name=specs[name].get_python_identifier())
     for name, spec in specs.items():
         while not _is_current(instance, spec.key, context.run.run_id):

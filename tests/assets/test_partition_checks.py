@@ -38,6 +38,10 @@ def sharp(problem: str | None) -> str | None:
     return problem
 
 
+class BadSlideError(Exception):
+    pass
+
+
 class World:
     """Two assets, the problems of their products, and a real instance on disk."""
 
@@ -59,7 +63,7 @@ class World:
                 meanwhile()
                 return Product(f"v {self.problems.get(key)}", checks=self.results(key))
 
-            yield from materialize_each(context, make, parse=str, expected=())
+            yield from materialize_each(context, make, parse=str, expected=(BadSlideError,))
 
         @batch_asset(
             checks=[checks.above_permutation_control], partitions_def=MODELS, code_version="1"
@@ -211,6 +215,18 @@ def test_a_result_covers_partitions_of_a_run_that_was_stopped(world):
     world.results = results
     assert world.run("mask", "s3").success
     assert world.problems_shown() == {"s1": "a pen mark"}
+
+
+def test_a_check_without_any_product_has_no_result(world):
+    def stop(key: str) -> dict[Check, str | None]:
+        raise BadSlideError("cut short")
+
+    world.results = stop
+    assert not world.run("mask", "s1").success
+    [record] = world.instance.event_log_storage.get_asset_check_execution_history(
+        dg.AssetCheckKey(MASK, "tidy"), limit=9
+    )
+    assert record.status.value == "PLANNED"
 
 
 def test_a_result_covers_partitions_whose_children_run_too(world):
