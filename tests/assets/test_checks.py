@@ -8,6 +8,7 @@ from pathlib import Path
 import dagster as dg
 import numpy as np
 import polars as pl
+import pytest
 
 from nic_assets.assets import checks
 from nic_assets.build import build_defs
@@ -21,6 +22,8 @@ from nic_core.models.cross_validation import CrossValidation
 from nic_core.steps import SlideRecord, SlideScan
 from nic_core.store import Store
 from nic_core.tiling.patches import MEASURED, PATCH_SCHEMA, write_patch_table
+
+pytestmark = pytest.mark.slow
 
 
 def record(**changes: object) -> SlideRecord:

@@ -17,6 +17,8 @@ from nic_assets.orchestration.partition_checks import Check, republish_checks
 from nic_assets.partitions import SLIDES
 from nic_core.store import ModelKey
 
+pytestmark = pytest.mark.slow
+
 MASK, MODEL = dg.AssetKey("mask"), dg.AssetKey("slide_model")
 MODELS = dg.MultiPartitionsDefinition(
     {

@@ -39,6 +39,8 @@ from nic_core.models.files import ensemble_module, load_model
 from nic_core.reports import RESULT_SCHEMA
 from nic_core.store import GridKey, ModelKey, Store
 
+pytestmark = pytest.mark.slow
+
 LAYERS = {
     "encoders": {"patch_task_source", "encoder_entry", "patch_task", "encoder", "encoder_probe"},
     "grids": {"grid", "grid_manifest"},
