@@ -78,7 +78,7 @@ test-fast: .venv/installed-tests  ## those that need no other process, no GPU an
 test-core: .venv-core/installed  ## the library where Dagster and MLflow are not installed
 	.venv-core/bin/python .ci/absent.py dagster dagster_webserver mlflow
 	.venv-core/bin/pytest --numprocesses $(WORKERS) \
-		-m "not slow and not integration and not gpu" $(CORE_TESTS)
+		-m "not integration and not gpu" $(CORE_TESTS)
 
 test-lowest: .venv-lowest/installed  ## some tests with the lowest versions
 	.venv-lowest/bin/pytest --numprocesses $(WORKERS) -m "not gpu" $(LOWEST_TESTS)
