@@ -23,6 +23,8 @@ from nic_core.cohort import Cohort, load_cohort
 from nic_core.encoders.files import read_card
 from nic_core.store import Store
 
+pytestmark = pytest.mark.slow
+
 ENCODER = "mean-rgb"
 
 
@@ -148,7 +150,6 @@ def test_reading_the_registry_does_not_create_a_database(tmp_path):
     assert sorted(tags["n"] for tags in registered_tags(tracking)) == ["0", "1"]
 
 
-@pytest.mark.slow
 def test_the_command_lists_and_removes_on_request(world, tiny_cohort, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # a folder without .env
     shutil.copytree(world.store.root, tmp_path / "store")
