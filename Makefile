@@ -1,4 +1,4 @@
-# Thin targets; the commands behind them are in the README and in CONTRIBUTING.md too.
+# Thin targets; docs/reference/cli.md and CONTRIBUTING.md explain the commands behind them.
 PYTHON ?= python3
 BIN := .venv/bin
 # processes that run tests beside each other

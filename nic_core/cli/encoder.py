@@ -142,7 +142,8 @@ def _show(card: dict[str, Any]) -> None:
             continue
         if isinstance(value, dict):
             value = "\n".join(
-                f"{key}: {', '.join(v) if isinstance(v, tuple) else v}" for key, v in value.items()
+                f"{key}: {', '.join(map(str, v)) if isinstance(v, tuple) else v}"
+                for key, v in value.items()
             )
         table.add_row(name.replace("_", " "), str(value))
     console.print(table)

@@ -40,7 +40,7 @@ DEFAULT_COHORT = Path("data/demo/cohort.yaml")
 
 
 class Cohort(Entry):
-    """A validated ``cohort.yaml``; see ``docs/cohort.md`` for a commented example."""
+    """A validated ``cohort.yaml``; see ``docs/how-to/cohort-file.md`` for a commented example."""
 
     name: Name
     slides: Slides

@@ -88,3 +88,9 @@ def test_train_reads_cohort_and_store_from_the_environment(tiny_cohort, tmp_path
     done = run(app, ["encoder", "train", "mean-rgb"], env=places)
     assert done.exit_code == 0, done.output
     assert load_encoder(tmp_path / "encoders" / "mean-rgb").card.name == "mean-rgb"
+
+
+def test_the_card_of_an_imported_network_is_printed(tmp_path):
+    from nic_core.cli.encoder import _show
+
+    _show({"pixels": {"mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2)}, "name": "x"})
