@@ -70,7 +70,7 @@ class ModelSettings(Entry):
 
 
 class CompressionSettings(Entry):
-    """Compression of slides; docs/explanation/grids.md gives the cost and the effect of each choice."""
+    """Compression of slides; docs/explanation/grids.md gives cost and effect of each choice."""
 
     precision: RequestedPrecision = Field(
         default="auto",

@@ -309,5 +309,8 @@ def _cohort_yaml() -> str:
             }
         },
     }
-    head = "# A synthetic cohort, see docs/explanation/demo-cohort.md. Paths are relative to this file.\n"
+    head = (
+        "# A synthetic cohort, see docs/explanation/demo-cohort.md. "
+        "Paths are relative to this file.\n"
+    )
     return head + yaml.safe_dump(cohort, sort_keys=False, allow_unicode=True)
