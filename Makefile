@@ -8,14 +8,17 @@ export DAGSTER_HOME ?= $(CURDIR)
 LOCK := --constraint requirements/constraints.txt --build-constraint requirements/constraints.txt
 HASHED := --require-hashes --no-deps --build-constraint requirements/constraints.txt
 
-# what needs neither Dagster nor MLflow: the library and its tests
-CORE_TESTS ?= tests/slides tests/grids tests/models tests/encoders tests/demo $(wildcard tests/test_*.py)
+# a part of the tests of the library, for the environment without Dagster and MLflow
+CORE_TESTS ?= tests/grids tests/slides/test_cli.py tests/slides/test_compression.py \
+	tests/models/test_prediction.py tests/models/test_labels.py tests/encoders/test_encoder_cli.py \
+	tests/encoders/test_training.py tests/demo $(wildcard tests/test_*.py)
 # some that touch every direct dependency
-LOWEST_TESTS ?= tests/test_cohort.py tests/models/test_metrics.py tests/grids/test_orientations.py tests/test_tables.py \
-	tests/test_store.py tests/demo/test_painting.py tests/slides/test_cli.py \
-	tests/slides/test_grids.py tests/slides/test_heatmaps.py tests/slides/test_slide_vendors.py \
-	tests/models/test_labels.py tests/models/test_losses.py tests/encoders/test_networks.py \
-	tests/assets/test_dependencies.py tests/assets/test_staleness.py
+LOWEST_TESTS ?= tests/test_cohort.py tests/test_store.py tests/test_tables.py tests/demo/test_painting.py \
+	tests/grids/test_orientations.py tests/slides/test_cli.py tests/slides/test_grids.py \
+	tests/slides/test_heatmaps.py tests/slides/test_patches.py tests/slides/test_slide_vendors.py \
+	tests/models/test_cox.py tests/models/test_labels.py tests/models/test_metrics.py \
+	tests/encoders/test_networks.py tests/assets/test_dependencies.py \
+	tests/assets/test_staleness.py
 
 .PHONY: demo refresh ui mlflow test test-fast test-core test-lowest lint docs lock
 
@@ -75,7 +78,7 @@ test-fast: .venv/installed-tests  ## those that need no other process, no GPU an
 test-core: .venv-core/installed  ## the library where Dagster and MLflow are not installed
 	.venv-core/bin/python .ci/absent.py dagster dagster_webserver mlflow
 	.venv-core/bin/pytest --numprocesses $(WORKERS) \
-		-m "not slow and not integration and not gpu" $(CORE_TESTS)
+		-m "not integration and not gpu" $(CORE_TESTS)
 
 test-lowest: .venv-lowest/installed  ## some tests with the lowest versions
 	.venv-lowest/bin/pytest --numprocesses $(WORKERS) -m "not gpu" $(LOWEST_TESTS)

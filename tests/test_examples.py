@@ -14,6 +14,8 @@ from nic_core.cohort import load_cohort
 from nic_core.cohort.index import slide_index
 from nic_core.encoders import build_patch_task
 
+pytestmark = pytest.mark.slow
+
 PROJECT = Path(__file__).parents[1]
 REAL = Path(os.environ.get("NIC_REAL_DATA") or PROJECT.parent / "shared" / "real-data")
 needs_real_data = pytest.mark.skipif(

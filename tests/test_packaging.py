@@ -227,6 +227,20 @@ def test_the_lowest_versions_are_those_of_the_project():
         assert name in higher or f"{pin.version}.".startswith(f"{floor}."), name
 
 
+def test_the_tests_that_the_makefile_names_exist():
+    text = (ROOT / "Makefile").read_text()
+    named = set(re.findall(r"(?<![\w/])tests/[\w/]+(?:\.py)?(?=[\s\\])", text))
+    assert len(named) > 10
+    assert not {path for path in named if not (ROOT / path).exists()}
+
+
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "CHANGELOG.md"])
+def test_files_that_a_page_names_exist(page):
+    text = (ROOT / page).read_text()
+    named = set(re.findall(r"`((?:nic_core|nic_assets|tests|docs|requirements)/[\w./-]*)`", text))
+    assert not {path for path in named if not (ROOT / path).exists()}
+
+
 def test_a_module_that_should_be_absent_is_told():
     script = [sys.executable, str(ROOT / ".ci" / "absent.py")]
     assert subprocess.run([*script, "no_such_module"], check=False).returncode == 0

@@ -11,6 +11,8 @@ import pytest
 from nic_core.parallel import MAX_WAITING, ahead
 from nic_core.slides import SlideError
 
+pytestmark = pytest.mark.slow
+
 
 def work(item: str) -> tuple[str, int, str]:
     """Return item, process id and threads; the items "bad" and "kill" fail."""

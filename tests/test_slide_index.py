@@ -71,7 +71,7 @@ def test_a_slide_table_gives_ids_paths_and_optional_columns(tmp_path, suffix):
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        ("slide,path\n1,a.tif", "has no column patient"),
+        ("slide,path\n1,a.tif", "no column 'patient'"),
         ("slide,path,patient\n1,gone.tif,1", "slide '1': path .*gone.tif does not exist"),
         (
             "slide,path,patient\n1,a.tif,1\n1,b.tif,1",
@@ -84,7 +84,7 @@ def test_a_slide_table_gives_ids_paths_and_optional_columns(tmp_path, suffix):
         ("slide,path,patient,mpp\n1,a.tif,1,fine", "mpp is not a number"),
         ("slide,path,patient,truth\n1,a.tif,1,t.png", "truth .*t.png does not exist"),
         ("slide,path,patient", "no slides found"),
-        ("", "cannot be read"),
+        ("", "the table is empty"),
     ],
 )
 def test_an_invalid_slide_table_is_refused_with_the_reason(tmp_path, table, message):
@@ -108,3 +108,20 @@ def test_mpp_0_in_the_slide_table_is_not_taken_for_missing(tmp_path):
     touch(tmp_path, "a.tif")
     (tmp_path / "slides.csv").write_text("slide,path,patient,mpp\n1,a.tif,1,0\n")
     assert slide_index(cohort(tmp_path, "{table: slides.csv}"))["mpp"].to_list() == [0.0]
+
+
+def test_a_patient_with_a_trailing_blank_is_the_same_patient(tmp_path):
+    touch(tmp_path, "a.tif", "b.tif")
+    rows = "slide ,path,patient\na, a.tif,p00\nb,b.tif ,p00 \n"
+    (tmp_path / "slides.csv").write_text(rows)
+    index = slide_index(cohort(tmp_path, "{table: slides.csv}"))
+    assert index["patient"].to_list() == ["p00", "p00"]
+
+
+def test_paths_with_special_characters_are_found(tmp_path):
+    names = ["a [1]?.tif", "b #%20*.tif", "c ü.tif"]
+    touch(tmp_path, *names)
+    rows = "".join(f'{name[0]},"{name}",p\n' for name in names)
+    (tmp_path / "slides.csv").write_text(f"slide,path,patient\n{rows}")
+    index = slide_index(cohort(tmp_path, "{table: slides.csv}"))
+    assert [Path(path).name for path in index["path"]] == names

@@ -11,6 +11,8 @@ import pytest
 from benchmarks import study
 from nic_core.cohort import load_cohort
 
+pytestmark = pytest.mark.slow
+
 TASKS = ("a", "b", "c", "d")
 
 

@@ -19,6 +19,8 @@ from nic_core.encoders.networks import PatchEncoder, TellezEncoder
 from nic_core.torch_internals import cpu_has_amx, has_fused_convolution
 from tests.encoders.test_networks import random_patches, with_random_statistics
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 OPERATORS = torch_internals._FUSED_OPERATORS
 

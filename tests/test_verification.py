@@ -15,6 +15,8 @@ from nic_core.grids.store import HASH_ATTRIBUTE
 from nic_core.steps.verification import verify_store
 from nic_core.store import GridKey, ModelKey, Store
 
+pytestmark = pytest.mark.slow
+
 HASHED = {"encoder", "grid", "slide_model"}
 
 

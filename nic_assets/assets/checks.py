@@ -7,6 +7,7 @@ slides needs no further step.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -181,6 +182,14 @@ def embeddings_not_collapsed(grid: Grid) -> str | None:
     return f"{share:.0%} of the cells have the same embedding" if share > MAX_COLLAPSED else None
 
 
+OF_SLIDES: dict[str, tuple[Check[Any], ...]] = {
+    "slide": (resolution_suffices, tissue_found),
+    "patch_table": (schema_valid,),
+    "grid": (covers_patch_table, embeddings_finite, embeddings_not_collapsed),
+}
+"""Checks of each asset that is partitioned by slide; their results change with the slides."""
+
+
 @Check
 def folds_disjoint_by_patient(folds: pl.DataFrame) -> str | None:
     """Each patient is in one fold only."""
@@ -195,9 +204,7 @@ above_permutation_control = Check(comparison.above_permutation_control)
 
 @Check
 def compared_with_champion(verdict: Verdict) -> str | None:
-    """The model could be compared with the champion of its target.
-
-    If not, a person must set the alias ``champion``. The result of the comparison is in the
-    metadata ``champion`` of the model.
+    """The model could be compared with the champion of its target; if not, a person must set the
+    alias. The metadata `champion` of each model has the result.
     """
     return None if verdict.compared else verdict.explanation

@@ -25,11 +25,7 @@ def grid_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
     """Return the assets of group ``grids``."""
 
     @batch_asset(
-        checks=[
-            checks.covers_patch_table,
-            checks.embeddings_finite,
-            checks.embeddings_not_collapsed,
-        ],
+        checks=checks.OF_SLIDES["grid"],
         partitions_def=partitions.grids,
         deps=[SLIDE_FILE, "patch_table", "encoder"],
         group_name="grids",

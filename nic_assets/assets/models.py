@@ -55,6 +55,7 @@ def model_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
 
         def make(target: str) -> Product:
             folds = steps.make_target_folds(cohort, store, target)
+            matches = steps.find_unmatched_labels(cohort, store, target)
             return Product(
                 version=steps.digest(folds.to_dicts()),
                 metadata={
@@ -64,6 +65,9 @@ def model_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
                         .agg(units=pl.len(), patients=pl.col("patient").n_unique())
                         .sort("split", "fold")
                     ),
+                    "labels_used": matches.used,
+                    "labels_without_slide": list(map(str, matches.labels_without_slide)),
+                    "slides_without_label": list(map(str, matches.slides_without_label)),
                     "file": dg.MetadataValue.path(store.target_folds(target)),
                 },
                 checks={checks.folds_disjoint_by_patient: checks.folds_disjoint_by_patient(folds)},
@@ -92,28 +96,8 @@ def model_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         """Cross-validated networks from grid to target, their predictions and figures."""
 
         def make(key: ModelKey) -> Product:
-            with tracking.run(
-                context,
-                cohort=cohort,
-                partition=str(key),
-                experiment=f"target-{key.target}",
-                product=store.slide_model(key),
-            ) as run:
-                run.params({"encoder": key.encoder, "target": key.target, **settings.model_dump()})
-                evaluated, card = steps.make_slide_model(
-                    cohort, store, key, run, log_progress(context), device=device
-                )
-                run.figure("predictions", evaluation_figure(evaluated))
-                run.figure("metrics", metrics_figure(evaluated))
-                run.figure("training_curves", training_figure(evaluated))
-                log_slide_model(run, evaluated, card, store)
-                run.compare_with_champion(
-                    lambda champion: compare_with_champion(evaluated, champion)
-                )
-            steps.mark_logged(store, key)
-            assert (
-                run.verdict is not None
-            )  # run.compare_with_champion is done when the block has ended
+            evaluated, run = train_slide_model(context, key, cohort, store, tracking, device)
+            assert run.verdict is not None  # a run that has ended is completely logged
             return Product(
                 version=steps.digest(evaluated.predictions.rows()),
                 metadata={
@@ -179,6 +163,36 @@ def model_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         )
 
     return [target_folds, slide_model, explanation]
+
+
+def train_slide_model(
+    context: dg.AssetExecutionContext,
+    key: ModelKey,
+    cohort: Cohort,
+    store: Store,
+    tracking: Tracking,
+    device: str,
+) -> tuple[CrossValidation, TrackedRun]:
+    """Cross-validate a slide model, log it to MLflow and compare it with the champion."""
+    with tracking.run(
+        context,
+        cohort=cohort,
+        partition=str(key),
+        experiment=f"target-{key.target}",
+        product=store.slide_model(key),
+    ) as run:
+        settings = cohort.settings.models.model_dump()
+        run.params({"encoder": key.encoder, "target": key.target, **settings})
+        evaluated, card = steps.make_slide_model(
+            cohort, store, key, run, log_progress(context), device=device
+        )
+        run.figure("predictions", evaluation_figure(evaluated))
+        run.figure("metrics", metrics_figure(evaluated))
+        run.figure("training_curves", training_figure(evaluated))
+        log_slide_model(run, evaluated, card, store)
+        run.compare_with_champion(lambda champion: compare_with_champion(evaluated, champion))
+    steps.mark_logged(store, key)
+    return evaluated, run
 
 
 def primary_scores(evaluated: CrossValidation) -> dict[str, float]:

@@ -82,10 +82,12 @@ def slide_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         slides = scan.index["slide"].to_list()
         new = add_slides(context.instance, slides)
         if drop_slides(context.instance, slides) or new:
-            republish_checks(context.instance, context.job_def.asset_layer.asset_graph)
+            for asset, declared in checks.OF_SLIDES.items():
+                keys = partitions.grids if asset == "grid" else partitions.slides
+                republish_checks(context.instance, dg.AssetKey(asset), keys, declared)
         changed = {
-            asset.to_user_string(): report_versions(context.instance, asset, found)
-            for asset, found in versions.items()
+            key.to_user_string(): report_versions(context.instance, key, found)
+            for key, found in versions.items()
         }
         problem = checks.slide_files_present(scan)
         yield dg.MaterializeResult(
@@ -112,7 +114,7 @@ def slide_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         )
 
     @batch_asset(
-        checks=[checks.resolution_suffices, checks.tissue_found],
+        checks=checks.OF_SLIDES["slide"],
         partitions_def=partitions.slides,
         deps=[SLIDE_FILE],
         group_name="slides",
@@ -150,7 +152,7 @@ def slide_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         yield from materialize_in_parallel(context, make, describe, expected=(SlideError,))
 
     @batch_asset(
-        checks=[checks.schema_valid],
+        checks=checks.OF_SLIDES["patch_table"],
         partitions_def=partitions.slides,
         deps=[slide],
         group_name="slides",

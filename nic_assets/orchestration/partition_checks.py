@@ -15,21 +15,18 @@ where it grows with the square of their number.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, ParamSpec
+from typing import Any, Generic, ParamSpec
 
 import dagster as dg
 
 from nic_assets.orchestration.internals import AssetCheckEvaluationTargetMaterializationData
 
-if TYPE_CHECKING:
-    from nic_assets.orchestration.internals import AssetGraph
-
 Arguments = ParamSpec("Arguments")
 
 PASSED = "passed"
-SHOWN = 5  # problems that the description of a result names
+SHOWN = 3  # problems that the description of a result names
 
 # metadata of a materialization: check to PASSED or its problem
 _RESULTS = "checks"
@@ -118,7 +115,9 @@ def publish_checks(context: dg.AssetExecutionContext) -> Iterator[dg.Output[None
     if not specs:
         return
     for name, result in _evaluations(instance, asset, partitions, specs).items():
-        context.log_event(result)
+        # a check of no product has no result: Dagster shows that it did not run
+        if result.metadata["partitions"].value:
+            context.log_event(result)
         yield dg.Output(None, output_name=specs[name].get_python_identifier())
     for name, spec in specs.items():
         while not _is_current(instance, spec.key, context.run.run_id):
@@ -126,25 +125,26 @@ def publish_checks(context: dg.AssetExecutionContext) -> Iterator[dg.Output[None
             instance.report_runless_asset_event(result)
 
 
-def republish_checks(instance: dg.DagsterInstance, graph: AssetGraph) -> None:
-    """Record the results again that have changed because partitions were removed or added."""
-    for asset in graph.materializable_asset_keys:
-        node = graph.get(asset)
-        if node.partitions_def is None:
-            continue
-        shown = instance.event_log_storage.get_latest_asset_check_execution_by_key(
-            list(node.check_keys)
-        )
-        published = {
-            key.name: record.evaluation
-            for key, record in shown.items()
-            if isinstance(record.evaluation, dg.AssetCheckEvaluation)
-        }
-        if not published:
-            continue
-        for name, result in _evaluations(instance, asset, node.partitions_def, published).items():
-            if result != published[name]:
-                instance.report_runless_asset_event(result)
+def republish_checks(
+    instance: dg.DagsterInstance,
+    asset: dg.AssetKey,
+    partitions: dg.PartitionsDefinition[str],
+    checks: Sequence[Check[Any]],
+) -> None:
+    """Record the results again that change because partitions were removed or added."""
+    keys = [dg.AssetCheckKey(asset, check.name) for check in checks]
+    shown = instance.event_log_storage.get_latest_asset_check_execution_by_key(keys)
+    published = {
+        key.name: record.evaluation
+        for key, record in shown.items()
+        # a check that is only planned is recorded by its run
+        if isinstance(record.evaluation, dg.AssetCheckEvaluation)
+    }
+    if not published:
+        return
+    for name, result in _evaluations(instance, asset, partitions, published).items():
+        if result != published[name]:
+            instance.report_runless_asset_event(result)
 
 
 def _evaluations(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Protocol, TypeVar
@@ -12,6 +13,18 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInf
 
 class CohortError(ValueError):
     """The cohort file, or a table that it names, is missing or invalid."""
+
+
+# spaces that `str.strip` leaves: zero width space, joiners and byte order mark
+_INVISIBLE = "\u200b\u200c\u200d\u2060\ufeff"
+
+
+def normalise(text: str) -> str:
+    """``text`` in Unicode form NFC, without surrounding white space and invisible characters."""
+    text = unicodedata.normalize("NFC", text)
+    while (stripped := text.strip().strip(_INVISIBLE)) != text:
+        text = stripped
+    return text
 
 
 def _resolve(path: Path, info: ValidationInfo) -> Path:
@@ -58,6 +71,7 @@ Cron = Annotated[str, AfterValidator(_check_cron)]
 TimeZone = Annotated[str, AfterValidator(_check_time_zone)]
 Name = Annotated[str, AfterValidator(_check_name)]
 TaskName = Annotated[str, AfterValidator(_check_task_name)]
+Label = Annotated[str, AfterValidator(normalise)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 NetworkName = Literal["published", "small", "mil"]
 

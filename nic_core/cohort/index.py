@@ -7,9 +7,10 @@ from pathlib import Path
 
 import polars as pl
 
-from nic_core.cohort.fields import CohortError
+from nic_core.cohort.fields import CohortError, normalise
 from nic_core.cohort.file import Cohort
 from nic_core.cohort.slides import SlideFolder
+from nic_core.cohort.tables import existing_path, read_table, require_columns
 
 INDEX_SCHEMA: dict[str, pl.DataType] = {
     "slide": pl.String(),  # slide id
@@ -97,7 +98,7 @@ def folder_files(folder: SlideFolder) -> list[Path]:
 
 def slide_id(path: Path) -> str:
     """Return the id of a slide in a folder: its file name without suffix and ``.ome``."""
-    return path.stem.removesuffix(".ome")
+    return normalise(path.stem).removesuffix(".ome")
 
 
 def _folder_rows(folder: SlideFolder) -> list[dict[str, object]]:
@@ -120,7 +121,7 @@ def _folder_rows(folder: SlideFolder) -> list[dict[str, object]]:
                 f"slide '{slide}' ({path}): the pattern '{folder.patient}' finds no patient in its "
                 "id"
             )
-        patient = match["patient"] if match else slide
+        patient = normalise(match["patient"]) if match else slide
         rows.append({"slide": slide, "path": str(path), "patient": patient, "split": "cv"})
     return rows
 
@@ -135,21 +136,8 @@ def table_rows(path: Path) -> list[dict[str, object]]:
     CohortError
         The table cannot be read, lacks a column or has an invalid value.
     """
-    try:
-        # read as text, so that an id such as 007 keeps its zeros
-        table = (
-            pl.read_parquet(path)
-            if path.suffix == ".parquet"
-            else pl.read_csv(path, infer_schema=False)
-        )
-    except (OSError, pl.exceptions.PolarsError) as error:
-        raise CohortError(f"slide table {path}: cannot be read ({error})") from error
-    missing = [column for column in _REQUIRED if column not in table.columns]
-    if missing:
-        raise CohortError(
-            f"slide table {path}: has no column {', '.join(missing)}; its columns are "
-            f"{', '.join(table.columns)}"
-        )
+    table = read_table(path, "slide table")
+    require_columns(table, _REQUIRED, path, "slide table")
     known = [column for column in INDEX_SCHEMA if column in table.columns]
     try:
         table = table.select(pl.col(c).cast(INDEX_SCHEMA[c]) for c in known)
@@ -162,7 +150,7 @@ def table_rows(path: Path) -> list[dict[str, object]]:
                 raise CohortError(f"slide table {path}: row {number} has no {column}")
         for column in _FILE_COLUMNS:
             if row.get(column):
-                row[column] = str((path.parent / str(row[column])).resolve())
+                row[column] = str(existing_path((path.parent / str(row[column])).resolve()))
         rows.append({column: row.get(column) or None for column in INDEX_SCHEMA})
         rows[-1]["split"] = row.get("split") or "cv"
         # 0 um/px is kept, so that opening the slide refuses it

@@ -6,7 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from nic_core.cohort.fields import Entry, Fraction, TaskName, UserPath, check_unique
+from nic_core.cohort.fields import Entry, Fraction, Label, TaskName, UserPath, check_unique
 
 
 class Hdf5Images(Entry):
@@ -68,7 +68,7 @@ class PatchTask(Entry):
     folder: UserPath | None = Field(default=None, description="folder with a sub-folder per class")
     hdf5: tuple[Hdf5Images, ...] = ()
     slides: AnnotatedSlides | None = None
-    classes: tuple[str, ...] | None = Field(
+    classes: tuple[Label, ...] | None = Field(
         default=None,
         min_length=2,
         description="names of the classes in order; other labels are left out. Default: all "
@@ -85,10 +85,10 @@ class PatchTask(Entry):
         description="for a folder: regular expression that is searched in an image's file name; "
         "its group 'group' is the patient. Default: each image is a separate group",
     )
-    where: dict[str, str] = Field(
+    where: dict[str, Label] = Field(
         default={}, description="column to value: keep only rows of the table with these values"
     )
-    test_groups: tuple[str, ...] = Field(
+    test_groups: tuple[Label, ...] = Field(
         default=(), description="groups that are in the split test for every seed"
     )
 

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from nic_core.cohort.fields import Entry, Name
+from nic_core.cohort.fields import Entry, Label, Name
 
 
 class _TargetBase(Entry):
@@ -28,7 +28,7 @@ class ClassificationTarget(_TargetBase):
 
     kind: Literal["classification"]
     column: str = Field(description="column of the label table with the class")
-    classes: tuple[str, ...] = Field(
+    classes: tuple[Label, ...] = Field(
         min_length=2, description="names of the classes; of two, the second is the positive one"
     )
 

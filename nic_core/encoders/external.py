@@ -132,8 +132,8 @@ def timm_network(timm_model: TimmModel) -> nn.Module:
     except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision of another PyTorch
         raise EncoderError(
             f"model '{timm_model.model}' needs timm, which cannot be imported "
-            f"({_first_line(error)}); run pip install 'nic[timm]', with the torchvision release "
-            "that matches your PyTorch"
+            f"({_first_line(error)}); run pip install 'nic-pathology[timm]', with the torchvision "
+            "release that matches your PyTorch"
         ) from error
     try:
         network: nn.Module = timm.create_model(

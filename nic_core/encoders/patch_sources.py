@@ -19,6 +19,7 @@ import polars as pl
 import pyvips
 
 from nic_core.cohort import AnnotatedSlides, CohortError, Hdf5Images, PatchTask
+from nic_core.cohort.tables import existing_path, read_table, require_columns
 from nic_core.slides import Slide, SlideError, open_slide
 from nic_core.slides.resample import resample, snap_to_whole
 from nic_core.tiling.annotations import label_patches, read_annotations
@@ -204,7 +205,9 @@ def _list_table(task: PatchTask) -> pl.DataFrame:
     base = task.table.parent
     listing = pl.DataFrame(
         {
-            "source": pl.Series([str(base / path) for path in table[task.path_column]]),
+            "source": pl.Series(
+                [str(existing_path(base / path)) for path in table[task.path_column]]
+            ),
             "label": table[task.label_column],
         }
     )
@@ -217,16 +220,10 @@ def _list_table(task: PatchTask) -> pl.DataFrame:
 def _read_table(task: PatchTask, path: Path, columns: Sequence[str | None]) -> pl.DataFrame:
     """Read a CSV or parquet table as text, so that an id such as 007 keeps its zeros."""
     try:
-        table = (
-            pl.read_parquet(path)
-            if path.suffix == ".parquet"
-            else pl.read_csv(path, infer_schema=False)
-        )
-    except (OSError, pl.exceptions.PolarsError) as error:
-        raise task_error(task, f"table {path} cannot be read: {error}") from error
-    for column in columns:
-        if column is not None and column not in table.columns:
-            raise task_error(task, f"table {path} has no column '{column}'; it has {table.columns}")
+        table = read_table(path, "table")
+        require_columns(table, [column for column in columns if column], path, "table")
+    except CohortError as error:
+        raise task_error(task, str(error)) from error
     # other columns may have any type
     used = {*columns, *_OPTIONAL} & set(table.columns)
     try:

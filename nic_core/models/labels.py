@@ -1,21 +1,22 @@
 """Label table to target table: one row per unit, labels checked and decoded.
 
 A unit is a slide or a patient, as the target's ``level`` says. Units without a label are left
-out; :func:`unlabelled` lists their slides. What a label may be depends on the target's kind
+out; :func:`match_labels` lists their slides. What a label may be depends on the target's kind
 (:mod:`nic_core.models.kinds`).
 """
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import polars as pl
 
 from nic_core.cohort import Cohort, CohortError, Target
+from nic_core.cohort.tables import MISSING, Unmatched, read_table, suggestion, unmatched
 from nic_core.models.kinds import kind_of
-from nic_core.models.kinds.base import MISSING, label_error
+from nic_core.models.kinds.base import label_error
 
 _UNIT_COLUMNS = ("unit", "patient", "slides", "split")
 _Key = Literal["slide", "patient"]
@@ -59,8 +60,11 @@ def target_table(cohort: Cohort, target: Target, index: pl.DataFrame) -> pl.Data
         raise label_error(
             target,
             kind.source_columns[0],
-            f"no labelled {key} of the label table is in the slide index; "
-            f"check the ids in column '{key}' of {cohort.labels}",
+            f"no labelled {key} of the label table is in the slide index, for example "
+            f"{unmatched(decoded[key], set(index[key]))[0]}; "
+            f"check the ids in column '{key}' of {cohort.labels}"
+            if decoded.height
+            else f"no row of {cohort.labels} has a label",
         )
     _check_splits(target, index)
     if target.level == "patient":
@@ -84,10 +88,48 @@ def target_table(cohort: Cohort, target: Target, index: pl.DataFrame) -> pl.Data
     return table
 
 
-def unlabelled(table: pl.DataFrame, index: pl.DataFrame) -> list[str]:
-    """Return the slides of the index that are in no unit of a target table, sorted."""
-    used = set(table["slides"].explode())
-    return sorted(slide for slide in index["slide"] if slide not in used)
+@dataclass(frozen=True)
+class LabelMatches:
+    """How the rows of the label table and the slides of the index fit together.
+
+    Every row with a label is either used or in :attr:`labels_without_slide`.
+
+    Attributes
+    ----------
+    used
+        Number of labelled rows that belong to a slide or patient of the index.
+    labels_without_slide
+        Labelled ids that are not in the index.
+    slides_without_label
+        Slides of the index that no label belongs to.
+    """
+
+    used: int
+    labels_without_slide: list[Unmatched]
+    slides_without_label: list[Unmatched]
+
+
+def match_labels(cohort: Cohort, target: Target, index: pl.DataFrame) -> LabelMatches:
+    """Compare the labelled ids of a target with the slide index.
+
+    Raises
+    ------
+    CohortError
+        See :func:`target_table`.
+    """
+    labels, key = _read_labels(cohort, target)
+    labelled = kind_of(target).decode(labels, key)[key].to_list()
+    missing = unmatched(labelled, set(index[key]))
+    without = index.filter(~pl.col(key).is_in(labelled)).sort("slide")
+    suggestions = {item.name: item for item in unmatched(without[key], set(labelled))}
+    return LabelMatches(
+        used=len(labelled) - len(missing),
+        labels_without_slide=missing,
+        slides_without_label=[
+            Unmatched(slide, suggestions[name].suggestion)
+            for slide, name in zip(without["slide"], without[key], strict=True)
+        ],
+    )
 
 
 def shuffle_labels(table: pl.DataFrame, *, seed: int) -> pl.DataFrame:
@@ -131,10 +173,7 @@ def _read_labels(cohort: Cohort, target: Target) -> tuple[pl.DataFrame, _Key]:
             f"target '{target.name}': the cohort file has no entry 'labels'; "
             "add the path of the label table"
         )
-    try:
-        table = _read_table(path)
-    except (OSError, pl.exceptions.PolarsError) as error:
-        raise CohortError(f"label table {path}: cannot be read ({error})") from error
+    table = read_table(path, "label table")
     keys: tuple[_Key, _Key] = ("slide", "patient")
     key = next((k for k in keys if k in table.columns), None)
     if key is None:
@@ -145,23 +184,25 @@ def _read_labels(cohort: Cohort, target: Target) -> tuple[pl.DataFrame, _Key]:
     columns = kind_of(target).source_columns
     for column in columns:
         if column not in table.columns:
+            near = suggestion(column, table.columns)
+            hint = f"; did you mean '{near}'?" if near else ""
             raise label_error(
-                target, column, f"not in {path}; the columns are {', '.join(table.columns)}"
+                target, column, f"not in {path}; the columns are {', '.join(table.columns)}{hint}"
             )
     table = table.select(pl.col(key).cast(pl.String), *columns).drop_nulls(key)
+    # a class may be called None or NA: then this text is a label
+    missing = [text for text in MISSING if text not in getattr(target, "classes", ())]
+    table = table.with_columns(
+        pl.when(~pl.col(column).is_in(missing)).then(pl.col(column)).alias(column)
+        for column in columns
+        if table.schema[column] == pl.String
+    )
     twice = table.filter(pl.col(key).is_duplicated())
     if twice.height:
         raise CohortError(
             f"label table {path}: {key} '{twice[key][0]}' has more than one row; keep one"
         )
     return table, key
-
-
-def _read_table(path: Path) -> pl.DataFrame:
-    if path.suffix == ".parquet":
-        return pl.read_parquet(path)
-    # as text: an id such as 007 keeps its zeros, and an error message can quote a wrong number
-    return pl.read_csv(path, infer_schema=False, null_values=list(MISSING))
 
 
 def _check_splits(target: Target, index: pl.DataFrame) -> None:

@@ -18,6 +18,8 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
+from nic_core.cohort import CohortError
+from nic_core.cohort.tables import read_table, require_columns
 from nic_core.compression.batch import Outcome, compress_slides
 from nic_core.encoders.encoder import Encoder
 from nic_core.encoders.inference import Card
@@ -348,16 +350,10 @@ def read_patients(path: Path) -> dict[str, str]:
         The table cannot be read, a column is missing, a cell is empty, or a slide has two rows.
     """
     try:
-        # as text: an id such as 007 keeps its zeros
-        table = pl.read_csv(path, infer_schema=False)
-    except (OSError, pl.exceptions.PolarsError) as error:
-        raise PatientsError(f"{path}: cannot be read ({error})") from error
-    missing = [name for name in ("slide", "patient") if name not in table.columns]
-    if missing:
-        raise PatientsError(
-            f"{path}: no column '{missing[0]}'; the columns are {', '.join(table.columns)}; "
-            "give a table with the columns 'slide' and 'patient'"
-        )
+        table = read_table(path, "table of patients")
+        require_columns(table, ("slide", "patient"), path, "table of patients")
+    except CohortError as error:
+        raise PatientsError(str(error)) from error
     table = table.select("slide", "patient")
     for invalid, problem in (
         (table.filter(pl.any_horizontal(pl.all().is_null())), "an empty cell"),

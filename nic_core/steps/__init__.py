@@ -31,7 +31,12 @@ from nic_core.steps.slide_index import (
     target_versions,
     write_slide_index,
 )
-from nic_core.steps.slide_models import make_slide_model, make_target_folds, mark_logged
+from nic_core.steps.slide_models import (
+    find_unmatched_labels,
+    make_slide_model,
+    make_target_folds,
+    mark_logged,
+)
 from nic_core.steps.slides import SlideRecord, make_patch_table, make_slide, read_record
 
 __all__ = [
@@ -41,6 +46,7 @@ __all__ = [
     "digest",
     "draw_slide",
     "encoder_versions",
+    "find_unmatched_labels",
     "leaked_groups",
     "make_encoder",
     "make_encoder_probe",

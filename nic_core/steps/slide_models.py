@@ -21,7 +21,7 @@ from nic_core.models.files import (
     training_cohort,
 )
 from nic_core.models.folds import make_folds
-from nic_core.models.labels import target_table
+from nic_core.models.labels import LabelMatches, match_labels, target_table
 from nic_core.reports import model_results
 from nic_core.steps.grids import read_grid_manifest
 from nic_core.steps.slide_index import digest, read_slide_index
@@ -50,6 +50,12 @@ def make_target_folds(cohort: Cohort, store: Store, target: str) -> pl.DataFrame
     with atomic_file(store.target_folds(target)) as path:
         table.write_parquet(path)
     return table
+
+
+def find_unmatched_labels(cohort: Cohort, store: Store, target: str) -> LabelMatches:
+    """Compare the labelled ids of a target with the slide index; see
+    :func:`~nic_core.models.labels.match_labels`."""
+    return match_labels(cohort, cohort.target(target), read_slide_index(store))
 
 
 def make_slide_model(

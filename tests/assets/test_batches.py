@@ -22,6 +22,8 @@ from nic_assets.orchestration.batches import (
 from nic_assets.partitions import SLIDES
 from nic_core.slides import SlideError
 
+pytestmark = pytest.mark.slow
+
 KEYS = ["s1", "s2", "s3", "s4"]
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import dagster as dg
 import numpy as np
 import polars as pl
+import pytest
 
 from nic_assets.assets import checks
 from nic_assets.build import build_defs
@@ -21,6 +22,8 @@ from nic_core.models.cross_validation import CrossValidation
 from nic_core.steps import SlideRecord, SlideScan
 from nic_core.store import Store
 from nic_core.tiling.patches import MEASURED, PATCH_SCHEMA, write_patch_table
+
+pytestmark = pytest.mark.slow
 
 
 def record(**changes: object) -> SlideRecord:
@@ -204,6 +207,17 @@ def evaluated(prediction: np.ndarray, label: np.ndarray) -> CrossValidation:
     target = RegressionTarget(name="t", kind="regression", column="y")
     nothing = pl.DataFrame()
     return CrossValidation(target, ModelSettings(), rows, nothing, (), nothing, ())
+
+
+def test_all_checks_of_assets_by_slide_are_listed(tiny_cohort, tmp_path):
+    graph = build_defs(load_cohort(tiny_cohort), Store(tmp_path)).resolve_asset_graph()
+    by_slide: dict[str, set[str]] = {}
+    for key in graph.asset_check_keys:
+        if "'slides'" in repr(graph.get(key.asset_key).partitions_def):
+            by_slide.setdefault(key.asset_key.to_user_string(), set()).add(key.name)
+    assert by_slide == {
+        asset: {check.name for check in listed} for asset, listed in checks.OF_SLIDES.items()
+    }
 
 
 def test_every_check_has_a_description(tiny_cohort, tmp_path):

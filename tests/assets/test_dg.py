@@ -70,7 +70,7 @@ def test_definitions_are_listed(command):
     done = command("list", "defs", "--json")
     assert done.returncode == 0, done.stdout + done.stderr
     listed = json.loads(done.stdout[done.stdout.index("{") :])
-    assert "slide_index" in {asset["name"] for asset in listed["assets"]}
+    assert "slide_index" in {asset["asset_key"] for asset in listed["assets"]}
 
 
 def test_an_asset_is_materialized_and_recorded(command, home, monkeypatch):

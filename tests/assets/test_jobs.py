@@ -1,4 +1,4 @@
-"""The jobs of the UI."""
+"""The jobs that the UI offers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from nic_core.cohort import load_cohort
 from nic_core.store import Store
 
 
-def test_the_jobs_in_their_order_make_every_asset_after_its_inputs(tiny_cohort, tmp_path):
+def test_jobs_in_order_make_every_asset_after_its_inputs(tiny_cohort, tmp_path):
     defs = build_defs(load_cohort(tiny_cohort), Store(tmp_path))
     graph = defs.resolve_asset_graph()
     made = set()

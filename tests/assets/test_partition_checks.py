@@ -17,6 +17,8 @@ from nic_assets.orchestration.partition_checks import Check, republish_checks
 from nic_assets.partitions import SLIDES
 from nic_core.store import ModelKey
 
+pytestmark = pytest.mark.slow
+
 MASK, MODEL = dg.AssetKey("mask"), dg.AssetKey("slide_model")
 MODELS = dg.MultiPartitionsDefinition(
     {
@@ -36,6 +38,10 @@ def tidy(problem: str | None) -> str | None:
 def sharp(problem: str | None) -> str | None:
     """The slide is in focus."""
     return problem
+
+
+class BadSlideError(Exception):
+    pass
 
 
 class World:
@@ -59,7 +65,7 @@ class World:
                 meanwhile()
                 return Product(f"v {self.problems.get(key)}", checks=self.results(key))
 
-            yield from materialize_each(context, make, parse=str, expected=())
+            yield from materialize_each(context, make, parse=str, expected=(BadSlideError,))
 
         @batch_asset(
             checks=[checks.above_permutation_control], partitions_def=MODELS, code_version="1"
@@ -91,7 +97,7 @@ class World:
         )
 
     def republish(self) -> None:
-        republish_checks(self.instance, self.defs.resolve_asset_graph())
+        republish_checks(self.instance, MASK, SLIDES, [tidy, sharp])
 
     def shown(self, check: Check = tidy, asset: dg.AssetKey = MASK) -> dg.AssetCheckEvaluation:
         """The result that the UI shows: the latest one, if it is of the latest materialization."""
@@ -211,6 +217,18 @@ def test_a_result_covers_partitions_of_a_run_that_was_stopped(world):
     world.results = results
     assert world.run("mask", "s3").success
     assert world.problems_shown() == {"s1": "a pen mark"}
+
+
+def test_a_check_without_any_product_has_no_result(world):
+    def stop(key: str) -> dict[Check, str | None]:
+        raise BadSlideError("cut short")
+
+    world.results = stop
+    assert not world.run("mask", "s1").success
+    [record] = world.instance.event_log_storage.get_asset_check_execution_history(
+        dg.AssetCheckKey(MASK, "tidy"), limit=9
+    )
+    assert record.status.value == "PLANNED"
 
 
 def test_a_result_covers_partitions_whose_children_run_too(world):

@@ -39,6 +39,8 @@ from nic_core.models.files import ensemble_module, load_model
 from nic_core.reports import RESULT_SCHEMA
 from nic_core.store import GridKey, ModelKey, Store
 
+pytestmark = pytest.mark.slow
+
 LAYERS = {
     "encoders": {"patch_task_source", "encoder_entry", "patch_task", "encoder", "encoder_probe"},
     "grids": {"grid", "grid_manifest"},
@@ -616,7 +618,8 @@ def test_an_imported_network_is_an_encoder_like_any_other(tiny_cohort, tmp_path)
     assert len(made["patch_table"]) == 1
     (tmp_path / "means.pt").unlink()
     assert study.refresh() == [f"encoder: 1 of 1 failed: means: encoder 'means': "
-                               f"{tmp_path / 'means.pt'} does not exist"]  # fmt: skip
+                               f"{tmp_path / 'means.pt'} does not exist; "
+                               "correct 'file' in the cohort file"]  # fmt: skip
 
 
 # --- the command line ------------------------------------------------------------------------
@@ -708,7 +711,7 @@ def test_a_missing_slide_file_is_named_and_left_out(tiny_cohort, tmp_path):
     assert result.returncode == 0
     assert "is left out: path" in result.stdout + result.stderr
     assert "gone.tif does not exist" in result.stdout + result.stderr
-    index = pl.read_parquet(tmp_path / "store" / "slides" / "index.parquet")
+    index = pl.read_parquet(tmp_path / "store" / "slide_index" / "slides.parquet")
     assert index.height == gone.height - 1
 
 

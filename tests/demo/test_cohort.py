@@ -26,6 +26,8 @@ from nic_core.demo.figures import contact_sheet, slide_sheet
 from nic_core.demo.plan import plan_cohort
 from nic_core.demo.tissues import Tissue
 
+pytestmark = pytest.mark.slow
+
 SLIDES, PATCHES, SIDE = 40, 60, 768
 
 

@@ -23,6 +23,8 @@ from nic_core.demo.painter import (
 )
 from nic_core.demo.tissues import Tissue
 
+pytestmark = pytest.mark.slow
+
 SIDE = 1024
 
 

@@ -17,6 +17,8 @@ from nic_core.encoders.probes import PROBE_SCHEMA
 
 from .conftest import make_dataset
 
+pytestmark = pytest.mark.slow
+
 run = CliRunner().invoke
 
 

@@ -21,6 +21,8 @@ from nic_core.encoders.networks import (
 from nic_core.torch_internals import has_fused_convolution
 from tests.encoders.test_networks import random_patches, with_random_statistics
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 
 

@@ -35,6 +35,8 @@ from nic_core.encoders.training import OBJECTIVES
 
 from .conftest import make_dataset, write_image
 
+pytestmark = pytest.mark.slow
+
 
 def convolution(inputs: int, outputs: int) -> int:
     return 9 * inputs * outputs + outputs

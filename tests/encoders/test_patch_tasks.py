@@ -280,7 +280,7 @@ def test_a_row_without_a_label_is_refused(table: Path):
 
 
 def test_errors_name_missing_sources(tmp_path: Path):
-    with pytest.raises(CohortError, match=r"none\.csv cannot be read"):
+    with pytest.raises(CohortError, match=r"none\.csv: cannot be read"):
         build(task_of(tmp_path / "none.csv"))
     with pytest.raises(CohortError, match="none does not exist"):
         build(PatchTask(name="f", organ="x", mpp=0.5, folder=tmp_path / "none"))

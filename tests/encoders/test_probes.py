@@ -22,6 +22,8 @@ from nic_core.reports import probe_results
 
 from .conftest import make_dataset
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def encoders():

@@ -37,6 +37,8 @@ from nic_core.reports import encoder_results
 
 from .conftest import REPOSITORY, make_dataset, texture, write_image
 
+pytestmark = pytest.mark.slow
+
 SIZES = {"patch": 62, "mpp": 0.5, "embedding_size": 16}
 
 

@@ -22,6 +22,8 @@ from nic_core.models.comparison import (
 from nic_core.models.cross_validation import NETWORK, CrossValidation
 from nic_core.reports import comparisons_table
 
+pytestmark = pytest.mark.slow
+
 SCORE = RegressionTarget(name="score", kind="regression", column="y")
 DEATH = SurvivalTarget(name="death", kind="survival", time="time", event="event", unit="days")
 LABELS = np.arange(40.0)

@@ -26,6 +26,8 @@ from nic_core.models.networks import Normalise
 
 from .conftest import ArrayGrid
 
+pytestmark = pytest.mark.slow
+
 
 def identity(channels):
     return Normalise(torch.zeros(channels), torch.ones(channels))

@@ -34,6 +34,8 @@ from nic_core.models.training import TrainingError, batches, fit_fold, predict_u
 from .conftest import ArrayGrid
 from .second_device import SecondDevice
 
+pytestmark = pytest.mark.slow
+
 RIM = ClassificationTarget(name="rim", kind="classification", column="rim", classes=("none", "rim"))
 GRADE = RegressionTarget(name="grade", kind="regression", column="grade")
 DEATH = SurvivalTarget(

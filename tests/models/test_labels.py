@@ -10,7 +10,7 @@ from nic_core.cohort import (
     RegressionTarget,
     SurvivalTarget,
 )
-from nic_core.models.labels import shuffle_labels, target_table, unlabelled
+from nic_core.models.labels import match_labels, shuffle_labels, target_table
 
 SCORE = RegressionTarget(name="score", kind="regression", column="score")
 GROWTH = ClassificationTarget(
@@ -112,16 +112,44 @@ def test_parquet_and_csv_give_equal_tables(cohort, labels, index, tmp_path):
 
 @pytest.mark.parametrize("missing", ["", "NA", "nan", None])
 def test_unlabelled_slides_are_left_out_and_listed(cohort, labels, index, missing):
-    table = target_table(cohort(change(labels, "b1", "score", missing)), SCORE, index)
-    assert table.height == 15
-    assert unlabelled(table, index) == ["b1"]
+    made = cohort(change(labels, "b1", "score", missing))
+    assert target_table(made, SCORE, index).height == 15
+    matches = match_labels(made, SCORE, index)
+    assert [str(slide) for slide in matches.slides_without_label] == ["b1"]
+    assert (matches.used, matches.labels_without_slide) == (15, [])
+
+
+def test_ids_match_after_trimming_and_normalisation(cohort, labels, index):
+    written = labels.with_columns(pl.col("slide") + " ").rename({"slide": " slide"})
+    assert target_table(cohort(written), SCORE, index).height == 16
+
+
+def test_labels_without_a_slide_are_listed_with_suggestions(cohort, labels, index):
+    changed = labels.with_columns(slide=pl.col("slide").replace({"a1": "A1", "b2": "zz"}))
+    matches = match_labels(cohort(changed), SCORE, index)
+    assert list(map(str, matches.labels_without_slide)) == ["A1 (is it a1?)", "zz"]
+    assert list(map(str, matches.slides_without_label)) == ["a1 (is it A1?)", "b2"]
+    assert matches.used + len(matches.labels_without_slide) == labels.height
+
+
+def test_no_matching_id_is_an_error_with_an_example(cohort, labels, index):
+    changed = labels.with_columns(slide=pl.col("slide") + ".svs")
+    with pytest.raises(CohortError, match=r"for example a1\.svs \(is it a1\?\)"):
+        target_table(cohort(changed), SCORE, index)
+
+
+@pytest.mark.parametrize("name", ["None", "NA", "null"])
+def test_a_class_may_be_called_like_a_missing_value(cohort, labels, index, name):
+    growth = GROWTH.model_copy(update={"classes": (name, "invading")})
+    changed = labels.with_columns(growth=pl.col("growth").replace({"pushing": name}))
+    table = target_table(cohort(changed), growth, index)
+    assert table["y"].to_list() == [0, 0, 1, 1] * 4
 
 
 def test_patient_keeps_slides_that_have_no_label(cohort, labels, index):
     changed = change(labels, "b1", "score", None)
     table = target_table(cohort(changed), patient_level(SCORE), index)
     assert table.filter(pl.col("unit") == "b")["slides"].to_list() == [["b1", "b2"]]
-    assert unlabelled(table, index) == []
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,8 @@ from nic_core.steps import slide_models as model_steps
 from nic_core.steps.slide_models import PREDICTIONS
 from nic_core.store import GridKey, ModelKey, Store
 
+pytestmark = pytest.mark.slow
+
 ENCODER = "mean-rgb"
 TARGETS = ("proliferation", "growth", "survival")
 

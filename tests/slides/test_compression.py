@@ -22,6 +22,8 @@ from nic_core.tiling.quality import measure_quality
 from nic_core.tiling.tissue import TissueMask
 from tests.slides.conftest import paint, write_tiff
 
+pytestmark = pytest.mark.slow
+
 
 @dataclass(frozen=True)
 class Card:

@@ -35,6 +35,8 @@ from nic_core.maps.heatmaps import (
 from nic_core.slides import SlideError, content_identity, open_slide
 from nic_core.tiling.annotations import Region, read_annotations, region_mask
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def slide(files):

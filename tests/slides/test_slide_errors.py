@@ -20,6 +20,8 @@ from nic_core.slides import Slide, SlideError, content_identity, open_slide
 from tests.slides import vendors
 from tests.slides.conftest import paint, vips, write_tiff
 
+pytestmark = pytest.mark.slow
+
 
 def refused(path: Path, *words: str, mpp: float | None = None) -> None:
     with pytest.raises(SlideError) as caught:

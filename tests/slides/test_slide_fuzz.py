@@ -13,6 +13,8 @@ import pytest
 from tests.slides import vendors
 from tests.slides.conftest import paint, vips, write_tiff
 
+pytestmark = pytest.mark.slow
+
 MUTATIONS = int(os.environ.get("NIC_FUZZ", "150"))
 
 

@@ -17,12 +17,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nic_core.cohort import CohortError, Target
+from nic_core.cohort.tables import MISSING
 from nic_core.models.cox import BaselineHazard
 from nic_core.models.metrics import Metric
 
 Floats = NDArray[np.float64]
-
-MISSING = ("", "NA", "N/A", "na", "nan", "NaN", "null", "None")  # texts that mean "no label"
 
 
 class Calibration(NamedTuple):
