@@ -295,7 +295,7 @@ def registry(empty_database, tmp_path) -> Registry:
 
 
 class Registry:
-    """Registers versions of ``model-t`` in a database of its own."""
+    """Registers versions of ``model-t`` in a new database."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
