@@ -9,12 +9,12 @@ LOCK := --constraint requirements/constraints.txt --build-constraint requirement
 HASHED := --require-hashes --no-deps --build-constraint requirements/constraints.txt
 
 # a part of the tests of the library, for the environment without Dagster and MLflow
-CORE_TESTS ?= tests/grids tests/slides/test_cli.py tests/slides/test_compression.py \
+CORE_TESTS ?= tests/slides/test_cli.py tests/slides/test_compression.py \
 	tests/models/test_prediction.py tests/models/test_labels.py tests/encoders/test_encoder_cli.py \
 	tests/encoders/test_training.py tests/demo $(wildcard tests/test_*.py)
 # some that touch every direct dependency
 LOWEST_TESTS ?= tests/test_cohort.py tests/test_store.py tests/test_tables.py tests/demo/test_painting.py \
-	tests/grids/test_orientations.py tests/slides/test_cli.py tests/slides/test_grids.py \
+	tests/test_orientations.py tests/slides/test_cli.py tests/slides/test_grids.py \
 	tests/slides/test_heatmaps.py tests/slides/test_patches.py tests/slides/test_slide_vendors.py \
 	tests/models/test_cox.py tests/models/test_labels.py tests/models/test_metrics.py \
 	tests/encoders/test_networks.py tests/assets/test_dependencies.py \

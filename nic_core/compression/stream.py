@@ -26,7 +26,7 @@ from nic_core.grids import (
     GridProvenance,
     open_grid,
 )
-from nic_core.grids.orientations import ORIENTATIONS, orient
+from nic_core.orientations import ORIENTATIONS, orient
 from nic_core.parallel import cores
 from nic_core.slides.errors import SlideError
 from nic_core.slides.slide import Slide

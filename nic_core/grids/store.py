@@ -7,7 +7,7 @@ A store is a zarr v3 group:
 - array ``valid``: bool (rows, columns), true where an embedding was computed. Elsewhere embeddings
   are 0, which alone does not mark them, since an encoder may return 0;
 - array ``orientations``, optional: float16 (7, C, rows, columns), the embeddings of the slide in
-  orientations 1 to 7 (:mod:`nic_core.grids.orientations`). Each embedding is stored at its upright
+  orientations 1 to 7 (:mod:`nic_core.orientations`). Each embedding is stored at its upright
   cell, so ``valid`` and the axes apply to all orientations;
 - attribute ``nic``: the provenance (:class:`GridProvenance`);
 - attribute ``nic_hash``: the content hash (:func:`grid_hash`).
@@ -41,7 +41,7 @@ from pydantic import (
 from zarr.abc.buffer import Buffer
 
 from nic_core.grids.chunks import StoredEmbeddings
-from nic_core.grids.orientations import ORIENTATIONS, orient
+from nic_core.orientations import ORIENTATIONS, orient
 from nic_core.store import atomic_folder
 from nic_core.types import Precision, Reading
 
@@ -141,7 +141,7 @@ class Grid:
         Cells with an embedding.
     provenance : GridProvenance
     orientations : float16 (8, C, rows, columns), optional
-        Embeddings of the slide in each orientation (:mod:`nic_core.grids.orientations`), stored at
+        Embeddings of the slide in each orientation (:mod:`nic_core.orientations`), stored at
         the upright cells. Orientation 0 equals ``embeddings``.
     """
 

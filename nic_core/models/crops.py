@@ -24,8 +24,8 @@ from torch import Tensor
 
 from nic_core.cohort import NetworkName
 from nic_core.grids.chunks import StoredEmbeddings, Window
-from nic_core.grids.orientations import ORIENTATIONS, undo
 from nic_core.models.networks import Normalise, component_count, occupied
+from nic_core.orientations import ORIENTATIONS, undo
 from nic_core.parallel import cores
 
 CACHE_BYTES = 1 << 30

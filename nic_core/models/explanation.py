@@ -24,10 +24,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from nic_core.cohort import Target
-from nic_core.grids.orientations import ORIENTATIONS, undo
 from nic_core.models.crops import Crops, GridData, crop_windows
 from nic_core.models.kinds import kind_of
 from nic_core.models.networks import FoldModel, occupied
+from nic_core.orientations import ORIENTATIONS, undo
 
 
 @runtime_checkable

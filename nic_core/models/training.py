@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from nic_core.cohort import ModelSettings, Target
 from nic_core.devices import resolve_device
-from nic_core.grids.orientations import ORIENTATIONS
 from nic_core.models.crops import (
     SMALL_CROP,
     Crops,
@@ -32,6 +31,7 @@ from nic_core.models.crops import (
 )
 from nic_core.models.kinds import kind_of, primary_value
 from nic_core.models.networks import FoldModel, build_network, check_crop
+from nic_core.orientations import ORIENTATIONS
 
 if TYPE_CHECKING:
     from nic_core.tracker import Tracker

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from scipy import ndimage
 
 from nic_core.grids import Grid, GridProvenance, open_grid, write_grid
-from nic_core.grids.orientations import orient
 from nic_core.models.crops import (
     Crops,
     all_moments,
@@ -23,6 +22,7 @@ from nic_core.models.crops import (
     prefetch,
 )
 from nic_core.models.networks import Normalise
+from nic_core.orientations import orient
 
 from .conftest import ArrayGrid
 

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from nic_core.cohort import ClassificationTarget, RegressionTarget, SurvivalTarget, Target
-from nic_core.grids.orientations import orient
 from nic_core.models.explanation import HasAttention, explain, grad_cam, held_out_networks
 from nic_core.models.kinds import kind_of
 from nic_core.models.networks import FoldModel, Normalise, PublishedGridCNN, SmallGridCNN
+from nic_core.orientations import orient
 from tests.models.conftest import ArrayGrid
 
 REGRESSION = RegressionTarget(name="grade", kind="regression", column="grade")

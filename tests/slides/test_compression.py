@@ -14,7 +14,7 @@ from torch import nn
 from nic_core.compression import compress_slide, is_up_to_date
 from nic_core.encoders.inference import PreparedEncoder
 from nic_core.grids import open_grid, write_grid
-from nic_core.grids.orientations import orient, undo
+from nic_core.orientations import orient, undo
 from nic_core.slides import SlideError, content_identity, open_slide
 from nic_core.tiling.blocks import plan_blocks, read_block
 from nic_core.tiling.patches import PatchTableError, patch_table

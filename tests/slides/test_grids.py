@@ -25,7 +25,7 @@ from nic_core.grids import (
     write_grid,
 )
 from nic_core.grids.chunks import ChunkError
-from nic_core.grids.orientations import orient, undo
+from nic_core.orientations import orient, undo
 from nic_core.store import StoreError
 
 

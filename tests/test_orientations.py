@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from nic_core.grids.orientations import ORIENTATIONS, orient, undo
+from nic_core.orientations import ORIENTATIONS, orient, undo
 
 orientations = st.integers(0, ORIENTATIONS - 1)
 
