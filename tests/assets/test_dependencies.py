@@ -11,6 +11,8 @@ import pytest
 import torch
 from mlflow.models import infer_signature
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def registry(tmp_path: Path) -> Iterator[Path]:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
+
 from nic_assets.build import build_defs
 from nic_core.cohort import load_cohort
 from nic_core.store import Store
+
+pytestmark = pytest.mark.slow
 
 
 def test_jobs_in_order_make_every_asset_after_its_inputs(tiny_cohort, tmp_path):

@@ -25,6 +25,8 @@ from nic_core.tiling.patches import patch_table
 from nic_core.tiling.tissue import TissueMask
 from tests.slides.conftest import paint, write_tiff
 
+pytestmark = pytest.mark.slow
+
 PREPROCESS = Preprocess(mean=(0.7, 0.5, 0.6), std=(0.2, 0.3, 0.25), resize=48)
 NETWORK = ExternalNetwork(patch=64, mpp=0.5, embedding_size=5, preprocess=PREPROCESS)
 SIDE = 48
@@ -367,7 +369,7 @@ def test_error_without_timm_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
     timm = NETWORK.model_copy(update={"timm": TimmModel(model="resnet18")})
-    with pytest.raises(EncoderError, match=r"pip install 'nic\[timm\]'"):
+    with pytest.raises(EncoderError, match=r"pip install 'nic-pathology\[timm\]'"):
         load(tmp_path / "x.safetensors", timm)
 
 

@@ -16,6 +16,8 @@ from nic_core.models.networks import FoldModel, Normalise, PublishedGridCNN, Sma
 from nic_core.orientations import orient
 from tests.models.conftest import ArrayGrid
 
+pytestmark = pytest.mark.slow
+
 REGRESSION = RegressionTarget(name="grade", kind="regression", column="grade")
 CLASSES = ClassificationTarget(
     name="kind", kind="classification", column="kind", classes=("a", "b", "c")

@@ -21,6 +21,8 @@ from nic_core.grids import grid_hash, open_grid
 from nic_core.store import exclusive_lock
 from tests.slides.conftest import paint, write_tiff
 
+pytestmark = pytest.mark.slow
+
 # tests start many processes, which share these imports
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(

@@ -26,6 +26,8 @@ from nic_core.grids import open_grid
 from tests.slides.conftest import GLASS, paint, write_tiff
 from tests.slides.vendors import write_scn
 
+pytestmark = pytest.mark.slow
+
 run = CliRunner().invoke
 
 

@@ -15,6 +15,8 @@ from nic_core.slides import SlideError, open_slide
 from nic_core.tiling.tissue import TissueMask, find_tissue, read_mask, tissue_mask, tissue_outline
 from tests.slides.conftest import GLASS, paint, vips, write_tiff
 
+pytestmark = pytest.mark.slow
+
 MPP = 8.0
 
 
