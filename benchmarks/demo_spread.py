@@ -1,6 +1,6 @@
 """Spread of the demo's results over seeds, in float32 and in bfloat16.
 
-    python benchmarks/demo_spread.py data/demo /tmp/spread --seeds 0 1 2
+    python benchmarks/demo_spread.py data/demo data/spread --seeds 0 1 2
 
 A seed sets the initial weights and batches of the encoder, the folds, and the initial weights of
 the slide models. The slides, patches and labels are the same in every run. Each run appends its
