@@ -12,7 +12,7 @@ import csv
 import io
 import re
 import unicodedata
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,11 +70,7 @@ def read_table(path: Path, what: str) -> pl.DataFrame:
     except (OSError, pl.exceptions.PolarsError) as error:
         reason = getattr(error, "strerror", None) or str(error).strip().split("\n")[0]
         raise CohortError(f"{what} {path}: cannot be read ({reason})") from error
-    names = [normalise(name) for name in table.columns]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise CohortError(f"{what} {path}: two columns are called '{twice[0]}'; rename one")
-    table.columns = names
+    table.columns = _unique_names(table.columns, path, what)
     text = [name for name, dtype in table.schema.items() if dtype in (pl.String, pl.Categorical)]
     table = table.with_columns(
         pl.col(name)
@@ -89,9 +85,11 @@ def existing_path(path: Path) -> Path:
     """Return ``path`` as the file system spells it.
 
     macOS and some network file systems store names in another Unicode form than the table has
-    them. If ``path`` does not exist, each of its parts is looked up by its normalised name.
+    them. If ``path`` does not exist, each of its parts is looked up by its normalised name. ASCII
+    has one form: such a path is returned without a look at the disk, since the scan for changed
+    files calls this for every slide, every minute.
     """
-    if path.exists():
+    if str(path).isascii() or path.exists():
         return path
     found = Path(path.anchor)
     for part in path.parts[1 if path.anchor else 0 :]:
@@ -183,9 +181,14 @@ def _read_csv(path: Path, what: str) -> pl.DataFrame:
         str(i): pl.Series([row[i] for _, row in body], dtype=pl.String) for i in range(len(names))
     }
     table = pl.DataFrame(columns)
-    normal = [normalise(name) for name in names]
-    if len(set(normal)) < len(normal):
-        twice = next(name for name in normal if normal.count(name) > 1)
-        raise CohortError(f"{what} {path}: two columns are called '{twice}'; rename one")
-    table.columns = normal
+    table.columns = _unique_names(names, path, what)
     return table
+
+
+def _unique_names(names: Sequence[str], path: Path, what: str) -> list[str]:
+    """Return the names of columns, normalised; raise if two are equal then."""
+    normal = [normalise(name) for name in names]
+    for name in normal:
+        if normal.count(name) > 1:
+            raise CohortError(f"{what} {path}: two columns are called '{name}'; rename one")
+    return normal

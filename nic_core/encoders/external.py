@@ -33,6 +33,7 @@ from torch.nn import functional
 
 from nic_core.cohort import ExternalNetwork, Preprocess, TimmModel
 from nic_core.encoders.errors import EncoderError
+from nic_core.version import DISTRIBUTION
 
 # paths of the graphs inside an archive: since PyTorch 2.8, and before
 _GRAPHS = re.compile(r"(^|/)(models/[^/]+\.json|serialized_exported_program\.json)$")
@@ -132,7 +133,7 @@ def timm_network(timm_model: TimmModel) -> nn.Module:
     except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision of another PyTorch
         raise EncoderError(
             f"model '{timm_model.model}' needs timm, which cannot be imported "
-            f"({_first_line(error)}); run pip install 'nic-pathology[timm]', with the torchvision "
+            f"({_first_line(error)}); run pip install '{DISTRIBUTION}[timm]', with the torchvision "
             "release that matches your PyTorch"
         ) from error
     try:

@@ -10,6 +10,7 @@ from nic_core.grids.store import (
     grid_hash,
     grid_preview,
     open_grid,
+    recorded_hash,
     verify_grid,
     write_grid,
 )
@@ -24,6 +25,7 @@ __all__ = [
     "grid_hash",
     "grid_preview",
     "open_grid",
+    "recorded_hash",
     "verify_grid",
     "write_grid",
 ]

@@ -378,6 +378,22 @@ def grid_hash(grid: Grid | Path) -> str:
     return digest.hexdigest()
 
 
+def recorded_hash(path: Path) -> str | None:
+    """Return the content hash that was recorded when a store was written; None if there is none.
+
+    Raises
+    ------
+    GridError
+        The store cannot be opened.
+    """
+    try:
+        attributes = zarr.open_group(path, mode="r", zarr_format=3).attrs
+    except (OSError, ValueError, zarr.errors.BaseZarrError) as error:
+        raise GridError(f"{path}: cannot be opened ({error}); compress the slide again") from error
+    recorded = attributes.get(HASH_ATTRIBUTE)
+    return None if recorded is None else str(recorded)
+
+
 def verify_grid(path: Path) -> None:
     """Compare the content of a store with the hash that was recorded when it was written.
 
@@ -393,7 +409,7 @@ def verify_grid(path: Path) -> None:
         raise
     except (OSError, ValueError, RuntimeError) as error:  # a chunk cannot be decoded
         raise GridError(f"{path}: cannot be read ({error}); compress the slide again") from error
-    recorded = zarr.open_group(path, mode="r", zarr_format=3).attrs.get(HASH_ATTRIBUTE)
+    recorded = recorded_hash(path)
     if recorded is None:
         raise GridError(f"{path}: has no recorded hash; compress the slide again")
     if recorded != computed:

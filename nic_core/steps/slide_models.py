@@ -10,7 +10,7 @@ import torch
 
 from nic_core.cohort import Cohort, CohortError
 from nic_core.encoders.files import read_card
-from nic_core.grids import GridProvenance, open_grid
+from nic_core.grids import GridProvenance, open_grid, recorded_hash
 from nic_core.models.cross_validation import CrossValidation, cross_validate
 from nic_core.models.files import (
     GridSettings,
@@ -87,7 +87,8 @@ def make_slide_model(
     Raises
     ------
     CohortError
-        The grids were compressed with different settings, or cannot be used; see
+        The grids were compressed with different settings, changed after their manifest was made,
+        or cannot be used; see
         :func:`~nic_core.models.cross_validation.cross_validate`.
     TrainingError
         A loss is not finite.
@@ -105,6 +106,7 @@ def make_slide_model(
     )
     if tracker is not None and _unlogged_recipe(folder) == recipe:
         return _log_again(folder, tracker)
+    _check_manifest(store, encoder, manifest)
     origins = {
         slide: open_grid(store.grid(GridKey(encoder=encoder, slide=slide))).provenance
         for slide in table["slides"].explode().unique()
@@ -144,6 +146,17 @@ def make_slide_model(
 def mark_logged(store: Store, key: ModelKey) -> None:
     """Record that the tracker has logged a model completely."""
     (store.slide_model(key) / UNLOGGED).unlink(missing_ok=True)
+
+
+def _check_manifest(store: Store, encoder: str, manifest: pl.DataFrame) -> None:
+    """Refuse grids other than those of the manifest, by which the model's inputs are recorded."""
+    for slide, listed in manifest.drop_nulls("hash").select("slide", "hash").rows():
+        path = store.grid(GridKey(encoder=encoder, slide=slide))
+        if not path.exists() or recorded_hash(path) != listed:
+            raise CohortError(
+                f"encoder '{encoder}': the grid of slide '{slide}' changed after the grid manifest "
+                "was made; materialize 'grid_manifest' again"
+            )
 
 
 def _grid_settings(

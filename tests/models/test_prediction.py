@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 
 from nic_core import steps
 from nic_core.cli import app
-from nic_core.cohort import Cohort
+from nic_core.cohort import Cohort, CohortError
 from nic_core.encoders import load_encoder
-from nic_core.grids import open_grid
+from nic_core.grids import Grid, open_grid, write_grid
 from nic_core.models.cross_validation import NETWORK
 from nic_core.models.files import ModelFileError, load_model, training_cohort
 from nic_core.models.kinds import kind_of
@@ -436,3 +436,23 @@ def test_logged_or_changed_model_is_trained_again(study, tmp_path, monkeypatch):
         cohort, store, ModelKey(encoder=ENCODER, target=target), RecordingTracker(), device="cpu"
     )
     assert trained == ["auto", "auto", "cpu"]
+
+
+@pytest.mark.parametrize("change", ["rewritten", "removed"])
+def test_grids_that_differ_from_their_manifest_are_refused(study, tmp_path, change):
+    cohort, _ = study
+    shutil.copytree(study[1].root, tmp_path / "store")
+    store, key = Store(tmp_path / "store"), ModelKey(encoder=ENCODER, target=TARGETS[0])
+    slide = steps.read_slide_index(store)["slide"][0]
+    path = store.grid(GridKey(encoder=ENCODER, slide=slide))
+    if change == "removed":
+        shutil.rmtree(path)
+    else:
+        grid = open_grid(path)
+        embeddings = np.array(grid.embeddings[:])
+        embeddings[:, grid.valid] += 1
+        write_grid(path, Grid(embeddings, grid.valid, grid.provenance))
+    with pytest.raises(CohortError, match=f"'{slide}' changed after the grid manifest"):
+        steps.make_slide_model(cohort, store, key)
+    steps.make_grid_manifest(store, ENCODER)
+    steps.make_slide_model(cohort, store, key)

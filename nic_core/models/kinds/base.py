@@ -229,6 +229,34 @@ def prediction_array(kind: TargetKind, predictions: pl.DataFrame) -> Floats:
     return predictions.select(kind.prediction_columns).to_numpy()
 
 
+class WithoutSurvivalFunctions:
+    """Members of :class:`TargetKind` that are equal for all kinds but survival."""
+
+    has_survival_functions = False
+
+    def p_values(self, rows: pl.DataFrame, prediction: Floats) -> dict[str, float]:
+        return {}
+
+    def calibrate(
+        self, train: pl.DataFrame, predict: Callable[[pl.DataFrame], Floats]
+    ) -> Calibration | None:
+        return None
+
+    def horizons(self, units: pl.DataFrame) -> Floats:
+        return np.empty(0)
+
+    def prediction_series(
+        self: TargetKind, prediction: Floats, survival: Floats, horizons: Floats
+    ) -> list[pl.Series]:
+        return named_series(self.prediction_columns, prediction)
+
+    def median_risk(self, held_out: pl.DataFrame) -> float | None:
+        return None
+
+    def legend(self, median_risk: float | None) -> str:
+        return ""
+
+
 def primary_value(kind: TargetKind, rows: pl.DataFrame, prediction: Floats) -> float:
     """Return the primary metric of predictions (units, outputs); NaN where it is undefined."""
     metric = kind.metrics(rows, prediction)[kind.primary_metric]

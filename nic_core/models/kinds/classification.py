@@ -18,10 +18,9 @@ from torch.nn import functional
 from nic_core.cohort import ClassificationTarget
 from nic_core.models.cox import BaselineHazard
 from nic_core.models.kinds.base import (
-    Calibration,
     Floats,
+    WithoutSurvivalFunctions,
     label_error,
-    named_series,
     prediction_array,
 )
 from nic_core.models.metrics import Metric, classification_metrics
@@ -29,7 +28,7 @@ from nic_core.models.plots import classification_figure
 
 
 @dataclass(frozen=True)
-class Classification:
+class Classification(WithoutSurvivalFunctions):
     """A class per unit; implements :class:`~nic_core.models.kinds.base.TargetKind`.
 
     The column ``y`` (int64) holds the position of the class in ``target.classes``. Predictions
@@ -43,7 +42,6 @@ class Classification:
     chance_level = 0.5
     label_columns = ("y",)
     fold_order = ("y",)
-    has_survival_functions = False
 
     @property
     def source_columns(self) -> tuple[str, ...]:
@@ -109,9 +107,6 @@ class Classification:
     def metrics(self, rows: pl.DataFrame, prediction: Floats) -> dict[str, Metric]:
         return classification_metrics(rows["y"].to_numpy(), prediction)
 
-    def p_values(self, rows: pl.DataFrame, prediction: Floats) -> dict[str, float]:
-        return {}
-
     def linear_model(self, penalty: float) -> LogisticRegression:
         return LogisticRegression(C=1 / penalty, max_iter=1000)
 
@@ -122,25 +117,9 @@ class Classification:
         probability: Floats = model.predict_proba(features)
         return probability
 
-    def calibrate(
-        self, train: pl.DataFrame, predict: Callable[[pl.DataFrame], Floats]
-    ) -> Calibration | None:
-        return None
-
-    def horizons(self, units: pl.DataFrame) -> Floats:
-        return np.empty(0)
-
     @property
     def prediction_columns(self) -> list[str]:
         return [f"probability_{name}" for name in self.target.classes]
-
-    def prediction_series(
-        self, prediction: Floats, survival: Floats, horizons: Floats
-    ) -> list[pl.Series]:
-        return named_series(self.prediction_columns, prediction)
-
-    def median_risk(self, held_out: pl.DataFrame) -> float | None:
-        return None
 
     def conclusions(
         self, folds: Floats, median_risk: float | None, hazards: Sequence[BaselineHazard]
@@ -164,6 +143,3 @@ class Classification:
 
     def conclusion_cells(self, row: Mapping[str, Any]) -> list[str]:
         return [row["class"] or ""]
-
-    def legend(self, median_risk: float | None) -> str:
-        return ""

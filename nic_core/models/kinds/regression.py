@@ -17,10 +17,9 @@ from torch.nn import functional
 from nic_core.cohort import RegressionTarget
 from nic_core.models.cox import BaselineHazard
 from nic_core.models.kinds.base import (
-    Calibration,
     Floats,
+    WithoutSurvivalFunctions,
     label_error,
-    named_series,
     numeric_labels,
     prediction_array,
 )
@@ -29,7 +28,7 @@ from nic_core.models.plots import scatter_figure
 
 
 @dataclass(frozen=True)
-class Regression:
+class Regression(WithoutSurvivalFunctions):
     """A number per unit; implements :class:`~nic_core.models.kinds.base.TargetKind`.
 
     The column ``y`` (float64) holds the label. Networks learn standardised labels: predictions
@@ -44,7 +43,6 @@ class Regression:
     label_columns = ("y",)
     fold_order = ("y",)
     outputs = 1
-    has_survival_functions = False
 
     @property
     def source_columns(self) -> tuple[str, ...]:
@@ -91,9 +89,6 @@ class Regression:
     def metrics(self, rows: pl.DataFrame, prediction: Floats) -> dict[str, Metric]:
         return regression_metrics(rows["y"].to_numpy(), prediction[:, 0])
 
-    def p_values(self, rows: pl.DataFrame, prediction: Floats) -> dict[str, float]:
-        return {}
-
     def linear_model(self, penalty: float) -> Ridge:
         return Ridge(alpha=penalty)
 
@@ -103,25 +98,9 @@ class Regression:
     def linear_prediction(self, model: Any, features: Floats) -> Floats:
         return np.asarray(model.predict(features), np.float64)[:, None]
 
-    def calibrate(
-        self, train: pl.DataFrame, predict: Callable[[pl.DataFrame], Floats]
-    ) -> Calibration | None:
-        return None
-
-    def horizons(self, units: pl.DataFrame) -> Floats:
-        return np.empty(0)
-
     @property
     def prediction_columns(self) -> list[str]:
         return ["prediction"]
-
-    def prediction_series(
-        self, prediction: Floats, survival: Floats, horizons: Floats
-    ) -> list[pl.Series]:
-        return named_series(self.prediction_columns, prediction)
-
-    def median_risk(self, held_out: pl.DataFrame) -> float | None:
-        return None
 
     def conclusions(
         self, folds: Floats, median_risk: float | None, hazards: Sequence[BaselineHazard]
@@ -143,6 +122,3 @@ class Regression:
 
     def conclusion_cells(self, row: Mapping[str, Any]) -> list[str]:
         return []
-
-    def legend(self, median_risk: float | None) -> str:
-        return ""
