@@ -14,3 +14,7 @@ PARTIAL_INPUTS = {INPUTS_TAG: "partial"}
 
 HOST_TAG = "nic/host"
 """Tag of a run with the host names of its steps' machines, for ``nic doctor``."""
+
+RUN_OUTPUT_TAG = "nic/run-output"
+"""Tag of the materializations that Dagster records for the output of a batch: one for each
+partition of the run, with one data version for all. Each partition's own record follows."""

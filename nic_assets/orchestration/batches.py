@@ -41,12 +41,16 @@ from nic_assets.orchestration.partition_checks import (
     results_metadata,
 )
 from nic_assets.orchestration.retries import RETRIES, is_transient
-from nic_assets.tags import HOST_TAG
+from nic_assets.tags import HOST_TAG, RUN_OUTPUT_TAG
 from nic_core.parallel import ahead
 from nic_core.store import exclusive_lock
 
 Key = TypeVar("Key")
 Made = TypeVar("Made")
+
+# records among which the latest of a partition is looked for: each concurrent run may add one
+# record of its output
+_LATEST = 20
 
 Events: TypeAlias = Iterator[dg.MaterializeResult[None] | dg.Output[None]]
 """What the body of an asset yields."""
@@ -159,7 +163,7 @@ def materialize_each(
     if not failed and _children_run(context):
         # Without an output of this step the run skips its children. The output also records every
         # partition with the batch's data version, so each partition's own record must come later.
-        yield dg.MaterializeResult()
+        yield dg.MaterializeResult(tags={RUN_OUTPUT_TAG: "true"})
         for event in events:
             context.log_event(event)
     yield from publish_checks(context)
@@ -224,21 +228,36 @@ def _recorded(
     Either an earlier attempt of this run recorded it (True), or a concurrent run did so from the
     same inputs after this run was created (False).
     """
-    records = context.instance.fetch_materializations(
-        dg.AssetRecordsFilter(context.asset_key, asset_partitions=[key]), limit=1
-    ).records
-    event: dg.AssetMaterialization | None = records[0].asset_materialization if records else None
-    if event is None or event.tags is None or DATA_VERSION_IS_USER_PROVIDED_TAG not in event.tags:
+    record = _latest_record(context, key)
+    event = record.asset_materialization if record is not None else None
+    if record is None or event is None or event.tags is None:
         return None, False
-    if records[0].run_id in _attempts(context.run):
+    if DATA_VERSION_IS_USER_PROVIDED_TAG not in event.tags:
+        return None, False
+    if record.run_id in _attempts(context.run):
         return event, True
     run = context.instance.get_run_record_by_id(context.run.run_id)
     # SQLite stores the time of creation in whole seconds
-    if run is None or records[0].timestamp < run.create_timestamp.timestamp() + 1:
+    if run is None or record.timestamp < run.create_timestamp.timestamp() + 1:
         return None, False
     if not provenance.items() <= event.tags.items():
         return None, False
     return event, False
+
+
+def _latest_record(context: dg.AssetExecutionContext, key: str) -> dg.EventLogRecord | None:
+    """Return the latest record of a partition, except those of a batch's output.
+
+    A concurrent run may have recorded its output but not yet every partition after it.
+    """
+    records: Sequence[dg.EventLogRecord] = context.instance.fetch_materializations(
+        dg.AssetRecordsFilter(context.asset_key, asset_partitions=[key]), limit=_LATEST
+    ).records
+    for record in records:
+        event = record.asset_materialization
+        if event is not None and RUN_OUTPUT_TAG not in (event.tags or {}):
+            return record
+    return None
 
 
 def _attempts(run: dg.DagsterRun) -> set[str]:

@@ -22,6 +22,7 @@ from typing import Any, Generic, ParamSpec
 import dagster as dg
 
 from nic_assets.orchestration.internals import AssetCheckEvaluationTargetMaterializationData
+from nic_assets.tags import RUN_OUTPUT_TAG
 
 Arguments = ParamSpec("Arguments")
 
@@ -167,6 +168,9 @@ def _evaluations(
     target = None
     for record in _materializations(instance, asset, max(0, (after or 0) - _OVERLAP)):
         target = record
+        event = record.asset_materialization
+        if event is not None and RUN_OUTPUT_TAG in (event.tags or {}):
+            continue
         results = _results(record)
         for check in checks:
             result = results.get(check, _UNCHECKED)

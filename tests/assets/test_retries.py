@@ -19,7 +19,7 @@ from nic_assets.orchestration.internals import (
 )
 from nic_assets.orchestration.partition_checks import Check
 from nic_assets.orchestration.retries import RETRIES, is_transient, retry_transient_errors
-from nic_assets.tags import HOST_TAG
+from nic_assets.tags import HOST_TAG, RUN_OUTPUT_TAG
 from nic_core.cohort import CohortError, load_cohort
 from nic_core.store import Store, StoreBusyError, StoreError, atomic_file
 
@@ -242,6 +242,25 @@ class Slow:
 def shared(tmp_path: Path) -> dg.DagsterInstance:
     (tmp_path / "home").mkdir()
     return dg.DagsterInstance.local_temp(str(tmp_path / "home"))
+
+
+def test_a_record_of_a_batch_output_does_not_hide_the_partitions_own():
+    """A concurrent run records its output for all partitions before each partition's record."""
+    instance = dg.DagsterInstance.ephemeral()
+    output = dg.AssetMaterialization("mask", partition="s1", tags={RUN_OUTPUT_TAG: "true"})
+
+    class Interrupted(Faulty):
+        def __call__(self, key: str) -> Product:
+            if key == "s2" and self.times:
+                instance.report_runless_asset_event(output)
+            return super().__call__(key)
+
+    work = Interrupted(disk(errno.EIO))
+    result = run(work, instance)
+    assert result.success
+    assert work.done == KEYS
+    [evaluation] = result.get_asset_check_evaluations()
+    assert evaluation.metadata["problems"].value == {"s1": "a pen"}
 
 
 @pytest.mark.slow
