@@ -31,7 +31,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nic_core.cohort import ExternalNetwork, Preprocess, TimmModel
+from nic_core.cohort import ExternalNetwork, Preprocess, TimmModel, Tokens
 from nic_core.encoders.errors import EncoderError
 from nic_core.version import DISTRIBUTION
 
@@ -49,8 +49,10 @@ _OPERATORS = re.compile(
 class ExternalEncoder(nn.Module):
     """uint8 (B, 3, P, P) to embedding, float32 (B, C), by an external network.
 
-    Pixels are divided by 255, resized (bilinear, antialiased) if the network's input has another
-    side, and standardised by the entry's mean and standard deviation. ``archive`` is the file of a
+    Pixels are divided by 255, resized (bilinear, antialiased) to the entry's ``resize`` if the
+    patch has another side, cropped to its central ``crop`` x ``crop`` px, and standardised by the
+    entry's mean and standard deviation. The network returns embeddings or, with ``tokens``, the
+    tokens of a vision transformer, which :func:`pool_tokens` pools. ``archive`` is the file of a
     TorchScript or exported network, which can only be copied, not written.
     """
 
@@ -58,12 +60,18 @@ class ExternalEncoder(nn.Module):
     std: Tensor
 
     def __init__(
-        self, network: nn.Module, preprocess: Preprocess, archive: Path | None = None
+        self,
+        network: nn.Module,
+        preprocess: Preprocess,
+        archive: Path | None = None,
+        tokens: Tokens | None = None,
     ) -> None:
         super().__init__()
         self.network = network
         self.archive = archive
         self.side = preprocess.resize
+        self.crop = preprocess.crop
+        self.tokens = tokens
         for name, values in (("mean", preprocess.mean), ("std", preprocess.std)):
             self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
 
@@ -72,8 +80,15 @@ class ExternalEncoder(nn.Module):
         if self.side is not None and self.side != scaled.shape[-1]:
             side = (self.side, self.side)
             scaled = functional.interpolate(scaled, side, mode="bilinear", antialias=True)
+        if self.crop is not None:
+            first = (scaled.shape[-1] - self.crop) // 2
+            inner = slice(first, first + self.crop)
+            scaled = scaled[..., inner, inner]
         # an exported graph may contain views that require a contiguous input
         embeddings: Tensor = self.network(((scaled - self.mean) / self.std).contiguous())
+        if self.tokens is not None:
+            prefix: int = self.network.num_prefix_tokens  # type: ignore[assignment]
+            embeddings = pool_tokens(embeddings, self.tokens, prefix)
         return embeddings.float()
 
     def train(self, mode: bool = True) -> ExternalEncoder:
@@ -83,6 +98,25 @@ class ExternalEncoder(nn.Module):
     def on(self, device: torch.device) -> ExternalEncoder:
         """Return this module if it is on ``device``, otherwise a copy on ``device``."""
         return self if self.mean.device.type == device.type else copy.deepcopy(self).to(device)
+
+
+def pool_tokens(output: Tensor, tokens: Tokens, prefix: int) -> Tensor:
+    """Pool the output tokens of a vision transformer.
+
+    Parameters
+    ----------
+    output : float (B, prefix + N, C)
+        The class token, the register tokens, and the tokens of N squares of the patch.
+    tokens : str
+        ``class``: the class token, (B, C). ``mean``: the mean of the N patch tokens, (B, C).
+        ``class+mean``: the first and then the second, (B, 2 C).
+    prefix : int
+        Number of class and register tokens.
+    """
+    if tokens == "class":
+        return output[:, 0]
+    mean = output[:, prefix:].mean(1)
+    return mean if tokens == "mean" else torch.cat((output[:, 0], mean), 1)
 
 
 def read_torchscript(path: Path) -> nn.Module:
@@ -123,10 +157,13 @@ def read_exported(path: Path) -> nn.Module:
 def timm_network(timm_model: TimmModel) -> nn.Module:
     """Return a timm model with initial weights and without classifier, in evaluation mode.
 
+    With ``tokens`` the model returns all its tokens, else embeddings.
+
     Raises
     ------
     EncoderError
-        timm is not installed, cannot be imported, or has no such model.
+        timm is not installed, cannot be imported, or has no such model; or the model has no class
+        token, which ``tokens`` requires.
     """
     try:
         import timm
@@ -136,12 +173,26 @@ def timm_network(timm_model: TimmModel) -> nn.Module:
             f"({_first_line(error)}); run pip install '{DISTRIBUTION}[timm]', with the torchvision "
             "release that matches your PyTorch"
         ) from error
+    arguments: dict[str, Any] = dict(timm_model.arguments)
+    if isinstance(layer := arguments.get("mlp_layer"), str):
+        if not hasattr(timm.layers, layer):
+            raise EncoderError(
+                f"timm model '{timm_model.model}': timm.layers has no mlp_layer '{layer}'"
+            )
+        arguments["mlp_layer"] = getattr(timm.layers, layer)
+    if timm_model.tokens is not None:
+        arguments["global_pool"] = ""
     try:
         network: nn.Module = timm.create_model(
-            timm_model.model, pretrained=False, num_classes=0, **timm_model.arguments
+            timm_model.model, pretrained=False, num_classes=0, **arguments
         )
     except (RuntimeError, TypeError, ValueError) as error:
         raise EncoderError(f"timm model '{timm_model.model}': {_first_line(error)}") from error
+    if timm_model.tokens is not None and not getattr(network, "has_class_token", False):
+        raise EncoderError(
+            f"timm model '{timm_model.model}' is not a vision transformer with a class token: "
+            "leave 'tokens' out"
+        )
     return network.eval()
 
 
@@ -181,7 +232,7 @@ def check_module(name: str, module: nn.Module, network: ExternalNetwork) -> None
     generator = torch.Generator().manual_seed(0)
     size = (3, 3, network.patch, network.patch)
     pixels = torch.randint(0, 256, size, dtype=torch.uint8, generator=generator)
-    side = network.preprocess.resize or network.patch
+    side = network.preprocess.input_side(network.patch)
     try:
         with torch.inference_mode():
             embeddings, alone = module(pixels), module(pixels[:1])
