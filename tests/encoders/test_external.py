@@ -217,7 +217,7 @@ def test_import_refuses_another_patch_size_than_the_cohort(files):
 def test_file_and_description_must_match(files, tmp_path):
     for file, network, message in (
         (tmp_path / "x.onnx", NETWORK, "not an encoder file; supported: a folder, .h5"),
-        (tmp_path / "x.pt2", None, "needs 'network'"),
+        (tmp_path / "x.pt2", None, "needs 'preset'"),
         (tmp_path / "x.h5", NETWORK, "leave 'network' out"),
         (tmp_path / "x.safetensors", NETWORK, "is required for files of weights"),
         (
