@@ -35,6 +35,7 @@ from nic_core.cohort import ExternalNetwork, Preprocess, TimmModel, Tokens
 from nic_core.encoders.errors import EncoderError
 from nic_core.version import DISTRIBUTION
 
+_LFS_POINTER = b"version https://git-lfs"  # how such a file begins
 # paths of the graphs inside an archive: since PyTorch 2.8, and before
 _GRAPHS = re.compile(r"(^|/)(models/[^/]+\.json|serialized_exported_program\.json)$")
 _REFUSED_MEMBERS = re.compile(r"/aotinductor/|/(opaque|custom)_obj_[^/]*$")
@@ -199,25 +200,52 @@ def timm_network(timm_model: TimmModel) -> nn.Module:
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Read tensors by name from a safetensors file or a PyTorch checkpoint of tensors only.
 
+    A checkpoint may hold the tensors under one key, beside numbers and texts, and their names may
+    begin with ``module.``, which training on several GPUs adds.
+
     Raises
     ------
     EncoderError
-        The file cannot be read or contains other objects than tensors.
+        The file cannot be read, contains objects of other types, or holds several networks.
     """
+    remedy = "save the network's state_dict as safetensors"
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, SafetensorError, UnpicklingError) as error:
+        with path.open("rb") as file:
+            if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+                raise EncoderError(
+                    f"{path}: a pointer of Git LFS, not the weights; run 'git lfs pull' in its "
+                    "repository, or download the file itself"
+                )
+        tensors: Any
+        if path.suffix.lower() == ".safetensors":
+            tensors = load_file(path)
+        else:
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        # PyTorch's message recommends to execute the file
         raise EncoderError(
-            f"{path}: not a file of weights only ({_first_line(error)}); "
-            "save the network's state_dict as safetensors"
+            f"{path}: not a checkpoint, or one with other objects than tensors, which reading it "
+            f"would execute; {remedy}"
         ) from error
-    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+    except (OSError, RuntimeError, EOFError, SafetensorError) as error:
         raise EncoderError(
-            f"{path}: not a state_dict of tensors; save the network's state_dict as safetensors"
-        )
-    return tensors
+            f"{path}: not a file of weights only ({_first_line(error)}); {remedy}"
+        ) from error
+    found = {"": tensors} if _is_weights(tensors) else {}
+    if not found and isinstance(tensors, dict):
+        found = {str(key): part for key, part in tensors.items() if _is_weights(part)}
+    if len(found) != 1:
+        problem = f"it holds several: {', '.join(found)}" if found else "it holds none"
+        raise EncoderError(f"{path}: not one state_dict of tensors ({problem}); {remedy}")
+    (weights,) = found.values()
+    prefix = "module." if all(name.startswith("module.") for name in weights) else ""
+    return {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
+
+
+def _is_weights(part: object) -> bool:
+    return (
+        isinstance(part, dict) and bool(part) and all(isinstance(t, Tensor) for t in part.values())
+    )
 
 
 def check_module(name: str, module: nn.Module, network: ExternalNetwork) -> None:

@@ -154,12 +154,12 @@ def import_encoder(entry: ImportedEncoder, *, patch: int, mpp: float) -> Encoder
             f"encoder '{entry.name}': {entry.file} does not exist; correct 'file' in the cohort "
             f"file{source}"
         )
+    name = f"encoder '{entry.name}'"
+    network = entry.network
     if entry.preset is not None:
-        # before a file of gigabytes is read
-        network = preset_network(entry)
-        _check_geometry(
-            f"encoder '{entry.name}' (preset '{entry.preset}')", network, patch=patch, mpp=mpp
-        )
+        name, network = f"{name} (preset '{entry.preset}')", preset_network(entry)
+    if network is not None:  # checked before a file of gigabytes is read
+        _check_geometry(name, network, patch=patch, mpp=mpp)
     match entry.kind:
         case "keras":
             encoder = import_keras_encoder(entry.file, entry.name)
@@ -168,8 +168,9 @@ def import_encoder(entry: ImportedEncoder, *, patch: int, mpp: float) -> Encoder
             card = loaded.card.model_copy(update={"name": entry.name})
             encoder = dataclasses.replace(loaded, card=card)
         case "timm" | "torchscript" | "torch.export" as architecture:
-            encoder = _import_network(entry, architecture)
-    _check_geometry(f"encoder '{entry.name}'", encoder.card, patch=patch, mpp=mpp)
+            assert network is not None  # validated by ImportedEncoder
+            encoder = _import_network(entry, network, architecture)
+    _check_geometry(name, encoder.card, patch=patch, mpp=mpp)
     return encoder
 
 
@@ -211,11 +212,11 @@ def _recorded(folder: Path) -> tuple[EncoderCard, dict[str, Tensor]]:
 
 
 def _import_network(
-    entry: ImportedEncoder, architecture: Literal["timm", "torchscript", "torch.export"]
+    entry: ImportedEncoder,
+    network: ExternalNetwork,
+    architecture: Literal["timm", "torchscript", "torch.export"],
 ) -> Encoder:
-    network = preset_network(entry) if entry.preset is not None else entry.network
     path = entry.file
-    assert network is not None  # validated by ImportedEncoder
     with path.open("rb") as file:
         identity = hashlib.file_digest(file, "sha256").hexdigest()
     card = EncoderCard(

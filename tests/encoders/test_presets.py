@@ -19,7 +19,12 @@ from torch.nn import functional
 
 from nic_core.cohort import ExternalNetwork, ImportedEncoder, Preprocess, PresetName, TimmModel
 from nic_core.encoders import EncoderError, import_encoder, load_encoder, presets, save_encoder
-from nic_core.encoders.external import ExternalEncoder, pool_tokens, timm_network
+from nic_core.encoders.external import (
+    ExternalEncoder,
+    pool_tokens,
+    read_weights,
+    timm_network,
+)
 from nic_core.encoders.presets import PRESETS, Preset, licence_of
 from nic_core.encoders.weight_names import timm_names
 
@@ -175,6 +180,49 @@ def test_pooling_leaves_register_tokens_out(patches, registers, squares, seed):
 def test_two_settings_of_the_pooling_are_refused():
     with pytest.raises(ValidationError, match="'tokens' and the argument 'global_pool'"):
         TimmModel(model="vit", arguments={"global_pool": "avg"}, tokens="class")
+
+
+# --- files of weights ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda weights: weights,
+        lambda weights: {"model": weights, "epoch": 3, "name": "x"},
+        lambda weights: {"module." + name: tensor for name, tensor in weights.items()},
+        lambda weights: {"state_dict": {"module." + n: tensor for n, tensor in weights.items()}},
+    ],
+    ids=["plain", "wrapped", "parallel", "both"],
+)
+def test_weights_are_found_in_a_checkpoint(wrap, tmp_path):
+    weights = {"a.weight": torch.ones(2), "b.bias": torch.zeros(1)}
+    torch.save(wrap(weights), tmp_path / "x.PTH")
+    found = read_weights(tmp_path / "x.PTH")
+    assert list(found) == list(weights)
+    torch.testing.assert_close(found["a.weight"], weights["a.weight"])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"student": {"a": torch.ones(1)}, "teacher": {"a": torch.ones(1)}}, "student, teacher"),
+        ({"epoch": 3}, "it holds none"),
+        ([torch.ones(1)], "it holds none"),
+        (nn.Linear(1, 1), "other objects than tensors"),
+    ],
+)
+def test_other_checkpoints_are_refused(content, message, tmp_path):
+    torch.save(content, tmp_path / "x.bin")
+    with pytest.raises(EncoderError, match=f"x.bin: .*{message}.*; save the network's state_dict"):
+        read_weights(tmp_path / "x.bin")
+
+
+@pytest.mark.parametrize("name", ["x.bin", "x.safetensors"])
+def test_a_pointer_of_git_lfs_is_named(name, tmp_path):
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    with pytest.raises(EncoderError, match=f"{name}: a pointer of Git LFS, not the weights"):
+        read_weights(tmp_path / name)
 
 
 # --- names of weights ------------------------------------------------------------------------
