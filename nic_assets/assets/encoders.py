@@ -81,7 +81,7 @@ def encoder_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         kinds={"pytorch", "mlflow"},
         pool=GPU_POOL,
         op_tags=GPU_TAGS,
-        code_version=code_version(2, settings.patch, settings.mpp, settings.embedding_size),
+        code_version=code_version(3, settings.patch, settings.mpp, settings.embedding_size),
     )
     def encoder(
         context: dg.AssetExecutionContext,
