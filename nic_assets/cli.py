@@ -1,4 +1,7 @@
-"""Commands of ``nic`` for a study that Dagster runs: refresh, doctor, store."""
+"""Commands of ``nic`` for a study that Dagster runs: refresh, doctor, store.
+
+They also add the registry to ``nic encoder list``.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from nic_core.cli.encoder import MORE_ENCODERS, ListedEncoder, Listing
 from nic_core.cli.shared import console, one_line, progress_bars
 from nic_core.cohort import CohortError
 from nic_core.store import Store, StoreError, remove_product
@@ -31,6 +35,7 @@ def register(app: typer.Typer) -> None:
     app.command()(refresh)
     app.command()(doctor)
     app.add_typer(store_app, name="store")
+    MORE_ENCODERS.append(_registered_encoders)
 
 
 def refresh() -> None:
@@ -148,6 +153,40 @@ def gc(
     )
     if busy:
         raise typer.Exit(1)
+
+
+def _registered_encoders(store: Store) -> Listing:
+    """List the registered encoder versions that carry an alias; nothing without a registry."""
+    installed = all(find_spec(package) is not None for package in ("dagster", "mlflow"))
+    used = bool(os.environ.get("MLFLOW_TRACKING_URI")) or (store.mlflow / "mlflow.db").exists()
+    if not installed or not used:
+        return [], []
+    from nic_assets.tracking import Tracking, TrackingError
+    from nic_assets.tracking.registry import aliased_encoders
+    from nic_core.encoders.presets import licence_of
+
+    try:
+        versions = aliased_encoders(Tracking.in_store(store))
+    except TrackingError as error:
+        return [], [str(error)]
+
+    def number(tags: dict[str, str], name: str) -> float | None:
+        # a version that an earlier release registered does not have these tags
+        return float(tags[name]) if name in tags else None
+
+    listed = [
+        ListedEncoder(
+            version,
+            "registry",
+            tags.get("architecture", ""),
+            number(tags, "patch"),
+            number(tags, "mpp"),
+            number(tags, "embedding_size"),
+            licence_of(tags.get("preset")),
+        )
+        for version, tags in versions.items()
+    ]
+    return listed, []
 
 
 def _store() -> Store:

@@ -94,7 +94,7 @@ def test_an_imported_encoder_has_a_file_of_a_known_kind(tmp_path):
 @pytest.mark.parametrize(
     ("file", "network", "line", "field", "reason"),
     [
-        ("uni.pt2", "", 5, "encoders.0", "uni.pt2 needs 'network'"),
+        ("uni.pt2", "", 5, "encoders.0", "uni.pt2 needs 'preset'"),
         ("released.h5", NETWORK, 5, "encoders.0", "leave 'network' out"),
         ("uni.onnx", NETWORK, 5, "encoders.0", "is not an encoder file"),
         ("uni.bin", NETWORK, 5, "encoders.0", "is required for files of weights"),

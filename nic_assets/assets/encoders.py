@@ -81,7 +81,7 @@ def encoder_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         kinds={"pytorch", "mlflow"},
         pool=GPU_POOL,
         op_tags=GPU_TAGS,
-        code_version=code_version(2, settings.patch, settings.mpp, settings.embedding_size),
+        code_version=code_version(3, settings.patch, settings.mpp, settings.embedding_size),
     )
     def encoder(
         context: dg.AssetExecutionContext,
@@ -232,6 +232,10 @@ def log_encoder(run: TrackedRun, encoder: Encoder, cohort: Cohort, store: Store)
                 "objective": card.objective,
                 "architecture": card.architecture,
                 "weights_hash": card.weights_hash,
+                "patch": f"{card.patch}",
+                "mpp": f"{card.mpp:g}",
+                "embedding_size": f"{card.embedding_size}",
+                **({} if card.preset is None else {"preset": card.preset}),
                 "tasks": ", ".join(card.tasks),
                 "targets": ", ".join(target.name for target in cohort.targets),
                 **{f"data/{task}": identity for task, identity in card.data.items()},

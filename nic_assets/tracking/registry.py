@@ -64,6 +64,28 @@ def find_encoder(connection: Connection, entry: RegisteredEncoder) -> ModelVersi
     return found
 
 
+def aliased_encoders(connection: Connection) -> dict[str, dict[str, str]]:
+    """Return the tags of every registered encoder version that has an alias, by ``name@alias``.
+
+    Raises
+    ------
+    TrackingError
+        MLflow does not answer.
+    """
+    client, found = connection.client, {}
+    token: str | None = None
+    with as_tracking_error("the registered encoders"):
+        while True:
+            page = client.search_registered_models("name LIKE 'encoder-%'", page_token=token)
+            for model in page:
+                for alias, number in sorted(model.aliases.items()):
+                    tags = client.get_model_version(model.name, str(number)).tags
+                    found[f"{model.name}@{alias}"] = dict(tags)
+            token = page.token
+            if not token:
+                return found
+
+
 def find_champion(connection: Connection, name: str) -> Champion | None:
     """Return the champion of a registered model; None if no version is the champion."""
     found = find_version(connection, name, CHAMPION)

@@ -1,8 +1,10 @@
-"""``nic encoder``: train, import, describe and probe encoders."""
+"""``nic encoder``: train, import, list, describe and probe encoders."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,8 +18,42 @@ from nic_core.store import Store, StoreError
 
 # torch is imported inside the commands: it takes a second
 
-encoder_app = typer.Typer(no_args_is_help=True, help="Train, import, describe and probe encoders.")
+encoder_app = typer.Typer(
+    no_args_is_help=True, help="Train, import, list, describe and probe encoders."
+)
 Folder = Annotated[Path, typer.Argument(help="folder of an encoder")]
+
+
+@dataclass(frozen=True)
+class ListedEncoder:
+    """A line of ``nic encoder list``; None or empty where it is not known.
+
+    Attributes
+    ----------
+    origin
+        ``preset``, ``released``, ``store`` or ``registry``.
+    file
+        What the file of the encoder contains, or its architecture.
+    patch, mpp, embedding_size
+        Side of a patch, px; um/px; length of an embedding.
+    licence
+        Licence of the weights.
+    """
+
+    name: str
+    origin: str
+    file: str
+    patch: float | None
+    mpp: float | None
+    embedding_size: float | None
+    licence: str = ""
+
+
+Listing = tuple[list[ListedEncoder], list[str]]
+"""Encoders, and what could not be read: one sentence each."""
+
+MORE_ENCODERS: list[Callable[[Store], Listing]] = []
+"""Functions that list encoders of a further origin, which a plug-in adds."""
 
 
 @encoder_app.command()
@@ -76,6 +112,36 @@ def import_(
         console.print(f"{out}", soft_wrap=True)
 
 
+@encoder_app.command("list")
+def list_() -> None:
+    """List presets, released encoders, and the encoders of the store and of the registry.
+
+    The weights of a preset come from a local file. The exit status is 1 if an encoder of the store,
+    or the registry, cannot be read.
+    """
+    store = Store.from_environment()
+    listed = _published()
+    problems: list[str] = []
+    for list_more in (_of_store, *MORE_ENCODERS):
+        found, unreadable = list_more(store)
+        listed += found
+        problems += unreadable
+    table = Table(
+        "name", "from", "file", "patch px", "um/px", "embedding", "licence", box=SIMPLE_HEAD
+    )
+    table.columns[0].overflow = "fold"
+    for encoder in listed:
+        numbers = (encoder.patch, encoder.mpp, encoder.embedding_size)
+        shown = ("" if number is None else f"{number:g}" for number in numbers)
+        table.add_row(encoder.name, encoder.origin, encoder.file, *shown, encoder.licence)
+    console.print(table)
+    console.print(f"store: {store.root}", soft_wrap=True, markup=False)
+    for problem in problems:
+        console.print(problem, style="red", soft_wrap=True, markup=False)
+    if problems:
+        raise typer.Exit(1)
+
+
 @encoder_app.command()
 def info(folder: Folder) -> None:
     """Print an encoder's card."""
@@ -132,6 +198,57 @@ def probe(
             figures = (f"{row['balanced_accuracy']:.3f}", auc, f"{row['f1']:.3f}")
             table.add_row(row["task"], row["probe"], *figures, str(row["test"]))
         console.print(table)
+
+
+def _published() -> list[ListedEncoder]:
+    from nic_core.encoders.keras_import import LICENCE, MPP, PATCH, RELEASED
+    from nic_core.encoders.presets import PRESETS
+
+    presets = [
+        ListedEncoder(
+            name,
+            "preset",
+            "exported graph" if preset.network.timm is None else "timm weights",
+            preset.network.patch,
+            preset.network.mpp,
+            preset.network.embedding_size,
+            preset.licence,
+        )
+        for name, preset in PRESETS.items()
+    ]
+    released = [
+        ListedEncoder(name, "released", "Keras", PATCH, MPP, size, LICENCE)
+        for name, size in RELEASED.items()
+    ]
+    return presets + released
+
+
+def _of_store(store: Store) -> Listing:
+    from nic_core.encoders.errors import EncoderError
+    from nic_core.encoders.files import read_card
+    from nic_core.encoders.presets import licence_of
+
+    listed: list[ListedEncoder] = []
+    problems: list[str] = []
+    for product in store.products():
+        if product.asset == "encoder" and product.complete:
+            try:
+                card = read_card(product.path)
+            except EncoderError as error:
+                problems.append(str(error))
+                continue
+            listed.append(
+                ListedEncoder(
+                    str(product.key),
+                    "store",
+                    card.architecture,
+                    card.patch,
+                    card.mpp,
+                    card.embedding_size,
+                    licence_of(card.preset),
+                )
+            )
+    return listed, problems
 
 
 def _show(card: dict[str, Any]) -> None:

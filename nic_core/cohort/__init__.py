@@ -8,8 +8,10 @@ from nic_core.cohort.encoders import (
     FileKind,
     ImportedEncoder,
     Preprocess,
+    PresetName,
     RegisteredEncoder,
     TimmModel,
+    Tokens,
 )
 from nic_core.cohort.fields import CohortError, NetworkName
 from nic_core.cohort.file import COHORT_VARIABLE, DEFAULT_COHORT, Cohort, cohort_path, load_cohort
@@ -44,6 +46,7 @@ __all__ = [
     "NetworkName",
     "PatchTask",
     "Preprocess",
+    "PresetName",
     "ProbabilityMap",
     "RegisteredEncoder",
     "RegressionTarget",
@@ -53,6 +56,7 @@ __all__ = [
     "SurvivalTarget",
     "Target",
     "TimmModel",
+    "Tokens",
     "cohort_path",
     "load_cohort",
 ]

@@ -100,7 +100,10 @@ class EncoderSpec(Entry):
 
 
 class Preprocess(Entry):
-    """Preprocessing of an external network's input: ``(RGB / 255 - mean) / std``."""
+    """Preprocessing of an external network's input.
+
+    The pixels are divided by 255, resized, cropped, and standardised: ``(RGB - mean) / std``.
+    """
 
     mean: tuple[float, float, float] = Field(description="of red, green and blue, 0 to 1")
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = Field(
@@ -108,8 +111,20 @@ class Preprocess(Entry):
     )
     resize: PositiveInt | None = Field(
         default=None,
-        description="side of the network's input, px; default: the side of the patch",
+        description="side that the patch is resized to, px; default: the side of the patch",
     )
+    crop: PositiveInt | None = Field(
+        default=None,
+        description="side of the central square of the resized patch that is the network's input, "
+        "px; default: the resized patch",
+    )
+
+    def input_side(self, patch: int) -> int:
+        """Return the side of the network's input, px, for patches of ``patch`` px a side."""
+        return self.crop or self.resize or patch
+
+
+Tokens = Literal["class", "class+mean", "mean"]
 
 
 class TimmModel(Entry):
@@ -117,8 +132,25 @@ class TimmModel(Entry):
 
     model: str = Field(description="name of the model in timm")
     arguments: dict[str, bool | int | float | str] = Field(
-        default={}, description="further arguments of `timm.create_model`"
+        default={},
+        description="further arguments of `timm.create_model`; `mlp_layer` is a name in "
+        "`timm.layers`",
     )
+    tokens: Tokens | None = Field(
+        default=None,
+        description="output tokens of a vision transformer that make the embedding: the class "
+        "token, the mean of the patch tokens, or the first and then the second; register tokens "
+        "are left out; default: the pooling of the timm model",
+    )
+
+    @model_validator(mode="after")
+    def _one_pooling(self) -> Self:
+        if self.tokens is not None and "global_pool" in self.arguments:
+            raise ValueError(
+                f"timm model '{self.model}': 'tokens' and the argument 'global_pool' both set the "
+                "pooling; leave one of them out"
+            )
+        return self
 
 
 class ExternalNetwork(Entry):
@@ -131,6 +163,38 @@ class ExternalNetwork(Entry):
     timm: TimmModel | None = Field(
         default=None, description="the model, if the file contains weights only"
     )
+
+    @model_validator(mode="after")
+    def _crop_fits(self) -> Self:
+        crop, side = self.preprocess.crop, self.preprocess.resize or self.patch
+        if crop is not None and (crop > side or (side - crop) % 2):
+            raise ValueError(
+                f"crop: {crop} px is not a central square of {side} px; it must be smaller by an "
+                "even number of px"
+            )
+        return self
+
+
+PresetName = Literal[
+    "uni",
+    "uni2-h",
+    "virchow",
+    "virchow2",
+    "h-optimus-0",
+    "h-optimus-1",
+    "prov-gigapath",
+    "phikon",
+    "phikon-v2",
+    "ctranspath",
+    "conch",
+    "kaiko-vits16",
+    "kaiko-vits8",
+    "kaiko-vitb16",
+    "kaiko-vitb8",
+    "kaiko-vitl14",
+    "resnet50",
+]
+"""Published networks whose description is known (:mod:`nic_core.encoders.presets`)."""
 
 
 FileKind = Literal["folder", "keras", "timm", "torchscript", "torch.export"]
@@ -153,12 +217,16 @@ class ImportedEncoder(Entry):
     Supported are a folder written by this project and, by suffix, a Keras encoder released with
     the paper (``.h5``, ``.hdf5``), a TorchScript network (``.pt``, ``.ts``), a ``torch.export``
     network (``.pt2``), and the weights of a timm model (``.safetensors``, ``.bin``, ``.pth``). The
-    last three need ``network``.
+    last three need a description of the network: the name of a published one (``preset``), or
+    ``network``.
     """
 
     name: Name
     objective: Literal["imported"]
     file: UserPath
+    preset: PresetName | None = Field(
+        default=None, description="name of a published network; `nic encoder list` lists them"
+    )
     network: ExternalNetwork | None = None
 
     @property
@@ -179,11 +247,19 @@ class ImportedEncoder(Entry):
                 f"encoder '{self.name}': {self.file.name} is not an encoder file; "
                 f"supported: a folder, {supported}"
             )
-        if (self.network is None) != (self.kind in ("folder", "keras")):
+        described = self.network is not None or self.preset is not None
+        if self.network is not None and self.preset is not None:
+            raise ValueError(
+                f"encoder '{self.name}': 'preset' and 'network' both describe the network; "
+                "leave one of them out"
+            )
+        if described == (self.kind in ("folder", "keras")):
             problem = (
-                f"{self.file.name} needs 'network': patch, mpp, embedding_size and preprocess"
-                if self.network is None
-                else f"{self.file.name} describes its network itself: leave 'network' out"
+                f"{self.file.name} describes its network itself: leave "
+                f"'{'network' if self.preset is None else 'preset'}' out"
+                if described
+                else f"{self.file.name} needs 'preset', the name of a published network, or "
+                "'network': patch, mpp, embedding_size and preprocess"
             )
             raise ValueError(f"encoder '{self.name}': {problem}")
         if self.network is not None and (self.network.timm is None) == (self.kind == "timm"):

@@ -19,7 +19,13 @@ from nic_core.cohort import Preprocess, TimmModel
 from nic_core.devices import resolve_device, resolve_precision
 from nic_core.encoders.errors import EncoderError
 from nic_core.encoders.external import ExternalEncoder
-from nic_core.encoders.inference import BATCH, PreparedEncoder, autocast, fast_module
+from nic_core.encoders.inference import (
+    BATCH,
+    MemoryBoundModule,
+    PreparedEncoder,
+    autocast,
+    fast_module,
+)
 from nic_core.encoders.networks import (
     ClassHead,
     MeanRGB,
@@ -54,6 +60,8 @@ class EncoderCard(BaseModel):
         Scaling of the pixels before the network.
     timm
         The timm model, for architecture ``timm``.
+    preset
+        Name of the published network (:mod:`nic_core.encoders.presets`), if the entry named one.
     weights_hash
         sha256 of architecture and weights; for an external network, of preprocessing and file.
     training
@@ -68,7 +76,7 @@ class EncoderCard(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    format: Literal[2] = 2
+    format: Literal[3] = 3
     name: str
     architecture: Architecture
     objective: str
@@ -78,6 +86,7 @@ class EncoderCard(BaseModel):
     embedding_size: PositiveInt
     pixels: Literal["uint8 RGB / 255 * 2 - 1"] | Preprocess = "uint8 RGB / 255 * 2 - 1"
     timm: TimmModel | None = None
+    preset: str | None = None
     weights_hash: str
     training: dict[str, int | float | str] = {}
     data: dict[str, str] = {}
@@ -136,7 +145,7 @@ class Encoder:
                 network, pooling=network.pooling // pooling, device=at, precision=chosen
             )
         elif isinstance(self.module, ExternalEncoder):
-            module = autocast(self.module.on(at), at, chosen)
+            module = MemoryBoundModule(autocast(self.module.on(at), at, chosen))
         else:
             module = copy.deepcopy(self.module).eval()
             channels_last(module)

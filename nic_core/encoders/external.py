@@ -31,10 +31,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nic_core.cohort import ExternalNetwork, Preprocess, TimmModel
+from nic_core.cohort import ExternalNetwork, Preprocess, TimmModel, Tokens
 from nic_core.encoders.errors import EncoderError
 from nic_core.version import DISTRIBUTION
 
+_LFS_POINTER = b"version https://git-lfs"  # how such a file begins
 # paths of the graphs inside an archive: since PyTorch 2.8, and before
 _GRAPHS = re.compile(r"(^|/)(models/[^/]+\.json|serialized_exported_program\.json)$")
 _REFUSED_MEMBERS = re.compile(r"/aotinductor/|/(opaque|custom)_obj_[^/]*$")
@@ -49,8 +50,10 @@ _OPERATORS = re.compile(
 class ExternalEncoder(nn.Module):
     """uint8 (B, 3, P, P) to embedding, float32 (B, C), by an external network.
 
-    Pixels are divided by 255, resized (bilinear, antialiased) if the network's input has another
-    side, and standardised by the entry's mean and standard deviation. ``archive`` is the file of a
+    Pixels are divided by 255, resized (bilinear, antialiased) to the entry's ``resize`` if the
+    patch has another side, cropped to its central ``crop`` x ``crop`` px, and standardised by the
+    entry's mean and standard deviation. The network returns embeddings or, with ``tokens``, the
+    tokens of a vision transformer, which :func:`pool_tokens` pools. ``archive`` is the file of a
     TorchScript or exported network, which can only be copied, not written.
     """
 
@@ -58,12 +61,18 @@ class ExternalEncoder(nn.Module):
     std: Tensor
 
     def __init__(
-        self, network: nn.Module, preprocess: Preprocess, archive: Path | None = None
+        self,
+        network: nn.Module,
+        preprocess: Preprocess,
+        archive: Path | None = None,
+        tokens: Tokens | None = None,
     ) -> None:
         super().__init__()
         self.network = network
         self.archive = archive
         self.side = preprocess.resize
+        self.crop = preprocess.crop
+        self.tokens = tokens
         for name, values in (("mean", preprocess.mean), ("std", preprocess.std)):
             self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
 
@@ -72,8 +81,15 @@ class ExternalEncoder(nn.Module):
         if self.side is not None and self.side != scaled.shape[-1]:
             side = (self.side, self.side)
             scaled = functional.interpolate(scaled, side, mode="bilinear", antialias=True)
+        if self.crop is not None:
+            first = (scaled.shape[-1] - self.crop) // 2
+            inner = slice(first, first + self.crop)
+            scaled = scaled[..., inner, inner]
         # an exported graph may contain views that require a contiguous input
         embeddings: Tensor = self.network(((scaled - self.mean) / self.std).contiguous())
+        if self.tokens is not None:
+            prefix: int = self.network.num_prefix_tokens  # type: ignore[assignment]
+            embeddings = pool_tokens(embeddings, self.tokens, prefix)
         return embeddings.float()
 
     def train(self, mode: bool = True) -> ExternalEncoder:
@@ -83,6 +99,25 @@ class ExternalEncoder(nn.Module):
     def on(self, device: torch.device) -> ExternalEncoder:
         """Return this module if it is on ``device``, otherwise a copy on ``device``."""
         return self if self.mean.device.type == device.type else copy.deepcopy(self).to(device)
+
+
+def pool_tokens(output: Tensor, tokens: Tokens, prefix: int) -> Tensor:
+    """Pool the output tokens of a vision transformer.
+
+    Parameters
+    ----------
+    output : float (B, prefix + N, C)
+        The class token, the register tokens, and the tokens of N squares of the patch.
+    tokens : str
+        ``class``: the class token, (B, C). ``mean``: the mean of the N patch tokens, (B, C).
+        ``class+mean``: the first and then the second, (B, 2 C).
+    prefix : int
+        Number of class and register tokens.
+    """
+    if tokens == "class":
+        return output[:, 0]
+    mean = output[:, prefix:].mean(1)
+    return mean if tokens == "mean" else torch.cat((output[:, 0], mean), 1)
 
 
 def read_torchscript(path: Path) -> nn.Module:
@@ -123,10 +158,13 @@ def read_exported(path: Path) -> nn.Module:
 def timm_network(timm_model: TimmModel) -> nn.Module:
     """Return a timm model with initial weights and without classifier, in evaluation mode.
 
+    With ``tokens`` the model returns all its tokens, else embeddings.
+
     Raises
     ------
     EncoderError
-        timm is not installed, cannot be imported, or has no such model.
+        timm is not installed, cannot be imported, or has no such model; or the model has no class
+        token, which ``tokens`` requires.
     """
     try:
         import timm
@@ -136,37 +174,78 @@ def timm_network(timm_model: TimmModel) -> nn.Module:
             f"({_first_line(error)}); run pip install '{DISTRIBUTION}[timm]', with the torchvision "
             "release that matches your PyTorch"
         ) from error
+    arguments: dict[str, Any] = dict(timm_model.arguments)
+    if isinstance(layer := arguments.get("mlp_layer"), str):
+        if not hasattr(timm.layers, layer):
+            raise EncoderError(
+                f"timm model '{timm_model.model}': timm.layers has no mlp_layer '{layer}'"
+            )
+        arguments["mlp_layer"] = getattr(timm.layers, layer)
+    if timm_model.tokens is not None:
+        arguments["global_pool"] = ""
     try:
         network: nn.Module = timm.create_model(
-            timm_model.model, pretrained=False, num_classes=0, **timm_model.arguments
+            timm_model.model, pretrained=False, num_classes=0, **arguments
         )
     except (RuntimeError, TypeError, ValueError) as error:
         raise EncoderError(f"timm model '{timm_model.model}': {_first_line(error)}") from error
+    if timm_model.tokens is not None and not getattr(network, "has_class_token", False):
+        raise EncoderError(
+            f"timm model '{timm_model.model}' is not a vision transformer with a class token: "
+            "leave 'tokens' out"
+        )
     return network.eval()
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Read tensors by name from a safetensors file or a PyTorch checkpoint of tensors only.
 
+    A checkpoint may hold the tensors under one key, beside numbers and texts, and their names may
+    begin with ``module.``, which training on several GPUs adds.
+
     Raises
     ------
     EncoderError
-        The file cannot be read or contains other objects than tensors.
+        The file cannot be read, contains objects of other types, or holds several networks.
     """
+    remedy = "save the network's state_dict as safetensors"
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, SafetensorError, UnpicklingError) as error:
+        with path.open("rb") as file:
+            if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+                raise EncoderError(
+                    f"{path}: a pointer of Git LFS, not the weights; run 'git lfs pull' in its "
+                    "repository, or download the file itself"
+                )
+        tensors: Any
+        if path.suffix.lower() == ".safetensors":
+            tensors = load_file(path)
+        else:
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        # PyTorch's message recommends to execute the file
         raise EncoderError(
-            f"{path}: not a file of weights only ({_first_line(error)}); "
-            "save the network's state_dict as safetensors"
+            f"{path}: not a checkpoint, or one with other objects than tensors, which reading it "
+            f"would execute; {remedy}"
         ) from error
-    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+    except (OSError, RuntimeError, EOFError, SafetensorError) as error:
         raise EncoderError(
-            f"{path}: not a state_dict of tensors; save the network's state_dict as safetensors"
-        )
-    return tensors
+            f"{path}: not a file of weights only ({_first_line(error)}); {remedy}"
+        ) from error
+    found = {"": tensors} if _is_weights(tensors) else {}
+    if not found and isinstance(tensors, dict):
+        found = {str(key): part for key, part in tensors.items() if _is_weights(part)}
+    if len(found) != 1:
+        problem = f"it holds several: {', '.join(found)}" if found else "it holds none"
+        raise EncoderError(f"{path}: not one state_dict of tensors ({problem}); {remedy}")
+    (weights,) = found.values()
+    prefix = "module." if all(name.startswith("module.") for name in weights) else ""
+    return {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
+
+
+def _is_weights(part: object) -> bool:
+    return (
+        isinstance(part, dict) and bool(part) and all(isinstance(t, Tensor) for t in part.values())
+    )
 
 
 def check_module(name: str, module: nn.Module, network: ExternalNetwork) -> None:
@@ -181,7 +260,7 @@ def check_module(name: str, module: nn.Module, network: ExternalNetwork) -> None
     generator = torch.Generator().manual_seed(0)
     size = (3, 3, network.patch, network.patch)
     pixels = torch.randint(0, 256, size, dtype=torch.uint8, generator=generator)
-    side = network.preprocess.resize or network.patch
+    side = network.preprocess.input_side(network.patch)
     try:
         with torch.inference_mode():
             embeddings, alone = module(pixels), module(pixels[:1])

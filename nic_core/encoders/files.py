@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from nic_core.cohort import ImportedEncoder, Preprocess
+from nic_core.cohort import ExternalNetwork, ImportedEncoder, Preprocess
 from nic_core.encoders.encoder import (
     Encoder,
     EncoderCard,
@@ -38,6 +38,8 @@ from nic_core.encoders.external import (
     timm_network,
 )
 from nic_core.encoders.keras_import import import_keras_encoder
+from nic_core.encoders.presets import PRESETS, preset_network
+from nic_core.encoders.weight_names import timm_names
 
 WEIGHTS = "weights.safetensors"
 CARD = "card.json"
@@ -145,10 +147,19 @@ def import_encoder(entry: ImportedEncoder, *, patch: int, mpp: float) -> Encoder
         The file is missing, contradicts the entry, or takes patches of another size or resolution.
     """
     if not entry.file.exists():
+        source = (
+            "" if entry.preset is None else f", or ask for it at {PRESETS[entry.preset].address}"
+        )
         raise EncoderError(
             f"encoder '{entry.name}': {entry.file} does not exist; correct 'file' in the cohort "
-            "file"
+            f"file{source}"
         )
+    name = f"encoder '{entry.name}'"
+    network = entry.network
+    if entry.preset is not None:
+        name, network = f"{name} (preset '{entry.preset}')", preset_network(entry)
+    if network is not None:  # checked before a file of gigabytes is read
+        _check_geometry(name, network, patch=patch, mpp=mpp)
     match entry.kind:
         case "keras":
             encoder = import_keras_encoder(entry.file, entry.name)
@@ -157,15 +168,22 @@ def import_encoder(entry: ImportedEncoder, *, patch: int, mpp: float) -> Encoder
             card = loaded.card.model_copy(update={"name": entry.name})
             encoder = dataclasses.replace(loaded, card=card)
         case "timm" | "torchscript" | "torch.export" as architecture:
-            encoder = _import_network(entry, architecture)
-    card = encoder.card
-    if (card.patch, card.mpp) != (patch, mpp):
+            assert network is not None  # validated by ImportedEncoder
+            encoder = _import_network(entry, network, architecture)
+    _check_geometry(name, encoder.card, patch=patch, mpp=mpp)
+    return encoder
+
+
+def _check_geometry(
+    name: str, encoder: EncoderCard | ExternalNetwork, *, patch: int, mpp: float
+) -> None:
+    """Check that an encoder takes patches of the cohort's size and resolution."""
+    if (encoder.patch, encoder.mpp) != (patch, mpp):
         raise EncoderError(
-            f"encoder '{entry.name}' takes patches of {card.patch} px at {card.mpp:g} um/px, but "
+            f"{name} takes patches of {encoder.patch} px at {encoder.mpp:g} um/px, but "
             f"the cohort's settings are patch: {patch}, mpp: {mpp:g}; change the settings, or "
             "remove the encoder"
         )
-    return encoder
 
 
 def _recorded(folder: Path) -> tuple[EncoderCard, dict[str, Tensor]]:
@@ -194,10 +212,11 @@ def _recorded(folder: Path) -> tuple[EncoderCard, dict[str, Tensor]]:
 
 
 def _import_network(
-    entry: ImportedEncoder, architecture: Literal["timm", "torchscript", "torch.export"]
+    entry: ImportedEncoder,
+    network: ExternalNetwork,
+    architecture: Literal["timm", "torchscript", "torch.export"],
 ) -> Encoder:
-    network, path = entry.network, entry.file
-    assert network is not None  # validated by ImportedEncoder
+    path = entry.file
     with path.open("rb") as file:
         identity = hashlib.file_digest(file, "sha256").hexdigest()
     card = EncoderCard(
@@ -209,13 +228,14 @@ def _import_network(
         embedding_size=network.embedding_size,
         pixels=network.preprocess,
         timm=network.timm,
+        preset=entry.preset,
         weights_hash="",
         software={"torch": torch.__version__},
         source=f"{path.name} sha256:{identity}",
     )
     if architecture == "timm":
         module = _timm(card)
-        _fill(module.network, path, read_weights(path))
+        _fill(module.network, path, timm_names(read_weights(path)))
         found = weights_hash(_function(card), encoder_tensors(module, {}))
     else:
         module = _program(card, path)
@@ -228,7 +248,7 @@ def _import_network(
 def _timm(card: EncoderCard) -> ExternalEncoder:
     assert card.timm is not None
     assert isinstance(card.pixels, Preprocess)
-    return ExternalEncoder(timm_network(card.timm), card.pixels)
+    return ExternalEncoder(timm_network(card.timm), card.pixels, tokens=card.timm.tokens)
 
 
 def _program(card: EncoderCard, archive: Path) -> ExternalEncoder:
@@ -239,15 +259,19 @@ def _program(card: EncoderCard, archive: Path) -> ExternalEncoder:
 
 def _fill(network: nn.Module, path: Path, tensors: dict[str, Tensor]) -> None:
     """Load a checkpoint into a network; the checkpoint may contain a classifier in addition."""
-    try:
-        missing, other = network.load_state_dict(tensors, strict=False)
-    except RuntimeError as error:  # sizes differ
-        raise EncoderError(f"{path}: the weights do not match the network: {error}") from error
-    other = [name for name in other if not name.startswith(CLASSIFIERS)]
-    if missing or other:
+    sizes = [
+        f"{name} {tuple(tensors[name].shape)} instead of {tuple(own.shape)}"
+        for name, own in network.state_dict().items()
+        if name in tensors and tensors[name].shape != own.shape
+    ]
+    # not loaded where sizes differ: PyTorch's error has a line for each tensor
+    missing, other = ([], []) if sizes else network.load_state_dict(tensors, strict=False)
+    unknown = [name for name in other if not name.startswith(CLASSIFIERS)]
+    if missing or unknown or sizes:
         raise EncoderError(
             f"{path}: the weights do not match the network: missing {missing[:3]}, "
-            f"unknown {other[:3]}"
+            f"unknown {unknown[:3]}, of another size {sizes[:3]}; correct 'file', or the 'preset' "
+            "or 'network.timm' of the encoder"
         )
 
 

@@ -110,6 +110,41 @@ def autocast(module: nn.Module, device: torch.device, precision: Precision) -> n
     return module if precision == "float32" else _Autocast(module, device.type)
 
 
+class MemoryBoundModule(nn.Module):
+    """Run a module on as many patches at once as fit the memory of the GPU.
+
+    When the GPU has no memory left, the number of patches is halved, and later calls start with the
+    halved number. Nothing changes where the memory suffices.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        self._most: int | None = None  # patches at once; None: any number
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Map uint8 (B, 3, P, P) to (B, C).
+
+        Raises
+        ------
+        torch.OutOfMemoryError
+            One patch does not fit the memory.
+        """
+        done: list[Tensor] = []
+        start = 0
+        while start < len(pixels):
+            part = pixels[start : start + (self._most or len(pixels))]
+            try:
+                done.append(self.module(part))
+            except torch.OutOfMemoryError:
+                if len(part) == 1:
+                    raise
+                self._most = len(part) // 2
+            else:
+                start += len(part)
+        return done[0] if len(done) == 1 else torch.cat(done)
+
+
 class FoldedEncoder(nn.Module):
     """A :class:`TellezEncoder` on pixels with optimisations 1 and 2 of this module.
 

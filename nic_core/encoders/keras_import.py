@@ -39,6 +39,13 @@ from nic_core.encoders.objectives.mean_rgb import EMBEDDING_SIZE, mean_rgb_modul
 
 PATCH = 128
 MPP = 0.5
+RELEASED = {
+    "encoder_multitask-4.h5": 128,
+    "encoder_bigan.h5": 128,
+    "encoder_mean-rgb.h5": EMBEDDING_SIZE,
+}
+"""Released files that were imported and compared with the authors' embeddings: embedding size."""
+LICENCE = "MIT"  # of the authors' repository
 
 Layer = dict[str, Any]
 

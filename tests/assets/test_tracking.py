@@ -30,11 +30,13 @@ from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
 from nic_assets.build import build_defs
+from nic_assets.cli import _registered_encoders
 from nic_assets.tracking import ModelFormatError, TrackedRun, Tracking, TrackingError, runs
 from nic_assets.tracking.connection import without_secrets
 from nic_assets.tracking.database import create_database
 from nic_assets.tracking.resource import git_commit
 from nic_core import steps
+from nic_core.cli.encoder import ListedEncoder
 from nic_core.cohort import Cohort, EncoderSpec, ModelSettings, RegressionTarget, load_cohort
 from nic_core.encoders.files import read_card
 from nic_core.encoders.training_loop import _Run
@@ -364,6 +366,38 @@ def test_a_first_version_that_fails_its_control_is_only_a_candidate(registry):
 
 
 # --- the format of registered models ---------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_list_of_encoders_shows_registered_versions_with_an_alias(registry, monkeypatch):
+    tags = {"architecture": "timm", "patch": "224", "mpp": "0.5", "embedding_size": "768"}
+    for name in ("encoder-p", "model-p"):
+        registry.client.create_registered_model(name)
+        for number, given in ((1, {}), (2, tags | {"preset": "phikon"})):
+            registry.client.create_model_version(name, registry.root.as_uri(), tags=given)
+            if number == 2:
+                registry.client.set_registered_model_alias(name, "champion", "2")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", registry.tracking.uri)
+    listed, problems = _registered_encoders(Store(registry.root))
+    licence = "Owkin non-commercial"
+    assert listed == [
+        ListedEncoder("encoder-p@champion", "registry", "timm", 224, 0.5, 768, licence)
+    ]
+    assert problems == []
+
+
+@pytest.mark.slow
+def test_the_list_of_encoders_says_that_the_registry_does_not_answer(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # no server
+    listed, problems = _registered_encoders(Store(tmp_path))
+    assert listed == []
+    assert "MLflow does not answer the request for the registered encoders" in problems[0]
+
+
+def test_a_store_without_a_registry_lists_no_registered_encoder(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert _registered_encoders(Store(tmp_path)) == ([], [])
+    assert not list(tmp_path.iterdir())  # no database was created
 
 
 def logged_files(registry: Registry) -> list[str]:

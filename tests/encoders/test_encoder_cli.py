@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import polars as pl
@@ -35,6 +36,43 @@ def test_info_prints_the_card(encoder: Path):
     assert done.exit_code == 0
     for fact in ("mean_rgb", "62", "0.5", "uint8 RGB / 255 * 2 - 1"):
         assert fact in done.stdout
+
+
+def lines_of(output: str) -> dict[str, str]:
+    """Return the cells of a printed table, joined by a space, by the first one."""
+    rows = [line.split() for line in output.splitlines() if line.strip()]
+    return {row[0]: " ".join(row[1:]) for row in rows}
+
+
+def test_list_shows_presets_released_encoders_and_the_store(encoder: Path, tmp_path: Path):
+    (tmp_path / "encoders").mkdir()
+    encoder.rename(tmp_path / "encoders" / "mine")
+    done = run(app, ["encoder", "list"], env={"NIC_STORE": str(tmp_path), "COLUMNS": "150"})
+    assert done.exit_code == 0, done.output
+    rows = lines_of(done.stdout)
+    assert rows["virchow2"] == "preset timm weights 224 0.5 2560 CC-BY-NC-ND-4.0"
+    assert rows["conch"] == "preset exported graph 448 0.5 512 CC-BY-NC-ND-4.0"
+    assert rows["encoder_bigan.h5"] == "released Keras 128 0.5 128 MIT"
+    assert rows["mine"] == "store mean_rgb 62 0.5 3"
+
+
+def test_list_names_an_encoder_whose_card_is_damaged(encoder: Path, tmp_path: Path):
+    damaged = tmp_path / "encoders" / "damaged"
+    damaged.mkdir(parents=True)
+    (damaged / "card.json").write_text("{")
+    done = run(app, ["encoder", "list"], env={"NIC_STORE": str(tmp_path), "COLUMNS": "150"})
+    assert done.exit_code == 1
+    assert f"{damaged}/card.json: not an encoder card" in done.stdout
+    assert "virchow2" in done.stdout
+
+
+def test_list_gives_the_licence_of_an_imported_preset(encoder: Path, tmp_path: Path):
+    card = json.loads((encoder / "card.json").read_text()) | {"preset": "phikon"}
+    stored = tmp_path / "encoders" / "p"
+    stored.mkdir(parents=True)
+    (stored / "card.json").write_text(json.dumps(card))
+    done = run(app, ["encoder", "list"], env={"NIC_STORE": str(tmp_path), "COLUMNS": "150"})
+    assert lines_of(done.stdout)["p"] == "store mean_rgb 62 0.5 3 Owkin non-commercial"
 
 
 def test_import_names_a_released_encoder_after_its_folder(published: Path, tmp_path: Path):

@@ -217,7 +217,7 @@ def test_import_refuses_another_patch_size_than_the_cohort(files):
 def test_file_and_description_must_match(files, tmp_path):
     for file, network, message in (
         (tmp_path / "x.onnx", NETWORK, "not an encoder file; supported: a folder, .h5"),
-        (tmp_path / "x.pt2", None, "needs 'network'"),
+        (tmp_path / "x.pt2", None, "needs 'preset'"),
         (tmp_path / "x.h5", NETWORK, "leave 'network' out"),
         (tmp_path / "x.safetensors", NETWORK, "is required for files of weights"),
         (
@@ -300,7 +300,7 @@ def test_a_pickled_network_is_not_loaded(suffix, tmp_path):
     stub.create_model = lambda *_, **__: Small()
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "timm", stub)
-        with pytest.raises(EncoderError, match="not a file of weights only"):
+        with pytest.raises(EncoderError, match="other objects than tensors"):
             load(path, timm)
     assert not canary.exists()
 

@@ -9,7 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nic_core.encoders.encoder import Encoder, EncoderCard
-from nic_core.encoders.inference import FoldedEncoder, FusedEncoder, fast_module
+from nic_core.encoders.inference import (
+    FoldedEncoder,
+    FusedEncoder,
+    MemoryBoundModule,
+    fast_module,
+)
 from nic_core.encoders.networks import (
     MeanRGB,
     PatchEncoder,
@@ -152,3 +157,36 @@ def test_prepare_does_not_change_the_encoder():
     encoder.prepare("cpu", "bfloat16", "input")
     after = encoder.module.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+class Bounded(torch.nn.Module):
+    """A network that runs out of memory for more than ``most`` patches; ``sizes`` are its calls."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.most = most
+        self.sizes: list[int] = []
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        self.sizes.append(len(pixels))
+        if len(pixels) > self.most:
+            raise torch.OutOfMemoryError("out of memory")
+        return pixels.float().mean((2, 3))
+
+
+@given(most=st.integers(1, 20), patches=st.integers(1, 40))
+def test_a_full_memory_halves_the_batch_and_keeps_every_embedding(most: int, patches: int):
+    network = Bounded(most)
+    module = MemoryBoundModule(network)
+    pixels = random_patches(patches, 4)
+    torch.testing.assert_close(module(pixels), pixels.float().mean((2, 3)))
+    network.sizes.clear()
+    torch.testing.assert_close(module(pixels), pixels.float().mean((2, 3)))
+    assert max(network.sizes) <= most  # the second call does not run out of memory
+    if patches <= most:
+        assert network.sizes == [patches]
+
+
+def test_a_patch_that_does_not_fit_the_memory_is_an_error():
+    with pytest.raises(torch.OutOfMemoryError):
+        MemoryBoundModule(Bounded(0))(random_patches(3, 4))

@@ -519,8 +519,8 @@ def test_modified_or_missing_files_are_refused(trained, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": None}, r"format 2 \(it has no format number\)"),
-        ({"format": 1}, r"format 2 \(it has format 1\)"),
+        ({"format": None}, r"format 3 \(it has no format number\)"),
+        ({"format": 2}, r"format 3 \(it has format 2\)"),
         ({"code": 16}, "field 'code': Extra inputs are not permitted"),
         ({"embedding_size": None}, "field 'embedding_size': Field required"),
     ],
