@@ -79,11 +79,27 @@ def test_a_missing_column_suggests_one_that_is_spelled_alike(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "other"),
-    [("S1", "s1"), ("a.svs", "a"), ("12.0", "12"), ("a_1", "a-1"), ("a.ome.tif", "a")],
+    [
+        ("S1", "s1"),
+        ("a.svs", "a"),
+        ("a.ome.tif", "a"),
+        ("12.0", "12"),
+        ("7", "007"),
+        ("7.0", "07"),
+        ("a_1", "a-1"),
+        ("a-1", "a1"),
+        ("TCGA-1", "TCGA-1-01Z.svs"),
+        ("TCGA-1-01Z", "TCGA-1"),
+    ],
 )
 def test_ids_that_differ_in_case_or_suffix_are_suggested(name, other):
     assert suggestion(name, [other, "zz"]) == other
     assert [str(item) for item in unmatched([name], [other])] == [f"{name} (is it {other}?)"]
+
+
+def test_invisible_characters_inside_an_id_are_shown(tmp_path):
+    found = unmatched(["a\u200bb", "a\u00a0c"], {"ab", "a c"})
+    assert [str(item) for item in found] == ["a\\u200bb (is it ab?)", "a\\u00a0c (is it a c?)"]
 
 
 def test_an_ambiguous_suggestion_is_not_made():
