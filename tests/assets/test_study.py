@@ -622,6 +622,35 @@ def test_an_imported_network_is_an_encoder_like_any_other(tiny_cohort, tmp_path)
                                "correct 'file' in the cohort file"]  # fmt: skip
 
 
+def test_targets_that_cannot_be_cross_validated_stop_alone(tiny_cohort, tmp_path):
+    labels = pl.read_csv(tiny_cohort.parent / "labels.csv")
+    few = pl.when(pl.int_range(pl.len()) < 2).then(pl.lit("high")).otherwise(pl.lit("low"))
+    labels.with_columns(few=few, rare=pl.int_range(pl.len()) == 0, same=pl.lit(1)).write_csv(
+        tmp_path / "labels.csv"
+    )
+    targets = [
+        {"name": "good", "kind": "regression", "column": "score"},
+        {"name": "few", "kind": "classification", "column": "few", "classes": ["low", "high"]},
+        {"name": "same", "kind": "regression", "column": "same"},
+        {"name": "absent", "kind": "regression", "column": "Score"},
+    ]
+    encoders = [{"name": "rgb", "objective": "mean_rgb"}]
+    cohort = edited(
+        tiny_cohort,
+        tmp_path,
+        {"labels": "labels.csv", "targets": targets, "encoders": encoders, "maps": []},
+    )
+    study = Study(cohort, tmp_path)
+    problems = [line for line in study.refresh() if line.startswith("target_folds")]
+    told = "\n".join(problems)
+    assert "'few'" in told and "patients in split 'cv' have class 'high'" in told
+    assert "'same'" in told and "labels to train on are 1" in told
+    assert "'absent'" in told and "no column 'Score'" in told and "did you mean 'score'" in told
+    assert "'good'" not in told
+    assert study.store.slide_model(ModelKey(encoder="rgb", target="good")).exists()
+    assert (study.store.evaluation_report / "results.parquet").exists()
+
+
 # --- the command line ------------------------------------------------------------------------
 
 
@@ -682,7 +711,6 @@ def test_the_command_line_materializes_a_partition_and_a_range(tiny_cohort, tmp_
             {"slides": {"folders": [{"path": "/nowhere"}]}},
             "/nowhere is not a folder",
         ),
-        ({"labels": "/nowhere/labels.csv"}, "cannot be read"),
         ({"encoders": [{"name": "x", "objective": "magic"}]}, "encoders.0.objective"),
     ],
 )

@@ -61,9 +61,12 @@ class Regression(WithoutSurvivalFunctions):
         return {"a label": cv["patient"].n_unique()}
 
     def training_problem(self, train: pl.DataFrame, validation: pl.DataFrame) -> str | None:
-        if train["y"].n_unique() > 1:
-            return None
-        return f"all {train.height} labels to train on are {train['y'][0]:g}"
+        if train["y"].n_unique() < 2:
+            return f"all {train.height} labels to train on are {train['y'][0]:g}"
+        y = train["y"].cast(pl.Float32)  # as the network computes
+        if y.is_infinite().any() or y.n_unique() < 2:
+            return "the labels are too large, or differ too little, for float32; rescale them"
+        return None
 
     def output_scale(self, train: pl.DataFrame) -> tuple[float, float]:
         y = train["y"].to_numpy()
