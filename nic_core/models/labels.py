@@ -18,6 +18,7 @@ from nic_core.cohort.tables import (
     Unmatched,
     read_table,
     require_columns,
+    suggestion,
     to_text,
     unmatched,
     visible,
@@ -110,9 +111,11 @@ def read_labels(cohort: Cohort, target: Target, index: pl.DataFrame) -> Labels:
     table = read_table(path, "label table", row_column=ROW)
     key: _Key = "slide" if "slide" in table.columns else "patient"
     if key not in table.columns:
-        names = ", ".join(visible(name) for name in table.columns if name != ROW)
+        columns = [name for name in table.columns if name != ROW]
+        near = suggestion("slide", columns) or suggestion("patient", columns)
         raise CohortError(
-            f"label table {path}: no column 'slide' or 'patient'; the columns are {names}"
+            f"label table {path}: no column 'slide' or 'patient'; it has "
+            f"{', '.join(map(visible, columns))}" + (f"; rename '{visible(near)}'" if near else "")
         )
     try:
         require_columns(table.drop(ROW), kind.source_columns, path, "label table")

@@ -634,21 +634,34 @@ def test_targets_that_cannot_be_cross_validated_stop_alone(tiny_cohort, tmp_path
         {"name": "same", "kind": "regression", "column": "same"},
         {"name": "absent", "kind": "regression", "column": "Score"},
     ]
-    encoders = [{"name": "rgb", "objective": "mean_rgb"}]
-    cohort = edited(
-        tiny_cohort,
-        tmp_path,
-        {"labels": "labels.csv", "targets": targets, "encoders": encoders, "maps": []},
+    edit = {
+        "labels": "labels.csv",
+        "targets": targets,
+        "encoders": [{"name": "rgb", "objective": "mean_rgb"}],
+        "maps": [],
+        "patch_tasks": [],
+    }
+    study = Study(edited(tiny_cohort, tmp_path, edit), tmp_path)
+    job = study.defs.resolve_implicit_global_asset_job_def()
+    assert job.execute_in_process(
+        instance=study.instance, asset_selection=[dg.AssetKey("slide_index")]
+    ).success
+    made = job.execute_in_process(
+        instance=study.instance,
+        asset_selection=[dg.AssetKey("target_folds")],
+        tags={ASSET_PARTITION_RANGE_START_TAG: "good", ASSET_PARTITION_RANGE_END_TAG: "absent"},
+        raise_on_error=False,
     )
-    study = Study(cohort, tmp_path)
-    problems = [line for line in study.refresh() if line.startswith("target_folds")]
-    told = "\n".join(problems)
-    assert "'few'" in told and "patients in split 'cv' have class 'high'" in told
-    assert "'same'" in told and "labels to train on are 1" in told
-    assert "'absent'" in told and "no column 'Score'" in told and "did you mean 'score'" in told
-    assert "'good'" not in told
-    assert study.store.slide_model(ModelKey(encoder="rgb", target="good")).exists()
-    assert (study.store.evaluation_report / "results.parquet").exists()
+    (failure,) = made.get_step_failure_events()
+    text = failure.step_failure_data.user_failure_data.description
+    for words in (
+        ("'few'", "2 of", "patients in split 'cv' have class 'high'"),
+        ("'same'", "labels to train on are 1"),
+        ("'absent'", "no column 'Score'", "did you mean 'score'"),
+    ):
+        assert all(word in text for word in words), text
+    assert "'good'" not in text
+    assert study.store.target_folds("good").exists()
 
 
 # --- the command line ------------------------------------------------------------------------
