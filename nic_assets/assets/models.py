@@ -258,7 +258,7 @@ def log_slide_model(
         ),
         f"target_folds/{target}": (
             store.target_folds(target),
-            steps.digest(pl.read_parquet(store.target_folds(target)).to_dicts()),
+            steps.digest(pl.read_parquet(store.target_folds(target), glob=False).to_dicts()),
         ),
     }
     run.card(card.model_dump(mode="json"))

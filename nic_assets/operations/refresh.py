@@ -148,7 +148,9 @@ def main() -> int:
         problems = refresh(defs, instance, console)
     reports = Store.from_environment().evaluation_report
     for name, table in ((RESULTS, results_table), (COMPARISONS, comparisons_table)):
-        if (reports / name).exists() and (rows := pl.read_parquet(reports / name)).height:
+        if (reports / name).exists() and (
+            rows := pl.read_parquet(reports / name, glob=False)
+        ).height:
             Console(width=max(120, console.width)).print(table(rows))
     if (notes := reports / NOTES).exists():
         console.print(notes.read_text(), style="yellow", markup=False, end="")

@@ -33,7 +33,7 @@ def make_evaluation_report(cohort: Cohort, store: Store) -> Report:
     """
     settings = cohort.settings.models
     parts = [
-        pl.read_parquet(path)
+        pl.read_parquet(path, glob=False)
         for target in cohort.targets
         for encoder in cohort.encoders
         if (
@@ -45,11 +45,13 @@ def make_evaluation_report(cohort: Cohort, store: Store) -> Report:
             parts.append(encoder_results(read_card(store.encoder(encoder.name))))
         if store.encoder_probe(encoder.name).exists():
             parts.append(
-                probe_results(encoder.name, pl.read_parquet(store.encoder_probe(encoder.name)))
+                probe_results(
+                    encoder.name, pl.read_parquet(store.encoder_probe(encoder.name), glob=False)
+                )
             )
     for item in cohort.maps:
         if store.map_scores(item.name).exists():
-            scores = pl.read_parquet(store.map_scores(item.name))
+            scores = pl.read_parquet(store.map_scores(item.name), glob=False)
             parts.append(map_results(item, scores, resamples=settings.bootstrap))
     results = pl.concat(parts)
     comparisons = pl.concat(
@@ -59,7 +61,7 @@ def make_evaluation_report(cohort: Cohort, store: Store) -> Report:
                 compare_models(
                     target,
                     {
-                        encoder.name: pl.read_parquet(path)
+                        encoder.name: pl.read_parquet(path, glob=False)
                         for encoder in cohort.encoders
                         if (
                             path := store.slide_model(
@@ -82,7 +84,8 @@ def make_evaluation_report(cohort: Cohort, store: Store) -> Report:
         note
         for target in cohort.targets
         if (path := store.target_folds(target.name)).exists()
-        and (note := folds_note(target, pl.read_parquet(path), wanted=settings.folds)) is not None
+        and (note := folds_note(target, pl.read_parquet(path, glob=False), wanted=settings.folds))
+        is not None
     ]
     with atomic_folder(store.evaluation_report) as folder:
         (folder / NOTES).write_text("".join(f"{note}\n" for note in notes))

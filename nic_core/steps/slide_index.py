@@ -95,7 +95,9 @@ def scan_slides(
         More than half of the slides are missing, none can be read, or the slides are not valid
         (see :func:`nic_core.cohort.index.slide_index`).
     """
-    previous_index = pl.read_parquet(store.slide_index) if store.slide_index.exists() else None
+    previous_index = (
+        pl.read_parquet(store.slide_index, glob=False) if store.slide_index.exists() else None
+    )
     index = slide_index(cohort, allow_missing=True)
     previous = read_file_snapshot(store)
     tables = [str(table) for table in (cohort.slides.table, cohort.labels) if table is not None]
@@ -168,7 +170,7 @@ def read_slide_index(store: Store) -> pl.DataFrame:
     """
     if not store.slide_index.exists():
         raise CohortError(f"{store.slide_index} does not exist; materialize 'slide_index' first")
-    return pl.read_parquet(store.slide_index)
+    return pl.read_parquet(store.slide_index, glob=False)
 
 
 def read_file_snapshot(store: Store) -> pl.DataFrame:
@@ -181,7 +183,7 @@ def read_file_snapshot(store: Store) -> pl.DataFrame:
     """
     if not store.file_snapshot.exists():
         return pl.DataFrame(schema=SNAPSHOT_SCHEMA)
-    return pl.read_parquet(store.file_snapshot)
+    return pl.read_parquet(store.file_snapshot, glob=False)
 
 
 def patch_task_versions(cohort: Cohort) -> dict[str, str]:

@@ -193,7 +193,7 @@ def make_slide_model(
 
 def _units_with_grids(store: Store, key: ModelKey, manifest: pl.DataFrame) -> pl.DataFrame:
     """Return the target's units with a grid; refuse to lose a whole fold."""
-    folds = pl.read_parquet(store.target_folds(key.target))
+    folds = pl.read_parquet(store.target_folds(key.target), glob=False)
     units = with_grids(folds, manifest)
     lost = sorted(set(folds["fold"].drop_nulls()) - set(units["fold"].drop_nulls()))
     if lost:
@@ -249,14 +249,14 @@ def _unlogged_recipe(folder: Path) -> str | None:
 
 def _log_again(folder: Path, tracker: Tracker) -> tuple[CrossValidation, ModelCard]:
     """Read a stored model and log its training curves."""
-    model, history = load_model(folder), pl.read_parquet(folder / HISTORY)
+    model, history = load_model(folder), pl.read_parquet(folder / HISTORY, glob=False)
     for row in history.iter_rows(named=True):
         fold, epoch = row.pop("fold"), row.pop("epoch")
         tracker.metrics({f"fold_{fold}_{name}": value for name, value in row.items()}, step=epoch)
     result = CrossValidation(
         target=model.card.target,
         settings=model.card.settings,
-        predictions=pl.read_parquet(folder / PREDICTIONS),
+        predictions=pl.read_parquet(folder / PREDICTIONS, glob=False),
         metrics=metrics_frame(model.card),
         networks=model.networks,
         history=history,
