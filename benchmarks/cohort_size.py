@@ -3,9 +3,10 @@
     python benchmarks/cohort_size.py
 
 Predictions are drawn instead of trained: of a model without signal, and of a good one (AUC 0.80,
-Spearman 0.50, Harrell's C 0.70 in a population). Half of the patients have each class; 40 % of the
+Spearman 0.50, Harrell's C 0.74 in a population). Half of the patients have each class; 40 % of the
 times are censored. Each row is the mean over 400 simulated cohorts of one slide per patient, scored
-as the models of a study are (1000 bootstrap resamples of patients). It takes a minute or two.
+as the models of a study are (1000 bootstrap resamples of patients). It takes
+some minutes.
 """
 
 from __future__ import annotations
