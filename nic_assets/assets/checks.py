@@ -16,9 +16,8 @@ from nic_assets.orchestration.partition_checks import Check
 from nic_core.cohort import Settings
 from nic_core.encoders import EncoderCard, PatchDataset
 from nic_core.grids import Grid
-from nic_core.models import comparison
-from nic_core.models.comparison import Verdict
-from nic_core.steps import SlideRecord, SlideScan
+from nic_core.models.comparison import PermutationControl, Verdict
+from nic_core.steps import SlideRecord, SlideScan, TargetFolds
 from nic_core.store import Store
 from nic_core.tiling.patches import PatchTableError, read_patch_table
 
@@ -199,7 +198,16 @@ def folds_disjoint_by_patient(folds: pl.DataFrame) -> str | None:
     return f"patients in more than one fold: {shared.sort().to_list()[:5]}" if len(shared) else None
 
 
-above_permutation_control = Check(comparison.above_permutation_control)
+@Check
+def as_many_folds_as_wanted(made: TargetFolds) -> str | None:
+    """The target is divided into as many folds as `settings.models.folds` wants."""
+    return made.note
+
+
+@Check
+def above_permutation_control(control: PermutationControl) -> str | None:
+    """The model's cross-validated score is above the 95th percentile with exchanged labels."""
+    return None if control.passed else control.explanation
 
 
 @Check

@@ -256,9 +256,9 @@ def load_patch_task(folder: Path) -> PatchDataset:
     """
     try:
         patches = np.load(folder / PATCHES, mmap_mode="r")
-        table = pl.read_parquet(folder / TABLE)
+        table = pl.read_parquet(folder / TABLE, glob=False)
         metadata = pl.read_parquet_metadata(folder / TABLE)
-        findings = pl.read_parquet(folder / FINDINGS)
+        findings = pl.read_parquet(folder / FINDINGS, glob=False)
     except (OSError, ValueError, EOFError, pl.exceptions.PolarsError) as error:
         raise EncoderError(
             f"{folder}: not a complete patch task ({str(error).splitlines()[0]}); make it again"

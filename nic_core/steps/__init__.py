@@ -32,6 +32,8 @@ from nic_core.steps.slide_index import (
     write_slide_index,
 )
 from nic_core.steps.slide_models import (
+    TargetFolds,
+    find_target_folds,
     find_unmatched_labels,
     make_slide_model,
     make_target_folds,
@@ -43,9 +45,11 @@ __all__ = [
     "Explanation",
     "SlideRecord",
     "SlideScan",
+    "TargetFolds",
     "digest",
     "draw_slide",
     "encoder_versions",
+    "find_target_folds",
     "find_unmatched_labels",
     "leaked_groups",
     "make_encoder",

@@ -99,4 +99,4 @@ def read_grid_manifest(store: Store, encoder: str) -> pl.DataFrame:
         raise CohortError(
             f"encoder '{encoder}' has no grid manifest; materialize 'grid_manifest' first"
         )
-    return pl.read_parquet(path)
+    return pl.read_parquet(path, glob=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,13 +11,22 @@ from typing import Any
 
 import polars as pl
 
-from nic_core.cohort import Cohort, CohortError, ImportedEncoder, PatchTask, RegisteredEncoder
+from nic_core.cohort import (
+    Cohort,
+    CohortError,
+    ImportedEncoder,
+    PatchTask,
+    RegisteredEncoder,
+    Target,
+)
 from nic_core.cohort.index import missing_files, slide_index
 from nic_core.cohort.scan import SNAPSHOT_SCHEMA, take_snapshot
 from nic_core.encoders.patch_sources import source_files
-from nic_core.models.labels import target_table
+from nic_core.models.labels import read_labels, target_table
 from nic_core.slides import Slide, content_identity, open_slide
 from nic_core.store import Store, atomic_file
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -85,7 +95,9 @@ def scan_slides(
         More than half of the slides are missing, none can be read, or the slides are not valid
         (see :func:`nic_core.cohort.index.slide_index`).
     """
-    previous_index = pl.read_parquet(store.slide_index) if store.slide_index.exists() else None
+    previous_index = (
+        pl.read_parquet(store.slide_index, glob=False) if store.slide_index.exists() else None
+    )
     index = slide_index(cohort, allow_missing=True)
     previous = read_file_snapshot(store)
     tables = [str(table) for table in (cohort.slides.table, cohort.labels) if table is not None]
@@ -158,7 +170,7 @@ def read_slide_index(store: Store) -> pl.DataFrame:
     """
     if not store.slide_index.exists():
         raise CohortError(f"{store.slide_index} does not exist; materialize 'slide_index' first")
-    return pl.read_parquet(store.slide_index)
+    return pl.read_parquet(store.slide_index, glob=False)
 
 
 def read_file_snapshot(store: Store) -> pl.DataFrame:
@@ -171,7 +183,7 @@ def read_file_snapshot(store: Store) -> pl.DataFrame:
     """
     if not store.file_snapshot.exists():
         return pl.DataFrame(schema=SNAPSHOT_SCHEMA)
-    return pl.read_parquet(store.file_snapshot)
+    return pl.read_parquet(store.file_snapshot, glob=False)
 
 
 def patch_task_versions(cohort: Cohort) -> dict[str, str]:
@@ -209,11 +221,23 @@ def encoder_versions(cohort: Cohort) -> dict[str, str]:
 
 
 def target_versions(cohort: Cohort, index: pl.DataFrame) -> dict[str, str]:
-    """Return a version of every target by name: a digest of its entry, labels and splits."""
+    """Return a version of every target by name: a digest of its entry, labels and splits.
+
+    A target whose labels are invalid has a version too, of the problem: it stops its own folds,
+    which report it, and nothing else.
+    """
     return {
-        target.name: digest(target, target_table(cohort, target, index).rows())
+        target.name: digest(target, _labels_or_problem(cohort, target, index))
         for target in cohort.targets
     }
+
+
+def _labels_or_problem(cohort: Cohort, target: Target, index: pl.DataFrame) -> object:
+    try:
+        return target_table(target, read_labels(cohort, target, index), index).rows()
+    except CohortError as error:
+        log.warning("%s", error)
+        return str(error)
 
 
 def index_row(store: Store, slide: str) -> dict[str, Any]:
