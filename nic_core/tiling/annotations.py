@@ -185,8 +185,8 @@ def placed(
             slide.path,
             f"its scanned area starts at x, y = {x}, {y} (level-0 px), and {annotations.path} does "
             "not state whether its coordinates count from there or from the corner of level 0",
-            "set 'origin' to 'bounds' (QuPath counts so) or 'level0': in the column 'origin' of the "
-            "table that lists the file, in the entry 'slides' of a patch task, or with --origin",
+            "set 'origin' to 'bounds' (as QuPath counts) or to 'level0': in the column 'origin' of "
+            "the table that lists the file, in the entry 'slides' of a patch task, or by --origin",
         )
     return result
 
@@ -285,7 +285,7 @@ def _parts(geometry: Any) -> list[tuple[str, Any]]:
     waiting, parts = [geometry], []
     while waiting:
         item = waiting.pop()
-        kind = item.get("type") if isinstance(item, dict) else None
+        kind = str(item.get("type")) if isinstance(item, dict) else ""
         if kind == "GeometryCollection":
             waiting += reversed(_list(item.get("geometries"), "'geometries'"))
         elif kind == "MultiPolygon":

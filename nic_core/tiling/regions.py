@@ -207,9 +207,12 @@ def _touched(table: pl.DataFrame, regions: Sequence[Region]) -> NDArray[np.bool_
     edge = _EDGE * size
     cells = shapely.box(x + edge, y + edge, x + size - edge, y + size - edge)
     touched = np.zeros(len(table), np.bool_)
-    shapes = [region.shape for region in regions]
-    touched[shapely.STRtree(cells).query(shapes, predicate="intersects")[1]] = True
+    touched[shapely.STRtree(cells).query(_shapes(regions), predicate="intersects")[1]] = True
     return touched
+
+
+def _shapes(regions: Sequence[Region]) -> NDArray[np.object_]:
+    return np.array([region.shape for region in regions], dtype=object)
 
 
 def covered_regions(regions: Sequence[Region]) -> pl.DataFrame:
@@ -225,9 +228,7 @@ def covered_regions(regions: Sequence[Region]) -> pl.DataFrame:
         ``outer_area`` and ``covered_area`` (common to both) are level-0 px squared; ``share`` is
         the covered fraction of the inner region.
     """
-    shapes = np.array([region.shape for region in regions], dtype=object)
-    if not len(shapes):
-        return pl.DataFrame(schema=_COVERED_SCHEMA)
+    shapes = _shapes(regions)
     first, second = shapely.STRtree(shapes).query(shapes, predicate="intersects")
     common = shapely.area(shapely.intersection(shapes[first], shapes[second]))
     order = sorted(range(len(regions)), key=lambda i: (round(regions[i].area, 3), -i))
