@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyvips
@@ -53,6 +54,9 @@ _LOSSLESS = {
     tifffile.COMPRESSION.ZSTD,
     tifffile.COMPRESSION.ZSTD_DEPRECATED,
 }
+_PLANES = tifffile.PLANARCONFIG.SEPARATE
+_OPACITY = (tifffile.EXTRASAMPLE.ASSOCALPHA, tifffile.EXTRASAMPLE.UNASSALPHA)
+_VIPS_TYPES = tuple(map(np.dtype, ("u1", "i1", "u2", "i2", "u4", "i4", "f4")))
 _REMEDY = "give an image of the whole slide as PNG or TIFF, with 0 for background"
 
 
@@ -68,12 +72,15 @@ class StoredImage:
     ----------
     image : pyvips.Image
         Stored values; palette indices of one band if the image has a palette.
+    alpha : bool
+        Whether the last band is the opacity.
     mpp : (float, float) or None
         um/px in x and y that the file states, if possible for a microscope; print resolutions are
         not.
     """
 
     image: pyvips.Image
+    alpha: bool
     mpp: tuple[float, float] | None
 
 
@@ -124,7 +131,7 @@ def read_mask(
         return TissueMask(mask, mpp)
     try:
         stored = open_stored_image(path)
-        tissue = _foreground(stored.image)
+        tissue = _foreground(stored)
         scale = level0_px_per_px(stored, slide.width, slide.height, slide.mpp)
         return TissueMask(_rasterised(tissue, scale, slide, (height, width), mpp), mpp)
     except (MaskFileError, pyvips.Error) as error:
@@ -134,13 +141,13 @@ def read_mask(
 def open_stored_image(path: Path) -> StoredImage:
     """Open a PNG or TIFF image with the values that it stores; of a pyramid the largest image.
 
-    Images with a palette and TIFF images in which 0 is white are read into memory.
+    Images with a palette, and TIFF images that libvips does not read as stored, are read at once.
 
     Raises
     ------
     MaskFileError
         The file does not exist, has another format, a compression that may change values, or
-        several images of the same size.
+        several images of the same size; or 0 is white in it.
     pyvips.Error
         It cannot be decoded.
     """
@@ -155,14 +162,15 @@ def open_stored_image(path: Path) -> StoredImage:
         raise MaskFileError("neither a PNG nor a TIFF image, and other formats may change values")
     image = pyvips.Image.new_from_file(str(path), fail_on="error")
     stated = _possible_mpp(1000 / image.xres, 1000 / image.yres)
+    alpha = bool(image.hasalpha())
     if image.get_typeof("palette"):
         # the class itself, since `PIL.Image.open` limits the number of px
         try:
             with PngImageFile(path) as png:
-                image = pyvips.Image.new_from_array(np.asarray(png))
+                image, alpha = pyvips.Image.new_from_array(np.asarray(png)), False
         except (OSError, SyntaxError, ValueError) as error:
             raise MaskFileError(f"cannot be read ({error})") from error
-    return StoredImage(image, stated)
+    return StoredImage(image, alpha, stated)
 
 
 def _open_tiff(path: Path) -> StoredImage:
@@ -178,21 +186,42 @@ def _open_tiff(path: Path) -> StoredImage:
                 name = getattr(page.compression, "name", page.compression)
                 raise MaskFileError(f"compressed by {name}, which may change values")
             stated = _possible_mpp(*(tiff_metadata(tiff, page, ()).mpp or (0, 0)))
+            alpha = any(kind in _OPACITY for kind in page.extrasamples)
+            inverted = page.photometric == tifffile.PHOTOMETRIC.MINISWHITE
+            if inverted and not (tiff.is_imagej or page.software.startswith("tifffile")):
+                raise MaskFileError(
+                    "0 is white in this TIFF image (WhiteIsZero): it cannot be told whether black "
+                    "or white is background; write it with 0 as black"
+                )
             values = None
-            if page.photometric in (
-                tifffile.PHOTOMETRIC.PALETTE,
-                tifffile.PHOTOMETRIC.MINISWHITE,  # libvips would invert the values
-            ):
-                values = page.asarray()
+            # libvips would replace indices by colours, invert where 0 is white, and mix up planes
+            palette = page.photometric == tifffile.PHOTOMETRIC.PALETTE
+            planes = page.samplesperpixel > 1 and page.planarconfig == _PLANES
+            if palette or inverted or planes or page.dtype not in _VIPS_TYPES:
+                values = _as_vips_type(page.asarray())
+                values = np.moveaxis(values, 0, -1) if planes else values
     except MaskFileError:
         raise
     # in a damaged structure tifffile raises whatever the bytes lead to: any of a dozen types
     except Exception as error:
         raise MaskFileError(f"damaged TIFF structure ({error})") from error
     if values is not None:
-        return StoredImage(pyvips.Image.new_from_array(values), stated)
+        return StoredImage(pyvips.Image.new_from_array(values), alpha, stated)
     image = pyvips.Image.new_from_file(str(path), page=number, fail_on="error")
-    return StoredImage(image.autorot(), stated)
+    return StoredImage(image.autorot(), alpha, stated)
+
+
+def _as_vips_type(values: NDArray[Any]) -> NDArray[Any]:
+    """Convert values to a type that libvips has, without loss."""
+    if values.dtype == np.bool_:
+        return values.astype(np.uint8)
+    if values.dtype == np.float16:
+        return values.astype(np.float32)
+    if values.dtype in (np.int64, np.uint64):
+        if values.size and not (values.min() >= -(2**31) and values.max() < 2**31):
+            raise MaskFileError("values of more than 32 bits")
+        return values.astype(np.int32)
+    return values
 
 
 def _possible_mpp(x: float, y: float) -> tuple[float, float] | None:
@@ -236,7 +265,9 @@ def level0_px_per_px(
         if (beyond >= -1).all() and (beyond < _MAX_PADDING).all():
             return float(stated[0]), float(stated[1])
         if not fits or (abs(stated / ratio - 1) > _MPP_ROUNDING).any():
-            raise MaskFileError(f"{about} at the {stored.mpp[0]:.4g} um/px that it states")  # type: ignore[index]
+            raise MaskFileError(
+                f"{about} at the {stated[0] * mpp:.4g} um/px that it states; correct or remove it"
+            )
     if not fits:
         remedy = "" if stated is not None else ", and it states no um/px"
         raise MaskFileError(f"{about} (another ratio of sides){remedy}")
@@ -257,7 +288,7 @@ def _whole_scale(size: NDArray[np.int64], slide: NDArray[np.int64]) -> int | Non
     return scales[0] if len(scales) == 1 else None
 
 
-def _foreground(image: pyvips.Image) -> pyvips.Image:
+def _foreground(stored: StoredImage) -> pyvips.Image:
     """One band, 255 where the image is not background and 0 elsewhere.
 
     Raises
@@ -265,11 +296,12 @@ def _foreground(image: pyvips.Image) -> pyvips.Image:
     MaskFileError
         It cannot be told which px are background.
     """
+    image = stored.image
     if image.format in ("float", "double") and _soft(image):
         raise MaskFileError("fractional values, such as probabilities; write 0 and 1")
     if image.format in ("complex", "dpcomplex"):
         raise MaskFileError("complex values")
-    alpha = image[image.bands - 1] if image.hasalpha() else None
+    alpha = image[image.bands - 1] if stored.alpha else None
     colours = image if alpha is None else image.extract_band(0, n=image.bands - 1)
     coloured = (colours != 0).bandor()
     if alpha is not None and alpha.min() == 0:
