@@ -15,6 +15,7 @@ Place. An image starts at the slide's top-left corner. Its scale is, in this ord
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,10 +31,18 @@ from nic_core.slides.errors import SlideError
 from nic_core.slides.metadata import MPP_RANGE, tiff_metadata
 from nic_core.slides.resample import coverage
 from nic_core.slides.slide import Slide
-from nic_core.tiling.annotations import is_annotation_file, placed, read_annotations
+from nic_core.tiling.annotations import (
+    NO_CLASS,
+    is_annotation_file,
+    placed,
+    read_annotations,
+    unused_features,
+)
 from nic_core.tiling.regions import region_mask
 from nic_core.tiling.tissue import TISSUE_MPP, Mask, TissueMask, mask_size
 from nic_core.types import Origin
+
+log = logging.getLogger(__name__)
 
 _MASK_PIXELS = 1 << 24  # of an image in memory at a time; it may be as large as level 0
 _MAX_PADDING = 4096  # px: no program stores larger tiles
@@ -120,6 +129,9 @@ def read_mask(
                 f"mask {path} has no region: none of its {annotations.features} features is one",
                 "draw the tissue as annotations with an area",
             )
+        for reason, _, count, features in unused_features(annotations).iter_rows():
+            if reason != NO_CLASS:  # a mask needs no class
+                log.warning("mask %s: %d features not used: %s: %s", path, count, reason, features)
         mask = placed(
             annotations,
             slide,

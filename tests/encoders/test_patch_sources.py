@@ -14,7 +14,6 @@ import tifffile
 from nic_core.cohort import CohortError, PatchTask
 from nic_core.encoders.patch_sources import open_source, source_files
 from nic_core.encoders.patch_tasks import PatchDataset, build_patch_task, load_patch_task
-
 from tests.slides.vendors import write_mirax
 
 from .conftest import write_image

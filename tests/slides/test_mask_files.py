@@ -243,6 +243,16 @@ def test_a_mask_of_any_scale_covers_the_slide_exactly(tmp_path, slide, scale, co
 # --- regions as masks ------------------------------------------------------------------------
 
 
+def test_features_of_a_mask_that_are_not_used_are_logged(tmp_path, slide, caplog):
+    square = {"type": "Polygon", "coordinates": [[[0, 0], [400, 0], [400, 400], [0, 400]]]}
+    point = {"type": "Point", "coordinates": [1, 2]}
+    path = tmp_path / "mask.geojson"
+    path.write_text(json.dumps([square, point, point]))
+    assert read_mask(path, slide, mpp=1.0).array.sum() == 100 * 100
+    (message,) = caplog.messages
+    assert message.endswith("2 features not used: a point, without an area: [2, 3]")
+
+
 def test_regions_without_an_area_are_no_mask(tmp_path, slide):
     path = tmp_path / "mask.geojson"
     path.write_text(json.dumps({"geometry": {"type": "Point", "coordinates": [1, 2]}}))
