@@ -18,3 +18,6 @@ RequestedPrecision = Literal["auto", "float32", "bfloat16"]
 
 Reading = Literal["patch", "input"]
 """um/px at which a slide is read: that of the patch, or that of the network's pooled input."""
+
+Origin = Literal["level0", "bounds"]
+"""What coordinates of annotations count from: the corner of level 0, or of the scanned area."""

@@ -122,12 +122,24 @@ def images_readable(dataset: PatchDataset) -> str | None:
     return f"{len(found)} images were left out, for example {first['source']} ({first['detail']})"
 
 
+@Check
+def regions_clear(dataset: PatchDataset) -> str | None:
+    """Every annotated region has a class and lies mostly in tissue."""
+    problems = [
+        f"{source}: {detail}"
+        for kind in ("unclassified", "outside_tissue")
+        for source, detail in dataset.found(kind).select("source", "detail").rows()
+    ]
+    return "; ".join(problems[:5]) or None
+
+
 PATCH_TASK_CHECKS = (
     splits_disjoint_by_group,
     classes_present,
     labels_agree,
     no_near_duplicates_across_splits,
     images_readable,
+    regions_clear,
 )
 
 

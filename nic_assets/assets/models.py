@@ -140,7 +140,7 @@ def model_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         group_name="models",
         kinds={"pytorch", "zarr", "image"},
         op_tags=CPU_TAGS,
-        code_version=code_version(1, partitions.cohort.maps),
+        code_version=code_version(2, partitions.cohort.maps),
     )
     def explanation(
         context: dg.AssetExecutionContext,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import get_args
 
 import polars as pl
 
@@ -11,6 +12,7 @@ from nic_core.cohort.fields import CohortError, normalise
 from nic_core.cohort.file import Cohort
 from nic_core.cohort.slides import SlideFolder
 from nic_core.cohort.tables import existing_path, read_table, require_columns
+from nic_core.types import Origin
 
 INDEX_SCHEMA: dict[str, pl.DataType] = {
     "slide": pl.String(),  # slide id
@@ -18,12 +20,14 @@ INDEX_SCHEMA: dict[str, pl.DataType] = {
     "patient": pl.String(),
     "mpp": pl.Float64(),  # um/px at level 0; null: as the file states
     "mask": pl.String(),  # tissue mask; null: tissue is detected
+    "origin": pl.String(),  # level0 or bounds: of a mask of regions; null: as the file states
     "truth": pl.String(),  # truth image for probability maps; null: none
     "split": pl.String(),  # cv or test
 }
 _REQUIRED = ("slide", "path", "patient")
 _FILE_COLUMNS = ("path", "mask", "truth")
 _SPLITS = ("cv", "test")
+_ORIGINS = get_args(Origin)
 
 
 def slide_index(cohort: Cohort, *, allow_missing: bool = False) -> pl.DataFrame:
@@ -167,3 +171,7 @@ def _check(row: dict[str, object]) -> None:
         )
     if row["split"] not in _SPLITS:
         raise CohortError(f"slide '{slide}': split '{row['split']}' must be 'cv' or 'test'")
+    if row.get("origin") not in (None, *_ORIGINS):
+        raise CohortError(
+            f"slide '{slide}': origin '{row['origin']}' must be {' or '.join(map(repr, _ORIGINS))}"
+        )

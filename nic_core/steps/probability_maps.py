@@ -109,6 +109,7 @@ def slide_truth(
         entry,
         width=record.width,
         height=record.height,
+        mpp=record.mpp,
         cell=cohort.settings.patch * cohort.settings.mpp / record.mpp,
         shape=(shape[0], shape[1]),
     )

@@ -19,7 +19,7 @@ from nic_core.cohort import (
     RegisteredEncoder,
     Target,
 )
-from nic_core.cohort.index import missing_files, slide_index
+from nic_core.cohort.index import INDEX_SCHEMA, missing_files, slide_index
 from nic_core.cohort.scan import SNAPSHOT_SCHEMA, take_snapshot
 from nic_core.encoders.patch_sources import source_files
 from nic_core.models.labels import read_labels, target_table
@@ -38,7 +38,8 @@ class SlideScan:
     index : polars.DataFrame
         The usable slides (:data:`nic_core.cohort.index.INDEX_SCHEMA`).
     versions : dict of str to str
-        Slide id to version: a digest of the content of slide and mask and of the slide's um/px.
+        Slide id to version: a digest of the content of slide and mask, of the slide's um/px and of
+        the mask's origin.
     missing : dict of str to str
         Slide id to reason, for slides with a file that does not exist or cannot be read.
     removed : list of str
@@ -135,8 +136,10 @@ def scan_slides(
             "they are copied"
         )
     versions = {
-        slide: digest(identity[path], mpp, identity[mask] if mask else None)
-        for slide, path, mpp, mask in index.select("slide", "path", "mpp", "mask").iter_rows()
+        slide: digest(identity[path], mpp, identity[mask] if mask else None, origin)
+        for slide, path, mpp, mask, origin in index.select(
+            "slide", "path", "mpp", "mask", "origin"
+        ).iter_rows()
     }
     return SlideScan(index, versions, missing, removed, snapshot)
 
@@ -166,11 +169,17 @@ def read_slide_index(store: Store) -> pl.DataFrame:
     Raises
     ------
     CohortError
-        The slide index does not exist yet.
+        The slide index does not exist yet, or another version of this program made it.
     """
     if not store.slide_index.exists():
         raise CohortError(f"{store.slide_index} does not exist; materialize 'slide_index' first")
-    return pl.read_parquet(store.slide_index, glob=False)
+    index = pl.read_parquet(store.slide_index, glob=False)
+    if index.schema != pl.Schema(INDEX_SCHEMA):
+        raise CohortError(
+            f"{store.slide_index} has other columns than this version reads; materialize "
+            "'slide_index' again"
+        )
+    return index
 
 
 def read_file_snapshot(store: Store) -> pl.DataFrame:

@@ -12,9 +12,10 @@ from nic_core.cohort import Cohort
 from nic_core.slides import Level, content_identity
 from nic_core.steps.slide_index import index_row, open_indexed
 from nic_core.store import Store, atomic_folder
+from nic_core.tiling.mask_files import read_mask
 from nic_core.tiling.patches import patch_table, write_patch_table
 from nic_core.tiling.quality import measure_quality
-from nic_core.tiling.tissue import TissueMask, read_mask, tissue_mask, tissue_outline
+from nic_core.tiling.tissue import TissueMask, tissue_mask, tissue_outline
 from nic_core.types import Pixels
 
 RECORD, THUMBNAIL, TISSUE = "slide.json", "thumbnail.jpg", "tissue.png"
@@ -54,8 +55,11 @@ def make_slide(store: Store, slide: str) -> tuple[SlideRecord, Pixels]:
         The slide or its mask cannot be used.
     """
     with open_indexed(store, slide) as opened:
-        mask_path = index_row(store, slide)["mask"]
-        mask = read_mask(Path(mask_path), opened) if mask_path else tissue_mask(opened)
+        row = index_row(store, slide)
+        if row["mask"]:
+            mask = read_mask(Path(row["mask"]), opened, origin=row["origin"])
+        else:
+            mask = tissue_mask(opened)
         record = SlideRecord(
             slide=slide,
             identity=content_identity(opened.path),

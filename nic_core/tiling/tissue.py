@@ -29,10 +29,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from skimage import filters, morphology, segmentation
 
-from nic_core.slides.errors import SlideError
-from nic_core.slides.resample import coverage
 from nic_core.slides.slide import Slide
-from nic_core.tiling.annotations import ANNOTATION_SUFFIXES, read_annotations, region_mask
 
 TISSUE_MPP = 8.0
 COLOUR_RANGE = (0.03, 0.06)  # optical density
@@ -43,8 +40,6 @@ GAP = 50.0  # um
 MIN_AREA = 10_000.0
 INK_RIM = 25.0  # um
 MAX_HOLE = 20_000.0  # um^2; lumens and vessels count as tissue
-
-_MASK_PIXELS = 1 << 24  # of a given mask image in memory at a time; it may be as large as level 0
 
 Mask = NDArray[np.bool_]
 Floats = NDArray[np.float32]
@@ -97,63 +92,8 @@ def tissue_mask(slide: Slide, *, mpp: float = TISSUE_MPP) -> TissueMask:
         A part of the slide cannot be decoded.
     """
     mpp = max(mpp, slide.mpp)
-    width, height = _mask_size(slide, mpp)
+    width, height = mask_size(slide, mpp)
     return TissueMask(find_tissue(slide.read(0, 0, width, height, mpp), mpp), mpp)
-
-
-def read_mask(path: Path, slide: Slide, *, mpp: float = TISSUE_MPP) -> TissueMask:
-    """Read a given tissue mask, which replaces detection.
-
-    Parameters
-    ----------
-    path : Path
-        Either an image of the whole slide, which is stretched over it (0 is background, any other
-        value tissue), or annotated tissue regions (QuPath GeoJSON, ASAP XML).
-    mpp : float
-        um/px of the returned mask; a coarser slide is used at its own um/px.
-
-    Raises
-    ------
-    SlideError
-        The file cannot be read, or the image has another aspect ratio than the slide.
-    """
-    mpp = max(mpp, slide.mpp)
-    width, height = _mask_size(slide, mpp)
-    if path.suffix.lower() in ANNOTATION_SUFFIXES:
-        regions = read_annotations(path)
-        return TissueMask(region_mask(regions, slide, (height, width), mpp), mpp)
-    remedy = "give an image of the whole slide in the column `mask` of the slide table"
-    try:
-        image = pyvips.Image.new_from_file(str(path), fail_on="error").extract_band(0)
-        if abs(image.width / image.height * slide.height / slide.width - 1) > 0.05:
-            raise SlideError(
-                slide.path,
-                f"mask {path} has {image.width} x {image.height} px, another aspect ratio than "
-                f"the slide ({slide.width} x {slide.height} px)",
-                remedy,
-            )
-        return TissueMask(_stretched(image, slide, (height, width), mpp), mpp)
-    except pyvips.Error as error:
-        raise SlideError(slide.path, f"mask {path}: {error}", remedy) from error
-
-
-def _stretched(image: pyvips.Image, slide: Slide, shape: tuple[int, int], mpp: float) -> Mask:
-    """A mask whose px are True if more than half of their area is not 0 in a stretched image."""
-    # image px per mask px; the slide's size need not be a whole number of mask px
-    down = image.height / (slide.height * slide.mpp / mpp)
-    across = image.width / (slide.width * slide.mpp / mpp)
-    rows = coverage(0.0, down, shape[0], image.height)
-    columns = coverage(0.0, across, shape[1], image.width)
-    inside = np.outer(rows.sum(axis=1), columns.sum(axis=1))  # the last px extend beyond the slide
-    mask = np.empty(shape, np.bool_)
-    step = max(1, int(_MASK_PIXELS / (image.width * down)))
-    for top in range(0, shape[0], step):
-        band = rows[top : top + step]
-        low, high = int(band.indices.min()), int(band.indices.max()) + 1
-        tissue = (image.crop(0, low, image.width, high - low) != 0).numpy().astype(np.float32) / 255
-        fraction = (columns @ (band[:, low:high] @ tissue).T).T
-        mask[top : top + step] = fraction > 0.5 * inside[top : top + step]
-    return mask
 
 
 def find_tissue(pixels: NDArray[np.uint8], mpp: float) -> Mask:
@@ -243,7 +183,8 @@ def _px(um: float, mpp: float) -> float:
     return um / mpp
 
 
-def _mask_size(slide: Slide, mpp: float) -> tuple[int, int]:
+def mask_size(slide: Slide, mpp: float) -> tuple[int, int]:
+    """Return the width and height of a mask that covers the slide, px at ``mpp`` um/px."""
     width, height = slide.width * slide.mpp / mpp, slide.height * slide.mpp / mpp
     return math.ceil(width - 1e-6), math.ceil(height - 1e-6)
 

@@ -1,19 +1,15 @@
-"""Tissue detection on painted slides with known tissue and on real slides; given masks."""
+"""Tissue detection on painted slides with known tissue and on real slides."""
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
 from nic_core.demo.artefacts import Section, sections
-from nic_core.slides import SlideError, open_slide
-from nic_core.tiling.tissue import TissueMask, find_tissue, read_mask, tissue_mask, tissue_outline
-from tests.slides.conftest import GLASS, paint, vips, write_tiff
+from nic_core.slides import open_slide
+from nic_core.tiling.tissue import TissueMask, find_tissue, tissue_mask, tissue_outline
+from tests.slides.conftest import GLASS, paint, write_tiff
 
 pytestmark = pytest.mark.slow
 
@@ -151,103 +147,6 @@ def test_a_mask_covers_the_slide_at_its_mpp(tmp_path):
     mask.save(tmp_path / "tissue.png")
     again = TissueMask.load(tmp_path / "tissue.png", mask.mpp)
     np.testing.assert_array_equal(again.array, mask.array)
-
-
-@pytest.mark.parametrize("value", [1, 255])
-def test_a_mask_image_is_stretched_over_the_slide(tmp_path, files, value):
-    image = np.zeros((70, 90), np.uint8)
-    image[:35] = value
-    path = tmp_path / "mask.png"
-    vips(image[..., None]).pngsave(str(path))
-    with open_slide(files["tiff"]) as slide:  # 900 x 700 px of 0.25 um: 225 x 175 um
-        mask = read_mask(path, slide, mpp=1.0)
-    assert mask.array.shape == (175, 225)
-    assert mask.array[:87].all()
-    assert not mask.array[89:].any()
-
-
-@pytest.fixture(scope="module")
-def slide(files):
-    with open_slide(files["tiff"]) as opened:  # 900 x 700 px of 0.25 um: 225 x 175 um
-        yield opened
-
-
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
-@given(
-    width=st.integers(60, 2000),  # at smaller widths rounding changes the aspect ratio
-    stretch=st.floats(0.97, 1.03),
-    corners=st.tuples(*[st.floats(0, 1)] * 4),
-    mpp=st.sampled_from([1.0, 2.0, 8.0]),
-)
-def test_a_mask_image_is_placed_exactly_at_any_mpp(tmp_path, slide, width, stretch, corners, mpp):
-    size = round(width * stretch * 7 / 9), width
-    y0, y1 = sorted(round(c * size[0]) for c in corners[:2])
-    x0, x1 = sorted(round(c * size[1]) for c in corners[2:])
-    image = np.zeros((*size, 1), np.uint8)
-    image[y0:y1, x0:x1] = 3
-    path = tmp_path / "mask.tif"
-    vips(image).tiffsave(str(path), tile=True, pyramid=True, compression="deflate")
-    found = read_mask(path, slide, mpp=mpp).array
-
-    def fraction(start: float, stop: float, um: float) -> np.ndarray:
-        low = np.arange(np.ceil(um / mpp)) * mpp
-        high = np.minimum(low + mpp, um)
-        return np.clip(np.minimum(high, stop) - np.maximum(low, start), 0, None) / (high - low)
-
-    covered = np.outer(
-        fraction(y0 * 175 / size[0], y1 * 175 / size[0], 175),
-        fraction(x0 * 225 / size[1], x1 * 225 / size[1], 225),
-    )
-    unsure = abs(covered - 0.5) < 1e-3  # half covered: rounding decides
-    np.testing.assert_array_equal(found | unsure, (covered > 0.5) | unsure)
-
-
-def test_qupath_regions_can_be_the_mask(tmp_path, files):
-    """A ring with a hole and two more polygons, one partly outside; level-0 px of 0.25 um."""
-    corners = [[0, 0], [448, 0], [448, 300], [0, 300], [0, 0]]
-    hole = [[40, 40], [80, 40], [80, 120], [40, 120], [40, 40]]
-    pieces = [
-        [[[500, 400], [600, 400], [600, 480], [500, 480]]],
-        [[[880, 680], [980, 680], [980, 780], [880, 780]]],
-    ]
-    qupath = tmp_path / "tissue.geojson"
-    geometries = [
-        {"type": "Polygon", "coordinates": [corners, hole]},
-        {"type": "MultiPolygon", "coordinates": pieces},
-    ]
-    qupath.write_text(json.dumps([{"geometry": geometry} for geometry in geometries]))
-    expected = np.zeros((175, 225), bool)
-    expected[:75, :112] = True
-    expected[10:30, 10:20] = False
-    expected[100:120, 125:150] = expected[170:, 220:] = True
-    with open_slide(files["tiff"]) as slide:
-        np.testing.assert_array_equal(read_mask(qupath, slide, mpp=1.0).array, expected)
-
-
-def test_asap_regions_can_be_the_mask(tmp_path, files):
-    points = "".join(
-        f'<Coordinate Order="{i}" X="{x}" Y="{y}"/>'
-        for i, (x, y) in enumerate([(100, 20), (300, 20), (300, 60), (100, 60)])
-    )
-    asap = tmp_path / "tissue.xml"
-    asap.write_text(
-        '<ASAP_Annotations><Annotations><Annotation Type="Polygon" PartOfGroup="None">'
-        f"<Coordinates>{points}</Coordinates></Annotation></Annotations></ASAP_Annotations>"
-    )
-    expected = np.zeros((175, 225), bool)
-    expected[5:15, 25:75] = True
-    with open_slide(files["tiff"]) as slide:
-        np.testing.assert_array_equal(read_mask(asap, slide, mpp=1.0).array, expected)
-
-
-def test_a_missing_or_misshapen_mask_is_refused(tmp_path, files):
-    path = tmp_path / "mask.png"
-    vips(np.zeros((90, 70, 1), np.uint8)).pngsave(str(path))
-    with open_slide(files["tiff"]) as slide:
-        with pytest.raises(SlideError, match="another aspect ratio"):
-            read_mask(path, slide)
-        with pytest.raises(SlideError, match=r"mask .*gone.png"):
-            read_mask(tmp_path / "gone.png", slide)
 
 
 def test_real_slides_have_a_plausible_tissue_fraction(real_data):
