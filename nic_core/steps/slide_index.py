@@ -17,6 +17,7 @@ from nic_core.encoders.patch_sources import source_files
 from nic_core.models.labels import target_table
 from nic_core.slides import Slide, content_identity, open_slide
 from nic_core.store import Store, atomic_file
+from nic_core.types import Colours
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class SlideScan:
     index : polars.DataFrame
         The usable slides (:data:`nic_core.cohort.index.INDEX_SCHEMA`).
     versions : dict of str to str
-        Slide id to version: a digest of the content of slide and mask and of the slide's um/px.
+        Slide id to version: a digest of the content of slide and mask, and of the slide's um/px
+        and image number.
     missing : dict of str to str
         Slide id to reason, for slides with a file that does not exist or cannot be read.
     removed : list of str
@@ -123,8 +125,10 @@ def scan_slides(
             "they are copied"
         )
     versions = {
-        slide: digest(identity[path], mpp, identity[mask] if mask else None)
-        for slide, path, mpp, mask in index.select("slide", "path", "mpp", "mask").iter_rows()
+        slide: digest(identity[path], mpp, image, identity[mask] if mask else None)
+        for slide, path, mpp, image, mask in index.select(
+            "slide", "path", "mpp", "image", "mask"
+        ).iter_rows()
     }
     return SlideScan(index, versions, missing, removed, snapshot)
 
@@ -230,8 +234,8 @@ def index_row(store: Store, slide: str) -> dict[str, Any]:
     return rows.row(0, named=True)
 
 
-def open_indexed(store: Store, slide: str) -> Slide:
-    """Open a slide of the slide index, with the um/px of the slide table.
+def open_indexed(store: Store, slide: str, *, colours: Colours = "stored") -> Slide:
+    """Open a slide of the slide index, with the um/px and the image of the slide table.
 
     Raises
     ------
@@ -241,7 +245,7 @@ def open_indexed(store: Store, slide: str) -> Slide:
         The slide cannot be used.
     """
     row = index_row(store, slide)
-    return open_slide(Path(row["path"]), mpp=row["mpp"])
+    return open_slide(Path(row["path"]), mpp=row["mpp"], image=row["image"], colours=colours)
 
 
 def digest(*parts: object) -> str:

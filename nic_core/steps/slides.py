@@ -9,7 +9,8 @@ from matplotlib.image import imsave
 from pydantic import BaseModel, ConfigDict
 
 from nic_core.cohort import Cohort
-from nic_core.slides import Level, content_identity
+from nic_core.slides import ImageInfo, Level, content_identity
+from nic_core.slides.icc import IccProfile
 from nic_core.steps.slide_index import index_row, open_indexed
 from nic_core.store import Store, atomic_folder
 from nic_core.tiling.patches import patch_table, write_patch_table
@@ -33,6 +34,9 @@ class SlideRecord(BaseModel):
     height: int
     mpp: float  # um/px at level 0
     levels: tuple[Level, ...]  # finest first
+    image: int  # number of the image that is read
+    images: tuple[ImageInfo, ...]  # all images of a TIFF; empty for other formats
+    icc_profile: IccProfile | None  # of the file
     tissue_mpp: float  # um/px of tissue.png
     tissue_mm2: float  # area of the tissue
 
@@ -64,6 +68,9 @@ def make_slide(store: Store, slide: str) -> tuple[SlideRecord, Pixels]:
             height=opened.height,
             mpp=opened.mpp,
             levels=opened.levels,
+            image=opened.image,
+            images=opened.images,
+            icc_profile=opened.icc_profile,
             tissue_mpp=mask.mpp,
             tissue_mm2=float(mask.array.sum()) * (mask.mpp / 1000) ** 2,
         )

@@ -89,7 +89,7 @@ def test_text_with_a_slide_suffix_is_refused(tmp_path, name):
 def test_a_tiff_header_followed_by_noise_is_refused(tmp_path):
     path = tmp_path / "header.tif"
     path.write_bytes(b"II*\0" + random.Random(0).randbytes(500))
-    refused(path, "damaged")
+    refused(path, "TIFF structure cannot be read")
 
 
 @pytest.mark.parametrize("fraction", [0.02, 0.3, 0.6, 0.95, 0.999])
@@ -230,14 +230,7 @@ def test_tiff_colours_other_than_8_bit_rgb_are_refused(tmp_path, kind, tiling):
     shape, dtype, options = COLOURS[kind]
     path = tmp_path / "slide.tif"
     tifffile.imwrite(path, np.full(shape, 200, dtype), **options, **tiling)
-    refused(path, "RGB", "leave it out", mpp=0.5)
-
-
-def test_separate_colour_planes_are_refused_with_a_remedy(tmp_path):
-    path = tmp_path / "slide.tif"
-    planes = np.moveaxis(paint(64, 64), -1, 0).copy()
-    tifffile.imwrite(path, planes, photometric="rgb", planarconfig="separate", tile=(32, 32))
-    refused(path, "separate planes", "RGB pixels", mpp=0.5)
+    refused(path, "RGB", "save it as 8-bit RGB", mpp=0.5)
 
 
 def test_plain_images_of_other_colours_are_refused(tmp_path):

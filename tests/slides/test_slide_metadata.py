@@ -115,7 +115,7 @@ def test_only_standard_names_of_other_images_are_reported(tmp_path):
             writer.write(paint(side, side), photometric="rgb", metadata=metadata)
     with open_slide(path) as slide:
         assert (slide.width, slide.mpp_source) == (96, "OME-XML")
-        assert slide.associated == ("label", "unnamed", "macro")
+        assert slide.associated == ("label", "macro")
 
 
 def test_openslide_properties_are_parsed():

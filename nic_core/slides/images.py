@@ -1,0 +1,477 @@
+"""Images of a TIFF file: which images it holds, and which one is the slide.
+
+A file may hold several images: scans, and photos of the label and of the whole glass (macro). A
+pyramid is one image. Pixels, levels and um/px of a slide come from one and the same image. The rule
+[choice]:
+
+1. Images named label, macro, thumbnail or overview are never read.
+2. The slide is the largest of the other images in colour; of equal ones, the first.
+3. A file whose largest image is in grey (fluorescence, for example) and more than 4 times as wide
+   and high as the largest one in colour is refused: the latter may be an overview.
+4. The caller can name an image by its number instead.
+
+Images are numbered from 0 in the order of the OME-XML, or of their first page in the file.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+from xml.etree import ElementTree
+
+import tifffile
+
+from nic_core.slides.errors import SlideError
+from nic_core.slides.metadata import (
+    BRIGHTFIELD_REMEDY,
+    COLOUR_REMEDY,
+    DAMAGED_REMEDY,
+    IMAGE_REMEDY,
+    UPRIGHT_REMEDY,
+    FileMetadata,
+    children,
+    ome_metadata,
+    page_metadata,
+)
+
+AlphaKind = Literal["straight", "premultiplied"]
+"""Whether colours are stored as they are, or multiplied by their opacity."""
+
+ASSOCIATED_NAMES = ("label", "macro", "thumbnail", "overview")
+_COLOUR = (
+    tifffile.PHOTOMETRIC.RGB,
+    tifffile.PHOTOMETRIC.YCBCR,
+    tifffile.PHOTOMETRIC.SEPARATED,
+    tifffile.PHOTOMETRIC.CIELAB,
+    tifffile.PHOTOMETRIC.ICCLAB,
+)
+_GREY = (tifffile.PHOTOMETRIC.MINISBLACK, tifffile.PHOTOMETRIC.MINISWHITE)
+_ORIENTATION, _PAGE_NAME = 274, 285
+_MAX_LISTED = 10
+_OVERVIEW_FACTOR = 4.0  # see rule 3
+# A level is smaller than the level before by at least this factor. Sizes are rounded to whole px,
+# by some writers after every level.
+_LEVEL_FACTOR, _LEVEL_ROUNDING = 1.5, 2
+_MPP_ROUNDING = 0.05  # um/px of two pages agree up to this fraction
+
+
+@dataclass(frozen=True)
+class ImageInfo:
+    """One image of a file, as ``nic inspect`` shows it.
+
+    Attributes
+    ----------
+    number : int
+        The number by which a caller names the image.
+    name : str
+        ``label``, ``macro``, ``thumbnail`` or ``overview``; else empty. Other names are not kept,
+        since they are free text and may contain a patient's name.
+    width, height : int
+        Px of its finest level.
+    levels : int
+    mpp : float or None
+        um/px that the file states for this image, the mean of x and y.
+    problem : str
+        Why the image cannot be a slide; empty if it can.
+    """
+
+    number: int
+    name: str
+    width: int
+    height: int
+    levels: int
+    mpp: float | None
+    problem: str
+
+    def __str__(self) -> str:
+        scale = f", {self.mpp:.4g} um/px" if self.mpp else ""
+        about = f": {self.problem}" if self.problem else ""
+        name = f"{self.name}, " if self.name else ""
+        return f"{self.number}: {name}{self.width} x {self.height} px{scale}{about}"
+
+
+@dataclass(frozen=True)
+class _Verdict:
+    """Whether an image is in colour, why it cannot be read as RGB, and what to do about it."""
+
+    colour: bool
+    problem: str = ""
+    remedy: str = ""
+
+
+@dataclass(frozen=True)
+class TiffImage:
+    """One image of a TIFF file.
+
+    Attributes
+    ----------
+    info : ImageInfo
+    pages : tuple of tifffile.TiffPage
+        Its levels, finest first. Empty if its pixels are in another file.
+    metadata : FileMetadata
+        um/px and objective power of this image.
+    colour : bool
+        It is in colour, though its kind of colour may not be supported.
+    remedy : str
+        What to do about ``info.problem``.
+    """
+
+    info: ImageInfo
+    pages: tuple[tifffile.TiffPage, ...]
+    metadata: FileMetadata
+    colour: bool
+    remedy: str
+
+    @property
+    def area(self) -> int:
+        """Number of px."""
+        return self.info.width * self.info.height
+
+    @property
+    def is_scan(self) -> bool:
+        """Whether it can be the slide by its name and colours."""
+        return self.colour and not self.info.name
+
+
+def find_images(tiff: tifffile.TiffFile) -> list[TiffImage]:
+    """List the images of a TIFF file by number.
+
+    The OME-XML says which pages form an image. In other files, and for pages that the OME-XML does
+    not mention, see :func:`_page_images`.
+    """
+    pages = _main_pages(tiff)
+    listed = _ome_images(tiff, pages)
+    used = {page.offset for image in listed for page in image.pages}
+    rest = [page for page in pages if page.offset not in used and page.shape]
+    return listed + _page_images(tiff, rest, len(listed))
+
+
+def choose_image(path: Path, images: Sequence[TiffImage], number: int | None) -> list[TiffImage]:
+    """Return the image to read, by the rule of this module, and the next best ones after it.
+
+    Parameters
+    ----------
+    number : int, optional
+        Image that the caller names.
+
+    Returns
+    -------
+    list of TiffImage
+        The image first. The others, largest first, are for the case that its pixels turn out to
+        be no brightfield scan; none if the caller names the image.
+
+    Raises
+    ------
+    SlideError
+        No image is a brightfield scan, the rule cannot decide, there is no such image, or it is
+        never read.
+    """
+    if number is not None:
+        return [_named(path, images, number)]
+    scans = sorted(
+        (image for image in images if image.is_scan), key=lambda i: (-i.area, i.info.number)
+    )
+    others = [image for image in images if not image.info.name and not image.colour]
+    largest = max(others, key=lambda image: image.area, default=None)
+    if not scans:
+        if largest is None:
+            raise SlideError(
+                path, f"has no image of a scan, only {_listing(images)}", BRIGHTFIELD_REMEDY
+            )
+        raise SlideError(path, largest.info.problem, largest.remedy)
+    best = scans[0]
+    if largest is not None and largest.area > best.area * _OVERVIEW_FACTOR**2:
+        raise SlideError(
+            path,
+            f"its largest image, {largest.info.number}, is no brightfield scan, and image "
+            f"{best.info.number} may be an overview; it has {_listing(images)}",
+            IMAGE_REMEDY,
+        )
+    _check_usable(path, best, several=len(images) > 1)
+    return [
+        best,
+        *(
+            image
+            for image in scans[1:]
+            if not image.info.problem and best.area <= image.area * _OVERVIEW_FACTOR**2
+        ),
+    ]
+
+
+def _named(path: Path, images: Sequence[TiffImage], number: int) -> TiffImage:
+    image = next((image for image in images if image.info.number == number), None)
+    if image is None:
+        raise SlideError(path, f"has no image {number}; it has {_listing(images)}", IMAGE_REMEDY)
+    if image.info.name:
+        raise SlideError(
+            path,
+            f"image {number} is a {image.info.name} image, which may show a patient's name and is "
+            "never read",
+            IMAGE_REMEDY,
+        )
+    _check_usable(path, image, several=len(images) > 1)
+    return image
+
+
+def _listing(images: Sequence[TiffImage]) -> str:
+    """The images in one line; long lists are cut."""
+    shown = [f"image {image.info}" for image in images[:_MAX_LISTED]]
+    more = [f"and {len(images) - _MAX_LISTED} more"] if len(images) > _MAX_LISTED else []
+    return "; ".join(shown + more)
+
+
+def _check_usable(path: Path, image: TiffImage, *, several: bool) -> None:
+    if image.info.problem:
+        which = f"image {image.info.number}: " if several else ""
+        remedy = f"{image.remedy}, or {IMAGE_REMEDY}" if several else image.remedy
+        raise SlideError(path, which + image.info.problem, remedy)
+
+
+def _main_pages(tiff: tifffile.TiffFile) -> list[tifffile.TiffPage]:
+    """Return the pages of the main chain, without their sub-directories."""
+    return [page for page in tiff.pages if isinstance(page, tifffile.TiffPage)]
+
+
+def _with_subifds(tiff: tifffile.TiffFile, page: tifffile.TiffPage) -> list[tifffile.TiffPage]:
+    """Return a page and those of its sub-directories that are coarser levels of it."""
+    levels = [page]
+    for number, offset in enumerate(page.subifds or ()):
+        tiff.filehandle.seek(offset)
+        level = tifffile.TiffPage(tiff, (page.index, number))
+        if _shrinks(page, level) is not None and _is_coarser(levels[-1], level):
+            levels.append(level)
+    return levels
+
+
+def _image(
+    number: int,
+    name: str,
+    pages: Sequence[tifffile.TiffPage],
+    metadata: FileMetadata,
+    verdict: _Verdict,
+    size: tuple[int, int] | None = None,
+) -> TiffImage:
+    width, height = size or (pages[0].imagewidth, pages[0].imagelength)
+    mpp = sum(metadata.mpp) / 2 if metadata.mpp else None
+    return TiffImage(
+        ImageInfo(number, name, width, height, max(1, len(pages)), mpp, verdict.problem),
+        tuple(pages),
+        metadata,
+        verdict.colour,
+        verdict.remedy,
+    )
+
+
+def _page_verdict(page: tifffile.TiffPage) -> _Verdict:
+    colours = getattr(page.photometric, "name", str(page.photometric))
+    samples = page.samplesperpixel
+    if page.photometric in _GREY:
+        kind = "greyscale" if samples == 1 else f"{samples} grey channels"
+        return _Verdict(False, f"not an RGB image: {kind}", BRIGHTFIELD_REMEDY)
+    if page.photometric not in _COLOUR:
+        return _Verdict(False, f"not an RGB image: its colours are {colours}", COLOUR_REMEDY)
+    if page.photometric not in _COLOUR[:2]:
+        kind = "CMYK" if page.photometric == tifffile.PHOTOMETRIC.SEPARATED else colours
+        return _Verdict(True, f"not an RGB image: its colours are {kind}", COLOUR_REMEDY)
+    if page.bitspersample != 8 or page.sampleformat != tifffile.SAMPLEFORMAT.UINT:
+        kind = f"{page.bitspersample}-bit {getattr(page.sampleformat, 'name', '')}"
+        return _Verdict(True, f"not an 8-bit RGB image: its samples are {kind}", COLOUR_REMEDY)
+    if samples not in (3, 4):
+        return _Verdict(True, f"not an RGB image: {samples} channels", COLOUR_REMEDY)
+    if samples == 4 and not alpha_kind(page):
+        problem = "its fourth channel is not stated to be transparency (TIFF ExtraSamples)"
+        return _Verdict(True, problem, "save it as RGB, or as RGBA with this tag")
+    orientation = page.tags.valueof(_ORIENTATION)
+    if orientation not in (None, 1):
+        problem = f"its pixels are stored rotated or mirrored (TIFF orientation {orientation})"
+        return _Verdict(True, problem, UPRIGHT_REMEDY)
+    return _Verdict(True)
+
+
+def alpha_kind(page: tifffile.TiffPage) -> AlphaKind | None:
+    """Return how a page stores transparency (TIFF 6.0, ExtraSamples); None if it has none."""
+    extra = page.extrasamples[0] if page.extrasamples else None
+    if extra == tifffile.EXTRASAMPLE.ASSOCALPHA:
+        return "premultiplied"
+    return "straight" if extra == tifffile.EXTRASAMPLE.UNASSALPHA else None
+
+
+# --- OME-TIFF --------------------------------------------------------------------------------
+
+
+def _ome_images(tiff: tifffile.TiffFile, pages: Sequence[tifffile.TiffPage]) -> list[TiffImage]:
+    """The images that the OME-XML lists; empty if there is none, or if it cannot be parsed."""
+    if not tiff.is_ome or not tiff.ome_metadata:
+        return []
+    try:
+        root = ElementTree.fromstring(tiff.ome_metadata)
+    except ElementTree.ParseError:
+        return []
+    elements = [e for e in children(root, "Image") if children(e, "Pixels")]
+    return [_ome_image(tiff, pages, root, number, e) for number, e in enumerate(elements)]
+
+
+def _ome_image(
+    tiff: tifffile.TiffFile,
+    pages: Sequence[tifffile.TiffPage],
+    root: ElementTree.Element,
+    number: int,
+    element: ElementTree.Element,
+) -> TiffImage:
+    name, pixels = _associated_name(element.get("Name", "")), children(element, "Pixels")[0]
+    channels = children(pixels, "Channel")
+    samples = int(channels[0].get("SamplesPerPixel", "1")) if channels else 1
+    planes = math.prod(int(pixels.get(f"Size{axis}", "1")) for axis in "CZT") // samples
+    size = int(pixels.get("SizeX", "0")), int(pixels.get("SizeY", "0"))
+    place = _first_page(tiff, root, pixels)
+    if place is None:
+        problem = "its pixels are in another file of its OME series"
+        verdict = _Verdict(samples >= 3, problem, "give that file instead")
+        return _image(number, name, [], FileMetadata(), verdict, size)
+    if place >= len(pages):
+        problem = f"its OME-XML names page {place}, but the file has {len(pages)} pages"
+        verdict = _Verdict(samples >= 3, problem, DAMAGED_REMEDY)
+        return _image(number, name, [], FileMetadata(), verdict, size)
+    page = pages[place]
+    verdict = _page_verdict(page)
+    if any(_is_fluorescence(channel) for channel in channels):
+        verdict = _Verdict(False, "a fluorescence image (OME-XML)", BRIGHTFIELD_REMEDY)
+    elif planes > 1 and page.samplesperpixel < 3:
+        problem = f"not an RGB image: {planes} separate channels or planes"
+        verdict = _Verdict(False, problem, BRIGHTFIELD_REMEDY)
+    elif planes > 1:
+        problem = f"a stack of {planes} planes (focus or time)"
+        verdict = _Verdict(verdict.colour, problem, "save one plane as a slide")
+    metadata = ome_metadata(root, element, page)
+    return _image(number, name, _with_subifds(tiff, page), metadata, verdict)
+
+
+def _first_page(
+    tiff: tifffile.TiffFile, root: ElementTree.Element, pixels: ElementTree.Element
+) -> int | None:
+    """The number of the page of an image's first plane; None if it is in another file."""
+    data = children(pixels, "TiffData")
+    if not data:
+        return None
+    first = min(data, key=lambda d: [int(d.get(f"First{axis}", "0")) for axis in "TZC"])
+    for uuid in children(first, "UUID"):
+        own = root.get("UUID") is not None and uuid.text == root.get("UUID")
+        if not own and uuid.get("FileName", "").lower() != tiff.filename.lower():
+            return None
+    return int(first.get("IFD", "0"))
+
+
+def _is_fluorescence(channel: ElementTree.Element) -> bool:
+    return (
+        "EmissionWavelength" in channel.attrib
+        or "Fluor" in channel.attrib
+        or channel.get("ContrastMethod") == "Fluorescence"
+    )
+
+
+# --- other files -----------------------------------------------------------------------------
+
+
+def _page_images(
+    tiff: tifffile.TiffFile, pages: Sequence[tifffile.TiffPage], first: int
+) -> list[TiffImage]:
+    """Group pages to images, numbered from ``first``.
+
+    A page is a level of a larger one if it has the same ratio of sides and the same kind of
+    pixels, and either is marked as reduced, or states a um/px that fits its size, or is a tiled
+    page of an Aperio file. Where two images could have the level, it belongs to the one that
+    precedes it; if both do, it becomes an image of its own, and the pixels of this resolution are
+    computed from finer ones.
+    """
+    order = {page.offset: place for place, page in enumerate(pages)}
+    aperio = any(page.description.startswith("Aperio") for page in pages)
+    names = {page.offset: _page_name(page, aperio) for page in pages}
+    groups: list[list[tifffile.TiffPage]] = []
+    for page in sorted(pages, key=lambda p: (-p.imagewidth * p.imagelength, order[p.offset])):
+        owners = [
+            group
+            for group in groups
+            if not names[page.offset]
+            and not names[group[0].offset]
+            and _is_level(group, page, marked=aperio or page.is_reduced)
+        ]
+        owners = [g for g in owners if order[g[0].offset] < order[page.offset]] or owners
+        if len(owners) == 1:
+            owners[0].append(page)
+        else:
+            groups.append([page])
+    groups.sort(key=lambda group: order[group[0].offset])
+    return [
+        _image(
+            first + number,
+            names[group[0].offset],
+            group if len(group) > 1 else _with_subifds(tiff, group[0]),
+            # the text of an Aperio thumbnail repeats the um/px of the scan
+            FileMetadata() if names[group[0].offset] else page_metadata(group[0]),
+            _page_verdict(group[0]),
+        )
+        for number, group in enumerate(groups)
+    ]
+
+
+def _is_level(group: Sequence[tifffile.TiffPage], page: tifffile.TiffPage, marked: bool) -> bool:
+    """Whether a page can be the next level of an image; ``marked``: the file says it is a level."""
+    base = group[0]
+    factor = _shrinks(base, page)
+    if factor is None or not _is_coarser(group[-1], page) or base.is_tiled != page.is_tiled:
+        return False
+    kinds = [(p.samplesperpixel, p.bitspersample, p.extrasamples) for p in (base, page)]
+    if kinds[0] != kinds[1] or _page_verdict(base) != _page_verdict(page):
+        return False
+    stated = [page_metadata(p).mpp for p in (base, page)]
+    if stated[0] is None or stated[1] is None:
+        return marked
+    # a marked level may repeat the um/px of level 0; without a mark, equal um/px is another region
+    ratio, wanted = stated[1][0] / stated[0][0], (factor, 1.0) if marked else (factor,)
+    return any(abs(ratio / value - 1) < _MPP_ROUNDING for value in wanted)
+
+
+def _shrinks(base: tifffile.TiffPage, page: tifffile.TiffPage) -> float | None:
+    """The factor by which a page is smaller; None if its ratio of sides differs."""
+    factor = (base.imagewidth + base.imagelength) / (page.imagewidth + page.imagelength)
+    fits = all(
+        abs(large / factor - small) <= _LEVEL_ROUNDING
+        for large, small in (
+            (base.imagewidth, page.imagewidth),
+            (base.imagelength, page.imagelength),
+        )
+    )
+    return factor if fits else None
+
+
+def _is_coarser(level: tifffile.TiffPage, page: tifffile.TiffPage) -> bool:
+    return all(
+        large > small * _LEVEL_FACTOR or small == 1
+        for large, small in (
+            (level.imagewidth, page.imagewidth),
+            (level.imagelength, page.imagelength),
+        )
+    )
+
+
+def _page_name(page: tifffile.TiffPage, aperio: bool) -> str:
+    """The name of a label, macro or thumbnail image; empty for other pages."""
+    if not aperio:
+        stated = (page.description, page.tags.valueof(_PAGE_NAME) or "")
+        return next((name for text in stated if (name := _associated_name(str(text)))), "")
+    lines = page.description.splitlines()
+    word = lines[1].split(" ")[0].lower() if len(lines) > 1 else ""
+    if word in ASSOCIATED_NAMES:
+        return word
+    if page.is_tiled:
+        return ""
+    return {1: "label", 9: "macro"}.get(int(page.subfiletype), "thumbnail")
+
+
+def _associated_name(text: str) -> str:
+    """The standard name that a text states, alone or as in ``label image``; else empty."""
+    name = text.strip().lower().removesuffix(" image")
+    return name if name in ASSOCIATED_NAMES else ""
