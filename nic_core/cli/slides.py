@@ -37,6 +37,7 @@ def inspect(slide: SlidePath, mpp: Mpp = None, image: ImageNumber = None) -> Non
             table.add_row(f"level {number}", f"{size}, {scale}{tiles}")
         if opened.images:
             rule = "the largest brightfield scan" if image is None else "named by --image"
+            rule = rule if len(opened.images) > 1 else "the only one"
             table.add_row("image", f"{opened.image} ({rule})")
             left = [str(other) for other in opened.images if other.number != opened.image]
         else:

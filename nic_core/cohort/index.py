@@ -144,7 +144,7 @@ def table_rows(path: Path) -> list[dict[str, object]]:
         table = table.select(pl.col(c).cast(INDEX_SCHEMA[c]) for c in known)
     except pl.exceptions.PolarsError as error:
         raise CohortError(
-            f"slide table {path}: column mpp or image is not a number ({error})"
+            f"slide table {path}: column mpp is not a number, or image no whole number ({error})"
         ) from error
     rows: list[dict[str, object]] = []
     for number, row in enumerate(table.iter_rows(named=True), start=1):

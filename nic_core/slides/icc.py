@@ -71,7 +71,7 @@ def srgb_conversion(path: Path, data: bytes) -> Callable[[Pixels], Pixels]:
             "RGB",
             ImageCms.Intent(ImageCms.getDefaultIntent(profile)),
         )
-    except (OSError, ImageCms.PyCMSError) as error:
+    except (OSError, ValueError, ImageCms.PyCMSError) as error:
         raise SlideError(
             path,
             f"its ICC profile cannot be applied to RGB pixels ({error})",
@@ -79,6 +79,6 @@ def srgb_conversion(path: Path, data: bytes) -> Callable[[Pixels], Pixels]:
         ) from error
 
     def convert(pixels: Pixels) -> Pixels:
-        return np.asarray(ImageCms.applyTransform(Image.fromarray(pixels), transform))
+        return np.array(ImageCms.applyTransform(Image.fromarray(pixels), transform))
 
     return convert

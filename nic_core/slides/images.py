@@ -5,9 +5,11 @@ pyramid is one image. Pixels, levels and um/px of a slide come from one and the 
 [choice]:
 
 1. Images named label, macro, thumbnail or overview are never read.
-2. The slide is the largest of the other images in colour; of equal ones, the first.
-3. A file whose largest image is in grey (fluorescence, for example) and more than 4 times as wide
-   and high as the largest one in colour is refused: the latter may be an overview.
+2. The slide is the one with the most pixels of the other images in colour; of equal ones, the
+   first. An image whose um/px is more than 8 times that of the finest one is an overview and no
+   candidate. If the pixels of the chosen image are black, as in fluorescence, the next is tried.
+3. A file whose largest image is in grey (fluorescence, for example) and has more than 16 times the
+   pixels of the chosen one is refused: the latter may be an overview.
 4. The caller can name an image by its number instead.
 
 Images are numbered from 0 in the order of the OME-XML, or of their first page in the file.
@@ -30,6 +32,7 @@ from nic_core.slides.metadata import (
     COLOUR_REMEDY,
     DAMAGED_REMEDY,
     IMAGE_REMEDY,
+    MPP_RANGE,
     UPRIGHT_REMEDY,
     FileMetadata,
     children,
@@ -51,7 +54,7 @@ _COLOUR = (
 _GREY = (tifffile.PHOTOMETRIC.MINISBLACK, tifffile.PHOTOMETRIC.MINISWHITE)
 _ORIENTATION, _PAGE_NAME = 274, 285
 _MAX_LISTED = 10
-_OVERVIEW_FACTOR = 4.0  # see rule 3
+_OVERVIEW_MPP, _OVERVIEW_AREA = 8.0, 16.0  # see rules 2 and 3
 # A level is smaller than the level before by at least this factor. Sizes are rounded to whole px,
 # by some writers after every level.
 _LEVEL_FACTOR, _LEVEL_ROUNDING = 1.5, 2
@@ -171,9 +174,12 @@ def choose_image(path: Path, images: Sequence[TiffImage], number: int | None) ->
     """
     if number is not None:
         return [_named(path, images, number)]
-    scans = sorted(
-        (image for image in images if image.is_scan), key=lambda i: (-i.area, i.info.number)
-    )
+    scans = [image for image in images if image.is_scan]
+    low, high = MPP_RANGE
+    stated = [image.info.mpp for image in scans if image.info.mpp is not None]
+    finest = min((mpp for mpp in stated if low <= mpp <= high), default=math.inf)
+    scans = [i for i in scans if i.info.mpp is None or not i.info.mpp > finest * _OVERVIEW_MPP]
+    scans.sort(key=lambda image: (-image.area, image.info.number))
     others = [image for image in images if not image.info.name and not image.colour]
     largest = max(others, key=lambda image: image.area, default=None)
     if not scans:
@@ -183,7 +189,7 @@ def choose_image(path: Path, images: Sequence[TiffImage], number: int | None) ->
             )
         raise SlideError(path, largest.info.problem, largest.remedy)
     best = scans[0]
-    if largest is not None and largest.area > best.area * _OVERVIEW_FACTOR**2:
+    if largest is not None and largest.area > best.area * _OVERVIEW_AREA:
         raise SlideError(
             path,
             f"its largest image, {largest.info.number}, is no brightfield scan, and image "
@@ -196,7 +202,7 @@ def choose_image(path: Path, images: Sequence[TiffImage], number: int | None) ->
         *(
             image
             for image in scans[1:]
-            if not image.info.problem and best.area <= image.area * _OVERVIEW_FACTOR**2
+            if not image.info.problem and best.area <= image.area * _OVERVIEW_AREA
         ),
     ]
 
@@ -277,8 +283,9 @@ def _page_verdict(page: tifffile.TiffPage) -> _Verdict:
         kind = "CMYK" if page.photometric == tifffile.PHOTOMETRIC.SEPARATED else colours
         return _Verdict(True, f"not an RGB image: its colours are {kind}", COLOUR_REMEDY)
     if page.bitspersample != 8 or page.sampleformat != tifffile.SAMPLEFORMAT.UINT:
-        kind = f"{page.bitspersample}-bit {getattr(page.sampleformat, 'name', '')}"
-        return _Verdict(True, f"not an 8-bit RGB image: its samples are {kind}", COLOUR_REMEDY)
+        kind = "floats" if page.sampleformat == tifffile.SAMPLEFORMAT.IEEEFP else "numbers"
+        problem = f"not an 8-bit RGB image: its samples are {page.bitspersample}-bit {kind}"
+        return _Verdict(True, problem, COLOUR_REMEDY)
     if samples not in (3, 4):
         return _Verdict(True, f"not an RGB image: {samples} channels", COLOUR_REMEDY)
     if samples == 4 and not alpha_kind(page):
@@ -380,15 +387,17 @@ def _page_images(
 ) -> list[TiffImage]:
     """Group pages to images, numbered from ``first``.
 
-    A page is a level of a larger one if it has the same ratio of sides and the same kind of
-    pixels, and either is marked as reduced, or states a um/px that fits its size, or is a tiled
-    page of an Aperio file. Where two images could have the level, it belongs to the one that
-    precedes it; if both do, it becomes an image of its own, and the pixels of this resolution are
+    A page is a level of a larger one if it is marked as reduced (in Aperio files: tiled) and has
+    the same ratio of sides, the same kind of pixels and a um/px that does not contradict. Where two
+    images could have the level, it belongs to the only one that precedes it, if the file has levels
+    after their images. Else it becomes an image of its own, and the pixels of this resolution are
     computed from finer ones.
     """
     order = {page.offset: place for place, page in enumerate(pages)}
     aperio = any(page.description.startswith("Aperio") for page in pages)
     names = {page.offset: _page_name(page, aperio) for page in pages}
+    unnamed = [page for page in pages if not names[page.offset]]
+    levels_follow = not aperio and not (unnamed and unnamed[0].is_reduced)
     groups: list[list[tifffile.TiffPage]] = []
     for page in sorted(pages, key=lambda p: (-p.imagewidth * p.imagelength, order[p.offset])):
         owners = [
@@ -396,9 +405,11 @@ def _page_images(
             for group in groups
             if not names[page.offset]
             and not names[group[0].offset]
-            and _is_level(group, page, marked=aperio or page.is_reduced)
+            and (aperio or page.is_reduced)
+            and _is_level(group, page)
         ]
-        owners = [g for g in owners if order[g[0].offset] < order[page.offset]] or owners
+        if len(owners) > 1 and levels_follow:
+            owners = [g for g in owners if order[g[0].offset] < order[page.offset]]
         if len(owners) == 1:
             owners[0].append(page)
         else:
@@ -417,8 +428,8 @@ def _page_images(
     ]
 
 
-def _is_level(group: Sequence[tifffile.TiffPage], page: tifffile.TiffPage, marked: bool) -> bool:
-    """Whether a page can be the next level of an image; ``marked``: the file says it is a level."""
+def _is_level(group: Sequence[tifffile.TiffPage], page: tifffile.TiffPage) -> bool:
+    """Whether a page can be the next level of an image by its size, pixels and um/px."""
     base = group[0]
     factor = _shrinks(base, page)
     if factor is None or not _is_coarser(group[-1], page) or base.is_tiled != page.is_tiled:
@@ -428,10 +439,10 @@ def _is_level(group: Sequence[tifffile.TiffPage], page: tifffile.TiffPage, marke
         return False
     stated = [page_metadata(p).mpp for p in (base, page)]
     if stated[0] is None or stated[1] is None:
-        return marked
-    # a marked level may repeat the um/px of level 0; without a mark, equal um/px is another region
-    ratio, wanted = stated[1][0] / stated[0][0], (factor, 1.0) if marked else (factor,)
-    return any(abs(ratio / value - 1) < _MPP_ROUNDING for value in wanted)
+        return True
+    ratio = stated[1][0] / stated[0][0]
+    # some writers repeat the um/px of level 0 at every level
+    return any(abs(ratio / wanted - 1) < _MPP_ROUNDING for wanted in (factor, 1.0))
 
 
 def _shrinks(base: tifffile.TiffPage, page: tifffile.TiffPage) -> float | None:

@@ -274,5 +274,5 @@ def _resolution_mpp(page: tifffile.TiffPage) -> tuple[tuple[float, float] | None
         if page.description.startswith("ImageJ=") and stated:
             length, source = _IMAGEJ_UNITS.get(stated[1].lower()), "ImageJ resolution"
     if length is None:
-        return None, f"its TIFF resolution, {xn / xd:g} px, has no unit"
+        return None, "" if xn == xd else f"its TIFF resolution ({xn / xd:g} px) has no unit"
     return (length * xd / xn, length * yd / yn), source

@@ -28,7 +28,7 @@ _JPEG2000_YCBCR = 33003  # Aperio's compression tag
 _DECODED_TO_RGB = (7, 34892, 33007)  # JPEG compressions, whose decoders return RGB
 _SUBIFDS = 330
 _MAX_TILE = 1 << 28  # px; 0.8 GB of RGB
-_SEPARATE = tifffile.PLANARCONFIG.SEPARATE
+SEPARATE = tifffile.PLANARCONFIG.SEPARATE
 # struct format of a value, by the number of the TIFF data type
 _VALUE_FORMATS = tifffile.TIFF.DATA_FORMATS
 
@@ -176,7 +176,7 @@ def _check_tiles(path: Path, page: tifffile.TiffPage) -> None:
         kind = "tiles" if page.is_tiled else "strips"
         reason = f"its pixels are stored as {kind} of {side[0]} x {side[1]} px: too large to decode"
         raise SlideError(path, reason, "save it tiled, with tiles of 256 or 512 px")
-    planes = page.samplesperpixel if page.planarconfig == _SEPARATE else 1
+    planes = page.samplesperpixel if page.planarconfig == SEPARATE else 1
     count = -(-page.imagewidth // side[0]) * -(-page.imagelength // side[1]) * planes
     stored = len(page.dataoffsets), len(page.databytecounts)
     if stored != (count, count):

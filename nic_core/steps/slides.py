@@ -6,9 +6,9 @@ from pathlib import Path
 
 import polars as pl
 from matplotlib.image import imsave
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
-from nic_core.cohort import Cohort
+from nic_core.cohort import Cohort, CohortError
 from nic_core.slides import ImageInfo, Level, content_identity
 from nic_core.slides.icc import IccProfile
 from nic_core.steps.slide_index import index_row, open_indexed
@@ -82,8 +82,20 @@ def make_slide(store: Store, slide: str) -> tuple[SlideRecord, Pixels]:
 
 
 def read_record(store: Store, slide: str) -> SlideRecord:
-    """Read the record that :func:`make_slide` wrote."""
-    return SlideRecord.model_validate_json((store.slide(slide) / RECORD).read_bytes())
+    """Read the record that :func:`make_slide` wrote.
+
+    Raises
+    ------
+    CohortError
+        Another version of this project wrote it.
+    """
+    path = store.slide(slide) / RECORD
+    try:
+        return SlideRecord.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise CohortError(
+            f"{path}: another version wrote it; materialize 'slide' of '{slide}' again"
+        ) from error
 
 
 def make_patch_table(cohort: Cohort, store: Store, slide: str) -> pl.DataFrame:

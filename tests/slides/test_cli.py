@@ -50,7 +50,7 @@ def test_inspect_prints_the_metadata_of_a_slide(section):
         "level 2",
         "1/4",
         "4 um/px, tiles of 128 x 128",
-        "other images  none",
+        "images left  none",
     ):
         assert text in result.stdout
     assert "0.5 um/px (slide table)" in run(app, ["inspect", str(section), "--mpp", "0.5"]).stdout

@@ -135,12 +135,11 @@ def _check_same_image(path: Path, tiff: TiffInfo, size: tuple[int, int]) -> None
     """Refuse a TIFF of which OpenSlide may read another image than the chosen one."""
     chosen = next(image for image in tiff.scans if image.number == tiff.image)
     if len(tiff.scans) > 1 or size != (chosen.width, chosen.height):
-        raise SlideError(
-            path,
-            f"OpenSlide, which is needed ({tiff.openslide_reason or 'requested engine'}), reads "
-            f"one image of a TIFF, which may not be image {chosen.number}",
-            f"save this image alone, or {CONVERT_REMEDY}",
-        )
+        reason = f"OpenSlide reads one image of a TIFF, which may not be image {chosen.number}"
+        if tiff.openslide_reason:
+            remedy = f"save this image alone, or {CONVERT_REMEDY}"
+            raise SlideError(path, f"{reason} ({tiff.openslide_reason})", remedy)
+        raise SlideError(path, reason, "do not choose an engine")
 
 
 def _tile_size(properties: Mapping[str, str], level: int) -> tuple[int, int] | None:

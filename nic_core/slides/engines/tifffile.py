@@ -22,14 +22,13 @@ from nic_core.slides.engines.base import (
 )
 from nic_core.slides.images import alpha_kind
 from nic_core.slides.resample import block_means
-from nic_core.slides.tiff import TiffInfo, level_pages, open_tiff, tile_size
+from nic_core.slides.tiff import SEPARATE, TiffInfo, level_pages, open_tiff, tile_size
 from nic_core.types import Pixels
 
 _RGB = tifffile.PHOTOMETRIC.RGB
 # JPEG marker APP14, which states that the components are RGB
 _ADOBE_RGB = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x00"
 _HUGE_TILE = 1 << 24  # px
-_SEPARATE = tifffile.PLANARCONFIG.SEPARATE
 _TILE_CACHE = 64 * 1024 * 1024  # bytes of decoded tiles; neighbouring reads share tiles
 
 
@@ -88,7 +87,7 @@ class TiffEngine:
             if (cached := self._cached_tile(key)) is not None:
                 return cached
             page = self._pages[level]
-            planes = page.samplesperpixel if page.planarconfig == _SEPARATE else 1
+            planes = page.samplesperpixel if page.planarconfig == SEPARATE else 1
             count = len(page.dataoffsets) // planes
             numbers = [index + plane * count for plane in range(planes)]
             data = [self._read_tile(page, number) for number in numbers]
@@ -191,7 +190,7 @@ class _JpegHeader:
 
 def _jpeg_header(page: tifffile.TiffPage) -> _JpegHeader | None:
     # libjpeg-turbo is used for what nearly all slides are: interleaved RGB or YCbCr
-    separate = page.planarconfig == _SEPARATE
+    separate = page.planarconfig == SEPARATE
     if page.compression != tifffile.COMPRESSION.JPEG or separate or page.samplesperpixel != 3:
         return None
     tables = page.jpegtables or b""

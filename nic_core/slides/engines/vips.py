@@ -10,7 +10,12 @@ import numpy as np
 import pyvips
 import tifffile
 
-from nic_core.slides.engines.base import EngineName, ReadError, pyramid_levels
+from nic_core.slides.engines.base import (
+    EngineName,
+    ReadError,
+    flatten_on_white,
+    pyramid_levels,
+)
 from nic_core.slides.errors import SlideError
 from nic_core.slides.metadata import (
     BRIGHTFIELD_REMEDY,
@@ -21,7 +26,7 @@ from nic_core.slides.metadata import (
     FileMetadata,
     openslide_metadata,
 )
-from nic_core.slides.tiff import TiffInfo, level_pages, open_tiff, tile_size
+from nic_core.slides.tiff import SEPARATE, TiffInfo, level_pages, open_tiff, tile_size
 from nic_core.types import Pixels
 
 # bypass libvips' cache of loaded files: it may hold black tiles, or an older version of the file
@@ -82,6 +87,12 @@ class VipsEngine:
         """Open a TIFF whose tags describe the tiles completely."""
         with open_tiff(path) as tiff:
             pages = level_pages(tiff, info)
+            if any(page.is_tiled and page.planarconfig == SEPARATE for page in pages):
+                raise SlideError(
+                    path,
+                    "libvips does not read tiles of separate colour planes",
+                    "do not choose an engine",
+                )
             if any(_is_mistagged(page) for page in pages):
                 raise SlideError(
                     path,
@@ -135,7 +146,9 @@ class VipsEngine:
         except pyvips.Error as error:
             regions.pop(level, None)
             raise ReadError(str(error)) from error
-        return np.frombuffer(data, np.uint8).reshape(height, width, 3)
+        pixels = np.frombuffer(data, np.uint8).reshape(height, width, -1)
+        # libvips returns straight alpha
+        return flatten_on_white(pixels) if pixels.shape[2] == 4 else pixels
 
     def close(self) -> None:
         self._images = []
@@ -176,6 +189,4 @@ def _is_mistagged(page: tifffile.TiffPage) -> bool:
 
 
 def _to_rgb(image: pyvips.Image) -> pyvips.Image:
-    if image.interpretation not in ("srgb", "rgb"):
-        image = image.colourspace("srgb")
-    return image.flatten(background=255) if image.hasalpha() else image
+    return image if image.interpretation in ("srgb", "rgb") else image.colourspace("srgb")
