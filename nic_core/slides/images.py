@@ -331,7 +331,6 @@ def _ome_image(
     name, pixels = _associated_name(element.get("Name", "")), children(element, "Pixels")[0]
     channels = children(pixels, "Channel")
     samples = int(channels[0].get("SamplesPerPixel", "1")) if channels else 1
-    planes = math.prod(int(pixels.get(f"Size{axis}", "1")) for axis in "CZT") // samples
     size = int(pixels.get("SizeX", "0")), int(pixels.get("SizeY", "0"))
     place = _first_page(tiff, root, pixels)
     if place is None:
@@ -343,6 +342,9 @@ def _ome_image(
         verdict = _Verdict(samples >= 3, problem, DAMAGED_REMEDY)
         return _image(number, name, [], FileMetadata(), verdict, size)
     page = pages[place]
+    # some writers state one sample a channel for interleaved pixels
+    samples = max(samples, page.samplesperpixel)
+    planes = math.prod(int(pixels.get(f"Size{axis}", "1")) for axis in "CZT") // samples
     verdict = _page_verdict(page)
     if any(_is_fluorescence(channel) for channel in channels):
         verdict = _Verdict(False, "a fluorescence image (OME-XML)", BRIGHTFIELD_REMEDY)

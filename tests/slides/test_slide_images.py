@@ -257,6 +257,27 @@ def test_a_stack_of_planes_is_refused_with_its_number(tmp_path):
         open_slide(path)
 
 
+def test_interleaved_pixels_of_three_stated_channels_are_one_plane(tmp_path):
+    xml = (
+        '<OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06"><Image ID="Image:0">'
+        '<Pixels ID="Pixels:0" Type="uint8" DimensionOrder="XYCZT" SizeX="400" SizeY="300" '
+        'SizeC="3" '
+        'SizeZ="1" SizeT="1" PhysicalSizeX="0.5" PhysicalSizeY="0.5"><Channel ID="Channel:0"/>'
+        '<Channel ID="Channel:1"/><Channel ID="Channel:2"/><TiffData/></Pixels></Image></OME>'
+    )
+    path = write_pages(tmp_path / "a.ome.tif", [(SCAN, {"description": xml})])
+    check_image(path, SCAN, 0.5, 0)
+
+
+def test_pages_that_the_ome_xml_does_not_list_are_images_too(tmp_path):
+    macro = tmp_path / "macro.ome.tif"
+    tifffile.imwrite(macro, PHOTO, photometric="rgb", metadata={"axes": "YXS", "Name": "macro"})
+    with tifffile.TiffFile(macro) as tiff:
+        about = TILES | {"description": tiff.ome_metadata}
+    path = write_pages(tmp_path / "a.ome.tif", [(PHOTO, about), (SCAN, TILES | scale(0.5))])
+    check_image(path, SCAN, 0.5, 1)
+
+
 def test_openslide_is_refused_where_it_may_read_another_image(tmp_path):
     path = write_pages(tmp_path / "a.tif", [(PHOTO, TILES | scale(16)), (SCAN, TILES | scale(0.5))])
     with pytest.raises(SlideError, match="may not be image 1"):
