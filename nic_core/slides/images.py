@@ -145,10 +145,19 @@ def find_images(tiff: tifffile.TiffFile) -> list[TiffImage]:
     The OME-XML says which pages form an image. In other files, and for pages that the OME-XML does
     not mention, see :func:`_page_images`.
     """
-    pages = _main_pages(tiff)
-    listed = _ome_images(tiff, pages)
-    used = {page.offset for image in listed for page in image.pages}
-    rest = [page for page in pages if page.offset not in used and page.shape]
+    pages = [page for page in tiff.pages if isinstance(page, tifffile.TiffPage)]
+    root = _ome_root(tiff)
+    elements = [] if root is None else [e for e in children(root, "Image") if _pixels(e)]
+    listed: list[TiffImage] = []
+    used: set[int] = set()
+    for number, element in enumerate(elements):
+        assert root is not None
+        places = _ome_places(tiff, root, _pixels(element)[0], len(pages))
+        listed.append(_ome_image(tiff, pages, root, number, element, places))
+        used.update(places)
+    # in a series of files, pages that the OME-XML does not list have no known meaning
+    whole = all(image.pages for image in listed)
+    rest = [p for place, p in enumerate(pages) if whole and place not in used and p.shape]
     return listed + _page_images(tiff, rest, len(listed))
 
 
@@ -179,7 +188,8 @@ def choose_image(path: Path, images: Sequence[TiffImage], number: int | None) ->
     stated = [image.info.mpp for image in scans if image.info.mpp is not None]
     finest = min((mpp for mpp in stated if low <= mpp <= high), default=math.inf)
     scans = [i for i in scans if i.info.mpp is None or not i.info.mpp > finest * _OVERVIEW_MPP]
-    scans.sort(key=lambda image: (-image.area, image.info.number))
+    # of equal ones, the first whose pixels are in this file
+    scans.sort(key=lambda image: (-image.area, not image.pages, image.info.number))
     others = [image for image in images if not image.info.name and not image.colour]
     largest = max(others, key=lambda image: image.area, default=None)
     if not scans:
@@ -234,11 +244,6 @@ def _check_usable(path: Path, image: TiffImage, *, several: bool) -> None:
         which = f"image {image.info.number}: " if several else ""
         remedy = f"{image.remedy}, or {IMAGE_REMEDY}" if several else image.remedy
         raise SlideError(path, which + image.info.problem, remedy)
-
-
-def _main_pages(tiff: tifffile.TiffFile) -> list[tifffile.TiffPage]:
-    """Return the pages of the main chain, without their sub-directories."""
-    return [page for page in tiff.pages if isinstance(page, tifffile.TiffPage)]
 
 
 def _with_subifds(tiff: tifffile.TiffFile, page: tifffile.TiffPage) -> list[tifffile.TiffPage]:
@@ -309,16 +314,42 @@ def alpha_kind(page: tifffile.TiffPage) -> AlphaKind | None:
 # --- OME-TIFF --------------------------------------------------------------------------------
 
 
-def _ome_images(tiff: tifffile.TiffFile, pages: Sequence[tifffile.TiffPage]) -> list[TiffImage]:
-    """The images that the OME-XML lists; empty if there is none, or if it cannot be parsed."""
+def _ome_root(tiff: tifffile.TiffFile) -> ElementTree.Element | None:
+    """The OME-XML; None if there is none, or if it cannot be parsed."""
     if not tiff.is_ome or not tiff.ome_metadata:
-        return []
+        return None
     try:
-        root = ElementTree.fromstring(tiff.ome_metadata)
+        return ElementTree.fromstring(tiff.ome_metadata)
     except ElementTree.ParseError:
-        return []
-    elements = [e for e in children(root, "Image") if children(e, "Pixels")]
-    return [_ome_image(tiff, pages, root, number, e) for number, e in enumerate(elements)]
+        return None
+
+
+def _pixels(image: ElementTree.Element) -> list[ElementTree.Element]:
+    return children(image, "Pixels")
+
+
+def _ome_places(
+    tiff: tifffile.TiffFile, root: ElementTree.Element, pixels: ElementTree.Element, count: int
+) -> list[int]:
+    """The numbers of the pages of an image in this file, its first plane first.
+
+    ``count`` is the number of pages of the file, for elements that state no range.
+    """
+    places: list[int] = []
+    data = children(pixels, "TiffData")
+    for part in sorted(data, key=lambda d: [int(d.get(f"First{axis}", "0")) for axis in "TZC"]):
+        if not all(_is_own(tiff, root, uuid) for uuid in children(part, "UUID")):
+            continue
+        first = int(part.get("IFD", "0"))
+        rest = 1 if "IFD" in part.attrib else count
+        places += range(first, first + int(part.get("PlaneCount", part.get("NumPlanes", rest))))
+    return places
+
+
+def _is_own(tiff: tifffile.TiffFile, root: ElementTree.Element, uuid: ElementTree.Element) -> bool:
+    """Whether an element UUID of OME-XML names this file."""
+    by_id = root.get("UUID") is not None and uuid.text == root.get("UUID")
+    return by_id or uuid.get("FileName", "").lower() == tiff.filename.lower()
 
 
 def _ome_image(
@@ -327,21 +358,20 @@ def _ome_image(
     root: ElementTree.Element,
     number: int,
     element: ElementTree.Element,
+    places: Sequence[int],
 ) -> TiffImage:
-    name, pixels = _associated_name(element.get("Name", "")), children(element, "Pixels")[0]
+    name, pixels = _associated_name(element.get("Name", "")), _pixels(element)[0]
     channels = children(pixels, "Channel")
     samples = int(channels[0].get("SamplesPerPixel", "1")) if channels else 1
-    size = int(pixels.get("SizeX", "0")), int(pixels.get("SizeY", "0"))
-    place = _first_page(tiff, root, pixels)
-    if place is None:
-        problem = "its pixels are in another file of its OME series"
-        verdict = _Verdict(samples >= 3, problem, "give that file instead")
+    if not places or places[0] >= len(pages):
+        problem, remedy = "its pixels are in another file of its OME series", "give that file"
+        if places:
+            problem = f"its OME-XML names page {places[0]}, but the file has {len(pages)} pages"
+            remedy = DAMAGED_REMEDY
+        size = int(pixels.get("SizeX", "0")), int(pixels.get("SizeY", "0"))
+        verdict = _Verdict(samples >= 3, problem, remedy)
         return _image(number, name, [], FileMetadata(), verdict, size)
-    if place >= len(pages):
-        problem = f"its OME-XML names page {place}, but the file has {len(pages)} pages"
-        verdict = _Verdict(samples >= 3, problem, DAMAGED_REMEDY)
-        return _image(number, name, [], FileMetadata(), verdict, size)
-    page = pages[place]
+    page = pages[places[0]]
     # some writers state one sample a channel for interleaved pixels
     samples = max(samples, page.samplesperpixel)
     planes = math.prod(int(pixels.get(f"Size{axis}", "1")) for axis in "CZT") // samples
@@ -356,21 +386,6 @@ def _ome_image(
         verdict = _Verdict(verdict.colour, problem, "save one plane as a slide")
     metadata = ome_metadata(root, element, page)
     return _image(number, name, _with_subifds(tiff, page), metadata, verdict)
-
-
-def _first_page(
-    tiff: tifffile.TiffFile, root: ElementTree.Element, pixels: ElementTree.Element
-) -> int | None:
-    """The number of the page of an image's first plane; None if it is in another file."""
-    data = children(pixels, "TiffData")
-    if not data:
-        return None
-    first = min(data, key=lambda d: [int(d.get(f"First{axis}", "0")) for axis in "TZC"])
-    for uuid in children(first, "UUID"):
-        own = root.get("UUID") is not None and uuid.text == root.get("UUID")
-        if not own and uuid.get("FileName", "").lower() != tiff.filename.lower():
-            return None
-    return int(first.get("IFD", "0"))
 
 
 def _is_fluorescence(channel: ElementTree.Element) -> bool:
@@ -402,14 +417,9 @@ def _page_images(
     levels_follow = not aperio and not (unnamed and unnamed[0].is_reduced)
     groups: list[list[tifffile.TiffPage]] = []
     for page in sorted(pages, key=lambda p: (-p.imagewidth * p.imagelength, order[p.offset])):
-        owners = [
-            group
-            for group in groups
-            if not names[page.offset]
-            and not names[group[0].offset]
-            and (aperio or page.is_reduced)
-            and _is_level(group, page)
-        ]
+        owners = []
+        if not names[page.offset] and (aperio or page.is_reduced):
+            owners = [g for g in groups if not names[g[0].offset] and _is_level(g, page)]
         if len(owners) > 1 and levels_follow:
             owners = [g for g in owners if order[g[0].offset] < order[page.offset]]
         if len(owners) == 1:

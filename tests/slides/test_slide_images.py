@@ -15,6 +15,7 @@ from nic_core.slides import SlideError, open_slide
 from tests.slides.conftest import paint, reduced
 
 SCAN, OTHER, PHOTO = paint(300, 400, 1), paint(300, 400, 2), paint(150, 200, 3)
+OME_SPACE = "http://www.openmicroscopy.org/Schemas/OME/2016-06"
 TILES = {"tile": (128, 128)}
 LEVEL = {"subfiletype": 1}
 
@@ -102,8 +103,8 @@ def test_mpp_of_another_image_is_never_used(tmp_path):
 
 def test_the_objective_is_that_of_the_image(tmp_path):
     xml = (
-        '<OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06"><Instrument '
-        'ID="Instrument:0"><Objective ID="Objective:0" NominalMagnification="1.25"/><Objective '
+        f'<OME xmlns="{OME_SPACE}"><Instrument ID="Instrument:0">'
+        '<Objective ID="Objective:0" NominalMagnification="1.25"/><Objective '
         'ID="Objective:1" NominalMagnification="20"/></Instrument>{}</OME>'
     )
     image = (
@@ -248,18 +249,18 @@ def test_an_ome_fluorescence_image_in_colour_is_not_the_slide(tmp_path):
     check_image(path, SCAN, 0.25, 1)
 
 
-def test_a_stack_of_planes_is_refused_with_its_number(tmp_path):
-    path = tmp_path / "a.ome.tif"
+def test_a_stack_of_planes_is_one_image_and_refused(tmp_path):
+    path = tmp_path / "scan.ome.tif"
     stack = np.stack([SCAN, OTHER, SCAN])
     about = {"axes": "ZYXS", "PhysicalSizeX": 0.5, "PhysicalSizeY": 0.5}
     tifffile.imwrite(path, stack, photometric="rgb", metadata=about)
-    with pytest.raises(SlideError, match=r"a stack of 3 planes.*save one plane"):
+    with pytest.raises(SlideError, match=r"scan.ome.tif: a stack of 3 planes.*save one plane"):
         open_slide(path)
 
 
 def test_interleaved_pixels_of_three_stated_channels_are_one_plane(tmp_path):
     xml = (
-        '<OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06"><Image ID="Image:0">'
+        f'<OME xmlns="{OME_SPACE}"><Image ID="Image:0">'
         '<Pixels ID="Pixels:0" Type="uint8" DimensionOrder="XYCZT" SizeX="400" SizeY="300" '
         'SizeC="3" '
         'SizeZ="1" SizeT="1" PhysicalSizeX="0.5" PhysicalSizeY="0.5"><Channel ID="Channel:0"/>'
@@ -276,6 +277,25 @@ def test_pages_that_the_ome_xml_does_not_list_are_images_too(tmp_path):
         about = TILES | {"description": tiff.ome_metadata}
     path = write_pages(tmp_path / "a.ome.tif", [(PHOTO, about), (SCAN, TILES | scale(0.5))])
     check_image(path, SCAN, 0.5, 1)
+
+
+def test_an_image_of_a_series_in_this_file_precedes_one_in_another(tmp_path):
+    image = (
+        '<Image ID="Image:{0}"><Pixels ID="Pixels:{0}" Type="uint8" DimensionOrder="XYCZT" '
+        'SizeX="400" SizeY="300" SizeC="3" SizeZ="1" SizeT="1" PhysicalSizeX="{1}" '
+        'PhysicalSizeY="{1}"><Channel ID="Channel:{0}" SamplesPerPixel="3"/><TiffData IFD="0" '
+        'PlaneCount="1"><UUID FileName="{2}">urn:uuid:{0}</UUID></TiffData></Pixels></Image>'
+    )
+    images = image.format(0, 0.5, "first.ome.tif") + image.format(1, 0.25, "second.ome.tif")
+    for number, pixels, mpp in ((0, SCAN, 0.5), (1, OTHER, 0.25)):
+        root = f'<OME xmlns="{OME_SPACE}" UUID="urn:uuid:{number}">'
+        name = ("first", "second")[number]
+        path = write_pages(
+            tmp_path / f"{name}.ome.tif", [(pixels, {"description": f"{root}{images}</OME>"})]
+        )
+        check_image(path, pixels, mpp, number)
+        with pytest.raises(SlideError, match="another file of its OME series"):
+            open_slide(path, image=1 - number)
 
 
 def test_openslide_is_refused_where_it_may_read_another_image(tmp_path):
