@@ -181,7 +181,10 @@ def _with_resolution(
     if mpp is None:
         mpp, source = _resolution_mpp(page)
     mpp, source = _mpp_or_from_power(mpp, source, power)
-    return FileMetadata(mpp, source, power, icc_profile=page.tags.valueof(_ICC_PROFILE))
+    profile = page.tags.valueof(_ICC_PROFILE)
+    # numbers instead of bytes: a tag of a wrong type, which is no profile
+    icc_profile = profile if isinstance(profile, bytes) else None
+    return FileMetadata(mpp, source, power, icc_profile=icc_profile)
 
 
 def openslide_metadata(

@@ -66,10 +66,10 @@ class OpenSlideEngine:
             _check_same_image(path, tiff, sizes[0])
             self.metadata = tiff.metadata
         else:
-            # an empty region has the profile as stored
-            icc_profile = self._slide.read_region((0, 0), 0, (0, 0)).info.get("icc_profile")
             self.metadata = openslide_metadata(
-                self._slide.properties, self._slide.associated_images, icc_profile
+                self._slide.properties,
+                self._slide.associated_images,
+                _icc_profile(path, self._slide),
             )
 
     def shrink_factors(self, level: int) -> tuple[int, ...]:
@@ -129,6 +129,15 @@ def _open(path: Path, tiff: TiffInfo | None) -> openslide.OpenSlide:
     except openslide.OpenSlideError as error:
         remedy = f"{DAMAGED_REMEDY}, or {CONVERT_REMEDY}"
         raise SlideError(path, f"OpenSlide cannot open it: {error}", remedy) from error
+
+
+def _icc_profile(path: Path, slide: openslide.OpenSlide) -> bytes | None:
+    """The ICC profile as stored; OpenSlide attaches it to any region, also to an empty one."""
+    try:
+        return slide.read_region((0, 0), 0, (0, 0)).info.get("icc_profile")
+    except openslide.OpenSlideError as error:
+        reason = f"OpenSlide cannot read its ICC profile: {error}"
+        raise SlideError(path, reason, DAMAGED_REMEDY) from error
 
 
 def _check_same_image(path: Path, tiff: TiffInfo, size: tuple[int, int]) -> None:
