@@ -105,6 +105,12 @@ class _Verdict:
     remedy: str = ""
 
 
+# GDAL writes such pages
+_UNAPPLIED_MASK = _Verdict(
+    True, "a page of its own says which pixels are transparent (a TIFF mask)", "save it as RGBA"
+)
+
+
 @dataclass(frozen=True)
 class TiffImage:
     """One image of a TIFF file.
@@ -427,6 +433,7 @@ def _page_images(
         else:
             groups.append([page])
     groups.sort(key=lambda group: order[group[0].offset])
+    masked = {(p.imagewidth, p.imagelength) for p in pages if p.is_mask}
     return [
         _image(
             first + number,
@@ -434,7 +441,10 @@ def _page_images(
             group if len(group) > 1 else _with_subifds(tiff, group[0]),
             # the text of an Aperio thumbnail repeats the um/px of the scan
             FileMetadata() if names[group[0].offset] else page_metadata(group[0]),
-            _page_verdict(group[0]),
+            _UNAPPLIED_MASK
+            if _page_verdict(group[0]) == _Verdict(True)
+            and (group[0].imagewidth, group[0].imagelength) in masked
+            else _page_verdict(group[0]),
         )
         for number, group in enumerate(groups)
     ]

@@ -298,6 +298,13 @@ def test_an_image_of_a_series_in_this_file_precedes_one_in_another(tmp_path):
             open_slide(path, image=1 - number)
 
 
+def test_a_scan_with_a_transparency_mask_of_its_own_is_refused(tmp_path):
+    mask = {"photometric": "mask", "subfiletype": 4} | TILES
+    pages = [(SCAN, TILES | scale(0.5)), (np.ones(SCAN.shape[:2], bool), mask)]
+    with pytest.raises(SlideError, match=r"a TIFF mask\); save it as RGBA"):
+        open_slide(write_pages(tmp_path / "a.tif", pages))
+
+
 def test_openslide_is_refused_where_it_may_read_another_image(tmp_path):
     path = write_pages(tmp_path / "a.tif", [(PHOTO, TILES | scale(16)), (SCAN, TILES | scale(0.5))])
     with pytest.raises(SlideError, match="may not be image 1"):
