@@ -21,3 +21,6 @@ Reading = Literal["patch", "input"]
 
 Origin = Literal["level0", "bounds"]
 """What coordinates of annotations count from: the corner of level 0, or of the scanned area."""
+
+Colours = Literal["stored", "srgb"]
+"""Pixels as stored in the file, or converted to sRGB by the file's ICC profile, if it has one."""

@@ -25,6 +25,7 @@ from nic_core.encoders.patch_sources import source_files
 from nic_core.models.labels import read_labels, target_table
 from nic_core.slides import Slide, content_identity, open_slide
 from nic_core.store import Store, atomic_file
+from nic_core.types import Colours
 
 log = logging.getLogger(__name__)
 
@@ -38,8 +39,8 @@ class SlideScan:
     index : polars.DataFrame
         The usable slides (:data:`nic_core.cohort.index.INDEX_SCHEMA`).
     versions : dict of str to str
-        Slide id to version: a digest of the content of slide and mask, of the slide's um/px and of
-        the mask's origin.
+        Slide id to version: a digest of the content of slide and mask, of the slide's um/px and
+        image number, and of the mask's origin.
     missing : dict of str to str
         Slide id to reason, for slides with a file that does not exist or cannot be read.
     removed : list of str
@@ -136,9 +137,9 @@ def scan_slides(
             "they are copied"
         )
     versions = {
-        slide: digest(identity[path], mpp, identity[mask] if mask else None, origin)
-        for slide, path, mpp, mask, origin in index.select(
-            "slide", "path", "mpp", "mask", "origin"
+        slide: digest(identity[path], mpp, image, identity[mask] if mask else None, origin)
+        for slide, path, mpp, image, mask, origin in index.select(
+            "slide", "path", "mpp", "image", "mask", "origin"
         ).iter_rows()
     }
     return SlideScan(index, versions, missing, removed, snapshot)
@@ -263,8 +264,8 @@ def index_row(store: Store, slide: str) -> dict[str, Any]:
     return rows.row(0, named=True)
 
 
-def open_indexed(store: Store, slide: str) -> Slide:
-    """Open a slide of the slide index, with the um/px of the slide table.
+def open_indexed(store: Store, slide: str, *, colours: Colours = "stored") -> Slide:
+    """Open a slide of the slide index, with the um/px and the image of the slide table.
 
     Raises
     ------
@@ -274,7 +275,7 @@ def open_indexed(store: Store, slide: str) -> Slide:
         The slide cannot be used.
     """
     row = index_row(store, slide)
-    return open_slide(Path(row["path"]), mpp=row["mpp"])
+    return open_slide(Path(row["path"]), mpp=row["mpp"], image=row["image"], colours=colours)
 
 
 def digest(*parts: object) -> str:
