@@ -28,7 +28,8 @@ from numpy.typing import NDArray
 from PIL.PngImagePlugin import PngImageFile
 
 from nic_core.slides.errors import SlideError
-from nic_core.slides.metadata import MPP_RANGE, tiff_metadata
+from nic_core.slides.images import find_images
+from nic_core.slides.metadata import MPP_RANGE
 from nic_core.slides.resample import coverage
 from nic_core.slides.slide import Slide
 from nic_core.tiling.annotations import (
@@ -197,7 +198,8 @@ def _open_tiff(path: Path) -> StoredImage:
             if page.compression not in _LOSSLESS:
                 name = getattr(page.compression, "name", page.compression)
                 raise MaskFileError(f"compressed by {name}, which may change values")
-            stated = _possible_mpp(*(tiff_metadata(tiff, page, ()).mpp or (0, 0)))
+            of_page = (i.metadata.mpp for i in find_images(tiff) if page in i.pages)
+            stated = _possible_mpp(*(next(of_page, None) or (0, 0)))
             alpha = any(kind in _OPACITY for kind in page.extrasamples)
             inverted = page.photometric == tifffile.PHOTOMETRIC.MINISWHITE
             if inverted and not (tiff.is_imagej or page.software.startswith("tifffile")):
