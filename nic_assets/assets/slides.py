@@ -120,7 +120,7 @@ def slide_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         group_name="slides",
         kinds={"image"},
         op_tags=CPU_TAGS,
-        code_version=code_version(2),
+        code_version=code_version(3),
     )
     def slide(
         context: dg.AssetExecutionContext,

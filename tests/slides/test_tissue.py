@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy import ndimage
 
-from nic_core.demo.artefacts import Section, sections
+from nic_core.demo.artefacts import GREY, PINK, Section, sections, tinted
 from nic_core.slides import SlideError, open_slide
 from nic_core.tiling.tissue import TissueMask, find_tissue, read_mask, tissue_mask, tissue_outline
 from tests.slides.conftest import GLASS, paint, vips, write_tiff
@@ -84,7 +84,11 @@ def painted() -> dict[str, Section]:
     [
         ("plain", 0.9),
         ("grey lamp", 0.9),
-        ("yellow lamp", 0.85),
+        ("yellow lamp", 0.9),
+        ("vignette", 0.9),
+        ("pink glass", 0.9),
+        ("pink gradient", 0.9),
+        ("stain that leaked", 0.9),
         ("green pen", 0.9),
         ("red pen", 0.9),
         ("blue pen", 0.9),
@@ -104,16 +108,10 @@ def test_a_painted_empty_slide_has_no_tissue(painted):
     assert not find_tissue(painted["empty"].pixels, MPP).any()
 
 
-PINK, YELLOW, BLUE, GREY = (0.1, 1, 0.4), (0.1, 0.3, 1), (1, 0.6, 0.1), (1, 1, 1)
+YELLOW, BLUE = (0.1, 0.3, 1.0), (1.0, 0.6, 0.1)
 tints = pytest.mark.parametrize(
     "colour", [PINK, YELLOW, BLUE, GREY], ids=["pink", "yellow", "blue", "grey"]
 )
-
-
-def tinted(pixels: np.ndarray, where: np.ndarray, colour: tuple[float, ...]) -> np.ndarray:
-    """An image behind a tint of optical density ``where * colour``."""
-    light = pixels * 10 ** (-where[..., None] * np.array(colour))
-    return np.rint(light).astype(np.uint8)
 
 
 @pytest.mark.parametrize("strength", [0.02, 0.05, 0.1, 0.15])
