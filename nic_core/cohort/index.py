@@ -20,6 +20,7 @@ INDEX_SCHEMA: dict[str, pl.DataType] = {
     "mask": pl.String(),  # tissue mask; null: tissue is detected
     "truth": pl.String(),  # truth image for probability maps; null: none
     "split": pl.String(),  # cv or test
+    "exclude": pl.String(),  # reason why no model uses the slide; null: it is used
 }
 _REQUIRED = ("slide", "path", "patient")
 _FILE_COLUMNS = ("path", "mask", "truth")

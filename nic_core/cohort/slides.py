@@ -26,7 +26,8 @@ class Slides(Entry):
 
     The slide table (CSV or parquet) has the columns ``slide``, ``path`` and ``patient``. Optional
     columns are ``mpp`` (um/px at level 0; overrides the file), ``mask`` (tissue mask), ``truth``
-    (truth image that scores probability maps) and ``split`` (``cv``, the default, or ``test``).
+    (truth image that scores probability maps), ``split`` (``cv``, the default, or ``test``) and
+    ``exclude`` (the reason why no model uses the slide; empty: it is used).
     """
 
     folders: tuple[SlideFolder, ...] = ()

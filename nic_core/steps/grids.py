@@ -58,7 +58,7 @@ def make_grid(cohort: Cohort, store: Store, encoder: PreparedEncoder, slide: str
 
 
 def make_grid_manifest(store: Store, encoder: str) -> pl.DataFrame:
-    """List the grids of all indexed slides; write and return the manifest.
+    """List the grids of all indexed slides that are not excluded; write and return the manifest.
 
     Content hashes are computed from the grids, so the manifest changes exactly when a grid does.
 
@@ -73,7 +73,7 @@ def make_grid_manifest(store: Store, encoder: str) -> pl.DataFrame:
         A grid cannot be read.
     """
     rows: list[tuple[str, str | None, int]] = []
-    for slide in read_slide_index(store)["slide"]:
+    for slide in read_slide_index(store).filter(pl.col("exclude").is_null())["slide"]:
         path = store.grid(GridKey(encoder=encoder, slide=slide))
         if path.exists():
             grid = open_grid(path)

@@ -11,7 +11,7 @@ from typing import Any
 import polars as pl
 
 from nic_core.cohort import Cohort, CohortError, ImportedEncoder, PatchTask, RegisteredEncoder
-from nic_core.cohort.index import missing_files, slide_index
+from nic_core.cohort.index import INDEX_SCHEMA, missing_files, slide_index
 from nic_core.cohort.scan import SNAPSHOT_SCHEMA, take_snapshot
 from nic_core.encoders.patch_sources import source_files
 from nic_core.models.labels import target_table
@@ -154,11 +154,22 @@ def read_slide_index(store: Store) -> pl.DataFrame:
     Raises
     ------
     CohortError
-        The slide index does not exist yet.
+        The slide index does not exist yet, or has the columns of another version.
     """
     if not store.slide_index.exists():
         raise CohortError(f"{store.slide_index} does not exist; materialize 'slide_index' first")
-    return pl.read_parquet(store.slide_index)
+    index = pl.read_parquet(store.slide_index)
+    if dict(index.schema) != INDEX_SCHEMA:
+        raise CohortError(
+            f"{store.slide_index} has the columns of another version; "
+            "materialize 'slide_index' again"
+        )
+    return index
+
+
+def excluded_slides(index: pl.DataFrame) -> dict[str, str]:
+    """Return the excluded slides of a slide index: slide id to reason."""
+    return dict(index.drop_nulls("exclude").select("slide", "exclude").iter_rows())
 
 
 def read_file_snapshot(store: Store) -> pl.DataFrame:

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import polars as pl
 from matplotlib.image import imsave
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
-from nic_core.cohort import Cohort
+from nic_core.cohort import Cohort, CohortError
 from nic_core.slides import Level, content_identity
 from nic_core.steps.slide_index import index_row, open_indexed
 from nic_core.store import Store, atomic_folder
+from nic_core.tiling.background import stain_density
+from nic_core.tiling.ink import find_ink
 from nic_core.tiling.patches import patch_table, write_patch_table
 from nic_core.tiling.quality import measure_quality
 from nic_core.tiling.tissue import TissueMask, read_mask, tissue_mask, tissue_outline
@@ -35,6 +37,7 @@ class SlideRecord(BaseModel):
     levels: tuple[Level, ...]  # finest first
     tissue_mpp: float  # um/px of tissue.png
     tissue_mm2: float  # area of the tissue
+    ink_share: float  # fraction of the slide's area: pen ink and black areas
 
 
 def make_slide(store: Store, slide: str) -> tuple[SlideRecord, Pixels]:
@@ -54,6 +57,9 @@ def make_slide(store: Store, slide: str) -> tuple[SlideRecord, Pixels]:
         The slide or its mask cannot be used.
     """
     with open_indexed(store, slide) as opened:
+        thumbnail = opened.thumbnail(THUMBNAIL_SIDE)
+        thumbnail_mpp = opened.width * opened.mpp / thumbnail.shape[1]
+        ink = find_ink(stain_density(thumbnail, thumbnail_mpp), thumbnail_mpp)
         mask_path = index_row(store, slide)["mask"]
         mask = read_mask(Path(mask_path), opened) if mask_path else tissue_mask(opened)
         record = SlideRecord(
@@ -66,17 +72,31 @@ def make_slide(store: Store, slide: str) -> tuple[SlideRecord, Pixels]:
             levels=opened.levels,
             tissue_mpp=mask.mpp,
             tissue_mm2=float(mask.array.sum()) * (mask.mpp / 1000) ** 2,
+            ink_share=float(ink.mean()),
         )
         with atomic_folder(store.slide(slide)) as folder:
             (folder / RECORD).write_text(record.model_dump_json(indent=2) + "\n")
-            imsave(folder / THUMBNAIL, opened.thumbnail(THUMBNAIL_SIDE))
+            imsave(folder / THUMBNAIL, thumbnail)
             mask.save(folder / TISSUE)
         return record, tissue_outline(opened, mask, side=320)
 
 
 def read_record(store: Store, slide: str) -> SlideRecord:
-    """Read the record that :func:`make_slide` wrote."""
-    return SlideRecord.model_validate_json((store.slide(slide) / RECORD).read_bytes())
+    """Read the record that :func:`make_slide` wrote.
+
+    Raises
+    ------
+    CohortError
+        The record is not one of this version.
+    """
+    path = store.slide(slide) / RECORD
+    try:
+        return SlideRecord.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise CohortError(
+            f"{path}: not a slide record of this version ({error.error_count()} wrong fields); "
+            "materialize 'slide' again"
+        ) from error
 
 
 def make_patch_table(cohort: Cohort, store: Store, slide: str) -> pl.DataFrame:
