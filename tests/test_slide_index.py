@@ -56,6 +56,7 @@ def test_a_slide_table_gives_ids_paths_and_optional_columns(tmp_path, suffix):
             "mpp": [0.25, None],
             "mask": [None, "m.png"],
             "split": ["test", None],
+            "exclude": ["out of focus", None],
             "grade": [3, 2],
         }
     )
@@ -63,8 +64,8 @@ def test_a_slide_table_gives_ids_paths_and_optional_columns(tmp_path, suffix):
     write(tmp_path / f"slides{suffix}")
     index = slide_index(cohort(tmp_path, f"{{table: slides{suffix}}}"))
     assert index.rows() == [
-        ("006", str(tmp_path / "x/2.svs"), "1", None, str(tmp_path / "m.png"), None, "cv"),
-        ("007", str(tmp_path / "x/1.svs"), "1", 0.25, None, None, "test"),
+        ("006", str(tmp_path / "x/2.svs"), "1", None, str(tmp_path / "m.png"), None, "cv", None),
+        ("007", str(tmp_path / "x/1.svs"), "1", 0.25, None, None, "test", "out of focus"),
     ]
 
 

@@ -212,9 +212,7 @@ def slide_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         code_version=code_version(1),
         check_specs=[checks.slides_comparable.spec("quality_report")],
     )
-    def quality_report(
-        context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]
-    ) -> dg.MaterializeResult[None]:
+    def quality_report(context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]) -> Events:
         """Blur, ink, colour and tissue of every slide, compared with the other slides."""
         with retry_transient_errors():
             report = steps.make_quality_report(store)
@@ -222,7 +220,7 @@ def slide_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         for slide, problems, _ in report.outliers.filter(pl.col("exclude").is_null()).rows():
             context.log.warning(f"slide '{slide}': {problems}")
         problem = checks.slides_comparable(report)
-        return dg.MaterializeResult(
+        yield dg.MaterializeResult(
             data_version=dg.DataVersion(steps.digest(report.slides.rows())),
             metadata={
                 "outliers": table(report.outliers),

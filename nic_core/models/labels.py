@@ -23,7 +23,7 @@ _Key = Literal["slide", "patient"]
 
 
 def target_table(cohort: Cohort, target: Target, index: pl.DataFrame) -> pl.DataFrame:
-    """Return the labelled units of a target, without excluded slides.
+    """Return the labelled units of a target.
 
     The label table has the key column ``slide`` or, without it, ``patient``. A target at patient
     level may use a table keyed by slide if all labelled slides of a patient have the same label.
@@ -33,7 +33,7 @@ def target_table(cohort: Cohort, target: Target, index: pl.DataFrame) -> pl.Data
     Parameters
     ----------
     index
-        The slide index: columns ``slide``, ``patient``, ``split``, ``exclude``.
+        The slide index: columns ``slide``, ``patient``, ``split``.
 
     Returns
     -------
@@ -52,7 +52,6 @@ def target_table(cohort: Cohort, target: Target, index: pl.DataFrame) -> pl.Data
         negative time, or an event other than 0 and 1; slides of a patient have different labels
         or are in both splits; or there are too few labelled patients for the folds.
     """
-    index = index.filter(pl.col("exclude").is_null())
     labels, key = _read_labels(cohort, target)
     kind = kind_of(target)
     decoded = kind.decode(labels, key)

@@ -167,6 +167,11 @@ def read_slide_index(store: Store) -> pl.DataFrame:
     return index
 
 
+def used_slides(index: pl.DataFrame) -> pl.DataFrame:
+    """Return the rows of a slide index that are not excluded."""
+    return index.filter(pl.col("exclude").is_null())
+
+
 def excluded_slides(index: pl.DataFrame) -> dict[str, str]:
     """Return the excluded slides of a slide index: slide id to reason."""
     return dict(index.drop_nulls("exclude").select("slide", "exclude").iter_rows())
@@ -220,9 +225,12 @@ def encoder_versions(cohort: Cohort) -> dict[str, str]:
 
 
 def target_versions(cohort: Cohort, index: pl.DataFrame) -> dict[str, str]:
-    """Return a version of every target by name: a digest of its entry, labels and splits."""
+    """Return a version of every target by name: a digest of its entry, labels and splits.
+
+    Excluded slides have no part in it.
+    """
     return {
-        target.name: digest(target, target_table(cohort, target, index).rows())
+        target.name: digest(target, target_table(cohort, target, used_slides(index)).rows())
         for target in cohort.targets
     }
 

@@ -24,7 +24,7 @@ from nic_core.models.folds import make_folds
 from nic_core.models.labels import LabelMatches, match_labels, target_table
 from nic_core.reports import model_results
 from nic_core.steps.grids import read_grid_manifest
-from nic_core.steps.slide_index import digest, read_slide_index
+from nic_core.steps.slide_index import digest, read_slide_index, used_slides
 from nic_core.store import GridKey, ModelKey, Store, atomic_file, atomic_folder
 from nic_core.tracker import Tracker
 
@@ -35,8 +35,9 @@ UNLOGGED = "unlogged"  # file in a model's folder until the tracker has logged t
 def make_target_folds(cohort: Cohort, store: Store, target: str) -> pl.DataFrame:
     """Assign a target's patients to folds; write and return the target table with folds.
 
-    The table is the output of :func:`~nic_core.models.labels.target_table` with the column
-    ``fold`` (null in split ``test``). The models of all encoders on this target share it.
+    Excluded slides are left out. The table is the output of
+    :func:`~nic_core.models.labels.target_table` with the column ``fold`` (null in split ``test``).
+    The models of all encoders on this target share it.
 
     Raises
     ------
@@ -44,7 +45,7 @@ def make_target_folds(cohort: Cohort, store: Store, target: str) -> pl.DataFrame
         The label table is invalid, or has too few labels for the folds.
     """
     entry, settings = cohort.target(target), cohort.settings.models
-    units = target_table(cohort, entry, read_slide_index(store))
+    units = target_table(cohort, entry, used_slides(read_slide_index(store)))
     folds = make_folds(units, target=entry, folds=settings.folds, seed=settings.seed)
     table = units.join(folds, on="patient", how="left").sort("unit")
     with atomic_file(store.target_folds(target)) as path:
