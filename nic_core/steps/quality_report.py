@@ -75,7 +75,7 @@ def make_quality_report(store: Store) -> QualityReport:
                     slide,
                     cells,
                     exclude=exclude,
-                    um_px=record.mpp,
+                    mpp=record.mpp,
                     tissue_share=record.tissue_mm2 / area,
                     ink_share=record.ink_share,
                 )

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 QUALITY_SCHEMA: dict[str, pl.DataType] = {
     "slide": pl.String(),
     "exclude": pl.String(),  # reason in the slide table; null: the slide is used
-    "um_px": pl.Float64(),  # um/px at level 0
+    "mpp": pl.Float64(),  # um/px at level 0
     "tissue_share": pl.Float64(),  # fraction of the slide's area
     "ink_share": pl.Float64(),  # fraction of the slide's area: pen ink and black areas
     "unreadable_share": pl.Float64(),  # fraction of the tissue cells
@@ -51,7 +51,7 @@ def slide_quality(
     cells: pl.DataFrame,
     *,
     exclude: str | None,
-    um_px: float,
+    mpp: float,
     tissue_share: float,
     ink_share: float,
 ) -> dict[str, object]:
@@ -65,7 +65,7 @@ def slide_quality(
         Patch table of the slide, with its quality measured.
     exclude : str or None
         Reason for which the slide is excluded.
-    um_px : float
+    mpp : float
         um/px at level 0.
     tissue_share, ink_share : float
         Fractions of the slide's area.
@@ -80,7 +80,7 @@ def slide_quality(
     row: dict[str, object] = {
         "slide": slide,
         "exclude": exclude,
-        "um_px": um_px,
+        "mpp": mpp,
         "tissue_share": tissue_share,
         "ink_share": ink_share,
         "unreadable_share": unreadable / max(kept.height + unreadable, 1),
@@ -200,7 +200,7 @@ def _problems(row: dict[str, float | None]) -> list[str]:
 
 def _comparable(slides: pl.DataFrame, slide: str) -> pl.DataFrame:
     """The slides in use whose um/px is nearest to the same power of two, with a kept cell."""
-    step = pl.col("um_px").log(2).round()
+    step = pl.col("mpp").log(2).round()
     same = step == slides.filter(slide=slide).select(step).item()
     return slides.filter(pl.col("exclude").is_null(), same).drop_nulls("focus")
 

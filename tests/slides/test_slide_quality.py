@@ -47,10 +47,8 @@ def cells(rng: np.random.Generator, *, sharpness: float = 1000.0, unreadable: in
     )
 
 
-def row(slide, table, *, um_px=0.25, tissue=0.3, ink=0.0, exclude=None):
-    return slide_quality(
-        slide, table, exclude=exclude, um_px=um_px, tissue_share=tissue, ink_share=ink
-    )
+def row(slide, table, *, mpp=0.25, tissue=0.3, ink=0.0, exclude=None):
+    return slide_quality(slide, table, exclude=exclude, mpp=mpp, tissue_share=tissue, ink_share=ink)
 
 
 @pytest.fixture
@@ -124,7 +122,7 @@ def test_a_slide_without_tissue_or_cells_is_a_problem(ordinary):
 def test_focus_is_compared_with_slides_of_about_the_same_mpp(ordinary):
     """Slides scanned coarser are less sharp; among themselves they are ordinary."""
     rng = np.random.default_rng(4)
-    coarse = [row(f"c{i}", cells(rng, sharpness=30.0), um_px=1.0) for i in range(6)]
+    coarse = [row(f"c{i}", cells(rng, sharpness=30.0), mpp=1.0) for i in range(6)]
     found = judged([*ordinary, *coarse])
     assert set(found["problems"]) == {""}
     assert found.filter(slide="c0")["compared_with"].item() == 6
