@@ -62,6 +62,7 @@ def test_a_slide_table_gives_ids_paths_and_optional_columns(tmp_path, suffix):
             "mask": [None, "m.png"],
             "origin": [None, "bounds"],
             "split": ["test", None],
+            "exclude": ["out of focus", None],
             "grade": [3, 2],
         }
     )
@@ -79,8 +80,20 @@ def test_a_slide_table_gives_ids_paths_and_optional_columns(tmp_path, suffix):
             "bounds",
             None,
             "cv",
+            None,
         ),
-        ("007", str(tmp_path / "x/1.svs"), "1", 0.25, None, None, None, None, "test"),
+        (
+            "007",
+            str(tmp_path / "x/1.svs"),
+            "1",
+            0.25,
+            None,
+            None,
+            None,
+            None,
+            "test",
+            "out of focus",
+        ),
     ]
 
 

@@ -297,6 +297,7 @@ def test_files_outside_the_layout_are_not_listed(tmp_path):
         "grids/mtl/notes",
         "grids/mtl/.old.s1.zarr",
         "evaluation_report",
+        "quality_report",
         "mlflow/artifacts",
         "dagster/storage",
         "mine/grids/mtl/s1.zarr",

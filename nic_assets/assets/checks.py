@@ -17,9 +17,11 @@ from nic_core.cohort import Settings
 from nic_core.encoders import EncoderCard, PatchDataset
 from nic_core.grids import Grid
 from nic_core.models.comparison import PermutationControl, Verdict
-from nic_core.steps import SlideRecord, SlideScan, TargetFolds
+from nic_core.steps import QualityReport, SlideRecord, SlideScan, TargetFolds
 from nic_core.store import Store
 from nic_core.tiling.patches import PatchTableError, read_patch_table
+from nic_core.tiling.quality import summarize
+from nic_core.tiling.slide_quality import MAX_INK, MAX_UNREADABLE
 
 # a slide may be slightly coarser than the study: 0.5021 um/px serves 0.5 [choice]
 RESOLUTION_TOLERANCE = 1.02
@@ -51,6 +53,34 @@ def resolution_suffices(record: SlideRecord, settings: Settings) -> str | None:
 def tissue_found(record: SlideRecord) -> str | None:
     """The slide has tissue."""
     return None if record.tissue_mm2 > 0 else "no tissue: the slide's grid will be empty"
+
+
+@Check
+def free_of_ink(record: SlideRecord) -> str | None:
+    """Little of the slide is pen ink or black."""
+    if record.ink_share <= MAX_INK:
+        return None
+    return f"{record.ink_share:.1%} of the slide is ink or black (allowed: {MAX_INK:.0%})"
+
+
+@Check
+def cells_decodable(cells: pl.DataFrame) -> str | None:
+    """Almost all tissue cells of the slide can be decoded."""
+    share = summarize(cells)["unreadable_share"]
+    if share is None or share <= MAX_UNREADABLE:
+        return None
+    return f"{share:.1%} of the tissue cells cannot be decoded (expected: {MAX_UNREADABLE:.0%})"
+
+
+@Check
+def slides_comparable(report: QualityReport) -> str | None:
+    """No slide in use differs from its cohort in focus, colour, tissue, ink or readability."""
+    found = report.outliers.filter(pl.col("exclude").is_null())
+    if found.is_empty():
+        return None
+    shown = [f"{slide}: {problems}" for slide, problems, _ in found.head(5).rows()]
+    more = [f"and {found.height - 5} more"] if found.height > 5 else []
+    return " | ".join(shown + more)
 
 
 @Check
@@ -194,8 +224,8 @@ def embeddings_not_collapsed(grid: Grid) -> str | None:
 
 
 OF_SLIDES: dict[str, tuple[Check[Any], ...]] = {
-    "slide": (resolution_suffices, tissue_found),
-    "patch_table": (schema_valid,),
+    "slide": (resolution_suffices, tissue_found, free_of_ink),
+    "patch_table": (schema_valid, cells_decodable),
     "grid": (covers_patch_table, embeddings_finite, embeddings_not_collapsed),
 }
 """Checks of each asset that is partitioned by slide; their results change with the slides."""

@@ -24,6 +24,7 @@ INDEX_SCHEMA: dict[str, pl.DataType] = {
     "origin": pl.String(),  # level0 or bounds: of a mask of regions; null: as the file states
     "truth": pl.String(),  # truth image for probability maps; null: none
     "split": pl.String(),  # cv or test
+    "exclude": pl.String(),  # reason why no model uses the slide; null: it is used
 }
 _REQUIRED = ("slide", "path", "patient")
 _FILE_COLUMNS = ("path", "mask", "truth")

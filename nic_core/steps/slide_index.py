@@ -170,17 +170,27 @@ def read_slide_index(store: Store) -> pl.DataFrame:
     Raises
     ------
     CohortError
-        The slide index does not exist yet, or another version of this program made it.
+        The slide index does not exist yet, or has the columns of another version.
     """
     if not store.slide_index.exists():
         raise CohortError(f"{store.slide_index} does not exist; materialize 'slide_index' first")
     index = pl.read_parquet(store.slide_index, glob=False)
     if index.schema != pl.Schema(INDEX_SCHEMA):
         raise CohortError(
-            f"{store.slide_index} has other columns than this version reads; materialize "
-            "'slide_index' again"
+            f"{store.slide_index} has the columns of another version; "
+            "materialize 'slide_index' again"
         )
     return index
+
+
+def used_slides(index: pl.DataFrame) -> pl.DataFrame:
+    """Return the rows of a slide index that are not excluded."""
+    return index.filter(pl.col("exclude").is_null())
+
+
+def excluded_slides(index: pl.DataFrame) -> dict[str, str]:
+    """Return the excluded slides of a slide index: slide id to reason."""
+    return dict(index.drop_nulls("exclude").select("slide", "exclude").iter_rows())
 
 
 def read_file_snapshot(store: Store) -> pl.DataFrame:
@@ -233,8 +243,8 @@ def encoder_versions(cohort: Cohort) -> dict[str, str]:
 def target_versions(cohort: Cohort, index: pl.DataFrame) -> dict[str, str]:
     """Return a version of every target by name: a digest of its entry, labels and splits.
 
-    A target whose labels are invalid has a version too, of the problem: it stops its own folds,
-    which report it, and nothing else.
+    Excluded slides have no part in it. A target whose labels are invalid has a version too, of the
+    problem: it stops its own folds, which report it, and nothing else.
     """
     return {
         target.name: digest(target, _labels_or_problem(cohort, target, index))
@@ -244,7 +254,8 @@ def target_versions(cohort: Cohort, index: pl.DataFrame) -> dict[str, str]:
 
 def _labels_or_problem(cohort: Cohort, target: Target, index: pl.DataFrame) -> object:
     try:
-        return target_table(target, read_labels(cohort, target, index), index).rows()
+        labels = read_labels(cohort, target, index)
+        return target_table(target, labels, used_slides(index)).rows()
     except CohortError as error:
         log.warning("%s", error)
         return str(error)

@@ -26,7 +26,7 @@ from nic_core.models.folds import folds_note, make_folds
 from nic_core.models.labels import LabelMatches, read_labels, target_table
 from nic_core.reports import model_results
 from nic_core.steps.grids import read_grid_manifest
-from nic_core.steps.slide_index import digest, read_slide_index
+from nic_core.steps.slide_index import digest, read_slide_index, used_slides
 from nic_core.store import GridKey, ModelKey, Store, atomic_file, atomic_folder
 from nic_core.tracker import Tracker
 
@@ -57,7 +57,7 @@ class TargetFolds:
 
 
 def make_target_folds(cohort: Cohort, store: Store, target: str) -> TargetFolds:
-    """Assign a target's patients to folds; write the table of folds.
+    """Assign a target's patients to folds; write the table of folds. Excluded slides are left out.
 
     The models of all encoders on this target share it.
 
@@ -80,7 +80,7 @@ def find_target_folds(cohort: Cohort, target: Target, index: pl.DataFrame) -> Ta
     Parameters
     ----------
     index
-        The slide index: columns ``slide``, ``patient``, ``split``.
+        The slide index (:data:`nic_core.cohort.index.INDEX_SCHEMA`).
 
     Raises
     ------
@@ -89,7 +89,7 @@ def find_target_folds(cohort: Cohort, target: Target, index: pl.DataFrame) -> Ta
     """
     settings = cohort.settings.models
     labels = read_labels(cohort, target, index)
-    units = target_table(target, labels, index)
+    units = target_table(target, labels, used_slides(index))
     folds = make_folds(units, target=target, folds=settings.folds, seed=settings.seed)
     table = units.join(folds, on="patient", how="left").sort("unit")
     return TargetFolds(table, labels.matches, folds_note(target, table, wanted=settings.folds))

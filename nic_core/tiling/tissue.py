@@ -1,18 +1,17 @@
 """Tissue detection and tissue masks.
 
-The rule [choice] works at 8 um/px on optical densities, relative to the slide's own glass, so that
-a grey or yellowish lamp is not taken for a stain:
+The rule [choice] works at 8 um/px on optical densities relative to the glass at each place
+(:mod:`nic_core.tiling.background`), so that neither the colour of a lamp nor stain that leaked
+onto the glass is taken for tissue:
 
-1. Colour. The measure is the difference between the largest and the smallest density of red, green
-   and blue, smoothed. It is low for glass, dust, shadows and black borders, or low relative to
-   their density (``GREY``), and high for stained tissue. Otsu's threshold is applied to it,
-   clipped to ``COLOUR_RANGE``: on a slide with almost no tissue, or with tissue only, Otsu would
-   split noise or the tissue itself. Fainter areas, down to ``FAINT``, are tissue if they are
-   connected to areas above the threshold, across gaps of up to ``GAP``. This includes fat (thin
-   strands) and pale stroma.
-2. Ink. Haematoxylin and eosin both absorb green the most. Areas that absorb red more than green
-   (blue and green pens), blue about as much as green at full density (red pens) or all colours
-   (black pens and borders) are not tissue, nor is the blurred rim around them.
+1. Colour. Haematoxylin and eosin both absorb green the most. The measure is by how much the density
+   of green exceeds that of red or of blue, whichever is lower; smoothed. It is about 0 for glass,
+   dust, shadows and black borders, or low relative to their density (``GREY``), and high for
+   stained tissue. Otsu's threshold is applied to it, clipped to ``COLOUR_RANGE``: on a slide with
+   almost no tissue, or with tissue only, Otsu would split noise or the tissue itself. Fainter
+   areas, down to ``FAINT``, are tissue if they are connected to areas above the threshold, across
+   gaps of up to ``GAP``. This includes fat (thin strands) and pale stroma.
+2. Ink (:mod:`nic_core.tiling.ink`) is not tissue.
 3. Shape. Tissue areas below ``MIN_AREA`` are removed. Holes below ``MAX_HOLE`` are filled, except
    at the border of the image, where an area of glass may extend beyond it.
 """
@@ -30,19 +29,19 @@ from scipy import ndimage
 from skimage import filters, morphology, segmentation
 
 from nic_core.slides.slide import Slide
+from nic_core.tiling.background import stain_density
+from nic_core.tiling.ink import components_with, find_ink
 
 TISSUE_MPP = 8.0
 COLOUR_RANGE = (0.03, 0.06)  # optical density
-FAINT = 0.02  # optical density
+FAINT = 0.012  # optical density
 GREY = 0.15  # colour relative to density; dark areas below it are tinted grey, not stained
 GAP = 50.0  # um
 # um^2: a disc 113 um across; at most a quarter of the image, so that small images keep their tissue
 MIN_AREA = 10_000.0
-INK_RIM = 25.0  # um
 MAX_HOLE = 20_000.0  # um^2; lumens and vessels count as tissue
 
 Mask = NDArray[np.bool_]
-Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -109,10 +108,12 @@ def find_tissue(pixels: NDArray[np.uint8], mpp: float) -> Mask:
     -------
     bool (H, W)
     """
-    density = _optical_density(pixels)
-    highest = ndimage.gaussian_filter(density.max(axis=2), _px(8.0, mpp))
-    colour = highest - ndimage.gaussian_filter(density.min(axis=2), _px(8.0, mpp))
-    ink = _ink(density, mpp)
+    density = stain_density(pixels, mpp)
+    ink = find_ink(density, mpp)
+    sigma = 8.0 / mpp
+    red, green, blue = np.moveaxis(ndimage.gaussian_filter(density, (sigma, sigma, 0)), 2, 0)
+    colour = green - np.minimum(red, blue)
+    highest = np.maximum(np.maximum(red, green), blue)
     low, high = COLOUR_RANGE
     without_ink = colour[~ink]
     threshold = high
@@ -120,7 +121,7 @@ def find_tissue(pixels: NDArray[np.uint8], mpp: float) -> Mask:
         threshold = float(filters.threshold_otsu(without_ink))  # type: ignore[no-untyped-call]
     stained = (colour > FAINT) & (colour > GREY * highest) & ~ink
     faint = _close(stained, mpp) & ~ink
-    tissue = _components_with(faint, stained & (colour > np.clip(threshold, low, high)))
+    tissue = components_with(faint, stained & (colour > np.clip(threshold, low, high)))
     min_area = min(MIN_AREA, tissue.size * mpp**2 / 4)
     tissue = morphology.remove_small_objects(tissue, max_size=int(min_area / mpp**2))
     holes = segmentation.clear_border(~tissue)  # type: ignore[no-untyped-call]
@@ -135,52 +136,6 @@ def _close(mask: Mask, mpp: float) -> Mask:
     grown = ndimage.maximum_filter(np.pad(mask, reach), 2 * reach + 1)
     closed = ndimage.minimum_filter(grown, 2 * reach + 1)
     return np.asarray(closed[reach : reach + len(mask), reach : reach + mask.shape[1]])
-
-
-def _components_with(mask: Mask, seeds: Mask) -> Mask:
-    """The connected components of a mask that contain a seed."""
-    label, count = ndimage.label(mask)
-    chosen = np.zeros(count + 1, np.bool_)
-    chosen[label[seeds & mask]] = True
-    return np.asarray(chosen[label])
-
-
-def _optical_density(pixels: NDArray[np.uint8]) -> Floats:
-    """-log10 of the transmitted light relative to the slide's glass, float32 (H, W, 3)."""
-    light = np.clip(pixels, 1, 255).astype(np.float32)
-    return np.asarray(np.maximum(np.log10(_glass(pixels) / light), 0), np.float32)
-
-
-def _glass(pixels: NDArray[np.uint8]) -> Floats:
-    """Colour of empty glass: the mode of bright, almost grey px; white if there are few."""
-    low, high = pixels.min(axis=2), pixels.max(axis=2)
-    empty = pixels[(low > 195) & (high - low < 20)]
-    if len(empty) < 0.002 * low.size:
-        return np.full(3, 255, np.float32)
-    # smoothed, since a small image has few px of each grey level
-    counts = [np.bincount(empty[:, c], minlength=256).astype(np.float32) for c in range(3)]
-    return np.array([ndimage.uniform_filter1d(c, 5).argmax() for c in counts], np.float32)
-
-
-def _ink(density: Floats, mpp: float) -> Mask:
-    """Pen ink and black: colours that no mixture of haematoxylin and eosin has."""
-    red, green, blue = np.moveaxis(
-        ndimage.gaussian_filter(density, (_px(8.0, mpp), _px(8.0, mpp), 0)), 2, 0
-    )
-    cold, hot = red / (green + 1e-3), blue / (green + 1e-3) - 2 * red / (green + 1e-3)
-    black = np.minimum(np.minimum(red, green), blue)
-    strong = ((cold > 1.25) & (red > 0.15)) | ((hot > 0.4) & (green > 0.5)) | (black > 0.9)
-    strong = morphology.remove_small_objects(strong, max_size=int(MIN_AREA / mpp**2))
-    if not strong.any():
-        return np.asarray(strong)
-    # a stroke fades towards its edge: add connected px of the same hue with a lower density
-    weak = ((cold > 1.1) & (red > 0.03)) | ((hot > 0.2) & (green > 0.05)) | strong
-    stroke = _components_with(weak, strong)
-    return np.asarray(ndimage.distance_transform_edt(~stroke) * mpp <= INK_RIM)
-
-
-def _px(um: float, mpp: float) -> float:
-    return um / mpp
 
 
 def mask_size(slide: Slide, mpp: float) -> tuple[int, int]:

@@ -46,7 +46,7 @@ LAYERS = {
     "grids": {"grid", "grid_manifest"},
     "models": {"target_entry", "target_folds", "slide_model", "explanation"},
     "reports": {"probability_map", "map_scores", "evaluation_report"},
-    "slides": {"slide_file", "slide_index", "slide", "patch_table"},
+    "slides": {"slide_file", "slide_index", "slide", "patch_table", "quality_report"},
 }
 
 
