@@ -207,7 +207,7 @@ def test_no_fold_and_no_manifest_has_an_excluded_slide(study):
         assert excluded_slides(scan.index) == {"s3": "folded"}
         assert target_versions(cohort, scan.index) != before
         folds = make_target_folds(cohort, store, "score")
-        assert folds["unit"].to_list() == ["s0", "s1", "s2", "s4", "s5"]
+        assert folds.table["unit"].to_list() == ["s0", "s1", "s2", "s4", "s5"]
         assert "s3" not in make_grid_manifest(store, "rgb")["slide"]
         assert make_quality_report(store).slides.filter(slide="s3")["exclude"].item() == "folded"
     finally:
@@ -226,5 +226,5 @@ def test_a_slide_record_of_another_version_is_refused(study, tmp_path):
     store = Store(tmp_path)
     store.slide("s1").mkdir(parents=True)
     (store.slide("s1") / "slide.json").write_text('{"slide": "s1"}')
-    with pytest.raises(CohortError, match=r"slide.json: not a slide record of this version"):
+    with pytest.raises(CohortError, match=r"slide.json: another version wrote it"):
         read_record(store, "s1")
