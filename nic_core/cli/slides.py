@@ -7,7 +7,15 @@ from typing import Annotated
 
 import typer
 
-from nic_core.cli.shared import Mpp, Out, console, facts, one_line, save_picture
+from nic_core.cli.shared import (
+    Mpp,
+    Out,
+    advice_names_mpp_option,
+    console,
+    facts,
+    one_line,
+    save_picture,
+)
 from nic_core.slides import SlideError, content_identity, open_slide
 from nic_core.tiling.tissue import read_mask, tissue_mask, tissue_outline
 
@@ -19,7 +27,11 @@ MaskPath = Annotated[
 
 def inspect(slide: SlidePath, mpp: Mpp = None) -> None:
     """Print a slide's metadata: reading library, size, um/px, levels, identity."""
-    with one_line(SlideError), open_slide(slide, mpp=mpp) as opened:
+    with (
+        one_line(SlideError),
+        advice_names_mpp_option(),
+        open_slide(slide, mpp=mpp) as opened,
+    ):
         table = facts()
         table.add_row("slide", str(slide))
         table.add_row("read by", f"{opened.engine} ({opened.engine_reason})")
@@ -42,7 +54,11 @@ def inspect(slide: SlidePath, mpp: Mpp = None) -> None:
 
 def tissue(slide: SlidePath, out: Out, mpp: Mpp = None, mask: MaskPath = None) -> None:
     """Draw the outline of the tissue mask on a thumbnail."""
-    with one_line(SlideError), open_slide(slide, mpp=mpp) as opened:
+    with (
+        one_line(SlideError),
+        advice_names_mpp_option(),
+        open_slide(slide, mpp=mpp) as opened,
+    ):
         found = read_mask(mask, opened) if mask else tissue_mask(opened)
         save_picture(out, tissue_outline(opened, found, side=1600))
         area = found.array.sum() * found.mpp**2 / 1e6

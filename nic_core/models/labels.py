@@ -96,6 +96,8 @@ class LabelMatches:
 
     Attributes
     ----------
+    key
+        Whether the label table has a row per slide or per patient.
     used
         Number of labelled rows that belong to a slide or patient of the index.
     labels_without_slide
@@ -104,6 +106,7 @@ class LabelMatches:
         Slides of the index that no label belongs to.
     """
 
+    key: str
     used: int
     labels_without_slide: list[Unmatched]
     slides_without_label: list[Unmatched]
@@ -123,6 +126,7 @@ def match_labels(cohort: Cohort, target: Target, index: pl.DataFrame) -> LabelMa
     without = index.filter(~pl.col(key).is_in(labelled)).sort("slide")
     suggestions = {item.name: item for item in unmatched(without[key], set(labelled))}
     return LabelMatches(
+        key=key,
         used=len(labelled) - len(missing),
         labels_without_slide=missing,
         slides_without_label=[

@@ -209,7 +209,14 @@ def encoder_versions(cohort: Cohort) -> dict[str, str]:
 
 
 def target_versions(cohort: Cohort, index: pl.DataFrame) -> dict[str, str]:
-    """Return a version of every target by name: a digest of its entry, labels and splits."""
+    """Return a version of every target by name: a digest of its entry, labels and splits.
+
+    Raises
+    ------
+    CohortError
+        The label table cannot be used; a missing column is named with the line of its target.
+    """
+    cohort.check_label_columns()
     return {
         target.name: digest(target, target_table(cohort, target, index).rows())
         for target in cohort.targets
