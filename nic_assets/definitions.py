@@ -5,10 +5,13 @@ from __future__ import annotations
 import logging
 
 from nic_assets.build import build_defs
+from nic_assets.orchestration.mistakes import definitions_without_traceback, show_wrong_arguments
 from nic_core.cohort import load_cohort
 from nic_core.store import Store
 
-defs = build_defs(load_cohort(), Store.from_environment())
+with definitions_without_traceback():
+    defs = build_defs(load_cohort(), Store.from_environment())
+show_wrong_arguments()
 
 # Dagster hands the library's lines to the run's loggers (`python_logs` in dagster.yaml); some
 # imports give the root logger a handler of its own, which would print each a second time
