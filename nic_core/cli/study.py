@@ -17,7 +17,7 @@ from nic_core.cohort import COHORT_VARIABLE, CohortError
 from nic_core.cohort.draft import write_study
 from nic_core.store import StoreError
 
-SHOWN = 20  # rows to decide that are printed
+SHOWN = 6  # rows to decide that are printed
 
 
 def init(
@@ -89,7 +89,7 @@ def check(
         kind = Text("error", "red") if item.is_error else Text("note", "yellow")
         table.add_row(kind, Text(item.where, overflow="fold"), Text(item.problem, overflow="fold"))
     # a file or another program reads whole lines rather than a narrow table
-    wide = console if console.is_terminal else Console(width=160)
+    wide = console if console.is_terminal else Console(width=120)
     wide.print(table)
     errors = sum(item.is_error for item in found)
     console.print(f"errors: {errors}, notes: {len(found) - errors}")
