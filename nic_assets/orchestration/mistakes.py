@@ -59,7 +59,7 @@ def definitions_without_traceback() -> Iterator[None]:
     """
     try:
         yield
-    except (*MISTAKES, dg.DagsterInvalidDefinitionError) as error:
+    except (CohortError, StoreError, dg.DagsterInvalidDefinitionError) as error:
         mistake = error  # Python deletes `error` at the end of this block
         sys.tracebacklimit = 0
         _print_instead_of_traceback(lambda shown: str(mistake) if shown is mistake else None)

@@ -103,10 +103,10 @@ def write_study(
         raise CohortError(f"{folder}: no slide in this folder and its sub-folders{aside}")
     slides = _slide_table(folder, files, out, progress)
     with atomic_file(table) as path:
-        path.write_text(slides.write_csv())
+        path.write_text(slides.write_csv(), encoding="utf-8")
     with atomic_file(cohort) as path:
         name = re.sub(r"[^\w.\-]+", "-", out.resolve().name).strip(".-") or "study"
-        path.write_text(_COHORT.format(name=name, table=TABLE))
+        path.write_text(_COHORT.format(name=name, table=TABLE), encoding="utf-8")
     return Draft(slides, left_aside, table, cohort)
 
 
@@ -119,7 +119,8 @@ def _slide_files(folder: Path) -> tuple[list[Path], list[str]]:
         if path.is_file() and not hidden.intersection((path, *path.parents))
     ]
     slides = [path for path in files if path.suffix.lower() in SLIDE_SUFFIXES]
-    others = Counter(path.suffix or "no suffix" for path in files if path not in set(slides))
+    suffixes = [path.suffix for path in files if path.suffix.lower() not in SLIDE_SUFFIXES]
+    others = Counter(suffix or "without suffix" for suffix in suffixes)
     return slides, [
         f"{count:,} files {suffix}: not the suffix of a slide" for suffix, count in others.items()
     ]

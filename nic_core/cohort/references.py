@@ -37,9 +37,10 @@ def wrong_references(data: Mapping[str, Any]) -> Found:
                 seen.add(name)
     tasks = _by_name(data, "patch_tasks")
     for position, encoder in _entries(data, "encoders"):
-        for number, task in enumerate(_texts(encoder.get("tasks"))):
-            if task not in tasks:
-                yield ("encoders", position, "tasks", number), _undefined("patch task", task, tasks)
+        for number, wanted in enumerate(_texts(encoder.get("tasks"))):
+            if wanted not in tasks:
+                message = _undefined("patch task", wanted, tasks)
+                yield ("encoders", position, "tasks", number), message
     encoders = _by_name(data, "encoders")
     for position, entry in _entries(data, "maps"):
         name, task, label = (entry.get(field) for field in ("encoder", "task", "label"))
