@@ -93,6 +93,13 @@ def test_every_mistake_is_reported_at_once(folder):
     assert "Traceback" not in result.stdout
 
 
+def test_a_target_without_any_label_has_one_finding_per_class(folder):
+    edit(folder / "cohort.yaml", "classes: [a, b]", "classes: [A, B]")
+    found = problems(folder)
+    assert len(found) == 2
+    assert "no row of the label table has the class 'A'" in found[0]
+
+
 def test_a_target_that_cannot_be_cross_validated_is_named(folder):
     edit(folder / "labels.csv", "s1,1,b\ns2,2,a\ns3,3,b\ns4,4,a\n", "")
     found = problems(folder)
@@ -110,6 +117,13 @@ def test_a_labelled_patient_without_slides_is_counted(folder):
     )
     assert len(found := problems(folder)) == 1
     assert "1 of 9 labelled patients have no slide: p8" in found[0]
+
+
+def test_a_missing_label_table_is_named_with_its_line(folder):
+    (folder / "labels.csv").unlink()
+    assert [line.split(" cannot")[0] for line in problems(folder)] == [
+        f"{folder / 'cohort.yaml'}:3: labels: label table {folder / 'labels.csv'}:"
+    ]
 
 
 def test_missing_masks_and_files_of_patch_tasks_are_named(folder):

@@ -238,7 +238,7 @@ def _annotated_slides(task: PatchTask) -> Iterator[Finding]:
 
 def _targets(source: Source, cohort: Cohort, index: pl.DataFrame) -> Iterator[Finding]:
     """Yield the targets that cannot be cross-validated, and rows without a partner."""
-    if cohort.labels is None or not cohort.targets:
+    if cohort.labels is None:
         return
     try:
         wrong = list(wrong_columns(source.data, cohort.labels))
@@ -252,7 +252,8 @@ def _targets(source: Source, cohort: Cohort, index: pl.DataFrame) -> Iterator[Fi
         return
     positions = {location[1] for location, _ in wrong}
     matched: list[Finding] = []
-    for number, entry in enumerate(source.data["targets"]):
+    listed = source.data.get("targets")
+    for number, entry in enumerate(listed if isinstance(listed, list) else []):
         name = entry.get("name") if isinstance(entry, dict) else None
         target = next((t for t in cohort.targets if t.name == name), None)
         if target is None or number in positions:
@@ -268,6 +269,8 @@ def _targets(source: Source, cohort: Cohort, index: pl.DataFrame) -> Iterator[Fi
                 )
             # the other problems of the target do not depend on these classes
             classes = tuple(label for label in target.classes if label not in absent)
+            if not classes:
+                continue
             target = target.model_copy(update={"classes": classes})
         try:
             target_table(cohort, target, index)
