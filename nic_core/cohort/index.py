@@ -27,7 +27,8 @@ INDEX_SCHEMA: dict[str, pl.DataType] = {
     "exclude": pl.String(),  # reason why no model uses the slide; null: it is used
 }
 _REQUIRED = ("slide", "path", "patient")
-_FILE_COLUMNS = ("path", "mask", "truth")
+FILE_COLUMNS = ("path", "mask", "truth")
+"""Columns of the slide index with paths of files."""
 _SPLITS = ("cv", "test")
 _ORIGINS = get_args(Origin)
 
@@ -52,7 +53,7 @@ def slide_index(cohort: Cohort, *, allow_missing: bool = False) -> pl.DataFrame:
         or cannot be a folder's name; or the slide table cannot be read, lacks a column or has an
         invalid value.
     """
-    rows = [row for folder in cohort.slides.folders for row in _folder_rows(folder)]
+    rows = [row for folder in cohort.slides.folders for row in folder_rows(folder)]
     if cohort.slides.table is not None:
         rows += table_rows(cohort.slides.table)
     if not rows:
@@ -60,7 +61,8 @@ def slide_index(cohort: Cohort, *, allow_missing: bool = False) -> pl.DataFrame:
         sources += [str(cohort.slides.table)] if cohort.slides.table else []
         raise CohortError(f"cohort '{cohort.name}': no slides found in {', '.join(sources)}")
     for row in rows:
-        _check(row)
+        if problem := row_problem(row):
+            raise CohortError(problem)
     index = pl.DataFrame(rows, schema=INDEX_SCHEMA).sort("slide")
     duplicates = index.filter(pl.col("slide").is_duplicated())
     if duplicates.height:
@@ -84,7 +86,7 @@ def missing_files(index: pl.DataFrame) -> dict[str, str]:
     return {
         row["slide"]: f"{column} {row[column]} does not exist"
         for row in index.iter_rows(named=True)
-        for column in reversed(_FILE_COLUMNS)
+        for column in reversed(FILE_COLUMNS)
         if row[column] and not Path(row[column]).is_file()
     }
 
@@ -107,7 +109,14 @@ def slide_id(path: Path) -> str:
     return normalise(path.stem).removesuffix(".ome")
 
 
-def _folder_rows(folder: SlideFolder) -> list[dict[str, object]]:
+def folder_rows(folder: SlideFolder) -> list[dict[str, object]]:
+    """List the slides of a folder, with columns of :data:`INDEX_SCHEMA`.
+
+    Raises
+    ------
+    CohortError
+        The folder does not exist, or its pattern finds no patient in a slide id.
+    """
     try:
         pattern = re.compile(folder.patient) if folder.patient else None
     except re.error as error:
@@ -156,7 +165,7 @@ def table_rows(path: Path) -> list[dict[str, object]]:
         for column in _REQUIRED:
             if not row[column]:
                 raise CohortError(f"slide table {path}: row {number} has no {column}")
-        for column in _FILE_COLUMNS:
+        for column in FILE_COLUMNS:
             if row.get(column):
                 row[column] = str(existing_path((path.parent / str(row[column])).resolve()))
         rows.append({column: row.get(column) or None for column in INDEX_SCHEMA})
@@ -166,16 +175,17 @@ def table_rows(path: Path) -> list[dict[str, object]]:
     return rows
 
 
-def _check(row: dict[str, object]) -> None:
+def row_problem(row: dict[str, object]) -> str | None:
+    """Return what is wrong with a slide's id or split, and what to do; None if nothing is."""
     slide = str(row["slide"])
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*", slide):
-        raise CohortError(
+        return (
             f"slide '{slide}' ({row['path']}): a slide id becomes a folder and a partition key: "
             "use letters, digits, '-', '_' and '.'; the slide table can give a slide another id"
         )
     if row["split"] not in _SPLITS:
-        raise CohortError(f"slide '{slide}': split '{row['split']}' must be 'cv' or 'test'")
+        return f"slide '{slide}': split '{row['split']}' must be 'cv' or 'test'"
     if row.get("origin") not in (None, *_ORIGINS):
-        raise CohortError(
-            f"slide '{slide}': origin '{row['origin']}' must be {' or '.join(map(repr, _ORIGINS))}"
-        )
+        origins = " or ".join(map(repr, _ORIGINS))
+        return f"slide '{slide}': origin '{row['origin']}' must be {origins}"
+    return None
