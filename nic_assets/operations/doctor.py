@@ -20,6 +20,7 @@ import dagster as dg
 
 from nic_assets.orchestration.executors import GPU_POOL, chosen_engine, set_gpu_slots
 from nic_assets.orchestration.internals import process_id, records_are_local
+from nic_assets.orchestration.metadata import duration
 from nic_assets.tags import HOST_TAG
 from nic_core.store import Store
 
@@ -97,7 +98,7 @@ def _dead_runs(instance: dg.DagsterInstance) -> Iterator[Finding]:
             cause = "no process of the run is known"
         else:
             cause = f"its process {'has ended' if local else 'is not on this machine'}"
-        meaning = f"{cause}; last event {_duration(silent)} ago"
+        meaning = f"{cause}; last event {duration(silent)} ago"
         assets = ", ".join(sorted(key.to_user_string() for key in run.asset_selection or ()))
         where = f"run {run.run_id[:8]} ({assets or run.job_name}), {run.status.value}"
         if local:
@@ -318,7 +319,3 @@ def _started(pid: int) -> float | None:
     if fields[0] in "ZX":
         return float("inf")
     return int(boot.split()[1]) + int(fields[19]) / os.sysconf("SC_CLK_TCK")
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
