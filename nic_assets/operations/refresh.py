@@ -13,7 +13,7 @@ import dagster as dg
 import polars as pl
 from rich.console import Console
 
-from nic_assets.operations.doctor import end_dead_runs
+from nic_assets.operations.doctor import end_dead_runs, slot_holders
 from nic_assets.orchestration.executors import set_gpu_slots
 from nic_assets.orchestration.internals import (
     ASSET_PARTITION_RANGE_END_TAG,
@@ -65,7 +65,14 @@ def _refresh_asset(
     started = time.monotonic()
     count = "" if stale == [None] else f": {len(stale)} partitions"
     console.print(f"[bold]{name}[/bold]{count}")
+    pool = defs.resolve_asset_graph().get(key).assets_def.op.pool
     for tags in _run_tags(defs, instance, key, stale):
+        if pool is not None and (holders := slot_holders(instance, pool)):
+            console.print(
+                f"{name}: waiting for a slot of pool {pool}, held by {'; '.join(holders)}",
+                style="yellow",
+                markup=False,
+            )
         job = defs.resolve_implicit_global_asset_job_def()
         result = job.execute_in_process(
             instance=instance,
