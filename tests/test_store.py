@@ -5,7 +5,9 @@ import errno
 import fcntl
 import multiprocessing
 import os
+import re
 import signal
+import socket
 import sys
 import threading
 import time
@@ -21,6 +23,7 @@ from nic_core.store import (
     Store,
     StoreBusyError,
     StoreError,
+    atomic,
     atomic_file,
     atomic_folder,
     exclusive_lock,
@@ -107,7 +110,11 @@ def test_a_lock_of_another_process_is_respected(tmp_path, writer):
     path = tmp_path / "grid.zarr"
     before = names(tmp_path)
     with (
-        pytest.raises(StoreBusyError, match=r"grid.zarr: .*another process"),
+        pytest.raises(
+            StoreBusyError,
+            match=rf"grid.zarr: .*another process has locked it: process {writer.pid} on "
+            rf"{re.escape(socket.gethostname())} since \d{{4}}-",
+        ),
         exclusive_lock(path, wait=False),
     ):
         pass
@@ -128,6 +135,16 @@ def test_a_writer_waits_and_removes_files_of_a_killed_writer(tmp_path, writer):
     assert writer.exitcode == -signal.SIGKILL
     assert names(tmp_path) == ["grid.zarr"]
     assert names(path) == ["chunk"]
+
+
+def test_a_waiting_writer_logs_who_holds_the_lock(tmp_path, writer, monkeypatch, caplog):
+    monkeypatch.setattr(atomic, "WAITING_LOGGED_AFTER", 0.0)
+    caplog.set_level("INFO", logger="nic_core")
+    killer = threading.Timer(0.2, writer.kill)
+    killer.start()
+    with exclusive_lock(tmp_path / "grid.zarr"):
+        [line] = caplog.messages
+    assert f"waiting for grid.zarr, locked by another process: process {writer.pid} on" in line
 
 
 def test_leftovers_of_an_interrupted_replacement_are_removed(tmp_path):

@@ -546,14 +546,8 @@ def test_a_locked_database_is_unavailable_and_a_read_only_one_is_not(tmp_path):
 
 def collect_garbage(registry: Registry) -> None:
     """Run ``mlflow gc``: it removes what was deleted for good."""
-    arguments = ["gc", "--backend-store-uri", registry.uri]
-    if registry.uri.startswith("sqlite"):
-        done = CliRunner().invoke(mlflow.cli.cli, arguments)
-    else:
-        done = CliRunner().invoke(
-            mlflow.cli.cli,
-            ["gc", "--backend-store-uri", registry.database, "--tracking-uri", registry.uri],
-        )
+    stores = ["--backend-store-uri", registry.database, "--tracking-uri", registry.uri]
+    done = CliRunner().invoke(mlflow.cli.cli, ["gc", *stores])
     assert done.exit_code == 0, done.output
 
 
