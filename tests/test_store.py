@@ -144,7 +144,9 @@ def test_a_waiting_writer_logs_who_holds_the_lock(tmp_path, writer, monkeypatch,
     killer.start()
     with exclusive_lock(tmp_path / "grid.zarr"):
         [line] = caplog.messages
-    assert f"waiting for grid.zarr, locked by another process: process {writer.pid} on" in line
+    assert (
+        f"waiting for grid.zarr, which another process has locked: process {writer.pid} on" in line
+    )
 
 
 def test_leftovers_of_an_interrupted_replacement_are_removed(tmp_path):

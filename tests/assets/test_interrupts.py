@@ -14,6 +14,8 @@ import pytest
 from nic_assets.orchestration.batches import Events, Product, batch_asset, materialize_each
 from nic_assets.orchestration.retries import retried_asset, was_interrupted
 
+PROJECT = Path(__file__).parents[2]
+
 # three partitions, of which the second takes ten minutes
 PROGRAM = """
 import signal, sys, time
@@ -71,6 +73,7 @@ def test_one_signal_ends_a_run_and_keeps_what_is_recorded(home, tmp_path, comman
         stdout=subprocess.DEVNULL,
         text=True,
         cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(PROJECT)},
         start_new_session=True,
     )
     assert process.stderr is not None
@@ -80,7 +83,7 @@ def test_one_signal_ends_a_run_and_keeps_what_is_recorded(home, tmp_path, comman
         if "begun s2" in line:
             break
     (os.killpg if group else os.kill)(process.pid, number)
-    lines += process.communicate()[0].splitlines(keepends=True)
+    lines += process.communicate()[1].splitlines(keepends=True)
     output = "".join(lines)
     assert process.returncode == (130 if command == "refresh" else 1), output
     assert output.count("begun s2") == 1
