@@ -301,6 +301,13 @@ def test_the_store_lists_the_product_of_every_asset(tmp_path):
     ]
 
 
+def test_finished_folds_are_an_incomplete_slide_model(tmp_path):
+    store, key = Store(tmp_path), ModelKey(encoder="mtl", target="growth.2")
+    (store.slide_model_checkpoint(key) / "fold-0").mkdir(parents=True)
+    path = store.slide_model_checkpoint(key)
+    assert list(store.products()) == [Product("slide_model", key, path, complete=False)]
+
+
 def test_a_checkpoint_is_an_incomplete_encoder(tmp_path):
     store = Store(tmp_path)
     put(store.encoder_checkpoint("mtl"))
