@@ -1,7 +1,5 @@
 """Ctrl-C and SIGTERM end a step, a run and a refresh; what was recorded is kept."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

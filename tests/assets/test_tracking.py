@@ -329,7 +329,7 @@ class Registry:
         tags["dagster/partition"] = "mtl-4|t"
         return TrackedRun(self.tracking, "target-t", tags, lambda _: False, warn)
 
-    def register(self, prediction: np.ndarray) -> ModelVersion:
+    def register(self, prediction: np.ndarray, name: str = "model-t") -> ModelVersion:
         model = cross_validated(prediction)
         folder = self.root / "model"
         folder.mkdir(exist_ok=True)
@@ -339,7 +339,7 @@ class Registry:
         run.register(
             torch.nn.Linear(2, 1),
             torch.zeros(2, 2),
-            name="model-t",
+            name=name,
             description="a linear model",
             tags={"encoder": "mtl-4"},
         )
@@ -347,7 +347,7 @@ class Registry:
             lambda champion: compare_with_champion(model, champion, permutation_control(model))
         )
         run.finish(folder)
-        return self.client.get_model_version("model-t", run.page.rpartition("/")[2])
+        return self.client.get_model_version(name, run.page.rpartition("/")[2])
 
     def holder(self, alias: str) -> int | None:
         """The number of the version that has an alias."""
@@ -622,11 +622,11 @@ def test_a_run_that_is_deleted_meanwhile_is_logged_again(either, forever):
 
 @pytest.mark.slow
 def test_a_registered_encoder_without_its_run_names_the_remedy(either):
-    version = either.register(predictions(error=10))
-    either.client.set_model_version_tag("model-t", "1", "weights_hash", "abc")
+    version = either.register(predictions(error=10), "encoder-e")
+    either.client.set_model_version_tag("encoder-e", "1", "weights_hash", "abc")
     either.client.delete_run(version.run_id)
     collect_garbage(either)
-    entry = RegisteredEncoder(name="e", objective="registered", version="model-t@candidate")
+    entry = RegisteredEncoder(name="e", objective="registered", version="encoder-e@candidate")
     with (
         pytest.raises(EncoderError, match="was deleted or has no artifact 'product'"),
         either.tracking.download_encoder(entry),
@@ -636,8 +636,8 @@ def test_a_registered_encoder_without_its_run_names_the_remedy(either):
 
 @pytest.mark.slow
 def test_a_registered_encoder_of_another_project_is_refused(registry):
-    registry.register(predictions(error=10))
-    entry = RegisteredEncoder(name="e", objective="registered", version="model-t@candidate")
+    registry.register(predictions(error=10), "encoder-e")
+    entry = RegisteredEncoder(name="e", objective="registered", version="encoder-e@candidate")
     with (
         pytest.raises(EncoderError, match="has no tag weights_hash"),
         registry.tracking.download_encoder(entry),
