@@ -20,7 +20,7 @@ def cohort(folder: Path, slides: str) -> Cohort:
 def touch(folder: Path, *names: str) -> None:
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).touch()
+        (folder / name).write_text("not empty")
 
 
 def test_files_of_a_folder_are_slides_sorted_by_id(tmp_path):
@@ -98,7 +98,7 @@ def test_missing_folders_and_tables_are_refused(tmp_path):
     with pytest.raises(CohortError, match="wsi is not a folder"):
         slide_index(cohort(tmp_path, "{folders: [{path: wsi}]}"))
     (tmp_path / "wsi").mkdir()
-    with pytest.raises(CohortError, match=r"no slides found in .*wsi/\*\*/\*.tif"):
+    with pytest.raises(CohortError, match=r"no slides found in .*wsi/\*\*"):
         slide_index(cohort(tmp_path, "{folders: [{path: wsi}]}"))
     with pytest.raises(CohortError, match=r"gone.csv: cannot be read"):
         slide_index(cohort(tmp_path, "{table: gone.csv}"))

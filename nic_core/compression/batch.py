@@ -7,6 +7,7 @@ compressed once.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
@@ -21,6 +22,8 @@ from nic_core.compression import compress_slide, is_up_to_date
 from nic_core.encoders.inference import PreparedEncoder
 from nic_core.grids import Grid, open_grid, write_grid
 from nic_core.slides import SlideError, content_identity, open_slide
+from nic_core.slides.dicom import folder_series
+from nic_core.slides.files import files_of_slide
 from nic_core.store import StoreBusyError, StoreError, atomic_file, exclusive_lock
 from nic_core.tiling.patches import patch_table
 from nic_core.tiling.tissue import tissue_mask
@@ -58,15 +61,18 @@ class Outcome:
 
 
 def slides_by_id(paths: Iterable[Path]) -> dict[str, Path]:
-    """Return slide files by slide id, which is the file's name without its suffix.
+    """Return slides by slide id (:func:`nic_core.cohort.index.slide_id`), each by its main file.
+
+    Several files of one slide, for example of a DICOM series, are one slide.
 
     Raises
     ------
     ValueError
-        Two files have the same id.
+        Two slides have the same id.
     """
     slides: dict[str, Path] = {}
-    for path in paths:
+    series_of = functools.cache(folder_series)
+    for path in (files_of_slide(path, series_of=series_of).path for path in paths):
         other = slides.setdefault(slide_id(path), path)
         if other != path:
             raise ValueError(

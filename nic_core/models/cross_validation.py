@@ -105,6 +105,7 @@ def cross_validate(
     device: str = "auto",
     tracker: Tracker | None = None,
     progress: Progress | None = None,
+    groups: Mapping[str, str] | None = None,
 ) -> CrossValidation:
     """Train and test the network and the baselines on every fold.
 
@@ -127,6 +128,8 @@ def cross_validate(
         Receives the training curves of the first initialisation.
     progress
         Called after each fold.
+    groups
+        Patient to group, for the new folds: see :func:`nic_core.models.folds.make_folds`.
 
     Raises
     ------
@@ -140,7 +143,9 @@ def cross_validate(
     kind = kind_of(target)
     if settings.permute_labels is not None:
         table = shuffle_labels(table, seed=settings.permute_labels)
-        folds = make_folds(table, target=target, folds=settings.folds, seed=settings.seed)
+        folds = make_folds(
+            table, target=target, folds=settings.folds, seed=settings.seed, groups=groups
+        )
     check_folds(folds, table)
     count = folds["fold"].n_unique()
     cv = table.filter(pl.col("split") == "cv").join(folds, on="patient").sort("unit")

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 
 import numpy as np
 import polars as pl
 
-from nic_core.cohort import Target
+from nic_core.cohort import CohortError, Target
 from nic_core.models.kinds import kind_of
 
 
-def make_folds(table: pl.DataFrame, *, target: Target, folds: int, seed: int) -> pl.DataFrame:
+def make_folds(
+    table: pl.DataFrame,
+    *,
+    target: Target,
+    folds: int,
+    seed: int,
+    groups: Mapping[str, str] | None = None,
+) -> pl.DataFrame:
     """Assign the patients of split ``cv`` to folds [choice].
 
     Patients are sorted by class, by event and time, or by value, and assigned one after the
@@ -28,6 +36,8 @@ def make_folds(table: pl.DataFrame, *, target: Target, folds: int, seed: int) ->
         Number of folds.
     seed
         Seed of the random order and of ties.
+    groups
+        Patient to group, for patients that share slides; a group is assigned as one patient.
 
     Returns
     -------
@@ -37,15 +47,16 @@ def make_folds(table: pl.DataFrame, *, target: Target, folds: int, seed: int) ->
     Raises
     ------
     ValueError
-        There are fewer patients than folds.
+        There are fewer patients or groups than folds.
+    CohortError
+        Patients of one group are in both splits.
     """
     kind = kind_of(target)
-    patients = (
-        table.filter(pl.col("split") == "cv")
-        .group_by("patient")
-        .agg(kind.patient_labels())
-        .sort("patient")
-    )
+    groups = groups or {}
+    table = table.with_columns(group=pl.col("patient").replace(groups))
+    cv = table.filter(pl.col("split") == "cv")
+    _check_groups(table, groups)
+    patients = cv.group_by("group").agg(kind.patient_labels()).sort("group")
     if patients.height < folds:
         raise ValueError(
             f"target '{target.name}': {patients.height} patients cannot be divided into {folds} "
@@ -63,9 +74,27 @@ def make_folds(table: pl.DataFrame, *, target: Target, folds: int, seed: int) ->
         in_stratum[stratum, fold] += 1
         in_fold[fold] += 1
         assigned.append(fold)
-    result = ordered.select("patient", fold=pl.Series(assigned, dtype=pl.Int64)).sort("patient")
+    result = (
+        cv.select("patient", "group")
+        .unique()
+        .join(ordered.select("group", fold=pl.Series(assigned, dtype=pl.Int64)), on="group")
+        .select("patient", "fold")
+        .sort("patient")
+    )
     check_folds(result, table)
     return result
+
+
+def _check_groups(table: pl.DataFrame, groups: Mapping[str, str]) -> None:
+    """Refuse patients that share slides in both splits: the test would be of training slides."""
+    shared = table.filter(pl.col("patient").is_in(list(groups)))
+    both = shared.filter(pl.col("split").n_unique().over("group") > 1)
+    if both.height:
+        patients = both.filter(pl.col("group") == both["group"].min())["patient"].unique().sort()
+        raise CohortError(
+            f"patients {', '.join(patients)} have slides with the same content and are in both "
+            "splits 'cv' and 'test'; put them into one split, or remove the duplicates"
+        )
 
 
 def check_folds(folds: pl.DataFrame, table: pl.DataFrame) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 
 from nic_core.slides.engines import Engine, EngineName, as_slide_error, open_engine
 from nic_core.slides.errors import SlideError
+from nic_core.slides.files import SlideFiles, files_of_slide
 from nic_core.slides.metadata import BRIGHTFIELD_REMEDY, check_physical_size, resolve_mpp
 from nic_core.slides.resample import resample, snap_to_whole
 from nic_core.types import Pixels
@@ -32,7 +33,8 @@ class Slide:
     ----------
     path : Path
     engine, engine_reason : str
-        Library that decodes the file (``libvips``, ``openslide`` or ``tifffile``), and why.
+        Library that decodes the file (``tifffile``, ``openslide``, ``libvips``, ``zarr``,
+        ``czi``), and why.
     width, height : int
         Level-0 px.
     mpp : float
@@ -242,10 +244,11 @@ def open_slide(path: Path, *, mpp: float | None = None, engine: EngineName | Non
     Parameters
     ----------
     path : Path
-        SVS, TIFF, OME-TIFF, NDPI, MIRAX, SCN, Philips TIFF, BIF, DICOM, PNG or JPEG.
+        SVS, TIFF, OME-TIFF, NDPI, MIRAX, SCN, Philips TIFF, BIF, DICOM, OME-Zarr, CZI, PNG or
+        JPEG. Any file of a slide that has several (:mod:`nic_core.slides.files`).
     mpp : float, optional
         um/px at level 0; overrides that of the file.
-    engine : {"tifffile", "openslide", "libvips"}, optional
+    engine : {"tifffile", "openslide", "libvips", "zarr", "czi"}, optional
         Library that reads the file; default: see :mod:`nic_core.slides.engines`.
 
     Raises
@@ -254,7 +257,10 @@ def open_slide(path: Path, *, mpp: float | None = None, engine: EngineName | Non
         The file is missing, damaged, truncated, of an unknown format or not brightfield, the engine
         does not read it, or its um/px is unknown or impossible.
     """
-    path = Path(path)
+    found = files_of_slide(Path(path))
+    if isinstance(found, SlideFiles) and found.problem is not None:
+        raise found.problem
+    path = found.path
     opened, reason = open_engine(path, engine)
     try:
         slide = Slide(path, opened, reason, *resolve_mpp(path, mpp, opened.metadata))

@@ -24,7 +24,7 @@ from nic_core.models.folds import make_folds
 from nic_core.models.labels import LabelMatches, match_labels, target_table
 from nic_core.reports import model_results
 from nic_core.steps.grids import read_grid_manifest
-from nic_core.steps.slide_index import digest, read_slide_index
+from nic_core.steps.slide_index import digest, read_patient_groups, read_slide_index
 from nic_core.store import GridKey, ModelKey, Store, atomic_file, atomic_folder
 from nic_core.tracker import Tracker
 
@@ -36,7 +36,8 @@ def make_target_folds(cohort: Cohort, store: Store, target: str) -> pl.DataFrame
     """Assign a target's patients to folds; write and return the target table with folds.
 
     The table is the output of :func:`~nic_core.models.labels.target_table` with the column
-    ``fold`` (null in split ``test``). The models of all encoders on this target share it.
+    ``fold`` (null in split ``test``). The models of all encoders on this target share it. Patients
+    with slides of the same content are in the same fold.
 
     Raises
     ------
@@ -45,7 +46,13 @@ def make_target_folds(cohort: Cohort, store: Store, target: str) -> pl.DataFrame
     """
     entry, settings = cohort.target(target), cohort.settings.models
     units = target_table(cohort, entry, read_slide_index(store))
-    folds = make_folds(units, target=entry, folds=settings.folds, seed=settings.seed)
+    folds = make_folds(
+        units,
+        target=entry,
+        folds=settings.folds,
+        seed=settings.seed,
+        groups=read_patient_groups(store),
+    )
     table = units.join(folds, on="patient", how="left").sort("unit")
     with atomic_file(store.target_folds(target)) as path:
         table.write_parquet(path)
@@ -121,6 +128,7 @@ def make_slide_model(
         device=device,
         tracker=tracker,
         progress=progress,
+        groups=read_patient_groups(store),
     )
     with atomic_folder(folder) as new:
         card = save_model(

@@ -13,7 +13,7 @@ from nic_core.slides.errors import SlideError
 from nic_core.slides.metadata import DAMAGED_REMEDY, FileMetadata
 from nic_core.types import Pixels
 
-EngineName = Literal["tifffile", "openslide", "libvips"]
+EngineName = Literal["tifffile", "openslide", "libvips", "zarr", "czi"]
 
 
 class ReadError(Exception):
