@@ -15,13 +15,13 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from xml.etree import ElementTree
 
 import tifffile
 from wcmatch import glob
 
 from nic_core.slides.dicom import DicomFile, folder_series, read_dicom, series_problem
 from nic_core.slides.errors import SlideError
+from nic_core.slides.ome_set import companion_file, ome_images, parse_ome
 
 # suffixes of the formats that the engines read and that state um/px
 SLIDE_SUFFIXES = frozenset(
@@ -180,11 +180,12 @@ def find_slide_files(
     found: dict[Path, SlideFiles] = {}
     series_of = functools.cache(folder_series)
     for path in listing.candidates:
+        if pattern is None and _may_be_dicom(path) and not _is_dicom_or_folder(path):
+            left.append(LeftAside(path, "a file without a suffix that is not DICOM"))
+            continue
         slide = files_of_slide(path, series_of=series_of)
         if isinstance(slide, LeftAside):
             left.append(slide)
-        elif pattern is None and _may_be_dicom(path) and not _is_dicom_or_folder(path):
-            left.append(LeftAside(path, "a file without a suffix that is not DICOM"))
         else:
             found[slide.path] = slide
     slides = _join_spread_series(found.values(), series_of)
@@ -477,34 +478,26 @@ def _tiff(path: Path) -> SlideFiles | LeftAside:
         with tifffile.TiffFile(path) as tiff:
             if tiff.is_ome and tiff.ome_metadata:
                 return _ome_set(path, tiff.ome_metadata.encode())
-            keyframes = (page.keyframe for page in tiff.pages)
-            if tiff.is_ome or any(page and page.samplesperpixel >= 3 for page in keyframes):
+            samples = [page.keyframe.samplesperpixel for page in tiff.pages if page.keyframe]
+            if tiff.is_ome or not samples or max(samples) >= 3:
                 return SlideFiles(path)
     # in a damaged structure tifffile raises any of a dozen types; opening the slide reports it
     except Exception:  # noqa: BLE001
         return SlideFiles(path)
-    return LeftAside(path, "a TIFF with one channel: a mask or label image, not a slide")
-
-
-@dataclass(frozen=True)
-class _OmeImage:
-    """An image of OME-XML: its number of pixels, and the names of the files with them."""
-
-    pixels: int
-    files: tuple[str, ...]
+    return LeftAside(path, "a TIFF without RGB pixels: a mask or label image, not a slide")
 
 
 def _ome_set(path: Path, xml: bytes) -> SlideFiles | LeftAside:
     """The slide of an OME-TIFF set, from a TIFF or companion file of it and its OME-XML."""
-    root = _ome_root(xml)
+    root = parse_ome(xml)
     others = {path}
-    if root is not None and (companion := _companion(path, root)) is not None:
+    if root is not None and (companion := companion_file(path, root)) is not None:
         if not companion.is_file():
             reason = f"its OME metadata are in '{companion.name}', which is missing"
             return SlideFiles(path, problem=SlideError(path, reason, _COPY_SET))
-        root = _ome_root(companion.read_bytes())
+        root = parse_ome(companion.read_bytes())
         others.add(companion)
-    images = [] if root is None else _ome_images(root, path.name)
+    images = [] if root is None else ome_images(root, path.name)
     if not images:  # opening the file reports it
         return SlideFiles(path)
     scan = max(images, key=lambda image: image.pixels)
@@ -525,64 +518,3 @@ def _ome_set(path: Path, xml: bytes) -> SlideFiles | LeftAside:
         problem = SlideError(main, reason, "save each scan as an OME-TIFF of its own")
     parts = {path.parent / name for image in images for name in image.files} | others
     return SlideFiles(main, tuple(sorted(p for p in parts - {main} if p.is_file())), problem)
-
-
-def _companion(path: Path, root: ElementTree.Element) -> Path | None:
-    """Return the file with the metadata of an OME-TIFF; None if they are in itself."""
-    binary_only = root.find("{*}BinaryOnly")
-    return None if binary_only is None else path.parent / binary_only.get("MetadataFile", "")
-
-
-def ome_xml(path: Path, xml: str) -> str:
-    """Return the OME-XML of one TIFF of a set whose metadata are in a companion file.
-
-    Parameters
-    ----------
-    xml : str
-        The OME-XML in the TIFF itself. Returned as it is, unless it names a companion file.
-
-    Returns
-    -------
-    str
-        The XML of the companion file, with the images that are in this TIFF only.
-    """
-    root = _ome_root(xml.encode())
-    companion = _companion(path, root) if root is not None else None
-    whole = _ome_root(companion.read_bytes()) if companion and companion.is_file() else None
-    if whole is None:
-        return xml
-    for image in whole.findall("{*}Image"):
-        if path.name not in _ome_files(image, None, ""):
-            whole.remove(image)
-    return ElementTree.tostring(whole, encoding="unicode")
-
-
-def _ome_root(xml: bytes) -> ElementTree.Element | None:
-    try:
-        return ElementTree.fromstring(xml)
-    except ElementTree.ParseError:
-        return None
-
-
-def _ome_images(root: ElementTree.Element, own: str) -> list[_OmeImage]:
-    """The images of OME-XML; ``own`` is the name of the file from which it is."""
-    return [
-        _OmeImage(
-            int(pixels.get("SizeX", 0)) * int(pixels.get("SizeY", 0)),
-            _ome_files(image, root.get("UUID"), own),
-        )
-        for image in root.findall("{*}Image")
-        if (pixels := image.find("{*}Pixels")) is not None
-    ]
-
-
-def _ome_files(image: ElementTree.Element, own_uuid: str | None, own: str) -> tuple[str, ...]:
-    """Names of the files with the pixels of an image, each once.
-
-    A file that was renamed is found by its UUID.
-    """
-    names = [
-        own if own_uuid and (uuid.text or "").strip() == own_uuid else uuid.get("FileName", own)
-        for uuid in image.iterfind("{*}Pixels/{*}TiffData/{*}UUID")
-    ]
-    return tuple(dict.fromkeys(names)) or (own,)

@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 import tifffile
 
 from nic_core.slides.errors import SlideError
+from nic_core.slides.ome_set import ome_xml
 
 # No histology scanner works outside this range of um/px [choice]. Print resolutions, which some
 # programs write, are outside it (72 to 600 dpi are 353 to 42 um/px).
@@ -134,7 +135,7 @@ def tiff_metadata(
         if (stated := _aperio_field(page.description, "MPP")) is not None:
             mpp, source = (stated, stated), "Aperio tag"
     elif tiff.is_ome and tiff.ome_metadata:
-        mpp, power = _ome_mpp_and_power(tiff.ome_metadata)
+        mpp, power = _ome_mpp_and_power(ome_xml(Path(tiff.filehandle.path), tiff.ome_metadata))
         source = "OME-XML"
     if mpp is None:
         mpp, source = _resolution_mpp(page), "TIFF resolution"

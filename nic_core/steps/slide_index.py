@@ -102,11 +102,9 @@ def scan_slides(
     busy = set(ignore_paths)
     waiting = {path for path, parts in files.items() if busy & {path, *parts}}
     unusable = set(index.filter(pl.col("slide").is_in(list(found.problems)))["path"])
-    snapshot, unreadable = take_snapshot(
-        {path: parts for path, parts in files.items() if path not in waiting | unusable},
-        set(map(str, watched_files(cohort))) - set(files) - busy | unusable - waiting,
-        previous.clear() if rehash else previous,
-    )
+    readable = {path: parts for path, parts in files.items() if path not in waiting | unusable}
+    others = {str(path) for path in watched_files(cohort)} - set(readable) - busy
+    snapshot, unreadable = take_snapshot(readable, others, previous.clear() if rehash else previous)
     # a slide with a file that is still being written keeps the state of the previous snapshot
     kept = previous.filter(
         pl.col("path").is_in(list(busy | waiting)) | pl.col("part_of").is_in(list(waiting))

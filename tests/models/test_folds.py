@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nic_core.cohort import ClassificationTarget, RegressionTarget, SurvivalTarget
+from nic_core.cohort import ClassificationTarget, CohortError, RegressionTarget, SurvivalTarget
 from nic_core.models.folds import check_folds, make_folds
+from nic_core.steps.slide_index import patient_groups
 
 SCORE = RegressionTarget(name="score", kind="regression", column="y")
 GROWTH = ClassificationTarget(
@@ -102,3 +103,34 @@ def test_check_folds_names_the_wrong_patient():
         check_folds(folds, table[:7])
     with pytest.raises(ValueError, match="8 patients cannot be divided into 9 folds"):
         make_folds(table, target=SCORE, folds=9, seed=0)
+
+
+@given(st.lists(st.sets(st.integers(0, 29), min_size=2, max_size=4), max_size=4), st.integers(0, 9))
+@settings(max_examples=50, deadline=None)
+def test_patients_that_share_slides_are_in_one_fold(shared, seed):
+    table = units(y=np.random.default_rng(seed).normal(size=30))
+    slides = [f"{i:03d}" for i in range(30)]
+    index = pl.DataFrame({"slide": slides, "patient": slides})
+    groups = patient_groups(index, [[slides[i] for i in ids] for ids in shared])
+    folds = make_folds(table, target=SCORE, folds=4, seed=seed, groups=groups)
+    fold = dict(folds.iter_rows())
+    assert len(fold) == 30
+    for ids in shared:
+        assert len({fold[slides[i]] for i in ids}) == 1
+
+
+def test_patients_that_share_slides_in_both_splits_are_refused():
+    table = units(y=np.arange(20.0)).with_columns(
+        split=pl.when(pl.col("unit") == "003").then(pl.lit("test")).otherwise("split")
+    )
+    groups = {"003": "001", "001": "001"}
+    with pytest.raises(CohortError, match="patients 001, 003 have slides with the same content"):
+        make_folds(table, target=SCORE, folds=4, seed=0, groups=groups)
+    assert make_folds(table, target=SCORE, folds=4, seed=0).height == 19
+
+
+def test_patients_of_one_group_count_once_for_the_number_of_folds():
+    table = units(y=np.arange(5.0))
+    groups = {"001": "000", "000": "000"}
+    with pytest.raises(ValueError, match="4 patients cannot be divided into 5 folds"):
+        make_folds(table, target=SCORE, folds=5, seed=0, groups=groups)
