@@ -31,7 +31,7 @@ from nic_core.tiling.tissue import tissue_mask
 REPORT = "report.csv"
 BATCH_SCHEMA: dict[str, pl.DataType] = {
     "slide": pl.String(),
-    "path": pl.String(),  # as given by the caller
+    "path": pl.String(),  # of the slide's main file
     "status": pl.String(),  # compressed, up to date, failed, not tried
     "reason": pl.String(),  # null unless failed or not tried
     "remedy": pl.String(),

@@ -11,6 +11,7 @@ import configparser
 import functools
 import os
 import re
+import unicodedata
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from wcmatch import glob
 
 from nic_core.slides.dicom import DicomFile, folder_series, read_dicom, series_problem
 from nic_core.slides.errors import SlideError
-from nic_core.slides.ome_set import companion_file, ome_images, parse_ome
+from nic_core.slides.ome_set import OTHER_SCAN, companion_file, ome_images, parse_ome
 
 # suffixes of the formats that the engines read and that state um/px
 SLIDE_SUFFIXES = frozenset(
@@ -69,7 +70,6 @@ _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _COMPANION = ".companion.ome"  # the file with the metadata of an OME-TIFF set
 _ZARR_FILES = frozenset((".zattrs", ".zgroup", "zarr.json"))
 _GLOB = glob.GLOBSTAR | glob.IGNORECASE | glob.BRACE
-_OTHER_SCAN = 16  # an image with more than 1/16 of the scan's pixels is no macro image [choice]
 
 _COPY_AGAIN = "copy the file again from its source"
 _COPY_FOLDER = "copy the folder together with the file"
@@ -311,7 +311,7 @@ def _name_reason(path: Path, relative: str, pattern: str | None, *, is_zarr: boo
     suffix = ".zarr" if is_zarr else path.suffix.lower()
     if path.name.startswith("."):
         return "a hidden file" if suffix in SLIDE_SUFFIXES else ""
-    if pattern is not None and not glob.globmatch(relative, pattern, flags=_GLOB):
+    if pattern is not None and not _matches(relative, pattern):
         return f"does not match the pattern {pattern}" if suffix in SLIDE_SUFFIXES else ""
     if suffix in _PICTURES:
         return (
@@ -323,6 +323,11 @@ def _name_reason(path: Path, relative: str, pattern: str | None, *, is_zarr: boo
     if pattern is None and suffix not in SLIDE_SUFFIXES and not (companion or _may_be_dicom(path)):
         return f"not a slide format ({suffix})"
     return None
+
+
+def _matches(relative: str, pattern: str) -> bool:
+    name, pattern = (unicodedata.normalize("NFC", text) for text in (relative, pattern))
+    return glob.globmatch(name, pattern.removeprefix("./"), flags=_GLOB)
 
 
 def _may_be_dicom(path: Path) -> bool:
@@ -505,7 +510,7 @@ def _ome_set(path: Path, xml: bytes) -> SlideFiles | LeftAside:
         (
             image
             for image in images
-            if image.files[0] not in scan.files and image.pixels * _OTHER_SCAN > scan.pixels
+            if image.files[0] not in scan.files and image.pixels * OTHER_SCAN > scan.pixels
         ),
         None,
     )

@@ -12,6 +12,7 @@ import zarr
 
 from nic_core.slides.errors import SlideError
 from nic_core.slides.metadata import BRIGHTFIELD_REMEDY, DAMAGED_REMEDY, FileMetadata
+from nic_core.slides.ome_set import OTHER_SCAN
 
 _METADATA_NAMES = (".zattrs", ".zgroup", ".zarray", "zarr.json")
 _MICROMETRES = {
@@ -51,26 +52,31 @@ class OmeZarrImage:
 
 
 def read_ome_zarr(path: Path) -> OmeZarrImage:
-    """Find the slide in an OME-Zarr folder: the largest image, if there are several.
+    """Find the slide in an OME-Zarr folder: the scan, if there are a label and a macro image too.
 
     Raises
     ------
     NotASlideError
         The folder holds no OME-Zarr image of 8-bit RGB.
     SlideError
-        The metadata are damaged or incomplete, or from a version before 0.4.
+        The metadata are damaged or incomplete, or from a version before 0.4; or there are several
+        scans.
     """
     try:
         root = zarr.open_group(path, mode="r")
-        images = _images(path, root)
-        found = [_image(path, group, entry) for group, entry in images]
+        found = _rgb_images(path, _images(path, root))
     except SlideError:
         raise
     # on damaged metadata zarr raises whatever they lead to: any of a dozen types
     except Exception as error:
         reason = f"damaged OME-Zarr metadata ({error or type(error).__name__})"
         raise SlideError(path, reason, DAMAGED_REMEDY) from error
-    return max(found, key=lambda image: image.levels[0].size)
+    first, *others = sorted(found, key=lambda image: -image.levels[0].size)
+    if others and others[0].levels[0].size * OTHER_SCAN > first.levels[0].size:
+        names = " and ".join(image.levels[0].path for image in (first, others[0]))
+        remedy = "name the group of one scan in the slide table, for example scan.zarr/0"
+        raise SlideError(path, f"has several scans, whose level 0 is at {names}", remedy)
+    return first
 
 
 def ome_zarr_files(path: Path) -> list[Path]:
@@ -95,12 +101,31 @@ def _images(path: Path, root: zarr.Group) -> list[tuple[zarr.Group, Mapping[str,
     groups = [root]
     if "bioformats2raw.layout" in attributes:  # several images, in groups called 0, 1, ...
         groups = [group for name, group in sorted(root.groups()) if name.isdecimal()]
-    images: list[tuple[zarr.Group, Mapping[str, Any]]] = [
-        (group, entry) for group in groups for entry in _ome(group).get("multiscales", ())
-    ]
+    # the first entry is the image; others are the same image at other levels
+    images = [(group, _ome(group)["multiscales"][0]) for group in groups if _has_image(group)]
     if not images:
         raise NotASlideError(path, "a Zarr folder without an OME-Zarr image")
     return images
+
+
+def _has_image(group: zarr.Group) -> bool:
+    return bool(_ome(group).get("multiscales"))
+
+
+def _rgb_images(
+    path: Path, images: list[tuple[zarr.Group, Mapping[str, Any]]]
+) -> list[OmeZarrImage]:
+    """The images of 8-bit RGB; raises NotASlideError if there is none."""
+    found: list[OmeZarrImage] = []
+    others: list[NotASlideError] = []
+    for group, entry in images:
+        try:
+            found.append(_image(path, group, entry))
+        except NotASlideError as error:
+            others.append(error)
+    if not found:
+        raise others[0]
+    return found
 
 
 def _ome(group: zarr.Group) -> Mapping[str, Any]:
@@ -114,7 +139,7 @@ def _image(path: Path, group: zarr.Group, entry: Mapping[str, Any]) -> OmeZarrIm
     if not axes or not all(isinstance(axis, dict) for axis in axes):
         version = entry.get("version", "of an unknown version")
         raise SlideError(
-            path, f"OME-Zarr {version} states no axes", "convert it to OME-Zarr 0.4 or 0.5"
+            path, f"OME-Zarr {version} is not read", "convert it to OME-Zarr 0.4 or 0.5"
         )
     names = tuple(str(axis["name"]) for axis in axes)
     datasets = [(_array(group, d["path"]), d) for d in entry["datasets"]]

@@ -306,6 +306,11 @@ def test_the_largest_image_of_bioformats2raw_is_the_slide(tmp_path):
     vendors.write_ome_zarr(tmp_path / "a.zarr" / "1", levels(), MPP, **options)
     with open_slide(tmp_path / "a.zarr") as slide:
         assert (slide.width, slide.height, slide.mpp) == (768, 512, MPP)
+    vendors.write_ome_zarr(tmp_path / "a.zarr" / "2", levels(), 2 * MPP, **options)
+    with pytest.raises(SlideError, match="several scans, whose level 0 is at 1/0 and 2/0"):
+        open_slide(tmp_path / "a.zarr")
+    with open_slide(tmp_path / "a.zarr" / "2") as slide:
+        assert slide.mpp == 2 * MPP
 
 
 def test_a_chunk_that_is_not_stored_is_white(tmp_path):

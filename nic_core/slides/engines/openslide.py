@@ -19,7 +19,7 @@ from nic_core.slides.tiff import TiffInfo
 from nic_core.types import Pixels
 
 UNKNOWN_FORMAT_REMEDY = (
-    "give a whole-slide image (SVS, TIFF, NDPI, MIRAX, SCN, DICOM), a PNG or a JPEG"
+    "give a whole-slide image (SVS, TIFF, NDPI, MIRAX, SCN, DICOM, CZI, OME-Zarr), a PNG or a JPEG"
 )
 _CONVERT_REMEDY = "convert it to a tiled RGB TIFF"
 
