@@ -151,6 +151,7 @@ def folder_series(folder: Path) -> dict[str, list[DicomFile]]:
 
 def series_problem(files: Iterable[DicomFile]) -> SlideError | None:
     """Return why OpenSlide cannot read the files of a series, or None."""
+    levels: dict[int, DicomFile] = {}  # number of pixels to the file
     for file in files:
         if file.syntax:
             return SlideError(
@@ -158,12 +159,22 @@ def series_problem(files: Iterable[DicomFile]) -> SlideError | None:
                 f"the transfer syntax is {file.syntax}, which OpenSlide does not read",
                 "convert its files to explicit VR little endian (dcmconv +te of DCMTK)",
             )
-        if file.concatenated and file.is_level:
+        if not file.is_level:
+            continue
+        if file.concatenated:
             return SlideError(
                 file.path,
                 "a level is divided into several files (a concatenation), which OpenSlide does "
                 "not read",
                 "export it with one file for each level",
+            )
+        other = levels.setdefault(file.pixels, file)
+        if other.instance != file.instance:
+            return SlideError(
+                file.path,
+                f"{other.path.name} and {file.path.name} are the same level of its series (two "
+                "focal planes, optical paths or scans)",
+                "keep the files of one of them in the folder",
             )
     return None
 

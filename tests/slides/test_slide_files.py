@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 import pytest
@@ -46,7 +47,7 @@ def write_header(
 ) -> Path:
     """Write a DICOM file without pixels, in any transfer syntax."""
     data = Dataset()
-    data.SOPClassUID, data.SOPInstanceUID = sop_class, f"1.2.9.{abs(hash(path.name))}"
+    data.SOPClassUID, data.SOPInstanceUID = sop_class, f"1.2.9.{crc32(path.name.encode())}"
     data.ImageType = ["ORIGINAL", "PRIMARY", "VOLUME", "NONE"]
     data.SeriesInstanceUID = "1.2.5"
     data.TotalPixelMatrixColumns = data.TotalPixelMatrixRows = 1000
@@ -165,6 +166,17 @@ def test_a_concatenation_is_refused(tmp_path):
         write_header(tmp_path / f"{number}.dcm", **tags)
     [slide] = find_slide_files(tmp_path)[0]
     assert "concatenation" in problem(slide)
+
+
+def test_two_files_of_one_level_are_refused_unless_they_are_copies(tmp_path):
+    path = dicom(tmp_path / "d")
+    shutil.copy(path, path.with_name("copy.dcm"))
+    with open_slide(path) as slide:
+        assert slide.width == 512
+    for name in ("near.dcm", "far.dcm"):  # focal planes
+        write_header(tmp_path / "planes" / name)
+    with pytest.raises(SlideError, match=r"(near|far).dcm are the same level of its series.*keep"):
+        open_slide(tmp_path / "planes" / "near.dcm")
 
 
 def test_dicom_that_is_no_slide_is_left_aside_with_its_kind(tmp_path):
