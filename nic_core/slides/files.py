@@ -325,9 +325,13 @@ def _name_reason(path: Path, relative: str, pattern: str | None, *, is_zarr: boo
     return None
 
 
+@functools.lru_cache(maxsize=64)
+def _matcher(pattern: str) -> glob.WcMatcher[str]:
+    return glob.compile(unicodedata.normalize("NFC", pattern).removeprefix("./"), flags=_GLOB)
+
+
 def _matches(relative: str, pattern: str) -> bool:
-    name, pattern = (unicodedata.normalize("NFC", text) for text in (relative, pattern))
-    return glob.globmatch(name, pattern.removeprefix("./"), flags=_GLOB)
+    return _matcher(pattern).match(unicodedata.normalize("NFC", relative))
 
 
 def _may_be_dicom(path: Path) -> bool:
