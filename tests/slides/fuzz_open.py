@@ -49,7 +49,9 @@ def slide_files(source: Path) -> dict[Path, bytes]:
     """Contents of all files of a slide, by path relative to its folder."""
     slide = files_of_slide(source)
     assert isinstance(slide, SlideFiles)
-    files = (slide.path, *slide.parts)
+    files = [slide.path, *slide.parts]
+    if slide.path.is_dir():  # OME-Zarr: its chunks too
+        files = [path for path in slide.path.rglob("*") if path.is_file()]
     return {file.relative_to(source.parent): file.read_bytes() for file in files}
 
 
