@@ -202,7 +202,7 @@ def test_a_slide_waits_for_all_of_its_files(tmp_path):
     found = cohort.index(ignore_paths=cohort.changing)
     assert found.versions == before
     assert cohort.scan() == ({"label"}, set())
-    assert set(cohort.index(rehash=False).versions) == {"a", "level0"}
+    assert set(cohort.index(rehash=False).versions) == {"a", "d"}
     assert cohort.scan() == (set(), set())
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from nic_core.cohort import Cohort, CohortError, load_cohort
 from nic_core.cohort.index import INDEX_SCHEMA, find_slides, slide_id, slide_index
+from nic_core.slides.files import SlideFiles
 from tests.slides import vendors
 
 
@@ -140,7 +141,21 @@ def test_folders_take_every_format_unless_a_pattern_says_which(tmp_path):
     ],
 )
 def test_the_last_number_of_a_uid_is_no_suffix(name, slide):
-    assert slide_id(Path(name)) == slide
+    assert slide_id(SlideFiles(Path(name))) == slide
+
+
+def test_dicom_slides_are_named_by_their_folders_if_they_are_alone(tmp_path):
+    pixels = np.zeros((128, 128, 3), np.uint8)
+    for name, series in (("a/P1.x", "1.2.5"), ("a/P2", "1.2.6"), ("b", "1.2.7"), ("c", "1.2.8")):
+        (tmp_path / "wsi" / name).parent.mkdir(parents=True, exist_ok=True)
+        vendors.write_dicom(tmp_path / "wsi" / name, [pixels], 0.5, label=pixels, series=series)
+    for path in (tmp_path / "wsi" / "c").iterdir():
+        path.rename(tmp_path / "wsi" / "b" / f"c-{path.name}")
+    index = slide_index(cohort(tmp_path, "{folders: [{path: wsi}]}"))
+    assert index["slide"].to_list() == ["P1.x", "P2", "c-level0", "level0"]
+    # more series may come into the folder of all slides
+    index = slide_index(cohort(tmp_path, "{folders: [{path: wsi/a/P2}]}"))
+    assert index["slide"].to_list() == ["level0"]
 
 
 def test_a_dicom_series_is_one_slide_whichever_file_a_table_names(tmp_path):

@@ -158,12 +158,15 @@ def _existing(folder: SlideFolder) -> Path:
     return folder.path
 
 
-def slide_id(path: Path) -> str:
+def slide_id(slide: SlideFiles) -> str:
     """Return the id of a slide in a folder: its file name without suffix and ``.ome``.
 
-    The id of a DICOM slide is from the file of its level 0. The last number of a UID is no suffix.
+    The id of a DICOM slide is the name of its folder, if that holds no other series, else the name
+    of the file of its level 0. The last number of a UID is no suffix.
     """
-    name = normalise(path.name)
+    if slide.folder:
+        return normalise(slide.folder)
+    name = normalise(slide.path.name)
     stem, dot, suffix = name.rpartition(".")
     if not stem or (dot and suffix.isdecimal()):
         return name
@@ -180,8 +183,8 @@ def _folder_rows(folder: SlideFolder, slides: Iterable[SlideFiles]) -> list[dict
             f"slides.folders: patient '{folder.patient}' has no group (?P<patient>...)"
         )
     rows: list[dict[str, object]] = []
-    for path in (slide.path for slide in slides):
-        slide = slide_id(path)
+    for files in slides:
+        slide, path = slide_id(files), files.path
         match = pattern.search(slide) if pattern else None
         if pattern is not None and match is None:
             raise CohortError(

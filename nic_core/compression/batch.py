@@ -23,7 +23,7 @@ from nic_core.encoders.inference import PreparedEncoder
 from nic_core.grids import Grid, open_grid, write_grid
 from nic_core.slides import SlideError, content_identity, open_slide
 from nic_core.slides.dicom import folder_series
-from nic_core.slides.files import files_of_slide
+from nic_core.slides.files import SlideFiles, files_of_slide
 from nic_core.store import StoreBusyError, StoreError, atomic_file, exclusive_lock
 from nic_core.tiling.patches import patch_table
 from nic_core.tiling.tissue import tissue_mask
@@ -72,11 +72,15 @@ def slides_by_id(paths: Iterable[Path]) -> dict[str, Path]:
     """
     slides: dict[str, Path] = {}
     series_of = functools.cache(folder_series)
-    for path in (files_of_slide(path, series_of=series_of).path for path in paths):
-        other = slides.setdefault(slide_id(path), path)
-        if other != path:
+    for path in paths:
+        found = files_of_slide(path, series_of=series_of)
+        # compression reports a file that is no slide
+        slide = found if isinstance(found, SlideFiles) else SlideFiles(path)
+        other = slides.setdefault(slide_id(slide), slide.path)
+        if other != slide.path:
             raise ValueError(
-                f"{other} and {path} have the same slide id '{slide_id(path)}'; rename one of them"
+                f"{other} and {slide.path} have the same slide id '{slide_id(slide)}'; rename one "
+                "of them"
             )
     return slides
 

@@ -14,7 +14,7 @@ import re
 import unicodedata
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import tifffile
@@ -90,11 +90,15 @@ class SlideFiles:
         Its other files.
     problem : SlideError or None
         Why the slide cannot be used, as far as its files show it without a look at the pixels.
+    folder : str
+        Name of the folder that holds nothing but this DICOM series, whose files often have the same
+        names for every slide; else empty.
     """
 
     path: Path
     parts: tuple[Path, ...] = ()
     problem: SlideError | None = None
+    folder: str = ""
 
 
 @dataclass(frozen=True)
@@ -187,7 +191,8 @@ def find_slide_files(
         if isinstance(slide, LeftAside):
             left.append(slide)
         else:
-            found[slide.path] = slide
+            # more series may come into the folder of all slides
+            found[slide.path] = replace(slide, folder="") if path.parent == folder else slide
     slides = _join_spread_series(found.values(), series_of)
     parts = {part for slide in slides for part in slide.parts}
     return slides, [item for item in left if item.path not in parts]
@@ -288,6 +293,10 @@ def _walk(folder: Path) -> _Tree:
         if names & _ZARR_FILES:
             tree.zarrs.add(current)
             continue
+        if current.suffix.lower() == ".zarr":
+            reason = "a .zarr folder without Zarr metadata: copy it again from its source"
+            tree.left_aside.append(LeftAside(current, reason))
+            continue
         slides = {name[: -len(".mrxs")] for name in names if name.lower().endswith(".mrxs")}
         for entry in entries:
             path = current / entry.name
@@ -357,6 +366,9 @@ def _folder(path: Path, series_of: _SeriesOf) -> SlideFiles | LeftAside:
             return LeftAside(path, error.reason)
         except SlideError as error:
             return SlideFiles(path, problem=error)
+    mirax = path.with_name(f"{path.name}.mrxs")
+    if mirax.is_file():
+        return _mirax(mirax)
     series = list(series_of(path).values())
     if len(series) == 1:
         return _dicom(series[0][0].path, series_of)
@@ -376,11 +388,13 @@ def _dicom(path: Path, series_of: _SeriesOf) -> SlideFiles | LeftAside:
     if tags is None or not tags.is_slide_image:
         kind = tags.sop_class if tags else "unknown"
         return LeftAside(path, f"DICOM, but not a whole-slide image ({kind})")
-    first, *others = series_of(path.parent)[tags.series]
+    series = series_of(path.parent)
+    first, *others = series[tags.series]
     if not first.is_level:
         return LeftAside(path, "DICOM: label, overview or thumbnail without a scan in its folder")
     parts = tuple(file.path for file in others)
-    return SlideFiles(first.path, parts, series_problem([first, *others]))
+    folder = path.parent.name if len(series) == 1 else ""
+    return SlideFiles(first.path, parts, series_problem([first, *others]), folder)
 
 
 def _join_spread_series(slides: Iterable[SlideFiles], series_of: _SeriesOf) -> list[SlideFiles]:
@@ -389,24 +403,25 @@ def _join_spread_series(slides: Iterable[SlideFiles], series_of: _SeriesOf) -> l
     Folders with the same instances are copies, and slides of their own.
     """
     result: list[SlideFiles] = []
-    series: dict[str, list[DicomFile]] = {}
+    spread: dict[str, tuple[SlideFiles, list[DicomFile]]] = {}  # by series
     for slide in sorted(slides, key=lambda slide: slide.path):
         members = _members(slide.path, series_of)
-        known = series.setdefault(members[0].series, []) if members else []
+        known = spread[members[0].series][1] if members and members[0].series in spread else []
         if not members or {f.instance for f in known} & {f.instance for f in members}:
             result.append(slide)
         else:
-            known += members
-    for members in series.values():
-        first, *others = sorted(members, key=lambda file: (not file.is_level, -file.pixels))
+            spread[members[0].series] = slide, known + members
+    for slide, members in spread.values():
         folders = sorted({str(file.path.parent) for file in members})
-        problem = series_problem(members)
-        if len(folders) > 1:
-            problem = SlideError(
-                first.path,
-                f"its DICOM series is spread over {len(folders)} folders: {', '.join(folders)}",
-                "put all files of a series into one folder",
-            )
+        if len(folders) == 1:
+            result.append(slide)
+            continue
+        first, *others = sorted(members, key=lambda file: (not file.is_level, -file.pixels))
+        problem = SlideError(
+            first.path,
+            f"its DICOM series is spread over {len(folders)} folders: {', '.join(folders)}",
+            "put all files of a series into one folder",
+        )
         result.append(SlideFiles(first.path, tuple(file.path for file in others), problem))
     return sorted(result, key=lambda slide: slide.path)
 

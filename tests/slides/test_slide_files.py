@@ -292,6 +292,8 @@ def test_a_mixed_folder_gives_every_slide_and_says_what_is_left(tmp_path, files)
     (tmp_path / "README").write_text("slides")
     (tmp_path / "scan.isyntax").write_text("philips")
     (tmp_path / ".DS_Store").write_text("")
+    (tmp_path / "g.zarr" / "0").mkdir(parents=True)
+    (tmp_path / "g.zarr" / "0" / "0.0").write_text("a chunk")
     (tmp_path / ".trash").mkdir()
     slides = found(tmp_path)
     assert [name for name in slides if slides[name].problem is None] == [
@@ -309,6 +311,7 @@ def test_a_mixed_folder_gives_every_slide_and_says_what_is_left(tmp_path, files)
         "README": "a file without a suffix that is not DICOM",
         "b_labels.png": "PNG and JPEG state no um/px: a slide table can name it, with its um/px "
         "in column mpp",
+        "g.zarr": "a .zarr folder without Zarr metadata: copy it again from its source",
         "mask.tif": "a TIFF without RGB pixels: a mask or label image, not a slide",
         "scan.isyntax": "no library here reads .isyntax: convert it to OME-TIFF or DICOM",
         "slide.svs.part": "not a slide format (.part)",
