@@ -33,7 +33,7 @@ from nic_assets.tracking import Tracking
 from nic_core import steps
 from nic_core.cohort import Cohort
 from nic_core.slides import SlideError
-from nic_core.slides.files import summarize_left_aside
+from nic_core.slides.folders import summarize_left_aside
 from nic_core.steps.slides import SlideRecord
 from nic_core.store import Store
 from nic_core.tiling.patches import PATCH_SCHEMA

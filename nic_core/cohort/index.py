@@ -17,14 +17,8 @@ from nic_core.cohort.slides import SlideFolder
 from nic_core.cohort.tables import existing_path, read_table, require_columns
 from nic_core.slides.dicom import folder_series
 from nic_core.slides.errors import SlideError
-from nic_core.slides.files import (
-    LeftAside,
-    SlideFiles,
-    files_of_slide,
-    find_slide_files,
-    list_candidates,
-    summarize_left_aside,
-)
+from nic_core.slides.files import LeftAside, SlideFiles, files_of_slide
+from nic_core.slides.folders import find_slide_files, list_candidates, summarize_left_aside
 
 INDEX_SCHEMA: dict[str, pl.DataType] = {
     "slide": pl.String(),  # slide id
@@ -55,7 +49,7 @@ class FoundSlides:
         exist", as far as its files show it without a look at the pixels.
     left_aside : tuple of LeftAside
         Files of the folders that are no slides, and why
-        (:func:`nic_core.slides.files.summarize_left_aside` shortens them).
+        (:func:`nic_core.slides.folders.summarize_left_aside` shortens them).
     """
 
     index: pl.DataFrame

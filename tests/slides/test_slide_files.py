@@ -20,14 +20,8 @@ from pydicom.uid import (
 )
 
 from nic_core.slides import SlideError, content_identity, open_slide
-from nic_core.slides.files import (
-    LeftAside,
-    SlideFiles,
-    files_of_slide,
-    find_slide_files,
-    list_candidates,
-    summarize_left_aside,
-)
+from nic_core.slides.files import LeftAside, SlideFiles, files_of_slide
+from nic_core.slides.folders import find_slide_files, list_candidates, summarize_left_aside
 from tests.slides import vendors
 from tests.slides.conftest import paint, reduced, write_tiff
 

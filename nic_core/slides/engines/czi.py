@@ -58,7 +58,10 @@ class CziEngine:
                 BRIGHTFIELD_REMEDY,
             )
         width, height = found["size"]
-        factors = sorted({max(1, round(1 / zoom)) for zoom in found["zooms"]} | {1})
+        if min(width, height) < 1:
+            self.close()
+            raise SlideError(path, f"damaged: {width} x {height} px", DAMAGED_REMEDY)
+        factors = sorted({max(1, round(1 / zoom)) for zoom in found["zooms"] if zoom > 0} | {1})
         self._factors = [factor for factor in factors if min(width, height) >= factor]
         self.levels = pyramid_levels([(width // f, height // f) for f in self._factors], [])
         try:
