@@ -19,7 +19,7 @@ from nic_core.slides.metadata import BRIGHTFIELD_REMEDY, DAMAGED_REMEDY, FileMet
 from nic_core.types import Pixels
 
 _SCRIPT = Path(__file__).with_name("czi_process.py")
-_TIMEOUT = 300  # s for one answer
+_TIMEOUT = 60  # s for one answer; on a damaged file libCZI may never give one
 
 
 class CziEngine:
