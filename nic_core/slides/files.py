@@ -180,7 +180,7 @@ def _dicom(path: Path, series_of: SeriesOf) -> SlideFiles | LeftAside:
     if not first.is_level:
         return LeftAside(path, "DICOM: label, overview or thumbnail without a scan in its folder")
     parts = tuple(file.path for file in others)
-    folder = path.parent.name if len(series) == 1 else ""
+    folder = path.absolute().parent.name if len(series) == 1 else ""
     return SlideFiles(first.path, parts, series_problem([first, *others]), folder)
 
 
