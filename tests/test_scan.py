@@ -206,6 +206,19 @@ def test_a_slide_waits_for_all_of_its_files(tmp_path):
     assert cohort.scan() == (set(), set())
 
 
+def test_a_slide_that_is_written_anew_keeps_its_version_while_it_is_empty(cohort):
+    before = cohort.index().versions
+    for name in ("a", "d"):
+        cohort.put(name, "")
+    assert cohort.scan() == (set(), {"a", "d"})
+    found = cohort.index(ignore_paths=cohort.changing)
+    assert found.versions == before
+    assert found.missing == {}
+    found = cohort.index()
+    assert set(found.missing) == {"a", "d"}
+    assert found.removed == ["a"]
+
+
 def test_an_incomplete_slide_is_scanned_again_when_files_are_added(tmp_path):
     cohort = SmallCohort(tmp_path)
     cohort.put("a", "slide a")

@@ -101,7 +101,13 @@ def scan_slides(
     files = {path: found.parts.get(path, ()) for path in (*index["path"], *masks)}
     busy = set(ignore_paths)
     waiting = {path for path, parts in files.items() if busy & {path, *parts}}
-    unusable = set(index.filter(pl.col("slide").is_in(list(found.problems)))["path"])
+    # what is wrong with a slide that is still being written is not known yet
+    problems = {
+        slide: problem
+        for slide, path in index.select("slide", "path").iter_rows()
+        if (problem := found.problems.get(slide)) and not (path in waiting and Path(path).exists())
+    }
+    unusable = set(index.filter(pl.col("slide").is_in(list(problems)))["path"])
     readable = {path: parts for path, parts in files.items() if path not in waiting | unusable}
     others = {str(path) for path in watched_files(cohort)} - set(readable) - busy
     snapshot, unreadable = take_snapshot(readable, others, previous.clear() if rehash else previous)
@@ -111,7 +117,7 @@ def scan_slides(
     )
     snapshot = pl.concat([snapshot.join(kept, on="path", how="anti"), kept])
     identity = dict(snapshot.drop_nulls("identity").select("path", "identity").iter_rows())
-    missing = found.problems | {
+    missing = problems | {
         slide: unreadable[path]
         for slide, *paths in index.select("slide", "path", "mask").iter_rows()
         for path in paths
