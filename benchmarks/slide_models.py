@@ -54,6 +54,7 @@ def write_cohort(folder: Path, slides: int, side: int) -> list[str]:
             slide=name,
             slide_identity=name,
             slide_mpp=0.25,
+            slide_image=0,
             encoder="random",
             weights_hash="0",
             mpp=0.5,
@@ -62,6 +63,8 @@ def write_cohort(folder: Path, slides: int, side: int) -> list[str]:
             unreadable=0,
             precision="float32",
             reading="patch",
+            colours="stored",
+            icc_profile=None,
             software="random numbers",
         )
         write_grid(folder / name, Grid(embeddings * valid, valid, about))

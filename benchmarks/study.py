@@ -317,7 +317,7 @@ class Slides:
         grids = {}
         for row in self.index.iter_rows(named=True):
             name = row["slide"]
-            with open_slide(Path(row["path"]), mpp=row["mpp"]) as slide:
+            with open_slide(Path(row["path"]), mpp=row["mpp"], image=row["image"]) as slide:
                 cells = read_patch_table(self.store.patch_table(name))
                 grids[name] = compress_slide(
                     slide, cells, prepared, slide_id=name, slide_identity=""

@@ -7,10 +7,13 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+import tifffile
 
 from nic_core.cohort import Cohort, CohortError, load_cohort
 from nic_core.cohort.index import INDEX_SCHEMA, find_slides, slide_id, slide_index
 from nic_core.slides.files import SlideFiles
+from nic_core.steps.slide_index import make_slide_index, open_indexed
+from nic_core.store import Store
 from tests.slides import vendors
 
 
@@ -57,6 +60,7 @@ def test_a_slide_table_gives_ids_paths_and_optional_columns(tmp_path, suffix):
             "path": ["x/1.svs", "x/2.svs"],
             "patient": ["1", "1"],
             "mpp": [0.25, None],
+            "image": [None, 1],
             "mask": [None, "m.png"],
             "split": ["test", None],
             "grade": [3, 2],
@@ -66,8 +70,8 @@ def test_a_slide_table_gives_ids_paths_and_optional_columns(tmp_path, suffix):
     write(tmp_path / f"slides{suffix}")
     index = slide_index(cohort(tmp_path, f"{{table: slides{suffix}}}"))
     assert index.rows() == [
-        ("006", str(tmp_path / "x/2.svs"), "1", None, str(tmp_path / "m.png"), None, "cv"),
-        ("007", str(tmp_path / "x/1.svs"), "1", 0.25, None, None, "test"),
+        ("006", str(tmp_path / "x/2.svs"), "1", None, 1, str(tmp_path / "m.png"), None, "cv"),
+        ("007", str(tmp_path / "x/1.svs"), "1", 0.25, None, None, None, "test"),
     ]
 
 
@@ -193,6 +197,20 @@ def test_mpp_0_in_the_slide_table_is_not_taken_for_missing(tmp_path):
     touch(tmp_path, "a.tif")
     (tmp_path / "slides.csv").write_text("slide,path,patient,mpp\n1,a.tif,1,0\n")
     assert slide_index(cohort(tmp_path, "{table: slides.csv}"))["mpp"].to_list() == [0.0]
+
+
+def test_two_images_of_one_file_are_two_slides_with_own_versions(tmp_path):
+    with tifffile.TiffWriter(tmp_path / "a.tif") as writer:
+        for value in (120, 200):
+            writer.write(np.full((64, 64, 3), value, np.uint8), photometric="rgb", metadata=None)
+    table = "slide,path,patient,mpp,image\n1,a.tif,p,0.5,0\n2,a.tif,p,0.5,1\n3,a.tif,p,0.5,\n"
+    (tmp_path / "slides.csv").write_text(table)
+    store = Store(tmp_path / "store")
+    scan = make_slide_index(cohort(tmp_path, "{table: slides.csv}"), store)
+    assert len(set(scan.versions.values())) == 3
+    for slide, value in (("1", 120), ("2", 200), ("3", 120)):
+        with open_indexed(store, slide) as opened:
+            assert opened.read(0, 0, 8, 8, 0.5).mean() == value
 
 
 def test_a_patient_with_a_trailing_blank_is_the_same_patient(tmp_path):

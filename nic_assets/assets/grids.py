@@ -32,7 +32,7 @@ def grid_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         kinds={"zarr", "pytorch"},
         pool=GPU_POOL,
         op_tags=GPU_TAGS,
-        code_version=code_version(3, partitions.cohort.settings.compression),
+        code_version=code_version(4, partitions.cohort.settings.compression),
     )
     def grid(
         context: dg.AssetExecutionContext,
@@ -45,6 +45,7 @@ def grid_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         def make(key: GridKey) -> Product:
             made = steps.make_grid(cohort, store, load(key.encoder), key.slide)
             embedding_size, rows, columns = made.shape
+            profile = made.provenance.icc_profile
             cells = read_patch_table(store.patch_table(key.slide))
             return Product(
                 version=grid_hash(made),
@@ -59,6 +60,8 @@ def grid_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
                     "unreadable": made.provenance.unreadable,
                     "precision": made.provenance.precision,
                     "reading": made.provenance.reading,
+                    "colours": made.provenance.colours,
+                    "icc_profile": profile.description if profile else "none",
                     "store": dg.MetadataValue.path(store.grid(key)),
                 },
                 checks={

@@ -137,7 +137,7 @@ def slide_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         group_name="slides",
         kinds={"image"},
         op_tags=CPU_TAGS,
-        code_version=code_version(2),
+        code_version=code_version(3),
     )
     def slide(
         context: dg.AssetExecutionContext,
@@ -156,6 +156,8 @@ def slide_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
                     "height": record.height,
                     "mpp": record.mpp,
                     "levels": len(record.levels),
+                    "image": record.image,
+                    "images_left": [str(i) for i in record.images if i.number != record.image],
                     "tissue_mm2": round(record.tissue_mm2, 3),
                     "folder": dg.MetadataValue.path(store.slide(key)),
                 },
@@ -175,7 +177,7 @@ def slide_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         group_name="slides",
         kinds={"polars", "parquet"},
         op_tags=CPU_TAGS,
-        code_version=code_version(3, settings.patch, settings.mpp, settings.tissue),
+        code_version=code_version(4, settings.patch, settings.mpp, settings.tissue),
         metadata={"dagster/column_schema": column_schema(pl.Schema(PATCH_SCHEMA))},
     )
     def patch_table(

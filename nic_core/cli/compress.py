@@ -12,10 +12,10 @@ from rich.progress import TaskID
 from rich.table import Table
 from rich.text import Text
 
-from nic_core.cli.shared import Mpp, console, one_line, progress_bars
+from nic_core.cli.shared import ImageNumber, Mpp, console, one_line, progress_bars
 from nic_core.cohort import CompressionSettings
 from nic_core.store import Store, StoreError
-from nic_core.types import Reading, RequestedPrecision
+from nic_core.types import Colours, Reading, RequestedPrecision
 
 if TYPE_CHECKING:
     import polars as pl
@@ -34,6 +34,7 @@ def compress(
     ],
     out: Annotated[Path, typer.Option(help="folder for the grid stores and report.csv")],
     mpp: Mpp = None,
+    image: ImageNumber = None,
     share: Annotated[
         float,
         typer.Option(
@@ -51,6 +52,10 @@ def compress(
         Reading,
         typer.Option(help="read pixels at the um/px of the patch or of the network's input"),
     ] = COMPRESSION.reading,
+    colours: Annotated[
+        Colours,
+        typer.Option(help="pixels as stored, or converted to sRGB by the file's ICC profile"),
+    ] = COMPRESSION.colours,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     resume: Annotated[bool, typer.Option(help="skip grids that are up to date")] = True,
 ) -> None:
@@ -78,6 +83,8 @@ def compress(
             prepared,
             out,
             mpp=mpp,
+            image=image,
+            colours=colours,
             tissue=share,
             orientations=orientations == "8",
             resume=resume,

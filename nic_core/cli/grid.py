@@ -52,6 +52,7 @@ def preview(
         if slide is None:
             save_picture(out, grid_preview(grid, cell=cell))
         else:
-            with open_slide(slide, mpp=grid.provenance.slide_mpp) as opened:
+            about = grid.provenance
+            with open_slide(slide, mpp=about.slide_mpp, image=about.slide_image) as opened:
                 save_picture(out, slide_and_grid(opened, grid, cell=cell))
         console.print(f"{out}")

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from nic_core.cli.compress import batch_progress, find_encoder, print_failed
-from nic_core.cli.shared import Mpp, console, one_line
+from nic_core.cli.shared import ImageNumber, Mpp, console, one_line
 from nic_core.store import ModelKey, Store, StoreError
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ def predict(
         bool, typer.Option("--heatmaps", help="write heatmaps to the folder --out")
     ] = False,
     mpp: Mpp = None,
+    image: ImageNumber = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
 ) -> None:
     """Predict slides or patients with a slide model.
@@ -92,6 +93,7 @@ def predict(
             patients=of_slide,
             times=times or (),
             mpp=mpp,
+            image=image,
             device=device,
             heatmaps=heatmaps,
             progress=show,

@@ -29,6 +29,13 @@ console = Console()
 Mpp = Annotated[
     float | None, typer.Option(help="um/px at level 0; overrides the value in the file")
 ]
+ImageNumber = Annotated[
+    int | None,
+    typer.Option(
+        help="number of the image in a file with several ('nic inspect' lists them); default: the "
+        "largest brightfield scan"
+    ),
+]
 Out = Annotated[Path, typer.Option(help="PNG file to write")]
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from nic_core.cli.shared import Mpp, Out, console, facts, one_line, save_picture
+from nic_core.cli.shared import ImageNumber, Mpp, Out, console, facts, one_line, save_picture
 from nic_core.slides import SlideError, content_identity, open_slide
 from nic_core.tiling.tissue import read_mask, tissue_mask, tissue_outline
 
@@ -17,9 +17,9 @@ MaskPath = Annotated[
 ]
 
 
-def inspect(slide: SlidePath, mpp: Mpp = None) -> None:
-    """Print a slide's metadata: reading library, size, um/px, levels, identity."""
-    with one_line(SlideError), open_slide(slide, mpp=mpp) as opened:
+def inspect(slide: SlidePath, mpp: Mpp = None, image: ImageNumber = None) -> None:
+    """Print a slide's metadata: reading library, image, size, um/px, levels, identity."""
+    with one_line(SlideError), open_slide(slide, mpp=mpp, image=image) as opened:
         table = facts()
         table.add_row("slide", str(slide))
         table.add_row("read by", f"{opened.engine} ({opened.engine_reason})")
@@ -35,14 +35,27 @@ def inspect(slide: SlidePath, mpp: Mpp = None) -> None:
             scale = f"{opened.mpp * level.downsample:.4g} um/px"
             tiles = ", tiles of {} x {}".format(*level.tile) if level.tile else ""
             table.add_row(f"level {number}", f"{size}, {scale}{tiles}")
-        table.add_row("other images", ", ".join(opened.associated) or "none")
+        if opened.images:
+            rule = "the largest brightfield scan" if image is None else "named by --image"
+            rule = rule if len(opened.images) > 1 else "the only one"
+            table.add_row("image", f"{opened.image} ({rule})")
+            left = [str(other) for other in opened.images if other.number != opened.image]
+        else:
+            left = list(opened.associated)
+        table.add_row("images left", "\n".join(left) or "none")
+        profile = opened.icc_profile
+        table.add_row(
+            "ICC profile", f"{profile.description} ({profile.sha256[:12]})" if profile else "none"
+        )
         table.add_row("identity", content_identity(slide))
         console.print(table)
 
 
-def tissue(slide: SlidePath, out: Out, mpp: Mpp = None, mask: MaskPath = None) -> None:
+def tissue(
+    slide: SlidePath, out: Out, mpp: Mpp = None, image: ImageNumber = None, mask: MaskPath = None
+) -> None:
     """Draw the outline of the tissue mask on a thumbnail."""
-    with one_line(SlideError), open_slide(slide, mpp=mpp) as opened:
+    with one_line(SlideError), open_slide(slide, mpp=mpp, image=image) as opened:
         found = read_mask(mask, opened) if mask else tissue_mask(opened)
         save_picture(out, tissue_outline(opened, found, side=1600))
         area = found.array.sum() * found.mpp**2 / 1e6

@@ -25,6 +25,7 @@ INDEX_SCHEMA: dict[str, pl.DataType] = {
     "path": pl.String(),  # absolute, as all paths
     "patient": pl.String(),
     "mpp": pl.Float64(),  # um/px at level 0; null: as the file states
+    "image": pl.Int64(),  # number of the image in a file with several; null: the largest scan
     "mask": pl.String(),  # tissue mask; null: tissue is detected
     "truth": pl.String(),  # truth image for probability maps; null: none
     "split": pl.String(),  # cv or test
@@ -229,7 +230,9 @@ def table_rows(path: Path) -> list[dict[str, object]]:
     try:
         table = table.select(pl.col(c).cast(INDEX_SCHEMA[c]) for c in known)
     except pl.exceptions.PolarsError as error:
-        raise CohortError(f"slide table {path}: column mpp is not a number ({error})") from error
+        raise CohortError(
+            f"slide table {path}: column mpp is not a number, or image no whole number ({error})"
+        ) from error
     rows: list[dict[str, object]] = []
     for number, row in enumerate(table.iter_rows(named=True), start=1):
         for column in _REQUIRED:
@@ -242,8 +245,8 @@ def table_rows(path: Path) -> list[dict[str, object]]:
                 row[column] = str(existing_path(absolute))
         rows.append({column: row.get(column) or None for column in INDEX_SCHEMA})
         rows[-1]["split"] = row.get("split") or "cv"
-        # 0 um/px is kept, so that opening the slide refuses it
-        rows[-1]["mpp"] = row.get("mpp")
+        # 0 um/px is kept, so that opening the slide refuses it; image 0 is the first image
+        rows[-1] |= {"mpp": row.get("mpp"), "image": row.get("image")}
     return rows
 
 

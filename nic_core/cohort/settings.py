@@ -7,7 +7,7 @@ from typing import Literal, Self
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from nic_core.cohort.fields import Cron, Entry, Fraction, NetworkName, TimeZone
-from nic_core.types import RequestedPrecision
+from nic_core.types import Colours, RequestedPrecision
 
 
 class ModelSettings(Entry):
@@ -82,6 +82,11 @@ class CompressionSettings(Entry):
         "input: read at the um/px of the network's pooled input",
     )
     orientations: bool = Field(default=False, description="encode each patch in all 8 orientations")
+    colours: Colours = Field(
+        default="stored",
+        description="stored: pixels as in the file; srgb: converted by the file's ICC profile, if "
+        "it has one",
+    )
 
 
 class Settings(Entry):

@@ -29,8 +29,9 @@ class Slides(Entry):
     """The slides of a study: folders with patterns, a slide table, or both.
 
     The slide table (CSV or parquet) has the columns ``slide``, ``path`` and ``patient``. Optional
-    columns are ``mpp`` (um/px at level 0; overrides the file), ``mask`` (tissue mask), ``truth``
-    (truth image that scores probability maps) and ``split`` (``cv``, the default, or ``test``).
+    columns are ``mpp`` (um/px at level 0; overrides the file), ``image`` (number of the image in a
+    file with several), ``mask`` (tissue mask), ``truth`` (truth image that scores probability maps)
+    and ``split`` (``cv``, the default, or ``test``).
     """
 
     folders: tuple[SlideFolder, ...] = ()

@@ -27,6 +27,7 @@ from nic_core.slides.files import SlideFiles, files_of_slide
 from nic_core.store import StoreBusyError, StoreError, atomic_file, exclusive_lock
 from nic_core.tiling.patches import patch_table
 from nic_core.tiling.tissue import tissue_mask
+from nic_core.types import Colours
 
 REPORT = "report.csv"
 BATCH_SCHEMA: dict[str, pl.DataType] = {
@@ -91,6 +92,8 @@ def compress_slides(
     out: Path,
     *,
     mpp: float | None = None,
+    image: int | None = None,
+    colours: Colours = "stored",
     tissue: float = 0.6,
     orientations: bool = False,
     resume: bool = True,
@@ -112,6 +115,11 @@ def compress_slides(
         Folder of the grid stores; created if missing.
     mpp : float, optional
         um/px at level 0 of all slides; overrides that of the files.
+    image : int, optional
+        Number of the image of all slides; default: the largest brightfield scan of each file.
+    colours : {"stored", "srgb"}
+        Pixels as stored, or converted by the ICC profile of each file for the embeddings. Tissue is
+        always detected on stored pixels.
     tissue : float
         A cell is kept if its tissue fraction exceeds this.
     orientations : bool
@@ -136,12 +144,13 @@ def compress_slides(
             on_outcome(outcome)
 
     def compress(slide: str, path: Path, store: Path) -> tuple[Status, Grid]:
-        with open_slide(path, mpp=mpp) as opened:
-            identity = content_identity(path)
+        with open_slide(path, mpp=mpp, image=image) as opened:
             card = encoder.card
             table = patch_table(
                 slide, opened, tissue_mask(opened), patch=card.patch, mpp=card.mpp, tissue=tissue
             )
+        with open_slide(path, mpp=mpp, image=image, colours=colours) as opened:
+            identity = content_identity(path)
             if resume and is_up_to_date(
                 store, opened, table, encoder, slide_identity=identity, orientations=orientations
             ):

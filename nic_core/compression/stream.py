@@ -144,6 +144,7 @@ def compress_slide(
         slide=slide_id,
         slide_identity=slide_identity,
         slide_mpp=slide.mpp,
+        slide_image=slide.image,
         encoder=card.name,
         weights_hash=card.weights_hash,
         mpp=card.mpp,
@@ -152,6 +153,8 @@ def compress_slide(
         unreadable=unreadable,
         precision=encoder.precision,
         reading=encoder.reading,
+        colours=slide.colours,
+        icc_profile=slide.icc_profile,
         software=f"nic {__version__}",
     )
     return Grid(embeddings[0], valid, provenance, embeddings if orientations else None)
@@ -168,7 +171,8 @@ def is_up_to_date(
 ) -> bool:
     """Whether compressing a slide would give the grid that a store already contains.
 
-    Slide, weights, patch size, um/px, precision, reading, orientations and cells must be equal.
+    Slide and image, weights, patch size, um/px, precision, reading, colours, orientations and cells
+    must be equal.
     A missing, damaged or older store is not up to date.
     """
     try:
@@ -176,8 +180,10 @@ def is_up_to_date(
     except GridError:
         return False
     stored, card = grid.provenance, encoder.card
-    inputs = stored.slide_identity, stored.weights_hash, stored.mpp, stored.patch, stored.slide_mpp
-    if inputs != (slide_identity, card.weights_hash, card.mpp, card.patch, slide.mpp):
+    read = stored.slide_identity, stored.slide_image, stored.slide_mpp, stored.colours
+    if read != (slide_identity, slide.image, slide.mpp, slide.colours):
+        return False
+    if (stored.weights_hash, stored.mpp, stored.patch) != (card.weights_hash, card.mpp, card.patch):
         return False
     settings = stored.precision, stored.reading, grid.orientations is not None
     if settings != (encoder.precision, encoder.reading, orientations):

@@ -361,7 +361,8 @@ def _annotated_slides(
             raise task_error(task, f"table {about.table} lists {path} more than once")
         try:
             known = float(row["mpp"]) if row.get("mpp") else None
-            slide = stack.enter_context(open_slide(path, mpp=known))
+            image = int(row["image"]) if row.get("image") else None
+            slide = stack.enter_context(open_slide(path, mpp=known, image=image))
             cells = _labelled_cells(about, row, slide, patch, mpp, tissue)
         except (SlideError, ValueError) as error:
             raise task_error(task, str(error)) from error

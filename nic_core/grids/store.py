@@ -42,10 +42,11 @@ from zarr.abc.buffer import Buffer
 
 from nic_core.grids.chunks import StoredEmbeddings
 from nic_core.orientations import ORIENTATIONS, orient
+from nic_core.slides.icc import IccProfile
 from nic_core.store import atomic_folder
-from nic_core.types import Precision, Reading
+from nic_core.types import Colours, Precision, Reading
 
-GRID_FORMAT: Literal[2] = 2
+GRID_FORMAT: Literal[3] = 3
 """Version of the store's layout and provenance. Stores of other versions are refused."""
 
 _CHUNK, _SHARD = 64, 512  # cells per side
@@ -69,6 +70,8 @@ class GridProvenance(BaseModel):
         Slide id, and the content identity of its file.
     slide_mpp : float
         um/px of the slide at level 0.
+    slide_image : int
+        Number of the image in the slide's file; 0 if it has one scan.
     encoder, weights_hash : str
         Name of the encoder, and the hash of its weights.
     mpp : float
@@ -82,16 +85,21 @@ class GridProvenance(BaseModel):
         Numbers that the encoder computed with.
     reading : {"patch", "input"}
         um/px at which pixels were read: that of the patch, or that of the network's input.
+    colours : {"stored", "srgb"}
+        Pixels as stored, or converted by the ICC profile of the file, if it has one.
+    icc_profile : IccProfile or None
+        Hash and description of this profile.
     software : str
         Name and version of the software that made the grid.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    format: Literal[2]
+    format: Literal[3]
     slide: str
     slide_identity: str
     slide_mpp: PositiveFloat
+    slide_image: NonNegativeInt
     encoder: str
     weights_hash: str
     mpp: PositiveFloat
@@ -100,6 +108,8 @@ class GridProvenance(BaseModel):
     unreadable: NonNegativeInt
     precision: Precision
     reading: Reading
+    colours: Colours
+    icc_profile: IccProfile | None
     software: str
 
     @model_validator(mode="after")

@@ -32,7 +32,7 @@ from nic_core.models.cox import BaselineHazard
 from nic_core.models.cross_validation import NETWORK, CrossValidation
 from nic_core.models.kinds import kind_of
 from nic_core.models.networks import Ensemble, FoldModel, Normalise, build_network, component_count
-from nic_core.types import Reading
+from nic_core.types import Colours, Reading
 from nic_core.version import __version__
 
 CARD = "card.json"
@@ -64,7 +64,7 @@ class GridSettings(BaseModel):
 
     Attributes
     ----------
-    precision, reading
+    precision, reading, colours
         As in :class:`nic_core.grids.GridProvenance`.
     tissue
         A cell was kept if its tissue fraction exceeded this value.
@@ -74,6 +74,7 @@ class GridSettings(BaseModel):
 
     precision: Literal["float32", "bfloat16"]
     reading: Reading
+    colours: Colours
     tissue: float = Field(ge=0, le=1)
 
 
@@ -135,7 +136,7 @@ class ModelCard(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    format: Literal[4] = 4
+    format: Literal[5] = 5
     target: Target
     encoder: str
     weights_hash: str

@@ -107,7 +107,8 @@ def check_grid(model: ModelCard, grid: Grid) -> None:
     Raises
     ------
     ModelMismatchError
-        The encoder's weights, patch size, um/px, embedding size, precision or reading differ.
+        The encoder's weights, patch size, um/px, embedding size, precision, reading or colours
+        differ.
     """
     about = grid.provenance
     _check_equal(
@@ -119,6 +120,7 @@ def check_grid(model: ModelCard, grid: Grid) -> None:
             "embedding size": (grid.shape[0], model.embedding_size),
             "precision": (about.precision, model.grids.precision),
             "reading": (about.reading, model.grids.reading),
+            "colours": (about.colours, model.grids.colours),
         },
         f"compress the slide with encoder '{model.encoder}' and the settings of the model's card",
     )
@@ -225,6 +227,7 @@ def predict_slides(
     patients: Mapping[str, str] | None = None,
     times: Sequence[float] = (),
     mpp: float | None = None,
+    image: int | None = None,
     device: str = "auto",
     heatmaps: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
@@ -248,6 +251,8 @@ def predict_slides(
         As in :func:`predict_grids`.
     mpp
         um/px at level 0 of all slides; overrides the files' values.
+    image
+        Number of the image of all slides; default: the largest brightfield scan of each file.
     device
         Device of the encoder: ``auto``, ``cpu`` or ``cuda``. The networks run on the CPU.
     heatmaps
@@ -280,6 +285,8 @@ def predict_slides(
             prepared,
             folder / GRIDS,
             mpp=mpp,
+            image=image,
+            colours=card.grids.colours,
             tissue=card.grids.tissue,
             progress=progress,
             on_outcome=on_outcome,
@@ -302,7 +309,6 @@ def predict_slides(
                         grid(slide),
                         slides[slide],
                         out / HEATMAPS / card.target.name / slide,
-                        mpp,
                     )
                 except SlideError as error:
                     report = _fail(report, [slide], error.reason, error.remedy)
@@ -383,13 +389,12 @@ def _units(
     )
 
 
-def _write_explanation(
-    model: SlideModel, grid: Grid, path: Path, folder: Path, mpp: float | None
-) -> None:
+def _write_explanation(model: SlideModel, grid: Grid, path: Path, folder: Path) -> None:
     """Write the heatmap of a slide, the file at ``path``."""
     card = model.card
     heat = explain(model.networks, grid, card.target, crop=card.settings.crop)
-    with open_slide(path, mpp=mpp) as slide:
+    about = grid.provenance
+    with open_slide(path, mpp=about.slide_mpp, image=about.slide_image) as slide:
         write_heatmap(folder, heat, grid.provenance, slide, name=card.target.name)
 
 

@@ -12,7 +12,6 @@ from xml.etree import ElementTree
 import tifffile
 
 from nic_core.slides.errors import SlideError
-from nic_core.slides.ome_set import ome_xml
 
 # No histology scanner works outside this range of um/px [choice]. Print resolutions, which some
 # programs write, are outside it (72 to 600 dpi are 353 to 42 um/px).
@@ -20,11 +19,23 @@ MPP_RANGE = (0.05, 40.0)
 _MAX_SIDE = 300.0  # mm; the largest glass slides have sides of 200 mm
 DAMAGED_REMEDY = "copy the file again from its source"
 BRIGHTFIELD_REMEDY = "leave it out: only RGB brightfield slides are supported"
+CONVERT_REMEDY = "convert it to a tiled RGB TIFF"
+COLOUR_REMEDY = "save it as 8-bit RGB"
+UPRIGHT_REMEDY = "save it upright (orientation 1)"
+IMAGE_REMEDY = "name the image of the scan: column `image` of the slide table, or option --image"
 MPP_REMEDY = "give the um/px at level 0 in the column `mpp` of the slide table"
 
 _MICROMETRES = {"µm": 1.0, "μm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6}
 _RESOLUTION_UNITS = {2: 25_400.0, 3: 10_000.0}  # um in TIFF ResolutionUnit: inch, centimetre
-_NDPI_FILTER_SET = 65434
+# ImageJ's words for a micrometre; its text escapes the micro sign
+_IMAGEJ_UNITS = {
+    **dict.fromkeys(("micron", "microns", "um", "µm", "\\u00b5m"), 1.0),
+    "nm": 1e-3,
+    "mm": 1e3,
+    "cm": 1e4,
+    "inch": 25_400.0,
+}
+_NDPI_FILTER_SET, _ICC_PROFILE = 65434, 34675
 
 
 @dataclass(frozen=True)
@@ -36,12 +47,14 @@ class FileMetadata:
     mpp : (float, float) or None
         um/px at level 0 in x and y; None if the file does not state it.
     mpp_source : str
-        Field of the file that states it.
+        Field of the file that states it; without um/px, the reason if one is known.
     objective_power : float or None
     bounds : (x, y, width, height) or None
         Scanned area, level-0 px; None if the file does not state it.
     associated : tuple of str
         Names of the label, macro and thumbnail images in the file.
+    icc_profile : bytes or None
+        ICC profile of the pixels, as stored in the file.
     """
 
     mpp: tuple[float, float] | None = None
@@ -49,6 +62,7 @@ class FileMetadata:
     objective_power: float | None = None
     bounds: tuple[int, int, int, int] | None = None
     associated: tuple[str, ...] = ()
+    icc_profile: bytes | None = None
 
 
 def resolve_mpp(path: Path, given: float | None, metadata: FileMetadata) -> tuple[float, str]:
@@ -68,7 +82,8 @@ def resolve_mpp(path: Path, given: float | None, metadata: FileMetadata) -> tupl
         _check_mpp(path, given, "the slide table")
         return given, "slide table"
     if metadata.mpp is None:
-        raise SlideError(path, "the file does not state its um/px (mpp)", MPP_REMEDY)
+        why = f": {metadata.mpp_source}" if metadata.mpp_source else ""
+        raise SlideError(path, f"the file does not state its um/px (mpp){why}", MPP_REMEDY)
     for value in metadata.mpp:
         _check_mpp(path, value, f"the file ({metadata.mpp_source})")
     x, y = metadata.mpp
@@ -114,36 +129,67 @@ def _check_mpp(path: Path, value: float, source: str) -> None:
         )
 
 
-def tiff_metadata(
-    tiff: tifffile.TiffFile, page: tifffile.TiffPage, associated: Iterable[str]
-) -> FileMetadata:
-    """Return the metadata of a TIFF file.
+def page_metadata(page: tifffile.TiffPage) -> FileMetadata:
+    """Return the metadata that a page of a TIFF file states about itself.
 
-    um/px is taken from the first of: the Aperio tag, OME-XML, the TIFF resolution, the objective
-    power (10 / power).
+    um/px is taken from the first of: the Aperio tag, the TIFF resolution (with ImageJ's unit, where
+    ImageJ wrote the file), the objective power (10 / power).
+    """
+    power = _aperio_field(page.description, "AppMag")
+    stated = _aperio_field(page.description, "MPP")
+    mpp = (stated, stated) if stated is not None else None
+    return _with_resolution(page, mpp, "Aperio tag", power)
+
+
+def ome_metadata(
+    root: ElementTree.Element, image: ElementTree.Element, page: tifffile.TiffPage
+) -> FileMetadata:
+    """Return the metadata that OME-XML, or else the page, states about one image.
 
     Parameters
     ----------
+    root, image : xml.etree.ElementTree.Element
+        The whole OME-XML, and the image's element in it.
     page : tifffile.TiffPage
-        Level 0 of the slide.
-    associated : iterable of str
-        Names of the other images.
+        Level 0 of the image.
     """
-    mpp, source, power = None, "", None
-    if tiff.is_svs:
-        power = _aperio_field(page.description, "AppMag")
-        if (stated := _aperio_field(page.description, "MPP")) is not None:
-            mpp, source = (stated, stated), "Aperio tag"
-    elif tiff.is_ome and tiff.ome_metadata:
-        mpp, power = _ome_mpp_and_power(ome_xml(Path(tiff.filehandle.path), tiff.ome_metadata))
-        source = "OME-XML"
+    powers = {
+        objective.get("ID", ""): _number(objective.get("NominalMagnification"))
+        for objective in root.iter()
+        if objective.tag.rpartition("}")[2] == "Objective"
+    }
+    settings = children(image, "ObjectiveSettings")
+    if settings:
+        power = powers.get(settings[0].get("ID", ""))
+    else:  # a file with one objective rarely says that the image was taken with it
+        power = next(iter(powers.values())) if len(powers) == 1 else None
+    return _with_resolution(page, _ome_pixel_size(children(image, "Pixels")[0]), "OME-XML", power)
+
+
+def children(element: ElementTree.Element, name: str) -> list[ElementTree.Element]:
+    """Return the children of an XML element with a name, in any namespace."""
+    return [child for child in element if child.tag.rpartition("}")[2] == name]
+
+
+def _with_resolution(
+    page: tifffile.TiffPage,
+    mpp: tuple[float, float] | None,
+    source: str,
+    power: float | None,
+) -> FileMetadata:
+    """Metadata of a page; without um/px, by its resolution, else by the objective power."""
     if mpp is None:
-        mpp, source = _resolution_mpp(page), "TIFF resolution"
+        mpp, source = _resolution_mpp(page)
     mpp, source = _mpp_or_from_power(mpp, source, power)
-    return FileMetadata(mpp, source, power, associated=tuple(associated))
+    profile = page.tags.valueof(_ICC_PROFILE)
+    # numbers instead of bytes: a tag of a wrong type, which is no profile
+    icc_profile = profile if isinstance(profile, bytes) else None
+    return FileMetadata(mpp, source, power, icc_profile=icc_profile)
 
 
-def openslide_metadata(properties: Mapping[str, str], associated: Iterable[str]) -> FileMetadata:
+def openslide_metadata(
+    properties: Mapping[str, str], associated: Iterable[str], icc_profile: bytes | None = None
+) -> FileMetadata:
     """Return the metadata in OpenSlide's properties."""
     x, y, power = (
         _number(properties.get(f"openslide.{name}"))
@@ -161,7 +207,7 @@ def openslide_metadata(properties: Mapping[str, str], associated: Iterable[str])
     if all(value is not None and math.isfinite(value) for value in box):
         left, top, width, height = (int(value or 0) for value in box)
         bounds = left, top, width, height
-    return FileMetadata(mpp, source, power, bounds, tuple(associated))
+    return FileMetadata(mpp, source, power, bounds, tuple(associated), icc_profile)
 
 
 def _mpp_or_from_power(
@@ -205,33 +251,31 @@ def _number(text: str | None) -> float | None:
         return None
 
 
-def _ome_mpp_and_power(xml: str) -> tuple[tuple[float, float] | None, float | None]:
-    """um/px (x, y) and objective power in OME-XML; None where they are not stated."""
-    try:
-        root = ElementTree.fromstring(xml)
-    except ElementTree.ParseError:
-        return None, None
-    objective = next((e for e in root.iter() if e.tag.endswith("}Objective")), None)
-    power = _number(objective.get("NominalMagnification")) if objective is not None else None
-    pixels = next((e for e in root.iter() if e.tag.endswith("}Pixels")), None)
-    if pixels is None:
-        return None, power
+def _ome_pixel_size(pixels: ElementTree.Element) -> tuple[float, float] | None:
+    """um/px (x, y) of an element Pixels of OME-XML; None if it is not stated."""
     values = []
     for axis in "XY":
         size = _number(pixels.get(f"PhysicalSize{axis}"))
         unit = _MICROMETRES.get(pixels.get(f"PhysicalSize{axis}Unit", "µm"))
         if size is None or unit is None:
-            return None, power
+            return None
         values.append(size * unit)
-    return (values[0], values[1]), power
+    return values[0], values[1]
 
 
-def _resolution_mpp(page: tifffile.TiffPage) -> tuple[float, float] | None:
-    values = [page.tags.valueof(name) for name in ("XResolution", "YResolution", "ResolutionUnit")]
-    if any(value is None for value in values):
-        return None
-    (xn, xd), (yn, yd), unit = values
-    length = _RESOLUTION_UNITS.get(int(unit))
-    if length is None or not (xn and xd and yn and yd):
-        return None
-    return length * xd / xn, length * yd / yn
+def _resolution_mpp(page: tifffile.TiffPage) -> tuple[tuple[float, float] | None, str]:
+    """um/px (x, y) by the TIFF resolution and its source; without um/px, the reason if known."""
+    tags = [page.tags.valueof(name) for name in ("XResolution", "YResolution", "ResolutionUnit")]
+    if tags[0] is None or tags[1] is None:
+        return None, ""
+    (xn, xd), (yn, yd), unit = tags
+    if not (xn and xd and yn and yd):
+        return None, ""
+    length, source = _RESOLUTION_UNITS.get(unit), "TIFF resolution"
+    if length is None:
+        stated = re.search(r"^unit=(\S+)$", page.description, re.MULTILINE)
+        if page.description.startswith("ImageJ=") and stated:
+            length, source = _IMAGEJ_UNITS.get(stated[1].lower()), "ImageJ resolution"
+    if length is None:
+        return None, "" if xn == xd else f"its TIFF resolution ({xn / xd:g} px) has no unit"
+    return (length * xd / xn, length * yd / yn), source

@@ -9,12 +9,19 @@ from typing import Self
 
 import numpy as np
 
-from nic_core.slides.engines import Engine, EngineName, as_slide_error, open_engine
+from nic_core.slides.engines import (
+    Engine,
+    EngineName,
+    OpenedEngine,
+    as_slide_error,
+    open_engine,
+)
 from nic_core.slides.errors import SlideError
 from nic_core.slides.files import SlideFiles, files_of_slide
+from nic_core.slides.icc import describe_profile, srgb_conversion
 from nic_core.slides.metadata import BRIGHTFIELD_REMEDY, check_physical_size, resolve_mpp
 from nic_core.slides.resample import resample, snap_to_whole
-from nic_core.types import Pixels
+from nic_core.types import Colours, Pixels
 
 # Limit of source pixels in memory; larger reads are done in bands of rows. Thumbnails of slides
 # without a pyramid need it.
@@ -46,21 +53,35 @@ class Slide:
         Scanned area, level-0 px; the whole slide if the file does not state it.
     associated : tuple of str
         Names of the label, macro and thumbnail images in the file. They are never read.
+    image : int
+        Number of the image that is read; 0 if the file has one scan.
+    images : tuple of ImageInfo
+        All images of a TIFF whose tags describe them; empty for other formats.
+    icc_profile : IccProfile or None
+        ICC profile that the file states.
+    colours : {"stored", "srgb"}
+        Whether pixels are as stored, or converted to sRGB by this profile.
     levels : tuple of Level
         Resolutions of the pyramid, finest first.
     """
 
     def __init__(
-        self, path: Path, engine: Engine, engine_reason: str, mpp: float, mpp_source: str
+        self, path: Path, opened: OpenedEngine, mpp: float, mpp_source: str, colours: Colours
     ) -> None:
+        engine = opened.engine
         self.path = path
-        self.engine, self.engine_reason = engine.name, engine_reason
+        self.engine, self.engine_reason = engine.name, opened.reason
+        self.image, self.images = opened.image, opened.images
         self.levels = engine.levels
         self.width, self.height = engine.levels[0].width, engine.levels[0].height
         self.mpp, self.mpp_source = mpp, mpp_source
         self.objective_power = engine.metadata.objective_power
         self.bounds = engine.metadata.bounds or (0, 0, self.width, self.height)
         self.associated = engine.metadata.associated
+        stored = engine.metadata.icc_profile
+        self.icc_profile = describe_profile(stored) if stored else None
+        self.colours = colours
+        self._convert = srgb_conversion(path, stored) if stored and colours == "srgb" else None
         self._engine = engine
 
     def __enter__(self) -> Self:
@@ -180,6 +201,8 @@ class Slide:
             return np.full((height, width, 3), 255, np.uint8)
         with as_slide_error(self.path):
             inside = self._engine.read_region(level, x0, y0, x1 - x0, y1 - y0, shrink)
+        if self._convert is not None:
+            inside = self._convert(inside)
         if inside.shape[:2] == (height, width):
             return inside
         padded = np.full((height, width, 3), 255, np.uint8)
@@ -207,38 +230,15 @@ class Slide:
         size = [max(1, round(length / factor)) for length in (self.width, self.height)]
         return self.read(0, 0, size[0], size[1], self.mpp * factor)
 
-    def _check_readable(self) -> None:
-        """Decode a few regions of the coarsest level, and refuse a slide that is not brightfield.
 
-        The error is raised when the slide is opened, not after hours of work on others.
-        """
-        index = len(self.levels) - 1
-        level = self.levels[index]
-        dark, failure = True, None
-        for across, down in ((0.5, 0.5), (0.25, 0.25), (0.75, 0.25), (0.25, 0.75), (0.75, 0.75)):
-            x = max(0, int(level.width * across) - _SAMPLE // 2)
-            y = max(0, int(level.height * down) - _SAMPLE // 2)
-            try:
-                pixels = self._padded(
-                    index, x, y, min(_SAMPLE, level.width - x), min(_SAMPLE, level.height - y)
-                )
-            except SlideError as error:
-                failure = error
-                continue
-            # glass and tissue transmit light; fluorescence is black with a signal in one channel
-            dark = dark and bool(np.median(pixels) < 16 and pixels.min(axis=2).max() < 128)
-            if not dark:
-                return
-        if failure is not None:
-            raise failure
-        raise SlideError(
-            self.path,
-            "black in all sampled regions: not a brightfield scan",
-            BRIGHTFIELD_REMEDY,
-        )
-
-
-def open_slide(path: Path, *, mpp: float | None = None, engine: EngineName | None = None) -> Slide:
+def open_slide(
+    path: Path,
+    *,
+    mpp: float | None = None,
+    image: int | None = None,
+    engine: EngineName | None = None,
+    colours: Colours = "stored",
+) -> Slide:
     """Open a slide.
 
     Parameters
@@ -248,25 +248,81 @@ def open_slide(path: Path, *, mpp: float | None = None, engine: EngineName | Non
         JPEG. Any file of a slide that has several (:mod:`nic_core.slides.files`).
     mpp : float, optional
         um/px at level 0; overrides that of the file.
+    image : int, optional
+        Number of the image in a TIFF with several. Default: the largest brightfield scan
+        (:mod:`nic_core.slides.images`).
     engine : {"tifffile", "openslide", "libvips", "zarr", "czi"}, optional
         Library that reads the file; default: see :mod:`nic_core.slides.engines`.
+    colours : {"stored", "srgb"}
+        ``srgb`` converts pixels by the file's ICC profile (:mod:`nic_core.slides.icc`). Pixels of a
+        file without a profile are sRGB by convention and remain as stored.
 
     Raises
     ------
     SlideError
-        The file is missing, damaged, truncated, of an unknown format or not brightfield, the engine
-        does not read it, or its um/px is unknown or impossible.
+        The file is missing, damaged, truncated, of an unknown format or not brightfield, it has no
+        such image, the engine does not read it, its um/px is unknown or impossible, or its ICC
+        profile is asked for and cannot be applied.
     """
     found = files_of_slide(Path(path))
     if isinstance(found, SlideFiles) and found.problem is not None:
         raise found.problem
     path = found.path
-    opened, reason = open_engine(path, engine)
+    opened = open_engine(path, engine, image)
     try:
-        slide = Slide(path, opened, reason, *resolve_mpp(path, mpp, opened.metadata))
+        if _is_dark(path, opened.engine):
+            opened = _next_bright(path, opened, engine)
+        slide = Slide(path, opened, *resolve_mpp(path, mpp, opened.engine.metadata), colours)
         check_physical_size(path, slide.width, slide.height, slide.mpp)
-        slide._check_readable()
     except SlideError:
-        opened.close()
+        opened.engine.close()
         raise
     return slide
+
+
+def _next_bright(path: Path, dark: OpenedEngine, engine: EngineName | None) -> OpenedEngine:
+    """Open the largest image after a dark one that is not dark itself."""
+    for number in dark.alternatives:
+        other = open_engine(path, engine, number)
+        try:
+            if not _is_dark(path, other.engine):
+                dark.engine.close()
+                return other
+        except SlideError:
+            other.engine.close()
+            raise
+        other.engine.close()
+    raise SlideError(
+        path, "black in all sampled regions: not a brightfield scan", BRIGHTFIELD_REMEDY
+    )
+
+
+def _is_dark(path: Path, engine: Engine) -> bool:
+    """Decode a few regions of the coarsest level; true if all are as dark as fluorescence.
+
+    An error is raised when the slide is opened, not after hours of work on others.
+
+    Raises
+    ------
+    SlideError
+        No sampled region is bright, and one of them cannot be decoded.
+    """
+    index = len(engine.levels) - 1
+    level = engine.levels[index]
+    failure = None
+    for across, down in ((0.5, 0.5), (0.25, 0.25), (0.75, 0.25), (0.25, 0.75), (0.75, 0.75)):
+        x = max(0, int(level.width * across) - _SAMPLE // 2)
+        y = max(0, int(level.height * down) - _SAMPLE // 2)
+        size = min(_SAMPLE, level.width - x), min(_SAMPLE, level.height - y)
+        try:
+            with as_slide_error(path):
+                pixels = engine.read_region(index, x, y, *size)
+        except SlideError as error:
+            failure = error
+            continue
+        # glass and tissue transmit light; fluorescence is black with a signal in one channel
+        if not (np.median(pixels) < 16 and pixels.min(axis=2).max() < 128):
+            return False
+    if failure is not None:
+        raise failure
+    return True

@@ -1,33 +1,34 @@
-"""TIFF slides: find the slide among the images of the file, and refuse unusable files."""
+"""TIFF slides: describe the slide in the file for the engines, and refuse unusable files."""
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import add
 from pathlib import Path
 
-import numpy as np
 import openslide
 import tifffile
 
 from nic_core.slides.errors import SlideError
+from nic_core.slides.images import ImageInfo, choose_image, find_images
 from nic_core.slides.metadata import (
     BRIGHTFIELD_REMEDY,
+    CONVERT_REMEDY,
     DAMAGED_REMEDY,
+    IMAGE_REMEDY,
     FileMetadata,
     fluorescence_evidence,
-    tiff_metadata,
 )
 
 # Formats that the TIFF tags describe completely. Others need OpenSlide to place the tiles.
 _PLAIN_FORMATS = (None, "aperio", "generic-tiff")
-_ASSOCIATED_NAMES = ("label", "macro", "thumbnail", "overview")
 _JPEG2000_YCBCR = 33003  # Aperio's compression tag
 _DECODED_TO_RGB = (7, 34892, 33007)  # JPEG compressions, whose decoders return RGB
 _SUBIFDS = 330
-_MAX_TILE = 1 << 28  # px
+_MAX_TILE = 1 << 28  # px; 0.8 GB of RGB
+SEPARATE = tifffile.PLANARCONFIG.SEPARATE
 # struct format of a value, by the number of the TIFF data type
 _VALUE_FORMATS = tifffile.TIFF.DATA_FORMATS
 
@@ -39,16 +40,31 @@ class TiffInfo:
     Attributes
     ----------
     openslide_reason : str
-        Why only OpenSlide can read the file. Empty if TIFF tags and tiles suffice; only then are
-        the other attributes set.
-    series : int
-        Index of the slide among tifffile's series.
+        Why only OpenSlide can read the file. Empty if TIFF tags and tiles suffice.
+    images : tuple of ImageInfo
+        All images of the file. Empty if the format is a vendor's: OpenSlide then finds the slide,
+        and the following attributes are not set.
+    image : int
+        Number of the image that is the slide.
+    alternatives : tuple of int
+        The next best images, if the pixels of this one turn out to be no brightfield scan.
+    levels : tuple of (int, int)
+        Number of the page of each level, finest first, and of the sub-directory of that page; the
+        latter is -1 for the page itself.
     metadata : FileMetadata
     """
 
     openslide_reason: str = ""
-    series: int = 0
+    images: tuple[ImageInfo, ...] = ()
+    image: int = 0
+    alternatives: tuple[int, ...] = ()
+    levels: tuple[tuple[int, int], ...] = ()
     metadata: FileMetadata = field(default_factory=FileMetadata)
+
+    @property
+    def scans(self) -> tuple[ImageInfo, ...]:
+        """The images that are not a label, macro, thumbnail or overview."""
+        return tuple(image for image in self.images if not image.name)
 
 
 def open_tiff(path: Path, *, ndpi: bool = False) -> tifffile.TiffFile:
@@ -59,13 +75,33 @@ def open_tiff(path: Path, *, ndpi: bool = False) -> tifffile.TiffFile:
     return tifffile.TiffFile(path, is_ndpi=ndpi)
 
 
-def inspect_tiff(path: Path) -> TiffInfo:
-    """Find the slide in a TIFF file: the series with the largest image.
+def level_pages(tiff: tifffile.TiffFile, info: TiffInfo) -> list[tifffile.TiffPage]:
+    """Return the page of each level of the slide, finest first."""
+    pages = []
+    for number, sub in info.levels:
+        page = tiff.pages[number]
+        assert isinstance(page, tifffile.TiffPage)  # frames exist only if they are asked for
+        if sub >= 0:
+            assert page.subifds is not None
+            tiff.filehandle.seek(page.subifds[sub])
+            page = tifffile.TiffPage(tiff, (number, sub))
+        pages.append(page)
+    return pages
+
+
+def inspect_tiff(path: Path, image: int | None = None) -> TiffInfo:
+    """Find the slide in a TIFF file (:mod:`nic_core.slides.images`).
+
+    Parameters
+    ----------
+    image : int, optional
+        Number of the image to read instead of the one that the rule chooses.
 
     Raises
     ------
     SlideError
-        The file is damaged, truncated, or not an 8-bit RGB brightfield image.
+        The file is damaged, truncated, or not an 8-bit RGB brightfield image, or there is no such
+        image.
     """
     vendor = openslide.OpenSlide.detect_format(path)
     try:
@@ -74,8 +110,9 @@ def inspect_tiff(path: Path) -> TiffInfo:
                 raise SlideError(path, f"a fluorescence scan ({evidence})", BRIGHTFIELD_REMEDY)
             if vendor not in _PLAIN_FORMATS:
                 _check_complete(path, tiff, list(tiff.pages))
+                check_only_image(path, image)
                 return TiffInfo(openslide_reason=f"{vendor} format")
-            return _inspect(path, tiff)
+            return _inspect(path, tiff, image)
     except SlideError:
         raise
     except MemoryError as error:
@@ -84,57 +121,63 @@ def inspect_tiff(path: Path) -> TiffInfo:
         ) from error
     # in a damaged structure tifffile raises whatever the bytes lead to: any of a dozen types
     except Exception as error:
-        raise SlideError(path, f"damaged TIFF structure ({error})", DAMAGED_REMEDY) from error
-
-
-def _inspect(path: Path, tiff: tifffile.TiffFile) -> TiffInfo:
-    if not tiff.series:
-        raise SlideError(path, "the file contains no image", DAMAGED_REMEDY)
-    number, series = max(
-        enumerate(tiff.series), key=lambda s: s[1].keyframe.imagewidth * s[1].keyframe.imagelength
-    )
-    page = series.keyframe
-    if series.dtype != np.uint8 or page.samplesperpixel not in (3, 4) or len(series.pages) != 1:
         raise SlideError(
             path,
-            f"not an 8-bit RGB image: axes {series.axes}, shape {series.shape}, {series.dtype}",
-            BRIGHTFIELD_REMEDY,
-        )
-    if page.photometric not in (tifffile.PHOTOMETRIC.RGB, tifffile.PHOTOMETRIC.YCBCR):
-        colours = tifffile.PHOTOMETRIC(page.photometric).name
-        raise SlideError(
-            path, f"not an RGB image: its colour space is {colours}", BRIGHTFIELD_REMEDY
-        )
-    pages = [level.keyframe for level in series.levels]
-    if any(page.parent is not tiff for page in pages):
-        raise SlideError(
-            path, "its pixels are in another file of its OME series", "give that file instead"
-        )
-    for page in pages:
+            f"its TIFF structure cannot be read ({error})",
+            f"{DAMAGED_REMEDY}, or {CONVERT_REMEDY}",
+        ) from error
+
+
+def check_only_image(path: Path, image: int | None) -> None:
+    """Refuse an image other than 0, for files whose format has one scan.
+
+    Raises
+    ------
+    SlideError
+    """
+    if image not in (None, 0):
+        raise SlideError(path, f"has no image {image}; its format has one scan: 0", IMAGE_REMEDY)
+
+
+def _inspect(path: Path, tiff: tifffile.TiffFile, number: int | None) -> TiffInfo:
+    images = find_images(tiff)
+    if not images:
+        raise SlideError(path, "the file contains no image", DAMAGED_REMEDY)
+    image, *others = choose_image(path, images, number)
+    for page in image.pages:
         _check_tiles(path, page)
-    _check_complete(path, tiff, [*tiff.pages, *pages])
-    ycbcr = page.photometric == tifffile.PHOTOMETRIC.YCBCR
-    if page.compression == _JPEG2000_YCBCR or (ycbcr and page.compression not in _DECODED_TO_RGB):
-        return TiffInfo(openslide_reason="YCbCr colours outside JPEG")
-    # tifffile assumes that an Aperio file's second page is the thumbnail
-    if tiff.is_svs and len(tiff.series) > 1 and tiff.series[1].keyframe.is_tiled:
-        return TiffInfo(openslide_reason="Aperio pyramid without a thumbnail after level 0")
-    names = (other.name.lower() for other in tiff.series if other is not series)
-    # other names are free text and may contain a patient's name
-    associated = [name if name in _ASSOCIATED_NAMES else "unnamed" for name in names]
-    return TiffInfo(series=number, metadata=tiff_metadata(tiff, pages[0], associated))
+    _check_complete(path, tiff, [*tiff.pages, *image.pages])
+    base = image.pages[0]
+    ycbcr = base.photometric == tifffile.PHOTOMETRIC.YCBCR
+    only_openslide = base.compression == _JPEG2000_YCBCR or (
+        ycbcr and base.compression not in _DECODED_TO_RGB
+    )
+    return TiffInfo(
+        openslide_reason="YCbCr colours outside JPEG" if only_openslide else "",
+        images=tuple(found.info for found in images),
+        image=image.info.number,
+        alternatives=tuple(other.info.number for other in others),
+        levels=tuple(
+            (page.treeindex[0], page.treeindex[1] if page.is_subifd else -1) for page in image.pages
+        ),
+        metadata=replace(
+            image.metadata,
+            associated=tuple(found.info.name for found in images if found.info.name),
+        ),
+    )
 
 
 def _check_tiles(path: Path, page: tifffile.TiffPage) -> None:
     """Refuse a page whose size, offsets and byte counts disagree about its tiles."""
-    side = (page.tilewidth, page.tilelength)
-    if not page.is_tiled:
-        side = (page.imagewidth, min(page.rowsperstrip, page.imagelength))
-    if min(side) < 1 or side[0] * side[1] > _MAX_TILE:
+    side = tile_size(page)
+    if min(side) < 1:
         raise SlideError(path, f"damaged: tiles of {side[0]} x {side[1]} px", DAMAGED_REMEDY)
-    if page.planarconfig != tifffile.PLANARCONFIG.CONTIG:
-        raise SlideError(path, "its colours are stored as separate planes", "save it as RGB pixels")
-    count = -(-page.imagewidth // side[0]) * -(-page.imagelength // side[1])
+    if side[0] * side[1] > _MAX_TILE:
+        kind = "tiles" if page.is_tiled else "strips"
+        reason = f"its pixels are stored as {kind} of {side[0]} x {side[1]} px: too large to decode"
+        raise SlideError(path, reason, "save it tiled, with tiles of 256 or 512 px")
+    planes = page.samplesperpixel if page.planarconfig == SEPARATE else 1
+    count = -(-page.imagewidth // side[0]) * -(-page.imagelength // side[1]) * planes
     stored = len(page.dataoffsets), len(page.databytecounts)
     if stored != (count, count):
         raise SlideError(

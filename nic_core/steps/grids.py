@@ -44,14 +44,15 @@ def make_grid(cohort: Cohort, store: Store, encoder: PreparedEncoder, slide: str
         See :func:`~nic_core.compression.compress_slide`.
     """
     cells = read_patch_table(store.patch_table(slide))
-    with open_indexed(store, slide) as opened:
+    settings = cohort.settings.compression
+    with open_indexed(store, slide, colours=settings.colours) as opened:
         grid = compress_slide(
             opened,
             cells,
             encoder,
             slide_id=slide,
             slide_identity=content_identity(opened.path),
-            orientations=cohort.settings.compression.orientations,
+            orientations=settings.orientations,
         )
     write_grid(store.grid(GridKey(encoder=encoder.card.name, slide=slide)), grid)
     return grid

@@ -11,13 +11,14 @@ from typing import Any
 import polars as pl
 
 from nic_core.cohort import Cohort, CohortError, ImportedEncoder, PatchTask, RegisteredEncoder
-from nic_core.cohort.index import find_slides
+from nic_core.cohort.index import INDEX_SCHEMA, find_slides
 from nic_core.cohort.scan import SNAPSHOT_SCHEMA, take_snapshot, watched_files
 from nic_core.encoders.patch_sources import source_files
 from nic_core.models.labels import target_table
 from nic_core.slides import Slide, content_identity, open_slide
 from nic_core.slides.files import LeftAside
 from nic_core.store import Store, atomic_file
+from nic_core.types import Colours
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class SlideScan:
     index : polars.DataFrame
         The usable slides (:data:`nic_core.cohort.index.INDEX_SCHEMA`).
     versions : dict of str to str
-        Slide id to version: a digest of the content of slide and mask and of the slide's um/px.
+        Slide id to version: a digest of the content of slide and mask, and of the slide's um/px
+        and image number.
     missing : dict of str to str
         Slide id to reason, for slides with a file that does not exist, is incomplete or cannot be
         read.
@@ -142,8 +144,10 @@ def scan_slides(
             "they are copied"
         )
     versions = {
-        slide: digest(identity[path], mpp, identity[mask] if mask else None)
-        for slide, path, mpp, mask in index.select("slide", "path", "mpp", "mask").iter_rows()
+        slide: digest(identity[path], mpp, image, identity[mask] if mask else None)
+        for slide, path, mpp, image, mask in index.select(
+            "slide", "path", "mpp", "image", "mask"
+        ).iter_rows()
     }
     duplicates = same_content(index, snapshot)
     return SlideScan(index, versions, missing, found.left_aside, duplicates, removed, snapshot)
@@ -227,11 +231,16 @@ def read_slide_index(store: Store) -> pl.DataFrame:
     Raises
     ------
     CohortError
-        The slide index does not exist yet.
+        The slide index does not exist yet, or another version of this project wrote it.
     """
     if not store.slide_index.exists():
         raise CohortError(f"{store.slide_index} does not exist; materialize 'slide_index' first")
-    return pl.read_parquet(store.slide_index)
+    index = pl.read_parquet(store.slide_index)
+    if dict(index.schema) != INDEX_SCHEMA:
+        raise CohortError(
+            f"{store.slide_index}: another version wrote it; materialize 'slide_index' again"
+        )
+    return index
 
 
 def read_file_snapshot(store: Store) -> pl.DataFrame:
@@ -318,8 +327,8 @@ def index_row(store: Store, slide: str) -> dict[str, Any]:
     return rows.row(0, named=True)
 
 
-def open_indexed(store: Store, slide: str) -> Slide:
-    """Open a slide of the slide index, with the um/px of the slide table.
+def open_indexed(store: Store, slide: str, *, colours: Colours = "stored") -> Slide:
+    """Open a slide of the slide index, with the um/px and the image of the slide table.
 
     Raises
     ------
@@ -329,7 +338,7 @@ def open_indexed(store: Store, slide: str) -> Slide:
         The slide cannot be used.
     """
     row = index_row(store, slide)
-    return open_slide(Path(row["path"]), mpp=row["mpp"])
+    return open_slide(Path(row["path"]), mpp=row["mpp"], image=row["image"], colours=colours)
 
 
 def digest(*parts: object) -> str:

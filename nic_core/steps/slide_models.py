@@ -170,21 +170,21 @@ def _check_manifest(store: Store, encoder: str, manifest: pl.DataFrame) -> None:
 def _grid_settings(
     cohort: Cohort, encoder: str, origins: Mapping[str, GridProvenance]
 ) -> GridSettings:
-    """Return precision, reading and tissue threshold, which must be equal for all grids."""
+    """Return precision, reading, colours and tissue threshold, which all grids must share."""
     if not origins:
         raise CohortError(
             f"encoder '{encoder}': no labelled slide has a grid; materialize 'grid' first"
         )
-    found = sorted({(origin.precision, origin.reading) for origin in origins.values()})
+    found = sorted({(o.precision, o.reading, o.colours) for o in origins.values()})
     if len(found) != 1:
-        pairs = " and ".join(f"{precision} by {reading}" for precision, reading in found)
+        pairs = " and ".join(f"{p} by {reading}, {colours}" for p, reading, colours in found)
         raise CohortError(
             f"encoder '{encoder}': its grids were made in more than one way ({pairs}); set "
             "settings.compression.precision to float32 or bfloat16 and materialize 'grid' again"
         )
-    precision, reading = found[0]
-    return GridSettings.model_validate(
-        {"precision": precision, "reading": reading, "tissue": cohort.settings.tissue}
+    precision, reading, colours = found[0]
+    return GridSettings(
+        precision=precision, reading=reading, colours=colours, tissue=cohort.settings.tissue
     )
 
 

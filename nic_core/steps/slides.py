@@ -6,10 +6,11 @@ from pathlib import Path
 
 import polars as pl
 from matplotlib.image import imsave
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
-from nic_core.cohort import Cohort
-from nic_core.slides import Level, content_identity
+from nic_core.cohort import Cohort, CohortError
+from nic_core.slides import ImageInfo, Level, content_identity
+from nic_core.slides.icc import IccProfile
 from nic_core.steps.slide_index import index_row, open_indexed
 from nic_core.store import Store, atomic_folder
 from nic_core.tiling.patches import patch_table, write_patch_table
@@ -33,6 +34,9 @@ class SlideRecord(BaseModel):
     height: int
     mpp: float  # um/px at level 0
     levels: tuple[Level, ...]  # finest first
+    image: int  # number of the image that is read
+    images: tuple[ImageInfo, ...]  # all images of a TIFF; empty for other formats
+    icc_profile: IccProfile | None  # of the file
     tissue_mpp: float  # um/px of tissue.png
     tissue_mm2: float  # area of the tissue
 
@@ -64,6 +68,9 @@ def make_slide(store: Store, slide: str) -> tuple[SlideRecord, Pixels]:
             height=opened.height,
             mpp=opened.mpp,
             levels=opened.levels,
+            image=opened.image,
+            images=opened.images,
+            icc_profile=opened.icc_profile,
             tissue_mpp=mask.mpp,
             tissue_mm2=float(mask.array.sum()) * (mask.mpp / 1000) ** 2,
         )
@@ -75,8 +82,20 @@ def make_slide(store: Store, slide: str) -> tuple[SlideRecord, Pixels]:
 
 
 def read_record(store: Store, slide: str) -> SlideRecord:
-    """Read the record that :func:`make_slide` wrote."""
-    return SlideRecord.model_validate_json((store.slide(slide) / RECORD).read_bytes())
+    """Read the record that :func:`make_slide` wrote.
+
+    Raises
+    ------
+    CohortError
+        Another version of this project wrote it.
+    """
+    path = store.slide(slide) / RECORD
+    try:
+        return SlideRecord.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise CohortError(
+            f"{path}: another version wrote it; materialize 'slide' of '{slide}' again"
+        ) from error
 
 
 def make_patch_table(cohort: Cohort, store: Store, slide: str) -> pl.DataFrame:

@@ -35,6 +35,9 @@ def record(**changes: object) -> SlideRecord:
         "height": 100,
         "mpp": 0.25,
         "levels": (),
+        "image": 0,
+        "images": (),
+        "icc_profile": None,
         "tissue_mpp": 8.0,
         "tissue_mm2": 1.0,
     }
@@ -43,10 +46,11 @@ def record(**changes: object) -> SlideRecord:
 
 def grid(embeddings: np.ndarray, valid: np.ndarray, unreadable: int = 0) -> Grid:
     provenance = GridProvenance(
-        format=2,
+        format=3,
         slide="s",
         slide_identity="i",
         slide_mpp=0.5,
+        slide_image=0,
         encoder="e",
         weights_hash="w",
         mpp=0.5,
@@ -55,6 +59,8 @@ def grid(embeddings: np.ndarray, valid: np.ndarray, unreadable: int = 0) -> Grid
         unreadable=unreadable,
         precision="float32",
         reading="patch",
+        colours="stored",
+        icc_profile=None,
         software="nic test",
     )
     return Grid(embeddings.astype(np.float16), valid, provenance)

@@ -208,10 +208,11 @@ def test_crops_from_stores_equal_crops_from_memory(tmp_path, cache, components):
         embeddings = (random.normal(size=(3, *valid.shape)) * valid).astype(np.float16)
         grids[name] = grid_of(embeddings, valid)
         about = GridProvenance(
-            format=2,
+            format=3,
             slide=name,
             slide_identity=name,
             slide_mpp=0.25,
+            slide_image=0,
             encoder="e",
             weights_hash="w",
             mpp=0.5,
@@ -220,6 +221,8 @@ def test_crops_from_stores_equal_crops_from_memory(tmp_path, cache, components):
             unreadable=0,
             precision="float32",
             reading="patch",
+            colours="stored",
+            icc_profile=None,
             software="nic test",
         )
         write_grid(tmp_path / name, Grid(embeddings, valid, about))

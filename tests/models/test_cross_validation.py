@@ -50,7 +50,7 @@ CARD = {
     "weights_hash": "abc",
     "patch": 128,
     "mpp": 0.5,
-    "grids": GridSettings(precision="float32", reading="patch", tissue=0.6),
+    "grids": GridSettings(precision="float32", reading="patch", colours="stored", tissue=0.6),
     "training": TrainingCohort(name="c", patients=1, units=1, slides=("a",), digest="d"),
 }
 

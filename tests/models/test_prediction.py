@@ -234,13 +234,18 @@ def test_other_encoder_is_refused(study, field, value, told):
         predict_slides(model, other, split(store, "test"))
 
 
-@pytest.mark.parametrize("field", ["weights_hash", "precision", "reading"])
+@pytest.mark.parametrize("field", ["weights_hash", "precision", "reading", "colours"])
 def test_grid_with_other_settings_is_refused(study, field):
     _, store = study
     model = load_model(store.slide_model(ModelKey(encoder=ENCODER, target="growth")))
     grid = open_grid(store.grid(GridKey(encoder=ENCODER, slide=next(iter(split(store, "test"))))))
     check_grid(model.card, grid)
-    other = {"weights_hash": "1", "precision": "bfloat16", "reading": "input"}[field]
+    other = {
+        "weights_hash": "1",
+        "precision": "bfloat16",
+        "reading": "input",
+        "colours": "srgb",
+    }[field]
     about = grid.provenance.model_copy(update={field: other})
     with pytest.raises(ModelMismatchError, match=f"'{about.slide}'.*{other}, not"):
         check_grid(model.card, replace(grid, provenance=about))
@@ -331,7 +336,7 @@ def test_invalid_table_of_patients_raises(tmp_path, text, told):
 
 def test_model_file_with_other_format_or_weights_is_refused(study, tmp_path):
     _, store = study
-    with pytest.raises(ModelFileError, match="not a model file of format 4.*train the model again"):
+    with pytest.raises(ModelFileError, match="not a model file of format 5.*train the model again"):
         load_model(store.encoder(ENCODER))
     shutil.copytree(store.slide_model(ModelKey(encoder=ENCODER, target="growth")), tmp_path / "m")
     shutil.copy(tmp_path / "m" / "fold-0.safetensors", tmp_path / "m" / "fold-1.safetensors")
@@ -339,7 +344,7 @@ def test_model_file_with_other_format_or_weights_is_refused(study, tmp_path):
         load_model(tmp_path / "m")
     card = json.loads((tmp_path / "m" / "card.json").read_text())
     (tmp_path / "m" / "card.json").write_text(json.dumps(card | {"format": 3}))
-    with pytest.raises(ModelFileError, match=r"format: Input should be 4.*train the model again"):
+    with pytest.raises(ModelFileError, match=r"format: Input should be 5.*train the model again"):
         load_model(tmp_path / "m")
     (tmp_path / "m" / "card.json").write_text("{")
     with pytest.raises(ModelFileError, match="not a model file"):

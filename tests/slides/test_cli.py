@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+import tifffile
 import torch
 from PIL import Image
 from typer.testing import CliRunner
@@ -50,7 +51,7 @@ def test_inspect_prints_the_metadata_of_a_slide(section):
         "level 2",
         "1/4",
         "4 um/px, tiles of 128 x 128",
-        "other images  none",
+        "images left  none",
     ):
         assert text in result.stdout
     assert "0.5 um/px (slide table)" in run(app, ["inspect", str(section), "--mpp", "0.5"]).stdout
@@ -68,6 +69,22 @@ def test_inspect_prints_bounds_power_and_names_of_other_images(tmp_path):
         "macro",
     ):
         assert text in result.stdout
+
+
+def test_image_names_another_image_of_a_file(tmp_path):
+    path = tmp_path / "two.tif"
+    with tifffile.TiffWriter(path) as writer:
+        for side in (256, 128):
+            scale = {"resolution": (20_000, 20_000), "resolutionunit": "CENTIMETER"}
+            writer.write(paint(side, side), photometric="rgb", metadata=None, **scale)
+    first = run(app, ["inspect", str(path)]).stdout
+    assert "0 (the largest brightfield scan)" in first
+    assert "1: 128 x 128 px, 0.5 um/px" in first
+    second = run(app, ["inspect", str(path), "--image", "1"]).stdout
+    assert "1 (named by --image)" in second
+    assert "0: 256 x 256 px, 0.5 um/px" in second
+    missing = run(app, ["inspect", str(path), "--image", "2"])
+    assert (missing.exit_code, missing.stdout.count("\n")) == (1, 1)
 
 
 def test_an_unusable_slide_gives_one_line_and_exit_status_1(tmp_path):

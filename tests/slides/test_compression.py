@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 import pytest
+import pyvips
+import tifffile
 import torch
 from torch import nn
 
@@ -16,6 +18,7 @@ from nic_core.encoders.inference import PreparedEncoder
 from nic_core.grids import open_grid, write_grid
 from nic_core.orientations import orient, undo
 from nic_core.slides import SlideError, content_identity, open_slide
+from nic_core.slides.icc import describe_profile
 from nic_core.tiling.blocks import plan_blocks, read_block
 from nic_core.tiling.patches import PatchTableError, patch_table
 from nic_core.tiling.quality import measure_quality
@@ -141,6 +144,36 @@ def test_provenance_states_slide_encoder_and_settings(files):
     )
     assert (provenance.mpp, provenance.patch, provenance.slide_mpp) == (0.5, 32, 0.25)
     assert provenance.precision == "float32"
+    assert (provenance.slide_image, provenance.colours, provenance.icc_profile) == (
+        0,
+        "stored",
+        None,
+    )
+
+
+def test_the_icc_profile_changes_embeddings_only_on_request(tmp_path):
+    path, profile = tmp_path / "slide.tif", bytes(pyvips.Operation.call("profile_load", "p3"))
+    scale = {"resolution": (40_000, 40_000), "resolutionunit": "CENTIMETER"}
+    tifffile.imwrite(
+        path, paint(300, 400), photometric="rgb", iccprofile=profile, metadata=None, **scale
+    )
+    grids = {}
+    for colours in ("stored", "srgb"):
+        with open_slide(path, colours=colours) as slide:
+            grids[colours] = compress(slide, table_of(slide))
+            write_grid(tmp_path / f"{colours}.zarr", grids[colours])
+            for other in grids:
+                assert is_up_to_date(
+                    tmp_path / f"{other}.zarr",
+                    slide,
+                    table_of(slide),
+                    prepared(),
+                    slide_identity=grids[other].provenance.slide_identity,
+                ) == (other == colours)
+    for colours, grid in grids.items():
+        assert grid.provenance.colours == colours
+        assert grid.provenance.icc_profile == describe_profile(profile)
+    assert (grids["stored"].embeddings[:] != grids["srgb"].embeddings[:]).any()
 
 
 def test_progress_ends_at_the_number_of_kept_cells(files):

@@ -44,10 +44,11 @@ def make(
     others = rng.normal(size=(7, size, rows, columns)).astype(np.float16) * valid
     eight = np.concatenate([embeddings[None], others]) if orientations else None
     provenance = {
-        "format": 2,
+        "format": 3,
         "slide": "s1",
         "slide_identity": "ab" * 16,
         "slide_mpp": 0.25,
+        "slide_image": 0,
         "encoder": "mtl",
         "weights_hash": "cd" * 16,
         "mpp": 0.5,
@@ -56,6 +57,8 @@ def make(
         "unreadable": 0,
         "precision": "float32",
         "reading": "patch",
+        "colours": "stored",
+        "icc_profile": None,
         "software": "nic test",
     } | changes
     return Grid(embeddings, valid, GridProvenance(**provenance), eight)
@@ -260,7 +263,7 @@ def test_a_store_of_an_older_format_is_refused(tmp_path):
     path = tmp_path / "s.zarr"
     write_grid(path, make())
     # format 1 had no field `format`, and early stores neither stride, precision nor reading
-    newer = ("format", "stride", "precision", "reading")
+    newer = ("format", "stride", "precision", "reading", "slide_image", "colours", "icc_profile")
     change_provenance(path, lambda p: {name: p[name] for name in p if name not in newer})
     message = r"s.zarr: was written by an older version \(format 1\); compress the slide again"
     for read in (open_grid, verify_grid):
@@ -288,7 +291,7 @@ def test_a_store_without_a_recorded_hash_is_not_verified(tmp_path):
 
 @pytest.mark.parametrize(
     "change",
-    [{"format": 3}, {"stride": 64}, {"precision": "int8"}, {"reading": "fast"}, {"unknown": 1}],
+    [{"format": 4}, {"stride": 64}, {"precision": "int8"}, {"reading": "fast"}, {"unknown": 1}],
 )
 def test_invalid_provenance_is_refused(tmp_path, change):
     path = tmp_path / "s.zarr"

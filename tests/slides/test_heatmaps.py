@@ -48,10 +48,11 @@ def slide(files):
 def provenance(files):
     """Of a grid of 7 x 9 cells of 100 level-0 px."""
     return GridProvenance(
-        format=2,
+        format=3,
         slide="s1",
         slide_identity=content_identity(files["tiff"]),
         slide_mpp=0.25,
+        slide_image=0,
         encoder="mtl",
         weights_hash="cd" * 16,
         mpp=0.5,
@@ -60,6 +61,8 @@ def provenance(files):
         unreadable=0,
         precision="float32",
         reading="patch",
+        colours="stored",
+        icc_profile=None,
         software="nic test",
     )
 

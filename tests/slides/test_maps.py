@@ -26,10 +26,11 @@ def labels(folder: Path, values: np.ndarray) -> Path:
 
 def grid_of(embeddings: np.ndarray, valid: np.ndarray) -> Grid:
     provenance = GridProvenance(
-        format=2,
+        format=3,
         slide="s",
         slide_identity="i",
         slide_mpp=0.5,
+        slide_image=0,
         encoder="e",
         weights_hash="w",
         mpp=0.5,
@@ -38,6 +39,8 @@ def grid_of(embeddings: np.ndarray, valid: np.ndarray) -> Grid:
         unreadable=0,
         precision="float32",
         reading="patch",
+        colours="stored",
+        icc_profile=None,
         software="nic test",
     )
     return Grid(np.where(valid, embeddings, 0).astype(np.float16), valid, provenance)

@@ -89,7 +89,7 @@ def test_text_with_a_slide_suffix_is_refused(tmp_path, name):
 def test_a_tiff_header_followed_by_noise_is_refused(tmp_path):
     path = tmp_path / "header.tif"
     path.write_bytes(b"II*\0" + random.Random(0).randbytes(500))
-    refused(path, "damaged")
+    refused(path, "TIFF structure cannot be read")
 
 
 @pytest.mark.parametrize("fraction", [0.02, 0.3, 0.6, 0.95, 0.999])
@@ -207,14 +207,41 @@ def test_tiff_colours_other_than_8_bit_rgb_are_refused(tmp_path, kind, tiling):
     shape, dtype, options = COLOURS[kind]
     path = tmp_path / "slide.tif"
     tifffile.imwrite(path, np.full(shape, 200, dtype), **options, **tiling)
-    refused(path, "RGB", "leave it out", mpp=0.5)
+    refused(path, "RGB", "save it as 8-bit RGB", mpp=0.5)
 
 
-def test_separate_colour_planes_are_refused_with_a_remedy(tmp_path):
+@pytest.mark.parametrize("orientation", range(2, 9))
+def test_rotated_and_mirrored_pixels_are_refused(tmp_path, orientation):
     path = tmp_path / "slide.tif"
-    planes = np.moveaxis(paint(64, 64), -1, 0).copy()
-    tifffile.imwrite(path, planes, photometric="rgb", planarconfig="separate", tile=(32, 32))
-    refused(path, "separate planes", "RGB pixels", mpp=0.5)
+    tag = [(274, 3, 1, orientation, True)]
+    tifffile.imwrite(path, paint(64, 64), photometric="rgb", extratags=tag)
+    refused(path, f"orientation {orientation}", "save it upright", mpp=0.5)
+    exif = Image.Exif()
+    exif[274] = orientation
+    for name in ("a.jpg", "b.png"):
+        Image.fromarray(paint(64, 64)).save(tmp_path / name, exif=exif)
+        refused(tmp_path / name, f"orientation {orientation}", "save it upright", mpp=0.5)
+
+
+def test_a_fourth_channel_of_unknown_meaning_is_refused(tmp_path):
+    path = tmp_path / "slide.tif"
+    image = np.dstack([paint(64, 64), np.full((64, 64), 255, np.uint8)])
+    tifffile.imwrite(path, image, photometric="rgb", extrasamples=["unspecified"])
+    refused(path, "fourth channel", "ExtraSamples", mpp=0.5)
+
+
+def test_a_strip_too_large_to_decode_is_refused_as_healthy(tmp_path, monkeypatch):
+    monkeypatch.setattr("nic_core.slides.tiff._MAX_TILE", 1000)
+    path = tmp_path / "slide.tif"
+    tifffile.imwrite(path, paint(64, 64), photometric="rgb", rowsperstrip=64)
+    refused(path, "strips of 64 x 64 px", "save it tiled", mpp=0.5)
+
+
+def test_a_resolution_without_a_unit_is_refused_as_such(tmp_path):
+    path = tmp_path / "slide.tif"
+    scale = {"resolution": (20_000, 20_000), "resolutionunit": "NONE"}
+    tifffile.imwrite(path, paint(64, 64), photometric="rgb", metadata=None, **scale)
+    refused(path, "resolution (20000 px) has no unit", "column `mpp`")
 
 
 def test_plain_images_of_other_colours_are_refused(tmp_path):
@@ -223,6 +250,8 @@ def test_plain_images_of_other_colours_are_refused(tmp_path):
         converted = image.convert("L").convert("I;16") if mode == "I;16" else image.convert(mode)
         converted.save(tmp_path / name)
         refused(tmp_path / name, "not an 8-bit RGB image", mpp=0.5)
+    for name in ("a.jpg", "d.png"):
+        refused(tmp_path / name, "save it as 8-bit RGB", mpp=0.5)
 
 
 def test_a_black_image_with_one_lit_channel_is_refused(tmp_path):

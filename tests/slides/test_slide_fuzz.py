@@ -8,7 +8,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+import tifffile
 
 from tests.slides import vendors
 from tests.slides.conftest import paint, vips, write_tiff
@@ -39,7 +41,12 @@ def test_mutated_tiff_png_and_jpeg_are_opened_or_refused(tmp_path):
     vips(image).write_to_file(str(png))
     pyramid = write_tiff(tmp_path / "pyramid.tif", image, mpp=0.5, compression="jpeg")
     parts = write_tiff(tmp_path / "parts.tif", image, mpp=0.5, subifd=True, bigtiff=True)
-    fuzz([jpeg, png, pyramid, parts])
+    several = tmp_path / "several.ome.tif"
+    with tifffile.TiffWriter(several) as writer:
+        for pixels, name in ((image[:90, :90], "macro"), (image, "scan")):
+            rgba = np.dstack([pixels, pixels[..., 0]])
+            writer.write(rgba, photometric="rgb", metadata={"axes": "YXS", "Name": name})
+    fuzz([jpeg, png, pyramid, parts, several])
 
 
 def test_mutated_vendor_slides_are_opened_or_refused(tmp_path):

@@ -58,6 +58,17 @@ def test_resolution_tags_are_read_in_their_unit(tmp_path, unit, value):
         assert slide.objective_power is None
 
 
+@pytest.mark.parametrize(
+    ("unit", "value"), [("micron", 2), ("um", 2), ("mm", 2000), ("inch", 50_800)]
+)
+def test_imagej_states_its_resolution_in_a_unit_of_its_own(tmp_path, unit, value):
+    path = tmp_path / "slide.tif"
+    options = {"imagej": True, "resolution": (value, value), "metadata": {"unit": unit}}
+    tifffile.imwrite(path, paint(80, 80), **options)
+    with open_slide(path) as slide:
+        assert (slide.mpp, slide.mpp_source) == (pytest.approx(0.5), "ImageJ resolution")
+
+
 @pytest.mark.parametrize("value", ["0", "nan", "1000", "-0.25", "inf", "1e-9"])
 def test_an_impossible_mpp_in_the_file_is_refused_with_a_remedy(tmp_path, value):
     path = aperio(tmp_path, f"AppMag = 40|MPP = {value}|Date = 1")
@@ -115,7 +126,7 @@ def test_only_standard_names_of_other_images_are_reported(tmp_path):
             writer.write(paint(side, side), photometric="rgb", metadata=metadata)
     with open_slide(path) as slide:
         assert (slide.width, slide.mpp_source) == (96, "OME-XML")
-        assert slide.associated == ("label", "unnamed", "macro")
+        assert slide.associated == ("label", "macro")
 
 
 def test_openslide_properties_are_parsed():

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from nic_core.slides import SlideError, open_slide
-from nic_core.slides.engines.base import downsample
+from nic_core.slides.engines.base import downsample, flatten_on_white
 from nic_core.slides.resample import coverage, snap_to_whole
 from tests.slides.conftest import area_mean, paint, reduced, write_tiff
 
@@ -269,13 +269,85 @@ def test_lossless_codecs_in_strips_and_tiles_are_exact(tmp_path, options, pixels
         assert slide.levels[0].tile in ((900, 50), (900, 1), (64, 128))
 
 
-def test_an_alpha_channel_is_ignored(tmp_path, pixels):
+def over_white(pixels: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    """Reference: blend over white, rounded half up."""
+    weight = alpha[..., None].astype(int)
+    return ((pixels * weight + 255 * (255 - weight) + 127) // 255).astype(np.uint8)
+
+
+ALPHA = np.tile(np.repeat([0, 255, 90, 1, 254, 128], 150).astype(np.uint8), (700, 1))
+
+
+@pytest.mark.parametrize("planes", ["contig", "separate"])
+@pytest.mark.parametrize("kind", ["unassalpha", "assocalpha"])
+@pytest.mark.parametrize("engine", ["tifffile", "openslide", "libvips"])
+def test_transparency_is_flattened_on_white(tmp_path, engine, kind, planes, pixels):
+    if (engine, planes) == ("libvips", "separate"):
+        pytest.skip("libvips does not read tiles of separate planes")
+    stored = pixels.copy()
+    stored[ALPHA == 0] = 0  # what scanners store outside of the section
+    if kind == "assocalpha":
+        stored = (stored.astype(int) * ALPHA[..., None] // 255).astype(np.uint8)
+        expected = (stored.astype(int) + 255 - ALPHA[..., None]).astype(np.uint8)
+    else:
+        expected = over_white(stored, ALPHA)
+    image = np.dstack([stored, ALPHA])
     path = tmp_path / "slide.tif"
-    opaque = np.dstack([pixels, np.full(pixels.shape[:2], 255, np.uint8)])
-    tifffile.imwrite(path, opaque, photometric="rgb", extrasamples=["unassalpha"], tile=(128, 128))
-    for engine in ("tifffile", "libvips"):
-        with open_slide(path, mpp=0.5, engine=engine) as slide:
-            np.testing.assert_array_equal(slide.read(0, 0, 900, 700, 0.5), pixels)
+    tifffile.imwrite(
+        path,
+        image if planes == "contig" else np.moveaxis(image, -1, 0).copy(),
+        photometric="rgb",
+        planarconfig=planes,
+        extrasamples=[kind],
+        tile=(128, 128),
+    )
+    with open_slide(path, mpp=0.5, engine=engine) as slide:
+        read = slide.read(0, 0, 900, 700, 0.5).astype(int)
+    assert np.array_equal(read[ALPHA == 0], np.full((700 * 150, 3), 255))
+    # OpenSlide and libvips pass premultiplied colours on divided by their opacity
+    assert np.abs(read - expected).max() <= (0 if engine == "tifffile" else 1)
+
+
+@given(
+    rgba=st.lists(st.tuples(*[st.integers(0, 255)] * 4), min_size=1, max_size=50),
+    kind=st.sampled_from(["straight", "premultiplied"]),
+)
+def test_flattening_keeps_opaque_pixels_and_whitens_clear_ones(rgba, kind):
+    pixels = np.array([rgba], np.uint8)
+    flat = flatten_on_white(pixels, kind)[0].astype(int)
+    alpha = pixels[0, :, 3].astype(int)
+    assert (flat[alpha == 255] == pixels[0, alpha == 255, :3]).all()
+    assert (flat[alpha == 0] == 255).all()
+    assert (flat >= 255 - alpha[:, None]).all()
+
+
+def test_a_transparent_png_is_flattened_on_white(tmp_path, pixels):
+    path = tmp_path / "slide.png"
+    Image.fromarray(np.dstack([pixels, ALPHA])).save(path)
+    with open_slide(path, mpp=0.5) as slide:
+        read = slide.read(0, 0, 900, 700, 0.5)
+    np.testing.assert_array_equal(read, over_white(pixels, ALPHA))
+
+
+@pytest.mark.parametrize("engine", ["tifffile", "openslide"])
+@pytest.mark.parametrize("codec", [None, "zlib", "jpeg"])
+def test_separate_colour_planes_are_read(tmp_path, engine, codec, pixels):
+    path = tmp_path / "slide.tif"
+    planes = np.moveaxis(pixels, -1, 0).copy()
+    options = {"photometric": "rgb", "planarconfig": "separate", "compression": codec}
+    tifffile.imwrite(path, planes, tile=(128, 128), **options)
+    with open_slide(path, mpp=0.5, engine=engine) as slide:
+        read = slide.read(0, 0, 900, 700, 0.5)
+    assert np.abs(read.astype(int) - pixels).max() <= (25 if codec == "jpeg" else 0)
+
+
+def test_one_strip_for_the_whole_image_is_read(tmp_path, pixels, monkeypatch):
+    monkeypatch.setattr("nic_core.slides.engines.tifffile._HUGE_TILE", 1000)
+    path = tmp_path / "slide.tif"
+    tifffile.imwrite(path, pixels, photometric="rgb", rowsperstrip=700, compression="lzw")
+    with open_slide(path, mpp=0.5) as slide:
+        assert slide.levels[0].tile == (900, 700)
+        np.testing.assert_array_equal(slide.read(0, 0, 900, 700, 0.5), pixels)
 
 
 def test_ycbcr_outside_jpeg_is_read_by_openslide(tmp_path, pixels):

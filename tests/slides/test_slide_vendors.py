@@ -65,7 +65,7 @@ FORMATS = {
             f / "a.svs", levels(), MPP, codec="33003", power=20, pictures=PICTURE
         ),
         "openslide",
-        "aperio metadata",
+        "Aperio tag",
         names=SVS_NAMES,
     ),
     "svs 33005": Format(
@@ -79,8 +79,8 @@ FORMATS = {
     ),
     "svs without pictures": Format(
         lambda f: vendors.write_svs(f / "a.svs", levels(), MPP, power=20),
-        "openslide",
-        "aperio metadata",
+        "tifffile",
+        "Aperio tag",
         names=frozenset(),
     ),
     "ndpi": Format(

@@ -25,6 +25,7 @@ vendor formats where it was built with OpenSlide, which the wheels are not.
 from __future__ import annotations
 
 import contextlib
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nic_core.slides.engines.base import Engine, EngineName, Level, as_slide_error
@@ -34,33 +35,59 @@ from nic_core.slides.engines.tifffile import TiffEngine
 from nic_core.slides.engines.vips import VipsEngine
 from nic_core.slides.errors import SlideError
 from nic_core.slides.files import is_zarr
+from nic_core.slides.images import ImageInfo
 from nic_core.slides.metadata import DAMAGED_REMEDY
-from nic_core.slides.tiff import TiffInfo, inspect_tiff
+from nic_core.slides.tiff import TiffInfo, check_only_image, inspect_tiff
 
-__all__ = ["Engine", "EngineName", "Level", "as_slide_error", "open_engine"]
+__all__ = ["Engine", "EngineName", "Level", "OpenedEngine", "as_slide_error", "open_engine"]
 
 _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _CZI_MAGIC = b"ZISRAWFI"
 _PLAIN_MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
 
 
-def open_engine(path: Path, name: EngineName | None = None) -> tuple[Engine, str]:
+@dataclass(frozen=True)
+class OpenedEngine:
+    """An engine that reads a slide.
+
+    Attributes
+    ----------
+    engine : Engine
+    reason : str
+        Why this engine was chosen, in a few words.
+    image : int
+        Number of the image in the file; 0 if the format has one scan.
+    images : tuple of ImageInfo
+        All images of a TIFF whose tags describe them; empty for other formats.
+    alternatives : tuple of int
+        Images to try next, if this one is no brightfield scan.
+    """
+
+    engine: Engine
+    reason: str
+    image: int = 0
+    images: tuple[ImageInfo, ...] = ()
+    alternatives: tuple[int, ...] = ()
+
+
+def open_engine(
+    path: Path, name: EngineName | None = None, image: int | None = None
+) -> OpenedEngine:
     """Open a slide file with the engine for its format, or with the requested one.
 
     Formats are recognised by content, not by suffix, except for MIRAX, whose ``.mrxs`` file is a
     JPEG.
 
-    Returns
-    -------
-    engine : Engine
-    reason : str
-        Why this engine was chosen, in a few words.
+    Parameters
+    ----------
+    image : int, optional
+        Number of the image to read; default: see :mod:`nic_core.slides.images`.
 
     Raises
     ------
     SlideError
-        The file is missing, damaged, not an image or not RGB brightfield, or the requested engine
-        does not read it.
+        The file is missing, damaged, not an image or not RGB brightfield, it has no such image, or
+        the requested engine does not read it.
     """
     if is_zarr(path):
         # imported here, since zarr takes half a second
@@ -68,11 +95,15 @@ def open_engine(path: Path, name: EngineName | None = None) -> tuple[Engine, str
 
         if name not in (None, ZarrEngine.name):
             raise _wrong_engine(path, name)
-        return ZarrEngine(path), "OME-Zarr, chunks read as tiles"
+        check_only_image(path, image)
+        return OpenedEngine(ZarrEngine(path), "OME-Zarr, chunks read as tiles")
     magic = _magic(path)
     if magic == _CZI_MAGIC and name in (None, "czi"):
+        check_only_image(path, image)
         return _open_czi(path, name)
-    tiff = inspect_tiff(path) if magic.startswith(_TIFF_MAGIC) else None
+    tiff = inspect_tiff(path, image) if magic.startswith(_TIFF_MAGIC) else None
+    if tiff is None:
+        check_only_image(path, image)
     plain = magic.startswith(_PLAIN_MAGIC) and path.suffix.lower() != ".mrxs"
     default: EngineName = "openslide"
     if plain:
@@ -83,17 +114,23 @@ def open_engine(path: Path, name: EngineName | None = None) -> tuple[Engine, str
         reason = tiff.openslide_reason
     else:
         default, reason = "tifffile", "TIFF tiles read directly"
-    engine = _open(path, name or default, tiff, plain)
-    return engine, reason if name in (None, default) else "requested"
+    opened = OpenedEngine(
+        _open(path, name or default, tiff, plain),
+        reason if name in (None, default) else "requested",
+    )
+    if tiff is None:
+        return opened
+    return replace(opened, image=tiff.image, images=tiff.images, alternatives=tiff.alternatives)
 
 
-def _open_czi(path: Path, name: EngineName | None) -> tuple[Engine, str]:
+def _open_czi(path: Path, name: EngineName | None) -> OpenedEngine:
     """OpenSlide reads some CZI files; libCZI, an optional package, reads them all."""
     if name is None:
         # OpenSlide refuses when it is opened what it does not read of the format
         with contextlib.suppress(SlideError):
-            return OpenSlideEngine(path, None), "vendor format, not TIFF"
-    return CziEngine(path), "requested" if name else "CZI that OpenSlide does not read"
+            return OpenedEngine(OpenSlideEngine(path, None), "vendor format, not TIFF")
+    reason = "requested" if name else "CZI that OpenSlide does not read"
+    return OpenedEngine(CziEngine(path), reason)
 
 
 def _open(path: Path, name: EngineName, tiff: TiffInfo | None, plain: bool) -> Engine:

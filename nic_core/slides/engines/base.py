@@ -9,7 +9,11 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Literal, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from nic_core.slides.errors import SlideError
+from nic_core.slides.images import AlphaKind
 from nic_core.slides.metadata import DAMAGED_REMEDY, FileMetadata
 from nic_core.types import Pixels
 
@@ -120,6 +124,32 @@ def pyramid_levels(sizes: list[tuple[int, int]], tiles: list[tuple[int, int]]) -
         Level(w, h, downsample(width, height, w, h), tile)
         for (w, h), tile in zip_longest(sizes, tiles)
     )
+
+
+def flatten_on_white(pixels: NDArray[np.uint8], alpha: AlphaKind = "straight") -> Pixels:
+    """Blend pixels over white by their opacity: what was not scanned becomes white.
+
+    Parameters
+    ----------
+    pixels : uint8 (H, W, 4)
+        RGB and opacity.
+    alpha : {"straight", "premultiplied"}
+        Whether the colours are already multiplied by their opacity.
+
+    Returns
+    -------
+    uint8 (H, W, 3)
+    """
+    opacity = pixels[..., 3:]
+    if opacity.size == 0 or opacity.min() == 255:
+        return np.ascontiguousarray(pixels[..., :3])
+    weight = opacity.astype(np.uint16)
+    white = 255 * (255 - weight)
+    colours = pixels[..., :3].astype(np.uint16) * (255 if alpha == "premultiplied" else weight)
+    # a premultiplied colour cannot exceed its opacity; one that does is limited to it
+    limited = np.minimum(colours, 255 * weight)
+    flat: Pixels = ((limited + white + 127) // 255).astype(np.uint8)
+    return flat
 
 
 @contextlib.contextmanager

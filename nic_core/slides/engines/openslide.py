@@ -12,16 +12,21 @@ import openslide
 from PIL import Image
 
 from nic_core.slides.dicom import check_dicom
-from nic_core.slides.engines.base import EngineName, Level, ReadError, downsample
+from nic_core.slides.engines.base import (
+    EngineName,
+    Level,
+    ReadError,
+    downsample,
+    flatten_on_white,
+)
 from nic_core.slides.errors import SlideError
-from nic_core.slides.metadata import DAMAGED_REMEDY, openslide_metadata
+from nic_core.slides.metadata import CONVERT_REMEDY, DAMAGED_REMEDY, openslide_metadata
 from nic_core.slides.tiff import TiffInfo
 from nic_core.types import Pixels
 
 UNKNOWN_FORMAT_REMEDY = (
     "give a whole-slide image (SVS, TIFF, NDPI, MIRAX, SCN, DICOM, CZI, OME-Zarr), a PNG or a JPEG"
 )
-_CONVERT_REMEDY = "convert it to a tiled RGB TIFF"
 
 
 class OpenSlideEngine:
@@ -57,7 +62,15 @@ class OpenSlideEngine:
             )
             for number, ((w, h), factor) in enumerate(zip(sizes, self._factors, strict=True))
         )
-        self.metadata = openslide_metadata(self._slide.properties, self._slide.associated_images)
+        if tiff is not None and tiff.images:
+            _check_same_image(path, tiff, sizes[0])
+            self.metadata = tiff.metadata
+        else:
+            self.metadata = openslide_metadata(
+                self._slide.properties,
+                self._slide.associated_images,
+                _icc_profile(path, self._slide),
+            )
 
     def shrink_factors(self, level: int) -> tuple[int, ...]:
         return (1,)
@@ -74,11 +87,8 @@ class OpenSlideEngine:
             # after an error a handle fails every read, also those of other threads
             self._replace_handle(slide)
             image = self._read_with_new_handle(*region)
-        pixels = np.asarray(image)
-        if pixels[..., 3].min() < 255:  # areas that were not scanned are transparent
-            alpha = pixels[..., 3:].astype(np.uint16)
-            return ((pixels[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
-        return np.ascontiguousarray(pixels[..., :3])
+        # areas that were not scanned are transparent; Python's OpenSlide returns straight alpha
+        return flatten_on_white(np.asarray(image))
 
     def _read_with_new_handle(
         self, corner: tuple[int, int], level: int, size: tuple[int, int]
@@ -111,10 +121,30 @@ def _open(path: Path, tiff: TiffInfo | None) -> openslide.OpenSlide:
             raise SlideError(path, reason, UNKNOWN_FORMAT_REMEDY) from error
         kind = tiff.openslide_reason or "plain tiles"
         reason = f"a TIFF that OpenSlide does not support ({kind})"
-        raise SlideError(path, reason, _CONVERT_REMEDY) from error
+        raise SlideError(path, reason, CONVERT_REMEDY) from error
     except openslide.OpenSlideError as error:
-        remedy = f"{DAMAGED_REMEDY}, or {_CONVERT_REMEDY}"
+        remedy = f"{DAMAGED_REMEDY}, or {CONVERT_REMEDY}"
         raise SlideError(path, f"OpenSlide cannot open it: {error}", remedy) from error
+
+
+def _icc_profile(path: Path, slide: openslide.OpenSlide) -> bytes | None:
+    """The ICC profile as stored; OpenSlide attaches it to any region, also to an empty one."""
+    try:
+        return slide.read_region((0, 0), 0, (0, 0)).info.get("icc_profile")
+    except openslide.OpenSlideError as error:
+        reason = f"OpenSlide cannot read its ICC profile: {error}"
+        raise SlideError(path, reason, DAMAGED_REMEDY) from error
+
+
+def _check_same_image(path: Path, tiff: TiffInfo, size: tuple[int, int]) -> None:
+    """Refuse a TIFF of which OpenSlide may read another image than the chosen one."""
+    chosen = next(image for image in tiff.scans if image.number == tiff.image)
+    if len(tiff.scans) > 1 or size != (chosen.width, chosen.height):
+        reason = f"OpenSlide reads one image of a TIFF, which may not be image {chosen.number}"
+        if tiff.openslide_reason:
+            remedy = f"save this image alone, or {CONVERT_REMEDY}"
+            raise SlideError(path, f"{reason} ({tiff.openslide_reason})", remedy)
+        raise SlideError(path, reason, "do not choose an engine")
 
 
 def _tile_size(properties: Mapping[str, str], level: int) -> tuple[int, int] | None:

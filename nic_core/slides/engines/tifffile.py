@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -11,15 +12,23 @@ from typing import Any
 import numpy as np
 import simplejpeg
 import tifffile
+from numpy.typing import NDArray
 
-from nic_core.slides.engines.base import EngineName, ReadError, pyramid_levels
+from nic_core.slides.engines.base import (
+    EngineName,
+    ReadError,
+    flatten_on_white,
+    pyramid_levels,
+)
+from nic_core.slides.images import alpha_kind
 from nic_core.slides.resample import block_means
-from nic_core.slides.tiff import TiffInfo, open_tiff, tile_size
+from nic_core.slides.tiff import SEPARATE, TiffInfo, level_pages, open_tiff, tile_size
 from nic_core.types import Pixels
 
 _RGB = tifffile.PHOTOMETRIC.RGB
 # JPEG marker APP14, which states that the components are RGB
 _ADOBE_RGB = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x00"
+_HUGE_TILE = 1 << 24  # px
 _TILE_CACHE = 64 * 1024 * 1024  # bytes of decoded tiles; neighbouring reads share tiles
 
 
@@ -34,7 +43,7 @@ class TiffEngine:
 
     def __init__(self, path: Path, tiff: TiffInfo) -> None:
         self._tiff = open_tiff(path)
-        self._pages = [level.keyframe for level in self._tiff.series[tiff.series].levels]
+        self._pages = level_pages(self._tiff, tiff)
         self._jpeg = [_jpeg_header(page) for page in self._pages]
         self._lock = threading.Lock()
         self._cache: OrderedDict[tuple[int, int, int], Pixels] = OrderedDict()
@@ -73,52 +82,78 @@ class TiffEngine:
         return result
 
     def _tile(self, level: int, index: int, shrink: int) -> Pixels:
-        page, key = self._pages[level], (level, index, shrink)
+        key = (level, index, shrink)
         with self._lock:
-            if key in self._cache:
-                self._cache.move_to_end(key)
-                return self._cache[key]
-            data = self._read_tile(page, index)
-        tile = self._decode(level, index, data, shrink)
+            if (cached := self._cached_tile(key)) is not None:
+                return cached
+            page = self._pages[level]
+            planes = page.samplesperpixel if page.planarconfig == SEPARATE else 1
+            count = len(page.dataoffsets) // planes
+            numbers = [index + plane * count for plane in range(planes)]
+            data = [self._read_tile(page, number) for number in numbers]
+            # threads that need the same huge tile must not decode it at the same time
+            if math.prod(tile_size(page)) > _HUGE_TILE:
+                return self._keep(key, self._decode(level, numbers, data, shrink))
+        tile = self._decode(level, numbers, data, shrink)
         with self._lock:
-            if key not in self._cache:
-                self._cache[key] = tile
-                self._cached += tile.nbytes
-            while self._cached > _TILE_CACHE and len(self._cache) > 1:
-                self._cached -= self._cache.popitem(last=False)[1].nbytes
+            return self._keep(key, tile)
+
+    def _cached_tile(self, key: tuple[int, int, int]) -> Pixels | None:
+        if key not in self._cache:
+            return None
+        self._cache.move_to_end(key)
+        return self._cache[key]
+
+    def _keep(self, key: tuple[int, int, int], tile: Pixels) -> Pixels:
+        if key not in self._cache:
+            self._cache[key] = tile
+            self._cached += tile.nbytes
+        while self._cached > _TILE_CACHE and len(self._cache) > 1:
+            self._cached -= self._cache.popitem(last=False)[1].nbytes
         return tile
 
-    def _read_tile(self, page: tifffile.TiffPage, index: int) -> bytes:
-        handle, length = page.parent.filehandle, page.databytecounts[index]
+    def _read_tile(self, page: tifffile.TiffPage, number: int) -> bytes:
+        handle, length = page.parent.filehandle, page.databytecounts[number]
         try:
-            handle.seek(page.dataoffsets[index])
+            handle.seek(page.dataoffsets[number])
             data = bytes(handle.read(length))
         except OSError as error:
-            raise ReadError(f"tile {index}: {error}") from error
+            raise ReadError(f"tile {number}: {error}") from error
         if len(data) != length:  # the file was truncated while open
-            raise ReadError(f"tile {index}: {len(data)} of {length} bytes")
+            raise ReadError(f"tile {number}: {len(data)} of {length} bytes")
         return data
 
-    def _decode(self, level: int, index: int, data: bytes, shrink: int) -> Pixels:
+    def _decode(self, level: int, numbers: list[int], data: list[bytes], shrink: int) -> Pixels:
+        """Decode a tile; separate colour planes are stored as one tile each."""
         page, header = self._pages[level], self._jpeg[level]
         width, height = (side // shrink for side in tile_size(page))
-        if not data:  # not scanned
+        if not all(data):  # not scanned
             return np.full((height, width, 3), 255, np.uint8)
         if header is not None:
             try:
-                return _decode_jpeg(header.complete(data), width, height, shrink)
+                return _decode_jpeg(header.complete(data[0]), width, height, shrink)
             except ValueError as error:
-                raise ReadError(f"tile {index}: {error}") from error
-        try:
-            decoded: Any = page.decode(data, index)[0]
-        # each codec of imagecodecs has its own error class
-        except Exception as error:
-            raise ReadError(f"tile {index}: {error}") from error
-        return np.ascontiguousarray(decoded.reshape(decoded.shape[-3:])[..., :3])
+                raise ReadError(f"tile {numbers[0]}: {error}") from error
+        planes = [_decode_any(page, *part) for part in zip(data, numbers, strict=True)]
+        pixels = planes[0] if len(planes) == 1 else np.concatenate(planes, axis=-1)
+        if alpha := alpha_kind(page):
+            return flatten_on_white(pixels, alpha)
+        return np.ascontiguousarray(pixels)
 
     def close(self) -> None:
         self._tiff.close()
         self._cache.clear()
+
+
+def _decode_any(page: tifffile.TiffPage, data: bytes, number: int) -> NDArray[np.uint8]:
+    """Decode a tile of any codec, uint8 (height, width, samples)."""
+    try:
+        decoded: Any = page.decode(data, number, jpegtables=page.jpegtables)[0]
+    # each codec of imagecodecs has its own error class
+    except Exception as error:
+        raise ReadError(f"tile {number}: {error}") from error
+    tile: NDArray[np.uint8] = decoded.reshape(decoded.shape[-3:])
+    return tile
 
 
 def _decode_jpeg(data: bytes, width: int, height: int, shrink: int) -> Pixels:
@@ -154,7 +189,9 @@ class _JpegHeader:
 
 
 def _jpeg_header(page: tifffile.TiffPage) -> _JpegHeader | None:
-    if page.compression != tifffile.COMPRESSION.JPEG:
+    # libjpeg-turbo is used for what nearly all slides are: interleaved RGB or YCbCr
+    separate = page.planarconfig == SEPARATE
+    if page.compression != tifffile.COMPRESSION.JPEG or separate or page.samplesperpixel != 3:
         return None
     tables = page.jpegtables or b""
     # the tables are a JPEG stream; drop its start and end markers

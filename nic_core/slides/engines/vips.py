@@ -10,15 +10,23 @@ import numpy as np
 import pyvips
 import tifffile
 
-from nic_core.slides.engines.base import EngineName, ReadError, pyramid_levels
+from nic_core.slides.engines.base import (
+    EngineName,
+    ReadError,
+    flatten_on_white,
+    pyramid_levels,
+)
 from nic_core.slides.errors import SlideError
 from nic_core.slides.metadata import (
     BRIGHTFIELD_REMEDY,
+    COLOUR_REMEDY,
+    CONVERT_REMEDY,
     DAMAGED_REMEDY,
+    UPRIGHT_REMEDY,
     FileMetadata,
     openslide_metadata,
 )
-from nic_core.slides.tiff import TiffInfo, open_tiff, tile_size
+from nic_core.slides.tiff import SEPARATE, TiffInfo, level_pages, open_tiff, tile_size
 from nic_core.types import Pixels
 
 # bypass libvips' cache of loaded files: it may hold black tiles, or an older version of the file
@@ -59,9 +67,7 @@ class VipsEngine:
             opened = [image() for image in images]
         except pyvips.Error as error:
             raise SlideError(path, f"libvips cannot open it: {error}", DAMAGED_REMEDY) from error
-        if opened[0].bands < 3 or opened[0].format != "uchar" or opened[0].interpretation == "cmyk":
-            kind = f"{opened[0].bands} bands of {opened[0].format}, {opened[0].interpretation}"
-            raise SlideError(path, f"not an 8-bit RGB image: {kind}", BRIGHTFIELD_REMEDY)
+        _check_pixels(path, opened[0])
         self.levels = pyramid_levels([(image.width, image.height) for image in opened], tiles)
 
     @classmethod
@@ -71,25 +77,28 @@ class VipsEngine:
             image = pyvips.Image.new_from_file(str(path), fail_on="warning", **_NO_CACHE)
             image = image.copy_memory()
         except pyvips.Error as error:
-            raise SlideError(path, f"damaged: {error}", DAMAGED_REMEDY) from error
-        return cls(path, [lambda: image], [], FileMetadata())
+            raise SlideError(
+                path, f"libvips cannot decode it: {error}", f"{DAMAGED_REMEDY}, or {CONVERT_REMEDY}"
+            ) from error
+        return cls(path, [lambda: image], [], FileMetadata(icc_profile=_icc_profile(image)))
 
     @classmethod
     def tiff(cls, path: Path, info: TiffInfo) -> VipsEngine:
         """Open a TIFF whose tags describe the tiles completely."""
         with open_tiff(path) as tiff:
-            pages = [level.keyframe for level in tiff.series[info.series].levels]
+            pages = level_pages(tiff, info)
+            if any(page.is_tiled and page.planarconfig == SEPARATE for page in pages):
+                raise SlideError(
+                    path,
+                    "libvips does not read tiles of separate colour planes",
+                    "do not choose an engine",
+                )
             if any(_is_mistagged(page) for page in pages):
                 raise SlideError(
                     path,
                     "its JPEG tiles are YCbCr but tagged RGB: libvips would return false colours",
                     "do not choose an engine",
                 )
-            # libvips numbers pages and sub-directories, tifffile knows their offsets in the file
-            numbers = {page.offset: (number, -1) for number, page in enumerate(tiff.pages)}
-            number, _ = numbers[pages[0].offset]
-            numbers |= {at: (number, sub) for sub, at in enumerate(pages[0].subifds or ())}
-            page_numbers = [numbers[page.offset] for page in pages]
             tiles = [tile_size(page) for page in pages]
 
         def image(page: int, subifd: int) -> _OpenImage:
@@ -97,7 +106,7 @@ class VipsEngine:
                 str(path), page=page, subifd=subifd, fail_on="warning", **_NO_CACHE
             )
 
-        return cls(path, [image(*both) for both in page_numbers], tiles, info.metadata)
+        return cls(path, [image(*place) for place in info.levels], tiles, info.metadata)
 
     @staticmethod
     def has_openslide() -> bool:
@@ -117,7 +126,9 @@ class VipsEngine:
             raise SlideError(path, f"libvips cannot open it: {error}", DAMAGED_REMEDY) from error
         fields = {name: str(level_0.get(name)) for name in level_0.get_fields()}
         associated = fields.get("slide-associated-images", "").split(", ")
-        metadata = openslide_metadata(fields, [name for name in associated if name])
+        metadata = openslide_metadata(
+            fields, [name for name in associated if name], _icc_profile(level_0)
+        )
         count = int(fields["openslide.level-count"])
         return cls(path, [image(level) for level in range(count)], [], metadata)
 
@@ -135,11 +146,34 @@ class VipsEngine:
         except pyvips.Error as error:
             regions.pop(level, None)
             raise ReadError(str(error)) from error
-        return np.frombuffer(data, np.uint8).reshape(height, width, 3)
+        pixels = np.frombuffer(data, np.uint8).reshape(height, width, -1)
+        # libvips returns straight alpha
+        return flatten_on_white(pixels) if pixels.shape[2] == 4 else pixels
 
     def close(self) -> None:
         self._images = []
         self._per_thread = threading.local()
+
+
+def _check_pixels(path: Path, image: pyvips.Image) -> None:
+    """Refuse an image that is not 8-bit RGB or RGBA, or not upright."""
+    if image.bands < 3 and image.format == "uchar":
+        raise SlideError(path, "not an 8-bit RGB image: greyscale", BRIGHTFIELD_REMEDY)
+    if image.bands not in (3, 4) or image.format != "uchar" or image.interpretation == "cmyk":
+        kind = f"{image.bands} channels of {image.format}, {image.interpretation}"
+        raise SlideError(path, f"not an 8-bit RGB image: {kind}", COLOUR_REMEDY)
+    orientation = image.get("orientation") if image.get_typeof("orientation") else 1
+    if orientation != 1:
+        raise SlideError(
+            path,
+            f"its pixels are stored rotated or mirrored (EXIF orientation {orientation})",
+            UPRIGHT_REMEDY,
+        )
+
+
+def _icc_profile(image: pyvips.Image) -> bytes | None:
+    name = "icc-profile-data"
+    return bytes(image.get(name)) if image.get_typeof(name) else None
 
 
 def _is_mistagged(page: tifffile.TiffPage) -> bool:
@@ -155,6 +189,4 @@ def _is_mistagged(page: tifffile.TiffPage) -> bool:
 
 
 def _to_rgb(image: pyvips.Image) -> pyvips.Image:
-    if image.interpretation not in ("srgb", "rgb"):
-        image = image.colourspace("srgb")
-    return image.flatten(background=255) if image.hasalpha() else image
+    return image if image.interpretation in ("srgb", "rgb") else image.colourspace("srgb")
