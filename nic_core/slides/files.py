@@ -273,21 +273,17 @@ def _ome_set(path: Path, xml: bytes) -> SlideFiles | LeftAside:
     images = [] if root is None else ome_images(root, path.name)
     if not images:  # opening the file reports it
         return SlideFiles(path)
-    scan = max(images, key=lambda image: image.pixels)
-    second = next(
-        (
-            image
-            for image in images
-            if image.files[0] not in scan.files and image.pixels * OTHER_SCAN > scan.pixels
-        ),
-        None,
-    )
-    main, problem = path.parent / scan.files[0], None
+    largest = max(image.pixels for image in images)
+    scans = [image for image in images if image.pixels * OTHER_SCAN > largest]
+    own = [image for image in scans if path.name in image.files] or scans
+    if len(own) > 1 and len({image.files[0] for image in own}) > 1:
+        names = ", ".join(image.files[0] for image in own)
+        return LeftAside(path, f"a file of an OME-TIFF set with several scans: {names}")
+    main, problem = path.parent / own[0].files[0], None
     if not main.is_file():
-        reason = f"its scan is in '{scan.files[0]}' of its OME-TIFF set, which is missing"
+        reason = f"its scan is in '{main.name}' of its OME-TIFF set, which is missing"
         problem, main = SlideError(path, reason, _COPY_SET), path
-    elif second is not None:
-        reason = f"its OME-TIFF set has scans in '{scan.files[0]}' and in '{second.files[0]}'"
-        problem = SlideError(main, reason, "save each scan as an OME-TIFF of its own")
-    parts = {path.parent / name for image in images for name in image.files} | others
+    # each other scan is a slide of its own
+    shared = {name for image in images if image not in scans for name in image.files}
+    parts = {path.parent / name for name in (*own[0].files, *shared)} | others
     return SlideFiles(main, tuple(sorted(p for p in parts - {main} if p.is_file())), problem)

@@ -195,8 +195,11 @@ def choose_image(path: Path, images: Sequence[TiffImage], number: int | None) ->
     stated = [image.info.mpp for image in scans if image.info.mpp is not None]
     finest = min((mpp for mpp in stated if low <= mpp <= high), default=math.inf)
     scans = [i for i in scans if i.info.mpp is None or not i.info.mpp > finest * _OVERVIEW_MPP]
-    # of equal ones, the first whose pixels are in this file
-    scans.sort(key=lambda image: (-image.area, not image.pages, image.info.number))
+    scans.sort(key=lambda image: (-image.area, image.info.number))
+    # each scan of a series of files is a slide of its own file
+    scans = [
+        image for image in scans if image.pages and image.area * _OVERVIEW_AREA > scans[0].area
+    ] or scans
     others = [image for image in images if not image.info.name and not image.colour]
     largest = max(others, key=lambda image: image.area, default=None)
     if not scans:

@@ -243,11 +243,21 @@ def test_an_incomplete_ome_set_is_refused_with_the_reason(tmp_path):
     assert message in problem(files_of_slide(tmp_path / "macro.ome.tif"))
 
 
-def test_an_ome_set_of_two_scans_is_refused(tmp_path):
-    images = {"a.ome.tif": SLIDE, "b.ome.tif": SLIDE[:, :256]}
-    vendors.write_ome_set(tmp_path, images, companion=False)
-    [slide] = find_slide_files(tmp_path)[0]
-    assert "has scans in 'a.ome.tif' and in 'b.ome.tif'" in problem(slide)
+@pytest.mark.parametrize("companion", [False, True])
+def test_each_scan_of_an_ome_set_is_a_slide(tmp_path, companion):
+    images = {"a.ome.tif": SLIDE, "b.ome.tif": SLIDE[:, :256], "macro.ome.tif": PICTURE[:, :64]}
+    vendors.write_ome_set(tmp_path, images, companion=companion)
+    slides = found(tmp_path)
+    assert list(slides) == ["a.ome.tif", "b.ome.tif"]
+    shared = {"macro.ome.tif", "set.companion.ome"} if companion else {"macro.ome.tif"}
+    assert names(slides["a.ome.tif"]) == names(slides["b.ome.tif"]) == shared
+    for name, slide in slides.items():
+        with open_slide(slide.path) as opened:
+            assert (opened.path.name, opened.width) == (name, images[name].shape[1])
+    macro = files_of_slide(tmp_path / "macro.ome.tif")
+    assert isinstance(macro, LeftAside)
+    assert macro.reason == "a file of an OME-TIFF set with several scans: a.ome.tif, b.ome.tif"
+    assert left(tmp_path) == {}
 
 
 def test_a_renamed_ome_tiff_is_still_its_own_slide(tmp_path, files):
