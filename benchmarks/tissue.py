@@ -39,7 +39,7 @@ def main() -> None:
     sheet(detected).savefig(options.out, dpi=100, pil_kwargs={"quality": 80})
 
 
-def sheet(detected: list[tuple[Section, Mask]], *, columns: int = 5) -> Figure:
+def sheet(detected: list[tuple[Section, Mask]], *, columns: int = 6) -> Figure:
     """Draw the sections with the outlines of the detected tissue."""
     rows = -(-len(detected) // columns)
     figure = Figure(figsize=(2.2 * columns, 2.4 * rows), layout="constrained")

@@ -20,6 +20,7 @@ def study_jobs(partitions: Partitions) -> Mapping[str, AssetJob]:
         "slide_index",
         "slide",
         "patch_table",
+        "quality_report",
         *(["patch_task"] if cohort.patch_tasks else []),
         "encoder",
         *(["encoder_probe"] if cohort.patch_tasks else []),

@@ -19,5 +19,8 @@ RequestedPrecision = Literal["auto", "float32", "bfloat16"]
 Reading = Literal["patch", "input"]
 """um/px at which a slide is read: that of the patch, or that of the network's pooled input."""
 
+Origin = Literal["level0", "bounds"]
+"""What coordinates of annotations count from: the corner of level 0, or of the scanned area."""
+
 Colours = Literal["stored", "srgb"]
 """Pixels as stored in the file, or converted to sRGB by the file's ICC profile, if it has one."""

@@ -62,7 +62,9 @@ def test_a_slide_table_gives_ids_paths_and_optional_columns(tmp_path, suffix):
             "mpp": [0.25, None],
             "image": [None, 1],
             "mask": [None, "m.png"],
+            "origin": [None, "bounds"],
             "split": ["test", None],
+            "exclude": ["out of focus", None],
             "grade": [3, 2],
         }
     )
@@ -70,8 +72,30 @@ def test_a_slide_table_gives_ids_paths_and_optional_columns(tmp_path, suffix):
     write(tmp_path / f"slides{suffix}")
     index = slide_index(cohort(tmp_path, f"{{table: slides{suffix}}}"))
     assert index.rows() == [
-        ("006", str(tmp_path / "x/2.svs"), "1", None, 1, str(tmp_path / "m.png"), None, "cv"),
-        ("007", str(tmp_path / "x/1.svs"), "1", 0.25, None, None, None, "test"),
+        (
+            "006",
+            str(tmp_path / "x/2.svs"),
+            "1",
+            None,
+            1,
+            str(tmp_path / "m.png"),
+            "bounds",
+            None,
+            "cv",
+            None,
+        ),
+        (
+            "007",
+            str(tmp_path / "x/1.svs"),
+            "1",
+            0.25,
+            None,
+            None,
+            None,
+            None,
+            "test",
+            "out of focus",
+        ),
     ]
 
 
@@ -79,6 +103,10 @@ def test_a_slide_table_gives_ids_paths_and_optional_columns(tmp_path, suffix):
     ("table", "message"),
     [
         ("slide,path\n1,a.tif", "no column 'patient'"),
+        (
+            "slide,path,patient,origin\n1,a.tif,1,corner",
+            "slide '1': origin 'corner' must be 'level0' or 'bounds'",
+        ),
         ("slide,path,patient\n1,gone.tif,1", "slide '1': path .*gone.tif does not exist"),
         (
             "slide,path,patient\n1,a.tif,1\n1,b.tif,1",

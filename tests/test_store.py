@@ -1,5 +1,6 @@
 """Atomic writes, locks, and the layout of the store."""
 
+import ast
 import errno
 import fcntl
 import multiprocessing
@@ -8,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -295,6 +297,7 @@ def test_files_outside_the_layout_are_not_listed(tmp_path):
         "grids/mtl/notes",
         "grids/mtl/.old.s1.zarr",
         "evaluation_report",
+        "quality_report",
         "mlflow/artifacts",
         "dagster/storage",
         "mine/grids/mtl/s1.zarr",
@@ -338,3 +341,13 @@ def test_leftovers_are_distinguished_from_files_of_live_writers(tmp_path, writer
         item.remove()
     assert names(tmp_path) == ["maps"]
     assert names(tmp_path / "maps") == []
+
+
+def test_a_store_path_is_never_a_pattern_of_parquet_files():
+    root = Path(__file__).parents[1]
+    for path in (
+        p for package in ("nic_core", "nic_assets") for p in (root / package).rglob("*.py")
+    ):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "pl.read_parquet":
+                assert "glob=False" in ast.unparse(node), f"{path}:{node.lineno}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import unicodedata
 
 import polars as pl
@@ -11,7 +12,15 @@ from hypothesis import strategies as st
 
 from nic_core.cohort import CohortError
 from nic_core.cohort.fields import normalise
-from nic_core.cohort.tables import existing_path, read_table, require_columns, suggestion, unmatched
+from nic_core.cohort.tables import (
+    NumberError,
+    existing_path,
+    read_table,
+    require_columns,
+    suggestion,
+    to_numbers,
+    unmatched,
+)
 
 
 def written(path, text: str, encoding: str = "utf-8"):
@@ -27,6 +36,21 @@ def test_encodings_and_delimiters_give_the_same_table(tmp_path, encoding, delimi
     assert table.rows() == [("007", "Müller"), ("008", "b")]
 
 
+@pytest.mark.parametrize("ending", ["\n", "\r\n", "\r"])
+def test_line_endings_and_declared_delimiters_are_read(tmp_path, ending):
+    text = ending.join(["sep=;", '"slide";"a, b"', '1;"x', 'y"', "", "2;z", ""])
+    table = read_table(written(tmp_path / "t.csv", text), "slide table", row_column="row")
+    assert table["slide"].to_list() == ["1", "2"]
+    assert table["a, b"].to_list() == [f"x{ending}y", "z"]
+    assert table["row"].to_list() == [3, 5]
+
+
+def test_the_delimiter_is_the_one_that_fits_every_row(tmp_path):
+    text = "slide;H&E, score\na;1\nb;2\n"
+    table = read_table(written(tmp_path / "t.csv", text), "slide table")
+    assert table.columns == ["slide", "H&E, score"]
+
+
 def test_decomposed_and_composed_umlauts_are_equal(tmp_path):
     text = unicodedata.normalize("NFD", "Präparat,Wert\nMüller,1\n")
     table = read_table(written(tmp_path / "t.csv", text), "label table")
@@ -40,6 +64,64 @@ def test_parquet_text_is_normalised_too(tmp_path):
     )
     table = read_table(tmp_path / "t.parquet", "label table")
     assert table.to_dict(as_series=False) == {"slide": ["a", "b"], "y": [1, 2]}
+
+
+def test_whole_numbers_of_a_parquet_float_column_are_integers(tmp_path):
+    frame = pl.DataFrame({"id": [7.0, None, 8.0], "y": [0.5, float("nan"), 1.0]})
+    frame.write_parquet(tmp_path / "t.parquet")
+    table = read_table(tmp_path / "t.parquet", "label table")
+    assert table.to_dict(as_series=False) == {"id": [7, 8], "y": [0.5, 1.0]}
+    assert table.schema["id"] == pl.Int64
+
+
+@pytest.mark.parametrize("dtype", [pl.Categorical, pl.Enum(["a ", "b"])])
+def test_parquet_categories_are_text(tmp_path, dtype):
+    pl.DataFrame({"slide": pl.Series(["a ", "b"], dtype=dtype)}).write_parquet(
+        tmp_path / "t.parquet"
+    )
+    assert read_table(tmp_path / "t.parquet", "label table")["slide"].to_list() == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("texts", "numbers"),
+    [
+        (["1", "2.5", "-.5e1", None, "NA"], [1, 2.5, -5, None, None]),
+        (["0,5", "1,234", "7"], [0.5, 1.234, 7]),
+        (["1,5", "-2,25"], [1.5, -2.25]),
+    ],
+)
+def test_numbers_have_a_point_or_a_proven_decimal_comma(texts, numbers):
+    assert to_numbers(pl.Series(texts, dtype=pl.String)).to_list() == numbers
+
+
+@pytest.mark.parametrize(
+    ("values", "index", "message"),
+    [
+        (["1", "x"], 1, "'x' is not a finite number"),
+        (["1", "1e999"], 1, "'1e999' is not a finite number"),
+        (["1,234", "22,500"], 0, "as 1.234 or as 1234"),
+        (["1.5", "0,5"], 1, "'0,5' has a comma and '1.5' of the same column a point"),
+        (["1.234,5"], 0, "is not a finite number"),
+        (["1_0"], 0, "is not a finite number"),
+        ([None, datetime.date(2020, 1, 2)], 1, "a date"),
+        ([None, True], 1, "true or false"),
+        ([[1], [2]], 0, "List"),
+    ],
+)
+def test_a_value_that_is_no_number_is_named(values, index, message):
+    with pytest.raises(NumberError, match=message) as caught:
+        to_numbers(pl.Series(values))
+    assert caught.value.index == index
+
+
+@pytest.mark.parametrize(
+    ("start", "remedy"),
+    [(b"PK\x03\x04", "Excel"), (b"\x1f\x8b", "decompress"), (b"PAR1", "suffix .parquet")],
+)
+def test_a_file_of_another_format_is_refused_with_the_remedy(tmp_path, start, remedy):
+    (tmp_path / "t.csv").write_bytes(start + bytes(9))
+    with pytest.raises(CohortError, match=remedy):
+        read_table(tmp_path / "t.csv", "slide table")
 
 
 @pytest.mark.parametrize(
@@ -79,11 +161,27 @@ def test_a_missing_column_suggests_one_that_is_spelled_alike(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "other"),
-    [("S1", "s1"), ("a.svs", "a"), ("12.0", "12"), ("a_1", "a-1"), ("a.ome.tif", "a")],
+    [
+        ("S1", "s1"),
+        ("a.svs", "a"),
+        ("a.ome.tif", "a"),
+        ("12.0", "12"),
+        ("7", "007"),
+        ("7.0", "07"),
+        ("a_1", "a-1"),
+        ("a-1", "a1"),
+        ("TCGA-1", "TCGA-1-01Z.svs"),
+        ("TCGA-1-01Z", "TCGA-1"),
+    ],
 )
 def test_ids_that_differ_in_case_or_suffix_are_suggested(name, other):
     assert suggestion(name, [other, "zz"]) == other
     assert [str(item) for item in unmatched([name], [other])] == [f"{name} (is it {other}?)"]
+
+
+def test_invisible_characters_inside_an_id_are_shown(tmp_path):
+    found = unmatched(["a\u200bb", "a\u00a0c"], {"ab", "a c"})
+    assert [str(item) for item in found] == ["a\\u200bb (is it ab?)", "a\\u00a0c (is it a c?)"]
 
 
 def test_an_ambiguous_suggestion_is_not_made():

@@ -16,11 +16,12 @@ from nic_assets.orchestration.partition_checks import Check
 from nic_core.cohort import Settings
 from nic_core.encoders import EncoderCard, PatchDataset
 from nic_core.grids import Grid
-from nic_core.models import comparison
-from nic_core.models.comparison import Verdict
-from nic_core.steps import SlideRecord, SlideScan
+from nic_core.models.comparison import PermutationControl, Verdict
+from nic_core.steps import QualityReport, SlideRecord, SlideScan, TargetFolds
 from nic_core.store import Store
 from nic_core.tiling.patches import PatchTableError, read_patch_table
+from nic_core.tiling.quality import summarize
+from nic_core.tiling.slide_quality import MAX_INK, MAX_UNREADABLE
 
 # a slide may be slightly coarser than the study: 0.5021 um/px serves 0.5 [choice]
 RESOLUTION_TOLERANCE = 1.02
@@ -63,6 +64,34 @@ def resolution_suffices(record: SlideRecord, settings: Settings) -> str | None:
 def tissue_found(record: SlideRecord) -> str | None:
     """The slide has tissue."""
     return None if record.tissue_mm2 > 0 else "no tissue: the slide's grid will be empty"
+
+
+@Check
+def free_of_ink(record: SlideRecord) -> str | None:
+    """Little of the slide is pen ink or black."""
+    if record.ink_share <= MAX_INK:
+        return None
+    return f"{record.ink_share:.1%} of the slide is ink or black (allowed: {MAX_INK:.0%})"
+
+
+@Check
+def cells_decodable(cells: pl.DataFrame) -> str | None:
+    """Almost all tissue cells of the slide can be decoded."""
+    share = summarize(cells)["unreadable_share"]
+    if share is None or share <= MAX_UNREADABLE:
+        return None
+    return f"{share:.1%} of the tissue cells cannot be decoded (expected: {MAX_UNREADABLE:.0%})"
+
+
+@Check
+def slides_comparable(report: QualityReport) -> str | None:
+    """No slide in use differs from its cohort in focus, colour, tissue, ink or readability."""
+    found = report.outliers.filter(pl.col("exclude").is_null())
+    if found.is_empty():
+        return None
+    shown = [f"{slide}: {problems}" for slide, problems, _ in found.head(5).rows()]
+    more = [f"and {found.height - 5} more"] if found.height > 5 else []
+    return " | ".join(shown + more)
 
 
 @Check
@@ -134,12 +163,24 @@ def images_readable(dataset: PatchDataset) -> str | None:
     return f"{len(found)} images were left out, for example {first['source']} ({first['detail']})"
 
 
+@Check
+def regions_clear(dataset: PatchDataset) -> str | None:
+    """Every annotated region has a class and lies mostly in tissue."""
+    problems = [
+        f"{source}: {detail}"
+        for kind in ("unclassified", "outside_tissue")
+        for source, detail in dataset.found(kind).select("source", "detail").rows()
+    ]
+    return "; ".join(problems[:5]) or None
+
+
 PATCH_TASK_CHECKS = (
     splits_disjoint_by_group,
     classes_present,
     labels_agree,
     no_near_duplicates_across_splits,
     images_readable,
+    regions_clear,
 )
 
 
@@ -194,8 +235,8 @@ def embeddings_not_collapsed(grid: Grid) -> str | None:
 
 
 OF_SLIDES: dict[str, tuple[Check[Any], ...]] = {
-    "slide": (resolution_suffices, tissue_found),
-    "patch_table": (schema_valid,),
+    "slide": (resolution_suffices, tissue_found, free_of_ink),
+    "patch_table": (schema_valid, cells_decodable),
     "grid": (covers_patch_table, embeddings_finite, embeddings_not_collapsed),
 }
 """Checks of each asset that is partitioned by slide; their results change with the slides."""
@@ -210,7 +251,16 @@ def folds_disjoint_by_patient(folds: pl.DataFrame) -> str | None:
     return f"patients in more than one fold: {shared.sort().to_list()[:5]}" if len(shared) else None
 
 
-above_permutation_control = Check(comparison.above_permutation_control)
+@Check
+def as_many_folds_as_wanted(made: TargetFolds) -> str | None:
+    """The target is divided into as many folds as `settings.models.folds` wants."""
+    return made.note
+
+
+@Check
+def above_permutation_control(control: PermutationControl) -> str | None:
+    """The model's cross-validated score is above the 95th percentile with exchanged labels."""
+    return None if control.passed else control.explanation
 
 
 @Check

@@ -36,7 +36,7 @@ def encoder_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         group_name="encoders",
         kinds={"numpy", "parquet"},
         op_tags=CPU_TAGS,
-        code_version=code_version(4, settings.patch, settings.mpp, settings.tissue),
+        code_version=code_version(5, settings.patch, settings.mpp, settings.tissue),
     )
     def patch_task(
         context: dg.AssetExecutionContext,

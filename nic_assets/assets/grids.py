@@ -78,7 +78,7 @@ def grid_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
 
     @batch_asset(
         partitions_def=partitions.encoders,
-        deps=["grid"],
+        deps=["grid", "slide_index"],  # the index says which slides are excluded
         group_name="grids",
         kinds={"polars", "parquet"},
         tags={REFRESH_TAG: "eager", **PARTIAL_INPUTS},

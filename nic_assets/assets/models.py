@@ -17,11 +17,16 @@ from nic_core import steps
 from nic_core.cohort import Cohort, CohortError
 from nic_core.devices import leased_device
 from nic_core.encoders.files import read_card
-from nic_core.models.comparison import compare_with_champion
+from nic_core.models.comparison import (
+    PermutationControl,
+    compare_with_champion,
+    permutation_control,
+)
 from nic_core.models.cross_validation import NETWORK, CrossValidation
 from nic_core.models.figures import evaluation_figure, metrics_figure, training_figure
 from nic_core.models.files import ModelCard, ensemble_module
 from nic_core.models.kinds import kind_of
+from nic_core.models.labels import LabelMatches
 from nic_core.models.training import TrainingError
 from nic_core.reports import model_results, results_markdown
 from nic_core.slides import SlideError
@@ -38,7 +43,7 @@ def model_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
     settings = partitions.cohort.settings.models
 
     @batch_asset(
-        checks=[checks.folds_disjoint_by_patient],
+        checks=[checks.folds_disjoint_by_patient, checks.as_many_folds_as_wanted],
         partitions_def=partitions.targets,
         deps=[TARGET_ENTRY],
         group_name="models",
@@ -54,8 +59,8 @@ def model_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         """The labelled units of a target in folds by patient, shared by all encoders."""
 
         def make(target: str) -> Product:
-            folds = steps.make_target_folds(cohort, store, target)
-            matches = steps.find_unmatched_labels(cohort, store, target)
+            made = steps.make_target_folds(cohort, store, target)
+            folds, matches = made.table, made.matches
             return Product(
                 version=steps.digest(folds.to_dicts()),
                 metadata={
@@ -65,12 +70,15 @@ def model_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
                         .agg(units=pl.len(), patients=pl.col("patient").n_unique())
                         .sort("split", "fold")
                     ),
-                    "labels_used": matches.used,
-                    "labels_without_slide": list(map(str, matches.labels_without_slide)),
-                    "slides_without_label": list(map(str, matches.slides_without_label)),
+                    "number_of_folds": folds["fold"].drop_nulls().n_unique(),
+                    **({"fewer_folds": made.note} if made.note is not None else {}),
+                    **label_metadata(matches),
                     "file": dg.MetadataValue.path(store.target_folds(target)),
                 },
-                checks={checks.folds_disjoint_by_patient: checks.folds_disjoint_by_patient(folds)},
+                checks={
+                    checks.folds_disjoint_by_patient: checks.folds_disjoint_by_patient(folds),
+                    checks.as_many_folds_as_wanted: checks.as_many_folds_as_wanted(made),
+                },
             )
 
         yield from materialize_each(
@@ -96,7 +104,9 @@ def model_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         """Cross-validated networks from grid to target, their predictions and figures."""
 
         def make(key: ModelKey) -> Product:
-            evaluated, run = train_slide_model(context, key, cohort, store, tracking, device)
+            evaluated, control, run = train_slide_model(
+                context, key, cohort, store, tracking, device
+            )
             assert run.verdict is not None  # a run that has ended is completely logged
             return Product(
                 version=steps.digest(evaluated.predictions.rows()),
@@ -110,7 +120,7 @@ def model_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
                     "mlflow_model": dg.MetadataValue.url(run.page),
                 },
                 checks={
-                    checks.above_permutation_control: checks.above_permutation_control(evaluated),
+                    checks.above_permutation_control: checks.above_permutation_control(control),
                     checks.compared_with_champion: checks.compared_with_champion(run.verdict),
                 },
             )
@@ -130,7 +140,7 @@ def model_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         group_name="models",
         kinds={"pytorch", "zarr", "image"},
         op_tags=CPU_TAGS,
-        code_version=code_version(1, partitions.cohort.maps),
+        code_version=code_version(2, partitions.cohort.maps),
     )
     def explanation(
         context: dg.AssetExecutionContext,
@@ -165,6 +175,21 @@ def model_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
     return [target_folds, slide_model, explanation]
 
 
+def label_metadata(matches: LabelMatches) -> dict[str, int | list[str] | list[int]]:
+    """Return what became of the rows of the label table, by count and by name."""
+    return {
+        "label_rows": matches.rows,
+        "labels_used": matches.used,
+        "rows_repeated": matches.repeated,
+        "rows_without_label": matches.without_label,
+        "rows_without_id": matches.without_id,
+        "labels_without_slide_count": len(matches.labels_without_slide),
+        "labels_without_slide": list(map(str, matches.labels_without_slide)),
+        "slides_without_label_count": len(matches.slides_without_label),
+        "slides_without_label": list(map(str, matches.slides_without_label)),
+    }
+
+
 def train_slide_model(
     context: dg.AssetExecutionContext,
     key: ModelKey,
@@ -172,7 +197,7 @@ def train_slide_model(
     store: Store,
     tracking: Tracking,
     device: str,
-) -> tuple[CrossValidation, TrackedRun]:
+) -> tuple[CrossValidation, PermutationControl, TrackedRun]:
     """Cross-validate a slide model, log it to MLflow and compare it with the champion."""
     with tracking.run(
         context,
@@ -190,9 +215,12 @@ def train_slide_model(
         run.figure("metrics", metrics_figure(evaluated))
         run.figure("training_curves", training_figure(evaluated))
         log_slide_model(run, evaluated, card, store)
-        run.compare_with_champion(lambda champion: compare_with_champion(evaluated, champion))
+        control = permutation_control(evaluated)
+        run.compare_with_champion(
+            lambda champion: compare_with_champion(evaluated, champion, control)
+        )
     steps.mark_logged(store, key)
-    return evaluated, run
+    return evaluated, control, run
 
 
 def primary_scores(evaluated: CrossValidation) -> dict[str, float]:
@@ -230,7 +258,7 @@ def log_slide_model(
         ),
         f"target_folds/{target}": (
             store.target_folds(target),
-            steps.digest(pl.read_parquet(store.target_folds(target)).to_dicts()),
+            steps.digest(pl.read_parquet(store.target_folds(target), glob=False).to_dicts()),
         ),
     }
     run.card(card.model_dump(mode="json"))
@@ -241,7 +269,7 @@ def log_slide_model(
         torch.zeros((2, card.embedding_size, crop, crop)),
         name=f"model-{target}",
         description=f"{card.target.kind}: crop of {crop} x {crop} cells of encoder {encoder} to "
-        f"{target}, mean of {card.settings.folds} folds\n\n{results_markdown(networks)}",
+        f"{target}, mean of {len(card.networks)} folds\n\n{results_markdown(networks)}",
         tags={
             "target": target,
             "encoder": encoder,

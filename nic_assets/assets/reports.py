@@ -32,7 +32,7 @@ def report_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         tags=PARTIAL_INPUTS,
         op_tags=CPU_TAGS,
         retry_policy=RETRIES,
-        code_version=code_version(2, cohort.name),
+        code_version=code_version(3, cohort.name),
     )
     def evaluation_report(
         cohort: dg.ResourceParam[Cohort], store: dg.ResourceParam[Store]
@@ -42,11 +42,12 @@ def report_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
             report = steps.make_evaluation_report(cohort, store)
         return dg.MaterializeResult(
             data_version=dg.DataVersion(
-                steps.digest(report.results.rows(), report.comparisons.rows())
+                steps.digest(report.results.rows(), report.comparisons.rows(), report.notes)
             ),
             metadata={
                 "results": table(report.results),
                 "comparisons": table(report.comparisons),
+                "notes": report.notes,
                 **{name: figure(drawing, name) for name, drawing in report.figures.items()},
                 "folder": dg.MetadataValue.path(store.evaluation_report),
                 "dagster/row_count": report.results.height,
@@ -63,7 +64,7 @@ def _map_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         group_name="reports",
         kinds={"pytorch", "image"},
         op_tags=CPU_TAGS,
-        code_version=code_version(1, partitions.cohort.maps),
+        code_version=code_version(2, partitions.cohort.maps),
     )
     def probability_map(
         context: dg.AssetExecutionContext,

@@ -24,11 +24,18 @@ from nic_assets.orchestration.batches import (
     materialize_in_parallel,
 )
 from nic_assets.orchestration.executors import CPU_TAGS
-from nic_assets.orchestration.metadata import OWNERS, code_version, column_schema, picture, table
+from nic_assets.orchestration.metadata import (
+    OWNERS,
+    code_version,
+    column_schema,
+    figure,
+    picture,
+    table,
+)
 from nic_assets.orchestration.partition_checks import republish_checks
 from nic_assets.orchestration.retries import RETRIES, retry_transient_errors
 from nic_assets.partitions import Partitions
-from nic_assets.tags import REFRESH_TAG
+from nic_assets.tags import PARTIAL_INPUTS, REFRESH_TAG
 from nic_assets.tracking import Tracking
 from nic_core import steps
 from nic_core.cohort import Cohort
@@ -86,6 +93,9 @@ def slide_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         left_aside = summarize_left_aside(scan.left_aside)
         for line in left_aside:
             context.log.info(f"no slide: {line}")
+        excluded = steps.excluded_slides(scan.index)
+        for slide, reason in excluded.items():
+            context.log.info(f"slide '{slide}' is excluded from folds and models: {reason}")
         slides = scan.index["slide"].to_list()
         new = add_slides(context.instance, slides)
         if drop_slides(context.instance, slides) or new:
@@ -105,6 +115,7 @@ def slide_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
                 "patients": scan.index["patient"].n_unique(),
                 "new": new,
                 "removed": scan.removed,
+                "excluded": excluded,
                 "changed": changed,
                 "duplicates": duplicates,
                 "left_aside": left_aside,
@@ -159,11 +170,13 @@ def slide_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
                     "image": record.image,
                     "images_left": [str(i) for i in record.images if i.number != record.image],
                     "tissue_mm2": round(record.tissue_mm2, 3),
+                    "ink_share": round(record.ink_share, 4),
                     "folder": dg.MetadataValue.path(store.slide(key)),
                 },
                 checks={
                     checks.resolution_suffices: checks.resolution_suffices(record, settings),
                     checks.tissue_found: checks.tissue_found(record),
+                    checks.free_of_ink: checks.free_of_ink(record),
                 },
             )
 
@@ -198,10 +211,52 @@ def slide_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
                     "columns": cells["column"].n_unique(),
                     "file": dg.MetadataValue.path(store.patch_table(key)),
                 },
-                checks={checks.schema_valid: checks.schema_valid(store, key)},
+                checks={
+                    checks.schema_valid: checks.schema_valid(store, key),
+                    checks.cells_decodable: checks.cells_decodable(cells),
+                },
             )
 
         make = partial(steps.make_patch_table, cohort, store)
         yield from materialize_in_parallel(context, make, describe, expected=(SlideError,))
 
-    return [slide_index, slide, patch_table]
+    @dg.asset(
+        deps=[patch_table, slide_index],
+        group_name="slides",
+        kinds={"polars", "image"},
+        owners=OWNERS,
+        tags=PARTIAL_INPUTS,
+        op_tags=CPU_TAGS,
+        retry_policy=RETRIES,
+        code_version=code_version(1),
+        check_specs=[checks.slides_comparable.spec("quality_report")],
+    )
+    def quality_report(context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]) -> Events:
+        """Blur, ink, colour and tissue of every slide, compared with the other slides."""
+        with retry_transient_errors():
+            report = steps.make_quality_report(store)
+        excluded = dict(report.slides.drop_nulls("exclude").select("slide", "exclude").iter_rows())
+        for slide, problems, _ in report.outliers.filter(pl.col("exclude").is_null()).rows():
+            context.log.warning(f"slide '{slide}': {problems}")
+        problem = checks.slides_comparable(report)
+        yield dg.MaterializeResult(
+            data_version=dg.DataVersion(steps.digest(report.slides.rows())),
+            metadata={
+                "outliers": table(report.outliers),
+                "excluded": excluded,
+                "without_patch_table": report.without_patch_table,
+                **({"thumbnails": figure(report.figure, "outliers")} if report.figure else {}),
+                "folder": dg.MetadataValue.path(store.quality_report),
+                "dagster/row_count": report.slides.height,
+            },
+            check_results=[
+                dg.AssetCheckResult(
+                    check_name=checks.slides_comparable.name,
+                    passed=problem is None,
+                    description=problem,
+                    severity=dg.AssetCheckSeverity.WARN,
+                )
+            ],
+        )
+
+    return [slide_index, slide, patch_table, quality_report]

@@ -25,7 +25,7 @@ from nic_assets.orchestration.staleness import Partition, stale_assets
 from nic_assets.tags import REFRESH_TAG
 from nic_core.cohort import CohortError
 from nic_core.reports import comparisons_table, results_table
-from nic_core.steps.evaluation_report import COMPARISONS, RESULTS
+from nic_core.steps.evaluation_report import COMPARISONS, NOTES, RESULTS
 from nic_core.store import Store
 
 SHOWN = 3  # partitions that a message lists
@@ -148,8 +148,12 @@ def main() -> int:
         problems = refresh(defs, instance, console)
     reports = Store.from_environment().evaluation_report
     for name, table in ((RESULTS, results_table), (COMPARISONS, comparisons_table)):
-        if (reports / name).exists() and (rows := pl.read_parquet(reports / name)).height:
+        if (reports / name).exists() and (
+            rows := pl.read_parquet(reports / name, glob=False)
+        ).height:
             Console(width=max(120, console.width)).print(table(rows))
+    if (notes := reports / NOTES).exists():
+        console.print(notes.read_text(), style="yellow", markup=False, end="")
     for problem in problems:
         console.print(problem, style="red", markup=False)
     return 1 if problems else 0

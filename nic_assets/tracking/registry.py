@@ -95,7 +95,7 @@ def find_champion(connection: Connection, name: str) -> Champion | None:
     with tempfile.TemporaryDirectory() as folder:
         path = download_artifact(connection, found, f"{PRODUCT_FOLDER}/{PREDICTIONS}", folder)
         try:
-            return Champion(title, None if path is None else pl.read_parquet(path))
+            return Champion(title, None if path is None else pl.read_parquet(path, glob=False))
         except pl.exceptions.PolarsError:
             return Champion(title, None)
 

@@ -23,6 +23,7 @@ from nic_assets.tracking.connection import (
     as_tracking_error,
     without_secrets,
 )
+from nic_assets.tracking.database import database_uri
 from nic_assets.tracking.registry import PRODUCT_FOLDER, download_artifact, find_encoder
 from nic_assets.tracking.runs import TrackedRun
 from nic_core.cohort import Cohort, ImportedEncoder, RegisteredEncoder
@@ -38,7 +39,7 @@ class Tracking(Connection):
     def in_store(cls, store: Store) -> Tracking:
         """Return the connection by ``$MLFLOW_TRACKING_URI``; by default a database in the store."""
         folder: Path = store.mlflow
-        uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder / 'mlflow.db'}"
+        uri = os.environ.get("MLFLOW_TRACKING_URI") or database_uri(store)
         if uri.startswith("http"):
             return cls(uri, None, without_secrets(uri).rstrip("/"))
         return cls(uri, (folder / "artifacts").as_uri())

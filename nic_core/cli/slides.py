@@ -9,11 +9,16 @@ import typer
 
 from nic_core.cli.shared import ImageNumber, Mpp, Out, console, facts, one_line, save_picture
 from nic_core.slides import SlideError, content_identity, open_slide
-from nic_core.tiling.tissue import read_mask, tissue_mask, tissue_outline
+from nic_core.tiling.mask_files import read_mask
+from nic_core.tiling.tissue import tissue_mask, tissue_outline
+from nic_core.types import Origin
 
 SlidePath = Annotated[Path, typer.Argument(help="slide file")]
 MaskPath = Annotated[
     Path | None, typer.Option(help="existing tissue mask: image, GeoJSON or ASAP XML")
+]
+MaskOrigin = Annotated[
+    Origin | None, typer.Option(help="what the coordinates of a GeoJSON mask count from")
 ]
 
 
@@ -52,11 +57,16 @@ def inspect(slide: SlidePath, mpp: Mpp = None, image: ImageNumber = None) -> Non
 
 
 def tissue(
-    slide: SlidePath, out: Out, mpp: Mpp = None, image: ImageNumber = None, mask: MaskPath = None
+    slide: SlidePath,
+    out: Out,
+    mpp: Mpp = None,
+    image: ImageNumber = None,
+    mask: MaskPath = None,
+    origin: MaskOrigin = None,
 ) -> None:
     """Draw the outline of the tissue mask on a thumbnail."""
     with one_line(SlideError), open_slide(slide, mpp=mpp, image=image) as opened:
-        found = read_mask(mask, opened) if mask else tissue_mask(opened)
+        found = read_mask(mask, opened, origin=origin) if mask else tissue_mask(opened)
         save_picture(out, tissue_outline(opened, found, side=1600))
         area = found.array.sum() * found.mpp**2 / 1e6
         console.print(f"{found.array.mean():.1%} of the slide is tissue ({area:.3g} mm2): {out}")

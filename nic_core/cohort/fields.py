@@ -15,14 +15,18 @@ class CohortError(ValueError):
     """The cohort file, or a table that it names, is missing or invalid."""
 
 
-# spaces that `str.strip` leaves: zero width space, joiners and byte order mark
-_INVISIBLE = "\u200b\u200c\u200d\u2060\ufeff"
+INVISIBLE = "\u00ad\u180e\u200b\u200c\u200d\u200e\u200f\u2060\ufeff" + "".join(
+    map(chr, (*range(0x202A, 0x202F), *range(0x2066, 0x206A)))
+)
+"""Characters without width that :meth:`str.strip` leaves: zero width spaces, joiners, byte order
+and direction marks. Copies from web pages and file dialogs contain them.
+"""
 
 
 def normalise(text: str) -> str:
     """``text`` in Unicode form NFC, without surrounding white space and invisible characters."""
     text = unicodedata.normalize("NFC", text)
-    while (stripped := text.strip().strip(_INVISIBLE)) != text:
+    while (stripped := text.strip().strip(INVISIBLE)) != text:
         text = stripped
     return text
 

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import polars as pl
 
@@ -19,6 +20,7 @@ from nic_core.slides.dicom import folder_series
 from nic_core.slides.errors import SlideError
 from nic_core.slides.files import LeftAside, SlideFiles, files_of_slide
 from nic_core.slides.folders import find_slide_files, list_candidates, summarize_left_aside
+from nic_core.types import Origin
 
 INDEX_SCHEMA: dict[str, pl.DataType] = {
     "slide": pl.String(),  # slide id
@@ -27,12 +29,15 @@ INDEX_SCHEMA: dict[str, pl.DataType] = {
     "mpp": pl.Float64(),  # um/px at level 0; null: as the file states
     "image": pl.Int64(),  # number of the image in a file with several; null: the largest scan
     "mask": pl.String(),  # tissue mask; null: tissue is detected
+    "origin": pl.String(),  # level0 or bounds: of a mask of regions; null: as the file states
     "truth": pl.String(),  # truth image for probability maps; null: none
     "split": pl.String(),  # cv or test
+    "exclude": pl.String(),  # reason why no model uses the slide; null: it is used
 }
 _REQUIRED = ("slide", "path", "patient")
 _FILE_COLUMNS = ("path", "mask", "truth")
 _SPLITS = ("cv", "test")
+_ORIGINS = get_args(Origin)
 
 
 @dataclass(frozen=True)
@@ -270,3 +275,7 @@ def _check(row: dict[str, object]) -> None:
         )
     if row["split"] not in _SPLITS:
         raise CohortError(f"slide '{slide}': split '{row['split']}' must be 'cv' or 'test'")
+    if row.get("origin") not in (None, *_ORIGINS):
+        raise CohortError(
+            f"slide '{slide}': origin '{row['origin']}' must be {' or '.join(map(repr, _ORIGINS))}"
+        )

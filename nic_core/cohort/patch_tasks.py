@@ -7,6 +7,7 @@ from typing import Literal, Self
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from nic_core.cohort.fields import Entry, Fraction, Label, TaskName, UserPath, check_unique
+from nic_core.types import Origin
 
 
 class Hdf5Images(Entry):
@@ -27,8 +28,10 @@ class AnnotatedSlides(Entry):
 
     The table (CSV or parquet) has one row per slide, with the columns ``path``, ``annotations``
     (QuPath GeoJSON or ASAP XML) and the group column. Optional columns are ``mpp`` (um/px at level
-    0; overrides the file), ``mask`` (tissue mask) and ``split``. Each slide is divided into the
-    cells of the study's grid, and a tissue cell gets the label with the largest coverage.
+    0; overrides the file), ``mask`` (tissue mask), ``origin`` (``level0`` or ``bounds``: what the
+    coordinates of the row's annotations and of a mask of regions count from; overrides the files)
+    and ``split``. Each slide is divided into the cells of the study's grid, and a tissue cell gets
+    the label with the largest coverage.
     """
 
     table: UserPath
@@ -36,10 +39,18 @@ class AnnotatedSlides(Entry):
         default=0.5,
         description="a label must cover more than this fraction of a cell's area [choice]",
     )
-    background_label: str | None = Field(
+    background_label: Label | None = Field(
         default=None,
         description="label of tissue cells that no region touches; default: these cells are left "
         "out",
+    )
+    origin: Origin | None = Field(
+        default=None,
+        description="what coordinates count from in files that do not state it, where the slide's "
+        "scanned area does not start at its corner; default: such files are refused",
+    )
+    rename: dict[Label, Label] = Field(
+        default={}, description="class or group in the annotations to label; others stay"
     )
     max_per_slide: PositiveInt | None = Field(
         default=None,

@@ -30,8 +30,10 @@ class Slides(Entry):
 
     The slide table (CSV or parquet) has the columns ``slide``, ``path`` and ``patient``. Optional
     columns are ``mpp`` (um/px at level 0; overrides the file), ``image`` (number of the image in a
-    file with several), ``mask`` (tissue mask), ``truth`` (truth image that scores probability maps)
-    and ``split`` (``cv``, the default, or ``test``).
+    file with several), ``mask`` (tissue mask), ``origin`` (``level0`` or ``bounds``: what the
+    coordinates of a mask of regions count from; overrides the file), ``truth`` (truth image that
+    scores probability maps), ``split`` (``cv``, the default, or ``test``) and ``exclude`` (the
+    reason why no model uses the slide; empty: it is used).
     """
 
     folders: tuple[SlideFolder, ...] = ()

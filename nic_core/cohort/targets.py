@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, model_validator
 
-from nic_core.cohort.fields import Entry, Label, Name
+from nic_core.cohort.fields import Entry, Label, Name, check_unique
+
+
+def _check_quoted(value: object) -> object:
+    # YAML reads no, null and 1 as false, nothing and a number
+    if not isinstance(value, str):
+        raise ValueError(f"YAML reads this class as {value!r}, not as text; write it in quotes")
+    return value
+
+
+ClassName = Annotated[Label, BeforeValidator(_check_quoted)]
 
 
 class _TargetBase(Entry):
@@ -20,25 +30,34 @@ class RegressionTarget(_TargetBase):
     """A number per slide or patient. Loss: mean squared error; metric: Spearman's rho."""
 
     kind: Literal["regression"]
-    column: str = Field(description="column of the label table with the number")
+    column: Label = Field(description="column of the label table with the number")
 
 
 class ClassificationTarget(_TargetBase):
     """A class per slide or patient. Loss: cross-entropy; metric: area under the ROC curve."""
 
     kind: Literal["classification"]
-    column: str = Field(description="column of the label table with the class")
-    classes: tuple[Label, ...] = Field(
+    column: Label = Field(description="column of the label table with the class")
+    classes: tuple[ClassName, ...] = Field(
         min_length=2, description="names of the classes; of two, the second is the positive one"
     )
+
+    @model_validator(mode="after")
+    def _classes_are_distinct(self) -> Self:
+        check_unique(f"target '{self.name}': classes", self.classes)
+        if "" in self.classes:
+            raise ValueError(f"target '{self.name}': a class has no name; write its name")
+        return self
 
 
 class SurvivalTarget(_TargetBase):
     """Time to event with right censoring. Loss: Cox partial likelihood; metric: C-index."""
 
     kind: Literal["survival"]
-    time: str = Field(description="column of the label table with the time to event or censoring")
-    event: str = Field(description="column of the label table: 1 event, 0 censored")
+    time: Label = Field(description="column of the label table with the time to event or censoring")
+    event: Label = Field(
+        description="column of the label table: 1 or true event, 0 or false censored"
+    )
     unit: Literal["days", "weeks", "months", "years"] = Field(description="unit of `time`")
 
 

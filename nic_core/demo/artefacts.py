@@ -2,7 +2,7 @@
 
 A section, half stroma and half fat, is painted like the slides of the demo cohort and reduced to
 the resolution of tissue detection. :func:`sections` yields it with each artefact: pen marks, black
-borders, dust and coloured light.
+borders, dust, coloured and uneven light, and stain on the glass.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ INKS = {
     "blue": (50, 70, 190),
     "black": (15, 15, 18),
 }
+
+# relative optical densities of red, green and blue
+PINK, GREY = (0.1, 1.0, 0.4), (1.0, 1.0, 1.0)
 
 Mask = NDArray[np.bool_]
 
@@ -62,6 +65,15 @@ def sections(seed: int = 0) -> Iterator[Section]:
     yield _section("pale stain", replace(ordinary_stain(), haematoxylin=0.6, eosin=0.6), rng)
     for name, lamp in (("grey lamp", (215, 215, 217)), ("yellow lamp", (232, 226, 212))):
         yield replace(plain, name=name, pixels=_grey_levels(plain.pixels * (np.array(lamp) / 244)))
+    y, x = np.indices(plain.tissue.shape) / len(plain.tissue) - 0.5
+    away = ndimage.distance_transform_edt(~plain.tissue) * TISSUE_MPP
+    for name, density, colour in (
+        ("vignette", 0.5 * (x**2 + y**2), GREY),
+        ("pink glass", np.full_like(x, 0.1), PINK),
+        ("pink gradient", 0.1 * (x + 0.5), PINK),
+        ("stain that leaked", 0.05 * np.exp(-away / 300), PINK),
+    ):
+        yield replace(plain, name=name, pixels=tinted(plain.pixels, density, colour))
     for name, ink in INKS.items():
         yield replace(plain, name=f"{name} pen", pixels=_drawn(plain.pixels, ink, rng))
     yield replace(plain, name="black border", pixels=_bordered(plain.pixels))
@@ -75,6 +87,22 @@ def sections(seed: int = 0) -> Iterator[Section]:
         np.ones((48, 48), np.bool_),
         np.zeros((48, 48), np.bool_),
     )
+
+
+def tinted(
+    pixels: Pixels, density: NDArray[np.floating], colour: tuple[float, float, float]
+) -> Pixels:
+    """An image behind a tint.
+
+    Parameters
+    ----------
+    pixels : uint8 (H, W, 3)
+    density : float (H, W)
+        Optical density of the tint.
+    colour : tuple of float
+        Densities of red, green and blue relative to ``density``.
+    """
+    return _grey_levels(pixels * 10 ** (-density[..., None] * np.array(colour)))
 
 
 def _section(name: str, stain: Stain, rng: np.random.Generator) -> Section:

@@ -21,7 +21,7 @@ def contact_sheet(root: Path, *, columns: int = 12, seed: int = 0) -> Figure:
     rows: list[tuple[str, NDArray[np.uint8]]] = []
     for task in TASKS:
         folder = root / "patch_tasks"
-        table = pl.read_parquet(folder / f"{task.name}.parquet")
+        table = pl.read_parquet(folder / f"{task.name}.parquet", glob=False)
         for label in task.classes:
             paths = table.filter(pl.col("label") == label)["path"].to_list()
             chosen = rng.permutation(paths)[:columns]

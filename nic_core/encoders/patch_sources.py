@@ -9,9 +9,9 @@ import hashlib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import h5py
 import numpy as np
@@ -22,15 +22,34 @@ from nic_core.cohort import AnnotatedSlides, CohortError, Hdf5Images, PatchTask
 from nic_core.cohort.tables import existing_path, read_table, require_columns
 from nic_core.slides import Slide, SlideError, open_slide
 from nic_core.slides.resample import resample, snap_to_whole
-from nic_core.tiling.annotations import label_patches, read_annotations
+from nic_core.tiling.annotations import (
+    NO_CLASS,
+    Annotations,
+    placed,
+    read_annotations,
+    unused_features,
+)
+from nic_core.tiling.mask_files import read_mask
 from nic_core.tiling.patches import patch_table
-from nic_core.tiling.tissue import read_mask, tissue_mask
-from nic_core.types import Pixels
+from nic_core.tiling.regions import Region, label_patches, tissue_fraction
+from nic_core.tiling.tissue import TissueMask, tissue_mask
+from nic_core.types import Origin, Pixels
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-_OPTIONAL = ("split", "mpp", "mask")  # columns of a table
+_OPTIONAL = ("split", "mpp", "mask", "origin")  # columns of a table
 # holds a chunk of PatchCamelyon, so that reading image by image decompresses each chunk once
 _CHUNK_CACHE = 64 * 2**20  # bytes
+
+
+# findings on the annotations of slides; each kind is one of `patch_tasks.FINDING_KINDS`
+ANNOTATION_FINDINGS_SCHEMA: dict[str, pl.DataType] = {
+    "kind": pl.String(),
+    "label": pl.String(),
+    "source": pl.String(),  # annotation file
+    "detail": pl.String(),
+}
+_MIN_IN_TISSUE = 0.5  # of a region's area; those with less are reported [choice]
+_FEATURES_SHOWN = 10  # in a finding
 
 
 class ImageError(ValueError):
@@ -51,11 +70,16 @@ class PatchSource:
         Maps a row number to uint8 RGB (H, W, 3); thread-safe; raises :class:`ImageError`.
     scale : float
         Factor from the images' own resolution to the study's.
+    findings : polars.DataFrame
+        What of the annotations was not used or is doubtful (:data:`ANNOTATION_FINDINGS_SCHEMA`).
     """
 
     listing: pl.DataFrame
     read: Callable[[int], Pixels]
     scale: float
+    findings: pl.DataFrame = field(
+        default_factory=lambda: pl.DataFrame(schema=ANNOTATION_FINDINGS_SCHEMA)
+    )
 
 
 @contextmanager
@@ -355,20 +379,22 @@ def _annotated_slides(
     groups = _groups(task, table, table[task.path_column])
     slides: dict[str, Slide] = {}
     parts: list[pl.DataFrame] = []
+    findings = [pl.DataFrame(schema=ANNOTATION_FINDINGS_SCHEMA)]
     for row, group in zip(table.iter_rows(named=True), groups, strict=True):
         path = about.table.parent / row[task.path_column]
         if str(path) in slides:
             raise task_error(task, f"table {about.table} lists {path} more than once")
         try:
             known = float(row["mpp"]) if row.get("mpp") else None
-            image = int(row["image"]) if row.get("image") else None
+            image = int(row["image"]) if row.get("image") is not None else None
             slide = stack.enter_context(open_slide(path, mpp=known, image=image))
-            cells = _labelled_cells(about, row, slide, patch, mpp, tissue)
+            cells, found = _labelled_cells(about, row, slide, patch, mpp, tissue)
         except (SlideError, ValueError) as error:
             raise task_error(task, str(error)) from error
         if task.classes is not None:
             cells = cells.filter(pl.col("label").is_in(task.classes))
         slides[str(path)] = slide
+        findings.append(found)
         rows = _draw(cells, about.max_per_slide, path.name, seed).with_columns(
             source=pl.lit(str(path)), group=pl.lit(group)
         )
@@ -377,10 +403,11 @@ def _annotated_slides(
         parts.append(rows)
     cells = pl.concat(parts)
     if cells.is_empty():
+        why = [f"{row['source']}: {row['detail']}" for row in pl.concat(findings).to_dicts()]
         raise task_error(
             task,
-            f"no tissue cell of the slides in {about.table} is covered by an annotated region; "
-            "check the annotations or lower 'min_coverage'",
+            f"no tissue cell of the slides in {about.table} is covered by an annotated region"
+            f"{f' ({why[0]})' if why else ''}; check the annotations or lower 'min_coverage'",
         )
     places = cells.select("source", "x", "y").rows()
 
@@ -392,7 +419,7 @@ def _annotated_slides(
             raise ImageError(str(error)) from error
 
     listing = cells.with_columns(pl.col("x", "y").round().cast(pl.Int64))
-    return PatchSource(listing, read, 1.0)
+    return PatchSource(listing, read, 1.0, pl.concat(findings))
 
 
 def _labelled_cells(
@@ -402,23 +429,94 @@ def _labelled_cells(
     patch: int,
     mpp: float,
     tissue: float,
-) -> pl.DataFrame:
-    """Return x, y (level-0 px), grid_row, grid_column, label of a slide's labelled tissue cells."""
+) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Label the tissue cells of a slide.
+
+    Returns
+    -------
+    cells : polars.DataFrame
+        x, y (level-0 px), grid_row, grid_column, label.
+    findings : polars.DataFrame
+        :data:`ANNOTATION_FINDINGS_SCHEMA`.
+    """
     base = about.table.parent
-    mask_file, drawn = row.get("mask"), row["annotations"]
-    mask = read_mask(base / mask_file, slide) if mask_file else tissue_mask(slide)
-    cells = patch_table(slide.path.stem, slide, mask, patch=patch, mpp=mpp, tissue=tissue)
-    regions = read_annotations(base / drawn) if drawn else []
-    labels = label_patches(cells, regions, slide, min_coverage=about.min_coverage)
-    cells = cells.hstack(labels.select("label", "coverage"))
-    if about.background_label is not None:
-        untouched = pl.col("label").is_null() & (pl.col("coverage") == 0)
-        cells = cells.with_columns(
-            label=pl.when(untouched).then(pl.lit(about.background_label)).otherwise("label")
-        )
-    return cells.filter(pl.col("kept") & pl.col("label").is_not_null()).select(
-        "x", "y", pl.col("row", "column").cast(pl.Int64).name.prefix("grid_"), "label"
+    mask_file, drawn, origin = row.get("mask"), row["annotations"], _origin(row)
+    mask = (
+        read_mask(base / mask_file, slide, origin=origin, default_origin=about.origin)
+        if mask_file
+        else tissue_mask(slide)
     )
+    cells = patch_table(slide.path.stem, slide, mask, patch=patch, mpp=mpp, tissue=tissue)
+
+    def label(regions: Sequence[Region]) -> tuple[pl.DataFrame, Sequence[Region]]:
+        labels = label_patches(cells, regions, min_coverage=about.min_coverage)
+        labelled = cells.hstack(labels.select("label", "touched")).with_columns(
+            label=pl.coalesce(
+                "label", pl.when(~pl.col("touched")).then(pl.lit(about.background_label))
+            )
+        )
+        kept = labelled.filter(pl.col("kept") & pl.col("label").is_not_null()).select(
+            "x", "y", pl.col("row", "column").cast(pl.Int64).name.prefix("grid_"), "label"
+        )
+        return kept, regions
+
+    if not drawn:
+        return label([])[0], pl.DataFrame(schema=ANNOTATION_FINDINGS_SCHEMA)
+    annotations = read_annotations(base / drawn)
+    renamed = replace(
+        annotations,
+        regions=tuple(
+            replace(region, label=about.rename.get(region.label, region.label))
+            for region in annotations.regions
+        ),
+    )
+    labelled, regions = placed(
+        renamed,
+        slide,
+        label,
+        lambda one, other: one[0].equals(other[0]),
+        origin=origin,
+        default=about.origin,
+    )
+    return labelled, _annotation_findings(renamed, regions, mask, slide.mpp)
+
+
+def _origin(row: dict[str, str | None]) -> Origin | None:
+    """The column ``origin`` of a row; None if it is empty or there is no such column."""
+    text = row.get("origin")
+    if not text:
+        return None
+    for origin in get_args(Origin):
+        if text == origin:
+            return origin  # type: ignore[no-any-return]
+    raise ValueError(f"{row['annotations']}: origin '{text}' must be 'level0' or 'bounds'")
+
+
+def _annotation_findings(
+    annotations: Annotations, regions: Sequence[Region], mask: TissueMask, mpp: float
+) -> pl.DataFrame:
+    """List features that are not used, and regions that lie mostly outside the tissue.
+
+    ``regions`` are those of the annotations in level-0 px of the slide of ``mpp`` um/px.
+    """
+    rows: list[tuple[str, str | None, str, str]] = []
+
+    def add(kind: str, label: str, what: str, features: Sequence[object]) -> None:
+        shown = [str(feature) for feature in features[:_FEATURES_SHOWN]]
+        shown += ["..."] if len(features) > _FEATURES_SHOWN else []
+        detail = f"{len(features)} {what}: features {', '.join(shown)}"
+        rows.append((kind, label or None, str(annotations.path), detail))
+
+    for reason, label, _, features in unused_features(annotations).iter_rows():
+        kind = "unclassified" if reason == NO_CLASS else "unused"
+        add(kind, label, f"of {annotations.features} features {reason}", features)
+    outside: dict[str, list[str]] = {}
+    for region in regions:
+        if (share := tissue_fraction(region, mask, mpp)) < _MIN_IN_TISSUE:
+            outside.setdefault(region.label, []).append(f"{region.feature} ({share:.0%} in tissue)")
+    for label, names in outside.items():
+        add("outside_tissue", label, f"of {len(regions)} regions mostly outside tissue", names)
+    return pl.DataFrame(rows, schema=ANNOTATION_FINDINGS_SCHEMA, orient="row")
 
 
 def _draw(cells: pl.DataFrame, limit: int | None, slide: str, seed: int) -> pl.DataFrame:

@@ -73,6 +73,9 @@ FINDING_KINDS = {
     "one_group": "class that only one group has, so it is in one split only",
     "absent": "class without a patch in this split",
     "unknown_mpp": "resolution declared unknown; images are not resampled",
+    "unclassified": "regions without a class; the cells that they touch are not background",
+    "unused": "features of an annotation file that are no regions",
+    "outside_tissue": "regions that lie mostly outside the tissue",
 }
 
 _IMAGE = ("source", "label", "split")
@@ -217,9 +220,15 @@ def build_patch_task(
             else np.lib.format.open_memmap(folder / PATCHES, "w+", np.uint8, shape)
         )
         _cut_images(task, source, images, patches, len(listing), progress)
+        source_findings = _with_schema(source.findings)
 
     findings = pl.concat(
-        [findings, _near_duplicates(table, patches), _class_findings(task, table, classes)]
+        [
+            findings,
+            _near_duplicates(table, patches),
+            _class_findings(task, table, classes),
+            source_findings,
+        ]
     )
     dataset = PatchDataset(task.name, task.organ, classes, mpp, patches, table, findings)
     if folder is None:
@@ -256,9 +265,9 @@ def load_patch_task(folder: Path) -> PatchDataset:
     """
     try:
         patches = np.load(folder / PATCHES, mmap_mode="r")
-        table = pl.read_parquet(folder / TABLE)
+        table = pl.read_parquet(folder / TABLE, glob=False)
         metadata = pl.read_parquet_metadata(folder / TABLE)
-        findings = pl.read_parquet(folder / FINDINGS)
+        findings = pl.read_parquet(folder / FINDINGS, glob=False)
     except (OSError, ValueError, EOFError, pl.exceptions.PolarsError) as error:
         raise EncoderError(
             f"{folder}: not a complete patch task ({str(error).splitlines()[0]}); make it again"
@@ -429,8 +438,12 @@ def _distinct_images(listing: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]
 
 
 def _findings(kind: str, rows: pl.DataFrame) -> pl.DataFrame:
-    """Convert rows to findings of a kind; missing columns become null."""
-    rows = rows.with_columns(kind=pl.lit(kind))
+    """Convert rows to findings of a kind."""
+    return _with_schema(rows.with_columns(kind=pl.lit(kind)))
+
+
+def _with_schema(rows: pl.DataFrame) -> pl.DataFrame:
+    """Return the rows with the columns of ``FINDINGS_SCHEMA``; missing ones are null."""
     missing = {name: None for name in FINDINGS_SCHEMA if name not in rows.columns}
     return rows.with_columns(**missing).select(
         pl.col(name).cast(dtype) for name, dtype in FINDINGS_SCHEMA.items()

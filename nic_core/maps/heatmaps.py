@@ -5,7 +5,8 @@ A heatmap has a value ("heat") for each cell of a slide's grid. Its folder conta
 - ``heat.tif``: float32, tiled pyramid, one pixel per cell, with um/px. Its top-left corner is that
   of the slide. NaN where the grid has no embedding;
 - ``heat.zarr``: the same values as an OME-Zarr 0.5 image, with the coordinates of the grid;
-- ``heat.geojson``: the areas of highest heat as QuPath annotations, level-0 px;
+- ``heat.geojson``: the areas of highest heat as QuPath annotations, px of level 0 that count from
+  the corner of the slide's scanned area (``origin``: ``bounds``), as QuPath's do [choice];
 - ``overlay.png``: the heat over a thumbnail, with a scale bar;
 - ``patches.jpg``: the patches of highest heat (upper row) and of lowest heat (lower row).
 """
@@ -35,6 +36,7 @@ from nic_core.grids.store import EMBEDDINGS_ARRAY, PROVENANCE_ATTRIBUTE, ome_ima
 from nic_core.maps import tint
 from nic_core.slides import Slide, SlideError, content_identity
 from nic_core.store import atomic_folder
+from nic_core.tiling.annotations import ORIGIN_MEMBER
 from nic_core.types import Pixels
 
 TIFF, ZARR, GEOJSON = "heat.tif", "heat.zarr", "heat.geojson"
@@ -96,7 +98,8 @@ def write_heatmap(
     with atomic_folder(folder) as new:
         _write_tiff(new / TIFF, heat, provenance.patch * provenance.mpp)
         _write_zarr(new / ZARR, heat, provenance)
-        areas = hot_areas(heat, cell, name=name, quantiles=quantiles)
+        areas = hot_areas(heat, cell, name=name, quantiles=quantiles, corner=slide.bounds[:2])
+        areas[ORIGIN_MEMBER] = "bounds"
         (new / GEOJSON).write_text(json.dumps(areas) + "\n")
         if pictures:
             # the fastest level: higher ones hardly make a thumbnail of tissue smaller
@@ -154,7 +157,12 @@ def score_heat(heat: Heat, truth: npt.NDArray[np.int8]) -> tuple[float, bool] | 
 
 
 def hot_areas(
-    heat: Heat, cell: float, *, name: str, quantiles: Sequence[float] = QUANTILES
+    heat: Heat,
+    cell: float,
+    *,
+    name: str,
+    quantiles: Sequence[float] = QUANTILES,
+    corner: tuple[float, float] = (0, 0),
 ) -> dict[str, Any]:
     """Return the areas of highest heat as QuPath GeoJSON, one annotation per quantile.
 
@@ -170,6 +178,8 @@ def hot_areas(
     name : str
         Part of the names of the annotations.
     quantiles : sequence of float
+    corner : (float, float)
+        Point (x, y) that coordinates count from, level-0 px.
     """
     features = []
     for quantile in sorted(quantiles):
@@ -180,7 +190,7 @@ def hot_areas(
                 "type": "Feature",
                 "geometry": {
                     "type": "MultiPolygon",
-                    "coordinates": outlines(heat >= level, cell),  # False for NaN
+                    "coordinates": outlines(heat >= level, cell, corner),  # False for NaN
                 },
                 "properties": {
                     "objectType": "annotation",
@@ -195,7 +205,9 @@ def hot_areas(
     return {"type": "FeatureCollection", "features": features}
 
 
-def outlines(mask: npt.NDArray[np.bool_], cell: float) -> list[list[list[list[float]]]]:
+def outlines(
+    mask: npt.NDArray[np.bool_], cell: float, corner: tuple[float, float] = (0, 0)
+) -> list[list[list[list[float]]]]:
     """Return the outlines of a mask of cells as GeoJSON polygons.
 
     Parameters
@@ -203,6 +215,8 @@ def outlines(mask: npt.NDArray[np.bool_], cell: float) -> list[list[list[list[fl
     mask : bool (rows, columns)
     cell : float
         Side of a cell, level-0 px.
+    corner : (float, float)
+        Point (x, y) that coordinates count from, level-0 px.
 
     Returns
     -------
@@ -216,9 +230,9 @@ def outlines(mask: npt.NDArray[np.bool_], cell: float) -> list[list[list[list[fl
     for number, box in enumerate(ndimage.find_objects(regions), start=1):
         region = np.pad(regions[box] == number, 1).astype(np.float64)
         # contours are relative to the padded box, and (0, 0) is the centre of its first cell
-        corner = np.array([box[0].start - 0.5, box[1].start - 0.5])
+        start = np.array([box[0].start - 0.5, box[1].start - 0.5])
         contours = find_contours(region, 0.5)  # type: ignore[no-untyped-call]
-        rings = [(ring + corner)[:, ::-1] * cell for ring in contours]
+        rings = [(ring + start)[:, ::-1] * cell - corner for ring in contours]
         rings.sort(key=lambda ring: -abs(_area(ring)))  # the outer ring is the largest
         polygons.append(
             [

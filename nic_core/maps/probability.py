@@ -19,6 +19,7 @@ from sklearn.metrics import roc_auc_score
 from nic_core.cohort import CohortError, ProbabilityMap
 from nic_core.encoders import Encoder, task_probabilities
 from nic_core.grids import Grid
+from nic_core.tiling.mask_files import MaskFileError, level0_px_per_px, open_stored_image
 from nic_core.types import Pixels
 
 MAP_SCHEMA = pl.Schema(
@@ -84,6 +85,7 @@ def truth_of_cells(
     *,
     width: int,
     height: int,
+    mpp: float,
     cell: float,
     shape: tuple[int, int],
 ) -> npt.NDArray[np.int8]:
@@ -92,11 +94,14 @@ def truth_of_cells(
     Parameters
     ----------
     path : Path
-        Label image of one band, which is stretched over the whole slide.
+        Label image of one band, or of equal ones (PNG or TIFF), with values and place on the slide
+        as those of a tissue mask (:mod:`nic_core.tiling.mask_files`).
     entry : ProbabilityMap
         ``positive`` lists the positive label values, ``ignore`` those that count as unknown.
     width, height : int
         Size of the slide, level-0 px.
+    mpp : float
+        um/px of the slide at level 0.
     cell : float
         Side of a cell, level-0 px.
     shape : (int, int)
@@ -111,17 +116,23 @@ def truth_of_cells(
     Raises
     ------
     CohortError
-        The image cannot be read.
+        The image cannot be read, has several different bands, or does not fit the slide.
     """
     try:
-        labels = pyvips.Image.new_from_file(str(path), fail_on="error").extract_band(0).numpy()
-    except pyvips.Error as error:
+        stored = open_stored_image(path)
+        across_px, down_px = level0_px_per_px(stored, width, height, mpp)
+        bands = stored.image.numpy().reshape(stored.image.height, stored.image.width, -1)
+    except (MaskFileError, pyvips.Error) as error:
+        raise CohortError(f"map '{entry.name}': truth image {path}: {error}") from error
+    labels = bands[..., 0]
+    if (bands != labels[..., None]).any():
         raise CohortError(
-            f"map '{entry.name}': truth image {path} cannot be read ({error})"
-        ) from error
+            f"map '{entry.name}': truth image {path} has several bands; give an image of one band "
+            "whose values are the labels"
+        )
     known = ~np.isin(labels, entry.ignore)
-    down = _overlap(labels.shape[0], height, cell, shape[0])
-    across = _overlap(labels.shape[1], width, cell, shape[1])
+    down = _overlap(labels.shape[0], down_px, height, cell, shape[0])
+    across = _overlap(labels.shape[1], across_px, width, cell, shape[1])
     known_area = down @ known @ across.T
     positive_area = down @ (np.isin(labels, entry.positive) & known) @ across.T
     # areas are inexact sums; exactly half an area is not a majority
@@ -224,9 +235,14 @@ def tint(
     return mixed.round().astype(np.uint8)
 
 
-def _overlap(pixels: int, length: int, cell: float, cells: int) -> npt.NDArray[np.float64]:
-    """Fraction of each cell (rows) that each label pixel (columns) covers, along one axis."""
-    edges = np.arange(pixels + 1) * length / pixels
+def _overlap(
+    pixels: int, scale: float, length: int, cell: float, cells: int
+) -> npt.NDArray[np.float64]:
+    """Fraction of each cell (rows) that each label pixel (columns) covers, along one axis.
+
+    ``scale`` is level-0 px per label pixel, ``length`` the slide's side, level-0 px.
+    """
+    edges = np.minimum(np.arange(pixels + 1) * scale, length)
     start = np.arange(cells)[:, None] * cell
     covered = np.minimum(edges[1:], start + cell) - np.maximum(edges[:-1], start)
     fraction: npt.NDArray[np.float64] = np.clip(covered, 0, None) / cell

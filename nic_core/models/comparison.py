@@ -162,15 +162,6 @@ def permutation_control(result: CrossValidation) -> PermutationControl:
     )
 
 
-def above_permutation_control(result: CrossValidation) -> str | None:
-    """The model's cross-validated score is above the 95th percentile with exchanged labels.
-
-    See :func:`permutation_control`. Returns None, or the problem.
-    """
-    control = permutation_control(result)
-    return None if control.passed else control.explanation
-
-
 @dataclass(frozen=True)
 class Champion:
     """The registered champion of a target.
@@ -207,10 +198,12 @@ class Verdict:
     compared: bool = True
 
 
-def compare_with_champion(result: CrossValidation, champion: Champion | None) -> Verdict:
+def compare_with_champion(
+    result: CrossValidation, champion: Champion | None, control: PermutationControl
+) -> Verdict:
     """Decide whether a new model becomes the champion of its target.
 
-    It does if it passes its permutation control (:func:`permutation_control`) and there is no
+    It does if it passes its permutation control and there is no
     champion yet, or its primary metric is better: the lower bound of the 95 % interval of the
     difference, by the paired bootstrap over patients, is above 0. Both models are scored on the
     cross-validated predictions of their common units, with the labels of the new model. A model
@@ -222,11 +215,12 @@ def compare_with_champion(result: CrossValidation, champion: Champion | None) ->
         Cross-validation of the new model.
     champion
         The present champion; None: the new model is the first of its name.
+    control
+        Output of :func:`permutation_control` for ``result``.
     """
     settings, kind = result.settings, kind_of(result.target)
     if settings.permute_labels is not None:
         return Verdict(False, "does not become champion: it was trained on exchanged labels")
-    control = permutation_control(result)
     if not control.passed:
         return Verdict(
             False,

@@ -27,7 +27,7 @@ from nic_core.cohort import CohortError, ModelSettings, Target
 from nic_core.models.baselines import BASELINES, baseline_features, fit_linear
 from nic_core.models.cox import BaselineHazard
 from nic_core.models.crops import Crops, GridMoments, GridSource, all_moments
-from nic_core.models.folds import check_folds, make_folds
+from nic_core.models.folds import check_folds, check_trainable, make_folds, split_fold
 from nic_core.models.kinds import TargetKind, kind_of, prediction_array
 from nic_core.models.labels import shuffle_labels
 from nic_core.models.metrics import score
@@ -134,7 +134,8 @@ def cross_validate(
     Raises
     ------
     CohortError
-        The network cannot process crops of ``settings.crop`` cells, or a grid has no tissue.
+        The network cannot process crops of ``settings.crop`` cells, a grid has no tissue, or the
+        units of a fold lack a class, an event or two different numbers to train on.
     TrainingError
         A loss is not finite.
     ValueError
@@ -143,12 +144,12 @@ def cross_validate(
     kind = kind_of(target)
     if settings.permute_labels is not None:
         table = shuffle_labels(table, seed=settings.permute_labels)
-        folds = make_folds(
-            table, target=target, folds=settings.folds, seed=settings.seed, groups=groups
-        )
+        wanted = folds["fold"].n_unique()
+        folds = make_folds(table, target=target, folds=wanted, seed=settings.seed, groups=groups)
     check_folds(folds, table)
     count = folds["fold"].n_unique()
     cv = table.filter(pl.col("split") == "cv").join(folds, on="patient").sort("unit")
+    check_trainable(target, cv, count)
     test = table.filter(pl.col("split") == "test").sort("unit")
     try:
         moments = all_moments(sorted(set(table["slides"].explode())), grids)
@@ -161,10 +162,7 @@ def cross_validate(
     horizons = {part["split"][0]: kind.horizons(part) for part in (cv, test) if part.height}
     fits, hazards = [], []
     for fold in range(count):
-        validation_fold = (fold + 1) % count
-        test_fold = cv.filter(pl.col("fold") == fold)
-        validation = cv.filter(pl.col("fold") == validation_fold)
-        train = cv.filter(~pl.col("fold").is_in([fold, validation_fold]))
+        train, validation, test_fold = split_fold(cv, fold, count)
         with fitting_threads(settings):
             for seed, name in enumerate((*seeds, *BASELINES)):
                 # one predictor at a time: each holds a cache of features

@@ -1,8 +1,8 @@
 """Label table to target table: one row per unit, labels checked and decoded.
 
-A unit is a slide or a patient, as the target's ``level`` says. Units without a label are left
-out; :func:`match_labels` lists their slides. What a label may be depends on the target's kind
-(:mod:`nic_core.models.kinds`).
+A unit is a slide or a patient, as the target's ``level`` says. :func:`read_labels` accounts for
+every row of the label table (:class:`LabelMatches`); :func:`target_table` makes the units. What a
+label may be depends on the target's kind (:mod:`nic_core.models.kinds`).
 """
 
 from __future__ import annotations
@@ -14,24 +14,156 @@ import numpy as np
 import polars as pl
 
 from nic_core.cohort import Cohort, CohortError, Target
-from nic_core.cohort.tables import MISSING, Unmatched, read_table, suggestion, unmatched
+from nic_core.cohort.tables import (
+    Unmatched,
+    read_table,
+    require_columns,
+    suggestion,
+    to_text,
+    unmatched,
+    visible,
+)
 from nic_core.models.kinds import kind_of
-from nic_core.models.kinds.base import label_error
+from nic_core.models.kinds.base import ROW, label_error
 
 _UNIT_COLUMNS = ("unit", "patient", "slides", "split")
 _Key = Literal["slide", "patient"]
 
 
-def target_table(cohort: Cohort, target: Target, index: pl.DataFrame) -> pl.DataFrame:
-    """Return the labelled units of a target.
+@dataclass(frozen=True)
+class LabelMatches:
+    """How the rows of the label table and the slides of the index fit together, for one target.
 
-    The label table has the key column ``slide`` or, without it, ``patient``. A target at patient
-    level may use a table keyed by slide if all labelled slides of a patient have the same label.
-    A target at slide level may use a table keyed by patient: every slide gets its patient's
-    label.
+    Every row is counted once: ``rows`` is the sum of ``used`` and the lengths of ``repeated``,
+    ``without_label``, ``without_id`` and ``labels_without_slide``.
+
+    Attributes
+    ----------
+    key
+        Column of the label table that names the unit: ``slide`` or ``patient``.
+    rows
+        Number of rows with any value.
+    used
+        Number of labelled rows that belong to a slide or patient of the index.
+    repeated
+        Numbers of rows with the same id and label as an earlier row.
+    without_label
+        Numbers of rows that have no label of this target.
+    without_id
+        Numbers of rows that have a label, but no slide or patient.
+    labels_without_slide
+        Labelled ids that are not in the index: slides, or patients without slides.
+    slides_without_label
+        Slides of the index that no label belongs to.
+    """
+
+    key: str
+    rows: int
+    used: int
+    repeated: list[int]
+    without_label: list[int]
+    without_id: list[int]
+    labels_without_slide: list[Unmatched]
+    slides_without_label: list[Unmatched]
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The decoded labels of a target.
+
+    Attributes
+    ----------
+    rows
+        One row per labelled slide or patient, also those that are not in the index:
+        ``matches.key`` and the columns of :attr:`TargetKind.label_columns`.
+    matches
+        What became of every row of the label table.
+    """
+
+    rows: pl.DataFrame
+    matches: LabelMatches
+
+
+def read_labels(cohort: Cohort, target: Target, index: pl.DataFrame) -> Labels:
+    """Read and decode the labels of a target, and compare their ids with the slide index.
+
+    The label table has the key column ``slide`` or, without it, ``patient``. Rows that repeat an
+    id with the same label count once.
 
     Parameters
     ----------
+    index
+        The slide index: columns ``slide``, ``patient``, ``split``.
+
+    Raises
+    ------
+    CohortError
+        The table or a column is missing; a label is not a finite number, not a known class, a
+        negative time, or an event other than 0 and 1; or two rows of one id have different labels.
+    """
+    path = cohort.labels
+    if path is None:
+        raise CohortError(
+            f"target '{target.name}': the cohort file has no entry 'labels'; "
+            "add the path of the label table"
+        )
+    kind = kind_of(target)
+    table = read_table(path, "label table", row_column=ROW)
+    key: _Key = "slide" if "slide" in table.columns else "patient"
+    if key not in table.columns:
+        columns = [name for name in table.columns if name != ROW]
+        near = suggestion("slide", columns) or suggestion("patient", columns)
+        raise CohortError(
+            f"label table {path}: no column 'slide' or 'patient'; it has "
+            f"{', '.join(map(visible, columns))}" + (f"; rename '{visible(near)}'" if near else "")
+        )
+    try:
+        require_columns(table.drop(ROW), kind.source_columns, path, "label table")
+    except CohortError as error:
+        raise CohortError(f"target '{target.name}': {error}") from error
+    table = table.select(list(dict.fromkeys((ROW, key, *kind.source_columns))))
+    try:
+        table = table.with_columns(to_text(table[key]))
+    except TypeError as error:
+        raise CohortError(f"label table {path}: column '{key}' {error}") from error
+
+    decoded = kind.decode(table, key)
+    without_label = table.filter(~pl.col(ROW).is_in(decoded[ROW].implode()))[ROW]
+    identified = decoded.drop_nulls(key)
+    rows = identified.unique(key, keep="first", maintain_order=True)
+    _refuse_conflicts(identified, target, key)
+    missing = unmatched(rows[key], set(index[key]))
+    unlabelled = index.filter(~pl.col(key).is_in(rows[key].implode())).sort("slide")
+    suggestions = {u.name: u.suggestion for u in unmatched(unlabelled[key], set(rows[key]))}
+    return Labels(
+        rows=rows.drop(ROW),
+        matches=LabelMatches(
+            key=key,
+            rows=table.height,
+            used=rows.height - len(missing),
+            repeated=identified.filter(~pl.col(ROW).is_in(rows[ROW].implode()))[ROW].to_list(),
+            without_label=without_label.to_list(),
+            without_id=decoded.filter(pl.col(key).is_null())[ROW].to_list(),
+            labels_without_slide=missing,
+            slides_without_label=[
+                Unmatched(slide, suggestions[name])
+                for slide, name in zip(unlabelled["slide"], unlabelled[key], strict=True)
+            ],
+        ),
+    )
+
+
+def target_table(target: Target, labels: Labels, index: pl.DataFrame) -> pl.DataFrame:
+    """Return the labelled units of a target.
+
+    A target at patient level may use a table keyed by slide if all labelled slides of a patient
+    have the same label. A target at slide level may use a table keyed by patient: every slide
+    gets its patient's label. Units without a label are left out.
+
+    Parameters
+    ----------
+    labels
+        Output of :func:`read_labels` for the same target and index.
     index
         The slide index: columns ``slide``, ``patient``, ``split``.
 
@@ -48,25 +180,23 @@ def target_table(cohort: Cohort, target: Target, index: pl.DataFrame) -> pl.Data
     Raises
     ------
     CohortError
-        The table or a column is missing; a label is not a finite number, not a known class, a
-        negative time, or an event other than 0 and 1; slides of a patient have different labels
-        or are in both splits; or there are too few labelled patients for the folds.
+        No label belongs to a slide of the index; or slides of a patient have different labels or
+        are in both splits.
     """
-    labels, key = _read_labels(cohort, target)
-    kind = kind_of(target)
-    decoded = kind.decode(labels, key)
-    slides = index.select("slide", "patient", "split").join(decoded, on=key, how="inner")
-    if not slides.height:
+    kind, matches = kind_of(target), labels.matches
+    if not matches.used:
+        example = matches.labels_without_slide[:1]
         raise label_error(
             target,
             kind.source_columns[0],
-            f"no labelled {key} of the label table is in the slide index, for example "
-            f"{unmatched(decoded[key], set(index[key]))[0]}; "
-            f"check the ids in column '{key}' of {cohort.labels}"
-            if decoded.height
-            else f"no row of {cohort.labels} has a label",
+            f"none of the {labels.rows.height} labelled ids in column '{matches.key}' is in the "
+            f"slide index, for example {example[0]}; write the ids as in the slide table"
+            if example
+            else f"none of the {matches.rows} rows of the label table has a label and a "
+            f"{matches.key}; fill in the columns, or remove the target",
         )
     _check_splits(target, index)
+    slides = index.select("slide", "patient", "split").join(labels.rows, on=matches.key)
     if target.level == "patient":
         _check_agreement(target, slides)
         table = slides.group_by("patient").agg(pl.col("split", *kind.label_columns).first())
@@ -74,62 +204,7 @@ def target_table(cohort: Cohort, target: Target, index: pl.DataFrame) -> pl.Data
         table = table.join(all_slides, on="patient").with_columns(unit="patient")
     else:
         table = slides.with_columns(unit="slide", slides=pl.concat_list("slide"))
-    table = table.select(*_UNIT_COLUMNS, *kind.label_columns).sort("unit")
-    cv, folds = table.filter(pl.col("split") == "cv"), cohort.settings.models.folds
-    patients = cv["patient"].n_unique()
-    if patients < folds:
-        raise label_error(
-            target,
-            kind.source_columns[0],
-            f"{patients} patients are labelled, too few for {folds} folds; "
-            "lower settings.models.folds",
-        )
-    kind.check_enough(cv, folds)
-    return table
-
-
-@dataclass(frozen=True)
-class LabelMatches:
-    """How the rows of the label table and the slides of the index fit together.
-
-    Every row with a label is either used or in :attr:`labels_without_slide`.
-
-    Attributes
-    ----------
-    used
-        Number of labelled rows that belong to a slide or patient of the index.
-    labels_without_slide
-        Labelled ids that are not in the index.
-    slides_without_label
-        Slides of the index that no label belongs to.
-    """
-
-    used: int
-    labels_without_slide: list[Unmatched]
-    slides_without_label: list[Unmatched]
-
-
-def match_labels(cohort: Cohort, target: Target, index: pl.DataFrame) -> LabelMatches:
-    """Compare the labelled ids of a target with the slide index.
-
-    Raises
-    ------
-    CohortError
-        See :func:`target_table`.
-    """
-    labels, key = _read_labels(cohort, target)
-    labelled = kind_of(target).decode(labels, key)[key].to_list()
-    missing = unmatched(labelled, set(index[key]))
-    without = index.filter(~pl.col(key).is_in(labelled)).sort("slide")
-    suggestions = {item.name: item for item in unmatched(without[key], set(labelled))}
-    return LabelMatches(
-        used=len(labelled) - len(missing),
-        labels_without_slide=missing,
-        slides_without_label=[
-            Unmatched(slide, suggestions[name].suggestion)
-            for slide, name in zip(without["slide"], without[key], strict=True)
-        ],
-    )
+    return table.select(*_UNIT_COLUMNS, *kind.label_columns).sort("unit")
 
 
 def shuffle_labels(table: pl.DataFrame, *, seed: int) -> pl.DataFrame:
@@ -166,43 +241,17 @@ def shuffle_labels(table: pl.DataFrame, *, seed: int) -> pl.DataFrame:
     return table.with_columns(table.select(values)[donor_row])
 
 
-def _read_labels(cohort: Cohort, target: Target) -> tuple[pl.DataFrame, _Key]:
-    path = cohort.labels
-    if path is None:
-        raise CohortError(
-            f"target '{target.name}': the cohort file has no entry 'labels'; "
-            "add the path of the label table"
-        )
-    table = read_table(path, "label table")
-    keys: tuple[_Key, _Key] = ("slide", "patient")
-    key = next((k for k in keys if k in table.columns), None)
-    if key is None:
-        raise CohortError(
-            f"label table {path}: no column 'slide' or 'patient'; "
-            f"the columns are {', '.join(table.columns)}"
-        )
-    columns = kind_of(target).source_columns
-    for column in columns:
-        if column not in table.columns:
-            near = suggestion(column, table.columns)
-            hint = f"; did you mean '{near}'?" if near else ""
+def _refuse_conflicts(decoded: pl.DataFrame, target: Target, key: _Key) -> None:
+    """Refuse two rows of one id with different labels."""
+    kind = kind_of(target)
+    for (name,), rows in decoded.group_by(key, maintain_order=True):
+        if rows.height > 1 and rows.select(kind.label_columns).n_unique() > 1:
             raise label_error(
-                target, column, f"not in {path}; the columns are {', '.join(table.columns)}{hint}"
+                target,
+                kind.source_columns[0],
+                f"{key} '{visible(str(name))}' has different labels in rows "
+                f"{', '.join(map(str, rows[ROW]))} of the label table; keep one row",
             )
-    table = table.select(pl.col(key).cast(pl.String), *columns).drop_nulls(key)
-    # a class may be called None or NA: then this text is a label
-    missing = [text for text in MISSING if text not in getattr(target, "classes", ())]
-    table = table.with_columns(
-        pl.when(~pl.col(column).is_in(missing)).then(pl.col(column)).alias(column)
-        for column in columns
-        if table.schema[column] == pl.String
-    )
-    twice = table.filter(pl.col(key).is_duplicated())
-    if twice.height:
-        raise CohortError(
-            f"label table {path}: {key} '{twice[key][0]}' has more than one row; keep one"
-        )
-    return table, key
 
 
 def _check_splits(target: Target, index: pl.DataFrame) -> None:

@@ -282,13 +282,16 @@ def bootstrap_counts(patient: NDArray[np.int64], *, resamples: int, seed: int) -
 def log_rank(time: ArrayLike, event: ArrayLike, risk: ArrayLike) -> float:
     """Return p of the log-rank test between units above the median risk and the others (paper A).
 
-    NaN if all risks are equal, because there is only one group.
+    NaN where the test is undefined: all risks are equal, so there is only one group; there is no
+    event; or no event happens while both groups are under observation.
     """
-    group = high_risk(risk)
-    if group.all() or not group.any():
+    group, seen = high_risk(risk), np.asarray(event, bool)
+    if group.all() or not group.any() or not seen.any():
         return float("nan")
-    y = Surv.from_arrays(np.asarray(event, bool), _numbers(time))
-    return float(compare_survival(y, group)[1])
+    try:
+        return float(compare_survival(Surv.from_arrays(seen, _numbers(time)), group)[1])
+    except np.linalg.LinAlgError:  # the variance of the statistic is 0
+        return float("nan")
 
 
 def high_risk(risk: ArrayLike) -> NDArray[np.bool_]:

@@ -65,7 +65,7 @@ def results_table(results: pl.DataFrame) -> Table:
             interval = "" if row["low"] is None else f"{row['low']:.3f} to {row['high']:.3f}"
             table.add_row(
                 *(row[name] for name in ("about", "encoder", "model", "part", "metric")),
-                f"{row['value']:.3f}",
+                "undefined" if row["value"] is None else f"{row['value']:.3f}",
                 interval,
                 str(row["n"]),
             )
@@ -220,11 +220,14 @@ class Report:
         Differences between models, :data:`~nic_core.models.comparison.COMPARISON_SCHEMA`.
     figures
         Name to figure.
+    notes
+        What a reader of the scores must know: targets with fewer folds than wanted.
     """
 
     results: pl.DataFrame
     comparisons: pl.DataFrame
     figures: dict[str, Figure]
+    notes: list[str]
 
 
 def results_figure(results: pl.DataFrame) -> Figure:

@@ -2,9 +2,9 @@
 
 A step is named ``make_<asset>`` after the asset that it makes. It reads the products of earlier
 steps, calls the package that implements the method, and writes its own product atomically. A
-script calls the steps in this order: slide index, slides, patch tables, patch tasks, encoders,
-encoder probes, grids, grid manifests, target folds, slide models, explanations, probability maps,
-map scores, evaluation report.
+script calls the steps in this order: slide index, slides, patch tables, quality report, patch
+tasks, encoders, encoder probes, grids, grid manifests, target folds, slide models, explanations,
+probability maps, map scores, evaluation report.
 """
 
 from nic_core.steps.encoders import (
@@ -19,10 +19,12 @@ from nic_core.steps.evaluation_report import draw_slide, make_evaluation_report
 from nic_core.steps.explanations import Explanation, make_explanation
 from nic_core.steps.grids import make_grid, make_grid_manifest, prepare_encoder, read_grid_manifest
 from nic_core.steps.probability_maps import make_map_scores, make_probability_map
+from nic_core.steps.quality_report import QualityReport, make_quality_report
 from nic_core.steps.slide_index import (
     SlideScan,
     digest,
     encoder_versions,
+    excluded_slides,
     make_slide_index,
     patch_task_versions,
     read_file_snapshot,
@@ -33,6 +35,8 @@ from nic_core.steps.slide_index import (
     write_slide_index,
 )
 from nic_core.steps.slide_models import (
+    TargetFolds,
+    find_target_folds,
     find_unmatched_labels,
     make_slide_model,
     make_target_folds,
@@ -42,11 +46,15 @@ from nic_core.steps.slides import SlideRecord, make_patch_table, make_slide, rea
 
 __all__ = [
     "Explanation",
+    "QualityReport",
     "SlideRecord",
     "SlideScan",
+    "TargetFolds",
     "digest",
     "draw_slide",
     "encoder_versions",
+    "excluded_slides",
+    "find_target_folds",
     "find_unmatched_labels",
     "leaked_groups",
     "make_encoder",
@@ -59,6 +67,7 @@ __all__ = [
     "make_patch_table",
     "make_patch_task",
     "make_probability_map",
+    "make_quality_report",
     "make_slide",
     "make_slide_index",
     "make_slide_model",

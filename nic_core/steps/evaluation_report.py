@@ -10,6 +10,7 @@ from nic_core.cohort import Cohort
 from nic_core.encoders.files import read_card
 from nic_core.grids import open_grid
 from nic_core.models.comparison import COMPARISON_SCHEMA, compare_models
+from nic_core.models.folds import folds_note
 from nic_core.reports import Report, encoder_results, map_results, probe_results, results_figure
 from nic_core.reports.slide_figure import compressed_slide
 from nic_core.steps.probability_maps import OVERLAY
@@ -19,19 +20,20 @@ from nic_core.steps.slides import TISSUE, read_record
 from nic_core.store import GridKey, MapKey, ModelKey, Store, atomic_folder
 from nic_core.tiling.tissue import TissueMask
 
-RESULTS, COMPARISONS = "results.parquet", "comparisons.parquet"
+RESULTS, COMPARISONS, NOTES = "results.parquet", "comparisons.parquet", "notes.txt"
 
 
 def make_evaluation_report(cohort: Cohort, store: Store) -> Report:
     """Collect all scores of a study; write and return the report.
 
-    The folder gets ``results.parquet``, ``comparisons.parquet``, ``results.png`` and, if every
-    encoder has compressed the same slide, ``compressed_slide.png``. Models, encoders and maps that
+    The folder gets ``results.parquet``, ``comparisons.parquet``, ``notes.txt`` (a line each; empty
+    without notes), ``results.png`` and, if every encoder has compressed the same slide,
+    ``compressed_slide.png``. Models, encoders and maps that
     do not exist yet are left out.
     """
     settings = cohort.settings.models
     parts = [
-        pl.read_parquet(path)
+        pl.read_parquet(path, glob=False)
         for target in cohort.targets
         for encoder in cohort.encoders
         if (
@@ -43,11 +45,13 @@ def make_evaluation_report(cohort: Cohort, store: Store) -> Report:
             parts.append(encoder_results(read_card(store.encoder(encoder.name))))
         if store.encoder_probe(encoder.name).exists():
             parts.append(
-                probe_results(encoder.name, pl.read_parquet(store.encoder_probe(encoder.name)))
+                probe_results(
+                    encoder.name, pl.read_parquet(store.encoder_probe(encoder.name), glob=False)
+                )
             )
     for item in cohort.maps:
         if store.map_scores(item.name).exists():
-            scores = pl.read_parquet(store.map_scores(item.name))
+            scores = pl.read_parquet(store.map_scores(item.name), glob=False)
             parts.append(map_results(item, scores, resamples=settings.bootstrap))
     results = pl.concat(parts)
     comparisons = pl.concat(
@@ -57,7 +61,7 @@ def make_evaluation_report(cohort: Cohort, store: Store) -> Report:
                 compare_models(
                     target,
                     {
-                        encoder.name: pl.read_parquet(path)
+                        encoder.name: pl.read_parquet(path, glob=False)
                         for encoder in cohort.encoders
                         if (
                             path := store.slide_model(
@@ -76,12 +80,20 @@ def make_evaluation_report(cohort: Cohort, store: Store) -> Report:
     figures = {"results": results_figure(results)}
     if (example := _first_compressed(cohort, store)) is not None:
         figures["compressed_slide"] = draw_slide(cohort, store, example)
+    notes = [
+        note
+        for target in cohort.targets
+        if (path := store.target_folds(target.name)).exists()
+        and (note := folds_note(target, pl.read_parquet(path, glob=False), wanted=settings.folds))
+        is not None
+    ]
     with atomic_folder(store.evaluation_report) as folder:
+        (folder / NOTES).write_text("".join(f"{note}\n" for note in notes))
         results.write_parquet(folder / RESULTS)
         comparisons.write_parquet(folder / COMPARISONS)
         for name, figure in figures.items():
             figure.savefig(folder / f"{name}.png", dpi=110)
-    return Report(results, comparisons, figures)
+    return Report(results, comparisons, figures, notes)
 
 
 def draw_slide(cohort: Cohort, store: Store, slide: str) -> Figure:

@@ -77,10 +77,13 @@ def make_explanation(cohort: Cohort, store: Store, key: ModelKey) -> Explanation
         The model is missing or invalid.
     """
     model = load_model(store.slide_model(key))
-    predictions = pl.read_parquet(store.slide_model(key) / PREDICTIONS)
+    predictions = pl.read_parquet(store.slide_model(key) / PREDICTIONS, glob=False)
     units = (
         predictions.filter(model=NETWORK)
-        .join(pl.read_parquet(store.target_folds(key.target)).select("unit", "slides"), on="unit")
+        .join(
+            pl.read_parquet(store.target_folds(key.target), glob=False).select("unit", "slides"),
+            on="unit",
+        )
         .sort(kind_of(model.card.target).prediction_columns[-1], descending=True)
     )
     units = with_grids(units, read_grid_manifest(store, key.encoder)).explode("slides")

@@ -10,7 +10,7 @@ from nic_core.encoders import load_encoder
 from nic_core.encoders.inference import PreparedEncoder
 from nic_core.grids import Grid, grid_hash, open_grid, write_grid
 from nic_core.slides import content_identity
-from nic_core.steps.slide_index import open_indexed, read_slide_index
+from nic_core.steps.slide_index import open_indexed, read_slide_index, used_slides
 from nic_core.store import GridKey, Store, atomic_file
 from nic_core.tiling.patches import read_patch_table
 
@@ -59,7 +59,7 @@ def make_grid(cohort: Cohort, store: Store, encoder: PreparedEncoder, slide: str
 
 
 def make_grid_manifest(store: Store, encoder: str) -> pl.DataFrame:
-    """List the grids of all indexed slides; write and return the manifest.
+    """List the grids of all indexed slides that are not excluded; write and return the manifest.
 
     Content hashes are computed from the grids, so the manifest changes exactly when a grid does.
 
@@ -74,7 +74,7 @@ def make_grid_manifest(store: Store, encoder: str) -> pl.DataFrame:
         A grid cannot be read.
     """
     rows: list[tuple[str, str | None, int]] = []
-    for slide in read_slide_index(store)["slide"]:
+    for slide in used_slides(read_slide_index(store))["slide"]:
         path = store.grid(GridKey(encoder=encoder, slide=slide))
         if path.exists():
             grid = open_grid(path)
@@ -100,4 +100,4 @@ def read_grid_manifest(store: Store, encoder: str) -> pl.DataFrame:
         raise CohortError(
             f"encoder '{encoder}' has no grid manifest; materialize 'grid_manifest' first"
         )
-    return pl.read_parquet(path)
+    return pl.read_parquet(path, glob=False)

@@ -72,7 +72,9 @@ def make_map_scores(cohort: Cohort, store: Store, name: str) -> pl.DataFrame:
     paths = [
         store.probability_map(MapKey(map=name, slide=slide)) / CELLS for slide in index["slide"]
     ]
-    scores = score_maps(pl.concat([pl.read_parquet(path) for path in paths if path.exists()]))
+    scores = score_maps(
+        pl.concat([pl.read_parquet(path, glob=False) for path in paths if path.exists()])
+    )
     patches = load_patch_task(store.patch_task(cohort.probability_map(name).task)).table
     trained_on = patches.filter(pl.col("split") != "test")["group"].unique()
     patients = index.select(
@@ -107,6 +109,7 @@ def slide_truth(
         entry,
         width=record.width,
         height=record.height,
+        mpp=record.mpp,
         cell=cohort.settings.patch * cohort.settings.mpp / record.mpp,
         shape=(shape[0], shape[1]),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,15 +11,24 @@ from typing import Any
 
 import polars as pl
 
-from nic_core.cohort import Cohort, CohortError, ImportedEncoder, PatchTask, RegisteredEncoder
+from nic_core.cohort import (
+    Cohort,
+    CohortError,
+    ImportedEncoder,
+    PatchTask,
+    RegisteredEncoder,
+    Target,
+)
 from nic_core.cohort.index import INDEX_SCHEMA, find_slides
 from nic_core.cohort.scan import SNAPSHOT_SCHEMA, take_snapshot, watched_files
 from nic_core.encoders.patch_sources import source_files
-from nic_core.models.labels import target_table
+from nic_core.models.labels import read_labels, target_table
 from nic_core.slides import Slide, content_identity, open_slide
 from nic_core.slides.files import LeftAside
 from nic_core.store import Store, atomic_file
 from nic_core.types import Colours
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -30,8 +40,8 @@ class SlideScan:
     index : polars.DataFrame
         The usable slides (:data:`nic_core.cohort.index.INDEX_SCHEMA`).
     versions : dict of str to str
-        Slide id to version: a digest of the content of slide and mask, and of the slide's um/px
-        and image number.
+        Slide id to version: a digest of the content of slide and mask, of the slide's um/px and
+        image number, and of the mask's origin.
     missing : dict of str to str
         Slide id to reason, for slides with a file that does not exist, is incomplete or cannot be
         read.
@@ -95,7 +105,9 @@ def scan_slides(
         More than half of the slides are missing, none can be read, or the slides are not valid
         (see :func:`nic_core.cohort.index.find_slides`).
     """
-    previous_index = pl.read_parquet(store.slide_index) if store.slide_index.exists() else None
+    previous_index = (
+        pl.read_parquet(store.slide_index, glob=False) if store.slide_index.exists() else None
+    )
     found = find_slides(cohort)
     index = found.index
     previous = read_file_snapshot(store)
@@ -144,9 +156,9 @@ def scan_slides(
             "they are copied"
         )
     versions = {
-        slide: digest(identity[path], mpp, image, identity[mask] if mask else None)
-        for slide, path, mpp, image, mask in index.select(
-            "slide", "path", "mpp", "image", "mask"
+        slide: digest(identity[path], mpp, image, identity[mask] if mask else None, origin)
+        for slide, path, mpp, image, mask, origin in index.select(
+            "slide", "path", "mpp", "image", "mask", "origin"
         ).iter_rows()
     }
     duplicates = same_content(index, snapshot)
@@ -231,16 +243,27 @@ def read_slide_index(store: Store) -> pl.DataFrame:
     Raises
     ------
     CohortError
-        The slide index does not exist yet, or another version of this project wrote it.
+        The slide index does not exist yet, or has the columns of another version.
     """
     if not store.slide_index.exists():
         raise CohortError(f"{store.slide_index} does not exist; materialize 'slide_index' first")
-    index = pl.read_parquet(store.slide_index)
-    if dict(index.schema) != INDEX_SCHEMA:
+    index = pl.read_parquet(store.slide_index, glob=False)
+    if index.schema != pl.Schema(INDEX_SCHEMA):
         raise CohortError(
-            f"{store.slide_index}: another version wrote it; materialize 'slide_index' again"
+            f"{store.slide_index} has the columns of another version; "
+            "materialize 'slide_index' again"
         )
     return index
+
+
+def used_slides(index: pl.DataFrame) -> pl.DataFrame:
+    """Return the rows of a slide index that are not excluded."""
+    return index.filter(pl.col("exclude").is_null())
+
+
+def excluded_slides(index: pl.DataFrame) -> dict[str, str]:
+    """Return the excluded slides of a slide index: slide id to reason."""
+    return dict(index.drop_nulls("exclude").select("slide", "exclude").iter_rows())
 
 
 def read_file_snapshot(store: Store) -> pl.DataFrame:
@@ -258,7 +281,7 @@ def read_file_snapshot(store: Store) -> pl.DataFrame:
     """
     if not store.file_snapshot.exists():
         return pl.DataFrame(schema=SNAPSHOT_SCHEMA)
-    snapshot = pl.read_parquet(store.file_snapshot)
+    snapshot = pl.read_parquet(store.file_snapshot, glob=False)
     if snapshot.schema != SNAPSHOT_SCHEMA:
         raise CohortError(
             f"{store.file_snapshot}: another version wrote it; delete the file and materialize "
@@ -304,13 +327,24 @@ def encoder_versions(cohort: Cohort) -> dict[str, str]:
 def target_versions(cohort: Cohort, scan: SlideScan) -> dict[str, str]:
     """Return a version of every target by name: a digest of its entry, labels, splits and groups.
 
-    The groups are those of the patients that share slides (:func:`patient_groups`).
+    The groups are those of the patients that share slides (:func:`patient_groups`). Excluded slides
+    have no part in it. A target whose labels are invalid has a version too, of the problem: it
+    stops its own folds, which report it, and nothing else.
     """
     groups = sorted(patient_groups(scan.index, scan.duplicates).items())
     return {
-        target.name: digest(target, target_table(cohort, target, scan.index).rows(), *groups)
+        target.name: digest(target, _labels_or_problem(cohort, target, scan.index), *groups)
         for target in cohort.targets
     }
+
+
+def _labels_or_problem(cohort: Cohort, target: Target, index: pl.DataFrame) -> object:
+    try:
+        labels = read_labels(cohort, target, index)
+        return target_table(target, labels, used_slides(index)).rows()
+    except CohortError as error:
+        log.warning("%s", error)
+        return str(error)
 
 
 def index_row(store: Store, slide: str) -> dict[str, Any]:

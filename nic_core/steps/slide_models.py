@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import polars as pl
 import torch
 
-from nic_core.cohort import Cohort, CohortError
+from nic_core.cohort import Cohort, CohortError, Target
 from nic_core.encoders.files import read_card
 from nic_core.grids import GridProvenance, open_grid, recorded_hash
 from nic_core.models.cross_validation import CrossValidation, cross_validate
@@ -20,49 +22,108 @@ from nic_core.models.files import (
     save_model,
     training_cohort,
 )
-from nic_core.models.folds import make_folds
-from nic_core.models.labels import LabelMatches, match_labels, target_table
+from nic_core.models.folds import by_group, folds_note, make_folds
+from nic_core.models.labels import LabelMatches, read_labels, target_table
 from nic_core.reports import model_results
 from nic_core.steps.grids import read_grid_manifest
-from nic_core.steps.slide_index import digest, read_patient_groups, read_slide_index
+from nic_core.steps.slide_index import (
+    digest,
+    read_patient_groups,
+    read_slide_index,
+    used_slides,
+)
 from nic_core.store import GridKey, ModelKey, Store, atomic_file, atomic_folder
 from nic_core.tracker import Tracker
+
+log = logging.getLogger(__name__)
 
 PREDICTIONS, METRICS, HISTORY = "predictions.parquet", "metrics.parquet", "history.parquet"
 UNLOGGED = "unlogged"  # file in a model's folder until the tracker has logged the model
 
 
-def make_target_folds(cohort: Cohort, store: Store, target: str) -> pl.DataFrame:
-    """Assign a target's patients to folds; write and return the target table with folds.
+@dataclass(frozen=True)
+class TargetFolds:
+    """A target's units in folds.
 
-    The table is the output of :func:`~nic_core.models.labels.target_table` with the column
-    ``fold`` (null in split ``test``). The models of all encoders on this target share it. Patients
-    with slides of the same content are in the same fold.
+    Attributes
+    ----------
+    table
+        Output of :func:`~nic_core.models.labels.target_table` with the column ``fold`` (null in
+        split ``test``).
+    matches
+        What became of every row of the label table.
+    note
+        Why there are fewer folds than ``settings.models.folds``; None if there are as many.
+    """
+
+    table: pl.DataFrame
+    matches: LabelMatches
+    note: str | None
+
+
+def make_target_folds(cohort: Cohort, store: Store, target: str) -> TargetFolds:
+    """Assign a target's patients to folds; write the table of folds. Excluded slides are left out.
+
+    The models of all encoders on this target share it. Patients with slides of the same content are
+    in one fold.
 
     Raises
     ------
     CohortError
-        The label table is invalid, or has too few labels for the folds.
+        The label table is invalid, or the target cannot be cross-validated.
     """
-    entry, settings = cohort.target(target), cohort.settings.models
-    units = target_table(cohort, entry, read_slide_index(store))
+    found = find_target_folds(
+        cohort, cohort.target(target), read_slide_index(store), read_patient_groups(store)
+    )
+    if found.note is not None:
+        log.warning(found.note)
+    with atomic_file(store.target_folds(target)) as path:
+        found.table.write_parquet(path)
+    return found
+
+
+def find_target_folds(
+    cohort: Cohort,
+    target: Target,
+    index: pl.DataFrame,
+    groups: Mapping[str, str] | None = None,
+) -> TargetFolds:
+    """Assign a target's patients to folds, without a store.
+
+    Parameters
+    ----------
+    index
+        The slide index (:data:`nic_core.cohort.index.INDEX_SCHEMA`).
+    groups
+        Patient to group, for patients that share slides
+        (:func:`nic_core.steps.slide_index.patient_groups`).
+
+    Raises
+    ------
+    CohortError
+        As :func:`make_target_folds`.
+    """
+    settings = cohort.settings.models
+    labels = read_labels(cohort, target, index)
+    units = target_table(target, labels, used_slides(index))
     folds = make_folds(
-        units,
-        target=entry,
-        folds=settings.folds,
-        seed=settings.seed,
-        groups=read_patient_groups(store),
+        units, target=target, folds=settings.folds, seed=settings.seed, groups=groups
     )
     table = units.join(folds, on="patient", how="left").sort("unit")
-    with atomic_file(store.target_folds(target)) as path:
-        table.write_parquet(path)
-    return table
+    return TargetFolds(
+        table, labels.matches, folds_note(target, by_group(table, groups), wanted=settings.folds)
+    )
 
 
 def find_unmatched_labels(cohort: Cohort, store: Store, target: str) -> LabelMatches:
-    """Compare the labelled ids of a target with the slide index; see
-    :func:`~nic_core.models.labels.match_labels`."""
-    return match_labels(cohort, cohort.target(target), read_slide_index(store))
+    """Return what became of every row of the label table, and the slides without a label.
+
+    Raises
+    ------
+    CohortError
+        As :func:`~nic_core.models.labels.read_labels`.
+    """
+    return read_labels(cohort, cohort.target(target), read_slide_index(store)).matches
 
 
 def make_slide_model(
@@ -106,7 +167,7 @@ def make_slide_model(
     encoder, target = key.encoder, key.target
     folder = store.slide_model(key)
     manifest = read_grid_manifest(store, encoder)
-    table = with_grids(pl.read_parquet(store.target_folds(target)), manifest)
+    table = _units_with_grids(store, key, manifest)
     weights = read_card(store.encoder(encoder)).weights_hash
     recipe = digest(
         cohort.target(target), settings, table.rows(), manifest.rows(), weights, torch.__version__
@@ -149,6 +210,19 @@ def make_slide_model(
         if tracker is not None:
             (new / UNLOGGED).write_text(recipe)
     return result, card
+
+
+def _units_with_grids(store: Store, key: ModelKey, manifest: pl.DataFrame) -> pl.DataFrame:
+    """Return the target's units with a grid; refuse to lose a whole fold."""
+    folds = pl.read_parquet(store.target_folds(key.target), glob=False)
+    units = with_grids(folds, manifest)
+    lost = sorted(set(folds["fold"].drop_nulls()) - set(units["fold"].drop_nulls()))
+    if lost:
+        raise CohortError(
+            f"target '{key.target}': no slide of fold {lost[0]} has a grid of encoder "
+            f"'{key.encoder}'; materialize 'grid' for its slides"
+        )
+    return units
 
 
 def mark_logged(store: Store, key: ModelKey) -> None:
@@ -196,14 +270,14 @@ def _unlogged_recipe(folder: Path) -> str | None:
 
 def _log_again(folder: Path, tracker: Tracker) -> tuple[CrossValidation, ModelCard]:
     """Read a stored model and log its training curves."""
-    model, history = load_model(folder), pl.read_parquet(folder / HISTORY)
+    model, history = load_model(folder), pl.read_parquet(folder / HISTORY, glob=False)
     for row in history.iter_rows(named=True):
         fold, epoch = row.pop("fold"), row.pop("epoch")
         tracker.metrics({f"fold_{fold}_{name}": value for name, value in row.items()}, step=epoch)
     result = CrossValidation(
         target=model.card.target,
         settings=model.card.settings,
-        predictions=pl.read_parquet(folder / PREDICTIONS),
+        predictions=pl.read_parquet(folder / PREDICTIONS, glob=False),
         metrics=metrics_frame(model.card),
         networks=model.networks,
         history=history,

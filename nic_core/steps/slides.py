@@ -13,9 +13,12 @@ from nic_core.slides import ImageInfo, Level, content_identity
 from nic_core.slides.icc import IccProfile
 from nic_core.steps.slide_index import index_row, open_indexed
 from nic_core.store import Store, atomic_folder
+from nic_core.tiling.background import stain_density
+from nic_core.tiling.ink import find_ink
+from nic_core.tiling.mask_files import read_mask
 from nic_core.tiling.patches import patch_table, write_patch_table
 from nic_core.tiling.quality import measure_quality
-from nic_core.tiling.tissue import TissueMask, read_mask, tissue_mask, tissue_outline
+from nic_core.tiling.tissue import TissueMask, tissue_mask, tissue_outline
 from nic_core.types import Pixels
 
 RECORD, THUMBNAIL, TISSUE = "slide.json", "thumbnail.jpg", "tissue.png"
@@ -39,6 +42,7 @@ class SlideRecord(BaseModel):
     icc_profile: IccProfile | None  # of the file
     tissue_mpp: float  # um/px of tissue.png
     tissue_mm2: float  # area of the tissue
+    ink_share: float  # fraction of the slide's area: pen ink and black areas
 
 
 def make_slide(store: Store, slide: str) -> tuple[SlideRecord, Pixels]:
@@ -58,8 +62,14 @@ def make_slide(store: Store, slide: str) -> tuple[SlideRecord, Pixels]:
         The slide or its mask cannot be used.
     """
     with open_indexed(store, slide) as opened:
-        mask_path = index_row(store, slide)["mask"]
-        mask = read_mask(Path(mask_path), opened) if mask_path else tissue_mask(opened)
+        thumbnail = opened.thumbnail(THUMBNAIL_SIDE)
+        thumbnail_mpp = opened.width * opened.mpp / thumbnail.shape[1]
+        ink = find_ink(stain_density(thumbnail, thumbnail_mpp), thumbnail_mpp)
+        row = index_row(store, slide)
+        if row["mask"]:
+            mask = read_mask(Path(row["mask"]), opened, origin=row["origin"])
+        else:
+            mask = tissue_mask(opened)
         record = SlideRecord(
             slide=slide,
             identity=content_identity(opened.path),
@@ -73,10 +83,11 @@ def make_slide(store: Store, slide: str) -> tuple[SlideRecord, Pixels]:
             icc_profile=opened.icc_profile,
             tissue_mpp=mask.mpp,
             tissue_mm2=float(mask.array.sum()) * (mask.mpp / 1000) ** 2,
+            ink_share=float(ink.mean()),
         )
         with atomic_folder(store.slide(slide)) as folder:
             (folder / RECORD).write_text(record.model_dump_json(indent=2) + "\n")
-            imsave(folder / THUMBNAIL, opened.thumbnail(THUMBNAIL_SIDE))
+            imsave(folder / THUMBNAIL, thumbnail)
             mask.save(folder / TISSUE)
         return record, tissue_outline(opened, mask, side=320)
 

@@ -108,13 +108,13 @@ def _grid(path: Path) -> bool:
 def _slide_model(path: Path) -> bool:
     load_model(path)
     for name in (PREDICTIONS, METRICS):
-        pl.read_parquet(path / name)
+        pl.read_parquet(path / name, glob=False)
     return True
 
 
 def _tables(path: Path) -> bool:
     for table in [path] if path.is_file() else path.glob("*.parquet"):
-        pl.read_parquet(table)
+        pl.read_parquet(table, glob=False)
     return False
 
 

@@ -17,6 +17,7 @@
       explanations/<encoder>/<target>/     scores.parquet, <slide>/: heat.tif, heat.zarr, ...
       probability_maps/<map>/<slide>/      cells.parquet, overlay.jpg
       map_scores/<map>.parquet
+      quality_report/           slides.parquet: quality of every slide; outliers.png
       evaluation_report/        results.parquet, comparisons.parquet, pictures
       mlflow/                   database and artifacts of the experiment tracker
       dagster/                  storage of the orchestrator
@@ -102,6 +103,10 @@ class Store:
     def map_scores(self, map: str) -> Path:
         """AUC of a map on the slides that have a truth image."""
         return self.root / "map_scores" / f"{map}.parquet"
+
+    @property
+    def quality_report(self) -> Path:
+        return self.root / "quality_report"
 
     @property
     def evaluation_report(self) -> Path:

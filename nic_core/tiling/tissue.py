@@ -1,18 +1,17 @@
 """Tissue detection and tissue masks.
 
-The rule [choice] works at 8 um/px on optical densities, relative to the slide's own glass, so that
-a grey or yellowish lamp is not taken for a stain:
+The rule [choice] works at 8 um/px on optical densities relative to the glass at each place
+(:mod:`nic_core.tiling.background`), so that neither the colour of a lamp nor stain that leaked
+onto the glass is taken for tissue:
 
-1. Colour. The measure is the difference between the largest and the smallest density of red, green
-   and blue, smoothed. It is low for glass, dust, shadows and black borders, or low relative to
-   their density (``GREY``), and high for stained tissue. Otsu's threshold is applied to it,
-   clipped to ``COLOUR_RANGE``: on a slide with almost no tissue, or with tissue only, Otsu would
-   split noise or the tissue itself. Fainter areas, down to ``FAINT``, are tissue if they are
-   connected to areas above the threshold, across gaps of up to ``GAP``. This includes fat (thin
-   strands) and pale stroma.
-2. Ink. Haematoxylin and eosin both absorb green the most. Areas that absorb red more than green
-   (blue and green pens), blue about as much as green at full density (red pens) or all colours
-   (black pens and borders) are not tissue, nor is the blurred rim around them.
+1. Colour. Haematoxylin and eosin both absorb green the most. The measure is by how much the density
+   of green exceeds that of red or of blue, whichever is lower; smoothed. It is about 0 for glass,
+   dust, shadows and black borders, or low relative to their density (``GREY``), and high for
+   stained tissue. Otsu's threshold is applied to it, clipped to ``COLOUR_RANGE``: on a slide with
+   almost no tissue, or with tissue only, Otsu would split noise or the tissue itself. Fainter
+   areas, down to ``FAINT``, are tissue if they are connected to areas above the threshold, across
+   gaps of up to ``GAP``. This includes fat (thin strands) and pale stroma.
+2. Ink (:mod:`nic_core.tiling.ink`) is not tissue.
 3. Shape. Tissue areas below ``MIN_AREA`` are removed. Holes below ``MAX_HOLE`` are filled, except
    at the border of the image, where an area of glass may extend beyond it.
 """
@@ -29,25 +28,20 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from skimage import filters, morphology, segmentation
 
-from nic_core.slides.errors import SlideError
-from nic_core.slides.resample import coverage
 from nic_core.slides.slide import Slide
-from nic_core.tiling.annotations import ANNOTATION_SUFFIXES, read_annotations, region_mask
+from nic_core.tiling.background import stain_density
+from nic_core.tiling.ink import components_with, find_ink
 
 TISSUE_MPP = 8.0
 COLOUR_RANGE = (0.03, 0.06)  # optical density
-FAINT = 0.02  # optical density
+FAINT = 0.012  # optical density
 GREY = 0.15  # colour relative to density; dark areas below it are tinted grey, not stained
 GAP = 50.0  # um
 # um^2: a disc 113 um across; at most a quarter of the image, so that small images keep their tissue
 MIN_AREA = 10_000.0
-INK_RIM = 25.0  # um
 MAX_HOLE = 20_000.0  # um^2; lumens and vessels count as tissue
 
-_MASK_PIXELS = 1 << 24  # of a given mask image in memory at a time; it may be as large as level 0
-
 Mask = NDArray[np.bool_]
-Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -97,63 +91,8 @@ def tissue_mask(slide: Slide, *, mpp: float = TISSUE_MPP) -> TissueMask:
         A part of the slide cannot be decoded.
     """
     mpp = max(mpp, slide.mpp)
-    width, height = _mask_size(slide, mpp)
+    width, height = mask_size(slide, mpp)
     return TissueMask(find_tissue(slide.read(0, 0, width, height, mpp), mpp), mpp)
-
-
-def read_mask(path: Path, slide: Slide, *, mpp: float = TISSUE_MPP) -> TissueMask:
-    """Read a given tissue mask, which replaces detection.
-
-    Parameters
-    ----------
-    path : Path
-        Either an image of the whole slide, which is stretched over it (0 is background, any other
-        value tissue), or annotated tissue regions (QuPath GeoJSON, ASAP XML).
-    mpp : float
-        um/px of the returned mask; a coarser slide is used at its own um/px.
-
-    Raises
-    ------
-    SlideError
-        The file cannot be read, or the image has another aspect ratio than the slide.
-    """
-    mpp = max(mpp, slide.mpp)
-    width, height = _mask_size(slide, mpp)
-    if path.suffix.lower() in ANNOTATION_SUFFIXES:
-        regions = read_annotations(path)
-        return TissueMask(region_mask(regions, slide, (height, width), mpp), mpp)
-    remedy = "give an image of the whole slide in the column `mask` of the slide table"
-    try:
-        image = pyvips.Image.new_from_file(str(path), fail_on="error").extract_band(0)
-        if abs(image.width / image.height * slide.height / slide.width - 1) > 0.05:
-            raise SlideError(
-                slide.path,
-                f"mask {path} has {image.width} x {image.height} px, another aspect ratio than "
-                f"the slide ({slide.width} x {slide.height} px)",
-                remedy,
-            )
-        return TissueMask(_stretched(image, slide, (height, width), mpp), mpp)
-    except pyvips.Error as error:
-        raise SlideError(slide.path, f"mask {path}: {error}", remedy) from error
-
-
-def _stretched(image: pyvips.Image, slide: Slide, shape: tuple[int, int], mpp: float) -> Mask:
-    """A mask whose px are True if more than half of their area is not 0 in a stretched image."""
-    # image px per mask px; the slide's size need not be a whole number of mask px
-    down = image.height / (slide.height * slide.mpp / mpp)
-    across = image.width / (slide.width * slide.mpp / mpp)
-    rows = coverage(0.0, down, shape[0], image.height)
-    columns = coverage(0.0, across, shape[1], image.width)
-    inside = np.outer(rows.sum(axis=1), columns.sum(axis=1))  # the last px extend beyond the slide
-    mask = np.empty(shape, np.bool_)
-    step = max(1, int(_MASK_PIXELS / (image.width * down)))
-    for top in range(0, shape[0], step):
-        band = rows[top : top + step]
-        low, high = int(band.indices.min()), int(band.indices.max()) + 1
-        tissue = (image.crop(0, low, image.width, high - low) != 0).numpy().astype(np.float32) / 255
-        fraction = (columns @ (band[:, low:high] @ tissue).T).T
-        mask[top : top + step] = fraction > 0.5 * inside[top : top + step]
-    return mask
 
 
 def find_tissue(pixels: NDArray[np.uint8], mpp: float) -> Mask:
@@ -169,10 +108,12 @@ def find_tissue(pixels: NDArray[np.uint8], mpp: float) -> Mask:
     -------
     bool (H, W)
     """
-    density = _optical_density(pixels)
-    highest = ndimage.gaussian_filter(density.max(axis=2), _px(8.0, mpp))
-    colour = highest - ndimage.gaussian_filter(density.min(axis=2), _px(8.0, mpp))
-    ink = _ink(density, mpp)
+    density = stain_density(pixels, mpp)
+    ink = find_ink(density, mpp)
+    sigma = 8.0 / mpp
+    red, green, blue = np.moveaxis(ndimage.gaussian_filter(density, (sigma, sigma, 0)), 2, 0)
+    colour = green - np.minimum(red, blue)
+    highest = np.maximum(np.maximum(red, green), blue)
     low, high = COLOUR_RANGE
     without_ink = colour[~ink]
     threshold = high
@@ -180,7 +121,7 @@ def find_tissue(pixels: NDArray[np.uint8], mpp: float) -> Mask:
         threshold = float(filters.threshold_otsu(without_ink))  # type: ignore[no-untyped-call]
     stained = (colour > FAINT) & (colour > GREY * highest) & ~ink
     faint = _close(stained, mpp) & ~ink
-    tissue = _components_with(faint, stained & (colour > np.clip(threshold, low, high)))
+    tissue = components_with(faint, stained & (colour > np.clip(threshold, low, high)))
     min_area = min(MIN_AREA, tissue.size * mpp**2 / 4)
     tissue = morphology.remove_small_objects(tissue, max_size=int(min_area / mpp**2))
     holes = segmentation.clear_border(~tissue)  # type: ignore[no-untyped-call]
@@ -197,53 +138,8 @@ def _close(mask: Mask, mpp: float) -> Mask:
     return np.asarray(closed[reach : reach + len(mask), reach : reach + mask.shape[1]])
 
 
-def _components_with(mask: Mask, seeds: Mask) -> Mask:
-    """The connected components of a mask that contain a seed."""
-    label, count = ndimage.label(mask)
-    chosen = np.zeros(count + 1, np.bool_)
-    chosen[label[seeds & mask]] = True
-    return np.asarray(chosen[label])
-
-
-def _optical_density(pixels: NDArray[np.uint8]) -> Floats:
-    """-log10 of the transmitted light relative to the slide's glass, float32 (H, W, 3)."""
-    light = np.clip(pixels, 1, 255).astype(np.float32)
-    return np.asarray(np.maximum(np.log10(_glass(pixels) / light), 0), np.float32)
-
-
-def _glass(pixels: NDArray[np.uint8]) -> Floats:
-    """Colour of empty glass: the mode of bright, almost grey px; white if there are few."""
-    low, high = pixels.min(axis=2), pixels.max(axis=2)
-    empty = pixels[(low > 195) & (high - low < 20)]
-    if len(empty) < 0.002 * low.size:
-        return np.full(3, 255, np.float32)
-    # smoothed, since a small image has few px of each grey level
-    counts = [np.bincount(empty[:, c], minlength=256).astype(np.float32) for c in range(3)]
-    return np.array([ndimage.uniform_filter1d(c, 5).argmax() for c in counts], np.float32)
-
-
-def _ink(density: Floats, mpp: float) -> Mask:
-    """Pen ink and black: colours that no mixture of haematoxylin and eosin has."""
-    red, green, blue = np.moveaxis(
-        ndimage.gaussian_filter(density, (_px(8.0, mpp), _px(8.0, mpp), 0)), 2, 0
-    )
-    cold, hot = red / (green + 1e-3), blue / (green + 1e-3) - 2 * red / (green + 1e-3)
-    black = np.minimum(np.minimum(red, green), blue)
-    strong = ((cold > 1.25) & (red > 0.15)) | ((hot > 0.4) & (green > 0.5)) | (black > 0.9)
-    strong = morphology.remove_small_objects(strong, max_size=int(MIN_AREA / mpp**2))
-    if not strong.any():
-        return np.asarray(strong)
-    # a stroke fades towards its edge: add connected px of the same hue with a lower density
-    weak = ((cold > 1.1) & (red > 0.03)) | ((hot > 0.2) & (green > 0.05)) | strong
-    stroke = _components_with(weak, strong)
-    return np.asarray(ndimage.distance_transform_edt(~stroke) * mpp <= INK_RIM)
-
-
-def _px(um: float, mpp: float) -> float:
-    return um / mpp
-
-
-def _mask_size(slide: Slide, mpp: float) -> tuple[int, int]:
+def mask_size(slide: Slide, mpp: float) -> tuple[int, int]:
+    """Return the width and height of a mask that covers the slide, px at ``mpp`` um/px."""
     width, height = slide.width * slide.mpp / mpp, slide.height * slide.mpp / mpp
     return math.ceil(width - 1e-6), math.ceil(height - 1e-6)
 

@@ -46,7 +46,7 @@ LAYERS = {
     "grids": {"grid", "grid_manifest"},
     "models": {"target_entry", "target_folds", "slide_model", "explanation"},
     "reports": {"probability_map", "map_scores", "evaluation_report"},
-    "slides": {"slide_file", "slide_index", "slide", "patch_table"},
+    "slides": {"slide_file", "slide_index", "slide", "patch_table", "quality_report"},
 }
 
 
@@ -622,6 +622,48 @@ def test_an_imported_network_is_an_encoder_like_any_other(tiny_cohort, tmp_path)
                                "correct 'file' in the cohort file"]  # fmt: skip
 
 
+def test_targets_that_cannot_be_cross_validated_stop_alone(tiny_cohort, tmp_path):
+    labels = pl.read_csv(tiny_cohort.parent / "labels.csv")
+    few = pl.when(pl.int_range(pl.len()) < 2).then(pl.lit("high")).otherwise(pl.lit("low"))
+    labels.with_columns(few=few, rare=pl.int_range(pl.len()) == 0, same=pl.lit(1)).write_csv(
+        tmp_path / "labels.csv"
+    )
+    targets = [
+        {"name": "good", "kind": "regression", "column": "score"},
+        {"name": "few", "kind": "classification", "column": "few", "classes": ["low", "high"]},
+        {"name": "same", "kind": "regression", "column": "same"},
+        {"name": "absent", "kind": "regression", "column": "Score"},
+    ]
+    edit = {
+        "labels": "labels.csv",
+        "targets": targets,
+        "encoders": [{"name": "rgb", "objective": "mean_rgb"}],
+        "maps": [],
+        "patch_tasks": [],
+    }
+    study = Study(edited(tiny_cohort, tmp_path, edit), tmp_path)
+    job = study.defs.resolve_implicit_global_asset_job_def()
+    assert job.execute_in_process(
+        instance=study.instance, asset_selection=[dg.AssetKey("slide_index")]
+    ).success
+    made = job.execute_in_process(
+        instance=study.instance,
+        asset_selection=[dg.AssetKey("target_folds")],
+        tags={ASSET_PARTITION_RANGE_START_TAG: "good", ASSET_PARTITION_RANGE_END_TAG: "absent"},
+        raise_on_error=False,
+    )
+    (failure,) = made.get_step_failure_events()
+    text = failure.step_failure_data.user_failure_data.description
+    for words in (
+        ("'few'", "2 of", "patients in split 'cv' have class 'high'"),
+        ("'same'", "labels to train on are 1"),
+        ("'absent'", "no column 'Score'", "did you mean 'score'"),
+    ):
+        assert all(word in text for word in words), text
+    assert "'good'" not in text
+    assert study.store.target_folds("good").exists()
+
+
 # --- the command line ------------------------------------------------------------------------
 
 
@@ -682,7 +724,6 @@ def test_the_command_line_materializes_a_partition_and_a_range(tiny_cohort, tmp_
             {"slides": {"folders": [{"path": "/nowhere"}]}},
             "/nowhere is not a folder",
         ),
-        ({"labels": "/nowhere/labels.csv"}, "cannot be read"),
         ({"encoders": [{"name": "x", "objective": "magic"}]}, "encoders.0.objective"),
     ],
 )

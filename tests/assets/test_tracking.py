@@ -40,7 +40,7 @@ from nic_core.cli.encoder import ListedEncoder
 from nic_core.cohort import Cohort, EncoderSpec, ModelSettings, RegressionTarget, load_cohort
 from nic_core.encoders.files import read_card
 from nic_core.encoders.training_loop import _Run
-from nic_core.models.comparison import compare_with_champion
+from nic_core.models.comparison import compare_with_champion, permutation_control
 from nic_core.models.cross_validation import CrossValidation
 from nic_core.steps.slide_models import PREDICTIONS
 from nic_core.store import Store
@@ -323,7 +323,9 @@ class Registry:
             description="a linear model",
             tags={"encoder": "mtl-4"},
         )
-        run.compare_with_champion(lambda champion: compare_with_champion(model, champion))
+        run.compare_with_champion(
+            lambda champion: compare_with_champion(model, champion, permutation_control(model))
+        )
         run.finish(folder)
         return self.client.get_model_version("model-t", run.page.rpartition("/")[2])
 

@@ -14,6 +14,7 @@ import tifffile
 from nic_core.cohort import CohortError, PatchTask
 from nic_core.encoders.patch_sources import open_source, source_files
 from nic_core.encoders.patch_tasks import PatchDataset, build_patch_task, load_patch_task
+from tests.slides.vendors import write_mirax
 
 from .conftest import write_image
 
@@ -209,6 +210,152 @@ def test_error_names_a_slide_that_cannot_be_opened(annotated: Path):
     (annotated.parent / "s2.tif").write_bytes(b"nothing")
     with pytest.raises(CohortError, match=r"patch task 'cut': .*s2\.tif"):
         build(slide_task(annotated))
+
+
+def test_cells_that_an_unclassified_region_touches_are_not_background(annotated: Path):
+    path = annotated.parent / "s1.geojson"
+    collection = json.loads(path.read_text())
+    # between the sample points of a cell, and over two cells
+    for corner, size in ((300, 0.5), (356, 40)):
+        ring = [[corner, corner], [corner + size, corner], [corner + size, corner + size]]
+        shape = {"type": "Polygon", "coordinates": [ring]}
+        collection["features"].append({"type": "Feature", "geometry": shape})
+    path.write_text(json.dumps(collection))
+    dataset = build(slide_task(annotated))
+    assert dataset.table.filter(group="p1", label="normal").height == 224 - 1 - 3
+    (found,) = dataset.found("unclassified").to_dicts()
+    assert found["source"] == str(path)
+    assert found["detail"] == "2 of 3 features without a class: features 2, 3"
+
+
+def test_features_that_are_not_used_are_findings(annotated: Path):
+    path = annotated.parent / "s1.geojson"
+    collection = json.loads(path.read_text())
+    tumour = collection["features"][0]
+    point = {"type": "Point", "coordinates": [1, 2]}
+    cell = {"objectType": "cell", "classification": "tumour"}
+    outside = {"type": "Polygon", "coordinates": [[[-400, 0], [100, 0], [100, 50], [-400, 50]]]}
+    collection["features"] += [tumour | {"geometry": point}, tumour | {"properties": cell}] + [
+        tumour | {"geometry": outside}
+    ] * 12
+    path.write_text(json.dumps(collection))
+    dataset = build(slide_task(annotated))
+    details = dict(dataset.findings.select("kind", "detail").rows())
+    assert details["outside_tissue"].startswith(
+        "12 of 13 regions mostly outside tissue: features 4 (20% in tissue), 5 (20% in tissue), "
+    )
+    assert details["outside_tissue"].endswith(", ...")
+    unused = dataset.found("unused").select("label", "detail").rows()
+    assert unused == [
+        ("tumour", "1 of 15 features a point, without an area: features 2"),
+        ("tumour", "1 of 15 features a cell of QuPath, not an annotation: features 3"),
+    ]
+    counts = dataset.findings_by_kind().select("kind", "count").rows()
+    assert {("unused", 2), ("outside_tissue", 1), ("unclassified", 0)} <= set(counts)
+
+
+def test_groups_of_camelyon16_are_renamed_and_exclusions_cut_out(annotated: Path):
+    def asap(*groups: tuple[str, int]) -> str:
+        areas = []
+        for group, side in groups:
+            points = "".join(
+                f'<Coordinate Order="{i}" X="{x}" Y="{y}"/>'
+                for i, (x, y) in enumerate([(0, 0), (side, 0), (side, side), (0, side)])
+            )
+            areas.append(
+                f'<Annotation Type="Polygon" PartOfGroup="{group}">'
+                f"<Coordinates>{points}</Coordinates></Annotation>"
+            )
+        return f"<ASAP_Annotations><Annotations>{''.join(areas)}</Annotations></ASAP_Annotations>"
+
+    for number in range(1, 6):
+        # the exclusion is before the area that it is cut from
+        text = asap(("_2", 64), ("_0" if number < 3 else "Tumor", 256))
+        (annotated.parent / f"s{number}.geojson").write_text(text)
+    rename = {"_0": "tumour", "_1": "tumour", "Tumor": "tumour", "_2": "normal"}
+    table = build(slide_task(annotated, rename=rename)).table
+    for patient in ("p1", "p4"):
+        cells = table.filter(group=patient)
+        assert set(cells["label"]) == {"normal", "tumour"}
+        assert cells.filter(label="tumour").height == 64 - 4
+        assert set(cells.filter(pl.col("row") < 2, pl.col("column") < 2)["label"]) == {"normal"}
+
+
+# --- slides with a scanned area --------------------------------------------------------------
+
+
+@pytest.fixture
+def scanned(tmp_path: Path) -> Path:
+    """A MIRAX slide of 512 px whose scanned area starts at 128, 128; QuPath drew its left third."""
+    levels = [noise(0, 512 // 2**n, 512 // 2**n) // 2 for n in range(3)]
+    outside = [i for i in range(16) if i < 4 or i % 4 == 0]
+    write_mirax(tmp_path / "a.mrxs", levels, 0.5, picture=levels[2], missing=outside)
+    write_image(tmp_path / "all.png", np.full((512, 512), 255, np.uint8))
+    areas = {"Tumor": (0, 128), "Stroma": (128, 384)}
+    features = [
+        {
+            "type": "Feature",
+            "geometry": {
+                "type": "Polygon",
+                "coordinates": [[[left, 0], [right, 0], [right, 384], [left, 384]]],
+            },
+            "properties": {"objectType": "annotation", "classification": {"name": name}},
+        }
+        for name, (left, right) in areas.items()
+    ]
+    (tmp_path / "a.geojson").write_text(json.dumps({"features": features}))
+    (tmp_path / "slides.csv").write_text("path,annotations,mask\na.mrxs,a.geojson,all.png\n")
+    return tmp_path / "slides.csv"
+
+
+def cells_by_label(table: Path, **slides: object) -> dict[str, tuple[int, int, int]]:
+    """Number of cells, and smallest and largest x, of each label."""
+    task = slide_task(table, background_label=None, **slides)
+    task = task.model_copy(update={"group_column": None})
+    with open_source(task, patch=32, mpp=0.5, tissue=0.6, seed=0) as source:
+        found = source.listing.group_by("label").agg(
+            pl.len(), low=pl.col("x").min(), high=pl.col("x").max()
+        )
+    return {label: tuple(rest) for label, *rest in found.rows()}
+
+
+FROM_BOUNDS = {"Tumor": (48, 128, 224), "Stroma": (96, 256, 480)}
+
+
+def test_annotations_count_from_the_scanned_area_if_the_task_says_so(scanned: Path):
+    assert cells_by_label(scanned, origin="bounds") == FROM_BOUNDS
+    assert cells_by_label(scanned, origin="level0")["Tumor"] == (48, 0, 96)
+
+
+def test_annotations_count_from_the_scanned_area_if_the_row_says_so(scanned: Path):
+    header, row = scanned.read_text().split()
+    scanned.write_text(f"{header},origin\n{row},bounds\n")
+    assert cells_by_label(scanned) == cells_by_label(scanned, origin="level0") == FROM_BOUNDS
+    scanned.write_text(f"{header},origin\n{row},corner\n")
+    with pytest.raises(CohortError, match="origin 'corner' must be 'level0' or 'bounds'"):
+        cells_by_label(scanned)
+
+
+def test_annotations_of_a_scanned_area_without_an_origin_are_refused(scanned: Path):
+    with pytest.raises(CohortError, match=r"starts at x, y = 128, 128 .* set 'origin' to 'bounds'"):
+        cells_by_label(scanned)
+
+
+def test_a_region_that_covers_both_readings_needs_no_origin(scanned: Path):
+    ring = [[-999, -999], [9999, -999], [9999, 9999], [-999, 9999]]
+    feature = {"geometry": {"type": "Polygon", "coordinates": [ring]}}
+    feature["properties"] = {"classification": "Tumor"}
+    (scanned.parent / "a.geojson").write_text(json.dumps(feature))
+    assert cells_by_label(scanned) == {"Tumor": (256, 0, 480)}
+
+
+def test_a_mask_of_regions_counts_from_the_origin_of_its_row(scanned: Path):
+    scanned.write_text("path,annotations,mask,origin\na.mrxs,a.geojson,a.geojson,bounds\n")
+    assert cells_by_label(scanned) == FROM_BOUNDS
+    # without an origin the mask is refused, before the annotations are read
+    scanned.write_text("path,annotations,mask\na.mrxs,gone.geojson,a.geojson\n")
+    with pytest.raises(CohortError, match=r"set 'origin' to 'bounds'"):
+        cells_by_label(scanned)
 
 
 def test_source_files_are_listed(annotated: Path, pcam: Path):

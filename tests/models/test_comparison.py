@@ -14,7 +14,7 @@ from nic_core.models.comparison import (
     COMPARISON_SCHEMA,
     PERMUTATIONS,
     Champion,
-    above_permutation_control,
+    Verdict,
     compare_models,
     compare_with_champion,
     permutation_control,
@@ -27,6 +27,10 @@ pytestmark = pytest.mark.slow
 SCORE = RegressionTarget(name="score", kind="regression", column="y")
 DEATH = SurvivalTarget(name="death", kind="survival", time="time", event="event", unit="days")
 LABELS = np.arange(40.0)
+
+
+def judge(result: CrossValidation, present: Champion | None) -> Verdict:
+    return compare_with_champion(result, present, permutation_control(result))
 
 
 def cross_validated(prediction: np.ndarray) -> CrossValidation:
@@ -143,12 +147,6 @@ def test_permutation_control_separates_models_from_chance():
     )
 
 
-def test_check_returns_the_problem_of_a_failed_permutation_control():
-    assert above_permutation_control(model(5)) is None
-    problem = above_permutation_control(failing_model())
-    assert problem == permutation_control(failing_model()).explanation
-
-
 def test_undefined_score_fails_the_permutation_control():
     control = permutation_control(cross_validated(np.ones(len(LABELS))))
     assert not control.passed
@@ -156,13 +154,13 @@ def test_undefined_score_fails_the_permutation_control():
 
 
 def test_first_model_becomes_champion_if_it_passes_its_control():
-    verdict = compare_with_champion(model(5), None)
+    verdict = judge(model(5), None)
     assert verdict.better
     assert verdict.explanation.startswith("becomes champion as the first of its name: Spearman 0.9")
 
 
 def test_model_that_fails_its_control_is_not_champion_even_as_the_first():
-    verdict = compare_with_champion(failing_model(), None)
+    verdict = judge(failing_model(), None)
     assert not verdict.better
     assert verdict.compared
     assert verdict.explanation == (
@@ -173,20 +171,20 @@ def test_model_that_fails_its_control_is_not_champion_even_as_the_first():
 
 def test_model_that_fails_its_control_does_not_replace_a_worse_champion():
     worst = Champion("version 1 (e)", cross_validated(-LABELS).predictions)
-    verdict = compare_with_champion(failing_model(), worst)
+    verdict = judge(failing_model(), worst)
     assert not verdict.better
     assert "fails its permutation control" in verdict.explanation
 
 
 def test_model_replaces_the_champion_only_if_its_interval_is_above_0():
-    better = compare_with_champion(model(1), champion(20))
+    better = judge(model(1), champion(20))
     assert better.better
     assert better.explanation.startswith("replaces version 1 (e) as champion: Spearman 0.99")
-    worse = compare_with_champion(model(15), champion(1))
+    worse = judge(model(15), champion(1))
     assert not worse.better
     assert worse.explanation.startswith("version 1 (e) stays champion: Spearman 0.")
     assert "on 40 units of 40 patients" in worse.explanation
-    equal = compare_with_champion(model(5), Champion("version 1 (e)", model(5).predictions))
+    equal = judge(model(5), Champion("version 1 (e)", model(5).predictions))
     assert not equal.better
     assert equal.compared
     assert "difference +0.000 [+0.000, +0.000]" in equal.explanation
@@ -195,7 +193,7 @@ def test_model_replaces_the_champion_only_if_its_interval_is_above_0():
 def test_champion_is_scored_with_the_labels_of_the_new_model():
     held = cross_validated(LABELS).predictions
     old_labels = held.with_columns(y=pl.col("y").shuffle(seed=0))
-    verdict = compare_with_champion(model(15), Champion("version 1 (e)", old_labels))
+    verdict = judge(model(15), Champion("version 1 (e)", old_labels))
     assert "against 1.000" in verdict.explanation
 
 
@@ -211,7 +209,7 @@ def test_champion_is_scored_with_the_labels_of_the_new_model():
 )
 def test_champion_that_cannot_be_compared_is_left_to_a_person(change, reason):
     held = model(5, seed=1).predictions
-    verdict = compare_with_champion(model(1), Champion("version 1 (e)", change(held)))
+    verdict = judge(model(1), Champion("version 1 (e)", change(held)))
     assert reason in verdict.explanation
     assert "by hand" in verdict.explanation
     assert not verdict.better
@@ -220,6 +218,6 @@ def test_champion_that_cannot_be_compared_is_left_to_a_person(change, reason):
 
 def test_model_trained_on_exchanged_labels_is_never_champion():
     control = replace(model(1), settings=ModelSettings(permute_labels=0))
-    verdict = compare_with_champion(control, None)
+    verdict = judge(control, None)
     assert not verdict.better
     assert "trained on exchanged labels" in verdict.explanation

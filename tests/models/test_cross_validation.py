@@ -134,6 +134,39 @@ def test_survival_functions_decrease_and_are_scored(few):
     assert {"harrell_c", "uno_c", "time_auc", "integrated_brier", "log_rank_p"} == set(scored)
 
 
+@pytest.mark.parametrize("event", [True, False], ids=["one time", "no event"])
+def test_a_test_split_that_cannot_be_scored_has_undefined_metrics(few, event):
+    table = labelled(few, DEATH).sort("time")
+    table = pl.concat(
+        [
+            table.with_columns(event=pl.int_range(pl.len()) < 6),
+            table[:2].with_columns(
+                split=pl.lit("test"),
+                unit="t" + pl.col("unit"),
+                patient="t" + pl.col("patient"),
+                time=pl.lit(1.0),
+                event=pl.lit(event),
+            ),
+        ]
+    )
+    folds = make_folds(table, target=DEATH, folds=4, seed=0)
+    result = cross_validate(DEATH, table, folds, few.source, QUICK)
+    assert math.isnan(primary(result, split="test")["value"]) or event
+    test = result.metrics.filter(model=NETWORK, split="test", metric="log_rank_p")
+    assert math.isnan(test["value"][0])
+    assert math.isfinite(primary(result)["value"])
+    metrics_figure(result)
+    assert evaluation_figure(result, split="test").axes
+
+
+def test_folds_whose_grids_are_lost_stop_before_training(few):
+    table = labelled(few, RIM)
+    folds = make_folds(table, target=RIM, folds=4, seed=0)
+    kept = folds.filter(pl.col("fold") != 1)
+    with pytest.raises(CohortError, match="fold 1 of 3 has no unit"):
+        cross_validate(RIM, table.join(kept, on="patient", how="semi"), kept, few.source, QUICK)
+
+
 def test_seeds_repeat_the_network_on_the_same_folds(few):
     one = evaluate(few, GRADE, QUICK)
     three = evaluate(few, GRADE, QUICK.model_copy(update={"seeds": 3}))

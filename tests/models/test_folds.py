@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nic_core.cohort import ClassificationTarget, CohortError, RegressionTarget, SurvivalTarget
-from nic_core.models.folds import check_folds, make_folds
+from nic_core.models.folds import check_folds, check_trainable, folds_note, make_folds, split_fold
 from nic_core.steps.slide_index import patient_groups
 
 SCORE = RegressionTarget(name="score", kind="regression", column="y")
@@ -31,10 +31,10 @@ def units(**labels):
     )
 
 
-@given(st.lists(st.integers(0, 2), min_size=5, max_size=60), st.integers(3, 5), st.integers(0, 9))
+@given(st.lists(st.integers(0, 2), max_size=50), st.integers(3, 5), st.integers(0, 9))
 @settings(max_examples=50, deadline=None)
 def test_classes_and_patients_are_divided_evenly(classes, folds, seed):
-    table = units(y=classes)
+    table = units(y=classes + [0, 1, 2] * folds)
     dealt = table.join(make_folds(table, target=GROWTH, folds=folds, seed=seed), on="patient")
     per_fold = [dealt.filter(fold=f) for f in range(folds)]
     sizes = [t.height for t in per_fold]
@@ -101,8 +101,82 @@ def test_check_folds_names_the_wrong_patient():
         check_folds(folds[1:], table)
     with pytest.raises(ValueError, match="'007', who is not in split"):
         check_folds(folds, table[:7])
-    with pytest.raises(ValueError, match="8 patients cannot be divided into 9 folds"):
-        make_folds(table, target=SCORE, folds=9, seed=0)
+
+
+def divided(table, target, wanted):
+    """Return the number of folds and the note."""
+    folds = make_folds(table, target=target, folds=wanted, seed=0)
+    table = table.join(folds, on="patient", how="left")
+    return folds["fold"].n_unique(), folds_note(target, table, wanted=wanted)
+
+
+def test_the_largest_number_of_folds_that_works_is_used():
+    assert divided(units(y=[0, 1, 2] * 5), GROWTH, 5) == (5, None)
+    count, note = divided(units(y=[0] * 9 + [1] * 4 + [2] * 5), GROWTH, 5)
+    assert count == 4
+    assert note == "target 'growth': 4 folds instead of 5, since only 4 patients have class 'b'"
+    count, note = divided(units(y=[1.0, 2.0, 3.0, 4.0, 5.0]), SCORE, 9)
+    assert count == 5
+    assert "5 folds instead of 9 (leave-one-patient-out)" in note
+    death = units(time=[float(i) for i in range(12)], event=[True] * 3 + [False] * 9)
+    assert divided(death, DEATH, 4)[1].endswith("only 3 patients have an event")
+
+
+@pytest.mark.parametrize(
+    ("target", "labels", "message"),
+    [
+        (GROWTH, {"y": [0, 0, 1, 1, 2]}, "1 of 5 patients in split 'cv' have class 'c'"),
+        (SCORE, {"y": [2.0] * 9}, "all 9 labels to train on are 2"),
+        (SCORE, {"y": [0.0] * 9 + [1.0]}, "10 patients of split 'cv' cannot be divided"),
+        (SCORE, {"y": [1e300, 2e300, 3e300, 4e300]}, "too large"),
+        (SCORE, {"y": [1.0, 2.0]}, "2 of 2 patients"),
+        (DEATH, {"time": [1.0] * 9, "event": [True] * 2 + [False] * 7}, "2 of 9 patients"),
+    ],
+)
+def test_a_target_that_cannot_be_cross_validated_is_refused(target, labels, message):
+    with pytest.raises(CohortError, match=message):
+        make_folds(units(**labels), target=target, folds=4, seed=0)
+
+
+def test_few_values_other_than_0_are_never_all_held_out():
+    table = units(y=[0.0] * 20 + [3.0, 5.0])
+    for seed in range(20):
+        folds = make_folds(table, target=SCORE, folds=4, seed=seed)
+        check_trainable(SCORE, table.join(folds, on="patient"), 4)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 9), st.integers(0, 2)), min_size=12, max_size=40),
+    st.integers(0, 9),
+)
+@settings(max_examples=100, deadline=None)
+def test_no_training_fold_lacks_a_class_where_slides_of_a_patient_differ(slides, seed):
+    table = pl.DataFrame(
+        {
+            "unit": [f"s{i}" for i in range(len(slides))],
+            "patient": [f"p{patient}" for patient, _ in slides],
+            "split": "cv",
+            "y": [y for _, y in slides],
+        }
+    )
+    try:
+        folds = make_folds(table, target=GROWTH, folds=4, seed=seed)
+    except CohortError:
+        return  # refused before anything is trained
+    cv, count = table.join(folds, on="patient"), folds["fold"].n_unique()
+    for fold in range(count):
+        assert split_fold(cv, fold, count)[0]["y"].n_unique() == 3
+
+
+def test_folds_that_lost_their_grids_are_refused_before_training():
+    table = units(y=[0, 1, 2] * 4)
+    cv = table.join(make_folds(table, target=GROWTH, folds=4, seed=0), on="patient")
+    check_trainable(GROWTH, cv, 4)
+    with pytest.raises(CohortError, match="fold 1 of 4 has no unit"):
+        check_trainable(GROWTH, cv.filter(pl.col("fold") != 1), 4)
+    lost = cv.filter((pl.col("y") != 0) | pl.col("fold").is_in([0, 1]))
+    with pytest.raises(CohortError, match="in fold 0 of 4 no unit to train on has class 'a'"):
+        check_trainable(GROWTH, lost, 4)
 
 
 @given(st.lists(st.sets(st.integers(0, 29), min_size=2, max_size=4), max_size=4), st.integers(0, 9))
@@ -132,5 +206,5 @@ def test_patients_that_share_slides_in_both_splits_are_refused():
 def test_patients_of_one_group_count_once_for_the_number_of_folds():
     table = units(y=np.arange(5.0))
     groups = {"001": "000", "000": "000"}
-    with pytest.raises(ValueError, match="4 patients cannot be divided into 5 folds"):
-        make_folds(table, target=SCORE, folds=5, seed=0, groups=groups)
+    folds = make_folds(table, target=SCORE, folds=5, seed=0, groups=groups)
+    assert folds["fold"].n_unique() == 4

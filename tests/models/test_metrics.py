@@ -210,6 +210,8 @@ def test_undefined_metrics_are_nan():
     assert np.isnan(classification_metrics([1, 1, 1, 1], np.full((4, 2), 0.5))["auc"](ones)[0])
     assert np.isnan(survival_metrics([1, 2, 3, 4], [False] * 4, [1, 2, 3, 4])["uno_c"](ones)[0])
     assert np.isnan(log_rank([1, 2, 3], [True] * 3, [1, 1, 1]))
+    assert np.isnan(log_rank([1, 2, 3], [False] * 3, [1, 2, 3]))
+    assert np.isnan(log_rank([5, 5, 5], [True] * 3, [1, 2, 3]))
 
 
 def test_units_of_a_patient_are_resampled_together():

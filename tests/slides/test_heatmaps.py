@@ -33,7 +33,10 @@ from nic_core.maps.heatmaps import (
     write_heatmap,
 )
 from nic_core.slides import SlideError, content_identity, open_slide
-from nic_core.tiling.annotations import Region, read_annotations, region_mask
+from nic_core.tiling.annotations import placed, read_annotations
+from nic_core.tiling.regions import Region, region_mask
+from tests.slides.conftest import paint
+from tests.slides.vendors import write_mirax
 
 pytestmark = pytest.mark.slow
 
@@ -203,7 +206,7 @@ def test_a_hole_is_a_second_ring():
 
 
 def test_an_area_contains_the_cells_that_reach_its_quantile(folder, heat, slide):
-    regions = read_annotations(folder / GEOJSON)
+    regions = read_annotations(folder / GEOJSON).regions
     for quantile in (0.5, 0.75, 0.9):
         areas = [region for region in regions if region.label == f"growth q{quantile:g}"]
         mask = region_mask(areas, slide, heat.shape, 25)
@@ -214,7 +217,8 @@ def test_an_area_contains_the_cells_that_reach_its_quantile(folder, heat, slide)
 
 def test_areas_are_qupath_annotations_in_level_0_px(folder, heat, slide):
     areas = json.loads((folder / GEOJSON).read_text())
-    assert set(areas) == {"type", "features"}
+    assert set(areas) == {"type", "origin", "features"}
+    assert areas["origin"] == "bounds"
     assert areas["type"] == "FeatureCollection"
     for feature in areas["features"]:
         assert set(feature) == {"type", "geometry", "properties"}
@@ -237,6 +241,33 @@ def test_areas_are_qupath_annotations_in_level_0_px(folder, heat, slide):
                 assert 0 <= y.min() <= y.max() <= 700
     every = [p for f in areas["features"] for q in f["geometry"]["coordinates"] for p in q[0]]
     assert np.ptp(every, axis=0).min() > 300  # coordinates are px, not cells
+
+
+def test_areas_of_a_scanned_area_return_to_their_cells(tmp_path, provenance):
+    levels = [paint(512 // 2**n, 512 // 2**n) for n in range(3)]
+    outside = [i for i in range(16) if i < 4 or i % 4 == 0]
+    path = write_mirax(tmp_path / "a.mrxs", levels, 0.25, picture=levels[2], missing=outside)
+    heat = np.random.default_rng(1).random((6, 6)).astype(np.float32)
+    of_slide = provenance.model_copy(update={"slide_identity": content_identity(path)})
+    with open_slide(path) as scanned:
+        assert scanned.bounds[:2] == (128, 128)
+        write_heatmap(tmp_path / "heat", heat, of_slide, scanned, name="g", pictures=False)
+        annotations = read_annotations(tmp_path / "heat" / GEOJSON)
+        # QuPath shows the scanned area alone: the first cell is up and left of it
+        assert min(ring.min() for area in annotations.regions for ring in area.rings) < 0
+        for quantile in (0.5, 0.9):
+            mask = placed(
+                annotations,
+                scanned,
+                lambda regions, q=quantile: region_mask(
+                    [region for region in regions if region.label == f"g q{q:g}"],
+                    scanned,
+                    heat.shape,
+                    25,
+                ),
+                np.array_equal,
+            )
+            np.testing.assert_array_equal(mask, heat >= np.quantile(heat, quantile))
 
 
 def test_uniform_heat_gives_one_area():

@@ -85,7 +85,7 @@ def test_an_unknown_class_is_refused_with_the_known_ones():
 def test_a_truth_image_of_one_pixel_per_cell_is_copied(tmp_path):
     values = np.array([[0, 1, 255], [1, 0, 0]])
     truth = truth_of_cells(
-        labels(tmp_path, values), MAP, width=150, height=100, cell=50, shape=(2, 3)
+        labels(tmp_path, values), MAP, width=150, height=100, mpp=0.5, cell=50, shape=(2, 3)
     )
     np.testing.assert_array_equal(truth, [[0, 1, -1], [1, 0, 0]])
 
@@ -98,6 +98,7 @@ def test_the_truth_of_a_cell_is_the_majority_of_its_area(tmp_path_factory, cells
         MAP,
         width=cells * pixels * 7,
         height=cells * pixels * 7,
+        mpp=0.5,
         cell=pixels * 7,
         shape=(cells, cells),
     )
@@ -111,7 +112,13 @@ def test_the_truth_of_a_cell_is_the_majority_of_its_area(tmp_path_factory, cells
 
 def test_the_truth_outside_the_slide_is_unknown(tmp_path):
     truth = truth_of_cells(
-        labels(tmp_path, np.ones((2, 2))), MAP, width=100, height=100, cell=100, shape=(1, 2)
+        labels(tmp_path, np.ones((2, 2))),
+        MAP,
+        width=100,
+        height=100,
+        mpp=0.5,
+        cell=100,
+        shape=(1, 2),
     )
     np.testing.assert_array_equal(truth, [[1, -1]])
 

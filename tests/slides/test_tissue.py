@@ -1,19 +1,19 @@
-"""Tissue detection on painted slides with known tissue and on real slides; given masks."""
+"""Tissue detection on painted slides with known tissue and on real slides."""
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
+import polars as pl
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from scipy import ndimage
 
-from nic_core.demo.artefacts import Section, sections
-from nic_core.slides import SlideError, open_slide
-from nic_core.tiling.tissue import TissueMask, find_tissue, read_mask, tissue_mask, tissue_outline
-from tests.slides.conftest import GLASS, paint, vips, write_tiff
+from nic_core.demo.artefacts import GREY, PINK, Section, sections, tinted
+from nic_core.slides import open_slide
+from nic_core.tiling.tissue import TissueMask, find_tissue, tissue_mask, tissue_outline
+from tests.slides.conftest import GLASS, paint, write_tiff
 
 pytestmark = pytest.mark.slow
 
@@ -82,7 +82,11 @@ def painted() -> dict[str, Section]:
     [
         ("plain", 0.9),
         ("grey lamp", 0.9),
-        ("yellow lamp", 0.85),
+        ("yellow lamp", 0.9),
+        ("vignette", 0.9),
+        ("pink glass", 0.9),
+        ("pink gradient", 0.9),
+        ("stain that leaked", 0.9),
         ("green pen", 0.9),
         ("red pen", 0.9),
         ("blue pen", 0.9),
@@ -100,6 +104,58 @@ def test_painted_tissue_is_detected_among_artefacts(painted, name, least):
 
 def test_a_painted_empty_slide_has_no_tissue(painted):
     assert not find_tissue(painted["empty"].pixels, MPP).any()
+
+
+YELLOW, BLUE = (0.1, 0.3, 1.0), (1.0, 0.6, 0.1)
+tints = pytest.mark.parametrize(
+    "colour", [PINK, YELLOW, BLUE, GREY], ids=["pink", "yellow", "blue", "grey"]
+)
+
+
+@pytest.mark.parametrize("strength", [0.02, 0.05, 0.1, 0.15])
+@tints
+@pytest.mark.parametrize("shape", ["even", "across", "corner", "vignette"])
+def test_tinted_and_shaded_glass_is_not_tissue(painted, shape, colour, strength):
+    section = painted["plain"]
+    y, x = np.indices(section.tissue.shape) / len(section.tissue)
+    where = {
+        "even": np.ones_like(x),
+        "across": x,
+        "corner": np.exp(-(x**2 + y**2) / 0.05),
+        "vignette": 2 * ((x - 0.5) ** 2 + (y - 0.5) ** 2),
+    }[shape]
+    found = find_tissue(tinted(section.pixels, strength * where, colour), MPP)
+    assert found[~section.tissue].mean() < 0.006
+    assert found[section.tissue & ~section.fat].mean() > 0.99
+    # a vignette in the colour of the stain is lighter under the tissue than around it
+    assert found[section.fat].mean() > (0.45 if (shape, colour) == ("vignette", PINK) else 0.85)
+
+
+@pytest.mark.parametrize("strength", [0.02, 0.05, 0.1, 0.15])
+def test_stain_that_leaked_from_a_section_is_not_tissue(painted, strength):
+    section = painted["plain"]
+    away = ndimage.distance_transform_edt(~section.tissue) * MPP
+    found = find_tissue(tinted(section.pixels, strength * np.exp(-away / 300), PINK), MPP)
+    assert not found[away > 100].any()
+    assert found[section.tissue].mean() > 0.9
+
+
+@tints
+@given(strength=st.floats(0, 0.15), turn=st.floats(0, 2 * np.pi))
+@settings(max_examples=10, deadline=None)
+def test_empty_glass_with_any_gradient_has_no_tissue(colour, strength, turn):
+    pixels = glass(120, 150)
+    y, x = np.indices(pixels.shape[:2]) / 150 - 0.5
+    where = strength * (0.5 + (np.cos(turn) * x + np.sin(turn) * y) / np.sqrt(2))
+    assert not find_tissue(tinted(pixels, where, colour), MPP).any()
+
+
+def test_a_smooth_pool_enclosed_by_tissue_is_tissue():
+    where = disc((250, 300), 120, 150, 90)
+    pool = disc((250, 300), 120, 150, 40)  # 640 um across: larger than a hole that is filled
+    pixels = with_tissue(glass(), where)
+    pixels[pool] = (224, 186, 210)
+    assert overlap(find_tissue(pixels, MPP), where) > 0.95
 
 
 def test_fat_is_tissue_although_most_of_it_looks_like_glass(painted):
@@ -153,111 +209,12 @@ def test_a_mask_covers_the_slide_at_its_mpp(tmp_path):
     np.testing.assert_array_equal(again.array, mask.array)
 
 
-@pytest.mark.parametrize("value", [1, 255])
-def test_a_mask_image_is_stretched_over_the_slide(tmp_path, files, value):
-    image = np.zeros((70, 90), np.uint8)
-    image[:35] = value
-    path = tmp_path / "mask.png"
-    vips(image[..., None]).pngsave(str(path))
-    with open_slide(files["tiff"]) as slide:  # 900 x 700 px of 0.25 um: 225 x 175 um
-        mask = read_mask(path, slide, mpp=1.0)
-    assert mask.array.shape == (175, 225)
-    assert mask.array[:87].all()
-    assert not mask.array[89:].any()
-
-
-@pytest.fixture(scope="module")
-def slide(files):
-    with open_slide(files["tiff"]) as opened:  # 900 x 700 px of 0.25 um: 225 x 175 um
-        yield opened
-
-
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
-@given(
-    width=st.integers(60, 2000),  # at smaller widths rounding changes the aspect ratio
-    stretch=st.floats(0.97, 1.03),
-    corners=st.tuples(*[st.floats(0, 1)] * 4),
-    mpp=st.sampled_from([1.0, 2.0, 8.0]),
-)
-def test_a_mask_image_is_placed_exactly_at_any_mpp(tmp_path, slide, width, stretch, corners, mpp):
-    size = round(width * stretch * 7 / 9), width
-    y0, y1 = sorted(round(c * size[0]) for c in corners[:2])
-    x0, x1 = sorted(round(c * size[1]) for c in corners[2:])
-    image = np.zeros((*size, 1), np.uint8)
-    image[y0:y1, x0:x1] = 3
-    path = tmp_path / "mask.tif"
-    vips(image).tiffsave(str(path), tile=True, pyramid=True, compression="deflate")
-    found = read_mask(path, slide, mpp=mpp).array
-
-    def fraction(start: float, stop: float, um: float) -> np.ndarray:
-        low = np.arange(np.ceil(um / mpp)) * mpp
-        high = np.minimum(low + mpp, um)
-        return np.clip(np.minimum(high, stop) - np.maximum(low, start), 0, None) / (high - low)
-
-    covered = np.outer(
-        fraction(y0 * 175 / size[0], y1 * 175 / size[0], 175),
-        fraction(x0 * 225 / size[1], x1 * 225 / size[1], 225),
-    )
-    unsure = abs(covered - 0.5) < 1e-3  # half covered: rounding decides
-    np.testing.assert_array_equal(found | unsure, (covered > 0.5) | unsure)
-
-
-def test_qupath_regions_can_be_the_mask(tmp_path, files):
-    """A ring with a hole and two more polygons, one partly outside; level-0 px of 0.25 um."""
-    corners = [[0, 0], [448, 0], [448, 300], [0, 300], [0, 0]]
-    hole = [[40, 40], [80, 40], [80, 120], [40, 120], [40, 40]]
-    pieces = [
-        [[[500, 400], [600, 400], [600, 480], [500, 480]]],
-        [[[880, 680], [980, 680], [980, 780], [880, 780]]],
-    ]
-    qupath = tmp_path / "tissue.geojson"
-    geometries = [
-        {"type": "Polygon", "coordinates": [corners, hole]},
-        {"type": "MultiPolygon", "coordinates": pieces},
-    ]
-    qupath.write_text(json.dumps([{"geometry": geometry} for geometry in geometries]))
-    expected = np.zeros((175, 225), bool)
-    expected[:75, :112] = True
-    expected[10:30, 10:20] = False
-    expected[100:120, 125:150] = expected[170:, 220:] = True
-    with open_slide(files["tiff"]) as slide:
-        np.testing.assert_array_equal(read_mask(qupath, slide, mpp=1.0).array, expected)
-
-
-def test_asap_regions_can_be_the_mask(tmp_path, files):
-    points = "".join(
-        f'<Coordinate Order="{i}" X="{x}" Y="{y}"/>'
-        for i, (x, y) in enumerate([(100, 20), (300, 20), (300, 60), (100, 60)])
-    )
-    asap = tmp_path / "tissue.xml"
-    asap.write_text(
-        '<ASAP_Annotations><Annotations><Annotation Type="Polygon" PartOfGroup="None">'
-        f"<Coordinates>{points}</Coordinates></Annotation></Annotations></ASAP_Annotations>"
-    )
-    expected = np.zeros((175, 225), bool)
-    expected[5:15, 25:75] = True
-    with open_slide(files["tiff"]) as slide:
-        np.testing.assert_array_equal(read_mask(asap, slide, mpp=1.0).array, expected)
-
-
-def test_a_missing_or_misshapen_mask_is_refused(tmp_path, files):
-    path = tmp_path / "mask.png"
-    vips(np.zeros((90, 70, 1), np.uint8)).pngsave(str(path))
-    with open_slide(files["tiff"]) as slide:
-        with pytest.raises(SlideError, match="another aspect ratio"):
-            read_mask(path, slide)
-        with pytest.raises(SlideError, match=r"mask .*gone.png"):
-            read_mask(tmp_path / "gone.png", slide)
-
-
 def test_real_slides_have_a_plausible_tissue_fraction(real_data):
     fractions = {
-        "CMU-1-Small-Region.svs": (0.38, 0.46),
+        "CMU-1-Small-Region.svs": (0.39, 0.46),
         "OS-1-detail.ome.tif": (1.0, 1.0),
-        "idc_8863.tif": (0.28, 0.36),
-        "idc_8865.tif": (0.16, 0.24),
-        "idc_8913.tif": (0.26, 0.34),
-        "camelyon_multiframe_lowres.dcm": (0.2, 0.3),
+        "camelyon_multiframe_lowres.dcm": (0.27, 0.34),
+        "camelyon_multiframe_jpeg2000.dcm": (0.36, 0.43),
     }
     for name, (low, high) in fractions.items():
         with open_slide(real_data / "slides" / name) as slide:
@@ -265,7 +222,7 @@ def test_real_slides_have_a_plausible_tissue_fraction(real_data):
         assert low <= fraction <= high, (name, fraction)
 
 
-@pytest.mark.parametrize(("patient", "least"), [("8863", 0.85), ("8865", 0.75), ("8913", 0.83)])
+@pytest.mark.parametrize(("patient", "least"), [("8863", 0.93), ("8865", 0.88), ("8913", 0.87)])
 def test_tissue_agrees_with_the_published_patches_of_a_slide(real_data, patient, least):
     # one px per cell of 200 um; 255 marks cells without a patch. Much of the patches is fat
     labels = np.asarray(Image.open(real_data / "slides" / f"idc_{patient}_labels.png"))
@@ -273,7 +230,21 @@ def test_tissue_agrees_with_the_published_patches_of_a_slide(real_data, patient,
         found = tissue_mask(slide).array
     patches = np.kron(labels != 255, np.ones((25, 25), bool))[: len(found), : found.shape[1]]
     assert found[patches].mean() > least
-    assert found[~patches].mean() < 0.005
+    assert found[ndimage.distance_transform_edt(~patches) > 4].mean() < 0.001
+
+
+@pytest.mark.parametrize("name", ["her2st_B4", "her2st_C2"])
+def test_stain_on_the_glass_of_a_frozen_section_is_not_tissue(real_data, name):
+    """Against the centres of spots of 100 um that were measured under tissue, level-0 px."""
+    spots = pl.read_csv(real_data / "slides" / f"{name}_spots.csv").select("x", "y").to_numpy()
+    with open_slide(real_data / "slides" / f"{name}.tif") as slide:
+        found = tissue_mask(slide)
+        centres = (spots * slide.mpp / found.mpp).astype(int)
+    no_spot = np.ones(found.array.shape, bool)
+    no_spot[centres[:, 1], centres[:, 0]] = False
+    far = ndimage.distance_transform_edt(no_spot) * found.mpp > 200
+    assert (found.array & far).sum() * (found.mpp / 1000) ** 2 < 0.1  # mm2
+    assert found.array[centres[:, 1], centres[:, 0]].all()
 
 
 def test_real_patches_of_known_tissue_are_classified(real_data):
@@ -282,7 +253,7 @@ def test_real_patches_of_known_tissue_are_classified(real_data):
         "almost-white-1": (0.25, 0.0, 0.0),
         "no-tissue": (0.25, 0.0, 0.0),
         "no-tissue-green-pen": (2.0, 0.0, 0.0),
-        "very-low-nuclei-score-red-pen-level1": (1.0, 0.0, 0.0),
+        "very-low-nuclei-score-red-pen-level1": (1.0, 0.0, 0.3),  # the strands of fat behind ink
         "low-nuclei-score-level1": (1.0, 0.8, 1.0),
         "medium-nuclei-score-level1-2": (0.5, 1.0, 1.0),
         "high-nuclei-score-level0": (0.25, 1.0, 1.0),

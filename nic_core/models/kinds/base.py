@@ -17,11 +17,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nic_core.cohort import CohortError, Target
-from nic_core.cohort.tables import MISSING
+from nic_core.cohort.tables import NumberError, to_numbers, visible
 from nic_core.models.cox import BaselineHazard
 from nic_core.models.metrics import Metric
 
 Floats = NDArray[np.float64]
+
+ROW = " row"
+"""Column with the number of a row of the label table; no column of a table begins with a blank."""
 
 
 class Calibration(NamedTuple):
@@ -58,11 +61,11 @@ class TargetKind(Protocol):
         Parameters
         ----------
         labels
-            Columns ``key`` (``slide`` or ``patient``) and :attr:`source_columns`.
+            Columns :data:`ROW`, ``key`` (``slide`` or ``patient``) and :attr:`source_columns`.
 
         Returns
         -------
-        ``key`` and :attr:`label_columns`; rows without any label are dropped.
+        :data:`ROW`, ``key`` and :attr:`label_columns`; rows without any label are dropped.
 
         Raises
         ------
@@ -70,24 +73,34 @@ class TargetKind(Protocol):
             A label is invalid; the message names target, column and row.
         """
 
-    def check_enough(self, cv: pl.DataFrame, folds: int) -> None:
-        """Raise ``CohortError`` if the units of split ``cv`` cannot be divided into folds.
-
-        Every fold needs a patient of each class (classification) or with an event (survival);
-        regression needs two different labels.
-        """
-
     # --- folds ---
 
-    def patient_labels(self) -> list[pl.Expr]:
-        """Aggregations of the labels of one patient's units into :attr:`label_columns`."""
+    def strata(self, units: pl.DataFrame) -> pl.DataFrame:
+        """Name the strata of patients, from the labels of their units [choice].
 
-    @property
-    def fold_order(self) -> tuple[str, ...]:
-        """Columns by which patients are sorted before they are assigned to folds."""
+        Folds get equally many patients of each stratum, and patients with neighbouring values in
+        a stratum get different folds.
 
-    def strata(self, patients: pl.DataFrame) -> pl.Series:
-        """Stratum of each patient; folds get equally many patients of each stratum."""
+        Parameters
+        ----------
+        units
+            Rows of the target table.
+
+        Returns
+        -------
+        polars.DataFrame
+            A row per patient: ``patient``; ``strata`` (list of int64, the one that counts first
+            in front): several if the patient's units have different classes; ``value`` (float64).
+        """
+
+    def patients_needed(self, cv: pl.DataFrame) -> dict[str, int]:
+        """Count the patients of split ``cv`` that have what every fold needs.
+
+        For example ``{"class 'a'": 12, "class 'b'": 3}``: at most 3 folds are possible.
+        """
+
+    def training_problem(self, train: pl.DataFrame, validation: pl.DataFrame) -> str | None:
+        """Say why a network cannot be trained on these units; None: it can be."""
 
     # --- network ---
 
@@ -278,27 +291,28 @@ def label_error(target: Target, column: str, problem: str) -> CohortError:
     return CohortError(f"target '{target.name}', column '{column}': {problem}")
 
 
-def numeric_labels(labels: pl.DataFrame, target: Target, column: str, key: str) -> pl.DataFrame:
-    """Convert a column of labels to float64; missing labels become null.
+def row_name(labels: pl.DataFrame, index: int, key: str) -> str:
+    """Name a row of the label table: ``slide 'a1' (row 3)``, or ``row 3`` if it has no id."""
+    number, name = labels[ROW][index], labels[key][index]
+    return f"row {number}" if name is None else f"{key} '{visible(name)}' (row {number})"
+
+
+def numeric_labels(
+    labels: pl.DataFrame,
+    target: Target,
+    column: str,
+    key: str,
+    remedy: str = "correct it or leave the cell empty",
+) -> pl.Series:
+    """Return a column of labels as float64; null where the label is missing.
 
     Raises
     ------
     CohortError
         A label is not a finite number.
     """
-    numbers = labels.with_columns(
-        pl.col(column).cast(pl.Float64, strict=False).fill_nan(None).alias("number")
-    )
-    text = pl.col(column).cast(pl.String)
-    invalid = numbers.filter(
-        (pl.col("number").is_null() & text.is_not_null() & ~text.is_in(MISSING))
-        | pl.col("number").is_infinite()
-    )
-    if invalid.height:
-        raise label_error(
-            target,
-            column,
-            f"{key} '{invalid[key][0]}' has '{invalid[column][0]}', which is not a finite number; "
-            "correct it or leave the cell empty",
-        )
-    return numbers.with_columns(pl.col("number").alias(column)).drop("number")
+    try:
+        return to_numbers(labels[column])
+    except NumberError as error:
+        where = row_name(labels, error.index, key)
+        raise label_error(target, column, f"{where}: {error}; {remedy}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,12 +17,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from nic_core.cohort import ClassificationTarget
+from nic_core.cohort.tables import MISSING, suggestion, to_text, visible
 from nic_core.models.cox import BaselineHazard
 from nic_core.models.kinds.base import (
+    ROW,
     Floats,
     WithoutSurvivalFunctions,
     label_error,
     prediction_array,
+    row_name,
 )
 from nic_core.models.metrics import Metric, classification_metrics
 from nic_core.models.plots import classification_figure
@@ -41,7 +45,6 @@ class Classification(WithoutSurvivalFunctions):
     primary_name = "AUC"
     chance_level = 0.5
     label_columns = ("y",)
-    fold_order = ("y",)
 
     @property
     def source_columns(self) -> tuple[str, ...]:
@@ -49,35 +52,50 @@ class Classification(WithoutSurvivalFunctions):
 
     def decode(self, labels: pl.DataFrame, key: str) -> pl.DataFrame:
         column, classes = self.target.column, self.target.classes
-        labels = labels.with_columns(pl.col(column).cast(pl.String)).drop_nulls(column)
-        unknown = labels.filter(~pl.col(column).is_in(classes))
-        if unknown.height:
-            raise label_error(
-                self.target,
-                column,
-                f"{key} '{unknown[key][0]}' has class '{unknown[column][0]}', which is not one of "
-                f"{', '.join(classes)}; correct the label or add the class to the target",
-            )
+        # a class may be called None or NA; a spelling of it in other case is an error, not missing
+        named = {name.casefold() for name in classes}
+        missing = [text for text in MISSING if text.casefold() not in named]
+        try:
+            text = to_text(labels[column])
+        except TypeError as error:
+            raise label_error(self.target, column, str(error)) from error
         index = {name: i for i, name in enumerate(classes)}
-        return labels.select(key, y=pl.col(column).replace_strict(index, return_dtype=pl.Int64))
-
-    def check_enough(self, cv: pl.DataFrame, folds: int) -> None:
-        for index, name in enumerate(self.target.classes):
-            count = cv.filter(pl.col("y") == index)["patient"].n_unique()
-            if count < folds:
+        labelled = labels.select(
+            ROW, key, text=pl.when(~text.is_in(missing)).then(text)
+        ).drop_nulls("text")
+        for number, value in enumerate(labelled["text"]):
+            if value not in index:
+                near = suggestion(value, classes)
                 raise label_error(
                     self.target,
-                    self.target.column,
-                    f"class '{name}' has {count} patients, too few for {folds} folds; "
-                    "merge classes or lower settings.models.folds",
+                    column,
+                    f"{row_name(labelled, number, key)} has class '{visible(value)}', which is not "
+                    f"one of {', '.join(classes)}"
+                    + (f" (is it {near}?)" if near else "")
+                    + "; correct the label or add the class to the target",
                 )
+        y = pl.col("text").replace_strict(index, return_dtype=pl.Int64)
+        return labelled.select(ROW, key, y=y)
 
-    def patient_labels(self) -> list[pl.Expr]:
-        # the most frequent class; of several the first
-        return [pl.col("y").mode().min()]
+    def strata(self, units: pl.DataFrame) -> pl.DataFrame:
+        """The classes of a patient's units; the one that the fewest patients have is in front."""
+        counts = Counter(units.select("patient", "y").unique()["y"])
+        patients = units.group_by("patient").agg(strata=pl.col("y").unique())
+        strata = [sorted(classes, key=lambda y: (counts[y], y)) for classes in patients["strata"]]
+        return patients.select(
+            "patient", strata=pl.Series(strata, dtype=pl.List(pl.Int64)), value=pl.lit(0.0)
+        )
 
-    def strata(self, patients: pl.DataFrame) -> pl.Series:
-        return patients["y"]
+    def patients_needed(self, cv: pl.DataFrame) -> dict[str, int]:
+        return {
+            f"class '{name}'": cv.filter(pl.col("y") == index)["patient"].n_unique()
+            for index, name in enumerate(self.target.classes)
+        }
+
+    def training_problem(self, train: pl.DataFrame, validation: pl.DataFrame) -> str | None:
+        present = set(train["y"])
+        absent = [name for i, name in enumerate(self.target.classes) if i not in present]
+        return f"no unit to train on has class '{absent[0]}'" if absent else None
 
     @property
     def outputs(self) -> int:

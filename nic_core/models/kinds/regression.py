@@ -17,9 +17,9 @@ from torch.nn import functional
 from nic_core.cohort import RegressionTarget
 from nic_core.models.cox import BaselineHazard
 from nic_core.models.kinds.base import (
+    ROW,
     Floats,
     WithoutSurvivalFunctions,
-    label_error,
     numeric_labels,
     prediction_array,
 )
@@ -41,7 +41,6 @@ class Regression(WithoutSurvivalFunctions):
     primary_name = "Spearman"
     chance_level = 0.0
     label_columns = ("y",)
-    fold_order = ("y",)
     outputs = 1
 
     @property
@@ -49,23 +48,25 @@ class Regression(WithoutSurvivalFunctions):
         return (self.target.column,)
 
     def decode(self, labels: pl.DataFrame, key: str) -> pl.DataFrame:
-        column = self.target.column
-        numbers = numeric_labels(labels, self.target, column, key)
-        return numbers.rename({column: "y"}).drop_nulls("y")
+        numbers = numeric_labels(labels, self.target, self.target.column, key)
+        return labels.select(ROW, key, y=numbers).drop_nulls("y")
 
-    def check_enough(self, cv: pl.DataFrame, folds: int) -> None:
-        if cv["y"].n_unique() < 2:
-            raise label_error(
-                self.target,
-                self.target.column,
-                "all labels are equal, so a model cannot learn; correct them or remove the target",
-            )
+    def strata(self, units: pl.DataFrame) -> pl.DataFrame:
+        """One stratum; the value is a patient's mean label."""
+        return units.group_by("patient").agg(
+            strata=pl.lit(0, pl.Int64).implode(), value=pl.col("y").mean()
+        )
 
-    def patient_labels(self) -> list[pl.Expr]:
-        return [pl.col("y").mean()]
+    def patients_needed(self, cv: pl.DataFrame) -> dict[str, int]:
+        return {"a label": cv["patient"].n_unique()}
 
-    def strata(self, patients: pl.DataFrame) -> pl.Series:
-        return pl.zeros(patients.height, pl.Int64, eager=True)
+    def training_problem(self, train: pl.DataFrame, validation: pl.DataFrame) -> str | None:
+        if train["y"].n_unique() < 2:
+            return f"all {train.height} labels to train on are {train['y'][0]:g}"
+        y = train["y"].cast(pl.Float32)  # as the network computes
+        if y.is_infinite().any() or y.n_unique() < 2:
+            return "the labels are too large, or differ too little, for float32; rescale them"
+        return None
 
     def output_scale(self, train: pl.DataFrame) -> tuple[float, float]:
         y = train["y"].to_numpy()

@@ -20,12 +20,14 @@ from torch import Tensor
 from nic_core.cohort import SurvivalTarget
 from nic_core.models.cox import BaselineHazard, cox_loss, fit_baseline_hazard, median_survival
 from nic_core.models.kinds.base import (
+    ROW,
     Calibration,
     Floats,
     label_error,
     named_series,
     numeric_labels,
     prediction_array,
+    row_name,
 )
 from nic_core.models.metrics import Metric, event_horizons, log_rank, survival_metrics
 from nic_core.models.plots import kaplan_meier_figure
@@ -45,7 +47,6 @@ class Survival:
     primary_name = "Harrell's C"
     chance_level = 0.5
     label_columns = ("time", "event")
-    fold_order = ("event", "time")
     outputs = 1
     has_survival_functions = True
 
@@ -54,38 +55,50 @@ class Survival:
         return self.target.time, self.target.event
 
     def decode(self, labels: pl.DataFrame, key: str) -> pl.DataFrame:
-        for column in self.source_columns:
-            labels = numeric_labels(labels, self.target, column, key)
-        time, event = pl.col(self.target.time), pl.col(self.target.event)
-        labels = labels.filter(time.is_not_null() | event.is_not_null())
+        events = labels.with_columns(_truth_as_number(labels[self.target.event]))
+        numbers = labels.select(
+            ROW,
+            key,
+            time=numeric_labels(labels, self.target, self.target.time, key),
+            event=numeric_labels(
+                events,
+                self.target,
+                self.target.event,
+                key,
+                "write 1 for an event and 0 for a censored time",
+            ),
+        )
+        time, event = pl.col("time"), pl.col("event")
+        numbers = numbers.filter(time.is_not_null() | event.is_not_null())
         for column, invalid, problem in (
             (self.target.time, time.is_null(), "has an event but no time"),
             (self.target.event, event.is_null(), "has a time but no event"),
             (self.target.time, time < 0, "has a negative time"),
             (self.target.event, ~event.is_in([0.0, 1.0]), "has an event that is not 0 or 1"),
         ):
-            rows = labels.filter(invalid)
+            rows = numbers.filter(invalid)
             if rows.height:
-                raise label_error(
-                    self.target, column, f"{key} '{rows[key][0]}' {problem}; correct the row"
-                )
-        return labels.select(key, time=time, event=event == 1)
+                where = row_name(rows, 0, key)
+                raise label_error(self.target, column, f"{where} {problem}; correct the row")
+        return numbers.with_columns(event=event == 1)
 
-    def check_enough(self, cv: pl.DataFrame, folds: int) -> None:
-        count = cv.filter("event")["patient"].n_unique()
-        if count < folds:
-            raise label_error(
-                self.target,
-                self.target.event,
-                f"{count} patients have an event, too few for {folds} folds; "
-                "lower settings.models.folds",
-            )
+    def strata(self, units: pl.DataFrame) -> pl.DataFrame:
+        """Patients with an event and without; the value is the time of a patient's first unit."""
+        patients = (
+            units.sort("unit")
+            .group_by("patient")
+            .agg(event=pl.col("event").any().cast(pl.Int64), value=pl.col("time").first())
+        )
+        return patients.select("patient", strata=pl.concat_list("event"), value="value")
 
-    def patient_labels(self) -> list[pl.Expr]:
-        return [pl.col("time", "event").first()]
+    def patients_needed(self, cv: pl.DataFrame) -> dict[str, int]:
+        return {"an event": cv.filter("event")["patient"].n_unique()}
 
-    def strata(self, patients: pl.DataFrame) -> pl.Series:
-        return patients["event"].cast(pl.Int64)
+    def training_problem(self, train: pl.DataFrame, validation: pl.DataFrame) -> str | None:
+        for units, purpose in ((train, "train on"), (validation, "validate on")):
+            if not units["event"].any():
+                return f"none of the {units.height} units to {purpose} has an event"
+        return None
 
     def output_scale(self, train: pl.DataFrame) -> tuple[float, float]:
         return 0.0, 1.0
@@ -203,3 +216,14 @@ class Survival:
             f"median risk of {median_risk:.3g}; median survival: the time at which the folds' mean "
             "survival probability falls to one half"
         )
+
+
+def _truth_as_number(event: pl.Series) -> pl.Series:
+    """Write true and false, as R and pandas store an event, as 1 and 0."""
+    if event.dtype == pl.Boolean:
+        return event.cast(pl.Int64)
+    if event.dtype != pl.String:
+        return event
+    words = {"true": "1", "false": "0"}
+    texts = [None if text is None else words.get(text.casefold(), text) for text in event]
+    return pl.Series(event.name, texts, pl.String)
