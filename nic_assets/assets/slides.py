@@ -59,7 +59,7 @@ def slide_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         tags={REFRESH_TAG: "always"},
         op_tags=CPU_TAGS,
         retry_policy=RETRIES,
-        code_version=code_version(2),
+        code_version=code_version(3),
         check_specs=[
             checks.slide_files_present.spec("slide_index"),
             checks.slides_distinct.spec("slide_index"),
