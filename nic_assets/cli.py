@@ -224,9 +224,9 @@ def _study() -> Iterator[tuple[dg.Definitions, dg.DagsterInstance]]:
             soft_wrap=True,
         )
         raise typer.Exit(1)
-    with one_line(CohortError):
-        from nic_assets.definitions import defs
     import dagster as dg
 
+    with one_line(CohortError, dg.DagsterInvalidDefinitionError):
+        from nic_assets.definitions import defs
     with dg.DagsterInstance.get() as instance:
         yield defs, instance

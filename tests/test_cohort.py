@@ -3,8 +3,12 @@
 from pathlib import Path
 
 import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from nic_core.cohort import CohortError, ImportedEncoder, load_cohort
+from nic_core.cohort.file import read_cohort_file, valid_part
 
 MINIMAL = """\
 name: study
@@ -41,8 +45,14 @@ def test_relative_paths_are_relative_to_the_cohort_file(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("old", "new", "line", "field", "reason"),
     [
-        ("objective: mean_rgb", "objective: magic", 6, "encoders.0.objective", "'mean_rgb'"),
-        ("  table: slides.csv", "  patern: x", 3, "slides.patern", "Extra inputs"),
+        (
+            "objective: mean_rgb",
+            "objective: magic",
+            6,
+            "encoders.0.objective",
+            "allowed: mean_rgb, mtl",
+        ),
+        ("  table: slides.csv", "  patern: x", 3, "slides.patern", "unknown key"),
         ("name: mean-rgb", "name: mean/rgb", 5, "encoders.0.name", "partition key"),
         ("name: study\n", "name: study\nsettings: {patch: -1}\n", 2, "settings.patch", "greater"),
         (
@@ -56,8 +66,8 @@ def test_relative_paths_are_relative_to_the_cohort_file(tmp_path, monkeypatch):
             "objective: mean_rgb",
             "objective: vae\n    tasks: [a]\nsettings: {patch: 100}\n"
             "patch_tasks: [{name: a, organ: none, mpp: 0.5, folder: a}]",
-            1,
-            "cohort",
+            5,
+            "encoders.0",
             "vae with tellez2020 needs patches of 64, 96, 128, ... px, not 100",
         ),
     ],
@@ -112,7 +122,7 @@ def test_an_imported_encoder_has_a_file_of_a_known_kind(tmp_path):
             "encoders.0.network.embedding_size",
             "required",
         ),
-        ("u.pt2", "\n    seed: 1\n", 9, "encoders.0.seed", "Extra inputs"),
+        ("u.pt2", "\n    seed: 1\n", 9, "encoders.0.seed", "unknown key"),
     ],
 )
 def test_an_incomplete_imported_encoder_is_refused(tmp_path, file, network, line, field, reason):
@@ -173,7 +183,7 @@ def test_a_missing_file_is_an_error_with_a_remedy(tmp_path):
 
 
 def test_invalid_yaml_is_reported_with_its_line(tmp_path):
-    with pytest.raises(CohortError, match="line 3"):
+    with pytest.raises(CohortError, match="cohort.yaml:3: not valid YAML"):
         load_cohort(write(tmp_path, "name: study\nslides: [\n"))
 
 
@@ -181,3 +191,126 @@ def test_invalid_yaml_is_reported_with_its_line(tmp_path):
 def test_a_file_that_is_not_a_mapping_is_refused(tmp_path, text):
     with pytest.raises(CohortError):
         load_cohort(write(tmp_path, text))
+
+
+TWO_TASKS = (
+    MINIMAL
+    + """\
+  - name: mtl
+    objective: mtl
+    tasks:
+      - colon
+      - {task}
+patch_tasks:
+  - {{name: colon, organ: colon, mpp: 0.5, table: colon.csv, classes: [a, b]}}
+  - {{name: liver, organ: liver, mpp: 0.5, table: liver.csv}}
+labels: labels.csv
+maps:
+  - {{name: m, encoder: {encoder}, task: {of_map}, label: {label}}}
+"""
+)
+
+
+@pytest.mark.parametrize(
+    ("values", "place", "message"),
+    [
+        (("livr", "mtl", "colon", "a"), "11: encoders.1.tasks.1", "'livr' is not defined; did you"),
+        (("liver", "mlt", "colon", "a"), "17: maps.0.encoder", "did you mean 'mtl'?"),
+        (("liver", "mtl", "colno", "a"), "17: maps.0.task", "did you mean 'colon'?"),
+        (("liver", "mtl", "colon", "c"), "17: maps.0.label", "'c' is not defined; defined: a, b"),
+    ],
+)
+def test_a_wrong_reference_is_reported_in_its_own_line(tmp_path, values, place, message):
+    names = dict(zip(("task", "encoder", "of_map", "label"), values, strict=True))
+    path = write(tmp_path, TWO_TASKS.format(**names))
+    with pytest.raises(CohortError) as error:
+        load_cohort(path)
+    assert str(error.value).startswith(f"{path}:{place}: ")
+    assert message in str(error.value)
+
+
+def test_references_are_checked_beside_invalid_entries(tmp_path):
+    text = TWO_TASKS.format(task="livr", encoder="mtl", of_map="colon", label="a")
+    path = write(tmp_path, text.replace("organ: liver", "orgn: liver"))
+    with pytest.raises(CohortError) as error:
+        load_cohort(path)
+    lines = str(error.value).splitlines()
+    assert [line.split(": ")[1] for line in lines] == [
+        "encoders.1.tasks.1",
+        "patch_tasks.1.organ",
+        "patch_tasks.1.orgn",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("table:", "tabel:", "unknown key 'tabel'; did you mean 'table'?; known: folders, table"),
+        ("objective: mean_rgb", "objectiv: mean_rgb", "add 'objective'"),
+        ("mean_rgb", "Mean_RGB", "did you mean 'mean_rgb'?"),
+        ("mean_rgb", "mean_rgb\n    sed: 1", "did you mean 'seed'?"),
+        ("encoders:", "settings: {models: {fold: 3}}\nencoders:", "did you mean 'folds'?"),
+        ("  table: slides.csv", "  table: a\n  table: b", "the key is also in line 3"),
+        ("  table: slides.csv", "  folders: {path: a}", "write a list"),
+    ],
+)
+def test_a_misspelt_field_is_reported_with_a_suggestion(tmp_path, old, new, message):
+    with pytest.raises(CohortError) as error:
+        load_cohort(write(tmp_path, MINIMAL.replace(old, new)))
+    assert message in str(error.value)
+
+
+def test_a_column_that_the_label_table_lacks_is_named_with_its_line(tmp_path):
+    (tmp_path / "labels.csv").write_text("slide,score\na,1\n")
+    text = MINIMAL + (
+        "labels: labels.csv\ntargets:\n  - name: t\n    kind: regression\n    column: scor\n"
+    )
+    cohort = load_cohort(write(tmp_path, text))
+    with pytest.raises(CohortError) as error:
+        cohort.check_label_columns(cohort.target("t"), ["slide", "score"])
+    assert str(error.value).startswith(f"{tmp_path / 'cohort.yaml'}:11: targets.0.column: ")
+    assert "did you mean 'score'?" in str(error.value)
+
+
+def test_a_file_that_is_not_utf_8_is_refused(tmp_path):
+    path = tmp_path / "cohort.yaml"
+    path.write_bytes(MINIMAL.replace("study", "étude").encode("latin-1"))
+    with pytest.raises(CohortError, match="save it as UTF-8"):
+        load_cohort(path)
+    path.write_text(MINIMAL, encoding="utf-8-sig")
+    assert load_cohort(path).name == "study"
+
+
+def test_the_valid_entries_of_an_invalid_file_are_found(tmp_path):
+    text = MINIMAL + "  - {name: bad, objective: magic}\nsettings: {patch: -1}\n"
+    part = valid_part(read_cohort_file(write(tmp_path, text)))
+    assert part is not None
+    assert [encoder.name for encoder in part.encoders] == ["mean-rgb"]
+    assert part.settings.patch == 128
+    assert part.slides.table == tmp_path / "slides.csv"
+
+
+_KEYS = st.sampled_from(
+    ["name", "slides", "table", "folders", "encoders", "objective", "tasks", "targets", "kind"]
+    + ["patch_tasks", "maps", "encoder", "task", "label", "settings", "mtl", "survival", "classes"]
+)
+_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4) | _KEYS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_KEYS, inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@given(st.dictionaries(_KEYS, _VALUES, max_size=6))
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_content_is_valid_or_has_problems_with_lines(tmp_path, data):
+    text = yaml.safe_dump(data, allow_unicode=True)
+    path = tmp_path / "cohort.yaml"
+    path.write_text(text, encoding="utf-8")
+    try:
+        load_cohort(path)
+    except CohortError as error:
+        for line in str(error).splitlines():
+            number = line.removeprefix(f"{path}:").split(":")[0]
+            assert 1 <= int(number) <= max(1, len(text.splitlines()))
+    valid_part(read_cohort_file(path))

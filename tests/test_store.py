@@ -11,6 +11,7 @@ import threading
 import time
 from pathlib import Path
 
+import polars as pl
 import pytest
 
 from nic_core.store import (
@@ -211,6 +212,26 @@ def test_a_full_disk_is_one_error_and_keeps_the_old_product(mount):
         (temporary / "large").write_bytes(bytes(100_000))
     assert (path / "number").read_text() == "0"
     assert names(folder) == ["grid.zarr"]
+
+
+@pytest.mark.parametrize("write", ["write_parquet", "write_csv"])
+def test_a_full_disk_is_recognised_in_errors_of_polars(mount, write):
+    path = mount("size=64k") / "table"
+    table = pl.DataFrame({"number": range(100_000)})
+    with (
+        pytest.raises(StoreError, match=r"table: .*No space left on device.*free some space"),
+        atomic_file(path) as temporary,
+    ):
+        getattr(table, write)(temporary)
+    assert names(path.parent) == []
+
+
+def test_an_error_of_a_library_about_a_full_disk_is_translated(tmp_path):
+    with (
+        pytest.raises(StoreError, match=r"table: .*No space left.*free some space"),
+        atomic_file(tmp_path / "table"),
+    ):
+        raise RuntimeError("io: No space left on device (os error 28)")
 
 
 def test_a_read_only_file_system_is_one_error(mount):

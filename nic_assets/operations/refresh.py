@@ -139,7 +139,7 @@ def main() -> int:
     try:
         from nic_assets.definitions import defs  # depends on the environment
     except (CohortError, dg.DagsterInvalidDefinitionError) as error:
-        console.print(str(error), style="red", markup=False)
+        console.print(str(error), style="red", markup=False, soft_wrap=True)
         return 2
     with dg.DagsterInstance.get() as instance:
         set_gpu_slots(instance)
@@ -155,5 +155,5 @@ def main() -> int:
     if (notes := reports / NOTES).exists():
         console.print(notes.read_text(), style="yellow", markup=False, end="")
     for problem in problems:
-        console.print(problem, style="red", markup=False)
+        console.print(problem, style="red", markup=False, soft_wrap=True)
     return 1 if problems else 0

@@ -34,6 +34,7 @@ from nic_assets.orchestration.internals import (
     get_input_event_pointer_tag,
 )
 from nic_assets.orchestration.metadata import OWNERS
+from nic_assets.orchestration.mistakes import MISTAKES, step_failure
 from nic_assets.orchestration.partition_checks import (
     Check,
     Results,
@@ -156,6 +157,8 @@ def materialize_each(
         except Exception as error:
             if is_transient(error):
                 raise
+            if isinstance(error, MISTAKES):
+                raise step_failure(f"{key}: {error}") from None
             raise dg.Failure(
                 f"{key}: {type(error).__name__}: {error}", allow_retries=False
             ) from error
@@ -168,11 +171,11 @@ def materialize_each(
             context.log_event(event)
     yield from publish_checks(context)
     if failed:
-        raise dg.Failure(
+        raise step_failure(
             f"{len(failed)} of {len(keys)} failed: "
             + "; ".join(f"{key}: {reason}" for key, reason in list(failed.items())[:5]),
             metadata={"failed": dg.MetadataValue.json(failed)},
-            allow_retries=retry,
+            retry=retry,
         )
 
 

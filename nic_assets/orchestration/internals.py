@@ -48,6 +48,9 @@ from dagster._core.storage.tags import (
     RETRY_NUMBER_TAG,
 )
 
+# What `dg launch` raises if its arguments about partitions are wrong; see `mistakes`.
+from dagster_shared.check import CheckError
+
 if TYPE_CHECKING:
     # Types of what public functions return: `Definitions.resolve_asset_graph` and
     # `define_asset_job`.
@@ -69,6 +72,7 @@ __all__ = [
     "RESUME_RETRY_TAG",
     "RETRY_NUMBER_TAG",
     "AssetCheckEvaluationTargetMaterializationData",
+    "CheckError",
     "get_input_data_version_tag",
     "get_input_event_pointer_tag",
     "process_id",

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import dagster as dg
 from sqlalchemy.exc import OperationalError
 
+from nic_assets.orchestration.mistakes import MISTAKES, step_failure
 from nic_assets.tracking import TrackingError
 from nic_core.store import StoreBusyError
 
@@ -66,7 +67,9 @@ def retry_transient_errors() -> Iterator[None]:
     Raises
     ------
     dagster.Failure
-        Without retries, for an error that is not transient; the description names the error.
+        Without retries, for an error that is not transient; the description names the error. If
+        it is a mistake of the user, it is shown without a traceback
+        (:mod:`nic_assets.orchestration.mistakes`).
     """
     try:
         yield
@@ -75,6 +78,8 @@ def retry_transient_errors() -> Iterator[None]:
     except Exception as error:
         if is_transient(error):
             raise
+        if isinstance(error, MISTAKES):
+            raise step_failure(str(error)) from None
         raise dg.Failure(f"{type(error).__name__}: {error}", allow_retries=False) from error
 
 

@@ -14,12 +14,15 @@ from nic_core.cli.environment import read_environment
 from nic_core.cli.grid import grid_app
 from nic_core.cli.predict import predict
 from nic_core.cli.slides import inspect, tissue
+from nic_core.cli.study import check, init
 from nic_core.version import __version__
 
 PLUGINS = "nic.commands"
 """Entry points with further commands: functions that take the application and add to it."""
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
+app.command()(init)
+app.command()(check)
 app.command()(demo)
 app.command()(inspect)
 app.command()(tissue)

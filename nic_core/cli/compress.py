@@ -7,19 +7,26 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
+import polars as pl
 import typer
 from rich.progress import TaskID
 from rich.table import Table
 from rich.text import Text
 
-from nic_core.cli.shared import ImageNumber, Mpp, console, one_line, progress_bars
+from nic_core.cli.shared import (
+    MPP_OPTION,
+    ImageNumber,
+    Mpp,
+    console,
+    one_line,
+    progress_bars,
+)
 from nic_core.cohort import CompressionSettings
+from nic_core.slides.metadata import MPP_REMEDY
 from nic_core.store import Store, StoreError
 from nic_core.types import Colours, Reading, RequestedPrecision
 
 if TYPE_CHECKING:
-    import polars as pl
-
     from nic_core.compression.batch import Outcome
     from nic_core.encoders.encoder import Encoder
 
@@ -78,7 +85,7 @@ def compress(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     with batch_progress(len(named)) as (show, tell):
-        table = compress_slides(
+        report = compress_slides(
             named,
             prepared,
             out,
@@ -91,10 +98,11 @@ def compress(
             progress=show,
             on_outcome=tell,
         )
+    table = advise_mpp_option(report)
     counts = {s: int((table["status"] == s).sum()) for s in ("compressed", "up to date", "failed")}
     left = len(table) - sum(counts.values())
-    told = [f"{count} {status}" for status, count in counts.items()]
-    console.print(", ".join(told + [f"{left} not tried"] * bool(left)))
+    summary = [f"{count} {status}" for status, count in counts.items()]
+    console.print(", ".join(summary + [f"{left} not tried"] * bool(left)))
     print_failed(table)
     with one_line(StoreError):
         write_report(out / REPORT, table)
@@ -130,6 +138,11 @@ def batch_progress(
                 console.print(_line(outcome), soft_wrap=True)
 
         yield show, tell
+
+
+def advise_mpp_option(report: pl.DataFrame) -> pl.DataFrame:
+    """Return a report whose remedies name the option ``--mpp`` instead of the slide table."""
+    return report.with_columns(pl.col("remedy").str.replace(MPP_REMEDY, MPP_OPTION, literal=True))
 
 
 def print_failed(report: pl.DataFrame) -> None:

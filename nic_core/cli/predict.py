@@ -10,7 +10,12 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from nic_core.cli.compress import batch_progress, find_encoder, print_failed
+from nic_core.cli.compress import (
+    advise_mpp_option,
+    batch_progress,
+    find_encoder,
+    print_failed,
+)
 from nic_core.cli.shared import ImageNumber, Mpp, console, one_line
 from nic_core.store import ModelKey, Store, StoreError
 
@@ -107,11 +112,12 @@ def predict(
             style="yellow",
             soft_wrap=True,
         )
-    print_failed(predicted.slides)
+    report = advise_mpp_option(predicted.slides)
+    print_failed(report)
     if out is not None:
         with one_line(StoreError):
             table = write_predictions(out, card.target.name, predicted.predictions)
-            write_report(out / REPORT, predicted.slides)
+            write_report(out / REPORT, report)
         console.print(str(table), soft_wrap=True)
     if predicted.slides["status"].is_in(["failed", "not tried"]).any():
         raise typer.Exit(1)

@@ -24,6 +24,9 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from nic_core.slides.errors import SlideError
+from nic_core.slides.metadata import MPP_REMEDY
+
 console = Console()
 
 Mpp = Annotated[
@@ -36,7 +39,18 @@ ImageNumber = Annotated[
         "largest brightfield scan"
     ),
 ]
+MPP_OPTION = "give the um/px at level 0 with --mpp"
 Out = Annotated[Path, typer.Option(help="PNG file to write")]
+
+
+@contextmanager
+def advice_names_mpp_option() -> Iterator[None]:
+    """Let the advice of a :class:`SlideError` name ``--mpp``, in a command with this option."""
+    try:
+        yield
+    except SlideError as error:
+        remedy = error.remedy.replace(MPP_REMEDY, MPP_OPTION)
+        raise SlideError(error.slide, error.reason, remedy) from error
 
 
 @contextmanager

@@ -7,7 +7,16 @@ from typing import Annotated
 
 import typer
 
-from nic_core.cli.shared import ImageNumber, Mpp, Out, console, facts, one_line, save_picture
+from nic_core.cli.shared import (
+    ImageNumber,
+    Mpp,
+    Out,
+    advice_names_mpp_option,
+    console,
+    facts,
+    one_line,
+    save_picture,
+)
 from nic_core.slides import SlideError, content_identity, open_slide
 from nic_core.tiling.mask_files import read_mask
 from nic_core.tiling.tissue import tissue_mask, tissue_outline
@@ -24,7 +33,11 @@ MaskOrigin = Annotated[
 
 def inspect(slide: SlidePath, mpp: Mpp = None, image: ImageNumber = None) -> None:
     """Print a slide's metadata: reading library, image, size, um/px, levels, identity."""
-    with one_line(SlideError), open_slide(slide, mpp=mpp, image=image) as opened:
+    with (
+        one_line(SlideError),
+        advice_names_mpp_option(),
+        open_slide(slide, mpp=mpp, image=image) as opened,
+    ):
         table = facts()
         table.add_row("slide", str(slide))
         table.add_row("read by", f"{opened.engine} ({opened.engine_reason})")
@@ -65,7 +78,11 @@ def tissue(
     origin: MaskOrigin = None,
 ) -> None:
     """Draw the outline of the tissue mask on a thumbnail."""
-    with one_line(SlideError), open_slide(slide, mpp=mpp, image=image) as opened:
+    with (
+        one_line(SlideError),
+        advice_names_mpp_option(),
+        open_slide(slide, mpp=mpp, image=image) as opened,
+    ):
         found = read_mask(mask, opened, origin=origin) if mask else tissue_mask(opened)
         save_picture(out, tissue_outline(opened, found, side=1600))
         area = found.array.sum() * found.mpp**2 / 1e6

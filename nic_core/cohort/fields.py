@@ -3,16 +3,34 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Literal, Protocol, TypeVar
+from typing import Annotated, Literal, Protocol, TypeAlias, TypeVar
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo
 
+Location: TypeAlias = tuple[str | int, ...]
+"""Place of a field in the cohort file: names of fields and positions in lists, from the top."""
+
 
 class CohortError(ValueError):
     """The cohort file, or a table that it names, is missing or invalid."""
+
+
+class FieldErrors(ValueError):
+    """Several problems of one entry of the cohort file.
+
+    Attributes
+    ----------
+    problems : sequence of (Location, str)
+        The field of each problem, relative to the entry, and the message.
+    """
+
+    def __init__(self, problems: Sequence[tuple[Location, str]]) -> None:
+        super().__init__("; ".join(message for _, message in problems))
+        self.problems = problems
 
 
 INVISIBLE = "\u00ad\u180e\u200b\u200c\u200d\u200e\u200f\u2060\ufeff" + "".join(
@@ -101,10 +119,11 @@ def check_unique(field: str, names: Sequence[str]) -> None:
         raise ValueError(f"{field}: {repeated} occurs more than once")
 
 
-def check_defined(kind: str, name: str, defined: Sequence[str]) -> None:
-    """Raise ValueError if a name that an entry refers to is not defined in the cohort file."""
-    if name not in defined:
-        raise ValueError(f"{kind} '{name}' is not defined; defined: {', '.join(defined) or 'none'}")
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return ``; did you mean 'X'?`` if a known name is spelled like ``name``; else nothing."""
+    lower = {other.lower(): other for other in known}
+    near = get_close_matches(name.lower(), lower, n=1)
+    return f"; did you mean '{lower[near[0]]}'?" if near else ""
 
 
 def find(kind: str, name: str, entries: Sequence[_Named]) -> _Named:
@@ -118,5 +137,8 @@ def find(kind: str, name: str, entries: Sequence[_Named]) -> _Named:
     for entry in entries:
         if entry.name == name:
             return entry
-    defined = ", ".join(entry.name for entry in entries) or "none"
-    raise CohortError(f"{kind} '{name}' is not in the cohort; defined: {defined}")
+    names = [entry.name for entry in entries]
+    raise CohortError(
+        f"{kind} '{name}' is not in the cohort; defined: {', '.join(names) or 'none'}"
+        f"{did_you_mean(name, names)}"
+    )

@@ -8,12 +8,11 @@ field.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
-import yaml
-from pydantic import Field, ValidationError, model_validator
-from pydantic_core import ErrorDetails
+from pydantic import Field, PrivateAttr, TypeAdapter, ValidationError, model_validator
 
 from nic_core.cohort.encoders import (
     EncoderEntry,
@@ -21,16 +20,10 @@ from nic_core.cohort.encoders import (
     ImportedEncoder,
     RegisteredEncoder,
 )
-from nic_core.cohort.fields import (
-    CohortError,
-    Entry,
-    Name,
-    UserPath,
-    check_defined,
-    check_unique,
-    find,
-)
+from nic_core.cohort.fields import CohortError, Entry, FieldErrors, Name, UserPath, find
 from nic_core.cohort.patch_tasks import PatchTask
+from nic_core.cohort.problems import Problem, Source, field_problems
+from nic_core.cohort.references import missing_columns, wrong_references
 from nic_core.cohort.settings import Automation, Settings
 from nic_core.cohort.slides import Slides
 from nic_core.cohort.targets import ProbabilityMap, Target
@@ -57,27 +50,55 @@ class Cohort(Entry):
         default=Automation(), description="null: nothing is materialized automatically"
     )
 
+    _source: Source | None = PrivateAttr(default=None)
+
     @model_validator(mode="after")
-    def _names_agree(self) -> Self:
-        for field in ("patch_tasks", "encoders", "targets", "maps"):
-            check_unique(field, [entry.name for entry in getattr(self, field)])
+    def _references_lead_somewhere(self) -> Self:
+        problems = list(wrong_references(self.model_dump()))
         if not self.encoders:
-            raise ValueError("give at least one encoder under 'encoders'")
-        tasks = [task.name for task in self.patch_tasks]
-        for encoder in self.encoders:
-            for task in encoder.tasks:
-                check_defined(f"encoder '{encoder.name}': patch task", task, tasks)
+            problems.append((("encoders",), "give at least one encoder"))
+        for position, encoder in enumerate(self.encoders):
             if isinstance(encoder, EncoderSpec):
-                encoder.check_patch(self.settings.patch)
-        encoders = {encoder.name: encoder for encoder in self.encoders}
-        for m in self.maps:
-            check_defined(f"map '{m.name}': encoder", m.encoder, list(encoders))
-            check_defined(
-                f"map '{m.name}': task of encoder '{m.encoder}'", m.task, encoders[m.encoder].tasks
-            )
-        if self.targets and self.labels is None:
-            raise ValueError("targets need a label table: give 'labels'")
+                try:
+                    encoder.check_patch(self.settings.patch)
+                except ValueError as error:
+                    problems.append((("encoders", position), str(error)))
+        if problems:
+            raise FieldErrors(problems)
         return self
+
+    def place(self, *location: str | int) -> str:
+        """Return ``file:line: field`` of a field, to begin a message; without a file, the field."""
+        if self._source is None:
+            return ".".join(map(str, location))
+        return self._source.problem(location, "").place
+
+    def check_label_columns(self, target: Target, columns: Sequence[str]) -> None:
+        """Check that the label table has the columns that a target names.
+
+        Parameters
+        ----------
+        columns
+            Columns of the label table.
+
+        Raises
+        ------
+        CohortError
+            It lacks a column; a line per reference.
+        """
+        assert self.labels is not None  # its columns are given
+        wrong = [
+            f"{self._target_place(target, field)}: {message}"
+            for field, message in missing_columns(target.model_dump(), self.labels, columns)
+        ]
+        if wrong:
+            raise CohortError("\n".join(wrong))
+
+    def _target_place(self, target: Target, field: str) -> str:
+        for position, entry in enumerate(self.targets):
+            if entry.name == target.name:
+                return self.place("targets", position, field)
+        return f"target '{target.name}': {field}"
 
     def encoder(self, name: str) -> EncoderSpec | ImportedEncoder | RegisteredEncoder:
         """Return the entry of an encoder.
@@ -121,48 +142,82 @@ def load_cohort(path: Path | None = None) -> Cohort:
         The file is missing, is not YAML, or a field is wrong. The message has a line per problem:
         ``file:line: field: problem``.
     """
+    source = read_cohort_file(path)
+    if problems := cohort_problems(source):
+        raise CohortError("\n".join(map(str, problems)))
+    cohort = Cohort.model_validate(source.data, context=_context(source))
+    cohort._source = source
+    return cohort
+
+
+def read_cohort_file(path: Path | None = None) -> Source:
+    """Read a cohort file (default: :func:`cohort_path`) without validating it.
+
+    Raises
+    ------
+    CohortError
+        The file is missing, or is not YAML.
+    """
     path = cohort_path() if path is None else path
     try:
-        text = path.read_text()
+        return Source.read(path)
     except OSError as error:
         raise CohortError(
             f"{path}: cannot read the cohort file ({error.strerror}); "
-            f"set {COHORT_VARIABLE} to the path of your file, or run `make demo` to create the "
-            "demo cohort"
+            f"set {COHORT_VARIABLE} to the path of your file, or run `nic init FOLDER` to write "
+            "one for the slides in a folder, or `make demo` to create the demo cohort"
         ) from error
+    except UnicodeDecodeError as error:
+        raise CohortError(
+            f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8"
+        ) from error
+
+
+def cohort_problems(source: Source) -> list[Problem]:
+    """Return every problem of a cohort file, by line; none if it is valid."""
+    problems = list(source.repeated_keys())
     try:
-        tree = yaml.compose(text, Loader=yaml.SafeLoader)
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise CohortError(f"{path}: not valid YAML: {error}") from error
-    try:
-        return Cohort.model_validate(data, context={"base": path.resolve().parent})
+        Cohort.model_validate(source.data, context=_context(source))
     except ValidationError as error:
-        lines = []
-        for problem in error.errors():
-            line, field = _locate(tree, problem)
-            message = problem["msg"].removeprefix("Value error, ")
-            lines.append(f"{path}:{line}: {field}: {message}")
-        raise CohortError("\n".join(lines)) from error
+        details = error.errors()
+        found = [item for detail in details for item in field_problems(detail, Cohort)]
+        # the references are validated last, and only if every entry is valid
+        if all(detail["loc"] for detail in details):
+            found += wrong_references(source.data)
+        problems += [source.problem(location, message) for location, message in found]
+    return sorted(problems, key=lambda problem: problem.line)
 
 
-def _locate(node: yaml.Node | None, problem: ErrorDetails) -> tuple[int, str]:
-    """Line of the deepest YAML node on the path to a pydantic error, and the name of the field."""
-    location = problem["loc"]
-    if problem["type"] == "union_tag_invalid":
-        location = (*location, problem["ctx"]["discriminator"].strip("'"))
-    line, field = 1, []
-    for step in location:
-        if isinstance(node, yaml.MappingNode):
-            pair = next(((k, v) for k, v in node.value if k.value == step), None)
-            # a discriminated union adds its tag to the location, which has no YAML node
-            if pair is None:
+def valid_part(source: Source) -> Cohort | None:
+    """Return a cohort of the valid entries of a file; None if `slides` is not valid.
+
+    For checks that report more than the first problem. Its references may lead nowhere.
+    """
+    data = source.data if isinstance(source.data, Mapping) else {}
+    part: dict[str, Any] = {"name": source.file.stem, "slides": None, "encoders": ()}
+    for name, field in Cohort.model_fields.items():
+        if name not in data:
+            continue
+        adapter: TypeAdapter[Any] = TypeAdapter(field.annotation)
+        given = data[name]
+        # the entries of a list are validated one by one
+        values = [[entry] for entry in given] if isinstance(given, list) else [given]
+        valid = []
+        for value in values:
+            try:
+                valid.append(adapter.validate_python(value, context=_context(source)))
+            except ValidationError:  # `cohort_problems` reports it
                 continue
-            line, node = pair[0].start_mark.line + 1, pair[1]
-        elif isinstance(node, yaml.SequenceNode) and isinstance(step, int):
-            node = node.value[step]
-            line = node.start_mark.line + 1
-        field.append(str(step))
-    if problem["type"] == "missing":
-        field.append(str(location[-1]))
-    return line, ".".join(field) or "cohort"
+        if isinstance(given, list):
+            part[name] = tuple(entry for entries in valid for entry in entries)
+        elif valid:
+            part[name] = valid[0]
+    if part["slides"] is None:
+        return None
+    cohort = Cohort.model_construct(**part)
+    cohort._source = source
+    return cohort
+
+
+def _context(source: Source) -> dict[str, Any]:
+    return {"base": source.file.resolve().parent}

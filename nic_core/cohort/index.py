@@ -35,7 +35,8 @@ INDEX_SCHEMA: dict[str, pl.DataType] = {
     "exclude": pl.String(),  # reason why no model uses the slide; null: it is used
 }
 _REQUIRED = ("slide", "path", "patient")
-_FILE_COLUMNS = ("path", "mask", "truth")
+FILE_COLUMNS = ("path", "mask", "truth")
+"""Columns of the slide index with paths of files."""
 _SPLITS = ("cv", "test")
 _ORIGINS = get_args(Origin)
 
@@ -78,12 +79,12 @@ def find_slides(cohort: Cohort) -> FoundSlides:
     files: dict[str, SlideFiles] = {}  # path of the slide to its files
     left_aside: list[LeftAside] = []
     for folder in cohort.slides.folders:
-        slides, left = find_slide_files(_existing(folder), folder.pattern)
+        folder_rows, found, left = folder_slides(folder)
+        rows += folder_rows
+        files |= found
         left_aside += left
-        rows += _folder_rows(folder, slides)
-        files |= {str(slide.path): slide for slide in slides}
     if cohort.slides.table is not None:
-        table, found = _table_slides(cohort.slides.table)
+        table, found = table_slides(cohort.slides.table)
         rows += table
         files |= found
     if not rows:
@@ -94,7 +95,8 @@ def find_slides(cohort: Cohort) -> FoundSlides:
             f"cohort '{cohort.name}': no slides found in {', '.join(sources)}{reasons}"
         )
     for row in rows:
-        _check(row)
+        if (wrong := row_problem(row)) is not None:
+            raise CohortError(wrong)
     index = pl.DataFrame(rows, schema=INDEX_SCHEMA).sort("slide")
     _check_ids(index)
     problems = {
@@ -136,7 +138,7 @@ def missing_files(index: pl.DataFrame) -> dict[str, str]:
     return {
         row["slide"]: f"{column} {row[column]} does not exist"
         for row in index.iter_rows(named=True)
-        for column in reversed(_FILE_COLUMNS)
+        for column in reversed(FILE_COLUMNS)
         if row[column] and not Path(row[column]).exists()
     }
 
@@ -173,6 +175,29 @@ def slide_id(slide: SlideFiles) -> str:
     return stem[: -len(".ome")] if stem.lower().endswith(".ome") else stem
 
 
+def folder_slides(
+    folder: SlideFolder,
+) -> tuple[list[dict[str, object]], dict[str, SlideFiles], list[LeftAside]]:
+    """Find the slides of a folder.
+
+    Returns
+    -------
+    rows : list of dict
+        With columns of :data:`INDEX_SCHEMA`.
+    files : dict of str to SlideFiles
+        The files of each slide by its path.
+    left_aside : list of LeftAside
+
+    Raises
+    ------
+    CohortError
+        The folder does not exist, or its pattern finds no patient in a slide id.
+    """
+    slides, left_aside = find_slide_files(_existing(folder), folder.pattern)
+    files = {str(slide.path): slide for slide in slides}
+    return _folder_rows(folder, slides), files, left_aside
+
+
 def _folder_rows(folder: SlideFolder, slides: Iterable[SlideFiles]) -> list[dict[str, object]]:
     try:
         pattern = re.compile(folder.patient) if folder.patient else None
@@ -196,8 +221,14 @@ def _folder_rows(folder: SlideFolder, slides: Iterable[SlideFiles]) -> list[dict
     return rows
 
 
-def _table_slides(table: Path) -> tuple[list[dict[str, object]], dict[str, SlideFiles]]:
-    """The rows of a slide table with the path of each slide, and the files by that path."""
+def table_slides(table: Path) -> tuple[list[dict[str, object]], dict[str, SlideFiles]]:
+    """Return the rows of a slide table with the path of each slide, and the files by that path.
+
+    Raises
+    ------
+    CohortError
+        See :func:`table_rows`; or two rows name files of one slide.
+    """
     rows = table_rows(table)
     files: dict[str, SlideFiles] = {}
     named: dict[str, str] = {}  # path of the slide to the file that a row names
@@ -243,7 +274,7 @@ def table_rows(path: Path) -> list[dict[str, object]]:
         for column in _REQUIRED:
             if not row[column]:
                 raise CohortError(f"slide table {path}: row {number} has no {column}")
-        for column in _FILE_COLUMNS:
+        for column in FILE_COLUMNS:
             if row.get(column):
                 # not resolved: the other files of a slide are beside a link, not beside its target
                 absolute = Path(os.path.abspath(path.parent / str(row[column])))
@@ -266,16 +297,17 @@ def _check_ids(index: pl.DataFrame) -> None:
         )
 
 
-def _check(row: dict[str, object]) -> None:
+def row_problem(row: dict[str, object]) -> str | None:
+    """Return what is wrong with a slide's id or split, and what to do; None if nothing is."""
     slide = str(row["slide"])
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*", slide):
-        raise CohortError(
+        return (
             f"slide '{slide}' ({row['path']}): a slide id becomes a folder and a partition key: "
             "use letters, digits, '-', '_' and '.'; the slide table can give a slide another id"
         )
     if row["split"] not in _SPLITS:
-        raise CohortError(f"slide '{slide}': split '{row['split']}' must be 'cv' or 'test'")
+        return f"slide '{slide}': split '{row['split']}' must be 'cv' or 'test'"
     if row.get("origin") not in (None, *_ORIGINS):
-        raise CohortError(
-            f"slide '{slide}': origin '{row['origin']}' must be {' or '.join(map(repr, _ORIGINS))}"
-        )
+        origins = " or ".join(map(repr, _ORIGINS))
+        return f"slide '{slide}': origin '{row['origin']}' must be {origins}"
+    return None

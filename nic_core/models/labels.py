@@ -17,7 +17,6 @@ from nic_core.cohort import Cohort, CohortError, Target
 from nic_core.cohort.tables import (
     Unmatched,
     read_table,
-    require_columns,
     suggestion,
     to_text,
     unmatched,
@@ -117,10 +116,7 @@ def read_labels(cohort: Cohort, target: Target, index: pl.DataFrame) -> Labels:
             f"label table {path}: no column 'slide' or 'patient'; it has "
             f"{', '.join(map(visible, columns))}" + (f"; rename '{visible(near)}'" if near else "")
         )
-    try:
-        require_columns(table.drop(ROW), kind.source_columns, path, "label table")
-    except CohortError as error:
-        raise CohortError(f"target '{target.name}': {error}") from error
+    cohort.check_label_columns(target, table.drop(ROW).columns)
     table = table.select(list(dict.fromkeys((ROW, key, *kind.source_columns))))
     try:
         table = table.with_columns(to_text(table[key]))

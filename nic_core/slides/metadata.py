@@ -79,7 +79,7 @@ def resolve_mpp(path: Path, given: float | None, metadata: FileMetadata) -> tupl
         Neither is known, or the value is impossible for a scan.
     """
     if given is not None:
-        _check_mpp(path, given, "the slide table")
+        _check_mpp(path, given, "the user")
         return given, "slide table"
     if metadata.mpp is None:
         why = f": {metadata.mpp_source}" if metadata.mpp_source else ""

@@ -205,10 +205,25 @@ def _as_store_error(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        remedy = _REMEDIES.get(error.errno or 0)
-        if remedy is None:
+        number = error.errno or _full_disk(error)
+        if number not in _REMEDIES:
             raise
-        raise StoreError(path, os.strerror(error.errno or 0), remedy) from error
+        raise StoreError(path, os.strerror(number), _REMEDIES[number]) from error
+    except Exception as error:
+        number = _full_disk(error)
+        if number is None:
+            raise
+        raise StoreError(path, os.strerror(number), _REMEDIES[number]) from error
+
+
+def _full_disk(error: Exception) -> int | None:
+    """The error number of a full disk, if the message of a library that writes files has its text.
+
+    polars, safetensors and libvips raise errors of their own, or an OSError without a number. Other
+    faults are not recognised by their text: it may be about an input file.
+    """
+    numbers = (errno.ENOSPC, errno.EDQUOT)
+    return next((n for n in numbers if os.strerror(n).lower() in str(error).lower()), None)
 
 
 def _open_locked(path: Path, wait: bool) -> int:

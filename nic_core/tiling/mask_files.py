@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from PIL.PngImagePlugin import PngImageFile
 
 from nic_core.slides.errors import SlideError
-from nic_core.slides.images import find_images
+from nic_core.slides.images import alpha_kind, find_images
 from nic_core.slides.metadata import MPP_RANGE
 from nic_core.slides.resample import coverage
 from nic_core.slides.slide import Slide
@@ -65,7 +65,6 @@ _LOSSLESS = {
     tifffile.COMPRESSION.ZSTD_DEPRECATED,
 }
 _PLANES = tifffile.PLANARCONFIG.SEPARATE
-_OPACITY = (tifffile.EXTRASAMPLE.ASSOCALPHA, tifffile.EXTRASAMPLE.UNASSALPHA)
 _VIPS_TYPES = tuple(map(np.dtype, ("u1", "i1", "u2", "i2", "u4", "i4", "f4")))
 _REMEDY = "give an image of the whole slide as PNG or TIFF, with 0 for background"
 
@@ -200,7 +199,7 @@ def _open_tiff(path: Path) -> StoredImage:
                 raise MaskFileError(f"compressed by {name}, which may change values")
             of_page = (i.metadata.mpp for i in find_images(tiff) if page in i.pages)
             stated = _possible_mpp(*(next(of_page, None) or (0, 0)))
-            alpha = any(kind in _OPACITY for kind in page.extrasamples)
+            alpha = alpha_kind(page) is not None
             inverted = page.photometric == tifffile.PHOTOMETRIC.MINISWHITE
             if inverted and not (tiff.is_imagej or page.software.startswith("tifffile")):
                 raise MaskFileError(

@@ -151,6 +151,11 @@ def names_the_materialization(kind: Any, _: Path) -> None:
         assert record.evaluation.target_materialization_data == target
 
 
+def is_raised_by_failed_checks(kind: type[Exception], _: Path) -> None:
+    with pytest.raises(kind):
+        dg.AssetsDefinition.from_op("no op")  # type: ignore[arg-type]
+
+
 USES: dict[str, Check] = {
     "dagster._core.definitions.asset_checks.asset_check_evaluation"
     ".AssetCheckEvaluationTargetMaterializationData": names_the_materialization,
@@ -159,6 +164,7 @@ USES: dict[str, Check] = {
     f"{DATA_VERSION}.DATA_VERSION_TAG": is_tag_of_materialization("of second"),
     f"{DATA_VERSION}.get_input_data_version_tag": is_tag_of_materialization("of first"),
     f"{DATA_VERSION}.get_input_event_pointer_tag": is_tag_of_materialization(""),
+    "dagster_shared.check.CheckError": is_raised_by_failed_checks,
     "dagster._core.events.EngineEventData": has_the_process_id,
     f"{RUNS}.SqliteRunStorage": is_the_storage_in_local_files,
     f"{RUNS}.SqlRunStorage": has_an_id_per_database,

@@ -97,6 +97,22 @@ def test_an_unusable_slide_gives_one_line_and_exit_status_1(tmp_path):
     assert not (tmp_path / "x.png").exists()
 
 
+def test_advice_about_um_per_px_names_the_option(section, encoder, tmp_path):
+    path = tmp_path / "unknown.tif"
+    tifffile.imwrite(path, paint(300, 300), tile=(128, 128), photometric="rgb")
+    advice = "give the um/px at level 0 with --mpp"
+    for command in (["inspect"], ["tissue", "--out", str(tmp_path / "x.png")]):
+        result = run(app, [*command, str(path)])
+        assert result.exit_code == 1
+        assert advice in result.stdout
+        assert "slide table" not in result.stdout
+    out = ["--encoder", str(encoder), "--out", str(tmp_path / "grids")]
+    assert run(app, ["compress", str(path), *out]).exit_code == 1
+    assert advice in (tmp_path / "grids" / "report.csv").read_text()
+    impossible = run(app, ["inspect", str(path), "--mpp", "300"]).stdout
+    assert "mpp 300 um/px, given by the user, is impossible" in impossible
+
+
 def test_tissue_draws_the_outline_of_the_tissue(section, tmp_path):
     out = tmp_path / "pictures" / "tissue.png"
     result = run(app, ["tissue", str(section), "--out", str(out)])

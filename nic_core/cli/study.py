@@ -1,0 +1,101 @@
+"""``nic init`` and ``nic check``: write the first files of a study, and find its mistakes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import polars as pl
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from nic_core.cli.shared import console, one_line, progress_bars
+from nic_core.cohort import COHORT_VARIABLE, CohortError
+from nic_core.cohort.draft import write_study
+from nic_core.store import StoreError
+
+SHOWN = 6  # rows to decide that are printed
+
+
+def init(
+    folder: Annotated[Path, typer.Argument(help="folder with slide files, also in sub-folders")],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="folder for slides.csv and cohort.yaml; default: that of the slides"),
+    ] = None,
+) -> None:
+    """Write a slide table and a cohort file for the slides in a folder.
+
+    Existing files are not replaced. The column `decide` of the slide table says which rows need a
+    decision.
+    """
+    with one_line(CohortError, StoreError), progress_bars() as bars:
+        bar = bars.add_task("slides", total=None)
+        study = write_study(
+            folder,
+            out or folder,
+            lambda done, total: bars.update(bar, completed=done, total=total),
+        )
+    slides = study.slides
+    resolutions = slides.group_by("file_mpp", "mpp_from").len().sort("len", descending=True)
+    for mpp, source, count in resolutions.iter_rows():
+        stated = "unknown um/px" if mpp is None else f"{mpp:.4g} um/px ({source})"
+        _print(f"{count} slide{'s' if count > 1 else ''}: {stated}")
+    for line in study.left_aside:
+        _print(f"left aside: {line}")
+    undecided = slides.filter(pl.col("decide").is_not_null())
+    if undecided.height:
+        table = Table("slide", "to decide", box=SIMPLE_HEAD)
+        for row in undecided.head(SHOWN).iter_rows(named=True):
+            table.add_row(Text(row["slide"], overflow="fold"), Text(row["decide"]))
+        console.print(table)
+    if undecided.height > SHOWN:
+        _print(f"and {undecided.height - SHOWN:,} more: column decide of {study.table}")
+    _print(
+        "each slide counts as a patient of its own: correct the column patient where a patient has "
+        "several, else its slides get into several folds"
+    )
+    _print(f"wrote {study.table}")
+    _print(f"wrote {study.cohort}")
+    _print(f"next: nic check {study.cohort}")
+
+
+def check(
+    cohort: Annotated[
+        Path | None,
+        typer.Argument(help=f"cohort file; default: ${COHORT_VARIABLE}, or that of the demo"),
+    ] = None,
+) -> None:
+    """Report every mistake in a cohort file, its tables and its slides; compute nothing.
+
+    The exit status is 1 if there is an error. A note is no error.
+    """
+    # imports torch, which is slow
+    from nic_core.steps.study_check import check_study
+
+    with one_line(CohortError), progress_bars() as bars:
+        bar = bars.add_task("slides", total=None)
+        found = check_study(
+            cohort, lambda done, total: bars.update(bar, completed=done, total=total)
+        )
+    if not found:
+        console.print("no mistake found")
+        return
+    table = Table("", "where", "what is wrong, and what to do", box=SIMPLE_HEAD)
+    for item in sorted(found, key=lambda item: not item.is_error):
+        kind = Text("error", "red") if item.is_error else Text("note", "yellow")
+        table.add_row(kind, Text(item.where, overflow="fold"), Text(item.problem, overflow="fold"))
+    # a file or another program reads whole lines rather than a narrow table
+    wide = console if console.is_terminal else Console(width=120)
+    wide.print(table)
+    errors = sum(item.is_error for item in found)
+    console.print(f"errors: {errors}, notes: {len(found) - errors}")
+    if errors:
+        raise typer.Exit(1)
+
+
+def _print(line: str) -> None:
+    console.print(line, soft_wrap=True, markup=False, highlight=False)

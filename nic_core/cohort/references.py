@@ -1,0 +1,111 @@
+"""References in a cohort file: from entry to entry, and from targets to the label table.
+
+Entries are checked as plain data, so that all wrong references are found even if another entry is
+invalid. What is no reference (a name that is not text, an entry that is not a mapping) is left to
+the validation of the entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from nic_core.cohort.fields import Location, did_you_mean
+from nic_core.cohort.tables import visible
+
+Found: TypeAlias = Iterator[tuple[Location, str]]
+_LISTS = ("patch_tasks", "encoders", "targets", "maps")
+_COLUMNS = ("column", "time", "event")  # fields of targets
+
+
+def wrong_references(data: Mapping[str, Any]) -> Found:
+    """Yield the field and the message of every reference that leads nowhere.
+
+    Parameters
+    ----------
+    data
+        The cohort file as plain data.
+    """
+    for field in _LISTS:
+        seen: set[str] = set()
+        for position, entry in _entries(data, field):
+            name = entry.get("name")
+            if isinstance(name, str):
+                if name in seen:
+                    yield (field, position, "name"), f"'{name}' occurs more than once; rename one"
+                seen.add(name)
+    tasks = _by_name(data, "patch_tasks")
+    for position, encoder in _entries(data, "encoders"):
+        for number, wanted in enumerate(_texts(encoder.get("tasks"))):
+            if wanted not in tasks:
+                message = _undefined("patch task", wanted, tasks)
+                yield ("encoders", position, "tasks", number), message
+    encoders = _by_name(data, "encoders")
+    for position, entry in _entries(data, "maps"):
+        name, task, label = (entry.get(field) for field in ("encoder", "task", "label"))
+        if isinstance(name, str) and name not in encoders:
+            yield ("maps", position, "encoder"), _undefined("encoder", name, encoders)
+        elif isinstance(name, str) and isinstance(task, str):
+            of_encoder = _texts(encoders[name].get("tasks"))
+            if task not in of_encoder:
+                message = _undefined(f"task of encoder '{name}'", task, of_encoder)
+                yield ("maps", position, "task"), message
+            classes = _texts(tasks.get(task, {}).get("classes"))
+            if classes and isinstance(label, str) and label not in classes:
+                message = _undefined(f"class of patch task '{task}'", label, classes)
+                yield ("maps", position, "label"), message
+    if data.get("targets") and not data.get("labels"):
+        yield ("targets",), "give the label table of the targets under 'labels'"
+
+
+def wrong_columns(data: Mapping[str, Any], labels: Path, columns: Sequence[str]) -> Found:
+    """Yield the field and the message of every column of a target that ``labels`` does not have.
+
+    Parameters
+    ----------
+    data
+        The cohort file as plain data.
+    labels, columns
+        The label table and its columns.
+    """
+    for position, target in _entries(data, "targets"):
+        for field, message in missing_columns(target, labels, columns):
+            yield ("targets", position, field), message
+
+
+def missing_columns(
+    target: Mapping[str, Any], labels: Path, columns: Sequence[str]
+) -> Iterator[tuple[str, str]]:
+    """Yield the field and the message of every column of one target that ``labels`` lacks."""
+    for field in _COLUMNS:
+        name = target.get(field)
+        if isinstance(name, str) and name not in columns:
+            yield (
+                field,
+                f"label table {labels} has no column '{name}'{did_you_mean(name, columns)}; "
+                f"it has {', '.join(map(visible, columns))}",
+            )
+
+
+def _undefined(kind: str, name: str, defined: Mapping[str, Any] | list[str]) -> str:
+    known = ", ".join(defined) or "none"
+    return f"{kind} '{name}' is not defined{did_you_mean(name, defined)}; defined: {known}"
+
+
+def _entries(data: Mapping[str, Any], field: str) -> list[tuple[int, Mapping[str, Any]]]:
+    """Positions and entries of a list, without what is not a mapping."""
+    value = data.get(field)
+    listed = value if isinstance(value, list | tuple) else ()
+    return [(i, entry) for i, entry in enumerate(listed) if isinstance(entry, Mapping)]
+
+
+def _by_name(data: Mapping[str, Any], field: str) -> dict[str, Mapping[str, Any]]:
+    found = [entry for _, entry in _entries(data, field) if isinstance(entry.get("name"), str)]
+    return {entry["name"]: entry for entry in found}
+
+
+def _texts(value: object) -> list[str]:
+    return (
+        [item for item in value if isinstance(item, str)] if isinstance(value, list | tuple) else []
+    )

@@ -1,0 +1,235 @@
+"""``nic init`` and ``nic check``: the first files of a study, and every mistake of one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import polars as pl
+import pytest
+import tifffile
+from typer.testing import CliRunner
+
+from nic_core.cli import app
+from nic_core.cohort import CohortError, load_cohort
+from nic_core.cohort.draft import write_study
+from nic_core.steps.study_check import check_study
+from tests.slides.conftest import paint, write_tiff
+
+run = CliRunner().invoke
+
+
+def without_mpp(path: Path) -> None:
+    tifffile.imwrite(path, paint(300, 300), tile=(128, 128), photometric="rgb")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Eight slides of eight patients with labels, and a valid cohort file."""
+    for number in range(8):
+        write_tiff(tmp_path / f"s{number}.tif", paint(300, 300, seed=number), mpp=1.0)
+    slides = "".join(f"s{n},s{n}.tif,p{n}\n" for n in range(8))
+    (tmp_path / "slides.csv").write_text(f"slide,path,patient\n{slides}")
+    labels = "".join(f"s{n},{n},{'ab'[n % 2]}\n" for n in range(8))
+    (tmp_path / "labels.csv").write_text(f"slide,score,growth\n{labels}")
+    (tmp_path / "cohort.yaml").write_text(
+        "name: c\n"
+        "slides: {table: slides.csv}\n"
+        "labels: labels.csv\n"
+        "encoders: [{name: rgb, objective: mean_rgb}]\n"
+        "targets:\n"
+        "  - {name: score, kind: regression, column: score}\n"
+        "  - {name: growth, kind: classification, column: growth, classes: [a, b]}\n"
+    )
+    return tmp_path
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+
+
+def problems(folder: Path) -> list[str]:
+    return [f"{item.where}: {item.problem}" for item in check_study(folder / "cohort.yaml")]
+
+
+def test_a_study_without_mistakes_has_no_finding(folder):
+    assert problems(folder) == []
+    result = run(app, ["check", str(folder / "cohort.yaml")])
+    assert result.exit_code == 0
+    assert "no mistake found" in result.stdout
+
+
+def test_every_mistake_is_reported_at_once(folder):
+    cohort = folder / "cohort.yaml"
+    edit(cohort, "encoders: [", "encoders: [{name: imp, objective: imported, file: gone.h5}, ")
+    edit(cohort, "column: score}", "column: scor}")
+    edit(cohort, "classes: [a, b]", "classes: [a, b, c]")
+    task = "patch_tasks: [{name: t, organ: o, mpp: 1, table: t.csv}]\n"
+    cohort.write_text(cohort.read_text() + task + "setings: {}\n")
+    (folder / "t.csv").write_text("path,label,group\ngone.png,a,g\n")
+    (folder / "s0.tif").write_text("no slide")
+    for number in (1, 2):
+        without_mpp(folder / f"s{number}.tif")
+    (folder / "s3.tif").unlink()
+    edit(folder / "slides.csv", "s4.tif,p4\n", "s4.tif,p4\ns4,s5.tif,p4\n")
+    edit(folder / "labels.csv", "s5,5,b", "S5.tif,5,b")
+    found = "\n".join(problems(folder))
+    for text in (
+        "cohort.yaml:9: setings: unknown key 'setings'; did you mean 'settings'?",
+        "cohort.yaml:6: targets.0.column: ",
+        "cohort.yaml:7: targets.1.classes: no row of the label table has the class 'c'",
+        "encoder imp: file ",
+        "patch task t: 1 image(s) do not exist",
+        "slide s0: not an image of a known format",
+        "slides s1, s2: the file does not state its um/px (mpp)",
+        "slide s3: path ",
+        "slide s4: the id occurs 2 times",
+        "1 of 8 labelled slides have no slide: S5.tif (is it s5?)",
+        "1 of 8 slides have no label: s5 (is it S5.tif?)",
+    ):
+        assert text in found
+    result = run(app, ["check", str(cohort)])
+    assert result.exit_code == 1
+    assert "Traceback" not in result.stdout
+
+
+def test_a_target_without_any_label_has_one_finding_per_class(folder):
+    edit(folder / "cohort.yaml", "classes: [a, b]", "classes: [A, B]")
+    found = problems(folder)
+    assert len(found) == 2
+    assert "no row of the label table has the class 'A'" in found[0]
+
+
+def test_a_target_that_cannot_be_cross_validated_is_named(folder):
+    edit(folder / "labels.csv", "s1,1,b\ns2,2,a\ns3,3,b\ns4,4,a\n", "")
+    found = problems(folder)
+    assert any(
+        "targets.1" in line and "2 of 4 patients in split 'cv' have class 'a'" in line
+        for line in found
+    )
+    assert any("4 of 8 slides have no label: s1, s2, s3 and 1 more" in line for line in found)
+
+
+def test_a_labelled_patient_without_slides_is_counted(folder):
+    (folder / "labels.csv").write_text(
+        "patient,score,growth\n"
+        + "".join(f"p{n},{n},{'ab'[n % 2]}\n" for n in range(8))
+        + "p8,1,a\n"
+    )
+    assert len(found := problems(folder)) == 1
+    assert "1 of 9 labelled patients have no slide: p8" in found[0]
+
+
+def test_a_missing_label_table_is_named_with_its_line(folder):
+    (folder / "labels.csv").unlink()
+    assert [line.split(" cannot")[0] for line in problems(folder)] == [
+        f"{folder / 'cohort.yaml'}:3: labels: label table {folder / 'labels.csv'}:"
+    ]
+
+
+def test_missing_masks_and_files_of_patch_tasks_are_named(folder):
+    edit(
+        folder / "slides.csv",
+        "slide,path,patient\ns0,s0.tif,p0",
+        "slide,path,patient,mask\ns0,s0.tif,p0,m.png",
+    )
+    for n in range(1, 8):
+        edit(folder / "slides.csv", f"s{n}.tif,p{n}", f"s{n}.tif,p{n},")
+    (folder / "ann.csv").write_text("path,annotations,group\ns0.tif,gone.geojson,p\n")
+    cohort = folder / "cohort.yaml"
+    cohort.write_text(
+        cohort.read_text() + "patch_tasks: [{name: t, organ: o, slides: {table: ann.csv}}]\n"
+    )
+    found = "\n".join(problems(folder))
+    assert "slide s0: mask " in found
+    assert f"patch task t: {folder / 'gone.geojson'} does not exist" in found
+
+
+def test_a_class_without_images_and_images_without_class_are_named(folder):
+    for name in ("a", "b", "x"):
+        (folder / "task" / name).mkdir(parents=True)
+        (folder / "task" / name / "1.png").write_bytes(b"")
+    cohort = folder / "cohort.yaml"
+    text = "patch_tasks: [{name: t, organ: o, mpp: 1, folder: task, classes: [a, b, c]}]\n"
+    cohort.write_text(cohort.read_text() + text)
+    found = check_study(cohort)
+    assert [item.is_error for item in found] == [True, False]
+    assert "class 'c' has no image" in found[0].problem
+    assert "1 images of the labels x are left out" in found[1].problem
+
+
+def test_files_that_a_pattern_leaves_aside_are_a_note(folder):
+    edit(folder / "cohort.yaml", "{table: slides.csv}", "{folders: [{path: ., pattern: 's*.tif'}]}")
+    (folder / "other.tif").write_bytes(b"")
+    result = run(app, ["check", str(folder / "cohort.yaml")])
+    assert result.exit_code == 0
+    assert "does not match the pattern s*.tif" in " ".join(result.stdout.split())
+    assert "errors: 0, notes: 1" in result.stdout
+
+
+def test_check_refuses_a_missing_cohort_file_in_one_line(tmp_path):
+    result = run(app, ["check", str(tmp_path / "cohort.yaml")])
+    assert result.exit_code == 1
+    assert "cannot read the cohort file" in result.stdout
+    assert "Traceback" not in result.stdout
+
+
+# --- nic init --------------------------------------------------------------------------------
+
+
+def test_init_writes_a_study_that_check_accepts(tmp_path):
+    slides = tmp_path / "scans"
+    (slides / "second").mkdir(parents=True)
+    for name in ("P1-1.tif", "P1-2.tif", "P2.tif", "second/P3.tif"):
+        write_tiff(slides / name, paint(300, 300), mpp=1.0)
+    (slides / "notes.txt").write_text("x")
+    result = run(app, ["init", str(slides)])
+    assert result.exit_code == 0
+    table = pl.read_csv(slides / "slides.csv")
+    assert table.select("slide", "path", "patient", "file_mpp", "mpp_from").rows() == [
+        ("P1-1", "P1-1.tif", "P1-1", 1.0, "TIFF resolution"),
+        ("P1-2", "P1-2.tif", "P1-2", 1.0, "TIFF resolution"),
+        ("P2", "P2.tif", "P2", 1.0, "TIFF resolution"),
+        ("P3", "second/P3.tif", "P3", 1.0, "TIFF resolution"),
+    ]
+    assert table["decide"].to_list() == [
+        "patient: the same as of P1-2?",
+        "patient: the same as of P1-1?",
+        None,
+        None,
+    ]
+    assert "1 file: not a slide format (.txt)" in " ".join(result.stdout.split())
+    assert len((slides / "cohort.yaml").read_text().splitlines()) == 6
+    assert load_cohort(slides / "cohort.yaml").name == "scans"
+    assert run(app, ["check", str(slides / "cohort.yaml")]).exit_code == 0
+
+
+def test_init_lists_what_needs_a_decision(tmp_path):
+    without_mpp(tmp_path / "a.tif")
+    (tmp_path / "b.svs").write_text("no slide")
+    for part in ("x", "y"):
+        (tmp_path / part).mkdir()
+        write_tiff(tmp_path / part / "my scan.tif", paint(300, 300), mpp=1.0)
+    rows = {row["slide"]: row for row in write_study(tmp_path, tmp_path).slides.rows(named=True)}
+    assert set(rows) == {"a", "b", "x_my_scan", "y_my_scan"}
+    assert "column `mpp`" in rows["a"]["decide"]
+    assert "not an image of a known format" in rows["b"]["decide"]
+    assert "is this id good?" in rows["x_my_scan"]["decide"]
+
+
+def test_init_replaces_no_file(tmp_path):
+    write_tiff(tmp_path / "a.tif", paint(300, 300), mpp=1.0)
+    (tmp_path / "cohort.yaml").write_text("mine")
+    result = run(app, ["init", str(tmp_path)])
+    assert result.exit_code == 1
+    assert "exists and is not replaced" in result.stdout
+    assert (tmp_path / "cohort.yaml").read_text() == "mine"
+    assert not (tmp_path / "slides.csv").exists()
+
+
+@pytest.mark.parametrize("name", ["empty", "missing"])
+def test_init_refuses_a_folder_without_slides(tmp_path, name):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CohortError, match=name):
+        write_study(tmp_path / name, tmp_path)
+    assert not (tmp_path / "cohort.yaml").exists()
