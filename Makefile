@@ -61,12 +61,14 @@ refresh: .venv/installed  ## materialize what is missing or stale
 
 ui: PORT ?= 3000
 ui: .venv/installed  ## Dagster on http://127.0.0.1:3000, or make ui PORT=...
+	@$(BIN)/python -m nic_assets.operations.port $(PORT)
 	$(BIN)/dagster dev --host 127.0.0.1 --port $(PORT)
 
 MLFLOW_ADDRESS := "from nic_assets.tracking.database import database_uri; \
 	from nic_core.store import Store; print(database_uri(Store.from_environment()))"
 mlflow: PORT ?= 5000
 mlflow: .venv/installed  ## MLflow on http://127.0.0.1:5000, or make mlflow PORT=...
+	@$(BIN)/python -m nic_assets.operations.port $(PORT)
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow server --workers 1 \
 		--backend-store-uri "$$($(BIN)/python -c $(MLFLOW_ADDRESS))" \
 		--host 127.0.0.1 --port $(PORT)

@@ -41,9 +41,11 @@ def register(app: typer.Typer) -> None:
 def refresh() -> None:
     """Materialize every partition that is missing or stale, then print the results.
 
-    The exit status is 1 if a partition failed, and 2 if the cohort file cannot be used.
+    The exit status is 1 if a partition failed, 2 if the cohort file cannot be used, and 130 after
+    Ctrl-C or SIGTERM; what was recorded before is kept.
     """
     _require_platform()
+    _set_home()
     from nic_assets.operations.refresh import main
 
     raise typer.Exit(main())
@@ -211,10 +213,8 @@ def _require_platform() -> None:
         raise typer.Exit(1)
 
 
-@contextmanager
-def _study() -> Iterator[tuple[dg.Definitions, dg.DagsterInstance]]:
-    """The definitions and the Dagster instance of the current environment."""
-    _require_platform()
+def _set_home() -> None:
+    """Set ``DAGSTER_HOME`` to the working directory if it is not set; refuse another folder."""
     home = Path(os.environ.setdefault("DAGSTER_HOME", str(Path.cwd())))
     if not (home / "dagster.yaml").exists():
         console.print(
@@ -224,6 +224,13 @@ def _study() -> Iterator[tuple[dg.Definitions, dg.DagsterInstance]]:
             soft_wrap=True,
         )
         raise typer.Exit(1)
+
+
+@contextmanager
+def _study() -> Iterator[tuple[dg.Definitions, dg.DagsterInstance]]:
+    """The definitions and the Dagster instance of the current environment."""
+    _require_platform()
+    _set_home()
     import dagster as dg
 
     with one_line(CohortError, dg.DagsterInvalidDefinitionError):

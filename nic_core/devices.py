@@ -23,6 +23,7 @@ from nic_core.torch_internals import cpu_has_amx
 from nic_core.types import Precision, RequestedPrecision
 
 POLL_SECONDS = 1.0  # time between two attempts to lease a GPU
+WAITING_LOGGED_EVERY = 60.0  # s between two lines of a step that waits for a GPU
 
 log = logging.getLogger(__name__)
 
@@ -119,18 +120,24 @@ def lease(names: Sequence[str], folder: Path | None = None) -> Iterator[int]:
         Index of the locked name.
     """
     folder = folder or Path(tempfile.gettempdir()) / f"nic-devices-{os.getuid()}"
+    log_at = time.monotonic()
     with ExitStack() as stack:
-        while (index := _lock_first_free(names, folder, stack)) is None:
-            log.info("waiting for a GPU: all %d are in use", len(names))
+        while isinstance(leased := _lock_first_free(names, folder, stack), list):
+            if time.monotonic() >= log_at:
+                log.info("waiting for a GPU: %s", "; ".join(leased))
+                log_at = time.monotonic() + WAITING_LOGGED_EVERY
             time.sleep(POLL_SECONDS)
-        yield index
+        yield leased
 
 
-def _lock_first_free(names: Sequence[str], folder: Path, stack: ExitStack) -> int | None:
+def _lock_first_free(names: Sequence[str], folder: Path, stack: ExitStack) -> int | list[str]:
+    """Return the index of the name that was locked, or for each name which process has it."""
+    holders = []
     for index, name in enumerate(names):
         try:
             stack.enter_context(exclusive_lock(folder / name, wait=False))
-        except StoreBusyError:
+        except StoreBusyError as error:
+            holders.append(f"{name}: {error.reason}")
             continue
         return index
-    return None
+    return holders

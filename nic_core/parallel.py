@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from typing import TypeVar
 
 Result = TypeVar("Result")
 
 ITEMS_PER_PROCESS = 8  # fewer items are not worth a process, which takes seconds to start
 MAX_WAITING = 4  # results per process that wait for the caller
-_ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "POLARS_MAX_THREADS"), "1")
+_ONE_THREAD = dict.fromkeys(
+    ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "POLARS_MAX_THREADS", "VIPS_CONCURRENCY"), "1"
+)
 
 
 def cores() -> int:
@@ -55,11 +58,7 @@ def ahead(
     if count < 2:
         yield function
         return
-    before = {name: os.environ.get(name) for name in _ONE_THREAD}
-    # libraries read these variables when a new process imports them
-    os.environ |= _ONE_THREAD
-    # spawn, since libraries that run threads do not work after a fork
-    with ProcessPoolExecutor(count, get_context("spawn")) as pool:
+    with process_pool(count) as pool:
         waiting = deque(items)
         submitted: dict[str, Future[Result]] = {}
 
@@ -69,12 +68,41 @@ def ahead(
                 submitted[following] = pool.submit(function, following)
             return submitted.pop(item).result()
 
+        yield fetch
+
+
+@contextmanager
+def process_pool(count: int) -> Iterator[ProcessPoolExecutor]:
+    """Start a pool of ``count`` processes with one thread each, so that they do not share cores.
+
+    When the block ends, calls that have not begun are cancelled. Those that have begun are waited
+    for, except after an interruption (SIGINT, SIGTERM): a call may take minutes, so the processes
+    are then terminated.
+    """
+    before = {name: os.environ.get(name) for name in _ONE_THREAD}
+    others = set(active_children())
+    # libraries read these variables when a new process imports them
+    os.environ |= _ONE_THREAD
+    try:
+        # spawn, since libraries that run threads do not work after a fork
+        pool = ProcessPoolExecutor(count, get_context("spawn"), initializer=_leave_interrupts)
         try:
-            yield fetch
+            yield pool
+        except BaseException as error:
+            if not isinstance(error, Exception):
+                for process in set(active_children()) - others:
+                    process.terminate()
+            raise
         finally:
             pool.shutdown(cancel_futures=True)
-            for name, value in before.items():
-                if value is None:
-                    del os.environ[name]
-                else:
-                    os.environ[name] = value
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _leave_interrupts() -> None:
+    """Ignore Ctrl-C, which a terminal sends to all processes: the caller ends the pool."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -77,6 +77,17 @@ def test_processes_lease_different_gpus_and_an_extra_one_waits(hold):
     assert third.gpu() in held
 
 
+def test_a_step_that_waits_for_a_gpu_logs_who_has_it(hold, tmp_path, monkeypatch, caplog):
+    holder = hold(["GPU-a"])
+    holder.gpu()
+    caplog.set_level("INFO", logger="nic_core")
+    threading.Timer(0.2, holder.kill).start()
+    with lease(["GPU-a"], tmp_path):
+        [line] = caplog.messages
+    assert line.startswith("waiting for a GPU: GPU-a: ")
+    assert f"process {holder.process.pid} on" in line
+
+
 def test_a_killed_process_releases_its_gpu(hold):
     first, second = hold(), hold()
     gpu = first.gpu()

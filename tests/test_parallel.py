@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 
 import pytest
 
-from nic_core.parallel import MAX_WAITING, ahead
+from nic_core.parallel import MAX_WAITING, ahead, process_pool
 from nic_core.slides import SlideError
 
 pytestmark = pytest.mark.slow
@@ -53,3 +55,25 @@ def test_a_killed_process_raises_broken_process_pool():
 def test_a_few_items_are_computed_in_the_calling_process():
     with ahead(work, ["a", "b", "c"]) as fetch:
         assert fetch("b")[1] == os.getpid()
+
+
+def wait(folder: str) -> None:
+    """Take longer than the test, and say so."""
+    (Path(folder) / str(os.getpid())).touch()
+    time.sleep(600)
+
+
+class Interrupt(BaseException):
+    """Stands for Ctrl-C."""
+
+
+def test_an_interruption_ends_the_processes_within_their_work(tmp_path):
+    with pytest.raises(Interrupt), process_pool(2) as pool:
+        for _ in range(4):
+            pool.submit(wait, str(tmp_path))
+        while len(list(tmp_path.iterdir())) < 2:
+            time.sleep(0.05)
+        raise Interrupt
+    for process in tmp_path.iterdir():
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(process.name), 0)

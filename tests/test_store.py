@@ -5,7 +5,9 @@ import errno
 import fcntl
 import multiprocessing
 import os
+import re
 import signal
+import socket
 import sys
 import threading
 import time
@@ -22,6 +24,7 @@ from nic_core.store import (
     Store,
     StoreBusyError,
     StoreError,
+    atomic,
     atomic_file,
     atomic_folder,
     exclusive_lock,
@@ -108,7 +111,11 @@ def test_a_lock_of_another_process_is_respected(tmp_path, writer):
     path = tmp_path / "grid.zarr"
     before = names(tmp_path)
     with (
-        pytest.raises(StoreBusyError, match=r"grid.zarr: .*another process"),
+        pytest.raises(
+            StoreBusyError,
+            match=rf"grid.zarr: .*another process has locked it: process {writer.pid} on "
+            rf"{re.escape(socket.gethostname())} since \d{{4}}-",
+        ),
         exclusive_lock(path, wait=False),
     ):
         pass
@@ -129,6 +136,18 @@ def test_a_writer_waits_and_removes_files_of_a_killed_writer(tmp_path, writer):
     assert writer.exitcode == -signal.SIGKILL
     assert names(tmp_path) == ["grid.zarr"]
     assert names(path) == ["chunk"]
+
+
+def test_a_waiting_writer_logs_who_holds_the_lock(tmp_path, writer, monkeypatch, caplog):
+    monkeypatch.setattr(atomic, "WAITING_LOGGED_AFTER", 0.0)
+    caplog.set_level("INFO", logger="nic_core")
+    killer = threading.Timer(0.2, writer.kill)
+    killer.start()
+    with exclusive_lock(tmp_path / "grid.zarr"):
+        [line] = caplog.messages
+    assert (
+        f"waiting for grid.zarr, which another process has locked: process {writer.pid} on" in line
+    )
 
 
 def test_leftovers_of_an_interrupted_replacement_are_removed(tmp_path):
@@ -301,6 +320,13 @@ def test_the_store_lists_the_product_of_every_asset(tmp_path):
     assert list(store.products()) == [
         Product(asset, key, getattr(store, asset)(key)) for asset, key in EVERY.items()
     ]
+
+
+def test_finished_folds_are_an_incomplete_slide_model(tmp_path):
+    store, key = Store(tmp_path), ModelKey(encoder="mtl", target="growth.2")
+    (store.slide_model_checkpoint(key) / "fold-0").mkdir(parents=True)
+    path = store.slide_model_checkpoint(key)
+    assert list(store.products()) == [Product("slide_model", key, path, complete=False)]
 
 
 def test_a_checkpoint_is_an_incomplete_encoder(tmp_path):

@@ -46,7 +46,9 @@ def encoder_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         """The patches of a patch task at the study's size and resolution, split by patient."""
 
         def make(task: str) -> Product:
-            dataset = steps.make_patch_task(cohort, store, task, log_progress(context))
+            dataset = steps.make_patch_task(
+                cohort, store, task, log_progress(context, "images, each counted twice")
+            )
             return Product(
                 version=dataset.identity[:16],
                 metadata={
@@ -202,7 +204,7 @@ def train_encoder(
         product=store.encoder(name),
     ) as run:
         encoder = steps.make_encoder(
-            cohort, store, name, run, log_progress(context), device=device
+            cohort, store, name, run, log_progress(context, "patches"), device=device
         ).encoder
         log_encoder(run, encoder, cohort, store)
     steps.remove_checkpoint(store, name)

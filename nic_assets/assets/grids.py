@@ -9,7 +9,7 @@ from nic_assets.assets import checks
 from nic_assets.assets.inputs import SLIDE_FILE
 from nic_assets.orchestration.batches import Events, Product, batch_asset, materialize_each
 from nic_assets.orchestration.executors import CPU_TAGS, GPU_POOL, GPU_TAGS
-from nic_assets.orchestration.metadata import code_version, picture, table
+from nic_assets.orchestration.metadata import code_version, log_progress, picture, table
 from nic_assets.partitions import Partitions
 from nic_assets.tags import PARTIAL_INPUTS, REFRESH_TAG
 from nic_core import steps
@@ -43,7 +43,8 @@ def grid_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         load = cache(lambda name: steps.prepare_encoder(cohort, store, name, device))
 
         def make(key: GridKey) -> Product:
-            made = steps.make_grid(cohort, store, load(key.encoder), key.slide)
+            progress = log_progress(context, "cells")
+            made = steps.make_grid(cohort, store, load(key.encoder), key.slide, progress)
             embedding_size, rows, columns = made.shape
             profile = made.provenance.icc_profile
             cells = read_patch_table(store.patch_table(key.slide))

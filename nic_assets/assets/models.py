@@ -150,7 +150,7 @@ def model_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         """Heatmaps of each slide's evidence for its prediction, by networks not trained on it."""
 
         def make(key: ModelKey) -> Product:
-            explained = steps.make_explanation(cohort, store, key)
+            explained = steps.make_explanation(cohort, store, key, log_progress(context, "slides"))
             return Product(
                 version=steps.digest(sorted(explained.versions.items())),
                 metadata={
@@ -209,7 +209,7 @@ def train_slide_model(
         settings = cohort.settings.models.model_dump()
         run.params({"encoder": key.encoder, "target": key.target, **settings})
         evaluated, card = steps.make_slide_model(
-            cohort, store, key, run, log_progress(context), device=device
+            cohort, store, key, run, log_progress(context, "epochs"), device=device
         )
         run.figure("predictions", evaluation_figure(evaluated))
         run.figure("metrics", metrics_figure(evaluated))

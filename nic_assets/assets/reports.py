@@ -5,7 +5,7 @@ import dagster as dg
 from nic_assets.orchestration.batches import Events, Product, batch_asset, materialize_each
 from nic_assets.orchestration.executors import CPU_TAGS
 from nic_assets.orchestration.metadata import OWNERS, code_version, figure, picture, table
-from nic_assets.orchestration.retries import RETRIES, retry_transient_errors
+from nic_assets.orchestration.retries import retried_asset, retry_transient_errors
 from nic_assets.partitions import Partitions
 from nic_assets.tags import PARTIAL_INPUTS, REFRESH_TAG
 from nic_core import steps
@@ -19,7 +19,7 @@ def report_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
     cohort = partitions.cohort
     maps = _map_assets(partitions) if cohort.maps else []
 
-    @dg.asset(
+    @retried_asset(
         deps=[
             "encoder",
             *(["encoder_probe"] if cohort.patch_tasks else []),
@@ -31,16 +31,15 @@ def report_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         owners=OWNERS,
         tags=PARTIAL_INPUTS,
         op_tags=CPU_TAGS,
-        retry_policy=RETRIES,
         code_version=code_version(3, cohort.name),
     )
     def evaluation_report(
         cohort: dg.ResourceParam[Cohort], store: dg.ResourceParam[Store]
-    ) -> dg.MaterializeResult[None]:
+    ) -> Events:
         """All scores of the study, with intervals, in one table."""
         with retry_transient_errors():
             report = steps.make_evaluation_report(cohort, store)
-        return dg.MaterializeResult(
+        yield dg.MaterializeResult(
             data_version=dg.DataVersion(
                 steps.digest(report.results.rows(), report.comparisons.rows(), report.notes)
             ),

@@ -33,7 +33,7 @@ from nic_assets.orchestration.metadata import (
     table,
 )
 from nic_assets.orchestration.partition_checks import republish_checks
-from nic_assets.orchestration.retries import RETRIES, retry_transient_errors
+from nic_assets.orchestration.retries import retried_asset, retry_transient_errors
 from nic_assets.partitions import Partitions
 from nic_assets.tags import PARTIAL_INPUTS, REFRESH_TAG
 from nic_assets.tracking import Tracking
@@ -52,13 +52,12 @@ def slide_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
     """Return the assets of group ``slides``."""
     settings = partitions.cohort.settings
 
-    @dg.asset(
+    @retried_asset(
         group_name="slides",
         kinds={"polars", "parquet"},
         owners=OWNERS,
         tags={REFRESH_TAG: "always"},
         op_tags=CPU_TAGS,
-        retry_policy=RETRIES,
         code_version=code_version(3),
         check_specs=[
             checks.slide_files_present.spec("slide_index"),
@@ -220,14 +219,13 @@ def slide_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         make = partial(steps.make_patch_table, cohort, store)
         yield from materialize_in_parallel(context, make, describe, expected=(SlideError,))
 
-    @dg.asset(
+    @retried_asset(
         deps=[patch_table, slide_index],
         group_name="slides",
         kinds={"polars", "image"},
         owners=OWNERS,
         tags=PARTIAL_INPUTS,
         op_tags=CPU_TAGS,
-        retry_policy=RETRIES,
         code_version=code_version(1),
         check_specs=[checks.slides_comparable.spec("quality_report")],
     )
@@ -235,7 +233,6 @@ def slide_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         """Blur, ink, colour and tissue of every slide, compared with the other slides."""
         with retry_transient_errors():
             report = steps.make_quality_report(store)
-        excluded = dict(report.slides.drop_nulls("exclude").select("slide", "exclude").iter_rows())
         for slide, problems, _ in report.outliers.filter(pl.col("exclude").is_null()).rows():
             context.log.warning(f"slide '{slide}': {problems}")
         problem = checks.slides_comparable(report)
@@ -243,7 +240,7 @@ def slide_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
             data_version=dg.DataVersion(steps.digest(report.slides.rows())),
             metadata={
                 "outliers": table(report.outliers),
-                "excluded": excluded,
+                "excluded": steps.excluded_slides(report.slides),
                 "without_patch_table": report.without_patch_table,
                 **({"thumbnails": figure(report.figure, "outliers")} if report.figure else {}),
                 "folder": dg.MetadataValue.path(store.quality_report),

@@ -7,12 +7,12 @@ dead only if all of them on this machine have ended and it had no process on ano
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 
@@ -20,12 +20,12 @@ import dagster as dg
 
 from nic_assets.orchestration.executors import GPU_POOL, chosen_engine, set_gpu_slots
 from nic_assets.orchestration.internals import process_id, records_are_local
+from nic_assets.orchestration.metadata import duration
 from nic_assets.tags import HOST_TAG
 from nic_core.store import Store
 
 SILENT = 300  # s without an event, after which a run without any known process counts as dead
 HEARTBEAT = 60  # s within which a live daemon records a heartbeat
-PATIENCE = 10  # s that a daemon gets to exit after SIGTERM
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def _dead_runs(instance: dg.DagsterInstance) -> Iterator[Finding]:
             cause = "no process of the run is known"
         else:
             cause = f"its process {'has ended' if local else 'is not on this machine'}"
-        meaning = f"{cause}; last event {_duration(silent)} ago"
+        meaning = f"{cause}; last event {duration(silent)} ago"
         assets = ", ".join(sorted(key.to_user_string() for key in run.asset_selection or ()))
         where = f"run {run.run_id[:8]} ({assets or run.job_name}), {run.status.value}"
         if local:
@@ -173,6 +173,26 @@ def _held_slots(instance: dg.DagsterInstance) -> Iterator[Finding]:
             )
 
 
+def slot_holders(instance: dg.DagsterInstance, pool: str) -> list[str]:
+    """Describe the steps that hold the slots of a full pool; empty if a slot is free."""
+    info = instance.event_log_storage.get_concurrency_info(pool)
+    if len(info.claimed_slots) < info.slot_count:
+        return []
+    found = []
+    for slot in info.claimed_slots:
+        record = instance.get_run_record_by_id(slot.run_id)
+        if record is None:
+            continue  # deleted: end_dead_runs frees its slots
+        processes, _ = _processes(instance, slot.run_id)
+        pids = ", ".join(sorted({str(pid) for pid, _ in processes})) or "unknown"
+        host = record.dagster_run.tags.get(HOST_TAG, "an unknown machine")
+        found.append(
+            f"step {slot.step_key} of run {slot.run_id[:8]} (process {pids} on {host}, since "
+            f"{_clock(record.start_time)})"
+        )
+    return found
+
+
 def _settings(instance: dg.DagsterInstance) -> Iterator[Finding]:
     """Yield the settings of ``dagster.yaml`` that are missing."""
     storage = instance.event_log_storage
@@ -200,22 +220,24 @@ def _settings(instance: dg.DagsterInstance) -> Iterator[Finding]:
 
 
 def _daemons(instance: dg.DagsterInstance) -> Iterator[Finding]:
-    """Yield a finding if several daemons use this home, or if none does and runs are queued."""
+    """Yield a finding if several daemons use these records, or if none does and runs are queued.
+
+    Daemons are reported only: systemd would start a killed one again, and under ``dagster dev``
+    the other services end with it.
+    """
     heard = [
         beat.daemon_id
         for beat in instance.get_daemon_heartbeats().values()
         if time.time() - beat.timestamp < HEARTBEAT
     ]
-    here = _daemon_processes(Path(instance.root_directory))
+    here = _daemon_processes()
     meaning = "each daemon starts every queued run and evaluates every sensor: runs start twice"
     if len(here) > 1:
-        *older, newest = here
         yield Finding(
             "two daemons on one Dagster home",
-            f"processes {', '.join(map(str, here))}",
+            "; ".join(f"process {pid}, since {_clock(_started(pid))}" for pid in here),
             meaning,
-            f"ends all but the newest ({newest})",
-            partial(_end, older),
+            "stop all but one: end the make ui, dagster dev or systemd service that started it",
         )
     elif len(set(heard)) > 1:
         yield Finding(
@@ -234,8 +256,12 @@ def _daemons(instance: dg.DagsterInstance) -> Iterator[Finding]:
         )
 
 
-def _daemon_processes(home: Path) -> list[int]:
-    """Return the daemons of a home on this machine, oldest first; empty without ``/proc``."""
+def _daemon_processes() -> list[int]:
+    """Return the daemons on this machine with this process's records, oldest first.
+
+    Empty without ``/proc``.
+    """
+    own = {os.fsencode(name): os.fsencode(value) for name, value in os.environ.items()}
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # the process has ended, or belongs to another user
@@ -244,28 +270,29 @@ def _daemon_processes(home: Path) -> list[int]:
                 word == b"dagster._daemon" or word.endswith(b"/dagster-daemon") for word in words
             ):
                 continue
-            variables = (process / "environ").read_bytes().split(b"\0")
-            name = b"DAGSTER_HOME="
-            value = next((v.removeprefix(name) for v in variables if v.startswith(name)), None)
-            if value is not None and Path(os.fsdecode(value)).resolve() == home.resolve():
+            lines = (process / "environ").read_bytes().split(b"\0")
+            variables = dict(line.split(b"=", 1) for line in lines if b"=" in line)
+            if _same_records(variables, (process / "cwd").readlink(), own, Path.cwd()):
                 found.append(int(process.name))
     return sorted(found, key=lambda pid: (_started(pid) or 0.0, pid))
 
 
-def _end(pids: list[int]) -> None:
-    """End processes by SIGTERM, then by SIGKILL those that are left after :data:`PATIENCE`.
+def _same_records(
+    one: Mapping[bytes, bytes], one_folder: Path, other: Mapping[bytes, bytes], other_folder: Path
+) -> bool:
+    """Return whether the environments of two processes name the same Dagster records.
 
-    A killed daemon loses no work: its state is in Dagster's storage, and the next daemon reads it.
+    One home serves several studies, each with its records in its store, so the records decide. A
+    process whose environment does not name them read them from ``.env``: then the home decides.
     """
-    now = time.time()
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        for pid in pids:
-            if _is_alive(pid, now):
-                with suppress(ProcessLookupError):
-                    os.kill(pid, number)
-        limit = time.monotonic() + PATIENCE
-        while time.monotonic() < limit and any(_is_alive(pid, now) for pid in pids):
-            time.sleep(0.1)
+    url = b"NIC_DAGSTER_POSTGRES"
+    if one.get(url) and other.get(url):
+        return one[url] == other[url]
+    for variable in (b"NIC_DAGSTER_STORAGE", b"DAGSTER_HOME"):
+        if one.get(variable) and other.get(variable):
+            first = one_folder / os.fsdecode(one[variable])
+            return first.resolve() == (other_folder / os.fsdecode(other[variable])).resolve()
+    return False
 
 
 # --- the store -------------------------------------------------------------------------------
@@ -303,6 +330,13 @@ def _is_alive(pid: int, since: float) -> bool:
     return started is None or started < since + 2  # s; start times are rounded
 
 
+def _clock(moment: float | None) -> str:
+    """Return a time in s since the epoch as local time."""
+    if moment is None:
+        return "an unknown time"
+    return datetime.fromtimestamp(moment).isoformat(sep=" ", timespec="seconds")
+
+
 def _started(pid: int) -> float | None:
     """Return the start time of a process in s since the epoch; None without ``/proc``.
 
@@ -318,7 +352,3 @@ def _started(pid: int) -> float | None:
     if fields[0] in "ZX":
         return float("inf")
     return int(boot.split()[1]) + int(fields[19]) / os.sysconf("SC_CLK_TCK")
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"

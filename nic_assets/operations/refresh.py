@@ -6,21 +6,20 @@ report, in as few runs as their ranges allow. A failure stops only what depends 
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import dagster as dg
 import polars as pl
 from rich.console import Console
 
-from nic_assets.operations.doctor import end_dead_runs
+from nic_assets.operations.doctor import end_dead_runs, slot_holders
 from nic_assets.orchestration.executors import set_gpu_slots
 from nic_assets.orchestration.internals import (
     ASSET_PARTITION_RANGE_END_TAG,
     ASSET_PARTITION_RANGE_START_TAG,
 )
+from nic_assets.orchestration.retries import was_interrupted
 from nic_assets.orchestration.staleness import Partition, stale_assets
 from nic_assets.tags import REFRESH_TAG
 from nic_core.cohort import CohortError
@@ -32,7 +31,13 @@ SHOWN = 3  # partitions that a message lists
 
 
 def refresh(defs: dg.Definitions, instance: dg.DagsterInstance, console: Console) -> list[str]:
-    """Materialize what is missing or stale; return one line per failure."""
+    """Materialize what is missing or stale; return one line per failure.
+
+    Raises
+    ------
+    KeyboardInterrupt
+        SIGINT or SIGTERM ended a run; what was recorded before is kept.
+    """
     problems: list[str] = []
     graph = defs.resolve_asset_graph()
     for keys in graph.toposorted_asset_keys_by_level:
@@ -60,7 +65,14 @@ def _refresh_asset(
     started = time.monotonic()
     count = "" if stale == [None] else f": {len(stale)} partitions"
     console.print(f"[bold]{name}[/bold]{count}")
+    pool = defs.resolve_asset_graph().get(key).assets_def.op.pool
     for tags in _run_tags(defs, instance, key, stale):
+        if pool is not None and (holders := slot_holders(instance, pool)):
+            console.print(
+                f"{name}: waiting for a slot of pool {pool}, held by {'; '.join(holders)}",
+                style="yellow",
+                markup=False,
+            )
         job = defs.resolve_implicit_global_asset_job_def()
         result = job.execute_in_process(
             instance=instance,
@@ -69,6 +81,8 @@ def _refresh_asset(
             run_config={"loggers": {"console": {}}},
             raise_on_error=False,
         )
+        if was_interrupted(result.all_events):
+            raise KeyboardInterrupt
         problems += [f"{name}: {_reason(event)}" for event in result.get_step_failure_events()]
     console.print(f"{name}: {time.monotonic() - started:.1f} s")
     return problems
@@ -130,12 +144,10 @@ def _reason(event: dg.DagsterEvent) -> str:
 def main() -> int:
     """Refresh the study of the environment, print the report's tables; return the exit status.
 
-    ``DAGSTER_HOME`` defaults to the working directory.
-
     0: everything is up to date. 1: something failed. 2: the cohort file or a setting is invalid.
+    130: interrupted by SIGINT or SIGTERM.
     """
     console = Console(stderr=True)
-    os.environ.setdefault("DAGSTER_HOME", str(Path.cwd()))
     try:
         from nic_assets.definitions import defs  # depends on the environment
     except (CohortError, dg.DagsterInvalidDefinitionError) as error:
@@ -145,7 +157,11 @@ def main() -> int:
         set_gpu_slots(instance)
         for finding in end_dead_runs(instance):  # else this refresh waits for their pool slots
             console.print(f"fixed: {finding.what}, {finding.where}", style="yellow", markup=False)
-        problems = refresh(defs, instance, console)
+        try:
+            problems = refresh(defs, instance, console)
+        except KeyboardInterrupt:
+            console.print("interrupted; what was recorded is kept, nic refresh continues from it")
+            return 130
     reports = Store.from_environment().evaluation_report
     for name, table in ((RESULTS, results_table), (COMPARISONS, comparisons_table)):
         if (reports / name).exists() and (

@@ -17,6 +17,7 @@ import mlflow
 
 from nic_assets.partitions import SLIDES
 from nic_assets.tracking import Tracking
+from nic_assets.tracking.connection import CONNECTION_ERRORS, reason
 from nic_assets.tracking.database import SQLITE
 from nic_core.encoders import EncoderError
 from nic_core.encoders.files import read_card
@@ -30,14 +31,27 @@ class RetentionError(Exception):
 
 
 def registered_tags(tracking: Tracking) -> list[dict[str, str]]:
-    """Return the tags of every version in MLflow's registry; empty if there is no database."""
+    """Return the tags of every version in MLflow's registry; empty if there is no database.
+
+    Raises
+    ------
+    RetentionError
+        MLflow does not answer, or refuses the request.
+    """
     if tracking.uri.startswith(SQLITE) and not Path(tracking.uri.removeprefix(SQLITE)).exists():
         return []
     client = mlflow.MlflowClient(tracking.uri)
     found: list[dict[str, str]] = []
     token: str | None = None
     while True:
-        page = client.search_model_versions(page_token=token)
+        try:
+            page = client.search_model_versions(page_token=token)
+        except CONNECTION_ERRORS as error:
+            # `from None`: the cause may contain a URL with a password
+            raise RetentionError(
+                f"MLflow's registry cannot be read ({reason(error)}), so the products that it "
+                "needs are unknown; run again when it answers"
+            ) from None
         found += [dict(version.tags) for version in page]
         token = page.token
         if not token:

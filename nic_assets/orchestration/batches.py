@@ -41,7 +41,7 @@ from nic_assets.orchestration.partition_checks import (
     publish_checks,
     results_metadata,
 )
-from nic_assets.orchestration.retries import RETRIES, is_transient
+from nic_assets.orchestration.retries import is_transient, retried_asset
 from nic_assets.tags import HOST_TAG, RUN_OUTPUT_TAG
 from nic_core.parallel import ahead
 from nic_core.store import exclusive_lock
@@ -81,20 +81,20 @@ def batch_asset(
 ) -> Callable[[Callable[..., Events]], dg.AssetsDefinition]:
     """Return ``@dg.asset`` for an asset whose body is :func:`materialize_each`.
 
+    Its steps are retried as :func:`~nic_assets.orchestration.retries.retried_asset` says.
+
     ``checks`` are the checks of each product; ``arguments`` are those of ``dg.asset``.
     """
 
     def declare(body: Callable[..., Events]) -> dg.AssetsDefinition:
-        asset: dg.AssetsDefinition = dg.asset(
+        return retried_asset(
             check_specs=[check.spec(body.__name__) for check in checks],
             backfill_policy=dg.BackfillPolicy.single_run(),
-            retry_policy=RETRIES,
             owners=OWNERS,
             # the body records its own materializations
             output_required=False,
             **arguments,
         )(body)
-        return asset
 
     return declare
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ from matplotlib.image import imsave
 from nic_core.steps import digest
 
 OWNERS = ["team:pathology"]
+PROGRESS_SECONDS = 30.0  # time between two lines of progress in a run's log
 
 
 def code_version(number: int, *settings: object) -> str:
@@ -49,18 +51,35 @@ def _image(data: bytes, alt: str, kind: str = "png") -> dg.MarkdownMetadataValue
     )
 
 
-def log_progress(context: dg.AssetExecutionContext) -> Callable[[int, int], None]:
-    """Return a progress callback that writes at most ten lines to the run's log."""
-    logged = 0
+def log_progress(context: dg.AssetExecutionContext, unit: str) -> Callable[[int, int], None]:
+    """Return a progress callback that logs what is done and the time left.
+
+    It receives (done, total) in ``unit`` and logs a line every :data:`PROGRESS_SECONDS`. The time
+    left follows from the speed since the first call, so what an earlier attempt did does not count.
+    """
+    begun = logged = time.monotonic()
+    first: int | None = None
 
     def show(done: int, total: int) -> None:
-        nonlocal logged
-        tenths = 10 * done // total
-        if tenths > logged:
-            logged = tenths
-            context.log.info(f"{done:,} of {total:,}")
+        nonlocal begun, logged, first
+        now = time.monotonic()
+        if first is None:
+            begun, first = now, done
+        if now - logged < PROGRESS_SECONDS:
+            return
+        logged = now
+        left = (now - begun) / (done - first) * (total - done) if done > first else None
+        rest = "" if left is None else f", about {duration(left)} left"
+        context.log.info(f"{done:,} of {total:,} {unit}{rest}")
 
     return show
+
+
+def duration(seconds: float) -> str:
+    """Return a duration in s, min or h, for messages."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def table(frame: pl.DataFrame) -> dg.TableMetadataValue:

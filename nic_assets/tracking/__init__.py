@@ -1,6 +1,6 @@
 """Experiment tracking with MLflow: runs, registered models, and the champion alias."""
 
-from nic_assets.tracking.connection import TrackingError
+from nic_assets.tracking.connection import TrackingError, TrackingUnavailableError
 from nic_assets.tracking.registry import CANDIDATE, CHAMPION, ModelFormatError
 from nic_assets.tracking.resource import Tracking
 from nic_assets.tracking.runs import TrackedRun
@@ -12,4 +12,5 @@ __all__ = [
     "TrackedRun",
     "Tracking",
     "TrackingError",
+    "TrackingUnavailableError",
 ]

@@ -14,14 +14,19 @@ from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
 from nic_assets.tracking.database import create_database
+from nic_assets.transient import (
+    database_error_is_transient,
+    mlflow_error_is_transient,
+    os_error_is_transient,
+)
 
 DEFAULT_UI = "http://127.0.0.1:5000"
 
 CONNECTION_ERRORS = (MlflowException, SQLAlchemyError, OSError)
-"""What an MLflow client raises when it gets no answer.
+"""What an MLflow client raises: without an answer (:func:`is_unavailable`), or as a refusal.
 
-The causes are no connection, a server error, a locked database, or an artifact folder that cannot
-be written.
+The causes are no connection, a server error, a locked database, an artifact folder that cannot be
+written, or a request for what was deleted.
 """
 
 # a table that is logged in parts is read again for each part; no progress bar for that
@@ -38,10 +43,14 @@ logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
 
 
 class TrackingError(Exception):
-    """MLflow does not answer; the message says what is stored and what is not logged yet.
+    """MLflow does not do what a step needs; the message says what is stored, and what to do.
 
-    The error is transient: the same call may succeed later.
+    Permanent: the same call fails again until a person changes something.
     """
+
+
+class TrackingUnavailableError(TrackingError):
+    """MLflow does not answer. Transient: the same call may succeed later."""
 
 
 @dataclass(frozen=True)
@@ -85,15 +94,35 @@ class Connection:
 
 @contextmanager
 def as_tracking_error(version: str) -> Iterator[None]:
-    """Turn a connection error of a registry request into a :class:`TrackingError`."""
+    """Turn an error of a registry request into a :class:`TrackingError`."""
     try:
         yield
     except CONNECTION_ERRORS as error:
         # `from None`: the cause may contain a URL with a password
+        if is_unavailable(error):
+            raise TrackingUnavailableError(
+                f"MLflow does not answer the request for {version} ({reason(error)}); run again "
+                "when it does"
+            ) from None
         raise TrackingError(
-            f"MLflow does not answer the request for {version} ({reason(error)}); run again when "
-            "it does"
+            f"MLflow refuses the request for {version} ({reason(error)}); correct it in MLflow, or "
+            "MLFLOW_TRACKING_URI and the permissions, and run again"
         ) from None
+
+
+def is_unavailable(error: Exception) -> bool:
+    """Return whether one of :data:`CONNECTION_ERRORS` means that MLflow does not answer."""
+    if isinstance(error, MlflowException):
+        return mlflow_error_is_transient(error)
+    if isinstance(error, SQLAlchemyError):
+        return database_error_is_transient(error)
+    return isinstance(error, OSError) and os_error_is_transient(error)
+
+
+def does_not_exist(error: MlflowException) -> bool:
+    """Return whether MLflow says that a run, version or model does not exist."""
+    code: str = error.error_code
+    return code in {"RESOURCE_DOES_NOT_EXIST", "NOT_FOUND"}
 
 
 def without_secrets(text: str) -> str:

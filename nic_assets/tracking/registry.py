@@ -11,7 +11,7 @@ import polars as pl
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
-from nic_assets.tracking.connection import Connection, as_tracking_error
+from nic_assets.tracking.connection import Connection, as_tracking_error, does_not_exist
 from nic_core.cohort import RegisteredEncoder
 from nic_core.encoders import EncoderError
 from nic_core.models.comparison import Champion
@@ -36,11 +36,11 @@ def find_version(connection: Connection, name: str, alias: str) -> ModelVersion 
     client = connection.client
     try:
         number = client.get_registered_model(name).aliases.get(alias)
+        return None if number is None else client.get_model_version(name, str(number))
     except MlflowException as error:
-        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+        if does_not_exist(error):  # also a version that was deleted a moment ago
             return None
         raise
-    return None if number is None else client.get_model_version(name, str(number))
 
 
 def find_encoder(connection: Connection, entry: RegisteredEncoder) -> ModelVersion:
@@ -49,9 +49,9 @@ def find_encoder(connection: Connection, entry: RegisteredEncoder) -> ModelVersi
     Raises
     ------
     EncoderError
-        No version has the alias.
+        No version has the alias, or the version has no tag ``weights_hash``.
     TrackingError
-        MLflow does not answer.
+        MLflow does not answer, or refuses the request.
     """
     name, alias = entry.version.split("@")
     with as_tracking_error(entry.version):
@@ -60,6 +60,11 @@ def find_encoder(connection: Connection, entry: RegisteredEncoder) -> ModelVersi
         raise EncoderError(
             f"encoder '{entry.name}': the registry has no {entry.version}; set the alias "
             f"'{alias}' on a version of '{name}' in MLflow"
+        )
+    if "weights_hash" not in found.tags:
+        raise EncoderError(
+            f"encoder '{entry.name}': version {found.version} of '{name}' has no tag weights_hash, "
+            f"so this project did not register it; set the alias '{alias}' on another version"
         )
     return found
 
@@ -103,10 +108,18 @@ def find_champion(connection: Connection, name: str) -> Champion | None:
 def download_artifact(
     connection: Connection, version: ModelVersion, path: str, folder: str
 ) -> Path | None:
-    """Download an artifact of a version's run into ``folder``; None if the run does not have it."""
+    """Download an artifact of a version's run into ``folder``.
+
+    None if the run does not have it, or does not exist any more (``mlflow gc``).
+    """
     if version.run_id is None:
         return None
-    siblings = connection.client.list_artifacts(version.run_id, path.rpartition("/")[0])
+    try:
+        siblings = connection.client.list_artifacts(version.run_id, path.rpartition("/")[0])
+    except MlflowException as error:
+        if does_not_exist(error):
+            return None
+        raise
     if all(item.path != path for item in siblings):
         return None
     return Path(connection.client.download_artifacts(version.run_id, path, folder))

@@ -20,6 +20,7 @@ import dagster as dg
 from nic_assets.tracking.connection import (
     Connection,
     TrackingError,
+    TrackingUnavailableError,
     as_tracking_error,
     without_secrets,
 )
@@ -62,7 +63,7 @@ class Tracking(Connection):
         Raises
         ------
         TrackingError
-            The block succeeded, but MLflow does not answer.
+            The block succeeded, but MLflow does not answer, or refuses its log.
         ModelFormatError
             A logged model is not a torch.export archive.
         """
@@ -83,10 +84,13 @@ class Tracking(Connection):
         try:
             yield run
             run.finish(product)
-        except TrackingError:
-            raise  # MLflow does not answer; the next run of the partition ends this one
-        except BaseException:
-            run.fail()
+        except TrackingUnavailableError:
+            raise  # the next run of the partition ends this one
+        except Exception:
+            run.end("FAILED")
+            raise
+        except BaseException:  # interrupted
+            run.end("KILLED")
             raise
 
     def registered_versions(
@@ -123,9 +127,9 @@ class Tracking(Connection):
         Raises
         ------
         EncoderError
-            No version has the alias, or its run does not have the encoder's files.
+            No version has the alias, or its run does not exist or have the encoder's files.
         TrackingError
-            MLflow does not answer.
+            MLflow does not answer, or refuses the request.
         """
         found = find_encoder(self, entry)
         with tempfile.TemporaryDirectory() as folder:
@@ -134,9 +138,9 @@ class Tracking(Connection):
             if path is None:
                 raise EncoderError(
                     f"encoder '{entry.name}': the run of {entry.version} (version "
-                    f"{found.version}) has no artifact '{PRODUCT_FOLDER}': the encoder was "
-                    "imported from a file, or logged by an older version of this package; import "
-                    "the file, or train it again"
+                    f"{found.version}) was deleted or has no artifact '{PRODUCT_FOLDER}': the "
+                    "encoder was imported from a file, or logged by an older version of this "
+                    f"package; import the file, or set the alias on another version"
                 )
             imported = ImportedEncoder(name=entry.name, objective="imported", file=path)
             yield imported, self.page(found.name, found.version)

@@ -1,8 +1,9 @@
-"""One MLflow run: a queue of calls that survives interruptions of MLflow.
+"""One MLflow run: a list of calls that survives interruptions of MLflow.
 
-A training does not depend on MLflow. Each call is queued, and sent in order as soon as MLflow
+A training does not depend on MLflow. Each call is listed, and sent in order as soon as MLflow
 answers. At the end, with the product in the store, the remaining calls are retried a few times;
-if they still fail, :class:`TrackingError` says that only the logging is outstanding.
+if they still fail, :class:`TrackingError` says that only the logging is outstanding. If a person
+deletes the run or its experiment meanwhile, all calls are sent again, to a new run.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import math
 import re
 import time
 import warnings
-from collections import deque
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -25,9 +25,18 @@ import torch
 from matplotlib.figure import Figure
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
 from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
 from mlflow.models import infer_signature
 
-from nic_assets.tracking.connection import CONNECTION_ERRORS, Connection, TrackingError, reason
+from nic_assets.tracking.connection import (
+    CONNECTION_ERRORS,
+    Connection,
+    TrackingError,
+    TrackingUnavailableError,
+    does_not_exist,
+    is_unavailable,
+    reason,
+)
 from nic_assets.tracking.registry import (
     CANDIDATE,
     CHAMPION,
@@ -65,7 +74,7 @@ class TrackedRun:
         is_finished: Callable[[str], bool],
         warn: Callable[[str], None],
     ) -> None:
-        """Queue the creation of the run.
+        """List the creation of the run.
 
         Parameters
         ----------
@@ -86,7 +95,9 @@ class TrackedRun:
         self._experiment = self._id = self._model = ""
         self._version: ModelVersion | None = None
         self._retry_at = 0.0
-        self._queue: deque[Callable[[], object]] = deque()
+        self._calls: list[Callable[[], object]] = []
+        self._sent = 0
+        self._repeated = False
         self._enqueue(lambda: self._create(experiment, is_finished))
 
     @property
@@ -277,36 +288,44 @@ class TrackedRun:
         Raises
         ------
         TrackingError
-            MLflow does not answer; ``product`` is in the store.
+            MLflow does not answer (:class:`TrackingUnavailableError`), or refuses a call;
+            ``product`` is in the store.
         """
         for name, parts in self._tables.items():
             rows = pl.concat(parts).to_dict(as_series=False)
             file = f"{name}.json"
-            self._queue.append(
+            self._calls.append(
                 lambda rows=rows, file=file: self._client.log_table(self._id, rows, file)  # type: ignore[misc]
             )
-        self._queue.append(lambda: self._client.set_terminated(self._id, "FINISHED"))
+        self._calls.append(lambda: self._client.set_terminated(self._id, "FINISHED"))
         for delay in (*FINAL_RETRY_DELAYS, None):
             try:
                 self._send()
                 return
             except CONNECTION_ERRORS as error:
-                if delay is None:
-                    # `from None`: the cause may contain a URL with a password
+                # `from None`: the cause may contain a URL with a password
+                if not is_unavailable(error):
                     raise TrackingError(
+                        f"{product} is in the store, but MLflow refuses its log ({reason(error)}); "
+                        "correct it in MLflow and materialize the partition again: no training is "
+                        "repeated"
+                    ) from None
+                if delay is None:
+                    raise TrackingUnavailableError(
                         f"{product} is in the store, but MLflow does not accept its log "
                         f"({reason(error)}); materialize the partition again when it does: no "
                         "training is repeated"
                     ) from None
             time.sleep(delay)
 
-    def fail(self) -> None:
-        """Mark the run as failed, if MLflow answers."""
+    def end(self, status: str) -> None:
+        """Mark the run as ``FAILED`` or ``KILLED``, unless MLflow failed to answer a moment ago."""
+        if not self._id or time.monotonic() < self._retry_at:
+            return
         try:
-            if self._id:
-                self._client.set_terminated(self._id, "FAILED")
+            self._client.set_terminated(self._id, status)
         except CONNECTION_ERRORS as error:
-            self._warn(f"MLflow does not answer ({reason(error)}): the run is not marked as failed")
+            self._warn(f"{_problem(error)}: the run is not marked as {status}")
 
     @property
     def _client(self) -> mlflow.MlflowClient:
@@ -315,15 +334,7 @@ class TrackedRun:
     def _create(self, experiment: str, is_finished: Callable[[str], bool]) -> None:
         """Create the run and, if needed, its experiment; end abandoned runs of the partition."""
         client, tags = self._client, self._tags
-        known = client.get_experiment_by_name(experiment)
-        artifacts = self._connection.artifacts
-        self._experiment = (
-            known.experiment_id
-            if known
-            else client.create_experiment(
-                experiment, f"{artifacts}/{experiment}" if artifacts else None
-            )
-        )
+        self._experiment = self._experiment_id(experiment)
         # a run whose process was killed, or that lost the connection, would stay RUNNING
         partition = ("cohort", "dagster/asset_key", "dagster/partition")
         others = client.search_runs(
@@ -339,22 +350,74 @@ class TrackedRun:
             self._experiment, tags=dict(tags), run_name=tags["dagster/partition"]
         ).info.run_id
 
+    def _experiment_id(self, name: str) -> str:
+        """Return the id of an experiment; create it, or restore it if it was deleted.
+
+        MLflow reserves the name of a deleted experiment until ``mlflow gc`` removes it.
+        """
+        client, artifacts = self._client, self._connection.artifacts
+        known = client.get_experiment_by_name(name)
+        if known is None:
+            try:
+                created: str = client.create_experiment(
+                    name, f"{artifacts}/{name}" if artifacts else None
+                )
+                return created
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":  # a parallel step created it
+                    raise
+                known = client.get_experiment_by_name(name)
+                assert known is not None
+        if known.lifecycle_stage == "deleted":
+            client.restore_experiment(known.experiment_id)
+            self._warn(
+                f"the MLflow experiment '{name}' was deleted; it was restored with its runs, since "
+                "its name cannot be used again before mlflow gc"
+            )
+        identity: str = known.experiment_id
+        return identity
+
     def _enqueue(self, call: Callable[[], object]) -> None:
-        """Queue a call and send the queue, unless MLflow failed to answer a moment ago."""
-        self._queue.append(call)
+        """List a call and send what is left, unless MLflow failed to answer a moment ago."""
+        self._calls.append(call)
         if time.monotonic() < self._retry_at:
             return
         try:
             self._send()
         except CONNECTION_ERRORS as error:
             self._retry_at = time.monotonic() + RETRY_AFTER
-            self._warn(f"MLflow does not answer ({reason(error)}): logging is retried later")
+            self._warn(f"{_problem(error)}: logging is retried later")
 
     def _send(self) -> None:
-        """Make the queued calls in order; a call leaves the queue once it has succeeded."""
-        while self._queue:
-            self._queue[0]()
-            self._queue.popleft()
+        """Make the remaining calls in order; if the run was deleted, make all of them once more."""
+        while self._sent < len(self._calls):
+            try:
+                self._calls[self._sent]()
+            except MlflowException:
+                if self._repeated or not self._is_deleted():
+                    raise
+                self._warn(
+                    f"the MLflow run {self._id} was deleted: everything is logged again to a new "
+                    "run"
+                )
+                self._repeated, self._sent = True, 0
+            else:
+                self._sent += 1
+
+    def _is_deleted(self) -> bool:
+        """Return whether MLflow answers that the run is deleted."""
+        if not self._id:
+            return False
+        try:
+            deleted: bool = self._client.get_run(self._id).info.lifecycle_stage == "deleted"
+            return deleted
+        except MlflowException as error:
+            return does_not_exist(error)
+
+
+def _problem(error: Exception) -> str:
+    verb = "does not answer" if is_unavailable(error) else "refuses a call"
+    return f"MLflow {verb} ({reason(error)})"
 
 
 def _milliseconds() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from importlib.metadata import entry_points
 from typing import Annotated
 
@@ -56,7 +57,11 @@ def common(
 
 
 def main() -> None:
-    """Run ``nic`` with the commands of this package and of the installed plug-ins."""
+    """Run ``nic`` with the commands of this package and of the installed plug-ins.
+
+    SIGTERM ends a command as Ctrl-C does: its processes end with it.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     for plugin in entry_points(group=PLUGINS):
         plugin.load()(app)
     app()

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from collections.abc import Callable
+from concurrent.futures import Future, as_completed
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from nic_core.demo.painter import paint
 from nic_core.demo.patches import TASKS, DemoTask
 from nic_core.demo.plan import GROWTH, PlannedSlide, plan_cohort
 from nic_core.demo.tissues import Tissue
+from nic_core.parallel import process_pool
 from nic_core.store import atomic_file, atomic_folder
 
 SLIDES = 64
@@ -116,7 +115,7 @@ def _write(folder: Path, recipe: _Recipe, workers: int, progress: Progress | Non
     for task in TASKS:
         for label in task.classes:
             (folder / "patch_tasks" / task.name / label).mkdir(parents=True)
-    with _pool(workers) as pool:
+    with process_pool(workers) as pool:
         slide_jobs = [pool.submit(_make_slide, folder, s, recipe.side) for s in planned]
         task_jobs = {
             task: [
@@ -168,28 +167,6 @@ def _write(folder: Path, recipe: _Recipe, workers: int, progress: Progress | Non
     )
     (folder / "cohort.yaml").write_text(_cohort_yaml())
     (folder / "recipe.json").write_text(json.dumps(vars(recipe)))
-
-
-@contextmanager
-def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Start a pool of processes with one thread each, so that workers do not share cores."""
-    single = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "VIPS_CONCURRENCY": "1"}
-    before = {name: os.environ.get(name) for name in single}
-    os.environ.update(single)
-    try:
-        # spawned, because the libraries read these variables only when they are loaded
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            try:
-                yield pool
-            except BaseException:
-                pool.shutdown(wait=True, cancel_futures=True)
-                raise
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 def _make_slide(folder: Path, planned: PlannedSlide, side: int) -> list[tuple[float, float]]:

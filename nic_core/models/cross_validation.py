@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
-from numpy.typing import NDArray
 
 from nic_core.cohort import CohortError, ModelSettings, Target
 from nic_core.models.baselines import BASELINES, baseline_features, fit_linear
+from nic_core.models.checkpoints import Floats, FoldCheckpoints, FoldResult, Predictions
 from nic_core.models.cox import BaselineHazard
 from nic_core.models.crops import Crops, GridMoments, GridSource, all_moments
 from nic_core.models.folds import check_folds, check_trainable, make_folds, split_fold
@@ -32,16 +32,14 @@ from nic_core.models.kinds import TargetKind, kind_of, prediction_array
 from nic_core.models.labels import shuffle_labels
 from nic_core.models.metrics import score
 from nic_core.models.networks import FoldModel
-from nic_core.models.training import fit_fold, fitting_threads, predict_units
+from nic_core.models.training import FittedFold, fit_fold, fitting_threads, predict_units
 
 if TYPE_CHECKING:
     from nic_core.tracker import Tracker
 
 NETWORK = "network"  # value of the column `model`; the others are BASELINES
 
-Floats = NDArray[np.float64]
-_Predictions = tuple[Floats, Floats]  # (units, outputs); survival probabilities (units, times)
-Progress = Callable[[int, int], None]  # folds done, number of folds
+Progress = Callable[[int, int], None]  # epochs done, number of epochs of all networks
 
 
 @dataclass(frozen=True)
@@ -88,7 +86,7 @@ class _Predictor:
     predict: Callable[[pl.DataFrame], Floats]  # units to predictions (units, outputs)
     hazard: BaselineHazard | None
 
-    def __call__(self, units: pl.DataFrame, horizons: Floats) -> _Predictions:
+    def __call__(self, units: pl.DataFrame, horizons: Floats) -> Predictions:
         prediction = self.predict(units)
         if self.hazard is None:
             return prediction, np.empty((units.height, 0))
@@ -106,6 +104,7 @@ def cross_validate(
     tracker: Tracker | None = None,
     progress: Progress | None = None,
     groups: Mapping[str, str] | None = None,
+    checkpoints: FoldCheckpoints | None = None,
 ) -> CrossValidation:
     """Train and test the network and the baselines on every fold.
 
@@ -127,7 +126,10 @@ def cross_validate(
     tracker
         Receives the training curves of the first initialisation.
     progress
-        Called after each fold.
+        Called after each epoch of each network.
+    checkpoints
+        Keeps each finished fold. Folds that it has are not trained again: the result is that of an
+        uninterrupted training.
     groups
         Patient to group, for the new folds: see :func:`nic_core.models.folds.make_folds`.
 
@@ -156,43 +158,49 @@ def cross_validate(
     except ValueError as error:
         raise CohortError(f"target '{target.name}': {error}") from error
 
-    seeds = [NETWORK, *(f"{NETWORK} {seed}" for seed in range(1, settings.seeds))]
+    seeds = _seed_names(settings)
     held_out: dict[str, list[pl.DataFrame]] = {name: [] for name in (*seeds, *BASELINES)}
-    external: dict[str, list[_Predictions]] = {name: [] for name in held_out}
+    external: dict[str, list[Predictions]] = {name: [] for name in held_out}
     horizons = {part["split"][0]: kind.horizons(part) for part in (cv, test) if part.height}
     fits, hazards = [], []
+    epochs, done = count * settings.seeds * settings.epochs, 0
+
+    def count_epochs(number: int = 1) -> None:
+        nonlocal done
+        done += number
+        if progress is not None:
+            progress(done, epochs)
+
     for fold in range(count):
         train, validation, test_fold = split_fold(cv, fold, count)
-        with fitting_threads(settings):
-            for seed, name in enumerate((*seeds, *BASELINES)):
-                # one predictor at a time: each holds a cache of features
-                if name in BASELINES:
-                    predictor = _linear_predictor(kind, name, train, validation, moments)
-                else:
-                    entropy = [settings.seed, fold, *([seed] if seed else [])]
-                    fitted = fit_fold(
-                        target,
-                        train,
-                        validation,
-                        grids,
-                        moments,
-                        settings,
-                        seed=int(np.random.SeedSequence(entropy).generate_state(1)[0]),
-                        device=device,
-                        tracker=None if seed else tracker,
-                        name=f"fold_{fold}_",
-                    )
-                    predictor = _network_predictor(kind, fitted.model, train, grids, settings)
-                    if not seed:
-                        fits.append(fitted)
-                        hazards += [] if predictor.hazard is None else [predictor.hazard]
-                predicted = predictor(test_fold, horizons["cv"])
-                held_out[name].append(_rows(kind, test_fold, predicted, horizons["cv"]))
-                if test.height:
-                    external[name].append(predictor(test, horizons["test"]))
-        fits[-1].model.cpu()
-        if progress is not None:
-            progress(fold + 1, count)
+        result = None
+        if checkpoints is not None:
+            result = checkpoints.load(fold, kind, settings.network, positions=settings.positions)
+        if result is None:
+            result = _fit_fold(
+                target,
+                fold,
+                (train, validation, test_fold, test),
+                horizons,
+                grids,
+                moments,
+                settings,
+                device=device,
+                tracker=tracker,
+                progress=count_epochs,
+            )
+            if checkpoints is not None:
+                checkpoints.save(fold, result)
+        else:
+            count_epochs(settings.seeds * settings.epochs)
+            if tracker is not None:
+                log_history(tracker, fold, result.fitted.history)
+        fits.append(result.fitted)
+        hazards += [] if result.hazard is None else [result.hazard]
+        for name in held_out:
+            held_out[name].append(result.held_out[name])
+            if test.height:
+                external[name].append(result.external[name])
 
     predictions, metrics, repeats = [], [], []
     for name in held_out:
@@ -221,6 +229,73 @@ def cross_validate(
         best_epochs=tuple(fit.best_epoch for fit in fits),
         baseline_hazards=tuple(hazards),
     )
+
+
+def log_history(tracker: Tracker, fold: int, history: pl.DataFrame) -> None:
+    """Log the training curves of a fold, the rows of :attr:`FittedFold.history`."""
+    for row in history.iter_rows(named=True):
+        epoch = row.pop("epoch")
+        tracker.metrics({f"fold_{fold}_{name}": value for name, value in row.items()}, step=epoch)
+
+
+def _seed_names(settings: ModelSettings) -> list[str]:
+    """Return the names of the networks of each initialisation; the first is :data:`NETWORK`."""
+    return [NETWORK, *(f"{NETWORK} {seed}" for seed in range(1, settings.seeds))]
+
+
+def _fit_fold(
+    target: Target,
+    fold: int,
+    parts: tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame, pl.DataFrame],
+    horizons: Mapping[str, Floats],
+    grids: GridSource,
+    moments: Mapping[str, GridMoments],
+    settings: ModelSettings,
+    *,
+    device: str,
+    tracker: Tracker | None,
+    progress: Callable[[], None],
+) -> FoldResult:
+    """Train the networks and baselines of one fold and predict its test fold and split ``test``.
+
+    ``parts`` are the units that train, validate, are held out, and those of split ``test``.
+    """
+    kind = kind_of(target)
+    train, validation, test_fold, test = parts
+    held_out: dict[str, pl.DataFrame] = {}
+    external: dict[str, Predictions] = {}
+    first: FittedFold | None = None
+    hazard = None
+    with fitting_threads(settings):
+        for seed, name in enumerate((*_seed_names(settings), *BASELINES)):
+            # one predictor at a time: each holds a cache of features
+            if name in BASELINES:
+                predictor = _linear_predictor(kind, name, train, validation, moments)
+            else:
+                entropy = [settings.seed, fold, *([seed] if seed else [])]
+                fitted = fit_fold(
+                    target,
+                    train,
+                    validation,
+                    grids,
+                    moments,
+                    settings,
+                    seed=int(np.random.SeedSequence(entropy).generate_state(1)[0]),
+                    device=device,
+                    tracker=None if seed else tracker,
+                    name=f"fold_{fold}_",
+                    progress=progress,
+                )
+                predictor = _network_predictor(kind, fitted.model, train, grids, settings)
+                if first is None:
+                    first, hazard = fitted, predictor.hazard
+            predicted = predictor(test_fold, horizons["cv"])
+            held_out[name] = _rows(kind, test_fold, predicted, horizons["cv"])
+            if test.height:
+                external[name] = predictor(test, horizons["test"])
+    assert first is not None  # at least one initialisation
+    first.model.cpu()
+    return FoldResult(first, hazard, held_out, external)
 
 
 def _network_predictor(
@@ -273,7 +348,7 @@ def _linear_predictor(
 
 
 def _rows(
-    kind: TargetKind, units: pl.DataFrame, predicted: _Predictions, horizons: Floats
+    kind: TargetKind, units: pl.DataFrame, predicted: Predictions, horizons: Floats
 ) -> pl.DataFrame:
     """Return one model's rows of :attr:`CrossValidation.predictions`, without ``model``."""
     return units.select("split", "unit", "patient", "fold", *kind.label_columns).with_columns(

@@ -31,7 +31,7 @@ from nic_core.encoders.encoder import weights_hash as tensors_hash
 from nic_core.models.cox import BaselineHazard
 from nic_core.models.cross_validation import NETWORK, CrossValidation
 from nic_core.models.kinds import kind_of
-from nic_core.models.networks import Ensemble, FoldModel, Normalise, build_network, component_count
+from nic_core.models.networks import Ensemble, FoldModel, empty_fold_model
 from nic_core.types import Colours, Reading
 from nic_core.version import __version__
 
@@ -333,21 +333,12 @@ def _load_fold(card: ModelCard, path: Path, expected: str) -> FoldModel:
             f"{path}: the hash of the weights differs from the card's; "
             "restore all files from one copy, or train the model again"
         )
-    components = component_count(card.settings.network)
-    shape = (
-        (card.embedding_size,)
-        if components is None
-        else (min(components, card.embedding_size), card.embedding_size)
-    )
-    normalise = Normalise(torch.zeros(card.embedding_size), torch.zeros(shape))
-    kind = kind_of(card.target)
-    network = build_network(
+    model = empty_fold_model(
         card.settings.network,
-        normalise.channels,
-        kind.outputs,
+        kind_of(card.target),
+        embedding_size=card.embedding_size,
         positions=card.settings.positions,
     )
-    model = FoldModel(normalise, network, kind)
     model.load_state_dict(tensors)
     model.eval().requires_grad_(False)
     return model

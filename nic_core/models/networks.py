@@ -288,6 +288,21 @@ def component_count(name: NetworkName) -> int | None:
     return None if name == "published" else SMALL_COMPONENTS
 
 
+def empty_fold_model(
+    name: NetworkName, kind: TargetKind, *, embedding_size: int, positions: bool
+) -> FoldModel:
+    """Return a model of the shapes that a training gives, to load its tensors into."""
+    components = component_count(name)
+    shape = (
+        (embedding_size,)
+        if components is None
+        else (min(components, embedding_size), embedding_size)
+    )
+    normalise = Normalise(torch.zeros(embedding_size), torch.zeros(shape))
+    network = build_network(name, normalise.channels, kind.outputs, positions=positions)
+    return FoldModel(normalise, network, kind)
+
+
 def check_crop(name: NetworkName, crop: int) -> None:
     """Raise ``CohortError`` if a network cannot process crops of ``crop`` x ``crop`` cells."""
     low, high = PUBLISHED_CROPS

@@ -80,6 +80,7 @@ def fit_fold(
     device: str = "auto",
     tracker: Tracker | None = None,
     name: str = "",
+    progress: Callable[[], None] | None = None,
 ) -> FittedFold:
     """Train a network on training units and keep the best epoch by validation units.
 
@@ -108,6 +109,8 @@ def fit_fold(
         Receives the history.
     name
         Prefix of the metrics' names in the tracker.
+    progress
+        Called after each epoch.
 
     Raises
     ------
@@ -166,6 +169,8 @@ def fit_fold(
             schedule(ranked)
             if best is None or (ranked, -validation_loss) > best[0]:
                 best = (ranked, -validation_loss), epoch, copy.deepcopy(network.state_dict())
+            if progress is not None:
+                progress()
     assert best is not None  # epochs >= 1
     network.load_state_dict(best[2])
     model.eval().requires_grad_(False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,7 +57,12 @@ class Explanation:
     versions: dict[str, str]
 
 
-def make_explanation(cohort: Cohort, store: Store, key: ModelKey) -> Explanation:
+def make_explanation(
+    cohort: Cohort,
+    store: Store,
+    key: ModelKey,
+    progress: Callable[[int, int], None] | None = None,
+) -> Explanation:
     """Compute the heatmap of every slide of a model; write the heatmaps and their scores.
 
     Each patient is explained by the networks that were not trained on them: the network of the
@@ -68,6 +74,8 @@ def make_explanation(cohort: Cohort, store: Store, key: ModelKey) -> Explanation
     ----------
     key
         Encoder and target of the model.
+    progress
+        Called after each slide with the number of slides done and of all slides.
 
     Raises
     ------
@@ -111,6 +119,8 @@ def make_explanation(cohort: Cohort, store: Store, key: ModelKey) -> Explanation
                 truth = slide_truth(cohort, store, item, slide, grid.valid.shape)
                 if truth is not None and (scores := score_heat(heat, truth)) is not None:
                     rows.append((slide, split, item.name, *scores))
+            if progress is not None:
+                progress(place + 1, units.height)
         scored = pl.DataFrame(rows, schema=EXPLANATION_SCHEMA, orient="row").sort("slide", "map")
         scored.write_parquet(folder / SCORES)
     overlays = {}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import polars as pl
 
 from nic_core.cohort import Cohort, CohortError
@@ -33,8 +35,19 @@ def prepare_encoder(
     )
 
 
-def make_grid(cohort: Cohort, store: Store, encoder: PreparedEncoder, slide: str) -> Grid:
+def make_grid(
+    cohort: Cohort,
+    store: Store,
+    encoder: PreparedEncoder,
+    slide: str,
+    progress: Callable[[int, int], None] | None = None,
+) -> Grid:
     """Compress a slide with an encoder; write and return the grid.
+
+    Parameters
+    ----------
+    progress
+        Called with the number of cells done and of all cells.
 
     Raises
     ------
@@ -53,6 +66,7 @@ def make_grid(cohort: Cohort, store: Store, encoder: PreparedEncoder, slide: str
             slide_id=slide,
             slide_identity=content_identity(opened.path),
             orientations=settings.orientations,
+            progress=progress,
         )
     write_grid(store.grid(GridKey(encoder=encoder.card.name, slide=slide)), grid)
     return grid

@@ -11,9 +11,11 @@ import polars as pl
 import torch
 
 from nic_core.cohort import Cohort, CohortError, Target
+from nic_core.devices import resolve_device
 from nic_core.encoders.files import read_card
 from nic_core.grids import GridProvenance, open_grid, recorded_hash
-from nic_core.models.cross_validation import CrossValidation, cross_validate
+from nic_core.models.checkpoints import FoldCheckpoints
+from nic_core.models.cross_validation import CrossValidation, cross_validate, log_history
 from nic_core.models.files import (
     GridSettings,
     ModelCard,
@@ -32,7 +34,7 @@ from nic_core.steps.slide_index import (
     read_slide_index,
     used_slides,
 )
-from nic_core.store import GridKey, ModelKey, Store, atomic_file, atomic_folder
+from nic_core.store import GridKey, ModelKey, Store, atomic_file, atomic_folder, remove_product
 from nic_core.tracker import Tracker
 
 log = logging.getLogger(__name__)
@@ -137,7 +139,9 @@ def make_slide_model(
 ) -> tuple[CrossValidation, ModelCard]:
     """Cross-validate a target's networks on an encoder's grids; write and return the model.
 
-    Slides without a grid are left out. With a tracker, the model counts as not logged until
+    Slides without a grid are left out. Each finished fold is kept in the store until the model is
+    complete, so a repeated call continues an interrupted one with the next fold. With a tracker,
+    the model counts as not logged until
     :func:`mark_logged` is called. If this function is called again with the same inputs before
     that, it reads the stored model and logs it again instead of training.
 
@@ -148,7 +152,7 @@ def make_slide_model(
     tracker
         Receives the training curves.
     progress
-        Called after each fold with the number of folds done and of all folds.
+        Called after each epoch with the number of epochs done and of those of all networks.
     device
         ``auto``, ``cpu`` or ``cuda``.
 
@@ -190,6 +194,9 @@ def make_slide_model(
         tracker=tracker,
         progress=progress,
         groups=read_patient_groups(store),
+        checkpoints=FoldCheckpoints(
+            store.slide_model_checkpoint(key), digest(recipe, resolve_device(device).type)
+        ),
     )
     with atomic_folder(folder) as new:
         card = save_model(
@@ -209,6 +216,8 @@ def make_slide_model(
         model_results(card).write_parquet(new / METRICS)
         if tracker is not None:
             (new / UNLOGGED).write_text(recipe)
+    if store.slide_model_checkpoint(key).exists():
+        remove_product(store.slide_model_checkpoint(key))
     return result, card
 
 
@@ -271,9 +280,8 @@ def _unlogged_recipe(folder: Path) -> str | None:
 def _log_again(folder: Path, tracker: Tracker) -> tuple[CrossValidation, ModelCard]:
     """Read a stored model and log its training curves."""
     model, history = load_model(folder), pl.read_parquet(folder / HISTORY, glob=False)
-    for row in history.iter_rows(named=True):
-        fold, epoch = row.pop("fold"), row.pop("epoch")
-        tracker.metrics({f"fold_{fold}_{name}": value for name, value in row.items()}, step=epoch)
+    for (fold,), rows in history.group_by("fold", maintain_order=True):
+        log_history(tracker, int(fold), rows.drop("fold"))
     result = CrossValidation(
         target=model.card.target,
         settings=model.card.settings,

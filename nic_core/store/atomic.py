@@ -11,12 +11,22 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import logging
 import os
 import shutil
+import socket
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
+
+LONGEST_POLL = 1.0  # s between two attempts to get a lock
+WAITING_LOGGED_AFTER = 1.0  # s of waiting until the first line in the log
+WAITING_LOGGED_EVERY = 60.0  # s between further lines
+
+log = logging.getLogger(__name__)
 
 
 class StoreError(Exception):
@@ -44,7 +54,8 @@ def exclusive_lock(path: Path, *, wait: bool = True) -> Iterator[None]:
 
     :func:`atomic_file` and :func:`atomic_folder` hold it while they write. A caller that must make
     a product only once holds it around checking, making and writing. A thread that already holds
-    the lock may take it again.
+    the lock may take it again. The lock file names the process that holds it, its machine and the
+    time; a process that waits logs them.
 
     Parameters
     ----------
@@ -67,9 +78,9 @@ def exclusive_lock(path: Path, *, wait: bool = True) -> Iterator[None]:
     with _as_store_error(path):
         product.parent.mkdir(parents=True, exist_ok=True)
         try:
-            file = _open_locked(lock, wait)
+            file = _open_locked(lock, product.name, wait)
         except BlockingIOError as error:
-            reason = "another process is writing it"
+            reason = f"another process has locked it: {_holder(lock)}"
             raise StoreBusyError(path, reason, "run again later") from error
     held.add(product)
     try:
@@ -226,21 +237,52 @@ def _full_disk(error: Exception) -> int | None:
     return next((n for n in numbers if os.strerror(n).lower() in str(error).lower()), None)
 
 
-def _open_locked(path: Path, wait: bool) -> int:
-    """Descriptor of a lock file that this thread has locked."""
+def _open_locked(path: Path, product: str, wait: bool) -> int:
+    """Descriptor of a lock file that this thread has locked; the file names this process."""
+    begun = time.monotonic()
+    pause, log_at = 0.001, begun + WAITING_LOGGED_AFTER
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # the previous writer removes its lock file: a lock on a removed file protects nothing
             if os.path.samestat(os.fstat(file), path.stat()):
+                _name_holder(file)
                 return file
         except FileNotFoundError:
             pass
+        except BlockingIOError:
+            if not wait:
+                os.close(file)
+                raise
+            if time.monotonic() >= log_at:
+                log.info(
+                    "waiting for %s, which another process has locked: %s", product, _holder(path)
+                )
+                log_at = time.monotonic() + WAITING_LOGGED_EVERY
+            os.close(file)
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_POLL)
+            continue
         except OSError:
             os.close(file)
             raise
         os.close(file)
+
+
+def _name_holder(file: int) -> None:
+    now = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
+    # a product must be removable from a full disk
+    with suppress(OSError):
+        os.ftruncate(file, 0)
+        os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()} since {now}".encode(), 0)
+
+
+def _holder(lock: Path) -> str:
+    """Return process, machine and time of a lock, as its file says."""
+    with suppress(FileNotFoundError):
+        return lock.read_text() or "its process is not recorded"
+    return "it has just ended"
 
 
 def _exchange(first: Path, second: Path) -> bool:

@@ -14,6 +14,7 @@
       grid_manifests/<encoder>.parquet     slide, content hash and cells of every grid
       target_folds/<target>.parquet
       slide_models/<encoder>/<target>/     fold-*.safetensors, card.json, predictions.parquet
+      slide_models/<encoder>/.<target>.folds/    finished folds of an unfinished training
       explanations/<encoder>/<target>/     scores.parquet, <slide>/: heat.tif, heat.zarr, ...
       probability_maps/<map>/<slide>/      cells.parquet, overlay.jpg
       map_scores/<map>.parquet
@@ -94,6 +95,10 @@ class Store:
     def slide_model(self, key: ModelKey) -> Path:
         return self.root / "slide_models" / key.encoder / key.target
 
+    def slide_model_checkpoint(self, key: ModelKey) -> Path:
+        """Finished folds of an unfinished training; removed when the model is complete."""
+        return self.root / "slide_models" / key.encoder / f".{key.target}.folds"
+
     def explanation(self, key: ModelKey) -> Path:
         return self.root / "explanations" / key.encoder / key.target
 
@@ -160,6 +165,7 @@ _PLACES: dict[str, tuple[str, Callable[[str], Key], bool]] = {
     "grid_manifests/*.parquet": ("grid_manifest", str, True),
     "target_folds/*.parquet": ("target_folds", str, True),
     "slide_models/*/*/": ("slide_model", ModelKey.parse, True),
+    "slide_models/*/.*.folds/": ("slide_model", ModelKey.parse, False),
     "explanations/*/*/": ("explanation", ModelKey.parse, True),
     "probability_maps/*/*/": ("probability_map", MapKey.parse, True),
     "map_scores/*.parquet": ("map_scores", str, True),

@@ -1,7 +1,8 @@
 """``nic doctor``: each problem is caused for real, found, explained and fixed."""
 
 import os
-import signal
+import re
+import socket
 import subprocess
 import sys
 import time
@@ -15,7 +16,8 @@ from dagster._daemon.types import DaemonHeartbeat
 from typer.testing import CliRunner
 
 from nic_assets.cli import register
-from nic_assets.operations.doctor import Finding, end_dead_runs, examine
+from nic_assets.operations.doctor import Finding, end_dead_runs, examine, slot_holders
+from nic_assets.operations.port import port_problem
 from nic_assets.tags import HOST_TAG
 from nic_core.store import GridKey, Store
 
@@ -171,33 +173,82 @@ def test_temporary_files_of_killed_processes_are_removed(instance, store):
     assert examine(instance, store) == []
 
 
-@pytest.mark.integration
-@pytest.mark.skipif(not Path("/proc").exists(), reason="processes are looked up in /proc")
-def test_of_two_daemons_on_one_home_the_newest_is_kept(home, instance, store, tmp_path):
-    def start(home: Path, *, stubborn: bool = False) -> subprocess.Popen:
-        ignore = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN);" if stubborn else ""
-        program = f"import time; {ignore} print('up', flush=True); time.sleep(600)"
+@pytest.fixture
+def daemon():
+    """Start processes that look like daemons; they end with the test."""
+    started = []
+
+    def start(folder: Path, **variables: str) -> subprocess.Popen:
+        program = "import time; print('up', flush=True); time.sleep(600)"
+        names = ("DAGSTER_HOME", "NIC_DAGSTER_STORAGE", "NIC_DAGSTER_POSTGRES")
+        others = {name: value for name, value in os.environ.items() if name not in names}
         process = subprocess.Popen(
             [sys.executable, "-c", program, "dagster._daemon", "run"],
-            env=os.environ | {"DAGSTER_HOME": str(home)},
+            env=others | variables,
+            cwd=folder,
             stdout=subprocess.PIPE,
             text=True,
         )
+        started.append(process)
         assert process.stdout.readline() == "up\n"
         return process
 
-    other, first, second = start(tmp_path), start(home), start(home)
-    try:
-        [found] = examine(instance, store)
-        assert found.what == "two daemons on one Dagster home"
-        assert str(other.pid) not in found.where
-        fix([found])
-        assert first.wait(30) == -signal.SIGTERM
-        assert second.poll() is None
-        assert examine(instance, store) == []
-    finally:
-        for process in (other, first, second):
-            kill(process)
+    yield start
+    for process in started:
+        kill(process)
+
+
+@pytest.mark.integration
+@pytest.mark.skipif(not Path("/proc").exists(), reason="processes are looked up in /proc")
+def test_two_daemons_on_one_home_are_reported_and_live_on(home, instance, store, tmp_path, daemon):
+    first = daemon(tmp_path, DAGSTER_HOME=str(home))
+    daemon(tmp_path, DAGSTER_HOME=str(tmp_path))
+    assert examine(instance, store) == []
+    second = daemon(tmp_path, DAGSTER_HOME="home")
+    [found] = examine(instance, store)
+    assert found.what == "two daemons on one Dagster home"
+    assert re.findall(r"process (\d+)", found.where) == [str(first.pid), str(second.pid)]
+    assert found.fix is None
+    assert first.poll() is second.poll() is None
+
+
+@pytest.mark.integration
+@pytest.mark.skipif(not Path("/proc").exists(), reason="processes are looked up in /proc")
+def test_daemons_of_two_studies_in_one_home_are_no_problem(
+    home, instance, store, tmp_path, daemon, monkeypatch
+):
+    monkeypatch.setenv("NIC_DAGSTER_STORAGE", str(tmp_path / "one"))
+    for study in ("one", "other"):
+        daemon(tmp_path, DAGSTER_HOME=str(home), NIC_DAGSTER_STORAGE=study)
+    assert examine(instance, store) == []
+    daemon(tmp_path, DAGSTER_HOME=str(home), NIC_DAGSTER_STORAGE=str(tmp_path / "one"))
+    assert names(examine(instance, store)) == ["two daemons on one Dagster home"]
+
+
+@pytest.mark.integration
+def test_the_holder_of_a_full_pool_is_named(instance, training):
+    [holder] = slot_holders(instance, "gpu")
+    assert re.match(r"step training of run \w{8} \(process ", holder)
+    assert str(training.pid) in holder
+    kill(training)
+    end_dead_runs(instance)
+    assert slot_holders(instance, "gpu") == []
+
+
+@pytest.mark.integration
+def test_a_port_in_use_or_invalid_is_refused():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        port = server.getsockname()[1]
+        program = [sys.executable, "-m", "nic_assets.operations.port"]
+        done = subprocess.run([*program, str(port)], capture_output=True, text=True, check=False)
+        assert done.returncode == 1
+        assert done.stderr.startswith(f"port {port} on 127.0.0.1 cannot be used")
+        assert f"PORT={port + 1}" in done.stderr
+    assert port_problem(str(port)) is None
+    assert "give a number" in port_problem("http")
+    assert "give a number" in port_problem("70000")
 
 
 def test_heartbeats_of_two_daemons_are_reported(instance, store):

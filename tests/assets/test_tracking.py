@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -10,34 +11,49 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
 import mlflow
+import mlflow.cli
 import numpy as np
 import polars as pl
 import pytest
 import torch
+from click.testing import CliRunner
 from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException, RestException
 from mlflow.models.model import ModelInfo
-from sqlalchemy import event
+from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
+from sqlalchemy import create_engine, event, text
 from sqlalchemy.engine import Engine
+from sqlalchemy.exc import OperationalError
 
 from nic_assets.build import build_defs
 from nic_assets.cli import _registered_encoders
 from nic_assets.tracking import ModelFormatError, TrackedRun, Tracking, TrackingError, runs
-from nic_assets.tracking.connection import without_secrets
+from nic_assets.tracking.connection import is_unavailable, without_secrets
 from nic_assets.tracking.database import create_database
 from nic_assets.tracking.resource import git_commit
 from nic_core import steps
 from nic_core.cli.encoder import ListedEncoder
-from nic_core.cohort import Cohort, EncoderSpec, ModelSettings, RegressionTarget, load_cohort
+from nic_core.cohort import (
+    Cohort,
+    EncoderSpec,
+    ModelSettings,
+    RegisteredEncoder,
+    RegressionTarget,
+    load_cohort,
+)
+from nic_core.encoders import EncoderError
 from nic_core.encoders.files import read_card
 from nic_core.encoders.training_loop import _Run
 from nic_core.models.comparison import compare_with_champion, permutation_control
@@ -299,9 +315,13 @@ def registry(empty_database, tmp_path) -> Registry:
 class Registry:
     """Registers versions of ``model-t`` in a new database."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(
+        self, root: Path, tracking: Tracking | None = None, database: str | None = None
+    ) -> None:
         self.root = root
-        self.tracking = Tracking(f"sqlite:///{root / 'mlflow.db'}", (root / "artifacts").as_uri())
+        self.database = database or f"sqlite:///{root / 'mlflow.db'}"
+        self.tracking = tracking or Tracking(self.database, (root / "artifacts").as_uri())
+        self.uri = self.tracking.uri
         self.client = self.tracking.client
 
     def run(self, warn: Callable[[str], object] = pytest.fail) -> TrackedRun:
@@ -309,7 +329,7 @@ class Registry:
         tags["dagster/partition"] = "mtl-4|t"
         return TrackedRun(self.tracking, "target-t", tags, lambda _: False, warn)
 
-    def register(self, prediction: np.ndarray) -> ModelVersion:
+    def register(self, prediction: np.ndarray, name: str = "model-t") -> ModelVersion:
         model = cross_validated(prediction)
         folder = self.root / "model"
         folder.mkdir(exist_ok=True)
@@ -319,7 +339,7 @@ class Registry:
         run.register(
             torch.nn.Linear(2, 1),
             torch.zeros(2, 2),
-            name="model-t",
+            name=name,
             description="a linear model",
             tags={"encoder": "mtl-4"},
         )
@@ -327,7 +347,7 @@ class Registry:
             lambda champion: compare_with_champion(model, champion, permutation_control(model))
         )
         run.finish(folder)
-        return self.client.get_model_version("model-t", run.page.rpartition("/")[2])
+        return self.client.get_model_version(name, run.page.rpartition("/")[2])
 
     def holder(self, alias: str) -> int | None:
         """The number of the version that has an alias."""
@@ -481,6 +501,178 @@ def test_logging_continues_once_the_artifact_folder_can_be_written(registry, tmp
     assert [item.path for item in registry.client.list_artifacts(found.info.run_id)] == [
         "card.json"
     ]
+
+
+# --- what people delete ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "unavailable"),
+    [
+        (MlflowException("no connection"), True),  # the client's default code: INTERNAL_ERROR
+        (MlflowException("locked", TEMPORARILY_UNAVAILABLE), True),
+        (RestException({"error_code": "REQUEST_LIMIT_EXCEEDED", "message": "slower"}), True),
+        (RestException({"error_code": "503", "message": "a proxy"}), True),
+        (RestException({"error_code": "RESOURCE_DOES_NOT_EXIST", "message": "gone"}), False),
+        (RestException({"error_code": "INVALID_PARAMETER_VALUE", "message": "deleted"}), False),
+        (RestException({"error_code": "INVALID_STATE", "message": "deleted"}), False),
+        (RestException({"error_code": "PERMISSION_DENIED", "message": "no"}), False),
+        (RestException({"error_code": "401", "message": "log in"}), False),
+        (ConnectionRefusedError(), True),
+        (OSError(errno.EIO, "input/output error"), True),
+        (OSError(errno.ENOSPC, "disk full"), False),
+        (PermissionError(errno.EACCES, "not allowed"), False),
+    ],
+)
+def test_mlflow_is_unavailable_by_what_the_server_says(error, unavailable):
+    assert is_unavailable(error) is unavailable
+
+
+def test_a_locked_database_is_unavailable_and_a_read_only_one_is_not(tmp_path):
+    database = tmp_path / "x.db"
+    sqlite3.connect(database).execute("create table t (x)").connection.close()
+    engine = create_engine(f"sqlite:///{database}?timeout=0")
+    with locked(database), pytest.raises(OperationalError) as busy:
+        engine.connect().execute(text("insert into t values (1)"))
+    assert is_unavailable(busy.value)
+    read_only = create_engine(f"sqlite:///file:{database}?mode=ro&uri=true")
+    with pytest.raises(OperationalError) as refused:
+        read_only.connect().execute(text("insert into t values (1)"))
+    assert not is_unavailable(refused.value)
+    wrapped = MlflowException("x", TEMPORARILY_UNAVAILABLE)
+    wrapped.__cause__ = refused.value
+    assert not is_unavailable(wrapped)
+
+
+def collect_garbage(registry: Registry) -> None:
+    """Run ``mlflow gc``: it removes what was deleted for good."""
+    stores = ["--backend-store-uri", registry.database, "--tracking-uri", registry.uri]
+    done = CliRunner().invoke(mlflow.cli.cli, ["gc", *stores])
+    assert done.exit_code == 0, done.output
+
+
+@pytest.fixture(params=["sqlite", pytest.param("server", marks=pytest.mark.integration)])
+def either(request, tmp_path) -> Registry:
+    """A registry in a SQLite file, or behind a server."""
+    if request.param == "sqlite":
+        return request.getfixturevalue("registry")
+    server = request.getfixturevalue("server")
+    server.start()
+    return Registry(
+        tmp_path,
+        Tracking(f"http://127.0.0.1:{server.port}", None),
+        f"sqlite:///{server.folder / 'mlflow.db'}",
+    )
+
+
+@pytest.mark.slow
+def test_a_champion_without_its_run_cannot_be_compared_and_stays(either):
+    first = either.register(predictions(error=20))
+    assert either.holder("champion") == 1
+    either.client.delete_run(first.run_id)
+    collect_garbage(either)
+    second = either.register(predictions(error=0))
+    assert "cannot be compared with the champion, version 1" in second.tags["champion"]
+    assert "set the alias 'champion' by hand" in second.tags["champion"]
+    assert (either.holder("champion"), either.holder("candidate")) == (1, 2)
+
+
+@pytest.mark.slow
+def test_after_the_champion_was_removed_the_next_version_takes_its_place(either):
+    either.register(predictions(error=10))
+    either.client.delete_model_version("model-t", "1")
+    second = either.register(predictions(error=10))
+    assert "the first of its name" in second.tags["champion"]
+    assert either.holder("champion") == 2
+
+
+@pytest.mark.slow
+def test_a_deleted_experiment_is_restored_with_a_warning(either):
+    either.register(predictions(error=10))
+    experiment = either.client.get_experiment_by_name("target-t").experiment_id
+    either.client.delete_experiment(experiment)
+    warnings: list[str] = []
+    run = either.run(warnings.append)
+    run.metrics({"loss": 1.0}, step=0)
+    run.finish(either.root / "model")
+    [warning] = warnings
+    assert "the MLflow experiment 'target-t' was deleted; it was restored" in warning
+    assert either.client.get_experiment(experiment).lifecycle_stage == "active"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("forever", [False, True], ids=["deleted", "collected"])
+def test_a_run_that_is_deleted_meanwhile_is_logged_again(either, forever):
+    warnings: list[str] = []
+    run = either.run(warnings.append)
+    run.metrics({"loss": 2.0}, step=0)
+    [first] = either.client.search_runs([run._experiment])
+    either.client.delete_run(first.info.run_id)
+    if forever:
+        collect_garbage(either)
+    run.metrics({"loss": 1.0}, step=1)
+    run.finish(either.root / "model")
+    [warning] = warnings
+    assert f"the MLflow run {first.info.run_id} was deleted" in warning
+    [second] = either.client.search_runs([run._experiment])
+    assert second.info.status == "FINISHED"
+    history = either.client.get_metric_history(second.info.run_id, "loss")
+    assert [(item.step, item.value) for item in history] == [(0, 2.0), (1, 1.0)]
+
+
+@pytest.mark.slow
+def test_a_registered_encoder_without_its_run_names_the_remedy(either):
+    version = either.register(predictions(error=10), "encoder-e")
+    either.client.set_model_version_tag("encoder-e", "1", "weights_hash", "abc")
+    either.client.delete_run(version.run_id)
+    collect_garbage(either)
+    entry = RegisteredEncoder(name="e", objective="registered", version="encoder-e@candidate")
+    with (
+        pytest.raises(EncoderError, match="was deleted or has no artifact 'product'"),
+        either.tracking.download_encoder(entry),
+    ):
+        pass
+
+
+@pytest.mark.slow
+def test_a_registered_encoder_of_another_project_is_refused(registry):
+    registry.register(predictions(error=10), "encoder-e")
+    entry = RegisteredEncoder(name="e", objective="registered", version="encoder-e@candidate")
+    with (
+        pytest.raises(EncoderError, match="has no tag weights_hash"),
+        registry.tracking.download_encoder(entry),
+    ):
+        pass
+
+
+class Refusal(BaseHTTPRequestHandler):
+    """A server that answers every request of MLflow's client with a refusal."""
+
+    def do_GET(self) -> None:
+        body = b'{"error_code": "PERMISSION_DENIED", "message": "team x may not write"}'
+        self.send_response(403)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_POST = do_GET
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.integration
+@pytest.mark.slow
+def test_a_refusal_fails_the_step_at_once_with_the_servers_words(lab, monkeypatch):
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refusal) as refusing:
+        threading.Thread(target=refusing.serve_forever, daemon=True).start()
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{refusing.server_port}")
+        result = lab.materialize()
+        refusing.shutdown()
+    assert not result.success
+    assert "STEP_UP_FOR_RETRY" not in [event.event_type_value for event in result.all_events]
+    assert "MLflow refuses its log (PERMISSION_DENIED: team x may not write)" in lab.log
+    assert "no training is repeated" in lab.log
 
 
 # --- small things ----------------------------------------------------------------------------

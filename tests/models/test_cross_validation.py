@@ -15,6 +15,7 @@ from nic_core.cohort import (
     SurvivalTarget,
 )
 from nic_core.models.baselines import BASELINES
+from nic_core.models.checkpoints import FoldCheckpoints
 from nic_core.models.crops import Crops, all_moments
 from nic_core.models.cross_validation import NETWORK, cross_validate
 from nic_core.models.explanation import explain
@@ -402,3 +403,107 @@ def test_figures_of_every_target_kind(few, target):
     ):
         figure.canvas.draw()
         assert figure.axes
+
+
+# --- checkpoints of finished folds -----------------------------------------------------------
+
+
+class Stopped(BaseException):
+    """Stands for Ctrl-C."""
+
+
+def stop_after(epochs):
+    """A progress callback that stops a training after a number of epochs."""
+
+    def progress(done, total):
+        if done == epochs:
+            raise Stopped
+
+    return progress
+
+
+def with_test_split(planted, target):
+    held = pl.col("patient").is_in(["p00", "p01"])
+    return labelled(planted, target).with_columns(
+        split=pl.when(held).then(pl.lit("test")).otherwise("split")
+    )
+
+
+@pytest.mark.parametrize("target", [RIM, GRADE, DEATH], ids=lambda t: t.kind)
+def test_an_interrupted_training_continues_with_the_next_fold(few, target, tmp_path):
+    settings = QUICK.model_copy(update={"seeds": 2})
+    table = with_test_split(few, target)
+    folds = make_folds(table, target=target, folds=settings.folds, seed=settings.seed)
+    whole = cross_validate(target, table, folds, few.source, settings)
+    kept = FoldCheckpoints(tmp_path / "folds", "x")
+    per_fold = settings.seeds * settings.epochs
+    with pytest.raises(Stopped):
+        cross_validate(
+            target,
+            table,
+            folds,
+            few.source,
+            settings,
+            progress=stop_after(2 * per_fold + 1),
+            checkpoints=kept,
+        )
+    assert sorted(path.name for path in kept.folder.iterdir()) == ["fold-0", "fold-1"]
+    calls = []
+    resumed = cross_validate(
+        target,
+        table,
+        folds,
+        few.source,
+        settings,
+        progress=lambda *done: calls.append(done),
+        checkpoints=kept,
+    )
+    total = settings.folds * per_fold
+    # one call for each finished fold, then one for each epoch
+    assert calls == [(done, total) for done in (per_fold, *range(2 * per_fold, total + 1))]
+    assert resumed.predictions.equals(whole.predictions)
+    assert resumed.metrics.equals(whole.metrics)
+    assert resumed.history.equals(whole.history)
+    assert resumed.best_epochs == whole.best_epochs
+    assert resumed.baseline_hazards == whole.baseline_hazards
+    for one, other in zip(resumed.networks, whole.networks, strict=True):
+        for name, tensor in one.state_dict().items():
+            assert torch.equal(tensor, other.state_dict()[name])
+
+
+def test_a_tracker_receives_the_curves_of_finished_folds_again(few, tmp_path):
+    kept = FoldCheckpoints(tmp_path / "folds", "x")
+    evaluate(few, GRADE, QUICK, checkpoints=kept)
+    seen = []
+
+    class Watch:
+        def metrics(self, values, step):
+            seen.append((sorted(values), step))
+
+    evaluate(few, GRADE, QUICK, checkpoints=kept, tracker=Watch())
+    fresh = seen.copy()
+    seen.clear()
+    evaluate(few, GRADE, QUICK, tracker=Watch())
+    assert fresh == seen
+
+
+def test_finished_folds_of_another_training_are_not_used(few, tmp_path, caplog):
+    evaluate(few, GRADE, QUICK, checkpoints=FoldCheckpoints(tmp_path / "folds", "one"))
+    calls = []
+    evaluate(
+        few,
+        GRADE,
+        QUICK,
+        checkpoints=FoldCheckpoints(tmp_path / "folds", "other"),
+        progress=lambda *done: calls.append(done),
+    )
+    assert len(calls) == QUICK.folds * QUICK.epochs
+    assert "belongs to another training" in caplog.text
+
+
+def test_a_damaged_finished_fold_names_the_folder_to_delete(few, tmp_path):
+    kept = FoldCheckpoints(tmp_path / "folds", "x")
+    evaluate(few, GRADE, QUICK, checkpoints=kept)
+    (kept.folder / "fold-1" / "network.safetensors").write_bytes(b"cut")
+    with pytest.raises(TrainingError, match="fold-1: not a finished fold .*delete this folder"):
+        evaluate(few, GRADE, QUICK, checkpoints=kept)
