@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import numpy as np
+import polars as pl
 import pytest
 
 from nic_core import steps
 from nic_core.cohort import Cohort, CohortError, load_cohort
 from nic_core.cohort.scan import scan_files
+from nic_core.steps.slide_index import patient_groups
 from nic_core.store import Store
+from tests.slides import vendors
 
 
 class SmallCohort:
@@ -164,3 +168,102 @@ def test_a_slide_with_a_missing_file_is_left_out_and_reported(tmp_path):
     assert cohort.scan() == ({"b"}, set())
     (tmp_path / "slides.csv").write_text("slide,path,patient\na,wsi/a.tif,P\nb,wsi/b.tif,Q\n")
     assert cohort.scan() == ({"b"}, {"slides"})
+
+
+def test_a_changed_part_of_a_slide_changes_its_version(tmp_path):
+    cohort = SmallCohort(tmp_path)
+    (cohort.root / "wsi" / "m").mkdir()
+    cohort.put("m", "key")
+    (cohort.root / "wsi" / "m.tif").rename(cohort.root / "wsi" / "m.mrxs")
+    for name in ("Slidedat.ini", "Data0000.dat"):
+        (cohort.root / "wsi" / "m" / name).write_text(name)
+    cohort.put("a", "slide a")
+    before = cohort.index().versions
+    assert cohort.scan() == (set(), set())
+    (cohort.root / "wsi" / "m" / "Data0000.dat").write_text("changed")
+    assert cohort.scan() == (set(), {"Data0000"})
+    assert cohort.scan() == ({"Data0000"}, set())
+    after = cohort.index(rehash=False).versions
+    assert after["a"] == before["a"]
+    assert after["m"] != before["m"]
+    assert cohort.scan() == (set(), set())
+
+
+def test_a_slide_waits_for_all_of_its_files(tmp_path):
+    cohort = SmallCohort(tmp_path)
+    cohort.put("a", "slide a")
+    before = cohort.index().versions
+    levels = [np.full((256, 256, 3), 200, np.uint8)]
+    level0 = vendors.write_dicom(tmp_path / "wsi" / "d", levels, 0.5, label=levels[0])
+    cohort.scan()
+    with (level0.parent / "label.dcm").open("ab") as file:
+        file.write(b"more")
+    assert cohort.scan() == ({"level0"}, {"label"})
+    found = cohort.index(ignore_paths=cohort.changing)
+    assert found.versions == before
+    assert cohort.scan() == ({"label"}, set())
+    assert set(cohort.index(rehash=False).versions) == {"a", "d"}
+    assert cohort.scan() == (set(), set())
+
+
+def test_a_slide_that_is_written_anew_keeps_its_version_while_it_is_empty(cohort):
+    before = cohort.index().versions
+    for name in ("a", "d"):
+        cohort.put(name, "")
+    assert cohort.scan() == (set(), {"a", "d"})
+    found = cohort.index(ignore_paths=cohort.changing)
+    assert found.versions == before
+    assert found.missing == {}
+    found = cohort.index()
+    assert set(found.missing) == {"a", "d"}
+    assert found.removed == ["a"]
+
+
+def test_an_incomplete_slide_is_scanned_again_when_files_are_added(tmp_path):
+    cohort = SmallCohort(tmp_path)
+    cohort.put("a", "slide a")
+    (tmp_path / "wsi" / "m.mrxs").write_text("key")
+    found = cohort.index()
+    assert list(found.missing) == ["m"]
+    assert cohort.scan() == (set(), set())
+    (tmp_path / "wsi" / "m").mkdir()
+    (tmp_path / "wsi" / "m" / "Slidedat.ini").write_text("")
+    cohort.scan()
+    assert cohort.scan() == ({"m"}, set())
+    assert cohort.index().index["slide"].to_list() == ["a", "m"]
+
+
+def test_files_left_aside_are_reported_and_scanned_once(cohort):
+    (cohort.root / "wsi" / "labels.png").write_bytes(b"png")
+    (cohort.root / "wsi" / "IM0001").write_text("no DICOM")
+    cohort.scan()
+    assert cohort.scan() == ({"IM0001"}, set())
+    found = cohort.index()
+    assert [item.path.name for item in found.left_aside] == ["labels.png", "IM0001"]
+    assert cohort.scan() == (set(), set())
+
+
+def test_slides_with_the_same_content_are_found_whatever_they_are_called(cohort):
+    cohort.put("copy", "slide a")
+    cohort.put("z", "slide c")
+    found = cohort.index()
+    assert found.duplicates == (("a", "copy"), ("c", "z"))
+    assert patient_groups(found.index, found.duplicates) == {
+        "a": "a",
+        "copy": "a",
+        "c": "c",
+        "z": "c",
+    }
+    assert steps.read_patient_groups(cohort.store)["copy"] == "a"
+
+
+def test_groups_join_patients_through_common_slides():
+    index = pl.DataFrame({"slide": list("abcdefg"), "patient": list("PQQRSSS")})
+    assert patient_groups(index, [("a", "b"), ("c", "d"), ("e", "f")]) == dict.fromkeys("PQR", "P")
+
+
+def test_a_snapshot_of_another_version_is_refused(cohort):
+    old = steps.read_file_snapshot(cohort.store).drop("part_of")
+    old.write_parquet(cohort.store.file_snapshot)
+    with pytest.raises(CohortError, match="another version wrote it; delete the file"):
+        cohort.index()

@@ -10,9 +10,11 @@ import pytest
 import tifffile
 
 from nic_core.cohort import Cohort, CohortError, load_cohort
-from nic_core.cohort.index import INDEX_SCHEMA, slide_index
+from nic_core.cohort.index import INDEX_SCHEMA, find_slides, slide_id, slide_index
+from nic_core.slides.files import SlideFiles
 from nic_core.steps.slide_index import make_slide_index, open_indexed
 from nic_core.store import Store
+from tests.slides import vendors
 
 
 def cohort(folder: Path, slides: str) -> Cohort:
@@ -24,7 +26,7 @@ def cohort(folder: Path, slides: str) -> Cohort:
 def touch(folder: Path, *names: str) -> None:
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).touch()
+        (folder / name).write_text("not empty")
 
 
 def test_files_of_a_folder_are_slides_sorted_by_id(tmp_path):
@@ -131,10 +133,92 @@ def test_missing_folders_and_tables_are_refused(tmp_path):
     with pytest.raises(CohortError, match="wsi is not a folder"):
         slide_index(cohort(tmp_path, "{folders: [{path: wsi}]}"))
     (tmp_path / "wsi").mkdir()
-    with pytest.raises(CohortError, match=r"no slides found in .*wsi/\*\*/\*.tif"):
+    with pytest.raises(CohortError, match=r"no slides found in .*wsi/\*\*"):
         slide_index(cohort(tmp_path, "{folders: [{path: wsi}]}"))
     with pytest.raises(CohortError, match=r"gone.csv: cannot be read"):
         slide_index(cohort(tmp_path, "{table: gone.csv}"))
+
+
+def test_equal_ids_of_two_files_are_refused_with_a_remedy(tmp_path):
+    touch(tmp_path, "wsi/a.svs", "wsi/a.tif")
+    with pytest.raises(CohortError, match=r"'a' occurs more than once: .*a\.svs, .*a\.tif; rename"):
+        slide_index(cohort(tmp_path, "{folders: [{path: wsi}]}"))
+    rows = "slide,path,patient\na1,wsi/a.svs,p\na2,wsi/a.tif,p\n"
+    (tmp_path / "slides.csv").write_text(rows)
+    index = slide_index(cohort(tmp_path, "{table: slides.csv}"))
+    assert index["slide"].to_list() == ["a1", "a2"]
+
+
+def test_folders_take_every_format_unless_a_pattern_says_which(tmp_path):
+    touch(tmp_path, "wsi/a.svs", "wsi/b.NDPI", "wsi/c.png", "wsi/d.txt")
+    found = find_slides(cohort(tmp_path, "{folders: [{path: wsi}]}"))
+    assert found.index["slide"].to_list() == ["a", "b"]
+    assert [item.path.name for item in found.left_aside] == ["c.png", "d.txt"]
+    found = find_slides(cohort(tmp_path, "{folders: [{path: wsi, pattern: '*.ndpi'}]}"))
+    assert found.index["slide"].to_list() == ["b"]
+    assert [item.path.name for item in found.left_aside] == ["a.svs"]
+    with pytest.raises(CohortError, match=r"no slides found .*1 file: PNG and JPEG state no um/px"):
+        slide_index(cohort(tmp_path, "{folders: [{path: wsi, pattern: '*.png'}]}"))
+
+
+@pytest.mark.parametrize(
+    ("name", "slide"),
+    [
+        ("a.b.svs", "a.b"),
+        ("a.OME.TIF", "a"),
+        ("a.ome.zarr", "a"),
+        ("1.2.826.0.1", "1.2.826.0.1"),
+        ("1.2.826.0.1.dcm", "1.2.826.0.1"),
+        ("IM000001", "IM000001"),
+    ],
+)
+def test_the_last_number_of_a_uid_is_no_suffix(name, slide):
+    assert slide_id(SlideFiles(Path(name))) == slide
+
+
+def test_dicom_slides_are_named_by_their_folders_if_they_are_alone(tmp_path):
+    pixels = np.zeros((128, 128, 3), np.uint8)
+    for name, series in (("a/P1.x", "1.2.5"), ("a/P2", "1.2.6"), ("b", "1.2.7"), ("c", "1.2.8")):
+        (tmp_path / "wsi" / name).parent.mkdir(parents=True, exist_ok=True)
+        vendors.write_dicom(tmp_path / "wsi" / name, [pixels], 0.5, label=pixels, series=series)
+    for path in (tmp_path / "wsi" / "c").iterdir():
+        path.rename(tmp_path / "wsi" / "b" / f"c-{path.name}")
+    index = slide_index(cohort(tmp_path, "{folders: [{path: wsi}]}"))
+    assert index["slide"].to_list() == ["P1.x", "P2", "c-level0", "level0"]
+    # more series may come into the folder of all slides
+    index = slide_index(cohort(tmp_path, "{folders: [{path: wsi/a/P2}]}"))
+    assert index["slide"].to_list() == ["level0"]
+
+
+def test_a_dicom_series_is_one_slide_whichever_file_a_table_names(tmp_path):
+    level0 = vendors.write_dicom(
+        tmp_path / "d", [np.zeros((128, 128, 3), np.uint8)], 0.5, label=np.zeros((8, 8, 3), "u1")
+    )
+    for named in ("d/label.dcm", "d/level0.dcm", "d"):
+        (tmp_path / "slides.csv").write_text(f"slide,path,patient\n1,{named},p\n")
+        assert slide_index(cohort(tmp_path, "{table: slides.csv}"))["path"].item() == str(level0)
+    rows = "slide,path,patient\n1,d/label.dcm,p\n2,d/level0.dcm,p\n"
+    (tmp_path / "slides.csv").write_text(rows)
+    with pytest.raises(CohortError, match=r"label.dcm and level0.dcm are files of one slide.*keep"):
+        slide_index(cohort(tmp_path, "{table: slides.csv}"))
+    rows = "slide,path,patient\n1,slides.csv,p\n"
+    (tmp_path / "slides.csv").write_text(rows)
+    with pytest.raises(CohortError, match="slide '1': not a slide format; name the file"):
+        slide_index(cohort(tmp_path, "{table: slides.csv}"))
+
+
+def test_an_incomplete_slide_is_refused_or_reported(tmp_path):
+    touch(tmp_path, "wsi/a.svs", "wsi/m.mrxs")
+    (tmp_path / "wsi" / "e.svs").write_bytes(b"")
+    study = cohort(tmp_path, "{folders: [{path: wsi}]}")
+    with pytest.raises(CohortError, match="slide 'e': the file is empty"):
+        slide_index(study)
+    found = find_slides(study)
+    assert found.index["slide"].to_list() == ["a", "e", "m"]
+    assert found.problems == {
+        "e": "the file is empty; copy the file again from its source",
+        "m": "its folder 'm' is missing; copy the folder together with the file",
+    }
 
 
 def test_mpp_0_in_the_slide_table_is_not_taken_for_missing(tmp_path):

@@ -42,6 +42,17 @@ def slide_files_present(scan: SlideScan) -> str | None:
 
 
 @Check
+def slides_distinct(scan: SlideScan) -> str | None:
+    """No two slides have the same content. Folds keep the patients of such slides together."""
+    patient = dict(scan.index.select("slide", "patient").iter_rows())
+    problems = [
+        " = ".join(f"{slide} (patient {patient[slide]})" for slide in slides)
+        for slides in scan.duplicates
+    ]
+    return f"the same content: {'; '.join(problems)}" if problems else None
+
+
+@Check
 def resolution_suffices(record: SlideRecord, settings: Settings) -> str | None:
     """The slide is as fine as the study's resolution; pixels of a coarser one are interpolated."""
     if record.mpp <= settings.mpp * RESOLUTION_TOLERANCE:

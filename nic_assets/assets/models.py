@@ -49,7 +49,7 @@ def model_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         group_name="models",
         kinds={"polars", "parquet"},
         op_tags=CPU_TAGS,
-        code_version=code_version(2, settings.folds, settings.seed),
+        code_version=code_version(3, settings.folds, settings.seed),
     )
     def target_folds(
         context: dg.AssetExecutionContext,

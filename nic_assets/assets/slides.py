@@ -40,6 +40,7 @@ from nic_assets.tracking import Tracking
 from nic_core import steps
 from nic_core.cohort import Cohort
 from nic_core.slides import SlideError
+from nic_core.slides.folders import summarize_left_aside
 from nic_core.steps.slides import SlideRecord
 from nic_core.store import Store
 from nic_core.tiling.patches import PATCH_SCHEMA
@@ -57,8 +58,11 @@ def slide_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         owners=OWNERS,
         tags={REFRESH_TAG: "always"},
         op_tags=CPU_TAGS,
-        code_version=code_version(2),
-        check_specs=[checks.slide_files_present.spec("slide_index")],
+        code_version=code_version(3),
+        check_specs=[
+            checks.slide_files_present.spec("slide_index"),
+            checks.slides_distinct.spec("slide_index"),
+        ],
     )
     def slide_index(
         context: dg.AssetExecutionContext,
@@ -80,11 +84,14 @@ def slide_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
                 PATCH_TASK_SOURCE: steps.patch_task_versions(cohort),
                 ENCODER_ENTRY: steps.encoder_versions(cohort)
                 | tracking.registered_versions(cohort, context.log.warning, known),
-                TARGET_ENTRY: steps.target_versions(cohort, scan.index),
+                TARGET_ENTRY: steps.target_versions(cohort, scan),
             }
             steps.write_slide_index(store, scan)
         for slide, reason in scan.missing.items():
             context.log.warning(f"slide '{slide}' is left out: {reason}")
+        left_aside = summarize_left_aside(scan.left_aside)
+        for line in left_aside:
+            context.log.info(f"no slide: {line}")
         excluded = steps.excluded_slides(scan.index)
         for slide, reason in excluded.items():
             context.log.info(f"slide '{slide}' is excluded from folds and models: {reason}")
@@ -98,7 +105,8 @@ def slide_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
             key.to_user_string(): report_versions(context.instance, key, found)
             for key, found in versions.items()
         }
-        problem = checks.slide_files_present(scan)
+        duplicates = [list(slides) for slides in scan.duplicates]
+        missing, same = checks.slide_files_present(scan), checks.slides_distinct(scan)
         yield dg.MaterializeResult(
             data_version=dg.DataVersion(steps.digest(scan.index.rows())),
             metadata={
@@ -108,6 +116,8 @@ def slide_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
                 "removed": scan.removed,
                 "excluded": excluded,
                 "changed": changed,
+                "duplicates": duplicates,
+                "left_aside": left_aside,
                 "preview": table(scan.index.head(20).drop("path")),
                 "dagster/column_schema": column_schema(scan.index.schema),
                 "dagster/row_count": len(slides),
@@ -115,11 +125,18 @@ def slide_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
             check_results=[
                 dg.AssetCheckResult(
                     check_name=checks.slide_files_present.name,
-                    passed=problem is None,
-                    description=problem,
+                    passed=missing is None,
+                    description=missing,
                     severity=dg.AssetCheckSeverity.WARN,
                     metadata={"missing": scan.missing, "removed_since_last_scan": scan.removed},
-                )
+                ),
+                dg.AssetCheckResult(
+                    check_name=checks.slides_distinct.name,
+                    passed=same is None,
+                    description=same,
+                    severity=dg.AssetCheckSeverity.WARN,
+                    metadata={"duplicates": duplicates},
+                ),
             ],
         )
 

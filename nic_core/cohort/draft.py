@@ -16,6 +16,8 @@ from nic_core.cohort.fields import CohortError
 from nic_core.cohort.index import slide_id
 from nic_core.parallel import cores
 from nic_core.slides import SlideError, open_slide
+from nic_core.slides.files import SlideFiles
+from nic_core.slides.folders import find_slide_files, summarize_left_aside
 from nic_core.store import atomic_file
 
 TABLE, COHORT = "slides.csv", "cohort.yaml"
@@ -29,10 +31,6 @@ DRAFT_SCHEMA: dict[str, pl.DataType] = {
     "decide": pl.String(),  # what the user has to decide about this row; null: nothing
 }
 """Columns of the written slide table; the last three are for the reader and have no effect."""
-
-SLIDE_SUFFIXES = (
-    ".svs", ".tif", ".tiff", ".ndpi", ".vms", ".vmu", ".mrxs", ".scn", ".bif", ".svslide", ".dcm",
-)  # fmt: skip
 
 _COHORT = """\
 name: "{name}"  # of the study
@@ -97,7 +95,8 @@ def write_study(
             raise CohortError(
                 f"{path} exists and is not replaced; rename it, or choose another folder with --out"
             )
-    files, left_aside = _slide_files(folder)
+    files, others = find_slide_files(folder)
+    left_aside = summarize_left_aside(others)
     if not files:
         aside = "".join(f"; {line}" for line in left_aside)
         raise CohortError(f"{folder}: no slide in this folder and its sub-folders{aside}")
@@ -110,31 +109,16 @@ def write_study(
     return Draft(slides, left_aside, table, cohort)
 
 
-def _slide_files(folder: Path) -> tuple[list[Path], list[str]]:
-    """The slide files below a folder, and a line for each kind of other files."""
-    hidden = set(folder.rglob(".*"))
-    files = [
-        path
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and not hidden.intersection((path, *path.parents))
-    ]
-    slides = [path for path in files if path.suffix.lower() in SLIDE_SUFFIXES]
-    suffixes = [path.suffix for path in files if path.suffix.lower() not in SLIDE_SUFFIXES]
-    others = Counter(suffix or "without suffix" for suffix in suffixes)
-    return slides, [
-        f"{count:,} files {suffix}: not the suffix of a slide" for suffix, count in others.items()
-    ]
-
-
 def _slide_table(
-    folder: Path, files: list[Path], out: Path, progress: Callable[[int, int], None] | None
+    folder: Path, files: list[SlideFiles], out: Path, progress: Callable[[int, int], None] | None
 ) -> pl.DataFrame:
     rows: list[dict[str, object]] = []
     ids = list(_slide_ids(folder, files))
     several = _look_like_one_patient([slide for slide, _ in ids])
     with ThreadPoolExecutor(4 * cores()) as pool:
-        opened = pool.map(_read_mpp, files)
-        for path, (slide, renamed), (mpp, source, problem) in zip(files, ids, opened, strict=True):
+        paths = [slide.path for slide in files]
+        opened = pool.map(_read_mpp, paths)
+        for path, (slide, renamed), (mpp, source, problem) in zip(paths, ids, opened, strict=True):
             decide = [problem] if problem else []
             if renamed:
                 decide.append(
@@ -170,23 +154,23 @@ def _read_mpp(path: Path) -> tuple[float | None, str | None, str | None]:
         return None, None, f"{error.reason}; {error.remedy}"
 
 
-def _slide_ids(folder: Path, files: list[Path]) -> Iterator[tuple[str, bool]]:
+def _slide_ids(folder: Path, files: list[SlideFiles]) -> Iterator[tuple[str, bool]]:
     """Yield a valid id for each file, and whether it differs from the file's name.
 
     Files of the same name in different folders get their folders' names as well.
     """
-    names = Counter(slide_id(path) for path in files)
+    names = Counter(map(slide_id, files))
     taken: set[str] = set()
-    for path in files:
-        name = slide_id(path)
+    for slide in files:
+        name = slide_id(slide)
         if names[name] > 1:
-            name = "_".join((*path.relative_to(folder).parts[:-1], name))
+            name = "_".join((*slide.path.relative_to(folder).parts[:-1], name))
         valid = re.sub(r"^[.\-]", "_", re.sub(r"[^A-Za-z0-9_.\-]", "_", name))
         unique, number = valid, 2
         while unique in taken:
             unique, number = f"{valid}-{number}", number + 1
         taken.add(unique)
-        yield unique, unique != slide_id(path)
+        yield unique, unique != slide_id(slide)
 
 
 def _look_like_one_patient(slides: list[str]) -> dict[str, str]:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import re
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
@@ -12,6 +16,10 @@ from nic_core.cohort.fields import CohortError, normalise
 from nic_core.cohort.file import Cohort
 from nic_core.cohort.slides import SlideFolder
 from nic_core.cohort.tables import existing_path, read_table, require_columns
+from nic_core.slides.dicom import folder_series
+from nic_core.slides.errors import SlideError
+from nic_core.slides.files import LeftAside, SlideFiles, files_of_slide
+from nic_core.slides.folders import find_slide_files, list_candidates, summarize_left_aside
 from nic_core.types import Origin
 
 INDEX_SCHEMA: dict[str, pl.DataType] = {
@@ -33,13 +41,75 @@ _SPLITS = ("cv", "test")
 _ORIGINS = get_args(Origin)
 
 
-def slide_index(cohort: Cohort, *, allow_missing: bool = False) -> pl.DataFrame:
-    """List the slides of a cohort.
+@dataclass(frozen=True)
+class FoundSlides:
+    """What the folders and the slide table of a cohort hold.
 
-    Parameters
+    Attributes
     ----------
-    allow_missing : bool
-        Keep slides of the slide table with a missing file; :func:`missing_files` lists them.
+    index : polars.DataFrame
+        :data:`INDEX_SCHEMA`, sorted by slide id; slides with a problem are among them.
+    parts : dict of str to tuple of str
+        Path of a slide to its other files, for slides with several files.
+    problems : dict of str to str
+        Slide id to the reason why the slide cannot be used, for example "path /data/a.svs does not
+        exist", as far as its files show it without a look at the pixels.
+    left_aside : tuple of LeftAside
+        Files of the folders that are no slides, and why
+        (:func:`nic_core.slides.folders.summarize_left_aside` shortens them).
+    """
+
+    index: pl.DataFrame
+    parts: dict[str, tuple[str, ...]]
+    problems: dict[str, str]
+    left_aside: tuple[LeftAside, ...]
+
+
+def find_slides(cohort: Cohort) -> FoundSlides:
+    """List the slides of a cohort, and what its folders hold beside them.
+
+    Raises
+    ------
+    CohortError
+        There are no slides; a slide id occurs twice or cannot be a folder's name; two rows of the
+        slide table name files of one slide; or the slide table cannot be read, lacks a column or
+        has an invalid value.
+    """
+    rows: list[dict[str, object]] = []
+    files: dict[str, SlideFiles] = {}  # path of the slide to its files
+    left_aside: list[LeftAside] = []
+    for folder in cohort.slides.folders:
+        folder_rows, found, left = folder_slides(folder)
+        rows += folder_rows
+        files |= found
+        left_aside += left
+    if cohort.slides.table is not None:
+        table, found = table_slides(cohort.slides.table)
+        rows += table
+        files |= found
+    if not rows:
+        sources = [f"{f.path}/{f.pattern or '**'}" for f in cohort.slides.folders]
+        sources += [str(cohort.slides.table)] if cohort.slides.table else []
+        reasons = "".join(f"; {line}" for line in summarize_left_aside(left_aside))
+        raise CohortError(
+            f"cohort '{cohort.name}': no slides found in {', '.join(sources)}{reasons}"
+        )
+    for row in rows:
+        if (wrong := row_problem(row)) is not None:
+            raise CohortError(wrong)
+    index = pl.DataFrame(rows, schema=INDEX_SCHEMA).sort("slide")
+    _check_ids(index)
+    problems = {
+        slide: f"{problem.reason}; {problem.remedy}"
+        for slide, path in index.select("slide", "path").iter_rows()
+        if (problem := files[path].problem) is not None
+    } | missing_files(index)
+    parts = {path: tuple(map(str, slide.parts)) for path, slide in files.items() if slide.parts}
+    return FoundSlides(index, parts, problems, tuple(left_aside))
+
+
+def slide_index(cohort: Cohort) -> pl.DataFrame:
+    """List the slides of a cohort, all of which must have their files.
 
     Returns
     -------
@@ -49,30 +119,12 @@ def slide_index(cohort: Cohort, *, allow_missing: bool = False) -> pl.DataFrame:
     Raises
     ------
     CohortError
-        There are no slides; a file is missing (unless ``allow_missing``); a slide id occurs twice
-        or cannot be a folder's name; or the slide table cannot be read, lacks a column or has an
-        invalid value.
+        See :func:`find_slides`; or a file is missing, empty or incomplete.
     """
-    rows = [row for folder in cohort.slides.folders for row in folder_rows(folder)]
-    if cohort.slides.table is not None:
-        rows += table_rows(cohort.slides.table)
-    if not rows:
-        sources = [f"{f.path}/{f.pattern}" for f in cohort.slides.folders]
-        sources += [str(cohort.slides.table)] if cohort.slides.table else []
-        raise CohortError(f"cohort '{cohort.name}': no slides found in {', '.join(sources)}")
-    for row in rows:
-        if problem := row_problem(row):
-            raise CohortError(problem)
-    index = pl.DataFrame(rows, schema=INDEX_SCHEMA).sort("slide")
-    duplicates = index.filter(pl.col("slide").is_duplicated())
-    if duplicates.height:
-        slide = duplicates["slide"][0]
-        paths = duplicates.filter(pl.col("slide") == slide)["path"].to_list()
-        raise CohortError(f"slide id '{slide}' occurs more than once: {', '.join(paths)}")
-    if not allow_missing:
-        for slide, problem in missing_files(index).items():
-            raise CohortError(f"slide '{slide}': {problem}")
-    return index
+    found = find_slides(cohort)
+    for slide, problem in found.problems.items():
+        raise CohortError(f"slide '{slide}': {problem}")
+    return found.index
 
 
 def missing_files(index: pl.DataFrame) -> dict[str, str]:
@@ -87,36 +139,66 @@ def missing_files(index: pl.DataFrame) -> dict[str, str]:
         row["slide"]: f"{column} {row[column]} does not exist"
         for row in index.iter_rows(named=True)
         for column in reversed(FILE_COLUMNS)
-        if row[column] and not Path(row[column]).is_file()
+        if row[column] and not Path(row[column]).exists()
     }
 
 
-def folder_files(folder: SlideFolder) -> list[Path]:
-    """Return the paths that match a folder's pattern, sorted; some may not be regular files.
+def folder_files(folder: SlideFolder) -> tuple[Path, ...]:
+    """Return the paths in a folder that may be slides, by their names, sorted.
 
     Raises
     ------
     CohortError
         The folder does not exist.
     """
+    return list_candidates(_existing(folder), folder.pattern).candidates
+
+
+def _existing(folder: SlideFolder) -> Path:
     if not folder.path.is_dir():
         raise CohortError(f"slides.folders: {folder.path} is not a folder")
-    return sorted(p for p in folder.path.glob(folder.pattern) if not p.name.startswith("."))
+    return folder.path
 
 
-def slide_id(path: Path) -> str:
-    """Return the id of a slide in a folder: its file name without suffix and ``.ome``."""
-    return normalise(path.stem).removesuffix(".ome")
+def slide_id(slide: SlideFiles) -> str:
+    """Return the id of a slide in a folder: its file name without suffix and ``.ome``.
+
+    The id of a DICOM slide is the name of its folder, if that holds no other series, else the name
+    of the file of its level 0. The last number of a UID is no suffix.
+    """
+    if slide.folder:
+        return normalise(slide.folder)
+    name = normalise(slide.path.name)
+    stem, dot, suffix = name.rpartition(".")
+    if not stem or (dot and suffix.isdecimal()):
+        return name
+    return stem[: -len(".ome")] if stem.lower().endswith(".ome") else stem
 
 
-def folder_rows(folder: SlideFolder) -> list[dict[str, object]]:
-    """List the slides of a folder, with columns of :data:`INDEX_SCHEMA`.
+def folder_slides(
+    folder: SlideFolder,
+) -> tuple[list[dict[str, object]], dict[str, SlideFiles], list[LeftAside]]:
+    """Find the slides of a folder.
+
+    Returns
+    -------
+    rows : list of dict
+        With columns of :data:`INDEX_SCHEMA`.
+    files : dict of str to SlideFiles
+        The files of each slide by its path.
+    left_aside : list of LeftAside
 
     Raises
     ------
     CohortError
         The folder does not exist, or its pattern finds no patient in a slide id.
     """
+    slides, left_aside = find_slide_files(_existing(folder), folder.pattern)
+    files = {str(slide.path): slide for slide in slides}
+    return _folder_rows(folder, slides), files, left_aside
+
+
+def _folder_rows(folder: SlideFolder, slides: Iterable[SlideFiles]) -> list[dict[str, object]]:
     try:
         pattern = re.compile(folder.patient) if folder.patient else None
     except re.error as error:
@@ -126,10 +208,8 @@ def folder_rows(folder: SlideFolder) -> list[dict[str, object]]:
             f"slides.folders: patient '{folder.patient}' has no group (?P<patient>...)"
         )
     rows: list[dict[str, object]] = []
-    for path in folder_files(folder):
-        if not path.is_file():
-            continue
-        slide = slide_id(path)
+    for files in slides:
+        slide, path = slide_id(files), files.path
         match = pattern.search(slide) if pattern else None
         if pattern is not None and match is None:
             raise CohortError(
@@ -139,6 +219,35 @@ def folder_rows(folder: SlideFolder) -> list[dict[str, object]]:
         patient = normalise(match["patient"]) if match else slide
         rows.append({"slide": slide, "path": str(path), "patient": patient, "split": "cv"})
     return rows
+
+
+def table_slides(table: Path) -> tuple[list[dict[str, object]], dict[str, SlideFiles]]:
+    """Return the rows of a slide table with the path of each slide, and the files by that path.
+
+    Raises
+    ------
+    CohortError
+        See :func:`table_rows`; or two rows name files of one slide.
+    """
+    rows = table_rows(table)
+    files: dict[str, SlideFiles] = {}
+    named: dict[str, str] = {}  # path of the slide to the file that a row names
+    series_of = functools.cache(folder_series)
+    for row in rows:
+        given = str(row["path"])
+        found = files_of_slide(Path(given), series_of=series_of)
+        if isinstance(found, LeftAside):
+            problem = SlideError(given, found.reason, "name the file of a slide in column 'path'")
+            found = SlideFiles(found.path, problem=problem)
+        path = str(found.path)
+        if named.setdefault(path, given) != given:
+            raise CohortError(
+                f"slide table {table}: {Path(named[path]).name} and {Path(given).name} are files "
+                f"of one slide ({path}); keep one row for it"
+            )
+        row["path"] = path
+        files[path] = found
+    return rows, files
 
 
 def table_rows(path: Path) -> list[dict[str, object]]:
@@ -167,12 +276,25 @@ def table_rows(path: Path) -> list[dict[str, object]]:
                 raise CohortError(f"slide table {path}: row {number} has no {column}")
         for column in FILE_COLUMNS:
             if row.get(column):
-                row[column] = str(existing_path((path.parent / str(row[column])).resolve()))
+                # not resolved: the other files of a slide are beside a link, not beside its target
+                absolute = Path(os.path.abspath(path.parent / str(row[column])))
+                row[column] = str(existing_path(absolute))
         rows.append({column: row.get(column) or None for column in INDEX_SCHEMA})
         rows[-1]["split"] = row.get("split") or "cv"
         # 0 um/px is kept, so that opening the slide refuses it; image 0 is the first image
         rows[-1] |= {"mpp": row.get("mpp"), "image": row.get("image")}
     return rows
+
+
+def _check_ids(index: pl.DataFrame) -> None:
+    duplicates = index.filter(pl.col("slide").is_duplicated())
+    if duplicates.height:
+        slide = duplicates["slide"][0]
+        paths = duplicates.filter(pl.col("slide") == slide)["path"].to_list()
+        raise CohortError(
+            f"slide id '{slide}' occurs more than once: {', '.join(paths)}; rename a file, narrow "
+            "the pattern, or give the slides ids in a slide table"
+        )
 
 
 def row_problem(row: dict[str, object]) -> str | None:

@@ -27,7 +27,8 @@ SNAPSHOT_SCHEMA = pl.Schema(
         "path": pl.String(),
         "size": pl.Int64(),  # bytes
         "modified": pl.Int64(),  # time of modification, ns since 1970
-        "identity": pl.String(),  # content identity; null for tables
+        "identity": pl.String(),  # content identity; null for all files but slides and masks
+        "part_of": pl.String(),  # path of the slide to which the file belongs; null: to none
     }
 )
 
@@ -81,7 +82,8 @@ def scan_files(
     CohortError
         A slide folder does not exist, or the slide table cannot be read.
     """
-    current = stamps(watched_files(cohort))
+    parts = snapshot.drop_nulls("part_of")["path"]
+    current = stamps({*watched_files(cohort), *map(Path, parts)})
     recorded = {
         path: Stamp(size, modified)
         for path, size, modified in snapshot.select("path", "size", "modified").iter_rows()
@@ -103,6 +105,8 @@ def scan_files(
 def watched_files(cohort: Cohort) -> list[Path]:
     """Return the paths of all scanned files: slides, tissue masks, slide table and label table.
 
+    No file is opened. In a folder these are all files that may be slides by their names.
+
     Raises
     ------
     CohortError
@@ -115,11 +119,15 @@ def watched_files(cohort: Cohort) -> list[Path]:
             paths += [Path(str(row[column])) for column in ("path", "mask") if row.get(column)]
     if cohort.labels is not None:
         paths.append(cohort.labels)
-    return paths
+    # the time of a MIRAX slide's data folder shows that files were added to it
+    return paths + [path.with_suffix("") for path in paths if path.suffix.lower() == ".mrxs"]
 
 
 def stamps(paths: Iterable[Path]) -> dict[str, Stamp]:
-    """Return size and time of each regular file, by path; missing files are left out."""
+    """Return size and time of each file, by path; missing files are left out.
+
+    A folder (OME-Zarr) has size 0.
+    """
     result: dict[str, Stamp] = {}
     for path in paths:
         try:
@@ -128,22 +136,26 @@ def stamps(paths: Iterable[Path]) -> dict[str, Stamp]:
             continue
         if stat.S_ISREG(status.st_mode):
             result[str(path)] = Stamp(status.st_size, status.st_mtime_ns)
+        elif stat.S_ISDIR(status.st_mode):
+            result[str(path)] = Stamp(0, status.st_mtime_ns)
     return result
 
 
 def take_snapshot(
-    paths: Mapping[str, bool], previous: pl.DataFrame
+    slides: Mapping[str, tuple[str, ...]], others: Iterable[str], previous: pl.DataFrame
 ) -> tuple[pl.DataFrame, dict[str, str]]:
     """Record size, time and content identity of files.
 
     Parameters
     ----------
-    paths : mapping of str to bool
-        Path, and whether to compute its content identity (true for slides and masks, false for
-        tables).
+    slides : mapping of str to tuple of str
+        Path of each slide and mask, and its other files.
+    others : iterable of str
+        Paths of files without an identity: tables, and files that are no slides.
     previous : polars.DataFrame
-        :data:`SNAPSHOT_SCHEMA`. The identity of a file with unchanged size and time is copied from
-        here. Of every other file, at most 0.25 MB are read.
+        :data:`SNAPSHOT_SCHEMA`. The identity of a slide whose files have unchanged sizes and times
+        is copied from here. Of every other one, at most 0.25 MB are read, and the ends of its other
+        files.
 
     Returns
     -------
@@ -153,20 +165,26 @@ def take_snapshot(
         Path to reason.
     """
     recorded = {
-        (path, size, modified): identity for path, size, modified, identity in previous.iter_rows()
+        path: (Stamp(size, modified), identity)
+        for path, size, modified, identity, _ in previous.iter_rows()
     }
-    rows: list[tuple[str, int, int, str | None]] = []
-    unreadable: dict[str, str] = {}
+    owners = {part: path for path, parts in slides.items() for part in parts}
     # stamps are taken before contents are read, so that the next scan finds a change in between
-    for path, stamp in stamps(map(Path, paths)).items():
-        identity = recorded.get((path, *stamp))
-        if paths[path] and identity is None:
+    found = stamps(map(Path, dict.fromkeys([*slides, *owners, *others])))
+    unreadable: dict[str, str] = {}
+    rows: list[tuple[str, int, int, str | None, str | None]] = []
+    for path, stamp in found.items():
+        identity = None
+        if path in slides:
+            files = (path, *slides[path])
+            if all(recorded.get(file, (None, None))[0] == found.get(file) for file in files):
+                identity = recorded[path][1]
             try:
-                identity = content_identity(Path(path))
+                identity = identity or content_identity(Path(path))
             except SlideError as error:
                 unreadable[path] = str(error)
                 continue
-        rows.append((path, *stamp, identity))
+        rows.append((path, *stamp, identity, owners.get(path)))
     return pl.DataFrame(rows, SNAPSHOT_SCHEMA, orient="row"), unreadable
 
 

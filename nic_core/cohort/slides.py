@@ -13,7 +13,11 @@ class SlideFolder(Entry):
     """A folder of slides. A slide's id is its file name without suffix."""
 
     path: UserPath
-    pattern: str = Field(default="**/*.tif", description="glob pattern of the slides' files")
+    pattern: str | None = Field(
+        default=None,
+        description="glob pattern of the slides' files, relative to `path`; case does not matter. "
+        "Default: every readable format",
+    )
     patient: str | None = Field(
         default=None,
         description="regular expression that is searched in the slide id; its group 'patient' is "

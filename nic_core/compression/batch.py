@@ -7,6 +7,7 @@ compressed once.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
@@ -21,6 +22,8 @@ from nic_core.compression import compress_slide, is_up_to_date
 from nic_core.encoders.inference import PreparedEncoder
 from nic_core.grids import Grid, open_grid, write_grid
 from nic_core.slides import SlideError, content_identity, open_slide
+from nic_core.slides.dicom import folder_series
+from nic_core.slides.files import SlideFiles, files_of_slide
 from nic_core.store import StoreBusyError, StoreError, atomic_file, exclusive_lock
 from nic_core.tiling.patches import patch_table
 from nic_core.tiling.tissue import tissue_mask
@@ -29,7 +32,7 @@ from nic_core.types import Colours
 REPORT = "report.csv"
 BATCH_SCHEMA: dict[str, pl.DataType] = {
     "slide": pl.String(),
-    "path": pl.String(),  # as given by the caller
+    "path": pl.String(),  # of the slide's main file
     "status": pl.String(),  # compressed, up to date, failed, not tried
     "reason": pl.String(),  # null unless failed or not tried
     "remedy": pl.String(),
@@ -59,19 +62,26 @@ class Outcome:
 
 
 def slides_by_id(paths: Iterable[Path]) -> dict[str, Path]:
-    """Return slide files by slide id, which is the file's name without its suffix.
+    """Return slides by slide id (:func:`nic_core.cohort.index.slide_id`), each by its main file.
+
+    Several files of one slide, for example of a DICOM series, are one slide.
 
     Raises
     ------
     ValueError
-        Two files have the same id.
+        Two slides have the same id.
     """
     slides: dict[str, Path] = {}
+    series_of = functools.cache(folder_series)
     for path in paths:
-        other = slides.setdefault(slide_id(path), path)
-        if other != path:
+        found = files_of_slide(path, series_of=series_of)
+        # compression reports a file that is no slide
+        slide = found if isinstance(found, SlideFiles) else SlideFiles(path)
+        other = slides.setdefault(slide_id(slide), slide.path)
+        if other != slide.path:
             raise ValueError(
-                f"{other} and {path} have the same slide id '{slide_id(path)}'; rename one of them"
+                f"{other} and {slide.path} have the same slide id '{slide_id(slide)}'; rename one "
+                "of them"
             )
     return slides
 

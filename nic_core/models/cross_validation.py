@@ -103,6 +103,7 @@ def cross_validate(
     device: str = "auto",
     tracker: Tracker | None = None,
     progress: Progress | None = None,
+    groups: Mapping[str, str] | None = None,
     checkpoints: FoldCheckpoints | None = None,
 ) -> CrossValidation:
     """Train and test the network and the baselines on every fold.
@@ -129,6 +130,8 @@ def cross_validate(
     checkpoints
         Keeps each finished fold. Folds that it has are not trained again: the result is that of an
         uninterrupted training.
+    groups
+        Patient to group, for the new folds: see :func:`nic_core.models.folds.make_folds`.
 
     Raises
     ------
@@ -144,7 +147,7 @@ def cross_validate(
     if settings.permute_labels is not None:
         table = shuffle_labels(table, seed=settings.permute_labels)
         wanted = folds["fold"].n_unique()
-        folds = make_folds(table, target=target, folds=wanted, seed=settings.seed)
+        folds = make_folds(table, target=target, folds=wanted, seed=settings.seed, groups=groups)
     check_folds(folds, table)
     count = folds["fold"].n_unique()
     cv = table.filter(pl.col("split") == "cv").join(folds, on="patient").sort("unit")

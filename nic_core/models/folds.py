@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 
 import numpy as np
 import polars as pl
 
-from nic_core.cohort import Target
+from nic_core.cohort import CohortError, Target
 from nic_core.models.kinds import TargetKind, kind_of
 from nic_core.models.kinds.base import label_error
 
@@ -15,7 +16,14 @@ LEAST_FOLDS = 3  # one to test, one to validate, the others to train (paper B)
 ORDERS = 16  # random orders of the patients that are tried for each number of folds [choice]
 
 
-def make_folds(table: pl.DataFrame, *, target: Target, folds: int, seed: int) -> pl.DataFrame:
+def make_folds(
+    table: pl.DataFrame,
+    *,
+    target: Target,
+    folds: int,
+    seed: int,
+    groups: Mapping[str, str] | None = None,
+) -> pl.DataFrame:
     """Assign the patients of split ``cv`` to folds [choice].
 
     Patients are sorted by class, by event and time, or by value, and assigned one after the
@@ -37,6 +45,8 @@ def make_folds(table: pl.DataFrame, *, target: Target, folds: int, seed: int) ->
         Number of folds that is wanted, at least :data:`LEAST_FOLDS`.
     seed
         Seed of the random order and of ties.
+    groups
+        Patient to group, for patients that share slides; a group is assigned as one patient.
 
     Returns
     -------
@@ -47,10 +57,11 @@ def make_folds(table: pl.DataFrame, *, target: Target, folds: int, seed: int) ->
     ------
     CohortError
         The target cannot be cross-validated: not even :data:`LEAST_FOLDS` folds work. The
-        message has the numbers.
+        message has the numbers. Or patients of one group are in both splits.
     """
     kind = kind_of(target)
-    cv = table.filter(pl.col("split") == "cv")
+    _check_groups(table, groups or {})
+    cv = by_group(table.filter(pl.col("split") == "cv"), groups)
     column = kind.source_columns[-1]
     what, most = _fewest(kind, cv)
     if most < LEAST_FOLDS:
@@ -68,14 +79,43 @@ def make_folds(table: pl.DataFrame, *, target: Target, folds: int, seed: int) ->
             found = _deal(kind.strata(cv), count, random)
             problem = _training_problem(kind, cv.join(found, on="patient"), count)
             if problem is None:
-                check_folds(found, table)
-                return found
+                result = _of_patients(found, table, groups)
+                check_folds(result, table)
+                return result
     raise label_error(
         target,
         column,
         f"the {_patients(cv)} patients of split 'cv' cannot be divided into {LEAST_FOLDS} or more "
         f"folds: {problem}; label more patients or remove the target",
     )
+
+
+def by_group(table: pl.DataFrame, groups: Mapping[str, str] | None) -> pl.DataFrame:
+    """Return a target table in which a group stands for each of its patients."""
+    return table.with_columns(pl.col("patient").replace(groups or {}))
+
+
+def _of_patients(
+    folds: pl.DataFrame, table: pl.DataFrame, groups: Mapping[str, str] | None
+) -> pl.DataFrame:
+    """Return the folds of the patients, from those of the groups."""
+    patients = table.filter(pl.col("split") == "cv").select("patient").unique()
+    group = pl.col("patient").replace(groups or {}).alias("group")
+    named = folds.rename({"patient": "group"})
+    return patients.with_columns(group).join(named, on="group").drop("group").sort("patient")
+
+
+def _check_groups(table: pl.DataFrame, groups: Mapping[str, str]) -> None:
+    """Refuse patients that share slides in both splits: the test would be of training slides."""
+    shared = table.filter(pl.col("patient").is_in(list(groups)))
+    shared = shared.with_columns(group=pl.col("patient").replace(groups))
+    both = shared.filter(pl.col("split").n_unique().over("group") > 1)
+    if both.height:
+        patients = both.filter(pl.col("group") == both["group"].min())["patient"].unique().sort()
+        raise CohortError(
+            f"patients {', '.join(patients)} have slides with the same content and are in both "
+            "splits 'cv' and 'test'; put them into one split, or remove the duplicates"
+        )
 
 
 def folds_note(target: Target, table: pl.DataFrame, *, wanted: int) -> str | None:

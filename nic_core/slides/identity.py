@@ -1,12 +1,12 @@
-"""Content identity: a hash of samples of a slide file, used as its data version."""
+"""Content identity: a hash of samples of a slide's files, used as its data version."""
 
 from __future__ import annotations
 
 import hashlib
 from pathlib import Path
 
-from nic_core.slides.dicom import dicom_files
 from nic_core.slides.errors import SlideError
+from nic_core.slides.files import files_of_slide
 
 _END = 64 * 1024  # bytes of the head and of the tail
 _SAMPLES, _SAMPLE = 32, 4 * 1024  # number and bytes of samples between them
@@ -15,8 +15,10 @@ _SAMPLES, _SAMPLE = 32, 4 * 1024  # number and bytes of samples between them
 def content_identity(path: Path) -> str:
     """Hash a file's size, head, tail and evenly spaced samples; at most 0.25 MB are read.
 
-    MIRAX keeps pixels in a folder with the slide's name, and DICOM each level in its own file. The
-    names, sizes and ends of these other files are hashed too.
+    Of a slide with several files (DICOM, MIRAX, VMS, OME-TIFF sets) the sizes and ends of the other
+    files are hashed too, in an order that does not depend on their names. Any file of the slide
+    gives the same identity. Of a folder (OME-Zarr) the names and sizes of all files are hashed, and
+    samples of them.
 
     Returns
     -------
@@ -28,9 +30,13 @@ def content_identity(path: Path) -> str:
     SlideError
         A file of the slide cannot be read.
     """
-    digest = hashlib.blake2b(digest_size=16)
+    slide = files_of_slide(path)
+    parts = getattr(slide, "parts", ())
     try:
-        with path.open("rb") as file:
+        if slide.path.is_dir():
+            return _folder_identity(slide.path)
+        digest = hashlib.blake2b(digest_size=16)
+        with slide.path.open("rb") as file:
             size = file.seek(0, 2)
             digest.update(size.to_bytes(8, "little"))
             spread = [size * i // (_SAMPLES + 1) for i in range(1, _SAMPLES + 1)]
@@ -39,20 +45,30 @@ def content_identity(path: Path) -> str:
             ]:
                 file.seek(start)
                 digest.update(file.read(length))
-        for other in _other_files(path):
-            with other.open("rb") as file:
-                size = file.seek(0, 2)
-                digest.update(f"{other.name}:{size}\n".encode())
-                for start in (0, max(size - _SAMPLE, 0)):
-                    file.seek(start)
-                    digest.update(file.read(_SAMPLE))
+        for part in sorted(map(_ends, parts)):
+            digest.update(part)
     except OSError as error:
         raise SlideError(path, f"cannot be read ({error.strerror})", "check the path") from error
     return digest.hexdigest()
 
 
-def _other_files(path: Path) -> list[Path]:
-    folder = path.with_suffix("")
-    if path.suffix.lower() == ".mrxs" and folder.is_dir():
-        return sorted(file for file in folder.iterdir() if file.is_file())
-    return dicom_files(path)[1:]
+def _ends(path: Path) -> bytes:
+    """Digest of a file's size, head and tail."""
+    with path.open("rb") as file:
+        size = file.seek(0, 2)
+        digest = hashlib.blake2b(size.to_bytes(8, "little"), digest_size=16)
+        for start in (0, max(size - _SAMPLE, 0)):
+            file.seek(start)
+            digest.update(file.read(_SAMPLE))
+    return digest.digest()
+
+
+def _folder_identity(folder: Path) -> str:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    digest = hashlib.blake2b(digest_size=16)
+    for path in files:
+        digest.update(f"{path.relative_to(folder).as_posix()}:{path.stat().st_size}\n".encode())
+    step = max(1, len(files) // _SAMPLES)
+    for path in files[::step]:
+        digest.update(_ends(path))
+    return digest.hexdigest()

@@ -39,6 +39,7 @@ from nic_core.slides.metadata import (
     ome_metadata,
     page_metadata,
 )
+from nic_core.slides.ome_set import ome_xml
 
 AlphaKind = Literal["straight", "premultiplied"]
 """Whether colours are stored as they are, or multiplied by their opacity."""
@@ -194,8 +195,11 @@ def choose_image(path: Path, images: Sequence[TiffImage], number: int | None) ->
     stated = [image.info.mpp for image in scans if image.info.mpp is not None]
     finest = min((mpp for mpp in stated if low <= mpp <= high), default=math.inf)
     scans = [i for i in scans if i.info.mpp is None or not i.info.mpp > finest * _OVERVIEW_MPP]
-    # of equal ones, the first whose pixels are in this file
-    scans.sort(key=lambda image: (-image.area, not image.pages, image.info.number))
+    scans.sort(key=lambda image: (-image.area, image.info.number))
+    # each scan of a series of files is a slide of its own file
+    scans = [
+        image for image in scans if image.pages and image.area * _OVERVIEW_AREA > scans[0].area
+    ] or scans
     others = [image for image in images if not image.info.name and not image.colour]
     largest = max(others, key=lambda image: image.area, default=None)
     if not scans:
@@ -325,7 +329,7 @@ def _ome_root(tiff: tifffile.TiffFile) -> ElementTree.Element | None:
     if not tiff.is_ome or not tiff.ome_metadata:
         return None
     try:
-        return ElementTree.fromstring(tiff.ome_metadata)
+        return ElementTree.fromstring(ome_xml(Path(tiff.filehandle.path), tiff.ome_metadata))
     except ElementTree.ParseError:
         return None
 

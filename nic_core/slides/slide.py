@@ -17,6 +17,7 @@ from nic_core.slides.engines import (
     open_engine,
 )
 from nic_core.slides.errors import SlideError
+from nic_core.slides.files import SlideFiles, files_of_slide
 from nic_core.slides.icc import describe_profile, srgb_conversion
 from nic_core.slides.metadata import BRIGHTFIELD_REMEDY, check_physical_size, resolve_mpp
 from nic_core.slides.resample import resample, snap_to_whole
@@ -39,7 +40,8 @@ class Slide:
     ----------
     path : Path
     engine, engine_reason : str
-        Library that decodes the file (``libvips``, ``openslide`` or ``tifffile``), and why.
+        Library that decodes the file (``tifffile``, ``openslide``, ``libvips``, ``zarr``,
+        ``czi``), and why.
     width, height : int
         Level-0 px.
     mpp : float
@@ -242,13 +244,14 @@ def open_slide(
     Parameters
     ----------
     path : Path
-        SVS, TIFF, OME-TIFF, NDPI, MIRAX, SCN, Philips TIFF, BIF, DICOM, PNG or JPEG.
+        SVS, TIFF, OME-TIFF, NDPI, MIRAX, SCN, Philips TIFF, BIF, DICOM, OME-Zarr, CZI, PNG or
+        JPEG. Any file of a slide that has several (:mod:`nic_core.slides.files`).
     mpp : float, optional
         um/px at level 0; overrides that of the file.
     image : int, optional
         Number of the image in a TIFF with several. Default: the largest brightfield scan
         (:mod:`nic_core.slides.images`).
-    engine : {"tifffile", "openslide", "libvips"}, optional
+    engine : {"tifffile", "openslide", "libvips", "zarr", "czi"}, optional
         Library that reads the file; default: see :mod:`nic_core.slides.engines`.
     colours : {"stored", "srgb"}
         ``srgb`` converts pixels by the file's ICC profile (:mod:`nic_core.slides.icc`). Pixels of a
@@ -261,7 +264,10 @@ def open_slide(
         such image, the engine does not read it, its um/px is unknown or impossible, or its ICC
         profile is asked for and cannot be applied.
     """
-    path = Path(path)
+    found = files_of_slide(Path(path))
+    if isinstance(found, SlideFiles) and found.problem is not None:
+        raise found.problem
+    path = found.path
     opened = open_engine(path, engine, image)
     try:
         if _is_dark(path, opened.engine):

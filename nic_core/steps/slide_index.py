@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,12 @@ from nic_core.cohort import (
     RegisteredEncoder,
     Target,
 )
-from nic_core.cohort.index import INDEX_SCHEMA, missing_files, slide_index
-from nic_core.cohort.scan import SNAPSHOT_SCHEMA, take_snapshot
+from nic_core.cohort.index import INDEX_SCHEMA, find_slides
+from nic_core.cohort.scan import SNAPSHOT_SCHEMA, take_snapshot, watched_files
 from nic_core.encoders.patch_sources import source_files
 from nic_core.models.labels import read_labels, target_table
 from nic_core.slides import Slide, content_identity, open_slide
+from nic_core.slides.files import LeftAside
 from nic_core.store import Store, atomic_file
 from nic_core.types import Colours
 
@@ -42,7 +43,12 @@ class SlideScan:
         Slide id to version: a digest of the content of slide and mask, of the slide's um/px and
         image number, and of the mask's origin.
     missing : dict of str to str
-        Slide id to reason, for slides with a file that does not exist or cannot be read.
+        Slide id to reason, for slides with a file that does not exist, is incomplete or cannot be
+        read.
+    left_aside : tuple of LeftAside
+        Files of the cohort's folders that are no slides, and why.
+    duplicates : tuple of tuple of str
+        Ids of the slides that have the same content, for each such content.
     removed : list of str
         Slides of the previous index that are not in this one.
     snapshot : polars.DataFrame
@@ -53,6 +59,8 @@ class SlideScan:
     index: pl.DataFrame
     versions: dict[str, str]
     missing: dict[str, str]
+    left_aside: tuple[LeftAside, ...]
+    duplicates: tuple[tuple[str, ...], ...]
     removed: list[str]
     snapshot: pl.DataFrame
 
@@ -95,24 +103,35 @@ def scan_slides(
     ------
     CohortError
         More than half of the slides are missing, none can be read, or the slides are not valid
-        (see :func:`nic_core.cohort.index.slide_index`).
+        (see :func:`nic_core.cohort.index.find_slides`).
     """
     previous_index = (
         pl.read_parquet(store.slide_index, glob=False) if store.slide_index.exists() else None
     )
-    index = slide_index(cohort, allow_missing=True)
+    found = find_slides(cohort)
+    index = found.index
     previous = read_file_snapshot(store)
-    tables = [str(table) for table in (cohort.slides.table, cohort.labels) if table is not None]
-    files = [path for column in ("path", "mask") for path in index[column].drop_nulls()]
-    with_identity = {**dict.fromkeys(files, True), **dict.fromkeys(tables, False)}
-    snapshot, unreadable = take_snapshot(
-        {path: content for path, content in with_identity.items() if path not in ignore_paths},
-        previous.clear() if rehash else previous,
+    masks = index["mask"].drop_nulls()
+    files = {path: found.parts.get(path, ()) for path in (*index["path"], *masks)}
+    busy = set(ignore_paths)
+    waiting = {path for path, parts in files.items() if busy & {path, *parts}}
+    # what is wrong with a slide that is still being written is not known yet
+    problems = {
+        slide: problem
+        for slide, path in index.select("slide", "path").iter_rows()
+        if (problem := found.problems.get(slide)) and not (path in waiting and Path(path).exists())
+    }
+    unusable = set(index.filter(pl.col("slide").is_in(list(problems)))["path"])
+    readable = {path: parts for path, parts in files.items() if path not in waiting | unusable}
+    others = {str(path) for path in watched_files(cohort)} - set(readable) - busy
+    snapshot, unreadable = take_snapshot(readable, others, previous.clear() if rehash else previous)
+    # a slide with a file that is still being written keeps the state of the previous snapshot
+    kept = previous.filter(
+        pl.col("path").is_in(list(busy | waiting)) | pl.col("part_of").is_in(list(waiting))
     )
-    # a file that is still being written keeps the state of the previous snapshot
-    snapshot = pl.concat([snapshot, previous.filter(pl.col("path").is_in(list(ignore_paths)))])
-    identity = dict(snapshot.select("path", "identity").iter_rows())
-    missing = missing_files(index) | {
+    snapshot = pl.concat([snapshot.join(kept, on="path", how="anti"), kept])
+    identity = dict(snapshot.drop_nulls("identity").select("path", "identity").iter_rows())
+    missing = problems | {
         slide: unreadable[path]
         for slide, *paths in index.select("slide", "path", "mask").iter_rows()
         for path in paths
@@ -142,7 +161,61 @@ def scan_slides(
             "slide", "path", "mpp", "image", "mask", "origin"
         ).iter_rows()
     }
-    return SlideScan(index, versions, missing, removed, snapshot)
+    duplicates = same_content(index, snapshot)
+    return SlideScan(index, versions, missing, found.left_aside, duplicates, removed, snapshot)
+
+
+def same_content(index: pl.DataFrame, snapshot: pl.DataFrame) -> tuple[tuple[str, ...], ...]:
+    """Return the ids of the slides with the same content identity, for each such identity."""
+    found = (
+        index.select("slide", "path")
+        .join(snapshot.drop_nulls("identity").select("path", "identity"), on="path")
+        .sort("slide")
+        .group_by("identity", maintain_order=True)
+        .agg("slide")
+        .filter(pl.col("slide").list.len() > 1)
+    )
+    return tuple(tuple(slides) for slides in found["slide"])
+
+
+def patient_groups(index: pl.DataFrame, duplicates: Iterable[Sequence[str]]) -> dict[str, str]:
+    """Return the group of each patient that shares slides with another: folds keep groups whole.
+
+    Parameters
+    ----------
+    index : polars.DataFrame
+        :data:`nic_core.cohort.index.INDEX_SCHEMA`.
+    duplicates : iterable of sequence of str
+        Slides with the same content (:func:`same_content`).
+
+    Returns
+    -------
+    dict of str to str
+        Patient to group, which is the first of its patients. Patients without a shared slide are
+        left out: each is its own group.
+    """
+    patient_of = dict(index.select("slide", "patient").iter_rows())
+    patients = [sorted({patient_of[slide] for slide in slides}) for slides in duplicates]
+    group: dict[str, str] = {}
+    for shared in patients:
+        joined = {group.get(patient, patient) for patient in shared}
+        members = {p for p, first in group.items() if first in joined} | set(shared)
+        group |= dict.fromkeys(members, min(joined | members))
+    return {
+        patient: first for patient, first in group.items() if list(group.values()).count(first) > 1
+    }
+
+
+def read_patient_groups(store: Store) -> dict[str, str]:
+    """Return the :func:`patient_groups` of the stored slide index.
+
+    Raises
+    ------
+    CohortError
+        The slide index does not exist yet.
+    """
+    index = read_slide_index(store)
+    return patient_groups(index, same_content(index, read_file_snapshot(store)))
 
 
 def write_slide_index(store: Store, scan: SlideScan) -> None:
@@ -200,10 +273,21 @@ def read_file_snapshot(store: Store) -> pl.DataFrame:
     -------
     polars.DataFrame
         :data:`nic_core.cohort.scan.SNAPSHOT_SCHEMA`.
+
+    Raises
+    ------
+    CohortError
+        Another version of this project wrote the snapshot.
     """
     if not store.file_snapshot.exists():
         return pl.DataFrame(schema=SNAPSHOT_SCHEMA)
-    return pl.read_parquet(store.file_snapshot, glob=False)
+    snapshot = pl.read_parquet(store.file_snapshot, glob=False)
+    if snapshot.schema != SNAPSHOT_SCHEMA:
+        raise CohortError(
+            f"{store.file_snapshot}: another version wrote it; delete the file and materialize "
+            "'slide_index' again"
+        )
+    return snapshot
 
 
 def patch_task_versions(cohort: Cohort) -> dict[str, str]:
@@ -240,14 +324,16 @@ def encoder_versions(cohort: Cohort) -> dict[str, str]:
     }
 
 
-def target_versions(cohort: Cohort, index: pl.DataFrame) -> dict[str, str]:
-    """Return a version of every target by name: a digest of its entry, labels and splits.
+def target_versions(cohort: Cohort, scan: SlideScan) -> dict[str, str]:
+    """Return a version of every target by name: a digest of its entry, labels, splits and groups.
 
-    Excluded slides have no part in it. A target whose labels are invalid has a version too, of the
-    problem: it stops its own folds, which report it, and nothing else.
+    The groups are those of the patients that share slides (:func:`patient_groups`). Excluded slides
+    have no part in it. A target whose labels are invalid has a version too, of the problem: it
+    stops its own folds, which report it, and nothing else.
     """
+    groups = sorted(patient_groups(scan.index, scan.duplicates).items())
     return {
-        target.name: digest(target, _labels_or_problem(cohort, target, index))
+        target.name: digest(target, _labels_or_problem(cohort, target, scan.index), *groups)
         for target in cohort.targets
     }
 

@@ -24,11 +24,16 @@ from nic_core.models.files import (
     save_model,
     training_cohort,
 )
-from nic_core.models.folds import folds_note, make_folds
+from nic_core.models.folds import by_group, folds_note, make_folds
 from nic_core.models.labels import LabelMatches, read_labels, target_table
 from nic_core.reports import model_results
 from nic_core.steps.grids import read_grid_manifest
-from nic_core.steps.slide_index import digest, read_slide_index, used_slides
+from nic_core.steps.slide_index import (
+    digest,
+    read_patient_groups,
+    read_slide_index,
+    used_slides,
+)
 from nic_core.store import GridKey, ModelKey, Store, atomic_file, atomic_folder, remove_product
 from nic_core.tracker import Tracker
 
@@ -61,14 +66,17 @@ class TargetFolds:
 def make_target_folds(cohort: Cohort, store: Store, target: str) -> TargetFolds:
     """Assign a target's patients to folds; write the table of folds. Excluded slides are left out.
 
-    The models of all encoders on this target share it.
+    The models of all encoders on this target share it. Patients with slides of the same content are
+    in one fold.
 
     Raises
     ------
     CohortError
         The label table is invalid, or the target cannot be cross-validated.
     """
-    found = find_target_folds(cohort, cohort.target(target), read_slide_index(store))
+    found = find_target_folds(
+        cohort, cohort.target(target), read_slide_index(store), read_patient_groups(store)
+    )
     if found.note is not None:
         log.warning(found.note)
     with atomic_file(store.target_folds(target)) as path:
@@ -76,13 +84,21 @@ def make_target_folds(cohort: Cohort, store: Store, target: str) -> TargetFolds:
     return found
 
 
-def find_target_folds(cohort: Cohort, target: Target, index: pl.DataFrame) -> TargetFolds:
+def find_target_folds(
+    cohort: Cohort,
+    target: Target,
+    index: pl.DataFrame,
+    groups: Mapping[str, str] | None = None,
+) -> TargetFolds:
     """Assign a target's patients to folds, without a store.
 
     Parameters
     ----------
     index
         The slide index (:data:`nic_core.cohort.index.INDEX_SCHEMA`).
+    groups
+        Patient to group, for patients that share slides
+        (:func:`nic_core.steps.slide_index.patient_groups`).
 
     Raises
     ------
@@ -92,9 +108,13 @@ def find_target_folds(cohort: Cohort, target: Target, index: pl.DataFrame) -> Ta
     settings = cohort.settings.models
     labels = read_labels(cohort, target, index)
     units = target_table(target, labels, used_slides(index))
-    folds = make_folds(units, target=target, folds=settings.folds, seed=settings.seed)
+    folds = make_folds(
+        units, target=target, folds=settings.folds, seed=settings.seed, groups=groups
+    )
     table = units.join(folds, on="patient", how="left").sort("unit")
-    return TargetFolds(table, labels.matches, folds_note(target, table, wanted=settings.folds))
+    return TargetFolds(
+        table, labels.matches, folds_note(target, by_group(table, groups), wanted=settings.folds)
+    )
 
 
 def find_unmatched_labels(cohort: Cohort, store: Store, target: str) -> LabelMatches:
@@ -173,6 +193,7 @@ def make_slide_model(
         device=device,
         tracker=tracker,
         progress=progress,
+        groups=read_patient_groups(store),
         checkpoints=FoldCheckpoints(
             store.slide_model_checkpoint(key), digest(recipe, resolve_device(device).type)
         ),

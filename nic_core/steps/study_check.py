@@ -25,19 +25,18 @@ from nic_core.cohort.file import cohort_problems, read_cohort_file, valid_part
 from nic_core.cohort.index import (
     FILE_COLUMNS,
     INDEX_SCHEMA,
-    folder_files,
-    folder_rows,
+    folder_slides,
     row_problem,
-    table_rows,
+    table_slides,
 )
 from nic_core.cohort.problems import Source
 from nic_core.cohort.references import wrong_columns
-from nic_core.cohort.slides import SlideFolder
 from nic_core.cohort.tables import Unmatched, read_table
 from nic_core.encoders.patch_sources import open_source, source_files
 from nic_core.models.labels import LabelMatches, read_labels
 from nic_core.parallel import cores
 from nic_core.slides import SlideError, open_slide
+from nic_core.slides.folders import summarize_left_aside
 from nic_core.steps.slide_models import find_target_folds
 from nic_core.tiling.annotations import is_annotation_file, read_annotations
 
@@ -107,13 +106,15 @@ def _slides(cohort: Cohort) -> tuple[pl.DataFrame, list[Finding]]:
     found: list[Finding] = []
     for number, folder in enumerate(cohort.slides.folders):
         try:
-            rows += folder_rows(folder)
-            found += _left_aside(folder)
+            slides, _, left_aside = folder_slides(folder)
+            rows += slides
+            for line in summarize_left_aside(left_aside):
+                found.append(Finding(str(folder.path), f"no slide: {line}", is_error=False))
         except CohortError as error:
             found.append(Finding(cohort.place("slides", "folders", number), str(error)))
     if cohort.slides.table is not None:
         try:
-            rows += table_rows(cohort.slides.table)
+            rows += table_slides(cohort.slides.table)[0]
         except CohortError as error:
             found.append(Finding(cohort.place("slides", "table"), str(error)))
     if not rows and not found:
@@ -128,7 +129,7 @@ def _slides(cohort: Cohort) -> tuple[pl.DataFrame, list[Finding]]:
         )
     for column in FILE_COLUMNS:
         absent = index.filter(
-            pl.col(column).map_elements(lambda path: not Path(path).is_file(), pl.Boolean)
+            pl.col(column).map_elements(lambda path: not Path(path).exists(), pl.Boolean)
         )
         if absent.height:
             found.append(
@@ -140,26 +141,9 @@ def _slides(cohort: Cohort) -> tuple[pl.DataFrame, list[Finding]]:
     return index.unique("slide", keep="first", maintain_order=True), found
 
 
-def _left_aside(folder: SlideFolder) -> Iterator[Finding]:
-    """Yield a note about the files of a folder that its pattern does not match."""
-    matched = set(folder_files(folder))
-    others = [p for p in folder.path.rglob("*") if p.is_file() and p not in matched]
-    if others:
-        suffixes = pl.Series([path.suffix or "no suffix" for path in others]).value_counts(
-            sort=True
-        )
-        kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in suffixes.iter_rows())
-        yield Finding(
-            str(folder.path),
-            f"{len(others):,} files do not match the pattern '{folder.pattern}' and are left "
-            f"aside ({kinds}), for example {others[0]}",
-            is_error=False,
-        )
-
-
 def _opened(index: pl.DataFrame, progress: Progress | None) -> Iterator[Finding]:
     """Yield the slides that cannot be opened; those with the same problem together."""
-    rows = [row for row in index.iter_rows(named=True) if Path(row["path"]).is_file()]
+    rows = [row for row in index.iter_rows(named=True) if Path(row["path"]).exists()]
 
     def problem(row: dict[str, Any]) -> tuple[str, str] | None:
         try:

@@ -93,11 +93,23 @@ def test_slides_coarser_than_the_study_are_found():
 
 def test_missing_and_removed_slide_files_are_found():
     def scan(missing: dict[str, str], removed: list[str]) -> SlideScan:
-        return SlideScan(pl.DataFrame(), {}, missing, removed, pl.DataFrame())
+        return SlideScan(pl.DataFrame(), {}, missing, (), (), removed, pl.DataFrame())
 
     assert checks.slide_files_present(scan({}, [])) is None
     assert checks.slide_files_present(scan({"a": "a.tif is cut"}, ["a", "b"])) == (
         "a: a.tif is cut; b: removed since the last scan"
+    )
+
+
+def test_slides_with_the_same_content_are_found():
+    index = pl.DataFrame({"slide": ["a", "b", "c"], "patient": ["P", "Q", "Q"]})
+
+    def scan(*duplicates: tuple[str, ...]) -> SlideScan:
+        return SlideScan(index, {}, {}, (), duplicates, [], pl.DataFrame())
+
+    assert checks.slides_distinct(scan()) is None
+    assert checks.slides_distinct(scan(("a", "b"))) == (
+        "the same content: a (patient P) = b (patient Q)"
     )
 
 

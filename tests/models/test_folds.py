@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from nic_core.cohort import ClassificationTarget, CohortError, RegressionTarget, SurvivalTarget
 from nic_core.models.folds import check_folds, check_trainable, folds_note, make_folds, split_fold
+from nic_core.steps.slide_index import patient_groups
 
 SCORE = RegressionTarget(name="score", kind="regression", column="y")
 GROWTH = ClassificationTarget(
@@ -176,3 +177,34 @@ def test_folds_that_lost_their_grids_are_refused_before_training():
     lost = cv.filter((pl.col("y") != 0) | pl.col("fold").is_in([0, 1]))
     with pytest.raises(CohortError, match="in fold 0 of 4 no unit to train on has class 'a'"):
         check_trainable(GROWTH, lost, 4)
+
+
+@given(st.lists(st.sets(st.integers(0, 29), min_size=2, max_size=4), max_size=4), st.integers(0, 9))
+@settings(max_examples=50, deadline=None)
+def test_patients_that_share_slides_are_in_one_fold(shared, seed):
+    table = units(y=np.random.default_rng(seed).normal(size=30))
+    slides = [f"{i:03d}" for i in range(30)]
+    index = pl.DataFrame({"slide": slides, "patient": slides})
+    groups = patient_groups(index, [[slides[i] for i in ids] for ids in shared])
+    folds = make_folds(table, target=SCORE, folds=4, seed=seed, groups=groups)
+    fold = dict(folds.iter_rows())
+    assert len(fold) == 30
+    for ids in shared:
+        assert len({fold[slides[i]] for i in ids}) == 1
+
+
+def test_patients_that_share_slides_in_both_splits_are_refused():
+    table = units(y=np.arange(20.0)).with_columns(
+        split=pl.when(pl.col("unit") == "003").then(pl.lit("test")).otherwise("split")
+    )
+    groups = {"003": "001", "001": "001"}
+    with pytest.raises(CohortError, match="patients 001, 003 have slides with the same content"):
+        make_folds(table, target=SCORE, folds=4, seed=0, groups=groups)
+    assert make_folds(table, target=SCORE, folds=4, seed=0).height == 19
+
+
+def test_patients_of_one_group_count_once_for_the_number_of_folds():
+    table = units(y=np.arange(5.0))
+    groups = {"001": "000", "000": "000"}
+    folds = make_folds(table, target=SCORE, folds=5, seed=0, groups=groups)
+    assert folds["fold"].n_unique() == 4

@@ -19,6 +19,7 @@ from nic_core.encoders import train_encoder
 from nic_core.encoders.inference import PreparedEncoder
 from nic_core.grids import grid_hash, open_grid
 from nic_core.store import exclusive_lock
+from tests.slides import vendors
 from tests.slides.conftest import paint, write_tiff
 
 pytestmark = pytest.mark.slow
@@ -108,6 +109,14 @@ def test_files_with_the_same_slide_id_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"x/a.svs and .*y/a.ome.tif have the same slide id 'a'"):
         slides_by_id([tmp_path / "x" / "a.svs", tmp_path / "y" / "a.ome.tif"])
     assert list(slides_by_id([tmp_path / "a.svs"] * 2)) == ["a"]
+
+
+def test_the_files_of_a_dicom_series_are_one_slide(tmp_path, monkeypatch):
+    pixels = paint(128, 128)
+    level0 = vendors.write_dicom(tmp_path / "P1", [pixels], 0.5, label=pixels)
+    assert slides_by_id(sorted(level0.parent.iterdir())) == {"P1": level0}
+    monkeypatch.chdir(level0.parent)
+    assert slides_by_id([Path("label.dcm")]) == {"P1": Path("level0.dcm")}
 
 
 def test_other_exceptions_are_not_caught(slides, tmp_path):

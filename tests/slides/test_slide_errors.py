@@ -172,29 +172,6 @@ def test_a_slide_larger_than_any_glass_is_refused(tmp_path):
         assert slide.width == 9000
 
 
-def test_pixels_in_another_file_of_an_ome_series_are_refused(tmp_path):
-    xml = (
-        '<OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06" UUID="urn:uuid:a">'
-        '<Image ID="Image:0"><Pixels ID="Pixels:0" Type="uint8" DimensionOrder="XYCZT" SizeX="80" '
-        'SizeY="80" SizeC="3" SizeZ="1" SizeT="1"><Channel ID="Channel:0" SamplesPerPixel="3"/>'
-        '<TiffData IFD="0" PlaneCount="1"><UUID FileName="{}">urn:uuid:{}</UUID></TiffData>'
-        "</Pixels></Image></OME>"
-    )
-    for name, number in (("first.ome.tif", "a"), ("second.ome.tif", "b")):
-        tifffile.imwrite(
-            tmp_path / name,
-            paint(80, 80),
-            photometric="rgb",
-            description=xml.format("second.ome.tif", "b").replace(
-                'UUID="urn:uuid:a"', f'UUID="urn:uuid:{number}"'
-            ),
-            metadata=None,
-        )
-    refused(tmp_path / "first.ome.tif", "another file of its OME series", mpp=0.5)
-    with open_slide(tmp_path / "second.ome.tif", mpp=0.5) as slide:
-        assert slide.width == 80
-
-
 def test_mpp_of_the_slide_table_overrides_that_of_the_file(files):
     with open_slide(files["tiff"], mpp=0.5) as slide:
         assert slide.mpp == 0.5

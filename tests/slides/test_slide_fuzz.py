@@ -53,6 +53,18 @@ def test_mutated_vendor_slides_are_opened_or_refused(tmp_path):
     fuzz([*vendor_slides(tmp_path)])
 
 
+def test_mutated_ome_zarr_sets_and_czi_are_opened_or_refused(tmp_path):
+    levels = [paint(256, 384), paint(128, 192)]
+    options = {"axes": "cyx", "unit": "micrometer"}
+    old = vendors.write_ome_zarr(tmp_path / "a.zarr", levels, 0.25, version="0.4", **options)
+    new = vendors.write_ome_zarr(tmp_path / "b.zarr", levels, 0.25, version="0.5", **options)
+    czi = vendors.write_czi(tmp_path / "a.czi", levels[0], 0.25)
+    (tmp_path / "set").mkdir()
+    images = {"macro.ome.tif": levels[1][:64, :64], "scan.ome.tif": levels[0]}
+    scan = vendors.write_ome_set(tmp_path / "set", images, companion=True)[1]
+    fuzz([old, new, czi, scan])
+
+
 def vendor_slides(folder: Path) -> Iterator[Path]:
     levels = [paint(256, 384), paint(128, 192)]
     picture = paint(32, 64)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import signal
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,6 +14,7 @@ import numpy as np
 import pytest
 import pyvips
 import tifffile
+import zarr
 
 from nic_core.slides import SlideError, content_identity, open_slide
 from tests.slides import vendors
@@ -116,6 +120,19 @@ FORMATS = {
         "dicom metadata",
         names=frozenset({"label"}),
     ),
+    **{
+        f"ome-zarr {version} {axes}": Format(
+            lambda f, version=version, axes=axes: vendors.write_ome_zarr(
+                f / "a.ome.zarr", levels(), MPP, axes=axes, version=version, unit="micrometer"
+            ),
+            "zarr",
+            "OME-Zarr scale",
+            power=None,
+            names=frozenset(),
+            lossless=True,
+        )
+        for version, axes in (("0.4", "tczyx"), ("0.5", "tczyx"), ("0.5", "yxc"), ("0.4", "cyx"))
+    },
 }
 
 
@@ -206,7 +223,7 @@ def test_a_leica_fluorescence_scan_is_refused(tmp_path):
         open_slide(path)
 
 
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("kind", [kind for kind in FORMATS if FORMATS[kind].engine != "zarr"])
 @pytest.mark.parametrize("fraction", [0.05, 0.6, 0.98])
 def test_a_truncated_vendor_slide_is_refused(kind, fraction, tmp_path):
     path = FORMATS[kind].write(tmp_path)
@@ -247,6 +264,137 @@ def test_an_undecodable_tile_does_not_affect_other_threads(tmp_path):
     assert good == [corner != (256, 128) for corner in corners]
 
 
+def write_zarr(path: Path, *, axes: str = "cyx", version: str = "0.5", **options: object) -> Path:
+    settings = {"unit": "micrometer", **options}
+    return vendors.write_ome_zarr(path, levels(), MPP, axes=axes, version=version, **settings)
+
+
+def test_ome_zarr_by_another_writer_is_read(tmp_path):
+    from ome_zarr.writer import write_image
+
+    group = zarr.open_group(tmp_path / "a.zarr", mode="w")
+    steps = [[{"type": "scale", "scale": [1.0, n * MPP / 1000, n * MPP / 1000]}] for n in (1, 2)]
+    units = [{"name": n, "type": "space", "unit": "millimeter"} for n in "yx"]
+    write_image(
+        SLIDE.transpose(2, 0, 1),
+        group,
+        axes=[{"name": "c", "type": "channel"}, *units],
+        coordinate_transformations=steps,
+        scale_factors=[2],
+    )
+    with open_slide(tmp_path / "a.zarr") as slide:
+        assert slide.mpp == pytest.approx(MPP)
+        np.testing.assert_array_equal(slide.read(0, 0, 768, 512, MPP), SLIDE)
+
+
+@pytest.mark.parametrize(
+    "options", [{"shards": (3, 512, 512)}, {"chunks": (1, 100, 90)}, {"compressors": None}]
+)
+def test_ome_zarr_is_read_however_it_is_chunked(tmp_path, options):
+    chunks = options.pop("chunks", (3, 128, 128))
+    path = write_zarr(tmp_path / "a.zarr", chunks=chunks, **options)
+    with open_slide(path) as slide:
+        np.testing.assert_array_equal(slide.read(0, 0, 768, 512, MPP), SLIDE)
+
+
+def test_the_largest_image_of_bioformats2raw_is_the_slide(tmp_path):
+    root = zarr.open_group(tmp_path / "a.zarr", mode="w", zarr_format=2)
+    root.attrs["bioformats2raw.layout"] = 3
+    small = [PICTURE, reduced(PICTURE, 2)]
+    options = {"axes": "tczyx", "version": "0.4", "unit": "micrometer"}
+    vendors.write_ome_zarr(tmp_path / "a.zarr" / "0", small, 16.0, **options)
+    vendors.write_ome_zarr(tmp_path / "a.zarr" / "1", levels(), MPP, **options)
+    with open_slide(tmp_path / "a.zarr") as slide:
+        assert (slide.width, slide.height, slide.mpp) == (768, 512, MPP)
+    vendors.write_ome_zarr(tmp_path / "a.zarr" / "2", levels(), 2 * MPP, **options)
+    with pytest.raises(SlideError, match="several scans, whose level 0 is at 1/0 and 2/0"):
+        open_slide(tmp_path / "a.zarr")
+    with open_slide(tmp_path / "a.zarr" / "2") as slide:
+        assert slide.mpp == 2 * MPP
+
+
+def test_a_chunk_that_is_not_stored_is_white(tmp_path):
+    path = write_zarr(tmp_path / "a.zarr")
+    shutil.rmtree(path / "0" / "c" / "0" / "0")  # the first row of chunks
+    with open_slide(path) as slide:
+        pixels = slide.read(0, 0, 768, 512, MPP)
+    assert (pixels[:128] == 255).all()
+    np.testing.assert_array_equal(pixels[128:], SLIDE[128:])
+
+
+def test_a_truncated_chunk_fails_the_reads_that_touch_it(tmp_path):
+    path = write_zarr(tmp_path / "a.zarr")
+    chunk = path / "0" / "c" / "0" / "0" / "0"
+    chunk.write_bytes(chunk.read_bytes()[:-100])
+    with open_slide(path) as slide:
+        np.testing.assert_array_equal(slide.read(128, 0, 600, 512, MPP), SLIDE[:, 128:728])
+        with pytest.raises(SlideError, match="chunk 0, 0 of level 0.*copy the file again"):
+            slide.read(0, 0, 10, 10, MPP)
+
+
+def test_an_ome_zarr_without_units_needs_an_mpp(tmp_path):
+    path = write_zarr(tmp_path / "a.zarr", unit=None)
+    with pytest.raises(SlideError, match="does not state its um/px"):
+        open_slide(path)
+    with open_slide(path, mpp=0.5) as slide:
+        assert slide.mpp == 0.5
+
+
+def test_a_zarr_folder_that_is_no_rgb_image_is_refused(tmp_path):
+    zarr.open_group(tmp_path / "empty.zarr", mode="w")
+    deep = [level.astype(np.uint16) for level in levels()]
+    options = {"axes": "cyx", "version": "0.5", "unit": "micrometer"}
+    vendors.write_ome_zarr(tmp_path / "deep.zarr", deep, MPP, **options)
+    grey = [level[..., :1] for level in levels()]
+    vendors.write_ome_zarr(tmp_path / "grey.zarr", grey, MPP, **options)
+    (tmp_path / "damaged.zarr").mkdir()
+    (tmp_path / "damaged.zarr" / "zarr.json").write_text("{")
+    for name, message in (
+        ("empty", "without an OME-Zarr image"),
+        ("deep", "not an 8-bit RGB image.*uint16"),
+        ("grey", "not an 8-bit RGB image.*shape .1, 512, 768"),
+        ("damaged", "damaged OME-Zarr metadata"),
+    ):
+        with pytest.raises(SlideError, match=message):
+            open_slide(tmp_path / f"{name}.zarr")
+
+
+def test_czi_is_read_in_a_process_of_its_own(tmp_path):
+    path = vendors.write_czi(tmp_path / "a.czi", SLIDE, MPP)
+    with open_slide(path) as slide:
+        assert (slide.engine, slide.width, slide.height) == ("czi", 768, 512)
+        assert slide.mpp == pytest.approx(MPP)
+        np.testing.assert_array_equal(slide.read(0, 0, 768, 512, MPP), SLIDE)
+        assert (slide.read(768, 0, 10, 10, MPP) == 255).all()
+        expected = area_mean(SLIDE, 100, 50, 40, 30, 0.7 / MPP)
+        assert np.abs(slide.read(100, 50, 40, 30, 0.7) - expected).max() <= 0.5 + 1e-2
+
+
+def test_a_crash_of_libczi_fails_one_read_only(tmp_path):
+    path = vendors.write_czi(tmp_path / "a.czi", SLIDE, MPP)
+    with open_slide(path) as slide:
+        os.kill(slide._engine._process._running.pid, signal.SIGSEGV)
+        with pytest.raises(SlideError, match="the process of libCZI ended with status -11"):
+            slide.read(0, 0, 10, 10, MPP)
+        np.testing.assert_array_equal(slide.read(0, 0, 10, 10, MPP), SLIDE[:10, :10])
+
+
+@pytest.mark.parametrize("fraction", [0.05, 0.6, 0.98])
+def test_a_truncated_czi_is_refused(tmp_path, fraction):
+    path = vendors.write_czi(tmp_path / "a.czi", SLIDE, MPP)
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * fraction)])
+    with pytest.raises(SlideError, match="libCZI cannot open it.*copy the file again"):
+        open_slide(path)
+
+
+def test_czi_without_its_package_names_the_extra(tmp_path, monkeypatch):
+    path = vendors.write_czi(tmp_path / "a.czi", SLIDE, MPP)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SlideError, match=r"pip install 'nic-pathology\[czi\]'"):
+        open_slide(path)
+
+
 def test_content_identity_includes_all_files_of_a_slide(tmp_path):
     mirax = vendors.write_mirax(tmp_path / "a.mrxs", levels(), MPP, picture=PICTURE)
     dicom = vendors.write_dicom(tmp_path / "dicom", levels(), MPP, label=PICTURE)
@@ -260,6 +408,7 @@ def test_content_identity_includes_all_files_of_a_slide(tmp_path):
         with part.open("ab") as file:
             file.write(b"more")
         assert content_identity(path) != before
+    assert content_identity(dicom.parent / "label.dcm") == content_identity(dicom)
     before = content_identity(dicom)
     (dicom.parent / "notes.txt").write_text("not a part of the slide, changed")
     assert content_identity(dicom) == before

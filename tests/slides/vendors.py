@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import io
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import imagecodecs
 import numpy as np
 import tifffile
+import zarr
 from PIL import Image
 
 TILE = 128
@@ -444,16 +445,21 @@ _WSI = "1.2.840.10008.5.1.4.1.1.77.1.6"
 _JPEG = "1.2.840.10008.1.2.4.50"
 
 
-def write_dicom(folder: Path, levels: Levels, mpp: float, *, label: np.ndarray) -> Path:
+def write_dicom(
+    folder: Path, levels: Levels, mpp: float, *, label: np.ndarray, series: str = "1.2.5"
+) -> Path:
     """Write DICOM: a file of JPEG frames for each level and one for the label; return level 0."""
     folder.mkdir()
     for number, pixels in enumerate(levels):
-        _dicom_file(folder / f"level{number}.dcm", pixels, "VOLUME", mpp * 2**number, number + 1)
-    _dicom_file(folder / "label.dcm", label, "LABEL", mpp, 99)
+        path = folder / f"level{number}.dcm"
+        _dicom_file(path, pixels, "VOLUME", mpp * 2**number, number + 1, series)
+    _dicom_file(folder / "label.dcm", label, "LABEL", mpp, 99, series)
     return folder / "level0.dcm"
 
 
-def _dicom_file(path: Path, pixels: np.ndarray, flavour: str, mpp: float, number: int) -> None:
+def _dicom_file(
+    path: Path, pixels: np.ndarray, flavour: str, mpp: float, number: int, series: str
+) -> None:
     height, width = pixels.shape[:2]
     side = (TILE, TILE) if flavour == "VOLUME" else (height, width)
     frames = [jpeg(t) for t in tiles(pixels)] if flavour == "VOLUME" else [jpeg(pixels)]
@@ -464,10 +470,10 @@ def _dicom_file(path: Path, pixels: np.ndarray, flavour: str, mpp: float, number
     elements = [
         _dicom(0x0008, 0x0008, "CS", f"ORIGINAL\\PRIMARY\\{flavour}\\NONE"),
         _dicom(0x0008, 0x0016, "UI", _WSI),
-        _dicom(0x0008, 0x0018, "UI", f"1.2.3.{number}"),
+        _dicom(0x0008, 0x0018, "UI", f"{series}.3.{number}"),
         _dicom(0x0008, 0x0060, "CS", "SM"),
         _dicom(0x0020, 0x000D, "UI", "1.2.4"),
-        _dicom(0x0020, 0x000E, "UI", "1.2.5"),
+        _dicom(0x0020, 0x000E, "UI", series),
         _dicom(0x0020, 0x9311, "CS", "TILED_FULL"),
         _dicom(0x0028, 0x0002, "US", 3),
         _dicom(0x0028, 0x0004, "CS", "YBR_FULL_422"),
@@ -492,7 +498,7 @@ def _dicom_file(path: Path, pixels: np.ndarray, flavour: str, mpp: float, number
         [
             _dicom(0x0002, 0x0001, "OB", b"\0\1"),
             _dicom(0x0002, 0x0002, "UI", _WSI),
-            _dicom(0x0002, 0x0003, "UI", f"1.2.3.{number}"),
+            _dicom(0x0002, 0x0003, "UI", f"{series}.3.{number}"),
             _dicom(0x0002, 0x0010, "UI", _JPEG),
             _dicom(0x0002, 0x0012, "UI", "1.2.6"),
         ]
@@ -522,3 +528,92 @@ def _dicom(group: int, element: int, kind: str, value: str | int | bytes) -> byt
 
 def _dicom_sequence(group: int, element: int, item: bytes) -> bytes:
     return _dicom(group, element, "SQ", struct.pack("<HHI", 0xFFFE, 0xE000, len(item)) + item)
+
+
+def write_vms(path: Path, pixels: np.ndarray) -> Path:
+    """Write Hamamatsu VMS: a key file that names a JPEG of the slide, a map and a macro image."""
+    height, width = pixels.shape[:2]
+    for name in ("image", "map", "macro"):
+        (path.parent / f"{path.stem}-{name}.jpg").write_bytes(jpeg(pixels))
+    path.write_text(
+        f"[Virtual Microscope Specimen]\nNoLayers=1\nNoJpegColumns=1\nNoJpegRows=1\n"
+        f"ImageFile={path.stem}-image.jpg\nMapFile={path.stem}-map.jpg\n"
+        f"MacroImage={path.stem}-macro.jpg\nPhysicalWidth={width * 250}\n"
+        f"PhysicalHeight={height * 250}\nSourceLens=40\n"
+    )
+    return path
+
+
+def write_ome_set(folder: Path, images: Mapping[str, np.ndarray], *, companion: bool) -> list[Path]:
+    """Write an OME-TIFF for each image, which together are one set; 0.25 um/px at every image.
+
+    ``companion``: the metadata are in ``set.companion.ome``, and each TIFF only names that file.
+    """
+    entries = "".join(
+        f'<Image ID="Image:{number}" Name="{name}"><Pixels ID="Pixels:{number}" Type="uint8" '
+        f'DimensionOrder="XYCZT" SizeX="{pixels.shape[1]}" SizeY="{pixels.shape[0]}" SizeC="3" '
+        'SizeZ="1" SizeT="1" PhysicalSizeX="0.25" PhysicalSizeY="0.25">'
+        f'<Channel ID="Channel:{number}" SamplesPerPixel="3"/><TiffData IFD="0" PlaneCount="1">'
+        f'<UUID FileName="{name}">urn:uuid:{name}</UUID></TiffData></Pixels></Image>'
+        for number, (name, pixels) in enumerate(images.items())
+    )
+    head = '<OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06" UUID="urn:uuid:{}">'
+    named = '<BinaryOnly MetadataFile="set.companion.ome" UUID="urn:uuid:set"/>'
+    for name, pixels in images.items():
+        xml = head.format(name) + (named if companion else entries) + "</OME>"
+        options = {"tile": (TILE, TILE), "photometric": "rgb", "metadata": None}
+        tifffile.imwrite(folder / name, pixels, description=xml, **options)
+    if companion:
+        (folder / "set.companion.ome").write_text(head.format("set") + entries + "</OME>")
+    return sorted(folder.iterdir())
+
+
+def write_ome_zarr(
+    path: Path, levels: Levels, mpp: float, *, axes: str, version: str, unit: str | None, **options
+) -> Path:
+    """Write OME-Zarr 0.4 or 0.5 with the given order of axes, for example ``tczyx`` or ``yxc``."""
+    group = zarr.open_group(path, mode="w", zarr_format=2 if version == "0.4" else 3)
+    datasets = []
+    for number, pixels in enumerate(levels):
+        kept = [axis for axis in axes if axis in "yxc"]
+        array = pixels.transpose(["yxc".index(axis) for axis in kept])
+        for position, axis in enumerate(axes):
+            if axis not in "yxc":
+                array = np.expand_dims(array, position)
+        chunks = tuple(
+            TILE if axis in "yx" else size for axis, size in zip(axes, array.shape, strict=True)
+        )
+        group.create_array(str(number), data=array, **{"chunks": chunks, **options})
+        scale = [mpp * 2**number if axis in "yx" else 1.0 for axis in axes]
+        datasets.append(
+            {
+                "path": str(number),
+                "coordinateTransformations": [{"type": "scale", "scale": scale}],
+            }
+        )
+    kinds = {"t": "time", "c": "channel"}
+    described = [
+        {"name": axis, "type": kinds.get(axis, "space")}
+        | ({"unit": unit} if unit and axis in "yx" else {})
+        for axis in axes
+    ]
+    entry = {"name": path.name, "axes": described, "datasets": datasets}
+    if version == "0.4":
+        group.attrs["multiscales"] = [{**entry, "version": "0.4"}]
+    else:
+        group.attrs["ome"] = {"version": version, "multiscales": [entry]}
+    return path
+
+
+def write_czi(path: Path, pixels: np.ndarray, mpp: float) -> Path:
+    """Write Zeiss CZI of uncompressed tiles, whose coordinates start away from 0, 0."""
+    from pylibCZIrw import czi
+
+    with czi.create_czi(str(path)) as writer:
+        for number, tile in enumerate(tiles(pixels)):
+            row, column = divmod(number, -(-pixels.shape[1] // TILE))
+            part = tile[: pixels.shape[0] - row * TILE, : pixels.shape[1] - column * TILE, ::-1]
+            corner = column * TILE - 100, row * TILE + 50
+            writer.write(np.ascontiguousarray(part), location=corner, plane={"C": 0})
+        writer.write_metadata("slide", scale_x=mpp * 1e-6, scale_y=mpp * 1e-6)
+    return path

@@ -11,6 +11,9 @@ Hamamatsu NDPI, Leica SCN, Philips TIFF,        ``openslide``
 Ventana BIF, DICOM, MIRAX, other vendor
 formats, YCbCr outside JPEG (SVS with 33003)
 PNG, JPEG                                       ``libvips``; the whole image is held in memory
+OME-Zarr (a folder)                             ``zarr``
+Zeiss CZI                                       ``openslide`` where it reads the file, else
+                                                ``czi``, in a process of its own
 ==============================================  ===========================================
 
 libvips can read TIFF as well, at about the same speed, if the caller requests it. It is not the
@@ -21,14 +24,17 @@ vendor formats where it was built with OpenSlide, which the wheels are not.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nic_core.slides.engines.base import Engine, EngineName, Level, as_slide_error
+from nic_core.slides.engines.czi import CziEngine
 from nic_core.slides.engines.openslide import UNKNOWN_FORMAT_REMEDY, OpenSlideEngine
 from nic_core.slides.engines.tifffile import TiffEngine
 from nic_core.slides.engines.vips import VipsEngine
 from nic_core.slides.errors import SlideError
+from nic_core.slides.files import is_zarr
 from nic_core.slides.images import ImageInfo
 from nic_core.slides.metadata import DAMAGED_REMEDY
 from nic_core.slides.tiff import TiffInfo, check_only_image, inspect_tiff
@@ -36,6 +42,7 @@ from nic_core.slides.tiff import TiffInfo, check_only_image, inspect_tiff
 __all__ = ["Engine", "EngineName", "Level", "OpenedEngine", "as_slide_error", "open_engine"]
 
 _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_CZI_MAGIC = b"ZISRAWFI"
 _PLAIN_MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
 
 
@@ -82,7 +89,18 @@ def open_engine(
         The file is missing, damaged, not an image or not RGB brightfield, it has no such image, or
         the requested engine does not read it.
     """
+    if is_zarr(path):
+        # imported here, since zarr takes half a second
+        from nic_core.slides.engines.zarr import ZarrEngine
+
+        if name not in (None, ZarrEngine.name):
+            raise _wrong_engine(path, name)
+        check_only_image(path, image)
+        return OpenedEngine(ZarrEngine(path), "OME-Zarr, chunks read as tiles")
     magic = _magic(path)
+    if magic == _CZI_MAGIC and name in (None, "czi"):
+        check_only_image(path, image)
+        return _open_czi(path, name)
     tiff = inspect_tiff(path, image) if magic.startswith(_TIFF_MAGIC) else None
     if tiff is None:
         check_only_image(path, image)
@@ -105,8 +123,17 @@ def open_engine(
     return replace(opened, image=tiff.image, images=tiff.images, alternatives=tiff.alternatives)
 
 
+def _open_czi(path: Path, name: EngineName | None) -> OpenedEngine:
+    """OpenSlide reads some CZI files; libCZI, an optional package, reads them all."""
+    if name is None:
+        # OpenSlide refuses when it is opened what it does not read of the format
+        with contextlib.suppress(SlideError):
+            return OpenedEngine(OpenSlideEngine(path, None), "vendor format, not TIFF")
+    reason = "requested" if name else "CZI that OpenSlide does not read"
+    return OpenedEngine(CziEngine(path), reason)
+
+
 def _open(path: Path, name: EngineName, tiff: TiffInfo | None, plain: bool) -> Engine:
-    remedy = "do not choose an engine"
     if name == "openslide" and not plain:
         return OpenSlideEngine(path, tiff)
     if name == "tifffile" and tiff is not None and not tiff.openslide_reason:
@@ -118,8 +145,13 @@ def _open(path: Path, name: EngineName, tiff: TiffInfo | None, plain: bool) -> E
     if name == "libvips":
         if VipsEngine.has_openslide():
             return VipsEngine.vendor(path)
-        remedy += ", or install a libvips with OpenSlide"
-    raise SlideError(path, f"engine '{name}' does not read this file", remedy)
+        raise _wrong_engine(path, name, ", or install a libvips with OpenSlide")
+    raise _wrong_engine(path, name)
+
+
+def _wrong_engine(path: Path, name: EngineName | None, more: str = "") -> SlideError:
+    reason = f"engine '{name}' does not read this file"
+    return SlideError(path, reason, f"do not choose an engine{more}")
 
 
 def _magic(path: Path) -> bytes:

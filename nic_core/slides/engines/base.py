@@ -17,7 +17,7 @@ from nic_core.slides.images import AlphaKind
 from nic_core.slides.metadata import DAMAGED_REMEDY, FileMetadata
 from nic_core.types import Pixels
 
-EngineName = Literal["tifffile", "openslide", "libvips"]
+EngineName = Literal["tifffile", "openslide", "libvips", "zarr", "czi"]
 
 
 class ReadError(Exception):

@@ -11,7 +11,7 @@ import numpy as np
 import openslide
 from PIL import Image
 
-from nic_core.slides.dicom import check_dicom_complete
+from nic_core.slides.dicom import check_dicom
 from nic_core.slides.engines.base import (
     EngineName,
     Level,
@@ -25,7 +25,7 @@ from nic_core.slides.tiff import TiffInfo
 from nic_core.types import Pixels
 
 UNKNOWN_FORMAT_REMEDY = (
-    "give a whole-slide image (SVS, TIFF, NDPI, MIRAX, SCN, DICOM), a PNG or a JPEG"
+    "give a whole-slide image (SVS, TIFF, NDPI, MIRAX, SCN, DICOM, CZI, OME-Zarr), a PNG or a JPEG"
 )
 
 
@@ -112,11 +112,7 @@ class OpenSlideEngine:
 
 
 def _open(path: Path, tiff: TiffInfo | None) -> openslide.OpenSlide:
-    if path.suffix.lower() == ".mrxs" and not path.with_suffix("").is_dir():
-        raise SlideError(
-            path, f"its folder '{path.stem}' is missing", "copy the folder together with the file"
-        )
-    check_dicom_complete(path)
+    check_dicom(path)
     try:
         return openslide.OpenSlide(path)
     except openslide.OpenSlideUnsupportedFormatError as error:
