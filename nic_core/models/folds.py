@@ -61,15 +61,23 @@ def make_folds(
     """
     kind = kind_of(target)
     _check_groups(table, groups or {})
-    cv = by_group(table.filter(pl.col("split") == "cv"), groups)
+    units = table.filter(pl.col("split") == "cv")
+    cv = by_group(units, groups)
     column = kind.source_columns[-1]
+    merged = ""
+    if _patients(cv) < _patients(units):
+        merged = (
+            f" ({_patients(units)} patients count as {_patients(cv)}, since slides of theirs have "
+            "the same content)"
+        )
     what, most = _fewest(kind, cv)
     if most < LEAST_FOLDS:
         raise label_error(
             target,
             column,
-            f"{most} of {_patients(cv)} patients in split 'cv' have {what}; cross-validation needs "
-            f"at least {LEAST_FOLDS}; label more patients, merge classes, or remove the target",
+            f"{most} of {_patients(cv)} patients in split 'cv' have {what}{merged}; "
+            f"cross-validation needs at least {LEAST_FOLDS}; label more patients, merge classes, or "
+            "remove the target",
         )
     if problem := kind.training_problem(cv, cv):
         raise label_error(target, column, f"{problem}; correct the labels or remove the target")
@@ -85,8 +93,8 @@ def make_folds(
     raise label_error(
         target,
         column,
-        f"the {_patients(cv)} patients of split 'cv' cannot be divided into {LEAST_FOLDS} or more "
-        f"folds: {problem}; label more patients or remove the target",
+        f"the {_patients(cv)} patients of split 'cv'{merged} cannot be divided into {LEAST_FOLDS} "
+        f"or more folds: {problem}; label more patients or remove the target",
     )
 
 

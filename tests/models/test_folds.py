@@ -208,3 +208,9 @@ def test_patients_of_one_group_count_once_for_the_number_of_folds():
     groups = {"001": "000", "000": "000"}
     folds = make_folds(table, target=SCORE, folds=5, seed=0, groups=groups)
     assert folds["fold"].n_unique() == 4
+
+
+def test_too_few_patients_after_grouping_are_explained():
+    groups = {f"{i:03d}": "000" for i in range(8)}
+    with pytest.raises(CohortError, match=r"8 patients count as 1, since slides of theirs have"):
+        make_folds(units(y=np.arange(8.0)), target=SCORE, folds=4, seed=0, groups=groups)
