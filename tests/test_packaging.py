@@ -159,7 +159,7 @@ def test_both_packages_are_typed():
         assert PYPROJECT["tool"]["setuptools"]["package-data"][package] == ["py.typed"]
 
 
-def test_the_version_is_told_once():
+def test_the_version_is_stated_in_one_place():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert str(citation["version"]) == PROJECT["version"]
 
@@ -241,9 +241,9 @@ def test_files_that_a_page_names_exist(page):
     assert not {path for path in named if not (ROOT / path).exists()}
 
 
-def test_a_module_that_should_be_absent_is_told():
+def test_a_module_that_should_be_absent_is_reported():
     script = [sys.executable, str(ROOT / ".ci" / "absent.py")]
     assert subprocess.run([*script, "no_such_module"], check=False).returncode == 0
-    told = subprocess.run([*script, "json"], check=False, capture_output=True, text=True)
-    assert told.returncode == 1
-    assert "json" in told.stderr
+    done = subprocess.run([*script, "json"], check=False, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "json" in done.stderr

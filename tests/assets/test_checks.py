@@ -16,12 +16,13 @@ from nic_core.cohort import ModelSettings, RegressionTarget, Settings, load_coho
 from nic_core.encoders import EncoderCard, PatchDataset
 from nic_core.encoders.patch_tasks import FINDINGS_SCHEMA
 from nic_core.encoders.scores import TaskScores
-from nic_core.grids import Grid, GridProvenance
+from nic_core.grids import Grid
 from nic_core.models.comparison import Verdict
 from nic_core.models.cross_validation import CrossValidation
 from nic_core.steps import SlideRecord, SlideScan
 from nic_core.store import Store
 from nic_core.tiling.patches import MEASURED, PATCH_SCHEMA, write_patch_table
+from tests.provenance import provenance
 
 pytestmark = pytest.mark.slow
 
@@ -40,30 +41,14 @@ def record(**changes: object) -> SlideRecord:
         "icc_profile": None,
         "tissue_mpp": 8.0,
         "tissue_mm2": 1.0,
+        "ink_share": 0.0,
     }
     return SlideRecord.model_validate(values | changes)
 
 
 def grid(embeddings: np.ndarray, valid: np.ndarray, unreadable: int = 0) -> Grid:
-    provenance = GridProvenance(
-        format=3,
-        slide="s",
-        slide_identity="i",
-        slide_mpp=0.5,
-        slide_image=0,
-        encoder="e",
-        weights_hash="w",
-        mpp=0.5,
-        patch=128,
-        stride=128,
-        unreadable=unreadable,
-        precision="float32",
-        reading="patch",
-        colours="stored",
-        icc_profile=None,
-        software="nic test",
-    )
-    return Grid(embeddings.astype(np.float16), valid, provenance)
+    about = provenance(unreadable=unreadable)
+    return Grid(embeddings.astype(np.float16), valid, about)
 
 
 def cells(kept: np.ndarray) -> pl.DataFrame:

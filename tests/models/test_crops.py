@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from nic_core.grids import Grid, GridProvenance, open_grid, write_grid
+from nic_core.grids import Grid, open_grid, write_grid
 from nic_core.models.crops import (
     Crops,
     all_moments,
@@ -23,6 +23,7 @@ from nic_core.models.crops import (
 )
 from nic_core.models.networks import Normalise
 from nic_core.orientations import orient
+from tests.provenance import provenance
 
 from .conftest import ArrayGrid
 
@@ -207,24 +208,7 @@ def test_crops_from_stores_equal_crops_from_memory(tmp_path, cache, components):
         valid[: side // 2, :70] = False  # the largest grid has a chunk without tissue
         embeddings = (random.normal(size=(3, *valid.shape)) * valid).astype(np.float16)
         grids[name] = grid_of(embeddings, valid)
-        about = GridProvenance(
-            format=3,
-            slide=name,
-            slide_identity=name,
-            slide_mpp=0.25,
-            slide_image=0,
-            encoder="e",
-            weights_hash="w",
-            mpp=0.5,
-            patch=128,
-            stride=128,
-            unreadable=0,
-            precision="float32",
-            reading="patch",
-            colours="stored",
-            icc_profile=None,
-            software="nic test",
-        )
+        about = provenance(slide=name)
         write_grid(tmp_path / name, Grid(embeddings, valid, about))
     moments = all_moments(grids, grids.__getitem__).values()
     normalise = fit_normalise(moments, components=components)

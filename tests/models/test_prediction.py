@@ -217,7 +217,7 @@ def test_patient_is_the_mean_of_the_usable_slides(study, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "told"),
+    ("field", "value", "message"),
     [
         ("weights_hash", "0" * 64, "weights 000000000000, not"),
         ("patch", 64, "patch 64, not 128"),
@@ -225,12 +225,12 @@ def test_patient_is_the_mean_of_the_usable_slides(study, tmp_path):
         ("embedding_size", 4, "embedding size 4, not 3"),
     ],
 )
-def test_other_encoder_is_refused(study, field, value, told):
+def test_other_encoder_is_refused(study, field, value, message):
     _, store = study
     model = load_model(store.slide_model(ModelKey(encoder=ENCODER, target="growth")))
     encoder = load_encoder(store.encoder(ENCODER))
     other = replace(encoder, card=encoder.card.model_copy(update={field: value}))
-    with pytest.raises(ModelMismatchError, match=told):
+    with pytest.raises(ModelMismatchError, match=message):
         predict_slides(model, other, split(store, "test"))
 
 
@@ -321,16 +321,16 @@ def test_command_names_a_missing_model_and_a_wrong_encoder(study, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("slide,person\na,b\n", "no column 'patient'"),
         ("slide,patient\na,\n", "'a' has an empty cell"),
         ("slide,patient\na,b\na,c\n", "'a' has more than one row"),
     ],
 )
-def test_invalid_table_of_patients_raises(tmp_path, text, told):
+def test_invalid_table_of_patients_raises(tmp_path, text, message):
     (tmp_path / "t.csv").write_text(text)
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         read_patients(tmp_path / "t.csv")
 
 

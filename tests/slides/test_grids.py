@@ -27,6 +27,7 @@ from nic_core.grids import (
 from nic_core.grids.chunks import ChunkError
 from nic_core.orientations import orient, undo
 from nic_core.store import StoreError
+from tests.provenance import provenance
 
 
 def make(
@@ -43,25 +44,7 @@ def make(
     embeddings = rng.normal(size=(size, rows, columns)).astype(np.float16) * valid
     others = rng.normal(size=(7, size, rows, columns)).astype(np.float16) * valid
     eight = np.concatenate([embeddings[None], others]) if orientations else None
-    provenance = {
-        "format": 3,
-        "slide": "s1",
-        "slide_identity": "ab" * 16,
-        "slide_mpp": 0.25,
-        "slide_image": 0,
-        "encoder": "mtl",
-        "weights_hash": "cd" * 16,
-        "mpp": 0.5,
-        "patch": 128,
-        "stride": 128,
-        "unreadable": 0,
-        "precision": "float32",
-        "reading": "patch",
-        "colours": "stored",
-        "icc_profile": None,
-        "software": "nic test",
-    } | changes
-    return Grid(embeddings, valid, GridProvenance(**provenance), eight)
+    return Grid(embeddings, valid, provenance(**changes), eight)
 
 
 @settings(max_examples=15, deadline=None)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from ome_zarr_models.v05.image import Image
 
-from nic_core.grids import GridError, GridProvenance
+from nic_core.grids import GridError
 from nic_core.maps.heatmaps import (
     GEOJSON,
     OVERLAY,
@@ -35,6 +35,7 @@ from nic_core.maps.heatmaps import (
 from nic_core.slides import SlideError, content_identity, open_slide
 from nic_core.tiling.annotations import placed, read_annotations
 from nic_core.tiling.regions import Region, region_mask
+from tests.provenance import provenance
 from tests.slides.conftest import paint
 from tests.slides.vendors import write_mirax
 
@@ -48,26 +49,9 @@ def slide(files):
 
 
 @pytest.fixture(scope="module")
-def provenance(files):
-    """Of a grid of 7 x 9 cells of 100 level-0 px."""
-    return GridProvenance(
-        format=3,
-        slide="s1",
-        slide_identity=content_identity(files["tiff"]),
-        slide_mpp=0.25,
-        slide_image=0,
-        encoder="mtl",
-        weights_hash="cd" * 16,
-        mpp=0.5,
-        patch=50,
-        stride=50,
-        unreadable=0,
-        precision="float32",
-        reading="patch",
-        colours="stored",
-        icc_profile=None,
-        software="nic test",
-    )
+def about(files):
+    """Provenance of a grid of 7 x 9 cells of 100 level-0 px."""
+    return provenance(slide_identity=content_identity(files["tiff"]), patch=50, stride=50)
 
 
 @pytest.fixture
@@ -79,23 +63,23 @@ def heat():
 
 
 @pytest.fixture
-def folder(tmp_path, heat, provenance, slide):
-    write_heatmap(tmp_path / "s1", heat, provenance, slide, name="growth")
+def folder(tmp_path, heat, about, slide):
+    write_heatmap(tmp_path / "s1", heat, about, slide, name="growth")
     return tmp_path / "s1"
 
 
-def test_a_heatmap_is_written_atomically_and_read_back(folder, heat, provenance, slide):
+def test_a_heatmap_is_written_atomically_and_read_back(folder, heat, about, slide):
     names = {TIFF, ZARR, GEOJSON, OVERLAY, PATCHES}
     assert {path.name for path in folder.iterdir()} == names
     np.testing.assert_array_equal(read_heatmap(folder), heat)
     with pytest.raises(ValueError, match="slide 's1': no cell has heat"):
-        write_heatmap(folder, heat * np.nan, provenance, slide, name="growth")
-    beyond = provenance.model_copy(update={"patch": 10**6})  # a picture larger than memory
+        write_heatmap(folder, heat * np.nan, about, slide, name="growth")
+    beyond = about.model_copy(update={"patch": 10**6})  # a picture larger than memory
     with pytest.raises(MemoryError):
         write_heatmap(folder, heat, beyond, slide, name="growth")
     np.testing.assert_array_equal(read_heatmap(folder), heat)
     assert list(folder.parent.iterdir()) == [folder]
-    write_heatmap(folder, heat, provenance, slide, name="growth", pictures=False)
+    write_heatmap(folder, heat, about, slide, name="growth", pictures=False)
     assert {path.name for path in folder.iterdir()} == {TIFF, ZARR, GEOJSON}
 
 
@@ -104,9 +88,9 @@ def test_a_missing_heatmap_is_an_error(tmp_path):
         read_heatmap(tmp_path / "gone")
 
 
-def test_a_heatmap_of_another_slide_is_refused(tmp_path, heat, provenance, files):
+def test_a_heatmap_of_another_slide_is_refused(tmp_path, heat, about, files):
     with open_slide(files["svs"]) as other, pytest.raises(SlideError, match="not the slide 's1'"):
-        write_heatmap(tmp_path / "s1", heat, provenance, other, name="growth")
+        write_heatmap(tmp_path / "s1", heat, about, other, name="growth")
     assert not list(tmp_path.iterdir())
 
 
@@ -122,18 +106,18 @@ def test_the_tiff_is_tiled_and_states_its_resolution(folder, heat):
     np.testing.assert_allclose(per_cm, [400, 400], rtol=1e-6)
 
 
-def test_the_tiff_of_a_large_slide_is_a_pyramid(tmp_path, slide, provenance):
+def test_the_tiff_of_a_large_slide_is_a_pyramid(tmp_path, slide, about):
     heat = np.hypot(*np.mgrid[-300:300, -350:350]).astype(np.float32)
-    write_heatmap(tmp_path / "s1", heat, provenance, slide, name="growth")
+    write_heatmap(tmp_path / "s1", heat, about, slide, name="growth")
     assert pyvips.Image.new_from_file(str(tmp_path / "s1" / TIFF)).get("n-pages") == 3
     with tifffile.TiffFile(tmp_path / "s1" / TIFF) as file:
         half = heat.reshape(300, 2, 350, 2).mean((1, 3))
         np.testing.assert_allclose(file.pages[1].asarray(), half, rtol=1e-6)
 
 
-def test_openslide_and_libvips_read_levels_and_resolution(tmp_path, slide, provenance):
+def test_openslide_and_libvips_read_levels_and_resolution(tmp_path, slide, about):
     heat = np.hypot(*np.mgrid[-300:300, -350:350]).astype(np.float32)
-    write_heatmap(tmp_path / "s1", heat, provenance, slide, name="growth", pictures=False)
+    write_heatmap(tmp_path / "s1", heat, about, slide, name="growth", pictures=False)
     path = tmp_path / "s1" / TIFF
     with openslide.OpenSlide(path) as opened:
         assert opened.properties["openslide.vendor"] == "generic-tiff"
@@ -243,12 +227,12 @@ def test_areas_are_qupath_annotations_in_level_0_px(folder, heat, slide):
     assert np.ptp(every, axis=0).min() > 300  # coordinates are px, not cells
 
 
-def test_areas_of_a_scanned_area_return_to_their_cells(tmp_path, provenance):
+def test_areas_of_a_scanned_area_return_to_their_cells(tmp_path, about):
     levels = [paint(512 // 2**n, 512 // 2**n) for n in range(3)]
     outside = [i for i in range(16) if i < 4 or i % 4 == 0]
     path = write_mirax(tmp_path / "a.mrxs", levels, 0.25, picture=levels[2], missing=outside)
     heat = np.random.default_rng(1).random((6, 6)).astype(np.float32)
-    of_slide = provenance.model_copy(update={"slide_identity": content_identity(path)})
+    of_slide = about.model_copy(update={"slide_identity": content_identity(path)})
     with open_slide(path) as scanned:
         assert scanned.bounds[:2] == (128, 128)
         write_heatmap(tmp_path / "heat", heat, of_slide, scanned, name="g", pictures=False)
@@ -297,8 +281,8 @@ def test_the_scale_bar_has_the_length_of_its_label(slide):
     assert black[12:92].all()
 
 
-def test_the_sheet_shows_the_hottest_and_coldest_patches(slide, provenance, heat):
-    sheet = patch_sheet(slide, heat, provenance)
+def test_the_sheet_shows_the_hottest_and_coldest_patches(slide, about, heat):
+    sheet = patch_sheet(slide, heat, about)
     rows, columns = np.nonzero(np.isfinite(heat))
     order = np.argsort(-heat[rows, columns])
     assert sheet.shape == (104, 8 * 54 - 4, 3)

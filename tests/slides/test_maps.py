@@ -12,8 +12,9 @@ from PIL import Image
 
 from nic_core.cohort import CohortError, ProbabilityMap
 from nic_core.encoders import Encoder, EncoderCard
-from nic_core.grids import Grid, GridProvenance
+from nic_core.grids import Grid
 from nic_core.maps import MAP_SCHEMA, overlay, probability_map, score_maps, truth_of_cells
+from tests.provenance import provenance
 
 MAP = ProbabilityMap(name="tumour", encoder="e", task="t", label="tumour")
 
@@ -25,25 +26,7 @@ def labels(folder: Path, values: np.ndarray) -> Path:
 
 
 def grid_of(embeddings: np.ndarray, valid: np.ndarray) -> Grid:
-    provenance = GridProvenance(
-        format=3,
-        slide="s",
-        slide_identity="i",
-        slide_mpp=0.5,
-        slide_image=0,
-        encoder="e",
-        weights_hash="w",
-        mpp=0.5,
-        patch=128,
-        stride=128,
-        unreadable=0,
-        precision="float32",
-        reading="patch",
-        colours="stored",
-        icc_profile=None,
-        software="nic test",
-    )
-    return Grid(np.where(valid, embeddings, 0).astype(np.float16), valid, provenance)
+    return Grid(np.where(valid, embeddings, 0).astype(np.float16), valid, provenance())
 
 
 def encoder_of(head: torch.nn.Module) -> Encoder:
