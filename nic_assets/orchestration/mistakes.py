@@ -50,7 +50,7 @@ SHOWN = 5  # partitions that a message lists
 def definitions_without_traceback() -> Iterator[None]:
     """Let a mistake in the block, which loads the definitions, be shown by its message alone.
 
-    The block runs in a process that cannot go on without definitions.
+    The block runs in a process that cannot continue without definitions.
 
     Raises
     ------

@@ -72,7 +72,7 @@ class SlideFiles:
     problem : SlideError or None
         Why the slide cannot be used, as far as its files show it without a look at the pixels.
     folder : str
-        Name of the folder that holds nothing but this DICOM series, whose files often have the same
+        Name of the folder that holds only this DICOM series, whose files often have the same
         names for every slide; else empty.
     """
 
