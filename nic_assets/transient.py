@@ -1,4 +1,4 @@
-"""Which faults of disks, servers and MLflow pass by themselves."""
+"""Transient faults of disks, servers and MLflow: a later attempt may succeed."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ TRANSIENT_MLFLOW_CODES = frozenset(
         "CANCELLED",
     }
 )
-"""MLflow's error codes that are transient. Others are answers, such as "does not exist"."""
+"""MLflow's error codes that are transient. Other codes are final, such as "does not exist"."""
 
 TRANSIENT_HTTP_STATUSES = frozenset({408, 429})
 """HTTP statuses below 500 that are transient: timeout, too many requests."""

@@ -131,7 +131,7 @@ def lease(names: Sequence[str], folder: Path | None = None) -> Iterator[int]:
 
 
 def _lock_first_free(names: Sequence[str], folder: Path, stack: ExitStack) -> int | list[str]:
-    """Return the index of the name that was locked, or for each name which process has it."""
+    """Return the index of the locked name; if all are in use, the process that holds each name."""
     holders = []
     for index, name in enumerate(names):
         try:

@@ -77,7 +77,9 @@ def test_processes_lease_different_gpus_and_an_extra_one_waits(hold):
     assert third.gpu() in held
 
 
-def test_a_step_that_waits_for_a_gpu_logs_who_has_it(hold, tmp_path, monkeypatch, caplog):
+def test_a_step_that_waits_for_a_gpu_logs_the_process_that_uses_it(
+    hold, tmp_path, monkeypatch, caplog
+):
     holder = hold(["GPU-a"])
     holder.gpu()
     caplog.set_level("INFO", logger="nic_core")

@@ -243,7 +243,7 @@ def test_files_left_aside_are_reported_and_scanned_once(cohort):
     assert cohort.scan() == (set(), set())
 
 
-def test_slides_with_the_same_content_are_found_whatever_they_are_called(cohort):
+def test_slides_with_the_same_content_are_found_under_any_name(cohort):
     cohort.put("copy", "slide a")
     cohort.put("z", "slide c")
     found = cohort.index()

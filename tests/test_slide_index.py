@@ -149,7 +149,7 @@ def test_equal_ids_of_two_files_are_refused_with_a_remedy(tmp_path):
     assert index["slide"].to_list() == ["a1", "a2"]
 
 
-def test_folders_take_every_format_unless_a_pattern_says_which(tmp_path):
+def test_folders_give_every_format_unless_a_pattern_is_given(tmp_path):
     touch(tmp_path, "wsi/a.svs", "wsi/b.NDPI", "wsi/c.png", "wsi/d.txt")
     found = find_slides(cohort(tmp_path, "{folders: [{path: wsi}]}"))
     assert found.index["slide"].to_list() == ["a", "b"]
@@ -172,7 +172,7 @@ def test_folders_take_every_format_unless_a_pattern_says_which(tmp_path):
         ("IM000001", "IM000001"),
     ],
 )
-def test_the_last_number_of_a_uid_is_no_suffix(name, slide):
+def test_the_last_number_of_a_uid_is_not_a_suffix(name, slide):
     assert slide_id(SlideFiles(Path(name))) == slide
 
 

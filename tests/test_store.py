@@ -138,7 +138,7 @@ def test_a_writer_waits_and_removes_files_of_a_killed_writer(tmp_path, writer):
     assert names(path) == ["chunk"]
 
 
-def test_a_waiting_writer_logs_who_holds_the_lock(tmp_path, writer, monkeypatch, caplog):
+def test_a_waiting_writer_logs_the_holder_of_the_lock(tmp_path, writer, monkeypatch, caplog):
     monkeypatch.setattr(atomic, "WAITING_LOGGED_AFTER", 0.0)
     caplog.set_level("INFO", logger="nic_core")
     killer = threading.Timer(0.2, writer.kill)

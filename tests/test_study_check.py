@@ -193,8 +193,8 @@ def test_init_writes_a_study_that_check_accepts(tmp_path):
         ("P3", "second/P3.tif", "P3", 1.0, "TIFF resolution"),
     ]
     assert table["decide"].to_list() == [
-        "patient: the same as of P1-2?",
-        "patient: the same as of P1-1?",
+        "patient: the same patient as P1-2?",
+        "patient: the same patient as P1-1?",
         None,
         None,
     ]
@@ -214,7 +214,7 @@ def test_init_lists_what_needs_a_decision(tmp_path):
     assert set(rows) == {"a", "b", "x_my_scan", "y_my_scan"}
     assert "column `mpp`" in rows["a"]["decide"]
     assert "not an image of a known format" in rows["b"]["decide"]
-    assert "is this id good?" in rows["x_my_scan"]["decide"]
+    assert "check this id." in rows["x_my_scan"]["decide"]
 
 
 def test_init_replaces_no_file(tmp_path):

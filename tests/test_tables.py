@@ -108,7 +108,7 @@ def test_numbers_have_a_point_or_a_proven_decimal_comma(texts, numbers):
         ([[1], [2]], 0, "List"),
     ],
 )
-def test_a_value_that_is_no_number_is_named(values, index, message):
+def test_a_value_that_is_not_a_number_is_named(values, index, message):
     with pytest.raises(NumberError, match=message) as caught:
         to_numbers(pl.Series(values))
     assert caught.value.index == index

@@ -253,7 +253,7 @@ def folds_disjoint_by_patient(folds: pl.DataFrame) -> str | None:
 
 @Check
 def as_many_folds_as_wanted(made: TargetFolds) -> str | None:
-    """The target is divided into as many folds as `settings.models.folds` wants."""
+    """The target has the number of folds that `settings.models.folds` requests."""
     return made.note
 
 
@@ -265,7 +265,7 @@ def above_permutation_control(control: PermutationControl) -> str | None:
 
 @Check
 def compared_with_champion(verdict: Verdict) -> str | None:
-    """The model could be compared with the champion of its target; if not, a person must set the
-    alias. The metadata `champion` of each model has the result.
+    """The model could be compared with the champion of its target; if not, set the alias by
+    hand. The metadata `champion` of each model has the result.
     """
     return None if verdict.compared else verdict.explanation

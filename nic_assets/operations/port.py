@@ -1,6 +1,6 @@
 """Refuse a port that is in use, before a server starts its other processes.
 
-``dagster dev`` starts a daemon beside the webserver, which goes on if only the webserver fails.
+``dagster dev`` starts a daemon beside the webserver, which continues if only the webserver fails.
 """
 
 from __future__ import annotations

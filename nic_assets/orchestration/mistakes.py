@@ -1,8 +1,8 @@
 """How Dagster's commands show a mistake of the user: the message, without a traceback.
 
 A mistake is an error that the user can correct: in the cohort file, in a table, in a slide, or in
-the arguments of a command. A traceback is of no use for it. Dagster has no setting for that, so
-this module uses two public ones of Python:
+the arguments of a command. A traceback does not help to correct it. Dagster has no setting for
+that, so this module uses two public ones of Python:
 
 * ``sys.tracebacklimit = 0`` in a process that ends with the error. Dagster then records the message
   with an empty stack, for the UI as well.
@@ -50,7 +50,7 @@ SHOWN = 5  # partitions that a message lists
 def definitions_without_traceback() -> Iterator[None]:
     """Let a mistake in the block, which loads the definitions, be shown by its message alone.
 
-    The block runs in a process that cannot go on without definitions.
+    The block runs in a process that cannot continue without definitions.
 
     Raises
     ------

@@ -23,7 +23,7 @@ from nic_assets.transient import (
 DEFAULT_UI = "http://127.0.0.1:5000"
 
 CONNECTION_ERRORS = (MlflowException, SQLAlchemyError, OSError)
-"""What an MLflow client raises: without an answer (:func:`is_unavailable`), or as a refusal.
+"""Exceptions of the MLflow client: no answer (:func:`is_unavailable`), or a refusal.
 
 The causes are no connection, a server error, a locked database, an artifact folder that cannot be
 written, or a request for what was deleted.
@@ -43,7 +43,7 @@ logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
 
 
 class TrackingError(Exception):
-    """MLflow does not do what a step needs; the message says what is stored, and what to do.
+    """MLflow does not carry out a request; the message states what is stored and what to do.
 
     Permanent: the same call fails again until a person changes something.
     """

@@ -127,7 +127,7 @@ class Tracking(Connection):
         Raises
         ------
         EncoderError
-            No version has the alias, or its run does not exist or have the encoder's files.
+            No version has the alias, its run does not exist, or the run lacks the encoder's files.
         TrackingError
             MLflow does not answer, or refuses the request.
         """

@@ -71,7 +71,7 @@ def check(
 ) -> None:
     """Report every mistake in a cohort file, its tables and its slides; compute nothing.
 
-    The exit status is 1 if there is an error. A note is no error.
+    The exit status is 1 if there is an error. A note is not an error.
     """
     # imports torch, which is slow
     from nic_core.steps.study_check import check_study
@@ -88,7 +88,7 @@ def check(
     for item in sorted(found, key=lambda item: not item.is_error):
         kind = Text("error", "red") if item.is_error else Text("note", "yellow")
         table.add_row(kind, Text(item.where, overflow="fold"), Text(item.problem, overflow="fold"))
-    # a file or another program reads whole lines rather than a narrow table
+    # a wide table if the output goes to a file or to another program
     wide = console if console.is_terminal else Console(width=120)
     wide.print(table)
     errors = sum(item.is_error for item in found)

@@ -51,7 +51,7 @@ class Draft:
     slides : polars.DataFrame
         :data:`DRAFT_SCHEMA`.
     left_aside : list of str
-        A line for each kind of file that is no slide.
+        A line for each kind of file that is not a slide.
     table, cohort : Path
         The written files.
     """
@@ -68,8 +68,8 @@ def write_study(
     """Write ``slides.csv`` and ``cohort.yaml`` for the slides in a folder and its sub-folders.
 
     Of each slide only the header and a few small regions are read. A slide that cannot be used
-    is listed with the reason. Each slide counts as a patient of its own, since file names do not
-    tell; where they look as if a patient had several slides, the row says so [choice].
+    is listed with the reason. Each slide counts as a patient of its own, since the patient is
+    not known from a file name; slides whose names suggest one patient are marked [choice].
 
     Parameters
     ----------
@@ -122,12 +122,12 @@ def _slide_table(
             decide = [problem] if problem else []
             if renamed:
                 decide.append(
-                    "slide: is this id good? An id is unique, of letters, digits, '-', '_' and '.'"
+                    "slide: check this id. An id is unique, of letters, digits, '-', '_' and '.'"
                 )
             if source is not None and source.startswith("objective power"):
                 decide.append("mpp: the file states only the magnification; write the um/px")
             if slide in several:
-                decide.append(f"patient: the same as of {several[slide]}?")
+                decide.append(f"patient: the same patient as {several[slide]}?")
             inside = path.resolve().is_relative_to(out.resolve())
             shown = os.path.relpath(path.resolve(), out.resolve()) if inside else path.resolve()
             rows.append(

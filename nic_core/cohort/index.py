@@ -55,7 +55,7 @@ class FoundSlides:
         Slide id to the reason why the slide cannot be used, for example "path /data/a.svs does not
         exist", as far as its files show it without a look at the pixels.
     left_aside : tuple of LeftAside
-        Files of the folders that are no slides, and why
+        Files of the folders that are not slides, with the reason
         (:func:`nic_core.slides.folders.summarize_left_aside` shortens them).
     """
 
@@ -164,7 +164,7 @@ def slide_id(slide: SlideFiles) -> str:
     """Return the id of a slide in a folder: its file name without suffix and ``.ome``.
 
     The id of a DICOM slide is the name of its folder, if that holds no other series, else the name
-    of the file of its level 0. The last number of a UID is no suffix.
+    of the file of its level 0. The last number of a UID is not a suffix.
     """
     if slide.folder:
         return normalise(slide.folder)
@@ -267,7 +267,8 @@ def table_rows(path: Path) -> list[dict[str, object]]:
         table = table.select(pl.col(c).cast(INDEX_SCHEMA[c]) for c in known)
     except pl.exceptions.PolarsError as error:
         raise CohortError(
-            f"slide table {path}: column mpp is not a number, or image no whole number ({error})"
+            f"slide table {path}: a value of column mpp is not a number, or a value of "
+            f"column image is not an integer ({error}); correct it"
         ) from error
     rows: list[dict[str, object]] = []
     for number, row in enumerate(table.iter_rows(named=True), start=1):

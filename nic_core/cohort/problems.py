@@ -128,7 +128,7 @@ def field_problems(error: ErrorDetails, entry: type[Entry]) -> Iterator[tuple[Lo
         The class that was validated.
     """
     kind, value, context = error["type"], error["input"], error.get("ctx", {})
-    if kind == "extra_forbidden":  # the last step is no field
+    if kind == "extra_forbidden":  # the last step is not a field
         above, classes = _walk(entry, error["loc"][:-1])
         location = (*above, error["loc"][-1])
     else:

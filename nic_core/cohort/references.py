@@ -1,8 +1,8 @@
 """References in a cohort file: from entry to entry, and from targets to the label table.
 
 Entries are checked as plain data, so that all wrong references are found even if another entry is
-invalid. What is no reference (a name that is not text, an entry that is not a mapping) is left to
-the validation of the entries.
+invalid. Names that are not text, and entries that are not mappings, are left to the validation of
+the entries.
 """
 
 from __future__ import annotations

@@ -151,7 +151,7 @@ def take_snapshot(
     slides : mapping of str to tuple of str
         Path of each slide and mask, and its other files.
     others : iterable of str
-        Paths of files without an identity: tables, and files that are no slides.
+        Paths of files without an identity: tables, and files that are not slides.
     previous : polars.DataFrame
         :data:`SNAPSHOT_SCHEMA`. The identity of a slide whose files have unchanged sizes and times
         is copied from here. Of every other one, at most 0.25 MB are read, and the ends of its other

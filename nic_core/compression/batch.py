@@ -75,7 +75,7 @@ def slides_by_id(paths: Iterable[Path]) -> dict[str, Path]:
     series_of = functools.cache(folder_series)
     for path in paths:
         found = files_of_slide(path, series_of=series_of)
-        # compression reports a file that is no slide
+        # compression reports a file that is not a slide
         slide = found if isinstance(found, SlideFiles) else SlideFiles(path)
         other = slides.setdefault(slide_id(slide), slide.path)
         if other != slide.path:

@@ -71,7 +71,7 @@ class PatchSource:
     scale : float
         Factor from the images' own resolution to the study's.
     findings : polars.DataFrame
-        What of the annotations was not used or is doubtful (:data:`ANNOTATION_FINDINGS_SCHEMA`).
+        Annotations that are not used or are doubtful (:data:`ANNOTATION_FINDINGS_SCHEMA`).
     """
 
     listing: pl.DataFrame

@@ -242,7 +242,7 @@ def write_grid(path: Path, grid: Grid) -> None:
             f"{path}: the shape of the orientations, {grid.orientations.shape}, does not match "
             f"that of the embeddings, {embeddings.shape}"
         )
-    # zarr encodes into memory and this function writes the files: zarr's own writer threads go on
+    # zarr encodes into memory and this function writes the files: zarr's own threads continue
     # after one of them fails on a full disk, and create files in the folder that was removed
     encoded: dict[str, Buffer] = {}
     with atomic_folder(path) as folder:

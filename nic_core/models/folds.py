@@ -42,7 +42,7 @@ def make_folds(
     table
         Target table (:func:`nic_core.models.labels.target_table`).
     folds
-        Number of folds that is wanted, at least :data:`LEAST_FOLDS`.
+        Requested number of folds, at least :data:`LEAST_FOLDS`.
     seed
         Seed of the random order and of ties.
     groups
@@ -76,8 +76,8 @@ def make_folds(
             target,
             column,
             f"{most} of {_patients(cv)} patients in split 'cv' have {what}{merged}; "
-            f"cross-validation needs at least {LEAST_FOLDS}; label more patients, merge classes, or "
-            "remove the target",
+            f"cross-validation needs at least {LEAST_FOLDS}; label more patients, merge classes, "
+            "or remove the target",
         )
     if problem := kind.training_problem(cv, cv):
         raise label_error(target, column, f"{problem}; correct the labels or remove the target")
@@ -127,7 +127,7 @@ def _check_groups(table: pl.DataFrame, groups: Mapping[str, str]) -> None:
 
 
 def folds_note(target: Target, table: pl.DataFrame, *, wanted: int) -> str | None:
-    """Say in one line why a target has fewer folds than wanted; None if it has as many.
+    """Return one line why a target has fewer folds than requested; None if it has as many.
 
     Parameters
     ----------
@@ -145,7 +145,7 @@ def folds_note(target: Target, table: pl.DataFrame, *, wanted: int) -> str | Non
     reason = (
         f"only {most} patients have {what}"
         if most == count
-        else f"in {count + 1} folds some network would have too few different labels to train on"
+        else f"in {count + 1} folds some network would have too few different training labels"
     )
     every = " (leave-one-patient-out)" if count == _patients(cv) else ""
     return f"target '{target.name}': {count} folds instead of {wanted}{every}, since {reason}"

@@ -221,7 +221,7 @@ class Report:
     figures
         Name to figure.
     notes
-        What a reader of the scores must know: targets with fewer folds than wanted.
+        Remarks on the scores: targets with fewer folds than requested.
     """
 
     results: pl.DataFrame

@@ -48,7 +48,7 @@ class DicomFile:
     series, instance : str
         SeriesInstanceUID and SOPInstanceUID.
     is_level : bool
-        A level of the pyramid, no label, overview or thumbnail.
+        A level of the pyramid, not a label, overview or thumbnail.
     pixels : int
         Number of pixels of the whole image (TotalPixelMatrix).
     concatenated : bool
@@ -83,7 +83,7 @@ def read_dicom(path: Path) -> DicomFile | None:
         raise SlideError(path, f"cannot be read ({error.strerror})", "check the path") from error
 
 
-# a folder may hold the files of many slides, each of which asks for all of them
+# a folder may hold many slides, and the files of the folder are read for each of them
 @functools.lru_cache(maxsize=1 << 16)
 def _read(path: Path, size: int, modified: int) -> DicomFile | None:
     with path.open("rb") as file:
@@ -119,7 +119,7 @@ def _read(path: Path, size: int, modified: int) -> DicomFile | None:
                     concatenated="ConcatenationUID" in found,
                     syntax=_UNREAD_SYNTAXES.get(syntax, ""),
                 )
-        # on a damaged header pydicom raises whatever the bytes lead to: any of a dozen types
+        # pydicom raises any of a dozen exception types for a damaged header
         except Exception as error:
             reason = f"damaged DICOM header ({error or type(error).__name__})"
             raise SlideError(path, reason, DAMAGED_REMEDY) from error

@@ -72,7 +72,7 @@ class SlideFiles:
     problem : SlideError or None
         Why the slide cannot be used, as far as its files show it without a look at the pixels.
     folder : str
-        Name of the folder that holds nothing but this DICOM series, whose files often have the same
+        Name of the folder that holds only this DICOM series, whose files often have the same
         names for every slide; else empty.
     """
 
@@ -131,7 +131,7 @@ def _files_of_slide(path: Path, series_of: SeriesOf) -> SlideFiles | LeftAside:
         return _dicom(path, series_of)
     if head.startswith(_TIFF_MAGIC):
         return _tiff(path)
-    # a file that is not what its suffix says is refused when it is opened
+    # a file whose content does not fit its suffix is refused when it is opened
     if suffix in SLIDE_SUFFIXES | PICTURE_SUFFIXES:
         return SlideFiles(path)
     return LeftAside(path, "not a slide format")
@@ -164,7 +164,7 @@ def _folder(path: Path, series_of: SeriesOf) -> SlideFiles | LeftAside:
         return SlideFiles(
             path, problem=SlideError(path, f"a folder with {len(series)} DICOM series", remedy)
         )
-    return LeftAside(path, "a folder that is no slide: neither OME-Zarr nor a DICOM series")
+    return LeftAside(path, "a folder that is not a slide: neither OME-Zarr nor a DICOM series")
 
 
 def _dicom(path: Path, series_of: SeriesOf) -> SlideFiles | LeftAside:
@@ -185,7 +185,7 @@ def _dicom(path: Path, series_of: SeriesOf) -> SlideFiles | LeftAside:
 
 
 def _mirax_of_data(path: Path) -> Path | None:
-    """Return the MIRAX file of a file in a data folder; None if it is no such file."""
+    """Return the MIRAX file of a file in a data folder; None for any other file."""
     if path.suffix.lower() not in (".dat", ".ini"):
         return None
     owner = path.parent.with_name(f"{path.parent.name}.mrxs")
@@ -254,7 +254,7 @@ def _tiff(path: Path) -> SlideFiles | LeftAside:
             samples = [page.keyframe.samplesperpixel for page in tiff.pages if page.keyframe]
             if tiff.is_ome or not samples or max(samples) >= 3:
                 return SlideFiles(path)
-    # in a damaged structure tifffile raises any of a dozen types; opening the slide reports it
+    # tifffile raises any of a dozen types for a damaged structure; opening the slide reports it
     except Exception:  # noqa: BLE001
         return SlideFiles(path)
     return LeftAside(path, "a TIFF without RGB pixels: a mask or label image, not a slide")
@@ -283,7 +283,7 @@ def _ome_set(path: Path, xml: bytes) -> SlideFiles | LeftAside:
     if not main.is_file():
         reason = f"its scan is in '{main.name}' of its OME-TIFF set, which is missing"
         problem, main = SlideError(path, reason, _COPY_SET), path
-    # each other scan is a slide of its own
+    # each other scan is another slide
     shared = {name for image in images if image not in scans for name in image.files}
     parts = {path.parent / name for name in (*own[0].files, *shared)} | others
     return SlideFiles(main, tuple(sorted(p for p in parts - {main} if p.is_file())), problem)

@@ -54,7 +54,7 @@ class Listing:
     candidates : tuple of Path
         Sorted. Folders among them are OME-Zarr.
     left_aside : tuple of LeftAside
-        Files with the name of a slide or an image that are no candidates.
+        Files with the suffix of a slide or an image that are not candidates.
     """
 
     candidates: tuple[Path, ...]
@@ -127,7 +127,7 @@ def find_slide_files(
         if isinstance(slide, LeftAside):
             left.append(slide)
         else:
-            # more series may come into the folder of all slides
+            # further series may be copied to this folder later
             found[slide.path] = replace(slide, folder="") if path.parent == folder else slide
     slides = _join_spread_series(found.values(), series_of)
     parts = {part for slide in slides for part in slide.parts}
@@ -203,7 +203,7 @@ def _walk(folder: Path) -> _Tree:
 
 
 def _name_reason(path: Path, relative: str, pattern: str | None, *, is_zarr: bool) -> str | None:
-    """Why a file is no candidate, by its name; None if it is one, empty if nobody asks why."""
+    """Why a file is not a candidate, by its name; None: it is one; empty: not to be listed."""
     suffix = ".zarr" if is_zarr else path.suffix.lower()
     if path.name.startswith("."):
         return "a hidden file" if suffix in SLIDE_SUFFIXES else ""

@@ -108,7 +108,7 @@ class _Verdict:
 
 # GDAL writes such pages
 _UNAPPLIED_MASK = _Verdict(
-    True, "a page of its own says which pixels are transparent (a TIFF mask)", "save it as RGBA"
+    True, "a separate page states which pixels are transparent (a TIFF mask)", "save it as RGBA"
 )
 
 
@@ -180,7 +180,7 @@ def choose_image(path: Path, images: Sequence[TiffImage], number: int | None) ->
     -------
     list of TiffImage
         The image first. The others, largest first, are for the case that its pixels turn out to
-        be no brightfield scan; none if the caller names the image.
+        not be a brightfield scan; none if the caller names the image.
 
     Raises
     ------
@@ -196,7 +196,7 @@ def choose_image(path: Path, images: Sequence[TiffImage], number: int | None) ->
     finest = min((mpp for mpp in stated if low <= mpp <= high), default=math.inf)
     scans = [i for i in scans if i.info.mpp is None or not i.info.mpp > finest * _OVERVIEW_MPP]
     scans.sort(key=lambda image: (-image.area, image.info.number))
-    # each scan of a series of files is a slide of its own file
+    # in a series of files each file with a scan is a slide
     scans = [
         image for image in scans if image.pages and image.area * _OVERVIEW_AREA > scans[0].area
     ] or scans
@@ -212,7 +212,7 @@ def choose_image(path: Path, images: Sequence[TiffImage], number: int | None) ->
     if largest is not None and largest.area > best.area * _OVERVIEW_AREA:
         raise SlideError(
             path,
-            f"its largest image, {largest.info.number}, is no brightfield scan, and image "
+            f"its largest image, {largest.info.number}, is not a brightfield scan, and image "
             f"{best.info.number} may be an overview; it has {_listing(images)}",
             IMAGE_REMEDY,
         )

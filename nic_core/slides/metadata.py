@@ -182,7 +182,7 @@ def _with_resolution(
         mpp, source = _resolution_mpp(page)
     mpp, source = _mpp_or_from_power(mpp, source, power)
     profile = page.tags.valueof(_ICC_PROFILE)
-    # numbers instead of bytes: a tag of a wrong type, which is no profile
+    # numbers instead of bytes: a tag of a wrong type, which is not a profile
     icc_profile = profile if isinstance(profile, bytes) else None
     return FileMetadata(mpp, source, power, icc_profile=icc_profile)
 

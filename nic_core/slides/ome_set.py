@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
-OTHER_SCAN = 16  # an image with more than 1/16 of the scan's pixels is no macro image [choice]
+OTHER_SCAN = 16  # an image with more than 1/16 of the scan's pixels is not a macro image [choice]
 
 
 @dataclass(frozen=True)

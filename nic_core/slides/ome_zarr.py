@@ -27,7 +27,7 @@ _MAX_CHUNK = 1 << 28  # px
 
 
 class NotASlideError(SlideError):
-    """A Zarr folder that is no 8-bit RGB image: it may be anything else that Zarr stores."""
+    """A Zarr folder with other data than an 8-bit RGB image."""
 
     def __init__(self, path: Path, reason: str) -> None:
         super().__init__(path, reason, BRIGHTFIELD_REMEDY)
@@ -67,7 +67,7 @@ def read_ome_zarr(path: Path) -> OmeZarrImage:
         found = _rgb_images(path, _images(path, root))
     except SlideError:
         raise
-    # on damaged metadata zarr raises whatever they lead to: any of a dozen types
+    # zarr raises any of a dozen exception types for damaged metadata
     except Exception as error:
         reason = f"damaged OME-Zarr metadata ({error or type(error).__name__})"
         raise SlideError(path, reason, DAMAGED_REMEDY) from error
@@ -170,7 +170,7 @@ def _image(path: Path, group: zarr.Group, entry: Mapping[str, Any]) -> OmeZarrIm
 def _array(group: zarr.Group, name: str) -> zarr.Array[Any]:
     array = group[name]
     if not isinstance(array, zarr.Array):
-        raise ValueError(f"level {name} is no array")
+        raise ValueError(f"level {name} is not an array")
     return array
 
 

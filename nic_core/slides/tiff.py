@@ -47,7 +47,7 @@ class TiffInfo:
     image : int
         Number of the image that is the slide.
     alternatives : tuple of int
-        The next best images, if the pixels of this one turn out to be no brightfield scan.
+        The next best images, if the pixels of this one are not those of a brightfield scan.
     levels : tuple of (int, int)
         Number of the page of each level, finest first, and of the sub-directory of that page; the
         latter is -1 for the page itself.

@@ -46,7 +46,7 @@ class SlideScan:
         Slide id to reason, for slides with a file that does not exist, is incomplete or cannot be
         read.
     left_aside : tuple of LeftAside
-        Files of the cohort's folders that are no slides, and why.
+        Files of the cohort's folders that are not slides, with the reason.
     duplicates : tuple of tuple of str
         Ids of the slides that have the same content, for each such content.
     removed : list of str

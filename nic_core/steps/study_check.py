@@ -1,7 +1,7 @@
 """Find every mistake in the inputs of a study, before anything is computed.
 
 Of a slide only the header and a few small regions are read. Registered encoders are not checked:
-only the registry knows them.
+they are in the registry only.
 """
 
 from __future__ import annotations

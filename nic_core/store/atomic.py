@@ -228,7 +228,7 @@ def _as_store_error(path: Path) -> Iterator[None]:
 
 
 def _full_disk(error: Exception) -> int | None:
-    """The error number of a full disk, if the message of a library that writes files has its text.
+    """The error number of a full disk, if the message of a writing library contains its text.
 
     polars, safetensors and libvips raise errors of their own, or an OSError without a number. Other
     faults are not recognised by their text: it may be about an input file.

@@ -5,7 +5,7 @@ feature that cannot be understood is refused.
 
 Coordinates are px of level 0, but programs count them from different corners. QuPath crops a slide
 to its scanned area (OpenSlide's bounds) and counts from there; ASAP counts from the corner of
-level 0. GeoJSON does not state which, so where the two differ the user must.
+level 0. GeoJSON does not state which, so the user must state it where the two differ.
 """
 
 from __future__ import annotations

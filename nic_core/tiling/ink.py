@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from skimage import morphology
 
-MIN_AREA = 10_000.0  # um^2: a disc 113 um across; smaller strokes and specks count for nothing
+MIN_AREA = 10_000.0  # um^2: a disc 113 um across; smaller strokes and specks are ignored
 RIM = 25.0  # um
 
 Mask = NDArray[np.bool_]

@@ -1,8 +1,8 @@
 """Tissue masks and truth images from files: their values, and their place on the slide.
 
 Values. The value 0 is background: of a grey image the stored value, of an image with a palette the
-index, of a colour image black. If an image has transparent px, these are background, too. Images in
-which this cannot be told, or whose compression changes values, are refused.
+index, of a colour image black. If an image has transparent px, these are background, too. Images
+whose background cannot be determined, or whose compression changes values, are refused.
 
 Place. An image starts at the slide's top-left corner. Its scale is, in this order:
 
@@ -203,7 +203,7 @@ def _open_tiff(path: Path) -> StoredImage:
             inverted = page.photometric == tifffile.PHOTOMETRIC.MINISWHITE
             if inverted and not (tiff.is_imagej or page.software.startswith("tifffile")):
                 raise MaskFileError(
-                    "0 is white in this TIFF image (WhiteIsZero): it cannot be told whether black "
+                    "0 is white in this TIFF image (WhiteIsZero): it is unclear whether black "
                     "or white is background; write it with 0 as black"
                 )
             values = None
@@ -215,7 +215,7 @@ def _open_tiff(path: Path) -> StoredImage:
                 values = np.moveaxis(values, 0, -1) if planes else values
     except MaskFileError:
         raise
-    # in a damaged structure tifffile raises whatever the bytes lead to: any of a dozen types
+    # tifffile raises any of a dozen exception types for a damaged structure
     except Exception as error:
         raise MaskFileError(f"damaged TIFF structure ({error})") from error
     if values is not None:
@@ -307,7 +307,7 @@ def _foreground(stored: StoredImage) -> pyvips.Image:
     Raises
     ------
     MaskFileError
-        It cannot be told which px are background.
+        The background px cannot be determined.
     """
     image = stored.image
     if image.format in ("float", "double") and _soft(image):
@@ -323,13 +323,13 @@ def _foreground(stored: StoredImage) -> pyvips.Image:
             return visible  # black is the colour of the tissue
         if (visible & (coloured == 0)).max() > 0:
             raise MaskFileError(
-                "transparent, black and coloured px: it cannot be told whether black is background"
+                "transparent, black and coloured px: it is unclear whether black is background"
             )
         return visible
     if coloured.min() > 0 and any(
         colours[band].min() < colours[band].max() for band in range(colours.bands)
     ):
-        raise MaskFileError("several values, but none is 0: it cannot be told which is background")
+        raise MaskFileError("several values, but none is 0: it is unclear which is background")
     return coloured
 
 

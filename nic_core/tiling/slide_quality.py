@@ -31,7 +31,7 @@ QUALITY_SCHEMA: dict[str, pl.DataType] = {
 }
 COLOURS = ("red", "green", "blue")
 
-MIN_SLIDES = 5  # a comparison with fewer slides says nothing
+MIN_SLIDES = 5  # fewer slides are too few for a comparison
 MAX_Z = 3.5  # Iglewicz and Hoaglin 1993
 MIN_SPREAD = {  # least standard deviation of a comparison: smaller differences do not matter
     "focus": 0.5,  # log2
@@ -140,7 +140,7 @@ def find_outliers(slides: pl.DataFrame) -> pl.DataFrame:
     polars.DataFrame
         The rows with ``compared_with`` (number of slides of about the same um/px that are not
         excluded; 0 if they are too few for a comparison), the z-scores ``focus_z``, ``tissue_z``
-        and ``colour_z`` (the largest of the three channels in size; all null without a
+        and ``colour_z`` (of the channel with the largest absolute value; all null without a
         comparison), and ``problems`` (text; empty if there are none).
     """
     rows = []

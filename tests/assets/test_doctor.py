@@ -214,7 +214,7 @@ def test_two_daemons_on_one_home_are_reported_and_live_on(home, instance, store,
 
 @pytest.mark.integration
 @pytest.mark.skipif(not Path("/proc").exists(), reason="processes are looked up in /proc")
-def test_daemons_of_two_studies_in_one_home_are_no_problem(
+def test_daemons_of_two_studies_in_one_home_are_accepted(
     home, instance, store, tmp_path, daemon, monkeypatch
 ):
     monkeypatch.setenv("NIC_DAGSTER_STORAGE", str(tmp_path / "one"))

@@ -112,7 +112,7 @@ def test_an_interrupted_step_is_not_retried(kind):
     assert was_interrupted(result.all_events)
 
 
-def test_other_failures_are_no_interruption():
+def test_other_failures_are_not_interruptions():
     @retried_asset()
     def index() -> Events:
         raise dg.Failure("no such column", allow_retries=False)

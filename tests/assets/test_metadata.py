@@ -34,7 +34,7 @@ def test_progress_is_logged_every_half_minute_with_the_time_left(clock):
     ]
 
 
-def test_what_an_earlier_attempt_did_does_not_count_as_speed(clock):
+def test_work_of_an_earlier_attempt_does_not_count_as_speed(clock):
     lines: list[str] = []
     progress = log_progress(SimpleNamespace(log=SimpleNamespace(info=lines.append)), "epochs")
     progress(50, 100)

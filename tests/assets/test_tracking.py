@@ -524,7 +524,7 @@ def test_logging_continues_once_the_artifact_folder_can_be_written(registry, tmp
         (PermissionError(errno.EACCES, "not allowed"), False),
     ],
 )
-def test_mlflow_is_unavailable_by_what_the_server_says(error, unavailable):
+def test_the_server_answer_decides_whether_mlflow_is_unavailable(error, unavailable):
     assert is_unavailable(error) is unavailable
 
 

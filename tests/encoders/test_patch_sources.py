@@ -322,12 +322,12 @@ def cells_by_label(table: Path, **slides: object) -> dict[str, tuple[int, int, i
 FROM_BOUNDS = {"Tumor": (48, 128, 224), "Stroma": (96, 256, 480)}
 
 
-def test_annotations_count_from_the_scanned_area_if_the_task_says_so(scanned: Path):
+def test_annotations_count_from_the_scanned_area_if_the_task_states_it(scanned: Path):
     assert cells_by_label(scanned, origin="bounds") == FROM_BOUNDS
     assert cells_by_label(scanned, origin="level0")["Tumor"] == (48, 0, 96)
 
 
-def test_annotations_count_from_the_scanned_area_if_the_row_says_so(scanned: Path):
+def test_annotations_count_from_the_scanned_area_if_the_row_states_it(scanned: Path):
     header, row = scanned.read_text().split()
     scanned.write_text(f"{header},origin\n{row},bounds\n")
     assert cells_by_label(scanned) == cells_by_label(scanned, origin="level0") == FROM_BOUNDS

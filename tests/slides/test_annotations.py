@@ -265,7 +265,7 @@ def test_heights_strings_open_and_crossing_rings_are_read(tmp_path):
     "bad",
     ["NaN", "Infinity", '"nan"', '"1,5"', "true", "null", "[1]", "1e9", "1" + "0" * 400, '"1_0"'],
 )
-def test_a_coordinate_that_is_no_number_of_px_is_refused(tmp_path, bad):
+def test_a_coordinate_that_is_not_a_number_of_px_is_refused(tmp_path, bad):
     text = json.dumps([feature("T"), feature("T")])
     text = text[::-1].replace("0", bad[::-1], 1)[::-1]  # the last coordinate
     with pytest.raises(SlideError, match=r"a\.geojson: .*number"):

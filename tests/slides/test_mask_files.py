@@ -253,7 +253,7 @@ def test_features_of_a_mask_that_are_not_used_are_logged(tmp_path, slide, caplog
     assert message.endswith("2 features not used: a point, without an area: [2, 3]")
 
 
-def test_regions_without_an_area_are_no_mask(tmp_path, slide):
+def test_regions_without_an_area_are_not_a_mask(tmp_path, slide):
     path = tmp_path / "mask.geojson"
     path.write_text(json.dumps({"geometry": {"type": "Point", "coordinates": [1, 2]}}))
     with pytest.raises(SlideError, match="none of its 1 features is one"):

@@ -230,14 +230,14 @@ def test_a_fourth_channel_of_unknown_meaning_is_refused(tmp_path):
     refused(path, "fourth channel", "ExtraSamples", mpp=0.5)
 
 
-def test_a_strip_too_large_to_decode_is_refused_as_healthy(tmp_path, monkeypatch):
+def test_a_strip_too_large_to_decode_is_not_called_damaged(tmp_path, monkeypatch):
     monkeypatch.setattr("nic_core.slides.tiff._MAX_TILE", 1000)
     path = tmp_path / "slide.tif"
     tifffile.imwrite(path, paint(64, 64), photometric="rgb", rowsperstrip=64)
     refused(path, "strips of 64 x 64 px", "save it tiled", mpp=0.5)
 
 
-def test_a_resolution_without_a_unit_is_refused_as_such(tmp_path):
+def test_a_resolution_without_a_unit_is_refused_with_this_reason(tmp_path):
     path = tmp_path / "slide.tif"
     scale = {"resolution": (20_000, 20_000), "resolutionunit": "NONE"}
     tifffile.imwrite(path, paint(64, 64), photometric="rgb", metadata=None, **scale)

@@ -173,7 +173,7 @@ def test_two_files_of_one_level_are_refused_unless_they_are_copies(tmp_path):
         open_slide(tmp_path / "planes" / "near.dcm")
 
 
-def test_dicom_that_is_no_slide_is_left_aside_with_its_kind(tmp_path):
+def test_dicom_that_is_not_a_slide_is_left_aside_with_its_kind(tmp_path):
     write_header(tmp_path / "DICOMDIR", sop_class="1.2.840.10008.1.3.10")
     write_header(tmp_path / "report.dcm", sop_class="1.2.840.10008.5.1.4.1.1.88.33")
     write_header(tmp_path / "alone" / "label.dcm", ImageType=["ORIGINAL", "PRIMARY", "LABEL"])
@@ -276,7 +276,7 @@ def test_a_renamed_ome_tiff_is_still_its_own_slide(tmp_path, files):
 # folders
 
 
-def test_a_mixed_folder_gives_every_slide_and_says_what_is_left(tmp_path, files):
+def test_a_mixed_folder_gives_every_slide_and_lists_the_other_files(tmp_path, files):
     for source, name in (
         ("svs", "A.SVS"),
         ("tiff", "b.TIFF"),
@@ -322,7 +322,7 @@ def test_a_mixed_folder_gives_every_slide_and_says_what_is_left(tmp_path, files)
     }
 
 
-def test_a_pattern_ignores_case_and_names_what_it_leaves(tmp_path, files):
+def test_a_pattern_ignores_case_and_lists_what_it_leaves_aside(tmp_path, files):
     for name in ("a.TIF", "b.tif", "c.svs", "sub/d.tif", "notes.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(files["tiff"], tmp_path / name)

@@ -340,7 +340,7 @@ def test_an_ome_zarr_without_units_needs_an_mpp(tmp_path):
         assert slide.mpp == 0.5
 
 
-def test_a_zarr_folder_that_is_no_rgb_image_is_refused(tmp_path):
+def test_a_zarr_folder_that_is_not_an_rgb_image_is_refused(tmp_path):
     zarr.open_group(tmp_path / "empty.zarr", mode="w")
     deep = [level.astype(np.uint16) for level in levels()]
     options = {"axes": "cyx", "version": "0.5", "unit": "micrometer"}

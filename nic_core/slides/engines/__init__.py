@@ -60,7 +60,7 @@ class OpenedEngine:
     images : tuple of ImageInfo
         All images of a TIFF whose tags describe them; empty for other formats.
     alternatives : tuple of int
-        Images to try next, if this one is no brightfield scan.
+        Images to try next, if this one is not a brightfield scan.
     """
 
     engine: Engine
@@ -126,7 +126,7 @@ def open_engine(
 def _open_czi(path: Path, name: EngineName | None) -> OpenedEngine:
     """OpenSlide reads some CZI files; libCZI, an optional package, reads them all."""
     if name is None:
-        # OpenSlide refuses when it is opened what it does not read of the format
+        # OpenSlide refuses unsupported files of the format when it opens them
         with contextlib.suppress(SlideError):
             return OpenedEngine(OpenSlideEngine(path, None), "vendor format, not TIFF")
     reason = "requested" if name else "CZI that OpenSlide does not read"
