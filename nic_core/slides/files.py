@@ -156,7 +156,7 @@ def _folder(path: Path, series_of: SeriesOf) -> SlideFiles | LeftAside:
     mirax = path.with_name(f"{path.name}.mrxs")
     if mirax.is_file():
         return _mirax(mirax)
-    series = list(series_of(path).values())
+    series = _scans(series_of(path))
     if len(series) == 1:
         return _dicom(series[0][0].path, series_of)
     if series:
@@ -178,10 +178,15 @@ def _dicom(path: Path, series_of: SeriesOf) -> SlideFiles | LeftAside:
     series = series_of(path.parent)
     first, *others = series[tags.series]
     if not first.is_level:
-        return LeftAside(path, "DICOM: label, overview or thumbnail without a scan in its folder")
+        return LeftAside(path, "DICOM: label, overview or thumbnail of a series without a scan here")
     parts = tuple(file.path for file in others)
-    folder = path.absolute().parent.name if len(series) == 1 else ""
+    folder = path.absolute().parent.name if len(_scans(series)) == 1 else ""
     return SlideFiles(first.path, parts, series_problem([first, *others]), folder)
+
+
+def _scans(series: dict[str, list[DicomFile]]) -> list[list[DicomFile]]:
+    """The series with a scan; others hold only a label, overview or thumbnail."""
+    return [files for files in series.values() if files[0].is_level]
 
 
 def _mirax_of_data(path: Path) -> Path | None:
@@ -269,7 +274,12 @@ def _ome_set(path: Path, xml: bytes) -> SlideFiles | LeftAside:
             reason = f"its OME metadata are in '{companion.name}', which is missing"
             return SlideFiles(path, problem=SlideError(path, reason, _COPY_SET))
         root = parse_ome(companion.read_bytes())
+        if root is None:
+            reason = f"the OME metadata in '{companion.name}' cannot be parsed"
+            return SlideFiles(path, problem=SlideError(path, reason, _COPY_AGAIN))
         others.add(companion)
+    elif root is None and path.name.lower().endswith(COMPANION):
+        return LeftAside(path, "OME metadata that cannot be parsed: copy the file again")
     images = [] if root is None else ome_images(root, path.name)
     if not images:  # opening the file reports it
         return SlideFiles(path)
