@@ -60,6 +60,8 @@ _OVERVIEW_MPP, _OVERVIEW_AREA = 8.0, 16.0  # see rules 2 and 3
 # A level is smaller than the level before by at least this factor. Sizes are rounded to whole px,
 # by some writers after every level.
 _LEVEL_FACTOR, _LEVEL_ROUNDING = 1.5, 2
+# channels that are not marked as colours may be red, green and blue, or stains of fluorescence
+_CHANNELS_REMEDY = f"{COLOUR_REMEDY} if it is a brightfield slide, else leave it out"
 _MPP_ROUNDING = 0.05  # um/px of two pages agree up to this fraction
 
 
@@ -295,8 +297,9 @@ def _page_verdict(page: tifffile.TiffPage) -> _Verdict:
     colours = getattr(page.photometric, "name", str(page.photometric))
     samples = page.samplesperpixel
     if page.photometric in _GREY:
-        kind = "greyscale" if samples == 1 else f"{samples} grey channels"
-        return _Verdict(False, f"not an RGB image: {kind}", BRIGHTFIELD_REMEDY)
+        if samples == 1:
+            return _Verdict(False, "not an RGB image: greyscale", BRIGHTFIELD_REMEDY)
+        return _Verdict(False, f"not an RGB image: {samples} grey channels", _CHANNELS_REMEDY)
     if page.photometric not in _COLOUR:
         return _Verdict(False, f"not an RGB image: its colours are {colours}", COLOUR_REMEDY)
     if page.photometric not in _COLOUR[:2]:
@@ -416,7 +419,7 @@ def _ome_image(
         verdict = _Verdict(verdict.colour, problem, "correct the OME-XML, or save the image without it")
     elif planes > 1 and page.samplesperpixel < 3:
         problem = f"not an RGB image: {planes} separate channels or planes"
-        verdict = _Verdict(False, problem, BRIGHTFIELD_REMEDY)
+        verdict = _Verdict(False, problem, _CHANNELS_REMEDY)
     elif planes > 1:
         problem = f"a stack of {planes} planes (focus or time)"
         verdict = _Verdict(verdict.colour, problem, "save one plane as a slide")
