@@ -178,7 +178,7 @@ def _dicom(path: Path, series_of: SeriesOf) -> SlideFiles | LeftAside:
     series = series_of(path.parent)
     first, *others = series[tags.series]
     if not first.is_level:
-        return LeftAside(path, "DICOM: label, overview or thumbnail of a series without a scan here")
+        return LeftAside(path, "DICOM: label, overview or thumbnail; its series has no scan here")
     parts = tuple(file.path for file in others)
     folder = path.absolute().parent.name if len(_scans(series)) == 1 else ""
     return SlideFiles(first.path, parts, series_problem([first, *others]), folder)

@@ -416,7 +416,8 @@ def _ome_image(
             f"its OME-XML describes an image of {size[0]} x {size[1]} px, but the page has "
             f"{page.imagewidth} x {page.imagelength} px"
         )
-        verdict = _Verdict(verdict.colour, problem, "correct the OME-XML, or save the image without it")
+        remedy = "correct the OME-XML, or save the image without it"
+        verdict = _Verdict(verdict.colour, problem, remedy)
     elif planes > 1 and page.samplesperpixel < 3:
         problem = f"not an RGB image: {planes} separate channels or planes"
         verdict = _Verdict(False, problem, _CHANNELS_REMEDY)

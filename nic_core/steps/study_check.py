@@ -103,7 +103,7 @@ def check_study(path: Path | None = None, progress: Progress | None = None) -> l
 
 
 def _slides(cohort: Cohort) -> tuple[pl.DataFrame, dict[str, SlideFiles], list[Finding]]:
-    """The usable rows of the slide index, their files by path, and what is wrong with the others."""
+    """The usable rows of the slide index, their files by path, and problems of the others."""
     rows: list[dict[str, object]] = []
     files: dict[str, SlideFiles] = {}
     found: list[Finding] = []

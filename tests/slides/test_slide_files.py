@@ -182,7 +182,7 @@ def test_dicom_that_is_no_slide_is_left_aside_with_its_kind(tmp_path):
     assert left(tmp_path) == {
         "DICOMDIR": "DICOM, but not a whole-slide image (Media Storage Directory Storage)",
         "report.dcm": "DICOM, but not a whole-slide image (Comprehensive SR Storage)",
-        "alone/label.dcm": "DICOM: label, overview or thumbnail of a series without a scan here",
+        "alone/label.dcm": "DICOM: label, overview or thumbnail; its series has no scan here",
     }
 
 
