@@ -176,6 +176,10 @@ def _dicom(path: Path, series_of: SeriesOf) -> SlideFiles | LeftAside:
         kind = tags.sop_class if tags else "unknown"
         return LeftAside(path, f"DICOM, but not a whole-slide image ({kind})")
     series = series_of(path.parent)
+    if tags.series not in series:
+        reason = "it was incomplete when the files of its folder were read"
+        remedy = "run this again when the folder is copied"
+        return SlideFiles(path, problem=SlideError(path, reason, remedy))
     first, *others = series[tags.series]
     if not first.is_level:
         return LeftAside(path, "DICOM: label, overview or thumbnail; its series has no scan here")

@@ -292,4 +292,7 @@ def _members(path: Path, series_of: SeriesOf) -> list[DicomFile]:
         tags = read_dicom(path) if path.is_file() else None
     except SlideError:
         return []
-    return series_of(path.parent)[tags.series] if tags and tags.is_slide_image else []
+    if tags is None or not tags.is_slide_image:
+        return []
+    # none, if the file was incomplete when the files of its folder were read
+    return series_of(path.parent).get(tags.series, [])

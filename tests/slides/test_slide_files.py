@@ -206,6 +206,12 @@ def test_a_label_in_a_series_of_its_own_does_not_count(tmp_path):
     assert found(tmp_path)["d/level0.dcm"].folder == "d"
 
 
+def test_a_dicom_file_completed_after_its_folder_was_read_is_refused(tmp_path):
+    path = dicom(tmp_path / "d")
+    slide = files_of_slide(path, series_of=lambda folder: {})
+    assert "run this again when the folder is copied" in problem(slide)
+
+
 def test_a_damaged_file_of_another_series_does_not_matter(tmp_path):
     path = dicom(tmp_path / "d")
     data = path.read_bytes()
