@@ -8,6 +8,7 @@ by one of its files, whichever file a caller names.
 from __future__ import annotations
 
 import configparser
+import os
 import re
 import stat
 from collections.abc import Callable
@@ -225,7 +226,9 @@ def _hamamatsu_of_image(path: Path) -> Path | None:
     """Return the VMS or VMU file that names an image as its own; None if there is none."""
     if path.suffix.lower() not in (".jpg", ".jpeg", ".ngr", ".opt"):
         return None
-    keys = (p for p in sorted(path.parent.iterdir()) if p.suffix.lower() in (".vms", ".vmu"))
+    # names, not paths: a table may name thousands of JPEGs of one folder
+    names = sorted(n for n in os.listdir(path.parent) if n.lower().endswith((".vms", ".vmu")))
+    keys = (path.parent / name for name in names)
     return next((key for key in keys if path.name in _hamamatsu_names(key)), None)
 
 
