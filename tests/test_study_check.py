@@ -184,6 +184,23 @@ def test_slides_with_the_same_content_are_named(folder):
     )
 
 
+def test_two_images_of_a_file_that_the_table_names_are_no_copies(tmp_path):
+    with tifffile.TiffWriter(tmp_path / "a.tif") as writer:
+        for seed in (1, 2):
+            options = {"tile": (128, 128), "photometric": "rgb", "metadata": None}
+            writer.write(paint(300, 300, seed), **options)
+    table = "slide,path,patient,mpp,image\ns0,a.tif,p0,1,0\ns1,a.tif,{},1,1\n"
+    (tmp_path / "cohort.yaml").write_text(
+        "name: c\nslides: {table: slides.csv}\nencoders: [{name: rgb, objective: mean_rgb}]\n"
+    )
+    (tmp_path / "slides.csv").write_text(table.format("p0"))
+    assert problems(tmp_path) == []
+    (tmp_path / "slides.csv").write_text(table.format("p1"))
+    assert [item.partition(";")[0] for item in problems(tmp_path)] == [
+        "slides s0, s1: their content is the same"
+    ]
+
+
 def test_a_dicom_series_in_two_folders_is_a_mistake(tmp_path):
     path = write_dicom(tmp_path / "a", [paint(256, 512), paint(128, 256)], 0.5, label=paint(9, 9))
     (tmp_path / "b").mkdir()

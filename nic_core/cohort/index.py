@@ -40,7 +40,10 @@ FILE_COLUMNS = ("path", "mask", "truth")
 _SPLITS = ("cv", "test")
 _ORIGINS = get_args(Origin)
 # what tables write for yes, no and missing: as a reason, "no" would exclude the slide
-_NO_REASONS = frozenset("0 1 0.0 1.0 true false t f yes no y n na n/a nan none null -".split())
+_NO_REASONS = frozenset(
+    ("0", "1", "0.0", "1.0", "true", "false", "t", "f", "yes", "no", "y", "n")
+    + ("na", "n/a", "nan", "none", "null", "-")
+)
 
 
 @dataclass(frozen=True)
