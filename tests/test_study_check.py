@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import polars as pl
@@ -14,6 +15,7 @@ from nic_core.cohort import CohortError, load_cohort
 from nic_core.cohort.draft import write_study
 from nic_core.steps.study_check import check_study
 from tests.slides.conftest import paint, write_tiff
+from tests.slides.vendors import write_dicom
 
 run = CliRunner().invoke
 
@@ -165,6 +167,48 @@ def test_files_that_a_pattern_leaves_aside_are_a_note(folder):
     assert result.exit_code == 0
     assert "does not match the pattern s*.tif" in " ".join(result.stdout.split())
     assert "errors: 0, notes: 1" in result.stdout
+
+
+def test_slides_with_the_same_content_are_named(folder):
+    shutil.copy(folder / "s0.tif", folder / "s1.tif")
+    slides = "slides s0, s1: "
+    assert problems(folder) == [
+        f"{slides}their content is the same; patients p0, p1 share a fold; remove the duplicates, "
+        "or correct the paths"
+    ]
+    table = pl.read_csv(folder / "slides.csv")
+    split = pl.when(pl.col("slide") == "s1").then(pl.lit("test")).otherwise(pl.lit("cv"))
+    table.with_columns(split.alias("split")).write_csv(folder / "slides.csv")
+    assert any(
+        item.startswith(f"{slides}the same content is in both splits") for item in problems(folder)
+    )
+
+
+def test_two_images_of_a_file_that_the_table_names_are_no_copies(tmp_path):
+    with tifffile.TiffWriter(tmp_path / "a.tif") as writer:
+        for seed in (1, 2):
+            options = {"tile": (128, 128), "photometric": "rgb", "metadata": None}
+            writer.write(paint(300, 300, seed), **options)
+    table = "slide,path,patient,mpp,image\ns0,a.tif,p0,1,0\ns1,a.tif,{},1,1\n"
+    (tmp_path / "cohort.yaml").write_text(
+        "name: c\nslides: {table: slides.csv}\nencoders: [{name: rgb, objective: mean_rgb}]\n"
+    )
+    (tmp_path / "slides.csv").write_text(table.format("p0"))
+    assert problems(tmp_path) == []
+    (tmp_path / "slides.csv").write_text(table.format("p1"))
+    assert [item.partition(";")[0] for item in problems(tmp_path)] == [
+        "slides s0, s1: their content is the same"
+    ]
+
+
+def test_a_dicom_series_in_two_folders_is_a_mistake(tmp_path):
+    path = write_dicom(tmp_path / "a", [paint(256, 512), paint(128, 256)], 0.5, label=paint(9, 9))
+    (tmp_path / "b").mkdir()
+    (path.parent / "level1.dcm").rename(tmp_path / "b" / "level1.dcm")
+    (tmp_path / "cohort.yaml").write_text(
+        "name: c\nslides: {folders: [{path: .}]}\nencoders: [{name: rgb, objective: mean_rgb}]\n"
+    )
+    assert any("its DICOM series is spread over 2 folders" in item for item in problems(tmp_path))
 
 
 def test_check_refuses_a_missing_cohort_file_in_one_line(tmp_path):

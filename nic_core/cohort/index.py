@@ -39,6 +39,11 @@ FILE_COLUMNS = ("path", "mask", "truth")
 """Columns of the slide index with paths of files."""
 _SPLITS = ("cv", "test")
 _ORIGINS = get_args(Origin)
+# what tables write for yes, no and missing: as a reason, "no" would exclude the slide
+_NO_REASONS = frozenset(
+    ("0", "1", "0.0", "1.0", "true", "false", "t", "f", "yes", "no", "y", "n")
+    + ("na", "n/a", "nan", "none", "null", "-")
+)
 
 
 @dataclass(frozen=True)
@@ -299,7 +304,7 @@ def _check_ids(index: pl.DataFrame) -> None:
 
 
 def row_problem(row: dict[str, object]) -> str | None:
-    """Return what is wrong with a slide's id or split, and what to do; None if nothing is."""
+    """Return what is wrong with the fields of a row, and what to do; None if nothing is."""
     slide = str(row["slide"])
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*", slide):
         return (
@@ -311,4 +316,9 @@ def row_problem(row: dict[str, object]) -> str | None:
     if row.get("origin") not in (None, *_ORIGINS):
         origins = " or ".join(map(repr, _ORIGINS))
         return f"slide '{slide}': origin '{row['origin']}' must be {origins}"
+    if row.get("exclude") and str(row["exclude"]).lower() in _NO_REASONS:
+        return (
+            f"slide '{slide}': exclude '{row['exclude']}' is no reason; write why the slide is "
+            "excluded, or leave the field empty if it is used"
+        )
     return None

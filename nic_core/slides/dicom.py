@@ -182,19 +182,26 @@ def series_problem(files: Iterable[DicomFile]) -> SlideError | None:
 def check_dicom(path: Path) -> None:
     """Refuse a DICOM slide that OpenSlide cannot read, or with a truncated file.
 
-    Without this check, missing frames are found only when they are read. A file that is not a
-    whole-slide image in DICOM passes.
+    Without this check, missing frames are found only when they are read. A file that is not DICOM
+    passes.
 
     Raises
     ------
     SlideError
-        A file of the slide ends before its pixel data do, cannot be read, or has a transfer syntax
-        that OpenSlide does not read.
+        The file is no whole-slide image, or its folder has no scan of its series; a file of the
+        slide ends before its pixel data do, cannot be read, or has a transfer syntax that OpenSlide
+        does not read.
     """
     found = read_dicom(path)
-    if found is None or not found.is_slide_image:
+    if found is None:
         return
+    if not found.is_slide_image:
+        reason = f"DICOM, but not a whole-slide image ({found.sop_class})"
+        raise SlideError(path, reason, "give a file of a whole-slide image")
     files = folder_series(path.parent)[found.series]
+    if not files[0].is_level:
+        reason = "a DICOM label, overview or thumbnail; its series has no scan in its folder"
+        raise SlideError(path, reason, "give a file of the scan")
     if problem := series_problem(files):
         raise problem
     try:

@@ -8,6 +8,7 @@ by one of its files, whichever file a caller names.
 from __future__ import annotations
 
 import configparser
+import os
 import re
 import stat
 from collections.abc import Callable
@@ -156,7 +157,7 @@ def _folder(path: Path, series_of: SeriesOf) -> SlideFiles | LeftAside:
     mirax = path.with_name(f"{path.name}.mrxs")
     if mirax.is_file():
         return _mirax(mirax)
-    series = list(series_of(path).values())
+    series = _scans(series_of(path))
     if len(series) == 1:
         return _dicom(series[0][0].path, series_of)
     if series:
@@ -176,12 +177,21 @@ def _dicom(path: Path, series_of: SeriesOf) -> SlideFiles | LeftAside:
         kind = tags.sop_class if tags else "unknown"
         return LeftAside(path, f"DICOM, but not a whole-slide image ({kind})")
     series = series_of(path.parent)
+    if tags.series not in series:
+        reason = "it was incomplete when the files of its folder were read"
+        remedy = "run this again when the folder is copied"
+        return SlideFiles(path, problem=SlideError(path, reason, remedy))
     first, *others = series[tags.series]
     if not first.is_level:
-        return LeftAside(path, "DICOM: label, overview or thumbnail without a scan in its folder")
+        return LeftAside(path, "DICOM: label, overview or thumbnail; its series has no scan here")
     parts = tuple(file.path for file in others)
-    folder = path.absolute().parent.name if len(series) == 1 else ""
+    folder = path.absolute().parent.name if len(_scans(series)) == 1 else ""
     return SlideFiles(first.path, parts, series_problem([first, *others]), folder)
+
+
+def _scans(series: dict[str, list[DicomFile]]) -> list[list[DicomFile]]:
+    """The series with a scan; others hold only a label, overview or thumbnail."""
+    return [files for files in series.values() if files[0].is_level]
 
 
 def _mirax_of_data(path: Path) -> Path | None:
@@ -216,7 +226,9 @@ def _hamamatsu_of_image(path: Path) -> Path | None:
     """Return the VMS or VMU file that names an image as its own; None if there is none."""
     if path.suffix.lower() not in (".jpg", ".jpeg", ".ngr", ".opt"):
         return None
-    keys = (p for p in sorted(path.parent.iterdir()) if p.suffix.lower() in (".vms", ".vmu"))
+    # names, not paths: a table may name thousands of JPEGs of one folder
+    names = sorted(n for n in os.listdir(path.parent) if n.lower().endswith((".vms", ".vmu")))
+    keys = (path.parent / name for name in names)
     return next((key for key in keys if path.name in _hamamatsu_names(key)), None)
 
 
@@ -269,7 +281,12 @@ def _ome_set(path: Path, xml: bytes) -> SlideFiles | LeftAside:
             reason = f"its OME metadata are in '{companion.name}', which is missing"
             return SlideFiles(path, problem=SlideError(path, reason, _COPY_SET))
         root = parse_ome(companion.read_bytes())
+        if root is None:
+            reason = f"the OME metadata in '{companion.name}' cannot be parsed"
+            return SlideFiles(path, problem=SlideError(path, reason, _COPY_AGAIN))
         others.add(companion)
+    elif root is None and path.name.lower().endswith(COMPANION):
+        return LeftAside(path, "OME metadata that cannot be parsed: copy the file again")
     images = [] if root is None else ome_images(root, path.name)
     if not images:  # opening the file reports it
         return SlideFiles(path)

@@ -92,7 +92,10 @@ def list_candidates(folder: Path, pattern: str | None = None) -> Listing:
             elif target in listed:
                 reason = "a link to a file that is listed already"
             listed.add(target)
-        if reason is None:
+        if not _is_utf8(relative):
+            shown = os.fsencode(path).decode("utf-8", "backslashreplace")
+            left.append(LeftAside(Path(shown), "its path is not valid UTF-8: rename it"))
+        elif reason is None:
             candidates.append(path)
         elif reason:
             left.append(LeftAside(path, reason))
@@ -187,7 +190,7 @@ def _walk(folder: Path) -> _Tree:
         slides = {name[: -len(".mrxs")] for name in names if name.lower().endswith(".mrxs")}
         for entry in entries:
             path = current / entry.name
-            if not entry.is_dir():
+            if not _is_folder(entry):
                 tree.files.append(path)
                 if entry.is_symlink():
                     tree.links.add(path)
@@ -200,6 +203,13 @@ def _walk(folder: Path) -> _Tree:
             else:
                 waiting.appendleft(path)
     return tree
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself, or into a folder without permission: handled as a file
+        return False
 
 
 def _name_reason(path: Path, relative: str, pattern: str | None, *, is_zarr: bool) -> str | None:
@@ -219,6 +229,11 @@ def _name_reason(path: Path, relative: str, pattern: str | None, *, is_zarr: boo
     if pattern is None and suffix not in SLIDE_SUFFIXES and not (companion or _may_be_dicom(path)):
         return f"not a slide format ({suffix})"
     return None
+
+
+def _is_utf8(name: str) -> bool:
+    """Whether tables can hold a name; Python reads other bytes of a file name as surrogates."""
+    return re.search("[\ud800-\udfff]", name) is None
 
 
 @functools.lru_cache(maxsize=64)
@@ -277,4 +292,7 @@ def _members(path: Path, series_of: SeriesOf) -> list[DicomFile]:
         tags = read_dicom(path) if path.is_file() else None
     except SlideError:
         return []
-    return series_of(path.parent)[tags.series] if tags and tags.is_slide_image else []
+    if tags is None or not tags.is_slide_image:
+        return []
+    # none, if the file was incomplete when the files of its folder were read
+    return series_of(path.parent).get(tags.series, [])

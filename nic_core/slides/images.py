@@ -30,6 +30,7 @@ from nic_core.slides.errors import SlideError
 from nic_core.slides.metadata import (
     BRIGHTFIELD_REMEDY,
     COLOUR_REMEDY,
+    CONVERT_REMEDY,
     DAMAGED_REMEDY,
     IMAGE_REMEDY,
     MPP_RANGE,
@@ -59,6 +60,8 @@ _OVERVIEW_MPP, _OVERVIEW_AREA = 8.0, 16.0  # see rules 2 and 3
 # A level is smaller than the level before by at least this factor. Sizes are rounded to whole px,
 # by some writers after every level.
 _LEVEL_FACTOR, _LEVEL_ROUNDING = 1.5, 2
+# channels that are not marked as colours may be red, green and blue, or stains of fluorescence
+_CHANNELS_REMEDY = f"{COLOUR_REMEDY} if it is a brightfield slide, else leave it out"
 _MPP_ROUNDING = 0.05  # um/px of two pages agree up to this fraction
 
 
@@ -262,7 +265,11 @@ def _with_subifds(tiff: tifffile.TiffFile, page: tifffile.TiffPage) -> list[tiff
     for number, offset in enumerate(page.subifds or ()):
         tiff.filehandle.seek(offset)
         level = tifffile.TiffPage(tiff, (page.index, number))
-        if _shrinks(page, level) is not None and _is_coarser(levels[-1], level):
+        if (
+            _shrinks(page, level) is not None
+            and _is_coarser(levels[-1], level)
+            and _same_kind(page, level)
+        ):
             levels.append(level)
     return levels
 
@@ -290,8 +297,9 @@ def _page_verdict(page: tifffile.TiffPage) -> _Verdict:
     colours = getattr(page.photometric, "name", str(page.photometric))
     samples = page.samplesperpixel
     if page.photometric in _GREY:
-        kind = "greyscale" if samples == 1 else f"{samples} grey channels"
-        return _Verdict(False, f"not an RGB image: {kind}", BRIGHTFIELD_REMEDY)
+        if samples == 1:
+            return _Verdict(False, "not an RGB image: greyscale", BRIGHTFIELD_REMEDY)
+        return _Verdict(False, f"not an RGB image: {samples} grey channels", _CHANNELS_REMEDY)
     if page.photometric not in _COLOUR:
         return _Verdict(False, f"not an RGB image: its colours are {colours}", COLOUR_REMEDY)
     if page.photometric not in _COLOUR[:2]:
@@ -325,13 +333,21 @@ def alpha_kind(page: tifffile.TiffPage) -> AlphaKind | None:
 
 
 def _ome_root(tiff: tifffile.TiffFile) -> ElementTree.Element | None:
-    """The OME-XML; None if there is none, or if it cannot be parsed."""
+    """The OME-XML; None if there is none.
+
+    Raises
+    ------
+    SlideError
+        It cannot be parsed, so which pages are the scan and their um/px are unknown.
+    """
     if not tiff.is_ome or not tiff.ome_metadata:
         return None
+    path = Path(tiff.filehandle.path)
     try:
-        return ElementTree.fromstring(ome_xml(Path(tiff.filehandle.path), tiff.ome_metadata))
-    except ElementTree.ParseError:
-        return None
+        return ElementTree.fromstring(ome_xml(path, tiff.ome_metadata))
+    except ElementTree.ParseError as error:
+        reason = f"its OME-XML cannot be parsed ({error})"
+        raise SlideError(path, reason, f"{DAMAGED_REMEDY}, or {CONVERT_REMEDY}") from error
 
 
 def _pixels(image: ElementTree.Element) -> list[ElementTree.Element]:
@@ -347,6 +363,9 @@ def _ome_places(
     """
     places: list[int] = []
     data = children(pixels, "TiffData")
+    if not data and len([image for image in children(root, "Image") if _pixels(image)]) == 1:
+        # files made with libvips often have no element TiffData: the one image starts at page 0
+        return list(range(count))
     for part in sorted(data, key=lambda d: [int(d.get(f"First{axis}", "0")) for axis in "TZC"]):
         if not all(_is_own(tiff, root, uuid) for uuid in children(part, "UUID")):
             continue
@@ -358,7 +377,7 @@ def _ome_places(
 
 def _is_own(tiff: tifffile.TiffFile, root: ElementTree.Element, uuid: ElementTree.Element) -> bool:
     """Whether an element UUID of OME-XML names this file."""
-    by_id = root.get("UUID") is not None and uuid.text == root.get("UUID")
+    by_id = root.get("UUID") is not None and (uuid.text or "").strip() == root.get("UUID")
     return by_id or uuid.get("FileName", "").lower() == tiff.filename.lower()
 
 
@@ -371,6 +390,7 @@ def _ome_image(
     places: Sequence[int],
 ) -> TiffImage:
     name, pixels = _associated_name(element.get("Name", "")), _pixels(element)[0]
+    size = int(pixels.get("SizeX", "0")), int(pixels.get("SizeY", "0"))
     channels = children(pixels, "Channel")
     samples = int(channels[0].get("SamplesPerPixel", "1")) if channels else 1
     if not places or places[0] >= len(pages):
@@ -378,7 +398,9 @@ def _ome_image(
         if places:
             problem = f"its OME-XML names page {places[0]}, but the file has {len(pages)} pages"
             remedy = DAMAGED_REMEDY
-        size = int(pixels.get("SizeX", "0")), int(pixels.get("SizeY", "0"))
+        elif not children(pixels, "TiffData"):
+            problem = "its OME-XML does not say which pages it has (no element TiffData)"
+            remedy = CONVERT_REMEDY
         verdict = _Verdict(samples >= 3, problem, remedy)
         return _image(number, name, [], FileMetadata(), verdict, size)
     page = pages[places[0]]
@@ -388,9 +410,17 @@ def _ome_image(
     verdict = _page_verdict(page)
     if any(_is_fluorescence(channel) for channel in channels):
         verdict = _Verdict(False, "a fluorescence image (OME-XML)", BRIGHTFIELD_REMEDY)
+    elif size != (page.imagewidth, page.imagelength):
+        # a program that resized or cropped the image and kept the OME-XML: um/px is of other pixels
+        problem = (
+            f"its OME-XML describes an image of {size[0]} x {size[1]} px, but the page has "
+            f"{page.imagewidth} x {page.imagelength} px"
+        )
+        remedy = "correct the OME-XML, or save the image without it"
+        verdict = _Verdict(verdict.colour, problem, remedy)
     elif planes > 1 and page.samplesperpixel < 3:
         problem = f"not an RGB image: {planes} separate channels or planes"
-        verdict = _Verdict(False, problem, BRIGHTFIELD_REMEDY)
+        verdict = _Verdict(False, problem, _CHANNELS_REMEDY)
     elif planes > 1:
         problem = f"a stack of {planes} planes (focus or time)"
         verdict = _Verdict(verdict.colour, problem, "save one plane as a slide")
@@ -460,8 +490,7 @@ def _is_level(group: Sequence[tifffile.TiffPage], page: tifffile.TiffPage) -> bo
     factor = _shrinks(base, page)
     if factor is None or not _is_coarser(group[-1], page) or base.is_tiled != page.is_tiled:
         return False
-    kinds = [(p.samplesperpixel, p.bitspersample, p.extrasamples) for p in (base, page)]
-    if kinds[0] != kinds[1] or _page_verdict(base) != _page_verdict(page):
+    if not _same_kind(base, page):
         return False
     stated = [page_metadata(p).mpp for p in (base, page)]
     if stated[0] is None or stated[1] is None:
@@ -469,6 +498,12 @@ def _is_level(group: Sequence[tifffile.TiffPage], page: tifffile.TiffPage) -> bo
     ratio = stated[1][0] / stated[0][0]
     # some writers repeat the um/px of level 0 at every level
     return any(abs(ratio / wanted - 1) < _MPP_ROUNDING for wanted in (factor, 1.0))
+
+
+def _same_kind(base: tifffile.TiffPage, page: tifffile.TiffPage) -> bool:
+    """Whether two pages have the same kind of pixels, so that one can be a level of the other."""
+    kinds = [(p.samplesperpixel, p.bitspersample, p.extrasamples) for p in (base, page)]
+    return kinds[0] == kinds[1] and _page_verdict(base) == _page_verdict(page)
 
 
 def _shrinks(base: tifffile.TiffPage, page: tifffile.TiffPage) -> float | None:

@@ -241,7 +241,8 @@ def fluorescence_evidence(first: tifffile.TiffPage) -> str | None:
 
 def _aperio_field(description: str, key: str) -> float | None:
     match = re.search(rf"\|\s*{key}\s*=\s*([^|\s]+)", description)
-    return _number(match[1]) if match else None
+    # some programs write a decimal comma
+    return _number(match[1].replace(",", ".")) if match else None
 
 
 def _number(text: str | None) -> float | None:

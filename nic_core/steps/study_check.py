@@ -35,8 +35,10 @@ from nic_core.cohort.tables import Unmatched, read_table
 from nic_core.encoders.patch_sources import open_source, source_files
 from nic_core.models.labels import LabelMatches, read_labels
 from nic_core.parallel import cores
-from nic_core.slides import SlideError, open_slide
+from nic_core.slides import SlideError, content_identity, open_slide
+from nic_core.slides.files import SlideFiles
 from nic_core.slides.folders import summarize_left_aside
+from nic_core.steps.slide_index import same_content, used_slides
 from nic_core.steps.slide_models import find_target_folds
 from nic_core.tiling.annotations import is_annotation_file, read_annotations
 
@@ -87,9 +89,9 @@ def check_study(path: Path | None = None, progress: Progress | None = None) -> l
     cohort = valid_part(source)
     if cohort is None:
         return found
-    index, problems = _slides(cohort)
+    index, files, problems = _slides(cohort)
     found += problems
-    found += _opened(index, progress)
+    found += _opened(index, files, progress)
     for task in cohort.patch_tasks:
         found += _patch_task(cohort, task)
     found += _encoder_files(cohort)
@@ -100,21 +102,25 @@ def check_study(path: Path | None = None, progress: Progress | None = None) -> l
 # --- slides ----------------------------------------------------------------------------------
 
 
-def _slides(cohort: Cohort) -> tuple[pl.DataFrame, list[Finding]]:
-    """The usable rows of the slide index, and what is wrong with the others."""
+def _slides(cohort: Cohort) -> tuple[pl.DataFrame, dict[str, SlideFiles], list[Finding]]:
+    """The usable rows of the slide index, their files by path, and problems of the others."""
     rows: list[dict[str, object]] = []
+    files: dict[str, SlideFiles] = {}
     found: list[Finding] = []
     for number, folder in enumerate(cohort.slides.folders):
         try:
-            slides, _, left_aside = folder_slides(folder)
+            slides, of_folder, left_aside = folder_slides(folder)
             rows += slides
+            files |= of_folder
             for line in summarize_left_aside(left_aside):
                 found.append(Finding(str(folder.path), f"no slide: {line}", is_error=False))
         except CohortError as error:
             found.append(Finding(cohort.place("slides", "folders", number), str(error)))
     if cohort.slides.table is not None:
         try:
-            rows += table_slides(cohort.slides.table)[0]
+            slides, of_table = table_slides(cohort.slides.table)
+            rows += slides
+            files |= of_table
         except CohortError as error:
             found.append(Finding(cohort.place("slides", "table"), str(error)))
     if not rows and not found:
@@ -138,29 +144,65 @@ def _slides(cohort: Cohort) -> tuple[pl.DataFrame, list[Finding]]:
                     f"{column} {absent[column][0]} does not exist; correct the path",
                 )
             )
-    return index.unique("slide", keep="first", maintain_order=True), found
+    return index.unique("slide", keep="first", maintain_order=True), files, found
 
 
-def _opened(index: pl.DataFrame, progress: Progress | None) -> Iterator[Finding]:
-    """Yield the slides that cannot be opened; those with the same problem together."""
+def _opened(
+    index: pl.DataFrame, files: dict[str, SlideFiles], progress: Progress | None
+) -> Iterator[Finding]:
+    """Yield the slides that cannot be used, those with the same problem together; and copies."""
     rows = [row for row in index.iter_rows(named=True) if Path(row["path"]).exists()]
 
-    def problem(row: dict[str, Any]) -> tuple[str, str] | None:
+    def identity(row: dict[str, Any]) -> str | SlideError:
+        path = Path(row["path"])
+        # a problem of the whole slide may not show when one of its files is opened
+        if (problem := files[row["path"]].problem) is not None:
+            return problem
         try:
-            with open_slide(Path(row["path"]), mpp=row["mpp"], image=row["image"]):
-                return None
+            with open_slide(path, mpp=row["mpp"], image=row["image"]):
+                return content_identity(path)
         except SlideError as error:
-            return error.reason, error.remedy
+            return error
 
     slides: dict[tuple[str, str], list[str]] = {}
+    identities: dict[str, str] = {}
     with ThreadPoolExecutor(_READERS * cores()) as pool:
-        for done, (row, wrong) in enumerate(zip(rows, pool.map(problem, rows), strict=True), 1):
-            if wrong is not None:
-                slides.setdefault(wrong, []).append(row["slide"])
+        for done, (row, result) in enumerate(zip(rows, pool.map(identity, rows), strict=True), 1):
+            if isinstance(result, SlideError):
+                slides.setdefault((result.reason, result.remedy), []).append(row["slide"])
+            else:
+                identities[row["path"]] = result
             if progress is not None:
                 progress(done, len(rows))
     for (reason, remedy), names in slides.items():
         yield Finding(_named("slide", names), f"{reason}; {remedy}")
+    schema = {"path": pl.String(), "identity": pl.String()}
+    table = pl.DataFrame(list(identities.items()), schema, orient="row")
+    yield from _copies(used_slides(index), table)
+
+
+def _copies(index: pl.DataFrame, identities: pl.DataFrame) -> Iterator[Finding]:
+    """Yield the slides with the same content."""
+    for names in same_content(index, identities):
+        rows = index.filter(pl.col("slide").is_in(names))
+        where = _named("slide", list(names))
+        if rows["split"].n_unique() > 1:
+            yield Finding(
+                where,
+                "the same content is in both splits 'cv' and 'test'; put the slides into one "
+                "split, or remove the duplicates",
+            )
+            continue
+        patients = rows["patient"].unique(maintain_order=True)
+        images = rows.select("path", "image").unique().height
+        if rows["path"].n_unique() == 1 and images == rows.height and len(patients) == 1:
+            continue  # two images of one file, each named by the table
+        folds = f"; patients {_few(patients)} share a fold" if len(patients) > 1 else ""
+        yield Finding(
+            where,
+            f"their content is the same{folds}; remove the duplicates, or correct the paths",
+            is_error=False,
+        )
 
 
 # --- encoders and patch tasks ----------------------------------------------------------------

@@ -182,8 +182,34 @@ def test_dicom_that_is_not_a_slide_is_left_aside_with_its_kind(tmp_path):
     assert left(tmp_path) == {
         "DICOMDIR": "DICOM, but not a whole-slide image (Media Storage Directory Storage)",
         "report.dcm": "DICOM, but not a whole-slide image (Comprehensive SR Storage)",
-        "alone/label.dcm": "DICOM: label, overview or thumbnail without a scan in its folder",
+        "alone/label.dcm": "DICOM: label, overview or thumbnail; its series has no scan here",
     }
+
+
+def test_dicom_that_is_no_slide_is_refused_with_its_kind(tmp_path):
+    report = write_header(tmp_path / "report.dcm", sop_class="1.2.840.10008.5.1.4.1.1.88.33")
+    with pytest.raises(SlideError, match=r"not a whole-slide image \(Comprehensive SR Storage"):
+        open_slide(report)
+    label = write_header(tmp_path / "label.dcm", ImageType=["ORIGINAL", "PRIMARY", "LABEL"])
+    with pytest.raises(SlideError, match="its series has no scan in its folder"):
+        open_slide(label)
+
+
+def test_a_label_in_a_series_of_its_own_does_not_count(tmp_path):
+    path = dicom(tmp_path / "d")
+    write_header(
+        tmp_path / "d" / "other.dcm",
+        ImageType=["ORIGINAL", "PRIMARY", "LABEL"],
+        SeriesInstanceUID="1.2.6",
+    )
+    assert files_of_slide(tmp_path / "d").path == path
+    assert found(tmp_path)["d/level0.dcm"].folder == "d"
+
+
+def test_a_dicom_file_completed_after_its_folder_was_read_is_refused(tmp_path):
+    path = dicom(tmp_path / "d")
+    slide = files_of_slide(path, series_of=lambda folder: {})
+    assert "run this again when the folder is copied" in problem(slide)
 
 
 def test_a_damaged_file_of_another_series_does_not_matter(tmp_path):
@@ -241,6 +267,15 @@ def test_an_incomplete_ome_set_is_refused_with_the_reason(tmp_path):
     (tmp_path / "scan.ome.tif").unlink()
     message = "its scan is in 'scan.ome.tif' of its OME-TIFF set, which is missing"
     assert message in problem(files_of_slide(tmp_path / "macro.ome.tif"))
+
+
+def test_a_damaged_companion_file_is_refused_for_each_tiff(tmp_path):
+    images = {"macro.ome.tif": PICTURE[:, :64], "scan.ome.tif": SLIDE}
+    vendors.write_ome_set(tmp_path, images, companion=True)
+    (tmp_path / "set.companion.ome").write_bytes(b"")
+    message = "the OME metadata in 'set.companion.ome' cannot be parsed"
+    assert all(message in problem(slide) for slide in found(tmp_path).values())
+    assert list(left(tmp_path)) == ["set.companion.ome"]
 
 
 @pytest.mark.parametrize("companion", [False, True])
@@ -347,6 +382,7 @@ def test_links_are_followed_once(tmp_path, files):
     (inside / "other").symlink_to(outside)
     (inside / "a2.tif").symlink_to(inside / "z" / "a.tif")
     (inside / "gone.tif").symlink_to(tmp_path / "gone.tif")
+    (inside / "itself.tif").symlink_to(inside / "itself.tif")
     (inside / "b2.svs").symlink_to(outside / "b.svs")
     shutil.copy(files["svs"], tmp_path / "0a1b2c")
     (inside / "c.svs").symlink_to(tmp_path / "0a1b2c")
@@ -358,8 +394,16 @@ def test_links_are_followed_once(tmp_path, files):
         "a2.tif": "a link to a file that is listed already",
         "b2.svs": "a link to a file that is listed already",
         "gone.tif": "a link to a file that does not exist",
+        "itself.tif": "a link to a file that does not exist",
         "pipe.tif": "not a regular file",
     }
+
+
+def test_a_name_that_is_not_utf8_is_left_aside(tmp_path, files):
+    shutil.copy(files["svs"], tmp_path / "a.svs")
+    shutil.copy(files["svs"], os.fsencode(tmp_path) + b"/\xe9.svs")
+    assert list(found(tmp_path)) == ["a.svs"]
+    assert left(tmp_path) == {"\\xe9.svs": "its path is not valid UTF-8: rename it"}
 
 
 def test_candidates_are_listed_without_opening_a_file(tmp_path, files, monkeypatch):

@@ -249,6 +249,62 @@ def test_an_ome_fluorescence_image_in_colour_is_not_the_slide(tmp_path):
     check_image(path, SCAN, 0.25, 1)
 
 
+def ome_image(number: int, width: int, height: int, data: str) -> str:
+    """An image of 0.5 um/px in OME-XML, with the given elements TiffData."""
+    return (
+        f'<Image ID="Image:{number}"><Pixels ID="Pixels:{number}" Type="uint8" SizeX="{width}" '
+        f'SizeY="{height}" SizeC="3" SizeZ="1" SizeT="1" DimensionOrder="XYCZT" '
+        f'PhysicalSizeX="0.5" PhysicalSizeY="0.5">{data}</Pixels></Image>'
+    )
+
+
+def write_with_xml(path: Path, xml: str, *pixels: np.ndarray) -> Path:
+    text = f'<OME xmlns="{OME_SPACE}" UUID="urn:uuid:1">{xml}</OME>'
+    first, *others = pixels
+    return write_pages(path, [(first, {"description": text}), *((page, {}) for page in others)])
+
+
+def test_ome_xml_without_tiff_data_describes_the_first_page(tmp_path):
+    path = write_with_xml(tmp_path / "a.ome.tif", ome_image(0, 400, 300, ""), SCAN)
+    check_image(path, SCAN, 0.5, 0)
+    xml = ome_image(0, 400, 300, "") + ome_image(1, 400, 300, "")
+    path = write_with_xml(tmp_path / "b.ome.tif", xml, SCAN, OTHER)
+    with pytest.raises(SlideError, match="does not say which pages"):
+        open_slide(path)
+
+
+def test_a_uuid_with_line_breaks_around_it_names_the_file(tmp_path):
+    data = '<TiffData IFD="0"><UUID FileName="old.tif">\n urn:uuid:1\n </UUID></TiffData>'
+    path = write_with_xml(tmp_path / "new.ome.tif", ome_image(0, 400, 300, data), SCAN)
+    check_image(path, SCAN, 0.5, 0)
+
+
+def test_ome_xml_of_an_image_of_another_size_is_refused(tmp_path):
+    xml = ome_image(0, 4000, 3000, "<TiffData/>")
+    path = write_with_xml(tmp_path / "a.ome.tif", xml, SCAN)
+    with pytest.raises(SlideError, match="4000 x 3000 px, but the page has 400 x 300 px; correct"):
+        open_slide(path)
+
+
+def test_ome_xml_that_cannot_be_parsed_is_refused(tmp_path):
+    xml = "<Image>" + ome_image(0, 400, 300, "<TiffData/>")
+    path = write_with_xml(tmp_path / "a.ome.tif", xml, SCAN)
+    with pytest.raises(SlideError, match="its OME-XML cannot be parsed"):
+        open_slide(path)
+
+
+def test_a_sub_directory_of_other_pixels_is_no_level(tmp_path):
+    half = reduced(SCAN, 2)
+    others = [
+        (half[..., 0], {"photometric": "minisblack"}),
+        (half.astype(np.uint16), {}),
+    ]
+    for pixels, options in others:
+        first = (SCAN, TILES | scale(0.5) | {"subifds": 1})
+        path = write_pages(tmp_path / "a.tif", [first, (pixels, options)])
+        check_image(path, SCAN, 0.5, 0)
+
+
 def test_a_stack_of_planes_is_one_image_and_refused(tmp_path):
     path = tmp_path / "scan.ome.tif"
     stack = np.stack([SCAN, OTHER, SCAN])

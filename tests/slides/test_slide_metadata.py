@@ -29,6 +29,11 @@ def test_aperio_mpp_is_preferred_to_magnification(tmp_path):
         assert (slide.mpp, slide.mpp_source) == (0.2527, "Aperio tag")
 
 
+def test_aperio_mpp_may_have_a_decimal_comma(tmp_path):
+    with open_slide(aperio(tmp_path, "AppMag = 40|MPP = 0,2527|Date = 1")) as slide:
+        assert (slide.mpp, slide.mpp_source) == (0.2527, "Aperio tag")
+
+
 def test_aperio_magnification_is_used_without_mpp(tmp_path):
     with open_slide(aperio(tmp_path, "AppMag = 20|Date = 1")) as slide:
         assert (slide.mpp, slide.mpp_source) == (0.5, "objective power 20x")
