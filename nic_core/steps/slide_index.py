@@ -207,14 +207,14 @@ def patient_groups(index: pl.DataFrame, duplicates: Iterable[Sequence[str]]) -> 
 
 
 def read_patient_groups(store: Store) -> dict[str, str]:
-    """Return the :func:`patient_groups` of the stored slide index.
+    """Return the :func:`patient_groups` of the stored slide index, without excluded slides.
 
     Raises
     ------
     CohortError
         The slide index does not exist yet.
     """
-    index = read_slide_index(store)
+    index = used_slides(read_slide_index(store))
     return patient_groups(index, same_content(index, read_file_snapshot(store)))
 
 
@@ -331,7 +331,8 @@ def target_versions(cohort: Cohort, scan: SlideScan) -> dict[str, str]:
     have no part in it. A target whose labels are invalid has a version too, of the problem: it
     stops its own folds, which report it, and nothing else.
     """
-    groups = sorted(patient_groups(scan.index, scan.duplicates).items())
+    used = used_slides(scan.index)
+    groups = sorted(patient_groups(used, same_content(used, scan.snapshot)).items())
     return {
         target.name: digest(target, _labels_or_problem(cohort, target, scan.index), *groups)
         for target in cohort.targets
