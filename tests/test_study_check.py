@@ -146,6 +146,30 @@ def test_missing_masks_and_files_of_patch_tasks_are_named(folder):
     assert f"patch task t: {folder / 'gone.geojson'} does not exist" in found
 
 
+def test_every_mistake_of_annotated_slides_is_reported(folder):
+    (folder / "bad.geojson").write_text("{")
+    (folder / "no.geojson").write_text("[]")
+    Image.new("L", (300, 100), 1).save(folder / "m.png")
+    (folder / "s1.tif").write_text("no slide")
+    (folder / "ann.csv").write_text(
+        "path,annotations,group,mpp,mask,origin\n"
+        "s0.tif,bad.geojson,p,,,\n"
+        "s1.tif,no.geojson,p,,,\n"
+        "s2.tif,no.geojson,p,x,,\n"
+        "s3.tif,no.geojson,p,,m.png,\n"
+        "s4.tif,no.geojson,p,,,corner\n"
+    )
+    cohort = folder / "cohort.yaml"
+    cohort.write_text(
+        cohort.read_text() + "patch_tasks: [{name: t, organ: o, slides: {table: ann.csv}}]\n"
+    )
+    found = [item.problem for item in check_study(cohort) if item.where == "patch task t"]
+    parts = ("bad.geojson: the annotations cannot", "s1.tif: not an image", "column 'mpp': 'x' is")
+    for text in (*parts, "300 x 100 px do not fit", "origin 'corner' must be"):
+        assert sum(text in problem for problem in found) == 1
+    assert len(found) == 5
+
+
 def test_a_class_without_images_and_images_without_class_are_named(folder):
     for name in ("a", "b", "x"):
         (folder / "task" / name).mkdir(parents=True)

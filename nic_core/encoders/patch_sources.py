@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,7 +29,7 @@ from nic_core.tiling.annotations import (
     read_annotations,
     unused_features,
 )
-from nic_core.tiling.mask_files import read_mask
+from nic_core.tiling.mask_files import check_mask, read_mask
 from nic_core.tiling.patches import patch_table
 from nic_core.tiling.regions import Region, label_patches, tissue_fraction
 from nic_core.tiling.tissue import TissueMask, tissue_mask
@@ -419,6 +419,38 @@ def _annotated_slides(
 
     listing = cells.with_columns(pl.col("x", "y").round().cast(pl.Int64))
     return PatchSource(listing, read, 1.0, pl.concat(findings))
+
+
+def annotated_slide_problems(task: PatchTask, absent: Collection[Path]) -> Iterator[str]:
+    """Yield what is wrong with slides, annotations and masks of a task, without labelling cells.
+
+    Parameters
+    ----------
+    absent : collection of Path
+        Files of the task that do not exist; they are not opened.
+
+    Raises
+    ------
+    CohortError
+        The table cannot be read, or lacks a column.
+    """
+    assert task.slides is not None
+    about, base = task.slides, task.slides.table.parent
+    table = _read_table(task, about.table, (task.path_column, "annotations", task.group_column))
+    columns = (task.path_column, "annotations", "mask")
+    for row in table.iter_rows(named=True):
+        slide, drawn, mask = (existing_path(base / row[c]) if row.get(c) else None for c in columns)
+        try:
+            origin = _origin(row)
+            if drawn is not None and drawn not in absent:
+                read_annotations(drawn)
+            if slide is None or slide in absent:
+                continue
+            with _open_row(slide, row) as opened:
+                if mask is not None and mask not in absent:
+                    check_mask(mask, opened, origin=origin or about.origin)
+        except (SlideError, ValueError) as error:
+            yield str(error)
 
 
 def _open_row(path: Path, row: dict[str, str | None]) -> Slide:

@@ -34,14 +34,13 @@ from nic_core.cohort.index import (
 from nic_core.cohort.problems import Source
 from nic_core.cohort.references import wrong_columns
 from nic_core.cohort.tables import Unmatched, read_table, to_text
-from nic_core.encoders.patch_sources import open_source, source_files
+from nic_core.encoders.patch_sources import annotated_slide_problems, open_source, source_files
 from nic_core.models.labels import LabelMatches, read_labels
 from nic_core.parallel import cores
 from nic_core.slides import SlideError, content_identity, open_slide
 from nic_core.slides.folders import summarize_left_aside
 from nic_core.steps.slide_index import patient_groups, used_slides
 from nic_core.steps.slide_models import find_target_folds
-from nic_core.tiling.annotations import is_annotation_file, read_annotations
 from nic_core.tiling.mask_files import check_mask
 
 SHOWN = 3  # ids that a message lists
@@ -280,14 +279,12 @@ def _patch_task(cohort: Cohort, task: PatchTask) -> Iterator[Finding]:
 
 
 def _annotated_slides(task: PatchTask) -> Iterator[Finding]:
-    for path in source_files(task):
-        if not path.is_file():
-            yield Finding(f"patch task {task.name}", f"{path} does not exist; correct the path")
-        elif is_annotation_file(path):
-            try:
-                read_annotations(path)
-            except SlideError as error:
-                yield Finding(f"patch task {task.name}", str(error))
+    where = f"patch task {task.name}"
+    absent = [path for path in source_files(task) if not path.exists()]
+    for path in absent:
+        yield Finding(where, f"{path} does not exist; correct the path")
+    for problem in annotated_slide_problems(task, absent):
+        yield Finding(where, problem)
 
 
 # --- targets ---------------------------------------------------------------------------------
