@@ -10,7 +10,7 @@ import pytest
 import tifffile
 
 from nic_core.cohort import Cohort, CohortError, load_cohort
-from nic_core.cohort.index import INDEX_SCHEMA, find_slides, slide_id, slide_index
+from nic_core.cohort.index import INDEX_SCHEMA, find_slides, slide_id, slide_index, table_rows
 from nic_core.slides.files import SlideFiles
 from nic_core.steps.slide_index import make_slide_index, open_indexed
 from nic_core.store import Store
@@ -112,14 +112,19 @@ def test_a_slide_table_gives_ids_paths_and_optional_columns(tmp_path, suffix):
             "slide,path,patient\n1,a.tif,1\n1,b.tif,1",
             "slide id '1' occurs more than once.*a.tif.*b",
         ),
-        ("slide,path,patient\n1,,1", "row 1 has no path"),
+        ("slide,path,patient\n\n1,,1", "no path in row 3"),
         ("slide,path,patient\na b,a.tif,1", "slide 'a b'.*folder and a partition key"),
         ("slide,path,patient\na|b,a.tif,1", "partition key"),
         ("slide,path,patient,split\n1,a.tif,1,train", "split 'train' must be 'cv' or 'test'"),
-        ("slide,path,patient,exclude\n1,a.tif,1,0", "exclude '0' is no reason; write why"),
-        ("slide,path,patient,exclude\n1,a.tif,1,No", "exclude 'No' is no reason"),
-        ("slide,path,patient,exclude\n1,a.tif,1,NA", "exclude 'NA' is no reason"),
-        ("slide,path,patient,mpp\n1,a.tif,1,fine", "mpp is not a number"),
+        ("slide,path,patient,mpp\n1,a.tif,1,fine", "row 2, column 'mpp': 'fine' is not a"),
+        ('slide,path,patient,mpp\n1,a.tif,1,"1,234"', "can be read as 1.234"),
+        ("slide,path,patient,image\n1,a.tif,1,1.5", "'1.5' is not the number of an image"),
+        ("slide,path,patient,image\n1,a.tif,1,-1", "'-1' is not the number of an image"),
+        ("slide,path,patient\n1,a.tif,NA\n2,b.tif,None", "no patient in rows 2, 3;"),
+        ("slide,path,patient,exclude\n1,a.tif,1,no", "'exclude' of row 2 has no reason"),
+        ("slide,path,patient,exclude\n1,a.tif,1,0\n2,b.tif,1,1", "'exclude' of rows 2, 3"),
+        ("slide,path,patient,Exclude\n1,a.tif,1,blur", "'Exclude' has no effect: rename it"),
+        ("slide,path,patients\n1,a.tif,1", "no column 'patient'.*did you mean 'patients'"),
         ("slide,path,patient,truth\n1,a.tif,1,t.png", "truth .*t.png does not exist"),
         ("slide,path,patient", "no slides found"),
         ("", "the table is empty"),
@@ -259,3 +264,37 @@ def test_paths_with_special_characters_are_found(tmp_path):
     (tmp_path / "slides.csv").write_text(f"slide,path,patient\n{rows}")
     index = slide_index(cohort(tmp_path, "{table: slides.csv}"))
     assert [Path(path).name for path in index["path"]] == names
+
+
+def test_missing_words_and_decimal_commas_of_a_slide_table_are_read(tmp_path):
+    touch(tmp_path, "a.tif", "b.tif")
+    table = (
+        "slide;path;patient;mpp;image;mask;split;exclude\n"
+        "1;a.tif;p;0,252;NA;NA;;NA\n"
+        "2;b.tif;p;NA;1;;test;blur\n"
+    )
+    (tmp_path / "slides.csv").write_text(table)
+    first, second = table_rows(tmp_path / "slides.csv")
+    assert [first[c] for c in ("mpp", "image", "mask", "split", "exclude")] == [
+        0.252,
+        None,
+        None,
+        "cv",
+        None,
+    ]
+    assert [second[c] for c in ("mpp", "image", "split", "exclude")] == [None, 1, "test", "blur"]
+
+
+def test_every_kind_of_wrong_value_of_a_slide_table_is_a_line(tmp_path):
+    table = "slide,path,patient,mpp,exclude\n1,a.tif,,x,no\n2,,p,1,"
+    (tmp_path / "slides.csv").write_text(table)
+    with pytest.raises(CohortError) as raised:
+        table_rows(tmp_path / "slides.csv")
+    assert len(str(raised.value).splitlines()) == 4
+
+
+def test_an_exclude_column_of_true_and_false_is_refused(tmp_path):
+    table = pl.DataFrame({"slide": ["1"], "path": ["a"], "patient": ["p"], "exclude": [False]})
+    table.write_parquet(tmp_path / "slides.parquet")
+    with pytest.raises(CohortError, match="has no reason"):
+        table_rows(tmp_path / "slides.parquet")

@@ -8,6 +8,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 import tifffile
+from PIL import Image
 from typer.testing import CliRunner
 
 from nic_core.cli import app
@@ -147,6 +148,30 @@ def test_missing_masks_and_files_of_patch_tasks_are_named(folder):
     assert f"patch task t: {folder / 'gone.geojson'} does not exist" in found
 
 
+def test_every_mistake_of_annotated_slides_is_reported(folder):
+    (folder / "bad.geojson").write_text("{")
+    (folder / "no.geojson").write_text("[]")
+    Image.new("L", (300, 100), 1).save(folder / "m.png")
+    (folder / "s1.tif").write_text("no slide")
+    (folder / "ann.csv").write_text(
+        "path,annotations,group,mpp,mask,origin\n"
+        "s0.tif,bad.geojson,p,,,\n"
+        "s1.tif,no.geojson,p,,,\n"
+        "s2.tif,no.geojson,p,x,,\n"
+        "s3.tif,no.geojson,p,,m.png,\n"
+        "s4.tif,no.geojson,p,,,corner\n"
+    )
+    cohort = folder / "cohort.yaml"
+    cohort.write_text(
+        cohort.read_text() + "patch_tasks: [{name: t, organ: o, slides: {table: ann.csv}}]\n"
+    )
+    found = [item.problem for item in check_study(cohort) if item.where == "patch task t"]
+    parts = ("bad.geojson: the annotations cannot", "s1.tif: not an image", "column 'mpp': 'x' is")
+    for text in (*parts, "300 x 100 px do not fit", "origin 'corner' must be"):
+        assert sum(text in problem for problem in found) == 1
+    assert len(found) == 5
+
+
 def test_a_class_without_images_and_images_without_class_are_named(folder):
     for name in ("a", "b", "x"):
         (folder / "task" / name).mkdir(parents=True)
@@ -173,14 +198,14 @@ def test_slides_with_the_same_content_are_named(folder):
     shutil.copy(folder / "s0.tif", folder / "s1.tif")
     slides = "slides s0, s1: "
     assert problems(folder) == [
-        f"{slides}their content is the same; patients p0, p1 share a fold; remove the duplicates, "
-        "or correct the paths"
+        f"{slides}the same content of patients p0, p1, who therefore count as one in folds; correct "
+        "the paths, or exclude all but one of them"
     ]
     table = pl.read_csv(folder / "slides.csv")
     split = pl.when(pl.col("slide") == "s1").then(pl.lit("test")).otherwise(pl.lit("cv"))
     table.with_columns(split.alias("split")).write_csv(folder / "slides.csv")
     assert any(
-        item.startswith(f"{slides}the same content is in both splits") for item in problems(folder)
+        item.startswith(f"{slides}the same content in both splits") for item in problems(folder)
     )
 
 
@@ -193,11 +218,12 @@ def test_two_images_of_a_file_that_the_table_names_are_no_copies(tmp_path):
     (tmp_path / "cohort.yaml").write_text(
         "name: c\nslides: {table: slides.csv}\nencoders: [{name: rgb, objective: mean_rgb}]\n"
     )
-    (tmp_path / "slides.csv").write_text(table.format("p0"))
-    assert problems(tmp_path) == []
-    (tmp_path / "slides.csv").write_text(table.format("p1"))
+    for patient in ("p0", "p1"):
+        (tmp_path / "slides.csv").write_text(table.format(patient))
+        assert problems(tmp_path) == []
+    (tmp_path / "slides.csv").write_text(table.format("p0").replace("1,0\n", "1,\n"))
     assert [item.partition(";")[0] for item in problems(tmp_path)] == [
-        "slides s0, s1: their content is the same"
+        "slides s0, s1: the same content of patient p0"
     ]
 
 
@@ -218,14 +244,108 @@ def test_check_refuses_a_missing_cohort_file_in_one_line(tmp_path):
     assert "Traceback" not in result.stdout
 
 
+def test_slides_with_equal_content_of_several_patients_are_an_error(folder):
+    (folder / "s7.tif").write_bytes((folder / "s6.tif").read_bytes())
+    edit(
+        folder / "cohort.yaml",
+        "classes: [a, b]}",
+        "classes: [a, b]}\nsettings: {models: {folds: 8}}",
+    )
+    found = check_study(folder / "cohort.yaml")
+    assert (found[0].where, found[0].is_error) == ("slides s6, s7", True)
+    assert "the same content of patients p6, p7, who therefore count as one" in found[0].problem
+    assert "7 folds instead of 8 (leave-one-patient-out)" in found[1].problem
+    assert (
+        "(8 patients count as 7, since slides of theirs have the same content)" in found[1].problem
+    )
+
+
+def test_slides_with_equal_content_of_one_patient_are_a_note(folder):
+    (folder / "s7.tif").write_bytes((folder / "s6.tif").read_bytes())
+    edit(folder / "slides.csv", "s7.tif,p7", "s7.tif,p6")
+    found = [item for item in check_study(folder / "cohort.yaml") if item.where == "slides s6, s7"]
+    assert [item.is_error for item in found] == [False]
+
+
+def test_an_excluded_copy_of_a_slide_joins_no_patients(folder):
+    (folder / "s7.tif").write_bytes((folder / "s6.tif").read_bytes())
+    rows = "".join(f"s{n},s{n}.tif,p{n},{'copy' if n == 7 else ''}\n" for n in range(8))
+    (folder / "slides.csv").write_text(f"slide,path,patient,exclude\n{rows}")
+    assert "same content" not in "\n".join(problems(folder))
+
+
+def test_an_excluded_slide_needs_no_label(folder):
+    rows = "".join(f"s{n},s{n}.tif,p{n},{'blur' if n == 7 else ''}\n" for n in range(8))
+    (folder / "slides.csv").write_text(f"slide,path,patient,exclude\n{rows}")
+    edit(folder / "labels.csv", "s7,7,b\n", "")
+    assert "no label" not in "\n".join(problems(folder))
+
+
+def test_a_mask_that_does_not_fit_its_slide_is_an_error(folder):
+    Image.new("L", (300, 100), 1).save(folder / "m.png")
+    (folder / "m.geojson").write_text("{")
+    masks = {0: "m.png", 1: "m.geojson"}
+    rows = "".join(f"s{n},s{n}.tif,p{n},{masks.get(n, '')}\n" for n in range(8))
+    (folder / "slides.csv").write_text(f"slide,path,patient,mask\n{rows}")
+    found = problems(folder)
+    assert len(found) == 2
+    assert found[0].startswith("slide s0: mask ")
+    assert "300 x 100 px do not fit" in found[0]
+    assert found[1].startswith(f"slide s1: mask {folder / 'm.geojson'}: the annotations cannot be")
+
+
+def test_a_misspelt_optional_column_is_a_note(folder):
+    edit(folder / "slides.csv", "slide,path,patient\n", "slide,path,patient,orgin,age\n")
+    for n in range(8):
+        edit(folder / "slides.csv", f"s{n}.tif,p{n}\n", f"s{n}.tif,p{n},bounds,50\n")
+    found = check_study(folder / "cohort.yaml")
+    assert [item.is_error for item in found] == [False]
+    assert "column 'orgin' has no effect; did you mean 'origin'?" in found[0].problem
+
+
+def test_every_kind_of_wrong_value_of_the_slide_table_is_a_finding(folder):
+    edit(folder / "slides.csv", "s0.tif,p0\n", "s0.tif,NA\n")
+    edit(folder / "slides.csv", "s1,s1.tif", "s1,")
+    found = problems(folder)
+    assert sum(f"slide table {folder / 'slides.csv'}: no " in line for line in found) == 2
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("labels: labels.csv", "labels: [labels.csv]", ":3: labels: write a path"),
+        ("encoders:", "settings: [1]\nencoders:", ":4: settings: write keys with values (patch"),
+        ("encoders:", "automation: [1]\nencoders:", ":4: automation: write keys with values"),
+    ],
+)
+def test_a_list_where_another_type_belongs_is_one_finding(folder, old, new, message):
+    edit(folder / "cohort.yaml", old, new)
+    assert any(message in line for line in problems(folder))
+
+
+def test_classes_in_other_case_are_suggested(folder):
+    edit(folder / "labels.csv", ",b\n", ",B\n")
+    found = problems(folder)
+    assert "no row of the label table has the class 'b'; did you mean 'B'?" in found[0]
+    assert "has class 'B', which is not one of a, b (is it b?)" in found[1]
+
+
+def test_a_class_column_of_lists_is_an_error(folder):
+    slides = [f"s{n}" for n in range(8)]
+    table = pl.DataFrame({"slide": slides, "score": range(8), "growth": [["a"]] * 8})
+    table.write_parquet(folder / "labels.parquet")
+    edit(folder / "cohort.yaml", "labels.csv", "labels.parquet")
+    assert "targets.1.column: the column holds List(String)" in "\n".join(problems(folder))
+
+
 # --- nic init --------------------------------------------------------------------------------
 
 
 def test_init_writes_a_study_that_check_accepts(tmp_path):
     slides = tmp_path / "scans"
     (slides / "second").mkdir(parents=True)
-    for name in ("P1-1.tif", "P1-2.tif", "P2.tif", "second/P3.tif"):
-        write_tiff(slides / name, paint(300, 300), mpp=1.0)
+    for seed, name in enumerate(("P1-1.tif", "P1-2.tif", "P2.tif", "second/P3.tif")):
+        write_tiff(slides / name, paint(300, 300, seed=seed), mpp=1.0)
     (slides / "notes.txt").write_text("x")
     result = run(app, ["init", str(slides)])
     assert result.exit_code == 0

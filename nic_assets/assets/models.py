@@ -185,6 +185,7 @@ def label_metadata(matches: LabelMatches) -> dict[str, int | list[str] | list[in
         "rows_without_id": matches.without_id,
         "labels_without_slide_count": len(matches.labels_without_slide),
         "labels_without_slide": list(map(str, matches.labels_without_slide)),
+        "labels_of_excluded_slides": matches.excluded,
         "slides_without_label_count": len(matches.slides_without_label),
         "slides_without_label": list(map(str, matches.slides_without_label)),
     }

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_origin
 
 from pydantic import Field, PrivateAttr, TypeAdapter, ValidationError, model_validator
 
@@ -201,14 +201,15 @@ def valid_part(source: Source) -> Cohort | None:
         adapter: TypeAdapter[Any] = TypeAdapter(field.annotation)
         given = data[name]
         # the entries of a list are validated one by one
-        values = [[entry] for entry in given] if isinstance(given, list) else [given]
+        listed = isinstance(given, list) and get_origin(field.annotation) is tuple
+        values = [[entry] for entry in given] if listed else [given]
         valid = []
         for value in values:
             try:
                 valid.append(adapter.validate_python(value, context=_context(source)))
             except ValidationError:  # `cohort_problems` reports it
                 continue
-        if isinstance(given, list):
+        if listed:
             part[name] = tuple(entry for entries in valid for entry in entries)
         elif valid:
             part[name] = valid[0]

@@ -15,7 +15,17 @@ import polars as pl
 from nic_core.cohort.fields import CohortError, normalise
 from nic_core.cohort.file import Cohort
 from nic_core.cohort.slides import SlideFolder
-from nic_core.cohort.tables import existing_path, read_table, require_columns
+from nic_core.cohort.tables import (
+    MISSING,
+    ROW,
+    NumberError,
+    existing_path,
+    read_table,
+    require_columns,
+    to_numbers,
+    to_text,
+    visible,
+)
 from nic_core.slides.dicom import folder_series
 from nic_core.slides.errors import SlideError
 from nic_core.slides.files import LeftAside, SlideFiles, files_of_slide
@@ -39,11 +49,11 @@ FILE_COLUMNS = ("path", "mask", "truth")
 """Columns of the slide index with paths of files."""
 _SPLITS = ("cv", "test")
 _ORIGINS = get_args(Origin)
-# what tables write for yes, no and missing: as a reason, "no" would exclude the slide
+# what tables write for yes and no: as a reason, "no" would exclude the slide
 _NO_REASONS = frozenset(
-    ("0", "1", "0.0", "1.0", "true", "false", "t", "f", "yes", "no", "y", "n")
-    + ("na", "n/a", "nan", "none", "null", "-")
+    ("0", "1", "0.0", "1.0", "true", "false", "t", "f", "yes", "no", "y", "n", "none", "-")
 )
+_ROWS_SHOWN = 3  # in a message
 
 
 @dataclass(frozen=True)
@@ -258,38 +268,90 @@ def table_slides(table: Path) -> tuple[list[dict[str, object]], dict[str, SlideF
 def table_rows(path: Path) -> list[dict[str, object]]:
     """Read the rows of a slide table, with the columns of :data:`INDEX_SCHEMA`.
 
-    Paths are made absolute; relative ones are relative to the folder of the table.
+    Paths are made absolute; relative ones are relative to the folder of the table. Words that mean
+    'no value' (:data:`nic_core.cohort.tables.MISSING`) are missing values in every column.
 
     Raises
     ------
     CohortError
-        The table cannot be read, lacks a column or has an invalid value.
+        The table cannot be read, lacks a column or has an invalid value; a line for each kind of
+        invalid value. Rows are numbered as in :func:`nic_core.cohort.tables.read_table`.
     """
-    table = read_table(path, "slide table")
+    table = read_table(path, "slide table", row_column=ROW)
+    numbers = table[ROW].to_list()
+    table = table.drop(ROW)
     require_columns(table, _REQUIRED, path, "slide table")
     known = [column for column in INDEX_SCHEMA if column in table.columns]
-    try:
-        table = table.select(pl.col(c).cast(INDEX_SCHEMA[c]) for c in known)
-    except pl.exceptions.PolarsError as error:
-        raise CohortError(
-            f"slide table {path}: a value of column mpp is not a number, or a value of "
-            f"column image is not an integer ({error}); correct it"
-        ) from error
+    problems = [
+        f"column '{visible(column)}' has no effect: rename it to '{column.casefold()}'"
+        for column in table.columns
+        if column.casefold() in INDEX_SCHEMA and column.casefold() not in known
+    ]
+    columns: dict[str, list[object]] = {}
+    for column in known:
+        try:
+            columns[column] = _values(table[column])
+        except NumberError as error:
+            problems.append(f"row {numbers[error.index]}, column '{column}': {error}")
+        except TypeError as error:
+            problems.append(f"column '{column}' {error}")
+    for column in _REQUIRED:
+        if empty := [n for n, v in zip(numbers, columns.get(column, ()), strict=False) if not v]:
+            problems.append(
+                f"no {column} in {_rows(empty)}; write it (words such as NA and None mean that it "
+                "is missing)"
+            )
+    used = [n for n, v in zip(numbers, columns.get("exclude", ()), strict=False) if _is_no(v)]
+    if used:
+        problems.append(
+            f"column 'exclude' of {_rows(used)} has no reason; write why the slide is not used, or "
+            "leave the cell of a slide that is used empty"
+        )
+    if problems:
+        raise CohortError("\n".join(f"slide table {path}: {problem}" for problem in problems))
     rows: list[dict[str, object]] = []
-    for number, row in enumerate(table.iter_rows(named=True), start=1):
-        for column in _REQUIRED:
-            if not row[column]:
-                raise CohortError(f"slide table {path}: row {number} has no {column}")
+    for number in range(table.height):
+        row = {
+            column: columns[column][number] if column in columns else None
+            for column in INDEX_SCHEMA
+        }
         for column in FILE_COLUMNS:
-            if row.get(column):
+            if row[column]:
                 # not resolved: the other files of a slide are beside a link, not beside its target
                 absolute = Path(os.path.abspath(path.parent / str(row[column])))
                 row[column] = str(existing_path(absolute))
-        rows.append({column: row.get(column) or None for column in INDEX_SCHEMA})
-        rows[-1]["split"] = row.get("split") or "cv"
-        # 0 um/px is kept, so that opening the slide refuses it; image 0 is the first image
-        rows[-1] |= {"mpp": row.get("mpp"), "image": row.get("image")}
+        rows.append(row | {"split": row["split"] or "cv"})
     return rows
+
+
+def _values(column: pl.Series) -> list[object]:
+    """The values of a column of a slide table, with the type of :data:`INDEX_SCHEMA`.
+
+    Raises
+    ------
+    NumberError, TypeError
+        A value has another type.
+    """
+    if not INDEX_SCHEMA[column.name].is_numeric():
+        return [None if text in MISSING else text for text in to_text(column)]
+    values = to_numbers(column)
+    if INDEX_SCHEMA[column.name].is_integer():
+        for index, number in enumerate(values):
+            if number is not None and not (number.is_integer() and 0 <= number < 2**31):
+                raise NumberError(
+                    index, f"'{column[index]}' is not the number of an image (0, 1, ...)"
+                )
+    return values.cast(INDEX_SCHEMA[column.name]).to_list()
+
+
+def _is_no(value: object) -> bool:
+    return isinstance(value, str) and value.casefold() in _NO_REASONS
+
+
+def _rows(numbers: list[int]) -> str:
+    shown = ", ".join(map(str, numbers[:_ROWS_SHOWN]))
+    more = f" and {len(numbers) - _ROWS_SHOWN} more" if len(numbers) > _ROWS_SHOWN else ""
+    return f"row{'s' if len(numbers) > 1 else ''} {shown}{more}"
 
 
 def _check_ids(index: pl.DataFrame) -> None:
@@ -316,9 +378,4 @@ def row_problem(row: dict[str, object]) -> str | None:
     if row.get("origin") not in (None, *_ORIGINS):
         origins = " or ".join(map(repr, _ORIGINS))
         return f"slide '{slide}': origin '{row['origin']}' must be {origins}"
-    if row.get("exclude") and str(row["exclude"]).lower() in _NO_REASONS:
-        return (
-            f"slide '{slide}': exclude '{row['exclude']}' is no reason; write why the slide is "
-            "excluded, or leave the field empty if it is used"
-        )
     return None

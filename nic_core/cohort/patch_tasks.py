@@ -28,7 +28,8 @@ class AnnotatedSlides(Entry):
 
     The table (CSV or parquet) has one row per slide, with the columns ``path``, ``annotations``
     (QuPath GeoJSON or ASAP XML) and the group column. Optional columns are ``mpp`` (um/px at level
-    0; overrides the file), ``mask`` (tissue mask), ``origin`` (``level0`` or ``bounds``: what the
+    0; overrides the file), ``image`` (number of the image in a file with several), ``mask``
+    (tissue mask), ``origin`` (``level0`` or ``bounds``: what the
     coordinates of the row's annotations and of a mask of regions count from; overrides the files)
     and ``split``. Each slide is divided into the cells of the study's grid, and a tissue cell gets
     the label with the largest coverage.

@@ -157,6 +157,8 @@ def field_problems(error: ErrorDetails, entry: type[Entry]) -> Iterator[tuple[Lo
             message = f"write keys with values ({', '.join(fields) or 'key: value'})"
         case "tuple_type":
             message = "write a list"
+        case "path_type":
+            message = "write a path"
         case "value_error":
             message = str(original)
         case _:

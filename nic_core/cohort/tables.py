@@ -19,10 +19,13 @@ from pathlib import Path
 
 import polars as pl
 
-from nic_core.cohort.fields import INVISIBLE, CohortError, normalise
+from nic_core.cohort.fields import INVISIBLE, CohortError, did_you_mean, normalise
 
 MISSING = ("NA", "N/A", "#N/A", "<NA>", "n/a", "na", "nan", "NaN", "null", "NULL", "None")
 """Text that means 'no value', unless a target lists it as a class. Empty text always does."""
+
+ROW = " row"
+"""Column for the number of a row in messages; no column of a table begins with a blank."""
 
 _DELIMITERS = ",;\t"
 _OTHER_FORMATS = {
@@ -139,7 +142,11 @@ def require_columns(table: pl.DataFrame, columns: Iterable[str], path: Path, wha
     for column in columns:
         if column not in table.columns:
             near = suggestion(column, table.columns)
-            hint = f"; did you mean '{visible(near)}'?" if near else ""
+            hint = (
+                f"; did you mean '{visible(near)}'?"
+                if near
+                else did_you_mean(column, table.columns)
+            )
             names = ", ".join(map(visible, table.columns))
             raise CohortError(f"{what} {path}: no column '{column}'; it has {names}{hint}")
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,7 +19,7 @@ import polars as pl
 import pyvips
 
 from nic_core.cohort import AnnotatedSlides, CohortError, Hdf5Images, PatchTask
-from nic_core.cohort.tables import existing_path, read_table, require_columns
+from nic_core.cohort.tables import existing_path, read_table, require_columns, to_numbers
 from nic_core.slides import Slide, SlideError, open_slide
 from nic_core.slides.resample import resample, snap_to_whole
 from nic_core.tiling.annotations import (
@@ -29,14 +29,14 @@ from nic_core.tiling.annotations import (
     read_annotations,
     unused_features,
 )
-from nic_core.tiling.mask_files import read_mask
+from nic_core.tiling.mask_files import check_mask, read_mask
 from nic_core.tiling.patches import patch_table
 from nic_core.tiling.regions import Region, label_patches, tissue_fraction
 from nic_core.tiling.tissue import TissueMask, tissue_mask
 from nic_core.types import Origin, Pixels
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-_OPTIONAL = ("split", "mpp", "mask", "origin")  # columns of a table
+_OPTIONAL = ("split", "mpp", "image", "mask", "origin")  # columns of a table
 # holds a chunk of PatchCamelyon, so that reading image by image decompresses each chunk once
 _CHUNK_CACHE = 64 * 2**20  # bytes
 
@@ -129,7 +129,8 @@ def source_files(task: PatchTask) -> list[Path]:
         table = _read_table(task, task.slides.table, (task.path_column, "annotations"))
         columns = (task.path_column, "annotations", *(["mask"] if "mask" in table.columns else []))
         named = [path for column in columns for path in table[column] if path]
-        return [task.slides.table, *(task.slides.table.parent / path for path in named)]
+        base = task.slides.table.parent
+        return [task.slides.table, *(existing_path(base / path) for path in named)]
     parts = (path for part in task.hdf5 for path in (part.images, part.labels, part.meta))
     return [path for path in (task.table, *parts) if path is not None]
 
@@ -381,13 +382,11 @@ def _annotated_slides(
     parts: list[pl.DataFrame] = []
     findings = [pl.DataFrame(schema=ANNOTATION_FINDINGS_SCHEMA)]
     for row, group in zip(table.iter_rows(named=True), groups, strict=True):
-        path = about.table.parent / row[task.path_column]
+        path = existing_path(about.table.parent / row[task.path_column])
         if str(path) in slides:
             raise task_error(task, f"table {about.table} lists {path} more than once")
         try:
-            known = float(row["mpp"]) if row.get("mpp") else None
-            image = int(row["image"]) if row.get("image") is not None else None
-            slide = stack.enter_context(open_slide(path, mpp=known, image=image))
+            slide = stack.enter_context(_open_row(path, row))
             cells, found = _labelled_cells(about, row, slide, patch, mpp, tissue)
         except (SlideError, ValueError) as error:
             raise task_error(task, str(error)) from error
@@ -422,6 +421,52 @@ def _annotated_slides(
     return PatchSource(listing, read, 1.0, pl.concat(findings))
 
 
+def annotated_slide_problems(task: PatchTask, absent: Collection[Path]) -> Iterator[str]:
+    """Yield what is wrong with slides, annotations and masks of a task, without labelling cells.
+
+    Parameters
+    ----------
+    absent : collection of Path
+        Files of the task that do not exist; they are not opened.
+
+    Raises
+    ------
+    CohortError
+        The table cannot be read, or lacks a column.
+    """
+    assert task.slides is not None
+    about, base = task.slides, task.slides.table.parent
+    table = _read_table(task, about.table, (task.path_column, "annotations", task.group_column))
+    columns = (task.path_column, "annotations", "mask")
+    for row in table.iter_rows(named=True):
+        slide, drawn, mask = (existing_path(base / row[c]) if row.get(c) else None for c in columns)
+        try:
+            origin = _origin(row)
+            if drawn is not None and drawn not in absent:
+                read_annotations(drawn)
+            if slide is None or slide in absent:
+                continue
+            with _open_row(slide, row) as opened:
+                if mask is not None and mask not in absent:
+                    check_mask(mask, opened, origin=origin or about.origin)
+        except (SlideError, ValueError) as error:
+            yield str(error)
+
+
+def _open_row(path: Path, row: dict[str, str | None]) -> Slide:
+    """Open the slide of a row; raises SlideError, or ValueError for a wrong number."""
+    numbers: dict[str, float | None] = {}
+    for column in ("mpp", "image"):
+        try:
+            numbers[column] = to_numbers(pl.Series([row.get(column)], dtype=pl.String))[0]
+        except ValueError as error:
+            raise ValueError(f"{path}: column '{column}': {error}") from error
+    image = numbers["image"]
+    if image is not None and not image.is_integer():
+        raise ValueError(f"{path}: column 'image': '{row['image']}' is not a whole number")
+    return open_slide(path, mpp=numbers["mpp"], image=None if image is None else int(image))
+
+
 def _labelled_cells(
     about: AnnotatedSlides,
     row: dict[str, str | None],
@@ -442,7 +487,9 @@ def _labelled_cells(
     base = about.table.parent
     mask_file, drawn, origin = row.get("mask"), row["annotations"], _origin(row)
     mask = (
-        read_mask(base / mask_file, slide, origin=origin, default_origin=about.origin)
+        read_mask(
+            existing_path(base / mask_file), slide, origin=origin, default_origin=about.origin
+        )
         if mask_file
         else tissue_mask(slide)
     )
@@ -462,7 +509,7 @@ def _labelled_cells(
 
     if not drawn:
         return label([])[0], pl.DataFrame(schema=ANNOTATION_FINDINGS_SCHEMA)
-    annotations = read_annotations(base / drawn)
+    annotations = read_annotations(existing_path(base / drawn))
     renamed = replace(
         annotations,
         regions=tuple(

@@ -64,12 +64,7 @@ def make_folds(
     units = table.filter(pl.col("split") == "cv")
     cv = by_group(units, groups)
     column = kind.source_columns[-1]
-    merged = ""
-    if _patients(cv) < _patients(units):
-        merged = (
-            f" ({_patients(units)} patients count as {_patients(cv)}, since slides of theirs have "
-            "the same content)"
-        )
+    merged = _merged(units, cv)
     what, most = _fewest(kind, cv)
     if most < LEAST_FOLDS:
         raise label_error(
@@ -126,7 +121,13 @@ def _check_groups(table: pl.DataFrame, groups: Mapping[str, str]) -> None:
         )
 
 
-def folds_note(target: Target, table: pl.DataFrame, *, wanted: int) -> str | None:
+def folds_note(
+    target: Target,
+    table: pl.DataFrame,
+    *,
+    wanted: int,
+    groups: Mapping[str, str] | None = None,
+) -> str | None:
     """Return one line why a target has fewer folds than requested; None if it has as many.
 
     Parameters
@@ -135,8 +136,11 @@ def folds_note(target: Target, table: pl.DataFrame, *, wanted: int) -> str | Non
         Target table with the column ``fold``.
     wanted
         ``settings.models.folds``.
+    groups
+        As for :func:`make_folds`.
     """
-    cv = table.filter(pl.col("split") == "cv")
+    units = table.filter(pl.col("split") == "cv")
+    cv = by_group(units, groups)
     count = cv["fold"].n_unique()
     if count == wanted:
         return None
@@ -148,7 +152,20 @@ def folds_note(target: Target, table: pl.DataFrame, *, wanted: int) -> str | Non
         else f"in {count + 1} folds some network would have too few different training labels"
     )
     every = " (leave-one-patient-out)" if count == _patients(cv) else ""
-    return f"target '{target.name}': {count} folds instead of {wanted}{every}, since {reason}"
+    merged = _merged(units, cv)
+    return (
+        f"target '{target.name}': {count} folds instead of {wanted}{every}, since {reason}{merged}"
+    )
+
+
+def _merged(units: pl.DataFrame, cv: pl.DataFrame) -> str:
+    """Say how many patients :func:`by_group` made of those of ``units``; empty if as many."""
+    if _patients(cv) == _patients(units):
+        return ""
+    return (
+        f" ({_patients(units)} patients count as {_patients(cv)}, since slides of theirs have the "
+        "same content)"
+    )
 
 
 def check_folds(folds: pl.DataFrame, table: pl.DataFrame) -> None:

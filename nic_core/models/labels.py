@@ -8,6 +8,7 @@ label may be depends on the target's kind (:mod:`nic_core.models.kinds`).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -15,6 +16,8 @@ import polars as pl
 
 from nic_core.cohort import Cohort, CohortError, Target
 from nic_core.cohort.tables import (
+    MISSING,
+    ROW,
     Unmatched,
     read_table,
     suggestion,
@@ -23,7 +26,7 @@ from nic_core.cohort.tables import (
     visible,
 )
 from nic_core.models.kinds import kind_of
-from nic_core.models.kinds.base import ROW, label_error
+from nic_core.models.kinds.base import label_error
 
 _UNIT_COLUMNS = ("unit", "patient", "slides", "split")
 _Key = Literal["slide", "patient"]
@@ -34,7 +37,7 @@ class LabelMatches:
     """How the rows of the label table and the slides of the index fit together, for one target.
 
     Every row is counted once: ``rows`` is the sum of ``used`` and the lengths of ``repeated``,
-    ``without_label``, ``without_id`` and ``labels_without_slide``.
+    ``without_label``, ``without_id``, ``labels_without_slide`` and ``excluded``.
 
     Attributes
     ----------
@@ -43,7 +46,7 @@ class LabelMatches:
     rows
         Number of rows with any value.
     used
-        Number of labelled rows that belong to a slide or patient of the index.
+        Number of labelled rows that belong to a slide of the index that is not excluded.
     repeated
         Numbers of rows with the same id and label as an earlier row.
     without_label
@@ -52,8 +55,10 @@ class LabelMatches:
         Numbers of rows that have a label, but no slide or patient.
     labels_without_slide
         Labelled ids that are not in the index: slides, or patients without slides.
+    excluded
+        Labelled ids all of whose slides are excluded.
     slides_without_label
-        Slides of the index that no label belongs to.
+        Slides of the index that are not excluded and that no label belongs to.
     """
 
     key: str
@@ -63,6 +68,7 @@ class LabelMatches:
     without_label: list[int]
     without_id: list[int]
     labels_without_slide: list[Unmatched]
+    excluded: list[str]
     slides_without_label: list[Unmatched]
 
 
@@ -92,13 +98,14 @@ def read_labels(cohort: Cohort, target: Target, index: pl.DataFrame) -> Labels:
     Parameters
     ----------
     index
-        The slide index: columns ``slide``, ``patient``, ``split``.
+        The slide index: columns ``slide``, ``patient``, ``split``, ``exclude``.
 
     Raises
     ------
     CohortError
-        The table or a column is missing; a label is not a finite number, not a known class, a
-        negative time, or an event other than 0 and 1; or two rows of one id have different labels.
+        The table or a column is missing; a slide has another patient than in the index; a label is
+        not a finite number, not a known class, a negative time, or an event other than 0 and 1; or
+        two rows of one id have different labels.
     """
     path = cohort.labels
     if path is None:
@@ -117,11 +124,14 @@ def read_labels(cohort: Cohort, target: Target, index: pl.DataFrame) -> Labels:
             f"{', '.join(map(visible, columns))}" + (f"; rename '{visible(near)}'" if near else "")
         )
     cohort.check_label_columns(target, table.drop(ROW).columns)
+    for column in {"slide", "patient"} & set(table.columns):
+        try:
+            table = table.with_columns(to_text(table[column]))
+        except TypeError as error:
+            raise CohortError(f"label table {path}: column '{column}' {error}") from error
+    if key == "slide" and "patient" in table.columns:
+        _check_patients(path, table, index)
     table = table.select(list(dict.fromkeys((ROW, key, *kind.source_columns))))
-    try:
-        table = table.with_columns(to_text(table[key]))
-    except TypeError as error:
-        raise CohortError(f"label table {path}: column '{key}' {error}") from error
 
     decoded = kind.decode(table, key)
     without_label = table.filter(~pl.col(ROW).is_in(decoded[ROW].implode()))[ROW]
@@ -129,18 +139,23 @@ def read_labels(cohort: Cohort, target: Target, index: pl.DataFrame) -> Labels:
     rows = identified.unique(key, keep="first", maintain_order=True)
     _refuse_conflicts(identified, target, key)
     missing = unmatched(rows[key], set(index[key]))
-    unlabelled = index.filter(~pl.col(key).is_in(rows[key].implode())).sort("slide")
+    used = index.filter(pl.col("exclude").is_null())
+    excluded = rows.filter(
+        pl.col(key).is_in(index[key].implode()), ~pl.col(key).is_in(used[key].implode())
+    )[key]
+    unlabelled = used.filter(~pl.col(key).is_in(rows[key].implode())).sort("slide")
     suggestions = {u.name: u.suggestion for u in unmatched(unlabelled[key], set(rows[key]))}
     return Labels(
         rows=rows.drop(ROW),
         matches=LabelMatches(
             key=key,
             rows=table.height,
-            used=rows.height - len(missing),
+            used=rows.height - len(missing) - len(excluded),
             repeated=identified.filter(~pl.col(ROW).is_in(rows[ROW].implode()))[ROW].to_list(),
             without_label=without_label.to_list(),
             without_id=decoded.filter(pl.col(key).is_null())[ROW].to_list(),
             labels_without_slide=missing,
+            excluded=excluded.to_list(),
             slides_without_label=[
                 Unmatched(slide, suggestions[name])
                 for slide, name in zip(unlabelled["slide"], unlabelled[key], strict=True)
@@ -235,6 +250,27 @@ def shuffle_labels(table: pl.DataFrame, *, seed: int) -> pl.DataFrame:
             for i, row in enumerate(rows[patient]):
                 donor_row[row] = theirs[i % len(theirs)]
     return table.with_columns(table.select(values)[donor_row])
+
+
+def _check_patients(path: Path, table: pl.DataFrame, index: pl.DataFrame) -> None:
+    """Refuse slides with another patient in the label table than in the slide index.
+
+    Folds are made by the index: if its patients were wrong, a patient would be in several folds.
+    """
+    both = table.filter(~pl.col("patient").is_in(MISSING)).join(
+        index.select("slide", "patient"), on="slide", suffix=" of index", maintain_order="left"
+    )
+    wrong = both.filter(pl.col("patient") != pl.col("patient of index"))
+    if wrong.height:
+        slide, patient, row, known = wrong.select("slide", "patient", ROW, "patient of index").row(
+            0
+        )
+        raise CohortError(
+            f"label table {path}: {wrong.height} slides have another patient than in the slide "
+            f"index, for example slide '{slide}' (row {row}): '{visible(patient)}' instead of "
+            f"'{visible(known)}'; correct the patients of the slide table, which decide the "
+            "folds, or remove the column 'patient' of the label table"
+        )
 
 
 def _refuse_conflicts(decoded: pl.DataFrame, target: Target, key: _Key) -> None:

@@ -14,7 +14,7 @@ from nic_core.models.folds import folds_note
 from nic_core.reports import Report, encoder_results, map_results, probe_results, results_figure
 from nic_core.reports.slide_figure import compressed_slide
 from nic_core.steps.probability_maps import OVERLAY
-from nic_core.steps.slide_index import open_indexed, read_slide_index
+from nic_core.steps.slide_index import open_indexed, read_patient_groups, read_slide_index
 from nic_core.steps.slide_models import METRICS, PREDICTIONS
 from nic_core.steps.slides import TISSUE, read_record
 from nic_core.store import GridKey, MapKey, ModelKey, Store, atomic_folder
@@ -80,11 +80,16 @@ def make_evaluation_report(cohort: Cohort, store: Store) -> Report:
     figures = {"results": results_figure(results)}
     if (example := _first_compressed(cohort, store)) is not None:
         figures["compressed_slide"] = draw_slide(cohort, store, example)
+    groups = read_patient_groups(store)
     notes = [
         note
         for target in cohort.targets
         if (path := store.target_folds(target.name)).exists()
-        and (note := folds_note(target, pl.read_parquet(path, glob=False), wanted=settings.folds))
+        and (
+            note := folds_note(
+                target, pl.read_parquet(path, glob=False), wanted=settings.folds, groups=groups
+            )
+        )
         is not None
     ]
     with atomic_folder(store.evaluation_report) as folder:

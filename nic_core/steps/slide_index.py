@@ -165,13 +165,25 @@ def scan_slides(
     return SlideScan(index, versions, missing, found.left_aside, duplicates, removed, snapshot)
 
 
-def same_content(index: pl.DataFrame, snapshot: pl.DataFrame) -> tuple[tuple[str, ...], ...]:
-    """Return the ids of the slides with the same content identity, for each such identity."""
+def same_content(index: pl.DataFrame, identities: pl.DataFrame) -> tuple[tuple[str, ...], ...]:
+    """Return the ids of the slides with the same content, for each such content.
+
+    Slides that name different images of one content are different.
+
+    Parameters
+    ----------
+    index : polars.DataFrame
+        :data:`nic_core.cohort.index.INDEX_SCHEMA`.
+    identities : polars.DataFrame
+        Columns ``path`` and ``identity``.
+    """
+    # a slide that names no image may be any of them
+    images = pl.when(pl.col("image").is_null().any().over("identity")).then(None).otherwise("image")
     found = (
-        index.select("slide", "path")
-        .join(snapshot.drop_nulls("identity").select("path", "identity"), on="path")
+        index.select("slide", "path", "image")
+        .join(identities.drop_nulls("identity").select("path", "identity"), on="path")
         .sort("slide")
-        .group_by("identity", maintain_order=True)
+        .group_by("identity", images.alias("image"), maintain_order=True)
         .agg("slide")
         .filter(pl.col("slide").list.len() > 1)
     )
@@ -207,14 +219,14 @@ def patient_groups(index: pl.DataFrame, duplicates: Iterable[Sequence[str]]) -> 
 
 
 def read_patient_groups(store: Store) -> dict[str, str]:
-    """Return the :func:`patient_groups` of the stored slide index.
+    """Return the :func:`patient_groups` of the stored slide index, without excluded slides.
 
     Raises
     ------
     CohortError
         The slide index does not exist yet.
     """
-    index = read_slide_index(store)
+    index = used_slides(read_slide_index(store))
     return patient_groups(index, same_content(index, read_file_snapshot(store)))
 
 
@@ -331,7 +343,8 @@ def target_versions(cohort: Cohort, scan: SlideScan) -> dict[str, str]:
     have no part in it. A target whose labels are invalid has a version too, of the problem: it
     stops its own folds, which report it, and nothing else.
     """
-    groups = sorted(patient_groups(scan.index, scan.duplicates).items())
+    used = used_slides(scan.index)
+    groups = sorted(patient_groups(used, same_content(used, scan.snapshot)).items())
     return {
         target.name: digest(target, _labels_or_problem(cohort, target, scan.index), *groups)
         for target in cohort.targets

@@ -24,7 +24,7 @@ from nic_core.models.files import (
     save_model,
     training_cohort,
 )
-from nic_core.models.folds import by_group, folds_note, make_folds
+from nic_core.models.folds import folds_note, make_folds
 from nic_core.models.labels import LabelMatches, read_labels, target_table
 from nic_core.reports import model_results
 from nic_core.steps.grids import read_grid_manifest
@@ -113,7 +113,9 @@ def find_target_folds(
     )
     table = units.join(folds, on="patient", how="left").sort("unit")
     return TargetFolds(
-        table, labels.matches, folds_note(target, by_group(table, groups), wanted=settings.folds)
+        table,
+        labels.matches,
+        folds_note(target, table, wanted=settings.folds, groups=groups),
     )
 
 

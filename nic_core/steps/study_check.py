@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from nic_core.cohort import (
     ImportedEncoder,
     PatchTask,
 )
+from nic_core.cohort.fields import did_you_mean
 from nic_core.cohort.file import cohort_problems, read_cohort_file, valid_part
 from nic_core.cohort.index import (
     FILE_COLUMNS,
@@ -31,18 +33,19 @@ from nic_core.cohort.index import (
 )
 from nic_core.cohort.problems import Source
 from nic_core.cohort.references import wrong_columns
-from nic_core.cohort.tables import Unmatched, read_table
-from nic_core.encoders.patch_sources import open_source, source_files
+from nic_core.cohort.tables import Unmatched, read_table, to_text
+from nic_core.encoders.patch_sources import annotated_slide_problems, open_source, source_files
 from nic_core.models.labels import LabelMatches, read_labels
 from nic_core.parallel import cores
 from nic_core.slides import SlideError, content_identity, open_slide
 from nic_core.slides.files import SlideFiles
 from nic_core.slides.folders import summarize_left_aside
-from nic_core.steps.slide_index import same_content, used_slides
+from nic_core.steps.slide_index import patient_groups, same_content, used_slides
 from nic_core.steps.slide_models import find_target_folds
-from nic_core.tiling.annotations import is_annotation_file, read_annotations
+from nic_core.tiling.mask_files import check_mask
 
 SHOWN = 3  # ids that a message lists
+_SIMILAR = 0.8  # of names of columns (difflib): orgin and origin, but not age and image
 _READERS = 4  # slides opened at once for each core: opening waits for the disk
 
 Progress = Callable[[int, int], None]
@@ -91,11 +94,14 @@ def check_study(path: Path | None = None, progress: Progress | None = None) -> l
         return found
     index, files, problems = _slides(cohort)
     found += problems
-    found += _opened(index, files, progress)
+    identity, problems = _opened(index, files, progress)
+    found += problems
+    duplicates, groups = _equal_slides(index, identity)
+    found += duplicates
     for task in cohort.patch_tasks:
         found += _patch_task(cohort, task)
     found += _encoder_files(cohort)
-    found += _targets(source, cohort, index)
+    found += _targets(source, cohort, index, groups)
     return found
 
 
@@ -121,8 +127,10 @@ def _slides(cohort: Cohort) -> tuple[pl.DataFrame, dict[str, SlideFiles], list[F
             slides, of_table = table_slides(cohort.slides.table)
             rows += slides
             files |= of_table
+            found += _misspelt_columns(cohort.slides.table)
         except CohortError as error:
-            found.append(Finding(cohort.place("slides", "table"), str(error)))
+            place = cohort.place("slides", "table")
+            found += [Finding(place, line) for line in str(error).splitlines()]
     if not rows and not found:
         found.append(Finding(cohort.place("slides"), "no slides: correct the folder or the table"))
     found += [Finding("slides", problem) for row in rows if (problem := row_problem(row))]
@@ -131,7 +139,11 @@ def _slides(cohort: Cohort) -> tuple[pl.DataFrame, dict[str, SlideFiles], list[F
         "slide", maintain_order=True
     ):
         found.append(
-            Finding(f"slide {slide}", f"the id occurs {same.height} times: {_few(same['path'])}")
+            Finding(
+                f"slide {slide}",
+                f"the id occurs {same.height} times: {_few(same['path'])}; give the slides "
+                "different ids, or list a file once",
+            )
         )
     for column in FILE_COLUMNS:
         absent = index.filter(
@@ -147,62 +159,92 @@ def _slides(cohort: Cohort) -> tuple[pl.DataFrame, dict[str, SlideFiles], list[F
     return index.unique("slide", keep="first", maintain_order=True), files, found
 
 
+def _misspelt_columns(table: Path) -> Iterator[Finding]:
+    """Yield the columns of a slide table that may be meant as optional ones."""
+    columns = read_table(table, "slide table").columns
+    absent = [column for column in INDEX_SCHEMA if column not in columns]
+    for column in columns:
+        near = [] if column in INDEX_SCHEMA else get_close_matches(column, absent, 1, _SIMILAR)
+        if near:
+            yield Finding(
+                f"slide table {table}",
+                f"column '{column}' has no effect; did you mean '{near[0]}'?",
+                is_error=False,
+            )
+
+
 def _opened(
     index: pl.DataFrame, files: dict[str, SlideFiles], progress: Progress | None
-) -> Iterator[Finding]:
-    """Yield the slides that cannot be used, those with the same problem together; and copies."""
+) -> tuple[dict[str, str], list[Finding]]:
+    """Content identity of each slide by id, and the slides that cannot be used.
+
+    Slides with the same problem are one finding.
+    """
     rows = [row for row in index.iter_rows(named=True) if Path(row["path"]).exists()]
 
-    def identity(row: dict[str, Any]) -> str | SlideError:
-        path = Path(row["path"])
+    def read(row: dict[str, Any]) -> tuple[str | None, tuple[str, str] | None]:
         # a problem of the whole slide may not show when one of its files is opened
         if (problem := files[row["path"]].problem) is not None:
-            return problem
+            return None, (problem.reason, problem.remedy)
         try:
-            with open_slide(path, mpp=row["mpp"], image=row["image"]):
-                return content_identity(path)
+            identity = content_identity(Path(row["path"]))
+            with open_slide(Path(row["path"]), mpp=row["mpp"], image=row["image"]) as slide:
+                if row["mask"] and Path(row["mask"]).exists():
+                    check_mask(Path(row["mask"]), slide, origin=row["origin"])
         except SlideError as error:
-            return error
+            # slides with the same problem are one finding, which names the slides
+            mask = f"mask {row['mask']}: " if error.slide == row["mask"] else ""
+            return None, (f"{mask}{error.reason}", error.remedy)
+        return identity, None
 
-    slides: dict[tuple[str, str], list[str]] = {}
     identities: dict[str, str] = {}
+    slides: dict[tuple[str, str], list[str]] = {}
     with ThreadPoolExecutor(_READERS * cores()) as pool:
-        for done, (row, result) in enumerate(zip(rows, pool.map(identity, rows), strict=True), 1):
-            if isinstance(result, SlideError):
-                slides.setdefault((result.reason, result.remedy), []).append(row["slide"])
-            else:
-                identities[row["path"]] = result
+        for done, (row, (identity, wrong)) in enumerate(
+            zip(rows, pool.map(read, rows), strict=True), 1
+        ):
+            if identity is not None:
+                identities[row["slide"]] = identity
+            if wrong is not None:
+                slides.setdefault(wrong, []).append(row["slide"])
             if progress is not None:
                 progress(done, len(rows))
-    for (reason, remedy), names in slides.items():
-        yield Finding(_named("slide", names), f"{reason}; {remedy}")
-    schema = {"path": pl.String(), "identity": pl.String()}
-    table = pl.DataFrame(list(identities.items()), schema, orient="row")
-    yield from _copies(used_slides(index), table)
+    return identities, [
+        Finding(_named("slide", names), f"{reason}; {remedy}")
+        for (reason, remedy), names in slides.items()
+    ]
 
 
-def _copies(index: pl.DataFrame, identities: pl.DataFrame) -> Iterator[Finding]:
-    """Yield the slides with the same content."""
-    for names in same_content(index, identities):
-        rows = index.filter(pl.col("slide").is_in(names))
-        where = _named("slide", list(names))
-        if rows["split"].n_unique() > 1:
-            yield Finding(
-                where,
-                "the same content is in both splits 'cv' and 'test'; put the slides into one "
-                "split, or remove the duplicates",
+def _equal_slides(
+    index: pl.DataFrame, identity: dict[str, str]
+) -> tuple[list[Finding], dict[str, str]]:
+    """The slides with the same content, and the groups of patients that they make."""
+    used = used_slides(index)
+    known = used.filter(pl.col("slide").is_in(list(identity)))
+    identities = known.select("path", identity=pl.col("slide").replace(identity)).unique()
+    duplicates = same_content(used, identities)
+    patient_of = dict(used.select("slide", "patient").iter_rows())
+    found = []
+    for slides in duplicates:
+        patients = sorted({patient_of[slide] for slide in slides})
+        both = used.filter(pl.col("slide").is_in(slides))["split"].n_unique() > 1
+        if both:
+            problem = "in both splits 'cv' and 'test'; put the slides into one split"
+        elif len(patients) > 1:
+            problem = (
+                f"of patients {_few(patients)}, who therefore count as one in folds; correct the "
+                "paths"
             )
-            continue
-        patients = rows["patient"].unique(maintain_order=True)
-        images = rows.select("path", "image").unique().height
-        if rows["path"].n_unique() == 1 and images == rows.height and len(patients) == 1:
-            continue  # two images of one file, each named by the table
-        folds = f"; patients {_few(patients)} share a fold" if len(patients) > 1 else ""
-        yield Finding(
-            where,
-            f"their content is the same{folds}; remove the duplicates, or correct the paths",
-            is_error=False,
+        else:
+            problem = f"of patient {patients[0]}; correct the paths"
+        found.append(
+            Finding(
+                _named("slide", list(slides)),
+                f"the same content {problem}, or exclude all but one of them",
+                is_error=both or len(patients) > 1,
+            )
         )
+    return found, patient_groups(used, duplicates)
 
 
 # --- encoders and patch tasks ----------------------------------------------------------------
@@ -249,20 +291,20 @@ def _patch_task(cohort: Cohort, task: PatchTask) -> Iterator[Finding]:
 
 
 def _annotated_slides(task: PatchTask) -> Iterator[Finding]:
-    for path in source_files(task):
-        if not path.is_file():
-            yield Finding(f"patch task {task.name}", f"{path} does not exist; correct the path")
-        elif is_annotation_file(path):
-            try:
-                read_annotations(path)
-            except SlideError as error:
-                yield Finding(f"patch task {task.name}", str(error))
+    where = f"patch task {task.name}"
+    absent = [path for path in source_files(task) if not path.exists()]
+    for path in absent:
+        yield Finding(where, f"{path} does not exist; correct the path")
+    for problem in annotated_slide_problems(task, absent):
+        yield Finding(where, problem)
 
 
 # --- targets ---------------------------------------------------------------------------------
 
 
-def _targets(source: Source, cohort: Cohort, index: pl.DataFrame) -> Iterator[Finding]:
+def _targets(
+    source: Source, cohort: Cohort, index: pl.DataFrame, groups: dict[str, str]
+) -> Iterator[Finding]:
     """Yield the targets that cannot be cross-validated, and rows without a partner."""
     if cohort.labels is None:
         return
@@ -285,23 +327,28 @@ def _targets(source: Source, cohort: Cohort, index: pl.DataFrame) -> Iterator[Fi
         if target is None or number in positions:
             continue
         if isinstance(target, ClassificationTarget):
-            present = set(table[target.column].cast(pl.String))
+            try:
+                present = set(to_text(table[target.column]).drop_nulls())
+            except TypeError as error:
+                yield Finding(cohort.place("targets", number, "column"), f"the column {error}")
+                continue
             absent = [label for label in target.classes if label not in present]
             for label in absent:
                 yield Finding(
                     cohort.place("targets", number, "classes"),
-                    f"no row of the label table has the class '{label}'; correct the name, or "
-                    "remove it",
+                    f"no row of the label table has the class '{label}'"
+                    f"{did_you_mean(label, present)}; correct the name, or remove it",
                 )
             # the other problems of the target do not depend on these classes
             classes = tuple(label for label in target.classes if label not in absent)
             if not classes:
                 continue
-            target = target.model_copy(update={"classes": classes})
         try:
             labels = read_labels(cohort, target, index)
             matched += _without_partner(cohort.labels, labels.matches, index)
-            note = find_target_folds(cohort, target, index).note
+            if isinstance(target, ClassificationTarget):
+                target = target.model_copy(update={"classes": classes})
+            note = find_target_folds(cohort, target, index, groups).note
         except CohortError as error:
             yield Finding(cohort.place("targets", number), str(error))
             continue
@@ -315,16 +362,17 @@ def _without_partner(table: Path, matches: LabelMatches, index: pl.DataFrame) ->
     labels, slides = matches.labels_without_slide, matches.slides_without_label
     where = f"label table {table}"
     if labels:
+        labelled = matches.used + len(matches.excluded) + len(labels)
         yield Finding(
             where,
-            f"{len(labels)} of {matches.used + len(labels)} labelled {matches.key}s have no "
-            f"slide: {_partners(labels)}; correct the ids, or remove the rows",
+            f"{len(labels)} of {labelled} labelled {matches.key}s have no slide: "
+            f"{_partners(labels)}; correct the ids, or remove the rows",
         )
     if slides:
         yield Finding(
             where,
-            f"{len(slides)} of {index.height} slides have no label: {_partners(slides)}; correct "
-            "the ids, or add the labels",
+            f"{len(slides)} of {used_slides(index).height} slides have no label: "
+            f"{_partners(slides)}; correct the ids, or add the labels",
         )
     if matches.without_id:
         yield Finding(

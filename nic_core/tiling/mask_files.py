@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,11 +143,33 @@ def read_mask(
             default=default_origin,
         )
         return TissueMask(mask, mpp)
-    try:
+    with _named(path, slide):
         stored = open_stored_image(path)
         tissue = _foreground(stored)
         scale = level0_px_per_px(stored, slide.width, slide.height, slide.mpp)
         return TissueMask(_rasterised(tissue, scale, slide, (height, width), mpp), mpp)
+
+
+def check_mask(path: Path, slide: Slide, *, origin: Origin | None = None) -> None:
+    """Raise ``SlideError`` if a tissue mask cannot be used, without reading the px of an image.
+
+    Parameters
+    ----------
+    origin : {"level0", "bounds"}, optional
+        As for :func:`read_mask`.
+    """
+    if is_annotation_file(path):
+        read_mask(path, slide, origin=origin)
+        return
+    with _named(path, slide):
+        level0_px_per_px(open_stored_image(path), slide.width, slide.height, slide.mpp)
+
+
+@contextmanager
+def _named(path: Path, slide: Slide) -> Iterator[None]:
+    """Name the slide and the mask in errors."""
+    try:
+        yield
     except (MaskFileError, pyvips.Error) as error:
         raise SlideError(slide.path, f"mask {path}: {error}", _REMEDY) from error
 

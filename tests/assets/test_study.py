@@ -657,7 +657,7 @@ def test_targets_that_cannot_be_cross_validated_stop_alone(tiny_cohort, tmp_path
     for words in (
         ("'few'", "2 of", "patients in split 'cv' have class 'high'"),
         ("'same'", "labels to train on are 1"),
-        ("'absent'", "no column 'Score'", "did you mean 'score'"),
+        ("absent: ", "no column 'Score'", "did you mean 'score'"),
     ):
         assert all(word in text for word in words), text
     assert "'good'" not in text

@@ -548,6 +548,7 @@ def collect_garbage(registry: Registry) -> None:
     """Run ``mlflow gc``: it removes what was deleted for good."""
     stores = ["--backend-store-uri", registry.database, "--tracking-uri", registry.uri]
     done = CliRunner().invoke(mlflow.cli.cli, ["gc", *stores])
+    mlflow.set_tracking_uri(None)  # the command leaves its address in this process
     assert done.exit_code == 0, done.output
 
 

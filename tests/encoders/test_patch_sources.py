@@ -200,6 +200,26 @@ def test_without_background_label_each_slide_needs_annotations(annotated: Path):
         build(slide_task(annotated, background_label=None))
 
 
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("image", "5", "image 5"),
+        ("image", "0.5", "column 'image': '0.5' is not a whole number"),
+        ("image", "first", "column 'image': 'first' is not a finite number"),
+        ("mpp", "x", "column 'mpp': 'x' is not a finite number"),
+    ],
+)
+def test_image_and_mpp_of_a_row_are_used(annotated: Path, column, value, message):
+    rows = pl.read_csv(annotated, infer_schema=False)
+    rows = rows.with_columns(pl.lit("0").alias("image")) if column == "image" else rows
+    rows.write_csv(annotated)
+    expected = len(build(slide_task(annotated)).table)
+    assert expected
+    rows.with_columns(pl.lit(value).alias(column)).write_csv(annotated)
+    with pytest.raises(CohortError, match=message):
+        build(slide_task(annotated))
+
+
 def test_a_table_without_slides_is_refused(annotated: Path):
     pl.read_csv(annotated).clear().write_csv(annotated)
     with pytest.raises(CohortError, match=r"slides\.csv has no slide"):

@@ -131,6 +131,7 @@ def test_the_largest_number_of_folds_that_works_is_used():
         (SCORE, {"y": [1e300, 2e300, 3e300, 4e300]}, "too large"),
         (SCORE, {"y": [1.0, 2.0]}, "2 of 2 patients"),
         (DEATH, {"time": [1.0] * 9, "event": [True] * 2 + [False] * 7}, "2 of 9 patients"),
+        (DEATH, {"time": [0.0] * 9, "event": [True] * 9}, "no two can be compared"),
     ],
 )
 def test_a_target_that_cannot_be_cross_validated_is_refused(target, labels, message):
@@ -208,6 +209,10 @@ def test_patients_of_one_group_count_once_for_the_number_of_folds():
     groups = {"001": "000", "000": "000"}
     folds = make_folds(table, target=SCORE, folds=5, seed=0, groups=groups)
     assert folds["fold"].n_unique() == 4
+    note = folds_note(SCORE, table.join(folds, on="patient"), wanted=5, groups=groups)
+    assert (
+        "(leave-one-patient-out), since only 4 patients have a label (5 patients count as" in note
+    )
 
 
 def test_too_few_patients_after_grouping_are_explained():

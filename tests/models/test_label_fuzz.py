@@ -19,7 +19,15 @@ from nic_core.models.labels import read_labels, target_table
 
 SLIDES = [f"{i:03d}" for i in range(8)] + ["Präp 1", "b-1.x"]
 PATIENTS = ["p1", "p1", "p2", "p3", "p4", "p5", "p6", "P6", "ä", "NA"]
-INDEX = pl.DataFrame({"slide": SLIDES, "patient": PATIENTS, "split": ["cv"] * 9 + ["test"]})
+INDEX = pl.DataFrame(
+    {
+        "slide": SLIDES,
+        "patient": PATIENTS,
+        "split": ["cv"] * 9 + ["test"],
+        "exclude": [None] * 4 + ["blurred"] + [None] * 5,
+    }
+)
+USED = INDEX.filter(pl.col("exclude").is_null())
 TARGETS = [
     RegressionTarget(name="score", kind="regression", column="score"),
     RegressionTarget(name="mean", kind="regression", column="score", level="patient"),
@@ -111,18 +119,19 @@ def accounted(path, target) -> int:
     except CohortError:
         return 0
     found = labels.matches
-    lists = (found.repeated, found.without_label, found.without_id, found.labels_without_slide)
+    unused = (found.labels_without_slide, found.excluded)
+    lists = (found.repeated, found.without_label, found.without_id, *unused)
     assert found.rows == found.used + sum(map(len, lists))
     labelled = labels.rows[found.key].to_list()
-    assert len(labelled) == len(set(labelled)) == found.used + len(found.labels_without_slide)
+    assert len(labelled) == len(set(labelled)) == found.used + sum(map(len, unused))
     listed = {item.name for item in found.slides_without_label}
-    assert listed == set(INDEX.filter(~pl.col(found.key).is_in(labelled))["slide"])
+    assert listed == set(USED.filter(~pl.col(found.key).is_in(labelled))["slide"])
     try:
-        units = target_table(target, labels, INDEX)
+        units = target_table(target, labels, USED)
         folds = make_folds(units, target=target, folds=4, seed=0)
     except CohortError:
         return found.rows
-    assert target.level == "patient" or set(units["unit"]) == set(SLIDES) - listed
+    assert target.level == "patient" or set(units["unit"]) == set(USED["slide"]) - listed
     assert set(folds["patient"]) == set(units.filter(split="cv")["patient"])
     return found.rows
 

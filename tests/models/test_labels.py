@@ -35,7 +35,7 @@ def index():
         [(f"{p}{s}", p, "test" if p in "gh" else "cv") for p in "abcdefgh" for s in (1, 2)],
         schema=["slide", "patient", "split"],
         orient="row",
-    )
+    ).with_columns(exclude=pl.lit(None, pl.String))
 
 
 @pytest.fixture
@@ -276,3 +276,24 @@ def test_shuffled_labels_come_from_patients_of_the_same_split(cohort, labels, in
         assert before == after
     # slides of a patient have equal labels before and after
     assert shuffled.group_by("patient").agg(pl.col("y").n_unique())["y"].to_list() == [1] * 8
+
+
+def test_labels_of_excluded_slides_are_listed(cohort, labels, index):
+    reason = pl.when(pl.col("slide").is_in(["a1", "b1", "b2"])).then(pl.lit("blurred"))
+    found = match_labels(cohort(labels), SCORE, index.with_columns(exclude=reason))
+    assert (found.used, found.excluded) == (13, ["a1", "b1", "b2"])
+    by_patient = labels.select(patient=pl.col("slide").str.head(1), score="score").unique()
+    found = match_labels(cohort(by_patient), SCORE, index.with_columns(exclude=reason))
+    assert (found.used, found.excluded) == (7, ["b"])  # patient a has another slide
+
+
+def test_other_patients_than_in_the_slide_index_are_refused(cohort, labels, index):
+    patients = index["patient"].to_list()
+    same = labels.with_columns(patient=pl.Series([f"{p}\u00a0" for p in patients]))
+    assert match_labels(cohort(same), SCORE, index).used == 16
+    missing = labels.with_columns(patient=pl.Series([None, "NA", *patients[2:]]))
+    assert match_labels(cohort(missing), SCORE, index).used == 16
+    other = labels.with_columns(patient=pl.Series(["b", "B", *patients[2:]]))
+    message = r"2 slides have another patient.*slide 'a1' \(row 2\): 'b' instead of 'a'"
+    with pytest.raises(CohortError, match=message):
+        match_labels(cohort(other), SCORE, index)

@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nic_core.cohort import CohortError, load_cohort
-from nic_core.cohort.index import slide_index
 from nic_core.steps import (
     excluded_slides,
     make_grid_manifest,
@@ -200,12 +199,12 @@ def test_no_fold_and_no_manifest_has_an_excluded_slide(study):
     folder, cohort, store = study
     table = folder / "slides.csv"
     kept = table.read_text()
-    before = target_versions(cohort, slide_index(cohort))
+    before = target_versions(cohort, make_slide_index(cohort, store))
     table.write_text(kept.replace("s3,wsi/s3.tif,p3,", "s3,wsi/s3.tif,p3,folded"))
     try:
         scan = make_slide_index(cohort, store)
         assert excluded_slides(scan.index) == {"s3": "folded"}
-        assert target_versions(cohort, scan.index) != before
+        assert target_versions(cohort, scan) != before
         folds = make_target_folds(cohort, store, "score")
         assert folds.table["unit"].to_list() == ["s0", "s1", "s2", "s4", "s5"]
         assert "s3" not in make_grid_manifest(store, "rgb")["slide"]

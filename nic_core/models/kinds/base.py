@@ -17,14 +17,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nic_core.cohort import CohortError, Target
-from nic_core.cohort.tables import NumberError, to_numbers, visible
+from nic_core.cohort.tables import ROW, NumberError, to_numbers, visible
 from nic_core.models.cox import BaselineHazard
 from nic_core.models.metrics import Metric
 
 Floats = NDArray[np.float64]
-
-ROW = " row"
-"""Column with the number of a row of the label table; no column of a table begins with a blank."""
 
 
 class Calibration(NamedTuple):

@@ -17,10 +17,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from nic_core.cohort import ClassificationTarget
-from nic_core.cohort.tables import MISSING, suggestion, to_text, visible
+from nic_core.cohort.tables import MISSING, ROW, suggestion, to_text, visible
 from nic_core.models.cox import BaselineHazard
 from nic_core.models.kinds.base import (
-    ROW,
     Floats,
     WithoutSurvivalFunctions,
     label_error,

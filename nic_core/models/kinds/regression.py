@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from nic_core.cohort import RegressionTarget
+from nic_core.cohort.tables import ROW
 from nic_core.models.cox import BaselineHazard
 from nic_core.models.kinds.base import (
-    ROW,
     Floats,
     WithoutSurvivalFunctions,
     numeric_labels,

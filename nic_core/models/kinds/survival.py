@@ -18,9 +18,9 @@ from sksurv.util import Surv
 from torch import Tensor
 
 from nic_core.cohort import SurvivalTarget
+from nic_core.cohort.tables import ROW
 from nic_core.models.cox import BaselineHazard, cox_loss, fit_baseline_hazard, median_survival
 from nic_core.models.kinds.base import (
-    ROW,
     Calibration,
     Floats,
     label_error,
@@ -98,6 +98,8 @@ class Survival:
         for units, purpose in ((train, "train on"), (validation, "validate on")):
             if not units["event"].any():
                 return f"none of the {units.height} units to {purpose} has an event"
+        if train.filter("event")["time"].to_numpy().min() == train["time"].to_numpy().max():
+            return "no unit to train on has a time after an event, so no two can be compared"
         return None
 
     def output_scale(self, train: pl.DataFrame) -> tuple[float, float]:
