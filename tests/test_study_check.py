@@ -198,8 +198,8 @@ def test_slides_with_the_same_content_are_named(folder):
     shutil.copy(folder / "s0.tif", folder / "s1.tif")
     slides = "slides s0, s1: "
     assert problems(folder) == [
-        f"{slides}the same content of patients p0, p1, who therefore count as one in folds; correct "
-        "the paths, or exclude all but one of them"
+        f"{slides}the same content of patients p0, p1, who therefore count as one in folds; "
+        "correct the paths, or exclude all but one of them"
     ]
     table = pl.read_csv(folder / "slides.csv")
     split = pl.when(pl.col("slide") == "s1").then(pl.lit("test")).otherwise(pl.lit("cv"))

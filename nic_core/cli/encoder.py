@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
+from rich.console import Console
 from rich.table import Table
 
 from nic_core.cli.shared import console, facts, one_line, progress_bars
@@ -134,7 +135,8 @@ def list_() -> None:
         numbers = (encoder.patch, encoder.mpp, encoder.embedding_size)
         shown = ("" if number is None else f"{number:g}" for number in numbers)
         table.add_row(encoder.name, encoder.origin, encoder.file, *shown, encoder.licence)
-    console.print(table)
+    # in a narrow terminal the lines are folded, instead of the licences cut
+    Console(width=max(120, console.width)).print(table)
     console.print(f"store: {store.root}", soft_wrap=True, markup=False)
     for problem in problems:
         console.print(problem, style="red", soft_wrap=True, markup=False)

@@ -119,8 +119,9 @@ def test_a_failed_step_shows_its_reason_without_a_traceback(command):
     assert done.returncode == 1
     assert "Traceback" not in done.stderr + done.stdout
     assert "Stack Trace" not in done.stderr + done.stdout
-    assert len(shown(done)) == 5  # failure of the step, of the run, and of the command
-    assert sum(COLUMN_LINE in line for line in shown(done)) == 2
+    # two lines of the log; then the failure of the step, of the run, and of the command
+    assert len(shown(done)) == 7
+    assert sum(COLUMN_LINE in line for line in shown(done)) == 3
     done = command(UNKNOWN_COLUMN, *NIC, "refresh")
     assert done.returncode == 1
     assert COLUMN_LINE in shown(done)[-1] or COLUMN_LINE in done.stderr.splitlines()[-1]

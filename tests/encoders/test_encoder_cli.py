@@ -47,7 +47,7 @@ def lines_of(output: str) -> dict[str, str]:
 def test_list_shows_presets_released_encoders_and_the_store(encoder: Path, tmp_path: Path):
     (tmp_path / "encoders").mkdir()
     encoder.rename(tmp_path / "encoders" / "mine")
-    done = run(app, ["encoder", "list"], env={"NIC_STORE": str(tmp_path), "COLUMNS": "150"})
+    done = run(app, ["encoder", "list"], env={"NIC_STORE": str(tmp_path)})
     assert done.exit_code == 0, done.output
     rows = lines_of(done.stdout)
     assert rows["virchow2"] == "preset timm weights 224 0.5 2560 CC-BY-NC-ND-4.0"
@@ -60,7 +60,7 @@ def test_list_names_an_encoder_whose_card_is_damaged(encoder: Path, tmp_path: Pa
     damaged = tmp_path / "encoders" / "damaged"
     damaged.mkdir(parents=True)
     (damaged / "card.json").write_text("{")
-    done = run(app, ["encoder", "list"], env={"NIC_STORE": str(tmp_path), "COLUMNS": "150"})
+    done = run(app, ["encoder", "list"], env={"NIC_STORE": str(tmp_path)})
     assert done.exit_code == 1
     assert f"{damaged}/card.json: not an encoder card" in done.stdout
     assert "virchow2" in done.stdout
@@ -71,7 +71,7 @@ def test_list_gives_the_licence_of_an_imported_preset(encoder: Path, tmp_path: P
     stored = tmp_path / "encoders" / "p"
     stored.mkdir(parents=True)
     (stored / "card.json").write_text(json.dumps(card))
-    done = run(app, ["encoder", "list"], env={"NIC_STORE": str(tmp_path), "COLUMNS": "150"})
+    done = run(app, ["encoder", "list"], env={"NIC_STORE": str(tmp_path)})
     assert lines_of(done.stdout)["p"] == "store mean_rgb 62 0.5 3 Owkin non-commercial"
 
 
