@@ -270,17 +270,16 @@ def write_zarr(path: Path, *, axes: str = "cyx", version: str = "0.5", **options
 
 
 def test_ome_zarr_by_another_writer_is_read(tmp_path):
-    from ome_zarr.writer import write_image
+    from ome_zarr.writer import write_multiscale
 
     group = zarr.open_group(tmp_path / "a.zarr", mode="w")
     steps = [[{"type": "scale", "scale": [1.0, n * MPP / 1000, n * MPP / 1000]}] for n in (1, 2)]
     units = [{"name": n, "type": "space", "unit": "millimeter"} for n in "yx"]
-    write_image(
-        SLIDE.transpose(2, 0, 1),
+    write_multiscale(
+        [pixels.transpose(2, 0, 1) for pixels in levels()[:2]],
         group,
         axes=[{"name": "c", "type": "channel"}, *units],
         coordinate_transformations=steps,
-        scale_factors=[2],
     )
     with open_slide(tmp_path / "a.zarr") as slide:
         assert slide.mpp == pytest.approx(MPP)

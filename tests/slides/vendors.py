@@ -583,7 +583,10 @@ def write_ome_zarr(
         chunks = tuple(
             TILE if axis in "yx" else size for axis, size in zip(axes, array.shape, strict=True)
         )
-        group.create_array(str(number), data=array, **{"chunks": chunks, **options})
+        layout = {"chunks": chunks, **options}
+        # not by `data=`: zarr 3.1.2 then writes parts of a shard at the same time, and loses some
+        stored = group.create_array(str(number), shape=array.shape, dtype=array.dtype, **layout)
+        stored[...] = array
         scale = [mpp * 2**number if axis in "yx" else 1.0 for axis in axes]
         datasets.append(
             {
