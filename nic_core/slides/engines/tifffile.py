@@ -20,6 +20,7 @@ from nic_core.slides.engines.base import (
     flatten_on_white,
     pyramid_levels,
 )
+from nic_core.slides.engines.tiles import region_of_tiles
 from nic_core.slides.images import alpha_kind
 from nic_core.slides.resample import block_means
 from nic_core.slides.tiff import SEPARATE, TiffInfo, level_pages, open_tiff, tile_size
@@ -65,21 +66,14 @@ class TiffEngine:
         self, level: int, x: int, y: int, width: int, height: int, shrink: int = 1
     ) -> Pixels:
         page = self._pages[level]
-        tile_w, tile_h = (side // shrink for side in tile_size(page))
-        across = -(-page.imagewidth // tile_size(page)[0])
-        result = np.empty((height, width, 3), np.uint8)
-        for row in range(y // tile_h, -(-(y + height) // tile_h)):
-            top = row * tile_h
-            y0, y1 = max(y, top), min(y + height, top + tile_h)
-            for column in range(x // tile_w, -(-(x + width) // tile_w)):
-                left = column * tile_w
-                x0, x1 = max(x, left), min(x + width, left + tile_w)
-                tile = self._tile(level, row * across + column, shrink)
-                part = tile[y0 - top : y1 - top, x0 - left : x1 - left]
-                if part.shape[:2] != (y1 - y0, x1 - x0):
-                    raise ReadError(f"tile {row * across + column} is too small")
-                result[y0 - y : y1 - y, x0 - x : x1 - x] = part
-        return result
+        tile_w, tile_h = tile_size(page)
+        across = -(-page.imagewidth // tile_w)
+        return region_of_tiles(
+            lambda row, column: self._tile(level, row * across + column, shrink),
+            (tile_w // shrink, tile_h // shrink),
+            (x, y),
+            (width, height),
+        )
 
     def _tile(self, level: int, index: int, shrink: int) -> Pixels:
         key = (level, index, shrink)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Hashable
 
 import numpy as np
 
+from nic_core.slides.engines.base import ReadError
 from nic_core.types import Pixels
 
 _CAPACITY = 64 * 1024 * 1024  # bytes of decoded tiles; neighbouring reads share tiles
@@ -57,6 +58,11 @@ def region_of_tiles(
     Returns
     -------
     uint8 (height, width, 3)
+
+    Raises
+    ------
+    ReadError
+        A tile does not cover its part of the region.
     """
     (tile_w, tile_h), (x, y), (width, height) = side, corner, size
     result = np.empty((height, width, 3), np.uint8)
@@ -67,5 +73,7 @@ def region_of_tiles(
             left = column * tile_w
             x0, x1 = max(x, left), min(x + width, left + tile_w)
             part = tile(row, column)[y0 - top : y1 - top, x0 - left : x1 - left]
+            if part.shape[:2] != (y1 - y0, x1 - x0):
+                raise ReadError(f"the tile in row {row}, column {column} is too small")
             result[y0 - y : y1 - y, x0 - x : x1 - x] = part
     return result
