@@ -123,20 +123,10 @@ def slide_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
                 "dagster/row_count": len(slides),
             },
             check_results=[
-                dg.AssetCheckResult(
-                    check_name=checks.slide_files_present.name,
-                    passed=missing is None,
-                    description=missing,
-                    severity=dg.AssetCheckSeverity.WARN,
-                    metadata={"missing": scan.missing, "removed_since_last_scan": scan.removed},
+                checks.slide_files_present.result(
+                    missing, missing=scan.missing, removed_since_last_scan=scan.removed
                 ),
-                dg.AssetCheckResult(
-                    check_name=checks.slides_distinct.name,
-                    passed=same is None,
-                    description=same,
-                    severity=dg.AssetCheckSeverity.WARN,
-                    metadata={"duplicates": duplicates},
-                ),
+                checks.slides_distinct.result(same, duplicates=duplicates),
             ],
         )
 
@@ -246,14 +236,7 @@ def slide_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
                 "folder": dg.MetadataValue.path(store.quality_report),
                 "dagster/row_count": report.slides.height,
             },
-            check_results=[
-                dg.AssetCheckResult(
-                    check_name=checks.slides_comparable.name,
-                    passed=problem is None,
-                    description=problem,
-                    severity=dg.AssetCheckSeverity.WARN,
-                )
-            ],
+            check_results=[checks.slides_comparable.result(problem)],
         )
 
     return [slide_index, slide, patch_table, quality_report]

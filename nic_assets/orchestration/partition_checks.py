@@ -71,6 +71,16 @@ class Check(Generic[Arguments]):
         """Return the declaration of this check on ``asset``."""
         return dg.AssetCheckSpec(self.name, asset=asset, description=self.description)
 
+    def result(self, problem: str | None, **metadata: Any) -> dg.AssetCheckResult:
+        """Return the result of this check on an asset without partitions."""
+        return dg.AssetCheckResult(
+            check_name=self.name,
+            passed=problem is None,
+            description=problem,
+            severity=dg.AssetCheckSeverity.WARN,
+            metadata=metadata,
+        )
+
 
 Results = Mapping[Check[Any], str | None]
 """Results of one product: check to problem, or None where it passed."""
