@@ -29,7 +29,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from nic_core.grids import Grid, GridProvenance, open_grid, write_grid
+from nic_core.grids import GRID_FORMAT, Grid, GridProvenance, open_grid, write_grid
 from nic_core.models.crops import Crops, all_moments, normalise_for
 from nic_core.models.networks import build_network
 from nic_core.models.training import training_batches
@@ -50,7 +50,7 @@ def write_cohort(folder: Path, slides: int, side: int) -> list[str]:
             np.random.default_rng(i).normal(size=(EMBEDDING_SIZE, side, side)).astype(np.float16)
         )
         about = GridProvenance(
-            format=2,
+            format=GRID_FORMAT,
             slide=name,
             slide_identity=name,
             slide_mpp=0.25,
@@ -60,6 +60,7 @@ def write_cohort(folder: Path, slides: int, side: int) -> list[str]:
             mpp=0.5,
             patch=128,
             stride=128,
+            origin=(0.0, 0.0),
             unreadable=0,
             precision="float32",
             reading="patch",

@@ -9,7 +9,7 @@ def provenance(**changes: object) -> GridProvenance:
     """Provenance of a grid of patches of 128 px at 0.5 um/px, with other values by name."""
     return GridProvenance.model_validate(
         {
-            "format": 3,
+            "format": 4,
             "slide": "s1",
             "slide_identity": "ab" * 16,
             "slide_mpp": 0.25,
@@ -19,6 +19,7 @@ def provenance(**changes: object) -> GridProvenance:
             "mpp": 0.5,
             "patch": 128,
             "stride": 128,
+            "origin": (0.0, 0.0),
             "unreadable": 0,
             "precision": "float32",
             "reading": "patch",

@@ -150,6 +150,7 @@ def compress_slide(
         mpp=card.mpp,
         patch=card.patch,
         stride=card.patch,
+        origin=(0.0, 0.0),
         unreadable=unreadable,
         precision=encoder.precision,
         reading=encoder.reading,

@@ -46,7 +46,7 @@ from nic_core.slides.icc import IccProfile
 from nic_core.store import atomic_folder
 from nic_core.types import Colours, Precision, Reading
 
-GRID_FORMAT: Literal[3] = 3
+GRID_FORMAT: Literal[4] = 4
 """Version of the store's layout and provenance. Stores of other versions are refused."""
 
 _CHUNK, _SHARD = 64, 512  # cells per side
@@ -77,8 +77,11 @@ class GridProvenance(BaseModel):
     mpp : float
         um/px of the patches.
     patch, stride : int
-        Side of a patch and distance between neighbouring patches, px at ``mpp``. They are equal,
-        since cells do not overlap.
+        Side of a patch and side of a cell, px at ``mpp``. A cell is the central square of its
+        patch, so neighbouring patches overlap if the stride is smaller.
+    origin : (float, float)
+        Top-left corner (x, y) of cell (0, 0), level-0 px. (0, 0) except for grids of embeddings
+        that other software computed.
     unreadable : int
         Number of kept cells that could not be decoded; they are not valid in the grid.
     precision : {"float32", "bfloat16"}
@@ -95,7 +98,7 @@ class GridProvenance(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    format: Literal[3]
+    format: Literal[4]
     slide: str
     slide_identity: str
     slide_mpp: PositiveFloat
@@ -105,6 +108,7 @@ class GridProvenance(BaseModel):
     mpp: PositiveFloat
     patch: PositiveInt
     stride: PositiveInt
+    origin: tuple[float, float]
     unreadable: NonNegativeInt
     precision: Precision
     reading: Reading
@@ -113,12 +117,22 @@ class GridProvenance(BaseModel):
     software: str
 
     @model_validator(mode="after")
-    def _no_overlap(self) -> Self:
-        if self.stride != self.patch:
+    def _no_gaps(self) -> Self:
+        if self.stride > self.patch:
             raise ValueError(
-                f"stride {self.stride} px: patches of {self.patch} px must not overlap"
+                f"stride {self.stride} px: must not exceed the patch of {self.patch} px"
             )
         return self
+
+    @property
+    def cell_um(self) -> float:
+        """Side of a cell, um."""
+        return self.stride * self.mpp
+
+    @property
+    def cell(self) -> float:
+        """Side of a cell, level-0 px."""
+        return self.cell_um / self.slide_mpp
 
 
 class Embeddings(Protocol):
@@ -361,8 +375,8 @@ def _check_format(path: Path, attribute: Any) -> GridProvenance:
 def grid_hash(grid: Grid | Path) -> str:
     """Return the content hash of a grid, which is its data version.
 
-    The hash covers embeddings, mask, patch size, um/px and, if present, orientations. It does not
-    depend on how the grid is stored.
+    The hash covers embeddings, mask, patch size, stride, origin, um/px and, if present,
+    orientations. It does not depend on how the grid is stored.
 
     Returns
     -------
@@ -379,7 +393,8 @@ def grid_hash(grid: Grid | Path) -> str:
     embeddings = np.ascontiguousarray(grid.embeddings[:], np.float16)
     source = grid.provenance
     digest = hashlib.blake2b(digest_size=16)
-    digest.update(repr((embeddings.shape, source.patch, source.mpp, source.slide_mpp)).encode())
+    place = source.patch, source.stride, source.origin, source.mpp, source.slide_mpp
+    digest.update(repr((embeddings.shape, *place)).encode())
     digest.update(embeddings.tobytes())
     digest.update(np.packbits(grid.valid).tobytes())
     if grid.orientations is not None:
@@ -492,9 +507,9 @@ def ome_image(provenance: GridProvenance, *, channels: bool) -> dict[str, Any]:
     channels : bool
         Whether the axes are (c, y, x) or (y, x).
     """
-    step = provenance.patch * provenance.mpp
-    shift = (step - provenance.slide_mpp) / 2
-    scale, translation = [step, step], [shift, shift]
+    step, shift = provenance.cell_um, (provenance.cell_um - provenance.slide_mpp) / 2
+    x, y = (corner * provenance.slide_mpp for corner in provenance.origin)
+    scale, translation = [step, step], [y + shift, x + shift]
     axes = [{"name": name, "type": "space", "unit": "micrometer"} for name in "yx"]
     if channels:
         axes = [{"name": "c", "type": "channel"}, *axes]

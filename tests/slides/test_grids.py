@@ -246,7 +246,16 @@ def test_a_store_of_an_older_format_is_refused(tmp_path):
     path = tmp_path / "s.zarr"
     write_grid(path, make())
     # format 1 had no field `format`, and early stores neither stride, precision nor reading
-    newer = ("format", "stride", "precision", "reading", "slide_image", "colours", "icc_profile")
+    newer = (
+        "format",
+        "stride",
+        "origin",
+        "precision",
+        "reading",
+        "slide_image",
+        "colours",
+        "icc_profile",
+    )
     change_provenance(path, lambda p: {name: p[name] for name in p if name not in newer})
     message = r"s.zarr: was written by an older version \(format 1\); compress the slide again"
     for read in (open_grid, verify_grid):
@@ -274,7 +283,7 @@ def test_a_store_without_a_recorded_hash_is_not_verified(tmp_path):
 
 @pytest.mark.parametrize(
     "change",
-    [{"format": 4}, {"stride": 64}, {"precision": "int8"}, {"reading": "fast"}, {"unknown": 1}],
+    [{"format": 5}, {"stride": 129}, {"precision": "int8"}, {"reading": "fast"}, {"unknown": 1}],
 )
 def test_invalid_provenance_is_refused(tmp_path, change):
     path = tmp_path / "s.zarr"
