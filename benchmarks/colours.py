@@ -22,6 +22,7 @@ import tifffile
 from rich.console import Console
 from rich.table import Table
 
+from nic_core.cohort import Geometry
 from nic_core.compression import compress_slide
 from nic_core.encoders import load_encoder
 from nic_core.encoders.encoder import Encoder
@@ -82,7 +83,7 @@ def measure(path: Path, encoder: Encoder, mpp: float | None) -> list[str]:
     with open_slide(path, mpp=mpp) as slide:
         card = encoder.card
         cells = patch_table(
-            "s", slide, tissue_mask(slide), patch=card.patch, mpp=card.mpp, tissue=0.6
+            "s", slide, tissue_mask(slide), Geometry(card.patch, card.mpp, card.patch), tissue=0.6
         )
     for name in colours:
         with open_slide(path, mpp=mpp, colours=name) as slide:

@@ -35,6 +35,7 @@ from rich.table import Table
 from scipy import ndimage
 from torch import nn
 
+from nic_core.cohort import Geometry
 from nic_core.compression import compress_slide
 from nic_core.encoders.encoder import Encoder, EncoderCard
 from nic_core.encoders.inference import BATCH, PreparedEncoder
@@ -91,7 +92,7 @@ def all_cells(slide: Slide) -> pl.DataFrame:
     """Return a patch table in which every cell is kept."""
     shape = int(slide.height * slide.mpp / 8), int(slide.width * slide.mpp / 8)
     mask = TissueMask(np.ones(shape, np.bool_), 8.0)
-    return patch_table("benchmark", slide, mask, patch=PATCH, mpp=MPP, tissue=0.6)
+    return patch_table("benchmark", slide, mask, Geometry(PATCH, MPP, PATCH), tissue=0.6)
 
 
 def rate(work: Callable[[], int], times: int = 3) -> float:

@@ -20,7 +20,7 @@ import polars as pl
 from nic_core import steps
 from nic_core.cohort import Cohort, load_cohort
 from nic_core.models.kinds import kind_of
-from nic_core.store import ModelKey, Store
+from nic_core.store import ModelKey, PatchTableKey, PatchTaskKey, Store
 from nic_core.types import Precision
 
 PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16")
@@ -47,9 +47,11 @@ def prepare(cohort: Cohort, store: Store) -> None:
     steps.make_slide_index(cohort, store)
     for slide in steps.read_slide_index(store)["slide"]:
         steps.make_slide(store, slide)
-        steps.make_patch_table(cohort, store, slide)
-    for task in cohort.patch_tasks:
-        steps.make_patch_task(cohort, store, task.name)
+        for geometry in cohort.geometries:
+            steps.make_patch_table(cohort, store, PatchTableKey(geometry=geometry, slide=slide))
+    for task, geometries in cohort.task_geometries.items():
+        for geometry in geometries:
+            steps.make_patch_task(cohort, store, PatchTaskKey(geometry=geometry, task=task))
 
 
 def run(cohort: Cohort, store: Store) -> list[dict[str, object]]:

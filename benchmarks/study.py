@@ -61,7 +61,7 @@ from nic_core.steps import (
     make_target_folds,
     read_slide_index,
 )
-from nic_core.store import Store, atomic_file, atomic_folder
+from nic_core.store import PatchTableKey, Store, atomic_file, atomic_folder
 from nic_core.tiling.patches import read_patch_table
 
 UNSUPERVISED = ("vae", "contrastive", "bigan")
@@ -291,13 +291,18 @@ class Slides:
         make_slide_index(cohort, store)
         self.index = read_slide_index(store)
         for slide in self.index["slide"]:
-            if not store.patch_table(slide).exists():
+            if not store.patch_table(self.key(slide)).exists():
                 make_slide(store, slide)
-                make_patch_table(cohort, store, slide)
+                make_patch_table(cohort, store, self.key(slide))
         self.targets = [target for target in cohort.targets if target.kind != "survival"]
         self.folds = {
             target.name: make_target_folds(cohort, store, target.name) for target in self.targets
         }
+
+    def key(self, slide: str) -> PatchTableKey:
+        """Key of the patch table of a slide, whose geometry all encoders share."""
+        (geometry,) = self.cohort.geometries
+        return PatchTableKey(geometry=geometry, slide=slide)
 
     def evaluate(self, encoder: Encoder, seed: int) -> Iterator[tuple[str, str, str, None, float]]:
         """Cross-validate every target; yield metric, model, target, None and value."""
@@ -318,7 +323,7 @@ class Slides:
         for row in self.index.iter_rows(named=True):
             name = row["slide"]
             with open_slide(Path(row["path"]), mpp=row["mpp"], image=row["image"]) as slide:
-                cells = read_patch_table(self.store.patch_table(name))
+                cells = read_patch_table(self.store.patch_table(self.key(name)))
                 grids[name] = compress_slide(
                     slide, cells, prepared, slide_id=name, slide_identity=""
                 )

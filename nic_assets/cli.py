@@ -165,7 +165,7 @@ def _registered_encoders(store: Store) -> Listing:
         return [], []
     from nic_assets.tracking import Tracking, TrackingError
     from nic_assets.tracking.registry import aliased_encoders
-    from nic_core.encoders.presets import licence_of
+    from nic_core.cohort.presets import licence_of
 
     try:
         versions = aliased_encoders(Tracking.in_store(store))

@@ -13,6 +13,8 @@ from functools import cached_property
 import dagster as dg
 
 from nic_core.cohort import Cohort
+from nic_core.steps import patch_task_keys
+from nic_core.store import PatchTaskKey
 
 SLIDES = dg.DynamicPartitionsDefinition(name="slides")
 
@@ -25,16 +27,29 @@ def _static(items: Iterable[str]) -> dg.StaticPartitionsDefinition:
 class Partitions:
     """The partitions definitions of a cohort.
 
-    The keys of pairs are those of :mod:`nic_core.store.keys`: ``encoder|slide``,
-    ``encoder|target`` and ``map|slide``.
+    The keys of pairs are those of :mod:`nic_core.store.keys`: ``geometry|slide``,
+    ``geometry|task``, ``encoder|slide``, ``encoder|target`` and ``map|slide``.
     """
 
     cohort: Cohort
     slides = SLIDES
 
     @cached_property
-    def patch_tasks(self) -> dg.StaticPartitionsDefinition:
+    def patch_tables(self) -> dg.MultiPartitionsDefinition:
+        geometries = _static(self.cohort.geometries)
+        return dg.MultiPartitionsDefinition({"geometry": geometries, "slide": self.slides})
+
+    @cached_property
+    def task_sources(self) -> dg.StaticPartitionsDefinition:
         return _static(task.name for task in self.cohort.patch_tasks)
+
+    @cached_property
+    def patch_tasks(self) -> dg.StaticPartitionsDefinition:
+        """Each patch task in every geometry that an encoder sees it at.
+
+        Not a product of two dimensions, since tasks with ``train_mpp`` have their own geometries.
+        """
+        return _static(map(str, self._tasks_by_encoder))
 
     @cached_property
     def encoders(self) -> dg.StaticPartitionsDefinition:
@@ -61,12 +76,51 @@ class Partitions:
         return dg.MultiPartitionsDefinition({"map": self.maps, "slide": self.slides})
 
     @cached_property
-    def tasks_of_encoders(self) -> dg.StaticPartitionMapping:
+    def _tasks_by_encoder(self) -> dict[PatchTaskKey, list[str]]:
+        """Each patch task, in the geometries that it is seen at, with the encoders that see it."""
+        found: dict[PatchTaskKey, list[str]] = {}
+        for encoder in self.cohort.encoders:
+            for key in patch_task_keys(self.cohort, encoder.name).values():
+                found.setdefault(key, []).append(encoder.name)
+        return found
+
+    @cached_property
+    def patch_tasks_of_sources(self) -> dg.StaticPartitionMapping:
+        """Mapping of the images of each patch task to the patch task in each geometry."""
+        sources: dict[str, list[str]] = {task.name: [] for task in self.cohort.patch_tasks}
+        for key in self._tasks_by_encoder:
+            sources[key.task].append(str(key))
+        return dg.StaticPartitionMapping(sources)
+
+    @cached_property
+    def patch_tasks_of_encoders(self) -> dg.StaticPartitionMapping:
         """Mapping of each patch task to the encoders that train on it."""
         return dg.StaticPartitionMapping(
             {
-                task.name: [e.name for e in self.cohort.encoders if task.name in e.tasks]
-                for task in self.cohort.patch_tasks
+                str(key): [name for name in names if key.task in self.cohort.encoder(name).tasks]
+                for key, names in self._tasks_by_encoder.items()
+            }
+        )
+
+    @cached_property
+    def patch_tasks_of_probes(self) -> dg.StaticPartitionMapping:
+        """Mapping of each patch task to the encoders that are probed on it."""
+        return dg.StaticPartitionMapping(
+            {str(key): names for key, names in self._tasks_by_encoder.items()}
+        )
+
+    @cached_property
+    def patch_tables_of_grids(self) -> dg.MultiPartitionMapping:
+        """Mapping of each patch table (geometry, slide) to its grids (encoder, slide)."""
+        encoders: dict[str, list[str]] = {name: [] for name in self.cohort.geometries}
+        for encoder in self.cohort.encoders:
+            encoders[self.cohort.geometry(encoder.name).name].append(encoder.name)
+        return dg.MultiPartitionMapping(
+            {
+                "slide": dg.DimensionPartitionMapping("slide", dg.IdentityPartitionMapping()),
+                "geometry": dg.DimensionPartitionMapping(
+                    "encoder", dg.StaticPartitionMapping(encoders)
+                ),
             }
         )
 

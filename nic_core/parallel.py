@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import signal
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import active_children, get_context
 from typing import TypeVar
 
+Item = TypeVar("Item", bound=Hashable)
 Result = TypeVar("Result")
 
 ITEMS_PER_PROCESS = 8  # fewer items are not worth a process, which takes seconds to start
@@ -32,15 +33,15 @@ def cores() -> int:
 
 @contextmanager
 def ahead(
-    function: Callable[[str], Result], items: Sequence[str], *, processes: int | None = None
-) -> Iterator[Callable[[str], Result]]:
+    function: Callable[[Item], Result], items: Sequence[Item], *, processes: int | None = None
+) -> Iterator[Callable[[Item], Result]]:
     """Compute ``function(item)`` for each item in a pool of processes, ahead of the caller.
 
     Parameters
     ----------
     function : callable
-        It, its results and its exceptions must be picklable.
-    items : sequence of str
+        It, its items, results and exceptions must be picklable.
+    items : sequence
         In the order in which the caller fetches the results. The caller may skip items, but not
         fetch one twice.
     processes : int, optional
@@ -60,9 +61,9 @@ def ahead(
         return
     with process_pool(count) as pool:
         waiting = deque(items)
-        submitted: dict[str, Future[Result]] = {}
+        submitted: dict[Item, Future[Result]] = {}
 
-        def fetch(item: str) -> Result:
+        def fetch(item: Item) -> Result:
             while waiting and (item not in submitted or len(submitted) <= MAX_WAITING * count):
                 following = waiting.popleft()
                 submitted[following] = pool.submit(function, following)

@@ -49,14 +49,14 @@ def mean_rgb_study(
     """The tiny cohort and a store with its mean-RGB slide models; tests must not change it."""
     from nic_core import steps
     from nic_core.cohort import load_cohort
-    from nic_core.store import ModelKey, Store
+    from nic_core.store import ModelKey, PatchTableKey, Store
 
     cohort, store = load_cohort(tiny_cohort), Store(tmp_path_factory.mktemp("study"))
     steps.make_slide_index(cohort, store)
     slides = steps.read_slide_index(store)["slide"]
     for slide in slides:
         steps.make_slide(store, slide)
-        steps.make_patch_table(cohort, store, slide)
+        steps.make_patch_table(cohort, store, PatchTableKey(geometry="128px-0.5um", slide=slide))
     steps.make_encoder(cohort, store, "mean-rgb")
     encoder = steps.prepare_encoder(cohort, store, "mean-rgb")
     for slide in slides:

@@ -9,7 +9,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from nic_core.cohort import AnnotatedSlides, Cohort, PatchTask, load_cohort
+from nic_core.cohort import AnnotatedSlides, Cohort, Geometry, PatchTask, load_cohort
 from nic_core.cohort.index import slide_index
 from nic_core.encoders.patch_sources import open_source
 from nic_core.encoders.patch_tasks import build_patch_task
@@ -64,7 +64,7 @@ def labelled(cases: Path, folder: Path, case: str, classes: str) -> tuple[Cohort
 
 def cell_labels(slide: Path, annotations: Path) -> pl.DataFrame:
     with open_slide(slide) as opened:
-        cells = patch_table("s", opened, tissue_mask(opened), patch=128, mpp=0.5, tissue=0.6)
+        cells = patch_table("s", opened, tissue_mask(opened), Geometry(128, 0.5, 128), tissue=0.6)
     return cells.hstack(
         label_patches(cells, read_annotations(annotations).regions).drop("row", "column")
     )
@@ -72,7 +72,7 @@ def cell_labels(slide: Path, annotations: Path) -> pl.DataFrame:
 
 def test_pixels_and_mpp_are_of_the_scan_not_of_the_macro(cases):
     with open_slide(cases / "ome-macro-first" / "scan.ome.tif") as slide:
-        cells = patch_table("s", slide, tissue_mask(slide), patch=128, mpp=0.5, tissue=0.6)
+        cells = patch_table("s", slide, tissue_mask(slide), Geometry(128, 0.5, 128), tissue=0.6)
         assert slide.mpp == pytest.approx(0.5)
         assert [image.number == slide.image for image in slide.images] == [False, True]
     assert cells["kept"].sum() == pytest.approx(99, abs=2)
@@ -154,7 +154,7 @@ def test_masks_of_any_kind_equal_the_grey_one(cases, cmu, file):
 @pytest.mark.parametrize("engine", ["tifffile", "openslide", "libvips"])
 def test_transparent_pixels_are_white(cases, engine):
     with open_slide(cases / "rgba" / "straight.tif", engine=engine) as slide:
-        cells = patch_table("s", slide, tissue_mask(slide), patch=128, mpp=0.5, tissue=0.6)
+        cells = patch_table("s", slide, tissue_mask(slide), Geometry(128, 0.5, 128), tissue=0.6)
         corner = slide.read(0, 0, 64, 64, slide.mpp)
     assert cells["kept"].sum() == pytest.approx(99, abs=2)  # 96 with black outside the section
     assert np.all(corner == 255)

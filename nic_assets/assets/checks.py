@@ -13,12 +13,11 @@ import numpy as np
 import polars as pl
 
 from nic_assets.orchestration.partition_checks import Check
-from nic_core.cohort import Settings
 from nic_core.encoders import EncoderCard, PatchDataset
 from nic_core.grids import Grid
 from nic_core.models.comparison import PermutationControl, Verdict
 from nic_core.steps import QualityReport, SlideRecord, SlideScan, TargetFolds
-from nic_core.store import Store
+from nic_core.store import PatchTableKey, Store
 from nic_core.tiling.patches import PatchTableError, read_patch_table
 from nic_core.tiling.quality import summarize
 from nic_core.tiling.slide_quality import MAX_INK, MAX_UNREADABLE
@@ -53,11 +52,12 @@ def slides_distinct(scan: SlideScan) -> str | None:
 
 
 @Check
-def resolution_suffices(record: SlideRecord, settings: Settings) -> str | None:
-    """The slide is as fine as the study's resolution; pixels of a coarser one are interpolated."""
-    if record.mpp <= settings.mpp * RESOLUTION_TOLERANCE:
+def resolution_suffices(record: SlideRecord, mpp: float) -> str | None:
+    """The slide is as fine as the patches of the encoder with the finest; pixels of a coarser slide
+    are interpolated."""
+    if record.mpp <= mpp * RESOLUTION_TOLERANCE:
         return None
-    return f"{record.mpp:.3f} um/px is coarser than the study's {settings.mpp:.3f}: interpolated"
+    return f"{record.mpp:.3f} um/px is coarser than the encoders' {mpp:.3f}: interpolated"
 
 
 @Check
@@ -95,10 +95,10 @@ def slides_comparable(report: QualityReport) -> str | None:
 
 
 @Check
-def schema_valid(store: Store, slide: str) -> str | None:
+def schema_valid(store: Store, key: PatchTableKey) -> str | None:
     """The stored patch table has the expected columns, and one row for each grid cell."""
     try:
-        read_patch_table(store.patch_table(slide))
+        read_patch_table(store.patch_table(key))
     except PatchTableError as error:
         return str(error)
     return None

@@ -14,13 +14,13 @@ from nic_assets.partitions import Partitions
 from nic_assets.tags import PARTIAL_INPUTS
 from nic_assets.tracking import TrackedRun, Tracking, TrackingError
 from nic_core import steps
-from nic_core.cohort import Cohort, CohortError, RegisteredEncoder
+from nic_core.cohort import Cohort, CohortError, Geometry, RegisteredEncoder
 from nic_core.devices import leased_device
 from nic_core.encoders import Encoder, EncoderCard, EncoderError
 from nic_core.encoders.figures import patch_examples
 from nic_core.encoders.files import PROGRAMS
 from nic_core.reports import encoder_results, probe_results, results_markdown
-from nic_core.store import Store
+from nic_core.store import PatchTaskKey, Store
 
 FINDINGS_SHOWN = 50
 
@@ -32,22 +32,22 @@ def encoder_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
     @batch_asset(
         checks=checks.PATCH_TASK_CHECKS,
         partitions_def=partitions.patch_tasks,
-        deps=[PATCH_TASK_SOURCE],
+        deps=[dg.AssetDep(PATCH_TASK_SOURCE, partition_mapping=partitions.patch_tasks_of_sources)],
         group_name="encoders",
         kinds={"numpy", "parquet"},
         op_tags=CPU_TAGS,
-        code_version=code_version(5, settings.patch, settings.mpp, settings.tissue),
+        code_version=code_version(6, settings.tissue),
     )
     def patch_task(
         context: dg.AssetExecutionContext,
         cohort: dg.ResourceParam[Cohort],
         store: dg.ResourceParam[Store],
     ) -> Events:
-        """The patches of a patch task at the study's size and resolution, split by patient."""
+        """The patches of a patch task in the size and um/px of an encoder, split by patient."""
 
-        def make(task: str) -> Product:
+        def make(key: PatchTaskKey) -> Product:
             dataset = steps.make_patch_task(
-                cohort, store, task, log_progress(context, "images, each counted twice")
+                cohort, store, key, log_progress(context, "images, each counted twice")
             )
             return Product(
                 version=dataset.identity[:16],
@@ -55,17 +55,21 @@ def encoder_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
                     "dagster/row_count": dataset.table.height,
                     "organ": dataset.organ,
                     "groups": dataset.table["group"].n_unique(),
-                    "examples": figure(patch_examples(dataset), f"patches of {task}"),
+                    "examples": figure(patch_examples(dataset), f"patches of {key.task}"),
                     "classes": table(dataset.counts()),
                     "findings_by_kind": table(dataset.findings_by_kind()),
                     "findings": table(dataset.findings.head(FINDINGS_SHOWN)),
-                    "folder": dg.MetadataValue.path(store.patch_task(task)),
+                    "folder": dg.MetadataValue.path(store.patch_task(key)),
                 },
                 checks={check: check(dataset) for check in checks.PATCH_TASK_CHECKS},
             )
 
         yield from materialize_each(
-            context, make, parse=str, path=store.patch_task, expected=(CohortError,)
+            context,
+            make,
+            parse=PatchTaskKey.parse,
+            path=store.patch_task,
+            expected=(CohortError,),
         )
 
     @batch_asset(
@@ -74,7 +78,7 @@ def encoder_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         deps=[
             ENCODER_ENTRY,
             *(
-                [dg.AssetDep(patch_task, partition_mapping=partitions.tasks_of_encoders)]
+                [dg.AssetDep(patch_task, partition_mapping=partitions.patch_tasks_of_encoders)]
                 if partitions.cohort.patch_tasks
                 else []
             ),
@@ -83,7 +87,7 @@ def encoder_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         kinds={"pytorch", "mlflow"},
         pool=GPU_POOL,
         op_tags=GPU_TAGS,
-        code_version=code_version(3, settings.patch, settings.mpp, settings.embedding_size),
+        code_version=code_version(4),
     )
     def encoder(
         context: dg.AssetExecutionContext,
@@ -125,7 +129,7 @@ def encoder_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
     @batch_asset(
         checks=[checks.test_patients_unseen],
         partitions_def=partitions.encoders,
-        deps=[encoder, dg.AssetDep(patch_task, partition_mapping=dg.AllPartitionMapping())],
+        deps=[encoder, dg.AssetDep(patch_task, partition_mapping=partitions.patch_tasks_of_probes)],
         group_name="encoders",
         kinds={"scikitlearn", "mlflow"},
         tags=PARTIAL_INPUTS,
@@ -215,11 +219,22 @@ def train_encoder(
     }
 
 
+def trained_patch_task(card: EncoderCard, task: str) -> PatchTaskKey:
+    """Return the key of a patch task as the encoder saw it in its training."""
+    geometry = Geometry(card.patch, card.task_mpp[task], card.patch)
+    return PatchTaskKey(geometry=geometry.name, task=task)
+
+
 def log_encoder(run: TrackedRun, encoder: Encoder, cohort: Cohort, store: Store) -> None:
     """Log an encoder's card, data, files and scores to MLflow, and register a version of it."""
     card, results = encoder.card, encoder_results(encoder.card)
     run.card(card.model_dump(mode="json"))
-    run.inputs({f"patch_task/{task}": (store.patch_task(task), i) for task, i in card.data.items()})
+    run.inputs(
+        {
+            f"patch_task/{task}": (store.patch_task(trained_patch_task(card, task)), identity)
+            for task, identity in card.data.items()
+        }
+    )
     # an imported encoder has its own file, and a network archive cannot be exported again
     if card.objective != "imported":
         run.files(store.encoder(card.name))
@@ -241,6 +256,7 @@ def log_encoder(run: TrackedRun, encoder: Encoder, cohort: Cohort, store: Store)
                 "tasks": ", ".join(card.tasks),
                 "targets": ", ".join(target.name for target in cohort.targets),
                 **{f"data/{task}": identity for task, identity in card.data.items()},
+                **{f"mpp/{task}": f"{mpp:g}" for task, mpp in card.task_mpp.items()},
             },
         )
     run.summary(results)

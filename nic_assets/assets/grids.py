@@ -18,7 +18,6 @@ from nic_core.devices import leased_device
 from nic_core.grids import grid_hash, grid_preview
 from nic_core.slides import SlideError
 from nic_core.store import GridKey, Store
-from nic_core.tiling.patches import read_patch_table
 
 
 def grid_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
@@ -27,7 +26,11 @@ def grid_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
     @batch_asset(
         checks=checks.OF_SLIDES["grid"],
         partitions_def=partitions.grids,
-        deps=[SLIDE_FILE, "patch_table", "encoder"],
+        deps=[
+            SLIDE_FILE,
+            dg.AssetDep("patch_table", partition_mapping=partitions.patch_tables_of_grids),
+            "encoder",
+        ],
         group_name="grids",
         kinds={"zarr", "pytorch"},
         pool=GPU_POOL,
@@ -47,7 +50,7 @@ def grid_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
             made = steps.make_grid(cohort, store, load(key.encoder), key.slide, progress)
             embedding_size, rows, columns = made.shape
             profile = made.provenance.icc_profile
-            cells = read_patch_table(store.patch_table(key.slide))
+            cells = steps.read_cells(cohort, store, key)
             return Product(
                 version=grid_hash(made),
                 metadata={

@@ -64,7 +64,7 @@ def external_assets(partitions: Partitions) -> list[dg.AssetSpec]:
                 description="The labelled patch images of a patch task.",
                 group_name="encoders",
                 kinds={"file"},
-                partitions_def=partitions.patch_tasks,
+                partitions_def=partitions.task_sources,
             )
         )
     if partitions.cohort.targets:

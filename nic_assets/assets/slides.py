@@ -42,7 +42,7 @@ from nic_core.cohort import Cohort
 from nic_core.slides import SlideError
 from nic_core.slides.folders import summarize_left_aside
 from nic_core.steps.slides import SlideRecord
-from nic_core.store import Store
+from nic_core.store import PatchTableKey, Store
 from nic_core.tiling.patches import PATCH_SCHEMA
 from nic_core.tiling.quality import summarize
 from nic_core.types import Pixels
@@ -51,6 +51,7 @@ from nic_core.types import Pixels
 def slide_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
     """Return the assets of group ``slides``."""
     settings = partitions.cohort.settings
+    finest = min(geometry.mpp for geometry in partitions.cohort.geometries.values())
 
     @retried_asset(
         group_name="slides",
@@ -82,7 +83,7 @@ def slide_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
             versions = {
                 SLIDE_FILE: scan.versions,
                 PATCH_TASK_SOURCE: steps.patch_task_versions(cohort),
-                ENCODER_ENTRY: steps.encoder_versions(cohort)
+                ENCODER_ENTRY: steps.encoder_versions(cohort, store)
                 | tracking.registered_versions(cohort, context.log.warning, known),
                 TARGET_ENTRY: steps.target_versions(cohort, scan),
             }
@@ -98,9 +99,13 @@ def slide_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         slides = scan.index["slide"].to_list()
         new = add_slides(context.instance, slides)
         if drop_slides(context.instance, slides) or new:
+            keys = {
+                "slide": partitions.slides,
+                "patch_table": partitions.patch_tables,
+                "grid": partitions.grids,
+            }
             for asset, declared in checks.OF_SLIDES.items():
-                keys = partitions.grids if asset == "grid" else partitions.slides
-                republish_checks(context.instance, dg.AssetKey(asset), keys, declared)
+                republish_checks(context.instance, dg.AssetKey(asset), keys[asset], declared)
         changed = {
             key.to_user_string(): report_versions(context.instance, key, found)
             for key, found in versions.items()
@@ -163,23 +168,25 @@ def slide_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
                     "folder": dg.MetadataValue.path(store.slide(key)),
                 },
                 checks={
-                    checks.resolution_suffices: checks.resolution_suffices(record, settings),
+                    checks.resolution_suffices: checks.resolution_suffices(record, finest),
                     checks.tissue_found: checks.tissue_found(record),
                     checks.free_of_ink: checks.free_of_ink(record),
                 },
             )
 
         make = partial(steps.make_slide, store)
-        yield from materialize_in_parallel(context, make, describe, expected=(SlideError,))
+        yield from materialize_in_parallel(
+            context, make, describe, parse=str, expected=(SlideError,)
+        )
 
     @batch_asset(
         checks=checks.OF_SLIDES["patch_table"],
-        partitions_def=partitions.slides,
+        partitions_def=partitions.patch_tables,
         deps=[slide],
         group_name="slides",
         kinds={"polars", "parquet"},
         op_tags=CPU_TAGS,
-        code_version=code_version(4, settings.patch, settings.mpp, settings.tissue),
+        code_version=code_version(5, settings.tissue),
         metadata={"dagster/column_schema": column_schema(pl.Schema(PATCH_SCHEMA))},
     )
     def patch_table(
@@ -187,10 +194,10 @@ def slide_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         cohort: dg.ResourceParam[Cohort],
         store: dg.ResourceParam[Store],
     ) -> Events:
-        """One row for each grid cell: position, tissue fraction, focus, colour, and whether the
-        patch is kept or why not."""
+        """A slide divided into the cells of a geometry: position, tissue fraction, focus and
+        colour of each, and whether its patch is kept or why not."""
 
-        def describe(key: str, cells: pl.DataFrame) -> Product:
+        def describe(key: PatchTableKey, cells: pl.DataFrame) -> Product:
             return Product(
                 version=steps.digest(cells.rows()),
                 metadata={
@@ -207,7 +214,9 @@ def slide_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
             )
 
         make = partial(steps.make_patch_table, cohort, store)
-        yield from materialize_in_parallel(context, make, describe, expected=(SlideError,))
+        yield from materialize_in_parallel(
+            context, make, describe, parse=PatchTableKey.parse, expected=(SlideError,)
+        )
 
     @retried_asset(
         deps=[patch_table, slide_index],
@@ -219,10 +228,14 @@ def slide_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         code_version=code_version(1),
         check_specs=[checks.slides_comparable.spec("quality_report")],
     )
-    def quality_report(context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]) -> Events:
+    def quality_report(
+        context: dg.AssetExecutionContext,
+        cohort: dg.ResourceParam[Cohort],
+        store: dg.ResourceParam[Store],
+    ) -> Events:
         """Blur, ink, colour and tissue of every slide, compared with the other slides."""
         with retry_transient_errors():
-            report = steps.make_quality_report(store)
+            report = steps.make_quality_report(cohort, store)
         for slide, problems, _ in report.outliers.filter(pl.col("exclude").is_null()).rows():
             context.log.warning(f"slide '{slide}': {problems}")
         problem = checks.slides_comparable(report)

@@ -15,7 +15,7 @@ Dagster gives all partitions of a run one data version and one outcome. This mod
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,7 +46,7 @@ from nic_assets.tags import HOST_TAG, RUN_OUTPUT_TAG
 from nic_core.parallel import ahead
 from nic_core.store import exclusive_lock
 
-Key = TypeVar("Key")
+Key = TypeVar("Key", bound=Hashable)
 Made = TypeVar("Made")
 
 # records among which the latest of a partition is looked for: each concurrent run may add one
@@ -181,26 +181,27 @@ def materialize_each(
 
 def materialize_in_parallel(
     context: dg.AssetExecutionContext,
-    make: Callable[[str], Made],
-    describe: Callable[[str, Made], Product],
+    make: Callable[[Key], Made],
+    describe: Callable[[Key, Made], Product],
     *,
+    parse: Callable[[str], Key],
     expected: tuple[type[Exception], ...],
 ) -> Events:
     """Like :func:`materialize_each`, but call ``make`` in one process for each core.
 
-    For work that is bound by the CPU. ``make``, its results and its exceptions must be picklable;
+    For work that is bound by the CPU. ``make``, its keys, results and exceptions must be picklable;
     ``describe`` is called in the step's own process. Two concurrent runs may both make the same
     product; the store's writes are atomic.
     """
     provenance = _provenance(context)
     missing = [
-        key
+        parse(key)
         for key in sorted(context.partition_keys)
         if _recorded(context, key, provenance)[0] is None
     ]
     with ahead(make, missing) as made:
         yield from materialize_each(
-            context, lambda key: describe(key, made(key)), parse=str, expected=expected
+            context, lambda key: describe(key, made(key)), parse=parse, expected=expected
         )
 
 

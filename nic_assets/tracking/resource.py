@@ -106,13 +106,14 @@ class Tracking(Connection):
         versions = {}
         for entry in cohort.encoders:
             if isinstance(entry, RegisteredEncoder):
+                geometry = cohort.geometry(entry.name)
                 try:
                     found = find_encoder(self, entry)
-                    versions[entry.name] = digest(entry, found.tags["weights_hash"])
+                    versions[entry.name] = digest(entry, geometry, found.tags["weights_hash"])
                 except (TrackingError, EncoderError) as error:
                     warn(str(error))
                     if entry.name not in known:
-                        versions[entry.name] = digest(entry)
+                        versions[entry.name] = digest(entry, geometry)
         return versions
 
     @contextmanager
@@ -142,7 +143,14 @@ class Tracking(Connection):
                     "encoder was imported from a file, or logged by an older version of this "
                     f"package; import the file, or set the alias on another version"
                 )
-            imported = ImportedEncoder(name=entry.name, objective="imported", file=path)
+            imported = ImportedEncoder(
+                name=entry.name,
+                objective="imported",
+                file=path,
+                patch=entry.patch,
+                mpp=entry.mpp,
+                stride=entry.stride,
+            )
             yield imported, self.page(found.name, found.version)
 
 

@@ -21,7 +21,8 @@ from nic_core.cli.shared import (
     one_line,
     progress_bars,
 )
-from nic_core.cohort import CompressionSettings
+from nic_core.cohort import CompressionSettings, Geometry
+from nic_core.cohort.geometry import check_stride
 from nic_core.slides.metadata import MPP_REMEDY
 from nic_core.store import Store, StoreError
 from nic_core.types import Colours, Reading, RequestedPrecision
@@ -48,6 +49,12 @@ def compress(
             "--tissue", min=0, max=1, help="keep cells whose tissue fraction exceeds this"
         ),
     ] = 0.6,
+    stride: Annotated[
+        int | None,
+        typer.Option(
+            help="side of a grid cell, px at the encoder's um/px; default: its patch", min=1
+        ),
+    ] = None,
     orientations: Annotated[
         Orientations, typer.Option(help="number of orientations: 1 (upright) or 8")
     ] = "1",
@@ -74,17 +81,23 @@ def compress(
     # imports torch, which is slow
     from nic_core.compression.batch import REPORT, compress_slides, slides_by_id, write_report
     from nic_core.devices import resolve_device
+    from nic_core.encoders.errors import EncoderError
 
     try:
         resolve_device(device)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--device") from error
     prepared = find_encoder(encoder).prepare(device, precision, reading)
+    card = prepared.card
+    try:
+        check_stride(card.name, Geometry(card.patch, card.mpp, stride or card.patch))
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--stride") from error
     try:
         named = slides_by_id(slides)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    with batch_progress(len(named)) as (show, tell):
+    with batch_progress(len(named)) as (show, tell), one_line(EncoderError):
         report = compress_slides(
             named,
             prepared,
@@ -93,6 +106,7 @@ def compress(
             image=image,
             colours=colours,
             tissue=share,
+            stride=stride,
             orientations=orientations == "8",
             resume=resume,
             progress=show,

@@ -76,9 +76,10 @@ def train(
     with _one_line(), progress_bars() as progress:
         study = load_cohort(cohort)
         products = Store(store.resolve()) if store else Store.from_environment()
+        keys = steps.patch_task_keys(study, name)
         for task in study.encoder(name).tasks:
-            if not steps.patch_task_is_current(study, products, task):
-                steps.make_patch_task(study, products, task)
+            if not steps.patch_task_is_current(study, products, keys[task]):
+                steps.make_patch_task(study, products, keys[task])
         bar = progress.add_task(name, total=None, unit="patches")
         trained = steps.make_encoder(
             study,
@@ -203,8 +204,8 @@ def probe(
 
 
 def _published() -> list[ListedEncoder]:
+    from nic_core.cohort.presets import PRESETS
     from nic_core.encoders.keras_import import LICENCE, MPP, PATCH, RELEASED
-    from nic_core.encoders.presets import PRESETS
 
     presets = [
         ListedEncoder(
@@ -226,9 +227,9 @@ def _published() -> list[ListedEncoder]:
 
 
 def _of_store(store: Store) -> Listing:
+    from nic_core.cohort.presets import licence_of
     from nic_core.encoders.errors import EncoderError
     from nic_core.encoders.files import read_card
-    from nic_core.encoders.presets import licence_of
 
     listed: list[ListedEncoder] = []
     problems: list[str] = []

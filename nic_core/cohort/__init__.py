@@ -10,11 +10,13 @@ from nic_core.cohort.encoders import (
     Preprocess,
     PresetName,
     RegisteredEncoder,
+    ReusedEncoder,
     TimmModel,
     Tokens,
 )
 from nic_core.cohort.fields import CohortError, NetworkName
 from nic_core.cohort.file import COHORT_VARIABLE, DEFAULT_COHORT, Cohort, cohort_path, load_cohort
+from nic_core.cohort.geometry import Geometry
 from nic_core.cohort.patch_tasks import AnnotatedSlides, Hdf5Images, PatchTask
 from nic_core.cohort.settings import Automation, CompressionSettings, ModelSettings, Settings
 from nic_core.cohort.slides import SlideFolder, Slides
@@ -40,6 +42,7 @@ __all__ = [
     "EncoderSpec",
     "ExternalNetwork",
     "FileKind",
+    "Geometry",
     "Hdf5Images",
     "ImportedEncoder",
     "ModelSettings",
@@ -50,6 +53,7 @@ __all__ = [
     "ProbabilityMap",
     "RegisteredEncoder",
     "RegressionTarget",
+    "ReusedEncoder",
     "Settings",
     "SlideFolder",
     "Slides",

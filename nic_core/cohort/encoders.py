@@ -10,15 +10,35 @@ from nic_core.cohort.fields import Entry, Name, UserPath, check_unique
 from nic_core.types import RequestedPrecision
 
 
-class EncoderSpec(Entry):
+class _EncoderEntry(Entry):
+    """The name of an encoder, and the patches that it takes (its geometry)."""
+
+    name: Name
+    patch: PositiveInt | None = Field(
+        default=None, description="side of a patch, px at `mpp`; default: `settings.patch`"
+    )
+    mpp: PositiveFloat | None = Field(
+        default=None, description="um/px of a patch; default: `settings.mpp`"
+    )
+    stride: PositiveInt | None = Field(
+        default=None,
+        description="side of a grid cell, px at `mpp`; a cell is the central square of its patch, "
+        "so patches overlap if the stride is smaller than the patch; default: the patch",
+    )
+
+
+class EncoderSpec(_EncoderEntry):
     """An encoder to train.
 
     ``supervised`` is ``mtl`` with one task. ``vae``, ``contrastive`` and ``bigan`` use the patches
     of the tasks without their labels. ``mean_rgb`` is not trained.
     """
 
-    name: Name
     objective: Literal["mean_rgb", "mtl", "supervised", "vae", "contrastive", "bigan"]
+    embedding_size: PositiveInt | None = Field(
+        default=None,
+        description="length of an embedding; default: `settings.embedding_size`; 3 for mean_rgb",
+    )
     tasks: tuple[str, ...] = Field(default=(), description="names of patch tasks to train on")
     seed: int = 0
     patches_seen: PositiveInt | None = Field(
@@ -194,7 +214,7 @@ PresetName = Literal[
     "kaiko-vitl14",
     "resnet50",
 ]
-"""Published networks whose description is known (:mod:`nic_core.encoders.presets`)."""
+"""Published networks whose description is known (:mod:`nic_core.cohort.presets`)."""
 
 
 FileKind = Literal["folder", "keras", "timm", "torchscript", "torch.export"]
@@ -211,17 +231,16 @@ FILE_KINDS: dict[str, FileKind] = {
 }
 
 
-class ImportedEncoder(Entry):
+class ImportedEncoder(_EncoderEntry):
     """An encoder that was trained elsewhere, imported from a local file or folder.
 
     Supported are a folder written by this project and, by suffix, a Keras encoder released with
     the paper (``.h5``, ``.hdf5``), a TorchScript network (``.pt``, ``.ts``), a ``torch.export``
     network (``.pt2``), and the weights of a timm model (``.safetensors``, ``.bin``, ``.pth``). The
     last three need a description of the network: the name of a published one (``preset``), or
-    ``network``.
+    ``network``. It states the patch; a preset's um/px can be replaced by ``mpp``.
     """
 
-    name: Name
     objective: Literal["imported"]
     file: UserPath
     preset: PresetName | None = Field(
@@ -262,6 +281,19 @@ class ImportedEncoder(Entry):
                 "'network': patch, mpp, embedding_size and preprocess"
             )
             raise ValueError(f"encoder '{self.name}': {problem}")
+        stated = [
+            field
+            for field, is_stated in (
+                ("patch", described),
+                ("mpp", self.network is not None),
+            )
+            if is_stated and getattr(self, field) is not None
+        ]
+        if stated:
+            by = "network" if self.network is not None else "preset"
+            raise ValueError(
+                f"encoder '{self.name}': leave '{stated[0]}' out, since '{by}' states it"
+            )
         if self.network is not None and (self.network.timm is None) == (self.kind == "timm"):
             raise ValueError(
                 f"encoder '{self.name}': 'network.timm' is required for files of weights "
@@ -271,14 +303,13 @@ class ImportedEncoder(Entry):
         return self
 
 
-class RegisteredEncoder(Entry):
+class RegisteredEncoder(_EncoderEntry):
     """An encoder of the model registry: the version that an alias points to.
 
     The alias is resolved whenever the inputs are scanned. If it points to other weights, the
     encoder, its grids and their models become stale.
     """
 
-    name: Name
     objective: Literal["registered"]
     version: str = Field(
         pattern=r"^encoder-[\w.-]+@[\w-]+$",
@@ -291,6 +322,29 @@ class RegisteredEncoder(Entry):
         return ()
 
 
+class ReusedEncoder(Entry):
+    """The weights of another encoder of the study, applied at another um/px or stride.
+
+    For example for a probability map of a task that was seen at another um/px than the encoder's.
+    """
+
+    name: Name
+    objective: Literal["reused"]
+    encoder: str = Field(description="name of the encoder whose weights and heads are used")
+    mpp: PositiveFloat | None = Field(
+        default=None, description="um/px of a patch; default: that of `encoder`"
+    )
+    stride: PositiveInt | None = Field(
+        default=None, description="side of a grid cell, px at `mpp`; default: the patch"
+    )
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Always empty, since no patch task of the cohort trains it."""
+        return ()
+
+
 EncoderEntry = Annotated[
-    EncoderSpec | ImportedEncoder | RegisteredEncoder, Field(discriminator="objective")
+    EncoderSpec | ImportedEncoder | RegisteredEncoder | ReusedEncoder,
+    Field(discriminator="objective"),
 ]

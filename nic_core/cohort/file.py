@@ -8,7 +8,7 @@ field.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, get_origin
 
@@ -19,9 +19,12 @@ from nic_core.cohort.encoders import (
     EncoderSpec,
     ImportedEncoder,
     RegisteredEncoder,
+    ReusedEncoder,
 )
-from nic_core.cohort.fields import CohortError, Entry, FieldErrors, Name, UserPath, find
+from nic_core.cohort.fields import CohortError, Entry, FieldErrors, Location, Name, UserPath, find
+from nic_core.cohort.geometry import Geometry, check_stride
 from nic_core.cohort.patch_tasks import PatchTask
+from nic_core.cohort.presets import PRESETS
 from nic_core.cohort.problems import Problem, Source, field_problems
 from nic_core.cohort.references import missing_columns, wrong_references
 from nic_core.cohort.settings import Automation, Settings
@@ -57,15 +60,34 @@ class Cohort(Entry):
         problems = list(wrong_references(self.model_dump()))
         if not self.encoders:
             problems.append((("encoders",), "give at least one encoder"))
+        if problems:
+            raise FieldErrors(problems)
         for position, encoder in enumerate(self.encoders):
-            if isinstance(encoder, EncoderSpec):
-                try:
-                    encoder.check_patch(self.settings.patch)
-                except ValueError as error:
-                    problems.append((("encoders", position), str(error)))
+            try:
+                geometry = self.geometry(encoder.name)
+                check_stride(encoder.name, geometry)
+                if isinstance(encoder, EncoderSpec):
+                    encoder.check_patch(geometry.patch)
+            except ValueError as error:
+                problems.append((("encoders", position), str(error)))
+        problems += self._maps_at_another_mpp()
         if problems:
             raise FieldErrors(problems)
         return self
+
+    def _maps_at_another_mpp(self) -> Iterator[tuple[Location, str]]:
+        """Yield the maps whose encoder saw their task at another um/px than that of its grids."""
+        for position, item in enumerate(self.maps):
+            grid, seen = self.geometry(item.encoder).mpp, self.trained_mpp(item.encoder, item.task)
+            if grid != seen:
+                entry = self.encoder(item.encoder)
+                base = entry.encoder if isinstance(entry, ReusedEncoder) else entry.name
+                yield (
+                    ("maps", position, "encoder"),
+                    f"encoder '{base}' saw the patches of task '{item.task}' at {seen:g} um/px, "
+                    f"but the grids of '{item.encoder}' are at {grid:g}; add an encoder with "
+                    f"'objective: reused', 'encoder: {base}' and 'mpp: {seen:g}', and name it here",
+                )
 
     def place(self, *location: str | int) -> str:
         """Return ``file:line: field`` of a field, to begin a message; without a file, the field."""
@@ -100,7 +122,9 @@ class Cohort(Entry):
                 return self.place("targets", position, field)
         return f"target '{target.name}': {field}"
 
-    def encoder(self, name: str) -> EncoderSpec | ImportedEncoder | RegisteredEncoder:
+    def encoder(
+        self, name: str
+    ) -> EncoderSpec | ImportedEncoder | RegisteredEncoder | ReusedEncoder:
         """Return the entry of an encoder.
 
         Raises
@@ -109,6 +133,73 @@ class Cohort(Entry):
             The cohort has no such encoder.
         """
         return find("encoder", name, self.encoders)
+
+    def geometry(self, encoder: str) -> Geometry:
+        """Return the patch size, um/px and stride of an encoder.
+
+        Those of its entry; where it states none, of its preset or network, else of the settings.
+
+        Raises
+        ------
+        CohortError
+            The cohort has no such encoder.
+        """
+        entry = self.encoder(encoder)
+        patch, mpp = self.settings.patch, self.settings.mpp
+        if isinstance(entry, ReusedEncoder):
+            base = self.geometry(entry.encoder)
+            return Geometry(base.patch, entry.mpp or base.mpp, entry.stride or base.patch)
+        if isinstance(entry, ImportedEncoder):
+            network = PRESETS[entry.preset].network if entry.preset else entry.network
+            if network is not None:
+                patch, mpp = network.patch, network.mpp
+        patch = entry.patch or patch
+        return Geometry(patch, entry.mpp or mpp, entry.stride or patch)
+
+    @property
+    def geometries(self) -> dict[str, Geometry]:
+        """Every geometry that slides are divided by, by name, in the order of the encoders."""
+        found = (self.geometry(encoder.name) for encoder in self.encoders)
+        return {geometry.name: geometry for geometry in found}
+
+    def geometry_named(self, name: str) -> Geometry:
+        """Return a geometry of an encoder by its name; raises CohortError if none has it."""
+        if name not in self.geometries:
+            raise CohortError(
+                f"no encoder of the cohort has the geometry '{name}'; they have "
+                f"{', '.join(self.geometries)}"
+            )
+        return self.geometries[name]
+
+    def task_geometry(self, encoder: str, task: str) -> Geometry:
+        """Return the patch size and um/px at which an encoder sees the patches of a patch task.
+
+        The patches of a task do not overlap, whatever the encoder's stride.
+        """
+        own = self.geometry(encoder)
+        return Geometry(own.patch, self.patch_task(task).train_mpp or own.mpp, own.patch)
+
+    @property
+    def task_geometries(self) -> dict[str, dict[str, Geometry]]:
+        """Every geometry that a patch task is cut at: task to name to geometry."""
+        found: dict[str, dict[str, Geometry]] = {task.name: {} for task in self.patch_tasks}
+        for task, geometries in found.items():
+            for encoder in self.encoders:
+                geometry = self.task_geometry(encoder.name, task)
+                geometries[geometry.name] = geometry
+        return found
+
+    def tasks_of(self, encoder: str) -> tuple[str, ...]:
+        """Return the patch tasks of this cohort for which an encoder has classification heads."""
+        entry = self.encoder(encoder)
+        return self.tasks_of(entry.encoder) if isinstance(entry, ReusedEncoder) else entry.tasks
+
+    def trained_mpp(self, encoder: str, task: str) -> float:
+        """Return the um/px at which an encoder saw the patches of a task in its training."""
+        entry = self.encoder(encoder)
+        if isinstance(entry, ReusedEncoder):
+            return self.trained_mpp(entry.encoder, task)
+        return self.task_geometry(encoder, task).mpp
 
     def with_encoder(self, entry: EncoderEntry) -> Self:
         """Return a copy in which ``entry`` replaces the encoder of the same name."""

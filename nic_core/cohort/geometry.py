@@ -34,6 +34,27 @@ class Geometry:
         return f"{self.patch}px-{self.mpp:.12g}um{overlap}"
 
     @property
+    def margin(self) -> int:
+        """Distance from the edge of a patch to that of its cell, px at ``mpp``."""
+        return (self.patch - self.stride) // 2
+
+    @property
     def cell_um(self) -> float:
         """Side of a cell, um."""
         return self.stride * self.mpp
+
+
+def check_stride(encoder: str, geometry: Geometry) -> None:
+    """Check that every cell is the central square of its patch.
+
+    Raises
+    ------
+    ValueError
+        The stride exceeds the patch, or differs from it by an odd number of px.
+    """
+    margin = geometry.patch - geometry.stride
+    if margin < 0 or margin % 2:
+        raise ValueError(
+            f"encoder '{encoder}': a cell of {geometry.stride} px is not the central square of a "
+            f"patch of {geometry.patch} px; give a 'stride' that is smaller by an even number"
+        )

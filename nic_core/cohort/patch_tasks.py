@@ -31,7 +31,7 @@ class AnnotatedSlides(Entry):
     0; overrides the file), ``image`` (number of the image in a file with several), ``mask``
     (tissue mask), ``origin`` (``level0`` or ``bounds``: what the
     coordinates of the row's annotations and of a mask of regions count from; overrides the files)
-    and ``split``. Each slide is divided into the cells of the study's grid, and a tissue cell gets
+    and ``split``. Each slide is divided into cells of the size of a patch, and a tissue cell gets
     the label with the largest coverage.
     """
 
@@ -72,6 +72,10 @@ class PatchTask(Entry):
     mpp: PositiveFloat | Literal["unknown"] | None = Field(
         default=None,
         description="um/px of the stored images; `unknown`: images are not rescaled",
+    )
+    train_mpp: PositiveFloat | None = Field(
+        default=None,
+        description="um/px of the patches; default: that of the encoder that trains on them",
     )
     table: UserPath | None = Field(
         default=None,
@@ -125,6 +129,11 @@ class PatchTask(Entry):
             raise ValueError(
                 f"patch task '{self.name}': leave 'mpp' out, since slides state their um/px; "
                 "where it is wrong or missing, give it in the column 'mpp' of their table"
+            )
+        if self.mpp == "unknown" and self.train_mpp is not None:
+            raise ValueError(
+                f"patch task '{self.name}': leave 'train_mpp' out, since images of unknown um/px "
+                "are not rescaled"
             )
         return self
 

@@ -42,12 +42,21 @@ def wrong_references(data: Mapping[str, Any]) -> Found:
                 message = _undefined("patch task", wanted, tasks)
                 yield ("encoders", position, "tasks", number), message
     encoders = _by_name(data, "encoders")
+    for position, encoder in _entries(data, "encoders"):
+        base = encoder.get("encoder")
+        if isinstance(base, str):
+            others = [n for n, entry in encoders.items() if entry.get("objective") != "reused"]
+            if base not in others:
+                message = _undefined("encoder that can be reused", base, others)
+                yield ("encoders", position, "encoder"), message
     for position, entry in _entries(data, "maps"):
         name, task, label = (entry.get(field) for field in ("encoder", "task", "label"))
         if isinstance(name, str) and name not in encoders:
             yield ("maps", position, "encoder"), _undefined("encoder", name, encoders)
         elif isinstance(name, str) and isinstance(task, str):
-            of_encoder = _texts(encoders[name].get("tasks"))
+            base = encoders[name].get("encoder")  # of an encoder that reuses another's heads
+            with_heads = encoders.get(base, {}) if isinstance(base, str) else encoders[name]
+            of_encoder = _texts(with_heads.get("tasks"))
             if task not in of_encoder:
                 message = _undefined(f"task of encoder '{name}'", task, of_encoder)
                 yield ("maps", position, "task"), message

@@ -17,6 +17,7 @@ from typing import Literal
 
 import polars as pl
 
+from nic_core.cohort import Geometry
 from nic_core.cohort.index import slide_id
 from nic_core.compression import compress_slide, is_up_to_date
 from nic_core.encoders.inference import PreparedEncoder
@@ -95,6 +96,7 @@ def compress_slides(
     image: int | None = None,
     colours: Colours = "stored",
     tissue: float = 0.6,
+    stride: int | None = None,
     orientations: bool = False,
     resume: bool = True,
     progress: Callable[[str, int, int], None] | None = None,
@@ -121,7 +123,10 @@ def compress_slides(
         Pixels as stored, or converted by the ICC profile of each file for the embeddings. Tissue is
         always detected on stored pixels.
     tissue : float
-        A cell is kept if its tissue fraction exceeds this.
+        A cell is kept if the tissue fraction of its patch exceeds this.
+    stride : int, optional
+        Side of a cell, px at the encoder's um/px; default: its patch, so that patches do not
+        overlap.
     orientations : bool
         Encode every patch in all 8 orientations.
     resume : bool
@@ -146,9 +151,8 @@ def compress_slides(
     def compress(slide: str, path: Path, store: Path) -> tuple[Status, Grid]:
         with open_slide(path, mpp=mpp, image=image) as opened:
             card = encoder.card
-            table = patch_table(
-                slide, opened, tissue_mask(opened), patch=card.patch, mpp=card.mpp, tissue=tissue
-            )
+            geometry = Geometry(card.patch, card.mpp, stride or card.patch)
+            table = patch_table(slide, opened, tissue_mask(opened), geometry, tissue=tissue)
         with open_slide(path, mpp=mpp, image=image, colours=colours) as opened:
             identity = content_identity(path)
             if resume and is_up_to_date(

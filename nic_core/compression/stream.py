@@ -18,6 +18,8 @@ import polars as pl
 import torch
 from numpy.typing import NDArray
 
+from nic_core.cohort import Geometry
+from nic_core.encoders.errors import EncoderError
 from nic_core.encoders.inference import BATCH, Card, PreparedEncoder
 from nic_core.grids import (
     GRID_FORMAT,
@@ -93,9 +95,19 @@ def compress_slide(
         in float16.
     PatchTableError
         The table belongs to another slide, patch size or um/px.
+    EncoderError
+        Pixels are read at the resolution of the network's input, and the stride is not a whole
+        number of them.
     """
     card = encoder.card
-    _check_fits(slide, table, card, slide_id)
+    geometry = _geometry(slide, table, card, slide_id)
+    stride, remainder = divmod(geometry.stride * encoder.side, card.patch)
+    if remainder:
+        raise EncoderError(
+            f"encoder '{card.name}': a stride of {geometry.stride} px is not a whole number of px "
+            f"at {encoder.mpp:g} um/px, the resolution of the network's input; set "
+            "settings.compression.reading to patch, or change the stride"
+        )
     rows, columns = _max(table, "row") + 1, _max(table, "column") + 1
     embeddings = np.zeros(
         (ORIENTATIONS if orientations else 1, card.embedding_size, rows, columns), np.float16
@@ -109,6 +121,7 @@ def compress_slide(
             block,
             patch=encoder.side,
             mpp=encoder.mpp,
+            stride=stride,
             scaled=encoder.reading == "input",
         )
 
@@ -149,7 +162,7 @@ def compress_slide(
         weights_hash=card.weights_hash,
         mpp=card.mpp,
         patch=card.patch,
-        stride=card.patch,
+        stride=geometry.stride,
         origin=(0.0, 0.0),
         unreadable=unreadable,
         precision=encoder.precision,
@@ -172,9 +185,8 @@ def is_up_to_date(
 ) -> bool:
     """Whether compressing a slide would give the grid that a store already contains.
 
-    Slide and image, weights, patch size, um/px, precision, reading, colours, orientations and cells
-    must be equal.
-    A missing, damaged or older store is not up to date.
+    Slide and image, weights, patch size, stride, um/px, precision, reading, colours, orientations
+    and cells must be equal. A missing, damaged or older store is not up to date.
     """
     try:
         grid = open_grid(store)
@@ -185,6 +197,8 @@ def is_up_to_date(
     if read != (slide_identity, slide.image, slide.mpp, slide.colours):
         return False
     if (stored.weights_hash, stored.mpp, stored.patch) != (card.weights_hash, card.mpp, card.patch):
+        return False
+    if stored.stride != _stride(table, slide):
         return False
     settings = stored.precision, stored.reading, grid.orientations is not None
     if settings != (encoder.precision, encoder.reading, orientations):
@@ -230,7 +244,8 @@ def _single_threaded_torch() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _check_fits(slide: Slide, table: pl.DataFrame, card: Card, slide_id: str) -> None:
+def _geometry(slide: Slide, table: pl.DataFrame, card: Card, slide_id: str) -> Geometry:
+    """Return the geometry of a patch table, which must be that of the slide and the encoder."""
     check_patch_table(table, f"patch table of '{slide_id}'")
     name, mpp = table["slide"][0], table["mpp"][0]
     patch = table["size"][0] * slide.mpp / mpp
@@ -240,6 +255,12 @@ def _check_fits(slide: Slide, table: pl.DataFrame, card: Card, slide_id: str) ->
             f"fit slide '{slide_id}' and encoder '{card.name}' "
             f"({card.patch} px at {card.mpp:g} um/px): make it again"
         )
+    return Geometry(card.patch, card.mpp, _stride(table, slide))
+
+
+def _stride(table: pl.DataFrame, slide: Slide) -> int:
+    """Side of a cell, px at the um/px of the patches."""
+    return round(float(table["stride"][0]) * slide.mpp / float(table["mpp"][0]))
 
 
 def _max(table: pl.DataFrame, column: str) -> int:

@@ -52,8 +52,10 @@ class EncoderCard(BaseModel):
         Version of this schema; :func:`~nic_core.encoders.files.read_card` refuses others.
     tasks
         Classification heads: task -> classes, in the order of the logits.
+    task_mpp
+        Patch task -> um/px of the patches that the training saw.
     patch, mpp
-        Side of a patch, px, and its resolution, um/px.
+        Side of a patch, px, and its resolution on slides, um/px.
     embedding_size
         Length C of an embedding.
     pixels
@@ -61,7 +63,7 @@ class EncoderCard(BaseModel):
     timm
         The timm model, for architecture ``timm``.
     preset
-        Name of the published network (:mod:`nic_core.encoders.presets`), if the entry named one.
+        Name of the published network (:mod:`nic_core.cohort.presets`), if the entry named one.
     weights_hash
         sha256 of architecture and weights; for an external network, of preprocessing and file.
     training
@@ -76,11 +78,12 @@ class EncoderCard(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    format: Literal[3] = 3
+    format: Literal[4] = 4
     name: str
     architecture: Architecture
     objective: str
     tasks: dict[str, tuple[str, ...]] = {}
+    task_mpp: dict[str, PositiveFloat] = {}
     patch: PositiveInt
     mpp: PositiveFloat
     embedding_size: PositiveInt

@@ -19,7 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from nic_core.cohort import ExternalNetwork, ImportedEncoder, Preprocess
+from nic_core.cohort import FILE_KINDS, ExternalNetwork, Geometry, ImportedEncoder, Preprocess
+from nic_core.cohort.presets import PRESETS
 from nic_core.encoders.encoder import (
     Encoder,
     EncoderCard,
@@ -38,7 +39,6 @@ from nic_core.encoders.external import (
     timm_network,
 )
 from nic_core.encoders.keras_import import import_keras_encoder
-from nic_core.encoders.presets import PRESETS, preset_network
 from nic_core.encoders.weight_names import timm_names
 
 WEIGHTS = "weights.safetensors"
@@ -129,17 +129,16 @@ def verify_encoder(folder: Path) -> None:
     _recorded(folder)
 
 
-def import_encoder(entry: ImportedEncoder, *, patch: int, mpp: float) -> Encoder:
+def import_encoder(entry: ImportedEncoder, geometry: Geometry) -> Encoder:
     """Import the encoder of a cohort file's entry from its local file.
 
     Parameters
     ----------
     entry : ImportedEncoder
         Gives the encoder's name and file.
-    patch : int
-        The cohort's patch size, px; the encoder's must be the same.
-    mpp : float
-        The cohort's resolution, um/px; the encoder's must be the same.
+    geometry : Geometry
+        Patch and um/px by the cohort file (:meth:`nic_core.cohort.Cohort.geometry`); those of the
+        file must be the same.
 
     Raises
     ------
@@ -157,9 +156,7 @@ def import_encoder(entry: ImportedEncoder, *, patch: int, mpp: float) -> Encoder
     name = f"encoder '{entry.name}'"
     network = entry.network
     if entry.preset is not None:
-        name, network = f"{name} (preset '{entry.preset}')", preset_network(entry)
-    if network is not None:  # checked before a file of gigabytes is read
-        _check_geometry(name, network, patch=patch, mpp=mpp)
+        name, network = f"{name} (preset '{entry.preset}')", _preset_network(entry)
     match entry.kind:
         case "keras":
             encoder = import_keras_encoder(entry.file, entry.name)
@@ -170,20 +167,32 @@ def import_encoder(entry: ImportedEncoder, *, patch: int, mpp: float) -> Encoder
         case "timm" | "torchscript" | "torch.export" as architecture:
             assert network is not None  # validated by ImportedEncoder
             encoder = _import_network(entry, network, architecture)
-    _check_geometry(name, encoder.card, patch=patch, mpp=mpp)
+    card = encoder.card
+    if (card.patch, card.mpp) != (geometry.patch, geometry.mpp):
+        raise EncoderError(
+            f"{name}: {entry.file.name} takes patches of {card.patch} px at {card.mpp:g} um/px, "
+            f"but its entry says {geometry.patch} px at {geometry.mpp:g}; write 'patch: "
+            f"{card.patch}' and 'mpp: {card.mpp:g}' in the entry"
+        )
     return encoder
 
 
-def _check_geometry(
-    name: str, encoder: EncoderCard | ExternalNetwork, *, patch: int, mpp: float
-) -> None:
-    """Check that an encoder takes patches of the cohort's size and resolution."""
-    if (encoder.patch, encoder.mpp) != (patch, mpp):
+def _preset_network(entry: ImportedEncoder) -> ExternalNetwork:
+    """Return the network of the entry's preset, without ``timm`` if the file is a graph."""
+    assert entry.preset is not None
+    network = PRESETS[entry.preset].network
+    if entry.mpp is not None:
+        network = network.model_copy(update={"mpp": entry.mpp})
+    if entry.kind != "timm":
+        return network.model_copy(update={"timm": None})
+    if network.timm is None:
+        graphs = [suffix for suffix, kind in FILE_KINDS.items() if kind.startswith("torch")]
         raise EncoderError(
-            f"{name} takes patches of {encoder.patch} px at {encoder.mpp:g} um/px, but "
-            f"the cohort's settings are patch: {patch}, mpp: {mpp:g}; change the settings, or "
-            "remove the encoder"
+            f"encoder '{entry.name}': timm does not have the network of preset '{entry.preset}', "
+            f"so the weights in {entry.file.name} cannot be used alone; export the network with "
+            f"its weights and pooling, and give that file ({', '.join(graphs)})"
         )
+    return network
 
 
 def _recorded(folder: Path) -> tuple[EncoderCard, dict[str, Tensor]]:

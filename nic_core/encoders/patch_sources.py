@@ -18,7 +18,7 @@ import numpy as np
 import polars as pl
 import pyvips
 
-from nic_core.cohort import AnnotatedSlides, CohortError, Hdf5Images, PatchTask
+from nic_core.cohort import AnnotatedSlides, CohortError, Geometry, Hdf5Images, PatchTask
 from nic_core.cohort.tables import existing_path, read_table, require_columns, to_numbers
 from nic_core.slides import Slide, SlideError, open_slide
 from nic_core.slides.resample import resample, snap_to_whole
@@ -93,7 +93,7 @@ def open_source(
     task : PatchTask
         Entry of the cohort file.
     patch, mpp, tissue
-        The study's patch size (px), resolution (um/px) and minimum tissue fraction of a cell; they
+        Patch size (px), resolution (um/px) and minimum tissue fraction of a cell; they
         define the grid of annotated slides.
     seed : int
         Of the random choice if a slide has more than ``slides.max_per_slide`` patches of a class.
@@ -493,7 +493,7 @@ def _labelled_cells(
         if mask_file
         else tissue_mask(slide)
     )
-    cells = patch_table(slide.path.stem, slide, mask, patch=patch, mpp=mpp, tissue=tissue)
+    cells = patch_table(slide.path.stem, slide, mask, Geometry(patch, mpp, patch), tissue=tissue)
 
     def label(regions: Sequence[Region]) -> tuple[pl.DataFrame, Sequence[Region]]:
         labels = label_patches(cells, regions, min_coverage=about.min_coverage)

@@ -93,19 +93,20 @@ def task_embeddings(
 
 
 def check_scale(encoder: Encoder, task: PatchDataset) -> None:
-    """Check that a task's patches have the encoder's size and resolution.
+    """Check that a task's patches have the size and resolution that the encoder takes.
 
     Raises
     ------
     EncoderError
-        They have another size or resolution.
+        They have another size, or another resolution than in the encoder's training.
     """
     card = encoder.card
-    if (card.patch, card.mpp) != (task.patch, task.mpp):
+    wanted = card.patch, card.task_mpp.get(task.name, task.mpp)
+    if wanted != (task.patch, task.mpp):
         raise EncoderError(
-            f"encoder '{card.name}' takes patches of {card.patch} px at {card.mpp:g} um/px, but "
-            f"patch task '{task.name}' has {task.patch} px at {task.mpp:g} um/px; make the patch "
-            "task with the encoder's size and resolution"
+            f"encoder '{card.name}' takes patches of {wanted[0]} px, those of patch task "
+            f"'{task.name}' at {wanted[1]:g} um/px, but the patch task has {task.patch} px at "
+            f"{task.mpp:g} um/px; make the patch task with the encoder's size and resolution"
         )
 
 

@@ -81,11 +81,12 @@ def train_encoder(
     spec : EncoderSpec
         Entry of the cohort file.
     tasks : sequence of PatchDataset
-        The patch tasks ``spec.tasks``, with patches of ``patch`` px at ``mpp`` um/px.
+        The patch tasks ``spec.tasks``, with patches of ``patch`` px. Their um/px may differ, as
+        those of the published encoder's tasks did.
     patch : int
         Side of a patch, px.
     mpp : float
-        Resolution of the patches, um/px.
+        um/px of the patches of slides that the encoder will be applied to.
     embedding_size : int
         Length of an embedding; mean-RGB always has 3.
     device : str
@@ -105,7 +106,7 @@ def train_encoder(
         The patch tasks do not match the spec, the networks do not support the patch size, or a
         loss became NaN or infinite.
     """
-    tasks = _matching_tasks(spec, tasks, patch, mpp)
+    tasks = _matching_tasks(spec, tasks, patch)
     for leak in leaks(tasks, tasks):
         log.warning(
             "encoder '%s': %s; if they are the same patients, test scores are too optimistic for "
@@ -195,6 +196,7 @@ def train_encoder(
         architecture=spec.architecture,
         objective=spec.objective,
         tasks={task.name: task.classes for task in tasks if task.name in heads},
+        task_mpp={task.name: task.mpp for task in tasks},
         patch=patch,
         mpp=mpp,
         embedding_size=embedding_size,
@@ -220,9 +222,9 @@ def _test_scores(objective: Objective, task: PatchDataset, device: torch.device)
 
 
 def _matching_tasks(
-    spec: EncoderSpec, tasks: Sequence[PatchDataset], patch: int, mpp: float
+    spec: EncoderSpec, tasks: Sequence[PatchDataset], patch: int
 ) -> list[PatchDataset]:
-    """Return the tasks in the spec's order, each checked for patch size and resolution."""
+    """Return the tasks in the spec's order, each checked for patch size."""
     by_name = {task.name: task for task in tasks}
     if sorted(by_name) != sorted(spec.tasks):
         raise EncoderError(
@@ -230,10 +232,10 @@ def _matching_tasks(
             f"{sorted(by_name)} were given; give one dataset for each task of the encoder"
         )
     for task in tasks:
-        if task.patch != patch or task.mpp != mpp:
+        if task.patch != patch:
             raise EncoderError(
-                f"encoder '{spec.name}' takes patches of {patch} px at {mpp} um/px, but patch task "
-                f"'{task.name}' has {task.patch} px at {task.mpp} um/px; make the patch task again"
+                f"encoder '{spec.name}' takes patches of {patch} px, but patch task '{task.name}' "
+                f"has {task.patch} px; make the patch task again"
             )
     return [by_name[name] for name in spec.tasks]
 

@@ -55,9 +55,17 @@ def probability_map(
     Raises
     ------
     CohortError
-        The task has no class ``entry.label``.
+        The task has no class ``entry.label``, or the encoder saw it at another um/px than that of
+        the grid.
     """
     classes = encoder.card.tasks[entry.task]
+    seen = encoder.card.task_mpp.get(entry.task, grid.provenance.mpp)
+    if seen != grid.provenance.mpp:
+        raise CohortError(
+            f"map '{entry.name}': encoder '{encoder.card.name}' saw the patches of task "
+            f"'{entry.task}' at {seen:g} um/px, but the grid is at {grid.provenance.mpp:g}; use an "
+            f"encoder with 'objective: reused' and 'mpp: {seen:g}'"
+        )
     if entry.label not in classes:
         raise CohortError(
             f"map '{entry.name}': task '{entry.task}' has no class '{entry.label}'; "

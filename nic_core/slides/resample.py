@@ -24,14 +24,19 @@ _BAND = 32
 
 
 def coverage(
-    start: float, scale: float, count: int, length: int, channels: int = 1
+    start: float,
+    scale: float,
+    count: int,
+    length: int,
+    channels: int = 1,
+    *,
+    step: float | None = None,
 ) -> sparse.csr_matrix:
     """Return the weight of each source pixel in each output pixel, along one axis.
 
-    Output pixel ``i`` covers the source interval ``[start + i*scale, start + (i+1)*scale)``. A
-    weight is the fraction of that interval within the source pixel. Positions outside
-    ``[0, length)`` have no weight, so a row sums to 1 inside the source and to less across its
-    border.
+    Output pixel ``i`` covers ``scale`` source pixels from ``start + i*step`` on. A weight is the
+    fraction of that interval within the source pixel. Positions outside ``[0, length)`` have no
+    weight, so a row sums to 1 inside the source and to less across its border.
 
     Parameters
     ----------
@@ -41,13 +46,16 @@ def coverage(
         Number of output and of source pixels.
     channels : int
         Number of channels interleaved along the axis.
+    step : float, optional
+        Source px from one output pixel to the next; default: ``scale``, so that they do not
+        overlap.
 
     Returns
     -------
     scipy.sparse.csr_matrix
         float32 (count * channels, length * channels).
     """
-    low = start + scale * np.arange(count)
+    low = start + (scale if step is None else step) * np.arange(count)
     first = np.floor(low).astype(np.int64)
     index = first[:, None] + np.arange(int(np.ceil(scale)) + 1)
     covered = np.minimum(low[:, None] + scale, index + 1) - np.maximum(low[:, None], index)

@@ -13,11 +13,18 @@ from nic_core.steps.encoders import (
     make_encoder_probe,
     make_patch_task,
     patch_task_is_current,
+    patch_task_keys,
     remove_checkpoint,
 )
 from nic_core.steps.evaluation_report import draw_slide, make_evaluation_report
 from nic_core.steps.explanations import Explanation, make_explanation
-from nic_core.steps.grids import make_grid, make_grid_manifest, prepare_encoder, read_grid_manifest
+from nic_core.steps.grids import (
+    make_grid,
+    make_grid_manifest,
+    prepare_encoder,
+    read_cells,
+    read_grid_manifest,
+)
 from nic_core.steps.probability_maps import make_map_scores, make_probability_map
 from nic_core.steps.quality_report import QualityReport, make_quality_report
 from nic_core.steps.slide_index import (
@@ -74,8 +81,10 @@ __all__ = [
     "make_target_folds",
     "mark_logged",
     "patch_task_is_current",
+    "patch_task_keys",
     "patch_task_versions",
     "prepare_encoder",
+    "read_cells",
     "read_file_snapshot",
     "read_grid_manifest",
     "read_patient_groups",

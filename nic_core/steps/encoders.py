@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import polars as pl
 from matplotlib.figure import Figure
 
-from nic_core.cohort import Cohort, ImportedEncoder, RegisteredEncoder
+from nic_core.cohort import (
+    Cohort,
+    CohortError,
+    Geometry,
+    ImportedEncoder,
+    RegisteredEncoder,
+    ReusedEncoder,
+)
 from nic_core.encoders import (
+    Encoder,
     EncoderError,
     PatchDataset,
     Trained,
@@ -23,7 +32,7 @@ from nic_core.encoders.figures import embedding_map, neighbour_sheet
 from nic_core.encoders.patch_tasks import leaks
 from nic_core.encoders.probes import check_scale, probe_table, task_embeddings
 from nic_core.steps.slide_index import digest, patch_task_version
-from nic_core.store import Store, atomic_file, atomic_folder
+from nic_core.store import PatchTaskKey, Store, atomic_file, atomic_folder
 from nic_core.tracker import Tracker
 
 HISTORY = "history.parquet"
@@ -33,13 +42,15 @@ RECIPE = "recipe"  # file in a patch task's folder: hash of its entry, files and
 def make_patch_task(
     cohort: Cohort,
     store: Store,
-    task: str,
+    key: PatchTaskKey,
     progress: Callable[[int, int], None] | None = None,
 ) -> PatchDataset:
     """Build a patch task from its images and write it to the store.
 
     Parameters
     ----------
+    key
+        Geometry, at which an encoder of the cohort sees the task, and patch task.
     progress : callable, optional
         Called with (images read, total); each image counts twice.
 
@@ -53,33 +64,52 @@ def make_patch_task(
     CohortError
         See :func:`~nic_core.encoders.patch_tasks.build_patch_task`.
     """
-    settings = cohort.settings
+    geometry = _task_geometry(cohort, key)
     # computed before reading, so that a file changed meanwhile makes the patch task stale
-    recipe = _recipe(cohort, task)
-    with atomic_folder(store.patch_task(task)) as folder:
+    recipe = _recipe(cohort, key)
+    with atomic_folder(store.patch_task(key)) as folder:
         build_patch_task(
-            cohort.patch_task(task),
-            patch=settings.patch,
-            mpp=settings.mpp,
-            tissue=settings.tissue,
+            cohort.patch_task(key.task),
+            patch=geometry.patch,
+            mpp=geometry.mpp,
+            tissue=cohort.settings.tissue,
             seed=0,
             folder=folder,
             progress=progress,
         )
         (folder / RECIPE).write_text(recipe)
-    return load_patch_task(store.patch_task(task))
+    return load_patch_task(store.patch_task(key))
 
 
-def patch_task_is_current(cohort: Cohort, store: Store, task: str) -> bool:
+def patch_task_keys(cohort: Cohort, encoder: str) -> dict[str, PatchTaskKey]:
+    """Return the key of every patch task as an encoder sees it, by the name of the task."""
+    return {
+        task.name: PatchTaskKey(
+            geometry=cohort.task_geometry(encoder, task.name).name, task=task.name
+        )
+        for task in cohort.patch_tasks
+    }
+
+
+def patch_task_is_current(cohort: Cohort, store: Store, key: PatchTaskKey) -> bool:
     """Return whether a patch task exists and matches its present entry, files and settings."""
-    recipe = store.patch_task(task) / RECIPE
-    return recipe.exists() and recipe.read_text() == _recipe(cohort, task)
+    recipe = store.patch_task(key) / RECIPE
+    return recipe.exists() and recipe.read_text() == _recipe(cohort, key)
 
 
-def _recipe(cohort: Cohort, task: str) -> str:
-    settings = cohort.settings
-    source = patch_task_version(cohort.patch_task(task))
-    return digest(source, settings.patch, settings.mpp, settings.tissue)
+def _recipe(cohort: Cohort, key: PatchTaskKey) -> str:
+    source = patch_task_version(cohort.patch_task(key.task))
+    return digest(source, _task_geometry(cohort, key), cohort.settings.tissue)
+
+
+def _task_geometry(cohort: Cohort, key: PatchTaskKey) -> Geometry:
+    geometries = cohort.task_geometries[cohort.patch_task(key.task).name]
+    if key.geometry not in geometries:
+        raise CohortError(
+            f"no encoder of the cohort sees patch task '{key.task}' as {key.geometry}; they see it "
+            f"as {', '.join(geometries)}"
+        )
+    return geometries[key.geometry]
 
 
 def make_encoder(
@@ -114,24 +144,27 @@ def make_encoder(
     Raises
     ------
     EncoderError
-        Training or import failed, or the entry names a version of a model registry.
+        Training or import failed, the encoder to reuse is not in the store, or the entry names a
+        version of a model registry.
     """
-    spec, settings = cohort.encoder(encoder), cohort.settings
+    spec, geometry = cohort.encoder(encoder), cohort.geometry(encoder)
     if isinstance(spec, RegisteredEncoder):
         raise EncoderError(
             f"encoder '{encoder}' is a version of a model registry, which this step cannot "
             "download; use an entry with objective 'imported' and the encoder's file"
         )
     if isinstance(spec, ImportedEncoder):
-        imported = import_encoder(spec, patch=settings.patch, mpp=settings.mpp)
-        trained = Trained(imported, pl.DataFrame())
+        trained = Trained(import_encoder(spec, geometry), pl.DataFrame())
+    elif isinstance(spec, ReusedEncoder):
+        trained = Trained(_reuse(store, spec, geometry), pl.DataFrame())
     else:
+        keys = patch_task_keys(cohort, encoder)
         trained = train_encoder(
             spec,
-            [load_patch_task(store.patch_task(task)) for task in spec.tasks],
-            patch=settings.patch,
-            mpp=settings.mpp,
-            embedding_size=settings.embedding_size,
+            [load_patch_task(store.patch_task(keys[task])) for task in spec.tasks],
+            patch=geometry.patch,
+            mpp=geometry.mpp,
+            embedding_size=spec.embedding_size or cohort.settings.embedding_size,
             device=device,
             tracker=tracker,
             checkpoint=store.encoder_checkpoint(encoder),
@@ -145,6 +178,21 @@ def make_encoder(
     return trained
 
 
+def _reuse(store: Store, spec: ReusedEncoder, geometry: Geometry) -> Encoder:
+    folder = store.encoder(spec.encoder)
+    if not folder.exists():
+        raise EncoderError(
+            f"encoder '{spec.name}' reuses '{spec.encoder}', which is not made yet; materialize "
+            f"'encoder' of '{spec.encoder}' first"
+        )
+    loaded = load_encoder(folder)
+    source = f"encoder '{spec.encoder}' of the study, at {loaded.card.mpp:g} um/px"
+    card = loaded.card.model_copy(
+        update={"name": spec.name, "mpp": geometry.mpp, "source": loaded.card.source or source}
+    )
+    return replace(loaded, card=card)
+
+
 def remove_checkpoint(store: Store, encoder: str) -> None:
     """Delete the checkpoint of a training, once the encoder is saved and the tracker is closed."""
     store.encoder_checkpoint(encoder).unlink(missing_ok=True)
@@ -155,9 +203,14 @@ def leaked_groups(cohort: Cohort, store: Store, encoder: str) -> list[str]:
 
     Only patch tasks in the store are compared; see :func:`~nic_core.encoders.patch_tasks.leaks`.
     """
-    made = [path for task in cohort.patch_tasks if (path := store.patch_task(task.name)).exists()]
-    tasks = [load_patch_task(path) for path in made]
-    return leaks([task for task in tasks if task.name in cohort.encoder(encoder).tasks], tasks)
+    tasks = _made_patch_tasks(cohort, store, encoder)
+    return leaks([task for task in tasks if task.name in cohort.tasks_of(encoder)], tasks)
+
+
+def _made_patch_tasks(cohort: Cohort, store: Store, encoder: str) -> list[PatchDataset]:
+    """Load the patch tasks that are in the store as the encoder sees them."""
+    paths = map(store.patch_task, patch_task_keys(cohort, encoder).values())
+    return [load_patch_task(path) for path in paths if path.exists()]
 
 
 def make_encoder_probe(
@@ -175,16 +228,16 @@ def make_encoder_probe(
     Raises
     ------
     EncoderError
-        The store has no patch task, or one with another patch size or resolution than the encoder.
+        The store has no patch task, or one with another patch size than the encoder, or of another
+        resolution than in the encoder's training.
     """
     loaded = load_encoder(store.encoder(encoder))
-    made = [path for task in cohort.patch_tasks if (path := store.patch_task(task.name)).exists()]
-    if not made:
+    tasks = _made_patch_tasks(cohort, store, encoder)
+    if not tasks:
         raise EncoderError(
             f"encoder '{encoder}' cannot be probed, because the store has no patch task; "
             "materialize 'patch_task' first"
         )
-    tasks = [load_patch_task(path) for path in made]
     for task in tasks:
         check_scale(loaded, task)
     embeddings = [task_embeddings(loaded, task) for task in tasks]

@@ -13,7 +13,7 @@ from nic_core.encoders.inference import PreparedEncoder
 from nic_core.grids import Grid, grid_hash, open_grid, write_grid
 from nic_core.slides import content_identity
 from nic_core.steps.slide_index import open_indexed, read_slide_index, used_slides
-from nic_core.store import GridKey, Store, atomic_file
+from nic_core.store import GridKey, PatchTableKey, Store, atomic_file
 from nic_core.tiling.patches import read_patch_table
 
 MANIFEST_SCHEMA = pl.Schema(
@@ -56,7 +56,7 @@ def make_grid(
     SlideError, PatchTableError
         See :func:`~nic_core.compression.compress_slide`.
     """
-    cells = read_patch_table(store.patch_table(slide))
+    cells = read_cells(cohort, store, GridKey(encoder=encoder.card.name, slide=slide))
     settings = cohort.settings.compression
     with open_indexed(store, slide, colours=settings.colours) as opened:
         grid = compress_slide(
@@ -70,6 +70,18 @@ def make_grid(
         )
     write_grid(store.grid(GridKey(encoder=encoder.card.name, slide=slide)), grid)
     return grid
+
+
+def read_cells(cohort: Cohort, store: Store, key: GridKey) -> pl.DataFrame:
+    """Read the patch table that a grid is made from: that of its encoder's geometry.
+
+    Raises
+    ------
+    PatchTableError
+        See :func:`~nic_core.tiling.patches.read_patch_table`.
+    """
+    geometry = cohort.geometry(key.encoder).name
+    return read_patch_table(store.patch_table(PatchTableKey(geometry=geometry, slide=key.slide)))
 
 
 def make_grid_manifest(store: Store, encoder: str) -> pl.DataFrame:

@@ -13,6 +13,7 @@ from nic_core.cohort import Cohort, ProbabilityMap
 from nic_core.encoders import load_encoder, load_patch_task
 from nic_core.grids import open_grid
 from nic_core.maps import overlay, probability_map, score_maps, truth_of_cells
+from nic_core.steps.encoders import patch_task_keys
 from nic_core.steps.slide_index import index_row, read_slide_index
 from nic_core.steps.slides import THUMBNAIL, read_record
 from nic_core.store import GridKey, MapKey, Store, atomic_file, atomic_folder
@@ -75,7 +76,9 @@ def make_map_scores(cohort: Cohort, store: Store, name: str) -> pl.DataFrame:
     scores = score_maps(
         pl.concat([pl.read_parquet(path, glob=False) for path in paths if path.exists()])
     )
-    patches = load_patch_task(store.patch_task(cohort.probability_map(name).task)).table
+    entry = cohort.probability_map(name)
+    key = patch_task_keys(cohort, entry.encoder)[entry.task]
+    patches = load_patch_task(store.patch_task(key)).table
     trained_on = patches.filter(pl.col("split") != "test")["group"].unique()
     patients = index.select(
         "slide", "patient", in_training=pl.col("patient").is_in(trained_on.implode())

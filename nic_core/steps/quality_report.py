@@ -9,10 +9,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from nic_core.cohort import CohortError
+from nic_core.cohort import Cohort, CohortError
 from nic_core.steps.slide_index import read_slide_index
 from nic_core.steps.slides import THUMBNAIL, read_record
-from nic_core.store import Store, atomic_folder
+from nic_core.store import PatchTableKey, Store, atomic_folder
 from nic_core.tiling.patches import read_patch_table
 from nic_core.tiling.slide_quality import (
     QUALITY_SCHEMA,
@@ -50,8 +50,10 @@ class QualityReport:
         return self.slides.filter(pl.col("problems") != "").select("slide", "problems", "exclude")
 
 
-def make_quality_report(store: Store) -> QualityReport:
+def make_quality_report(cohort: Cohort, store: Store) -> QualityReport:
     """Compare the slides that have a patch table; write and return the report.
+
+    The patch tables are those of the first encoder's geometry.
 
     Raises
     ------
@@ -61,7 +63,12 @@ def make_quality_report(store: Store) -> QualityReport:
         A patch table cannot be read.
     """
     index = read_slide_index(store)
-    made = {slide: store.patch_table(slide).exists() for slide in index["slide"]}
+    geometry = next(iter(cohort.geometries))
+    tables = {
+        slide: store.patch_table(PatchTableKey(geometry=geometry, slide=slide))
+        for slide in index["slide"]
+    }
+    made = {slide: table.exists() for slide, table in tables.items()}
     if not any(made.values()):
         raise CohortError("no slide has a patch table; materialize 'patch_table' first")
     rows = []
@@ -69,7 +76,7 @@ def make_quality_report(store: Store) -> QualityReport:
         if made[slide]:
             record = read_record(store, slide)
             area = record.width * record.height * (record.mpp / 1000) ** 2  # mm2
-            cells = read_patch_table(store.patch_table(slide))
+            cells = read_patch_table(tables[slide])
             rows.append(
                 slide_quality(
                     slide,
@@ -83,8 +90,7 @@ def make_quality_report(store: Store) -> QualityReport:
     slides = pl.DataFrame(rows, schema=QUALITY_SCHEMA)
     # in a second pass over the patch tables, since a cell is compared with all slides
     blurred = [
-        blurred_share(read_patch_table(store.patch_table(slide)), slides, slide)
-        for slide in slides["slide"]
+        blurred_share(read_patch_table(tables[slide]), slides, slide) for slide in slides["slide"]
     ]
     slides = find_outliers(slides.with_columns(blurred_share=pl.Series(blurred, dtype=pl.Float64)))
     report = QualityReport(

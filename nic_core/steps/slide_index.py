@@ -14,13 +14,17 @@ import polars as pl
 from nic_core.cohort import (
     Cohort,
     CohortError,
+    EncoderSpec,
     ImportedEncoder,
     PatchTask,
     RegisteredEncoder,
+    ReusedEncoder,
     Target,
 )
 from nic_core.cohort.index import INDEX_SCHEMA, find_slides
 from nic_core.cohort.scan import SNAPSHOT_SCHEMA, take_snapshot, watched_files
+from nic_core.encoders.errors import EncoderError
+from nic_core.encoders.files import read_card
 from nic_core.encoders.patch_sources import source_files
 from nic_core.models.labels import read_labels, target_table
 from nic_core.slides import Slide, content_identity, open_slide
@@ -322,18 +326,34 @@ def patch_task_version(task: PatchTask) -> str:
     )
 
 
-def encoder_versions(cohort: Cohort) -> dict[str, str]:
-    """Return a version of every encoder by name: a digest of its entry and of its file, if any.
+def encoder_versions(cohort: Cohort, store: Store) -> dict[str, str]:
+    """Return a version of every encoder by name.
 
-    Registered encoders are left out, since only the registry knows their version.
+    It is a digest of the encoder's entry with the settings that apply to it, and of the file that
+    it imports or the weights that it reuses, if any. Registered encoders are left out, since only
+    the registry knows their version.
     """
-    return {
-        encoder.name: digest(encoder, _listing(encoder.file))
-        if isinstance(encoder, ImportedEncoder)
-        else digest(encoder)
-        for encoder in cohort.encoders
-        if not isinstance(encoder, RegisteredEncoder)
-    }
+    versions = {}
+    for encoder in cohort.encoders:
+        parts: list[object] = [encoder, cohort.geometry(encoder.name)]
+        match encoder:
+            case RegisteredEncoder():
+                continue
+            case ImportedEncoder():
+                parts.append(_listing(encoder.file))
+            case ReusedEncoder():
+                parts.append(_weights_or_problem(store, encoder.encoder))
+            case EncoderSpec():
+                parts.append(encoder.embedding_size or cohort.settings.embedding_size)
+        versions[encoder.name] = digest(*parts)
+    return versions
+
+
+def _weights_or_problem(store: Store, encoder: str) -> str:
+    try:
+        return read_card(store.encoder(encoder)).weights_hash
+    except EncoderError as error:  # reported when the weights are used
+        return str(error)
 
 
 def target_versions(cohort: Cohort, scan: SlideScan) -> dict[str, str]:

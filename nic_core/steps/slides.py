@@ -12,7 +12,7 @@ from nic_core.cohort import Cohort, CohortError
 from nic_core.slides import ImageInfo, Level, content_identity
 from nic_core.slides.icc import IccProfile
 from nic_core.steps.slide_index import index_row, open_indexed
-from nic_core.store import Store, atomic_folder
+from nic_core.store import PatchTableKey, Store, atomic_folder
 from nic_core.tiling.background import stain_density
 from nic_core.tiling.ink import find_ink
 from nic_core.tiling.mask_files import read_mask
@@ -109,27 +109,25 @@ def read_record(store: Store, slide: str) -> SlideRecord:
         ) from error
 
 
-def make_patch_table(cohort: Cohort, store: Store, slide: str) -> pl.DataFrame:
+def make_patch_table(cohort: Cohort, store: Store, key: PatchTableKey) -> pl.DataFrame:
     """Divide a slide into cells and measure their quality; write and return the patch table.
+
+    Parameters
+    ----------
+    key
+        Geometry, which an encoder of the cohort must have, and slide.
 
     Raises
     ------
     CohortError
-        The slide is not in the slide index.
+        The slide is not in the slide index, or no encoder has the geometry.
     SlideError
         The slide cannot be used, or too many of its cells cannot be decoded.
     """
-    settings = cohort.settings
+    slide, geometry = key.slide, cohort.geometry_named(key.geometry)
     mask = TissueMask.load(store.slide(slide) / TISSUE, read_record(store, slide).tissue_mpp)
     with open_indexed(store, slide) as opened:
-        cells = patch_table(
-            slide,
-            opened,
-            mask,
-            patch=settings.patch,
-            mpp=settings.mpp,
-            tissue=settings.tissue,
-        )
+        cells = patch_table(slide, opened, mask, geometry, tissue=cohort.settings.tissue)
         cells = measure_quality(cells, opened)
-    write_patch_table(store.patch_table(slide), cells)
+    write_patch_table(store.patch_table(key), cells)
     return cells

@@ -264,7 +264,7 @@ def _patch_task(cohort: Cohort, task: PatchTask) -> Iterator[Finding]:
         if task.slides is not None:
             yield from _annotated_slides(task)
             return
-        settings = cohort.settings
+        settings = cohort.settings  # labels do not depend on patch and um/px
         with open_source(
             task, patch=settings.patch, mpp=settings.mpp, tissue=settings.tissue, seed=0
         ) as source:

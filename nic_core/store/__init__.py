@@ -8,7 +8,7 @@ from nic_core.store.atomic import (
     exclusive_lock,
     remove_product,
 )
-from nic_core.store.keys import GridKey, MapKey, ModelKey
+from nic_core.store.keys import GridKey, MapKey, ModelKey, PatchTableKey, PatchTaskKey
 from nic_core.store.layout import DEFAULT_STORE, STORE_VARIABLE, Leftover, Product, Store
 
 __all__ = [
@@ -18,6 +18,8 @@ __all__ = [
     "Leftover",
     "MapKey",
     "ModelKey",
+    "PatchTableKey",
+    "PatchTaskKey",
     "Product",
     "Store",
     "StoreBusyError",

@@ -1,4 +1,4 @@
-"""Keys of products that belong to two things: an encoder and a slide, an encoder and a target.
+"""Keys of products that belong to two things: an encoder and a slide, a geometry and a slide.
 
 A key prints as its parts joined by ``|``, in the alphabetical order of their names. That is also
 the partition key of the product's asset. Parts are passed by name
@@ -33,6 +33,22 @@ class _Key:
 
     def __str__(self) -> str:
         return SEPARATOR.join(astuple(self))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatchTableKey(_Key):
+    """The patch table of a slide, for a geometry (:attr:`nic_core.cohort.Geometry.name`)."""
+
+    geometry: str
+    slide: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatchTaskKey(_Key):
+    """The patches of a patch task, in the patch size and um/px of a geometry."""
+
+    geometry: str
+    task: str
 
 
 @dataclass(frozen=True, kw_only=True)

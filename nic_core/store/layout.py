@@ -5,8 +5,8 @@
     <root>/
       slide_index/              slides.parquet: the slides; files.parquet: a snapshot of every file
       slides/<slide>/           slide.json, thumbnail.jpg, tissue.png
-      patch_tables/<slide>.parquet
-      patch_tasks/<task>/       patches.npy, patches.parquet, findings.parquet, recipe
+      patch_tables/<geometry>/<slide>.parquet
+      patch_tasks/<geometry>/<task>/       patches.npy, patches.parquet, findings.parquet, recipe
       encoders/<encoder>/       weights.safetensors (or network.*), card.json, history.parquet
       encoders/.<encoder>.training.pt      checkpoint of an unfinished training
       encoder_probes/<encoder>.parquet     scores of simple classifiers on its embeddings
@@ -35,12 +35,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nic_core.store.atomic import exclusive_lock, is_locked
-from nic_core.store.keys import GridKey, MapKey, ModelKey
+from nic_core.store.keys import GridKey, MapKey, ModelKey, PatchTableKey, PatchTaskKey
 
 STORE_VARIABLE = "NIC_STORE"
 DEFAULT_STORE = Path("data/store")
 
-Key = str | GridKey | ModelKey | MapKey
+Key = str | PatchTableKey | PatchTaskKey | GridKey | ModelKey | MapKey
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,11 @@ class Store:
     def slide(self, slide: str) -> Path:
         return self.root / "slides" / slide
 
-    def patch_table(self, slide: str) -> Path:
-        return self.root / "patch_tables" / f"{slide}.parquet"
+    def patch_table(self, key: PatchTableKey) -> Path:
+        return self.root / "patch_tables" / key.geometry / f"{key.slide}.parquet"
 
-    def patch_task(self, task: str) -> Path:
-        return self.root / "patch_tasks" / task
+    def patch_task(self, key: PatchTaskKey) -> Path:
+        return self.root / "patch_tasks" / key.geometry / key.task
 
     def encoder(self, encoder: str) -> Path:
         return self.root / "encoders" / encoder
@@ -156,8 +156,8 @@ class Store:
 # pattern -> asset, parser of its key, and whether the product is complete
 _PLACES: dict[str, tuple[str, Callable[[str], Key], bool]] = {
     "slides/*/": ("slide", str, True),
-    "patch_tables/*.parquet": ("patch_table", str, True),
-    "patch_tasks/*/": ("patch_task", str, True),
+    "patch_tables/*/*.parquet": ("patch_table", PatchTableKey.parse, True),
+    "patch_tasks/*/*/": ("patch_task", PatchTaskKey.parse, True),
     "encoders/*/": ("encoder", str, True),
     "encoders/.*.training.pt": ("encoder", str, False),
     "encoder_probes/*.parquet": ("encoder_probe", str, True),

@@ -14,6 +14,7 @@ from typing import TypeVar
 
 import numpy as np
 import polars as pl
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from nic_core.slides.errors import SlideError
@@ -65,16 +66,24 @@ def plan_blocks(table: pl.DataFrame, *, side: int = BLOCK) -> list[Block]:
 
 
 def read_block(
-    slide: Slide, block: Block, *, patch: int, mpp: float, scaled: bool = False
+    slide: Slide,
+    block: Block,
+    *,
+    patch: int,
+    mpp: float,
+    stride: int | None = None,
+    scaled: bool = False,
 ) -> tuple[NDArray[np.int64], Pixels]:
-    """Read the cells of a block; leave out those that cannot be decoded.
+    """Read the patches of the cells of a block; leave out those that cannot be decoded.
 
     Parameters
     ----------
     patch : int
-        Side of a cell, px at ``mpp``.
+        Side of a patch, px at ``mpp``.
     mpp : float
         um/px to read at.
+    stride : int, optional
+        Side of a cell, which is the central square of its patch, px at ``mpp``; default: the patch.
     scaled : bool
         Let the decoder shrink the image; see :meth:`nic_core.slides.Slide.read`.
 
@@ -84,14 +93,25 @@ def read_block(
         Row and column in the grid of each decoded cell.
     pixels : uint8 (n, patch, patch, 3)
     """
-    step = patch * mpp / slide.mpp  # side of a cell, level-0 px
+    stride = patch if stride is None else stride
+    px = mpp / slide.mpp  # level-0 px per px
+    step, margin = stride * px, (patch - stride) / 2 * px
 
     def read(row: int, column: int, rows: int, columns: int) -> Pixels:
         """Patches of a rectangle of cells, by row then column."""
         pixels = slide.read(
-            column * step, row * step, columns * patch, rows * patch, mpp, scaled=scaled
+            column * step - margin,
+            row * step - margin,
+            (columns - 1) * stride + patch,
+            (rows - 1) * stride + patch,
+            mpp,
+            scaled=scaled,
         )
-        cells = pixels.reshape(rows, patch, columns, patch, 3).swapaxes(1, 2)
+        if stride == patch:
+            cells = pixels.reshape(rows, patch, columns, patch, 3).swapaxes(1, 2)
+        else:
+            windows = sliding_window_view(pixels, (patch, patch), axis=(0, 1))
+            cells = np.moveaxis(windows[::stride, ::stride], 2, -1)
         return cells.reshape(-1, patch, patch, 3)
 
     try:

@@ -10,6 +10,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from nic_core.cohort import Geometry
 from nic_core.slides.resample import coverage
 from nic_core.slides.slide import Slide
 from nic_core.store import atomic_file
@@ -19,13 +20,16 @@ PATCH_SCHEMA: dict[str, pl.DataType] = {
     "slide": pl.String(),
     "row": pl.Int32(),
     "column": pl.Int32(),
-    "x": pl.Float64(),  # top-left corner, level-0 px; not rounded, so that errors do not add up
+    # top-left corner of the patch, level-0 px; not rounded, so that errors do not add up
+    "x": pl.Float64(),
     "y": pl.Float64(),
-    "size": pl.Float64(),  # side, level-0 px
+    "size": pl.Float64(),  # side of the patch, level-0 px
+    "stride": pl.Float64(),  # side of the cell, which is the patch's central square, level-0 px
     "mpp": pl.Float64(),  # um/px of the patch
-    "tissue": pl.Float32(),  # fraction of the cell's area that is tissue
-    "focus": pl.Float32(),  # variance of the Laplacian of luminance, grey levels squared
-    "red": pl.Float32(),  # mean colour, 0 to 255
+    "tissue": pl.Float32(),  # fraction of the patch's area that is tissue
+    # variance of the Laplacian of luminance of the cell, grey levels squared
+    "focus": pl.Float32(),
+    "red": pl.Float32(),  # mean colour of the cell, 0 to 255
     "green": pl.Float32(),
     "blue": pl.Float32(),
     "kept": pl.Boolean(),
@@ -35,10 +39,11 @@ PATCH_UNITS = {
     "x": "level-0 px",
     "y": "level-0 px",
     "size": "level-0 px",
+    "stride": "level-0 px",
     "mpp": "um/px",
     "focus": "grey levels squared",
 }
-PATCH_FORMAT = 2
+PATCH_FORMAT = 3
 """Format number of the file, raised when the columns or their meaning change."""
 MEASURED = ("focus", "red", "green", "blue")  # columns that measure_quality fills in
 
@@ -47,30 +52,24 @@ class PatchTableError(ValueError):
     """A patch table is invalid, or belongs to another slide."""
 
 
-def grid_shape(slide: Slide, patch: int, mpp: float) -> tuple[int, int]:
-    """Return the rows and columns of cells that cover the slide.
-
-    Parameters
-    ----------
-    patch : int
-        Side of a cell, px at ``mpp``.
-    mpp : float
-        um/px.
-    """
-    cell = patch * mpp / slide.mpp
+def grid_shape(slide: Slide, geometry: Geometry) -> tuple[int, int]:
+    """Return the rows and columns of cells that cover the slide."""
+    cell = geometry.cell_um / slide.mpp
     # a remainder below a thousandth of a cell is rounding of um/px, not another cell
     rows, columns = slide.height / cell, slide.width / cell
     return max(1, math.ceil(rows - 1e-3)), max(1, math.ceil(columns - 1e-3))
 
 
 def patch_table(
-    slide_id: str, slide: Slide, mask: TissueMask, *, patch: int, mpp: float, tissue: float
+    slide_id: str, slide: Slide, mask: TissueMask, geometry: Geometry, *, tissue: float
 ) -> pl.DataFrame:
     """Divide a slide into a grid of cells, and decide which are kept.
 
     Cells do not overlap. They cover the slide from its top-left corner; the last row and column
-    may extend beyond the slide. A cell is kept if its tissue fraction exceeds ``tissue``. The
-    fraction is the mean of the mask over the cell's area, and 0 outside the slide.
+    may extend beyond the slide. A cell is the central square of its patch; patches overlap if the
+    geometry's stride is smaller than its patch. A cell is kept if the tissue fraction of its patch
+    exceeds ``tissue``. The fraction is the mean of the mask over the patch's area, and 0 outside
+    the slide.
 
     Parameters
     ----------
@@ -78,10 +77,8 @@ def patch_table(
     slide : Slide
         Only its size and um/px are used; no pixel is read.
     mask : TissueMask
-    patch : int
-        Side of a patch, px at ``mpp``.
-    mpp : float
-        um/px of a patch.
+    geometry : Geometry
+        Patch, um/px and stride.
     tissue : float
         Tissue fraction; 0.6 in the code released with the paper [code].
 
@@ -91,15 +88,17 @@ def patch_table(
         :data:`PATCH_SCHEMA`, one row per cell, by row then column. The columns :data:`MEASURED`
         are null; :func:`nic_core.tiling.quality.measure_quality` fills them in.
     """
-    rows, columns = grid_shape(slide, patch, mpp)
-    cell = patch * mpp / mask.mpp  # mask px
+    rows, columns = grid_shape(slide, geometry)
+    px = geometry.mpp / mask.mpp  # mask px per px of a patch
+    size, step, margin = (n * px for n in (geometry.patch, geometry.stride, geometry.margin))
     height, width = mask.array.shape
-    down = coverage(0.0, cell, rows, height)
-    across = coverage(0.0, cell, columns, width)
+    down = coverage(-margin, size, rows, height, step=step)
+    across = coverage(-margin, size, columns, width, step=step)
     fraction = np.clip(across @ (down @ mask.array.astype(np.float32)).T, 0, 1).T
     # float32 sums are inexact: a fraction of exactly 0.6 must not exceed a limit of 0.6
     fraction = np.round(fraction, 6).astype(np.float32)
-    size = patch * mpp / slide.mpp
+    px = geometry.mpp / slide.mpp  # level-0 px per px of a patch
+    size, step, margin = (n * px for n in (geometry.patch, geometry.stride, geometry.margin))
     row, column = np.divmod(np.arange(rows * columns), columns)
     table = (
         pl.DataFrame(
@@ -107,10 +106,11 @@ def patch_table(
                 "slide": [slide_id] * (rows * columns),
                 "row": row,
                 "column": column,
-                "x": column * size,
-                "y": row * size,
+                "x": column * step - margin,
+                "y": row * step - margin,
                 "size": np.full(rows * columns, size),
-                "mpp": np.full(rows * columns, float(mpp)),
+                "stride": np.full(rows * columns, step),
+                "mpp": np.full(rows * columns, float(geometry.mpp)),
                 "tissue": fraction.ravel(),
                 "kept": (fraction > np.float32(tissue)).ravel(),
             },

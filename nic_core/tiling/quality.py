@@ -1,5 +1,7 @@
 """Quality of cells: focus and mean colour, for the patch table.
 
+The area of a cell is measured, which is the central square of its patch if patches overlap.
+
 Quality is measured at twice the um/px of a patch [choice]. The encoder, too, first reduces patches
 of 0.5 um/px to 1.0 um/px by a mean pooling of 2 x 2 px.
 """
@@ -59,7 +61,7 @@ def measure_quality(
     SlideError
         More than ``max_unreadable`` of the cells cannot be decoded.
     """
-    cell = float(table["size"][0]) * slide.mpp  # um
+    cell = float(table["stride"][0]) * slide.mpp  # um
     side = max(1, round(cell / (2 * float(table["mpp"][0]))))
     mpp = cell / side
     columns = int(table["column"].to_numpy().max()) + 1

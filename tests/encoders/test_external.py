@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional
 
-from nic_core.cohort import ExternalNetwork, ImportedEncoder, Preprocess, TimmModel
+from nic_core.cohort import ExternalNetwork, Geometry, ImportedEncoder, Preprocess, TimmModel
 from nic_core.compression import compress_slide
 from nic_core.encoders import EncoderError, import_encoder, load_encoder, save_encoder
 from nic_core.slides import content_identity, open_slide
@@ -81,7 +81,7 @@ def entry(file: Path, network: ExternalNetwork | None = NETWORK) -> ImportedEnco
 
 
 def load(file: Path, network: ExternalNetwork = NETWORK):
-    return import_encoder(entry(file, network), patch=64, mpp=0.5)
+    return import_encoder(entry(file, network), Geometry(64, 0.5, 64))
 
 
 def expected(network: nn.Module, pixels: np.ndarray) -> np.ndarray:
@@ -118,7 +118,7 @@ def test_external_network_compresses_a_slide(kind, precision, error, files, netw
     encoder = load(files[kind])
     with open_slide(path) as slide:
         mask = TissueMask(np.random.default_rng(0).random((44, 32)) < 0.8, 8.0)
-        table = patch_table("s", slide, mask, patch=64, mpp=0.5, tissue=0.6)
+        table = patch_table("s", slide, mask, Geometry(64, 0.5, 64), tissue=0.6)
         grid = compress_slide(
             slide,
             table,
@@ -207,11 +207,12 @@ def test_embeddings_that_are_not_finite_are_refused(tmp_path):
         load(script(Broken(), tmp_path / "broken.pt"), three)
 
 
-def test_import_refuses_another_patch_size_than_the_cohort(files):
-    with pytest.raises(
-        EncoderError, match=r"64 px at 0.5 um/px, but .* patch: 224, mpp: 0.5; change"
-    ):
-        import_encoder(entry(files["script"]), patch=224, mpp=0.5)
+def test_an_encoder_folder_of_another_geometry_is_refused(files, tmp_path):
+    save_encoder(tmp_path / "small", load(files["script"]))
+    folder = entry(tmp_path / "small", None)
+    assert import_encoder(folder, Geometry(64, 0.5, 32)).card.patch == 64
+    with pytest.raises(EncoderError, match="entry says 224 px at 1; write 'patch: 64' and 'mpp: 0"):
+        import_encoder(folder, Geometry(224, 1.0, 224))
 
 
 def test_file_and_description_must_match(files, tmp_path):

@@ -17,15 +17,23 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nic_core.cohort import ExternalNetwork, ImportedEncoder, Preprocess, PresetName, TimmModel
-from nic_core.encoders import EncoderError, import_encoder, load_encoder, presets, save_encoder
+from nic_core.cohort import (
+    ExternalNetwork,
+    Geometry,
+    ImportedEncoder,
+    Preprocess,
+    PresetName,
+    TimmModel,
+    presets,
+)
+from nic_core.cohort.presets import PRESETS, Preset, licence_of
+from nic_core.encoders import EncoderError, import_encoder, load_encoder, save_encoder
 from nic_core.encoders.external import (
     ExternalEncoder,
     pool_tokens,
     read_weights,
     timm_network,
 )
-from nic_core.encoders.presets import PRESETS, Preset, licence_of
 from nic_core.encoders.weight_names import timm_names
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -91,26 +99,15 @@ def test_weights_without_preset_or_network_are_refused(tmp_path):
         entry(tmp_path / "x.bin", None)
 
 
-def test_another_geometry_than_the_study_is_refused_before_the_file_is_read(tmp_path):
-    file = tmp_path / "uni.bin"
-    file.write_bytes(b"not weights")
-    message = (
-        r"'e' \(preset 'uni'\) takes patches of 224 px at 0.5 um/px, but the cohort's settings are "
-        r"patch: 128, mpp: 0.25"
-    )
-    with pytest.raises(EncoderError, match=message):
-        import_encoder(entry(file, "uni"), patch=128, mpp=0.25)
-
-
 def test_a_missing_file_names_where_the_weights_are_asked_for(tmp_path):
     with pytest.raises(EncoderError, match="ask for it at https://huggingface.co/owkin/phikon"):
-        import_encoder(entry(tmp_path / "phikon.bin", "phikon"), patch=224, mpp=0.5)
+        import_encoder(entry(tmp_path / "phikon.bin", "phikon"), Geometry(224, 0.5, 224))
 
 
 @pytest.mark.parametrize(("name", "patch", "mpp"), [("ctranspath", 224, 1.0), ("conch", 448, 0.5)])
 def test_weights_of_a_network_that_timm_lacks_are_refused(tmp_path, name, patch, mpp):
     with pytest.raises(EncoderError, match=r"export the network .*\(.pt, .ts, .pt2\)"):
-        import_encoder(entry(weights_file(tmp_path), name), patch=patch, mpp=mpp)
+        import_encoder(entry(weights_file(tmp_path), name), Geometry(patch, mpp, patch))
 
 
 class Graph(nn.Module):
@@ -133,7 +130,7 @@ def test_an_exported_graph_takes_geometry_and_pixels_from_the_preset(tmp_path, n
     example = (torch.rand(2, 3, 224, 224),)
     graph = torch.export.export(Graph(network.embedding_size), example, dynamic_shapes=batch)
     torch.export.save(graph, file)
-    encoder = import_encoder(entry(file, name), patch=224, mpp=network.mpp)
+    encoder = import_encoder(entry(file, name), Geometry(224, network.mpp, 224))
     assert (encoder.card.architecture, encoder.card.preset) == ("torch.export", name)
     pixels = np.random.default_rng(0).integers(0, 256, (2, 224, 224, 3), np.uint8)
     expected = ((pixels / 255).mean((1, 2)) - IMAGENET[0]) / IMAGENET[1]
@@ -464,7 +461,7 @@ def test_an_imported_preset_equals_the_published_pipeline(timm, name, tmp_path, 
             parameter.add_(torch.randn_like(parameter) * 0.02)
     file = tmp_path / "model.bin"
     torch.save(model.state_dict(), file)
-    encoder = import_encoder(entry(file, name), patch=network.patch, mpp=network.mpp)
+    encoder = import_encoder(entry(file, name), Geometry(network.patch, network.mpp, network.patch))
     side = network.patch
     pixels = np.random.default_rng(0).integers(0, 256, (2, side, side, 3), np.uint8)
 
@@ -500,7 +497,7 @@ def test_weights_of_transformers_give_the_same_tokens(
     with_one_block(name, monkeypatch)
     weights = transformers_weights(width, 1, dinov2=name == "phikon-v2")
     save_file(weights, tmp_path / "model.safetensors")
-    encoder = import_encoder(entry(tmp_path / "model.safetensors", name), patch=224, mpp=0.5)
+    encoder = import_encoder(entry(tmp_path / "model.safetensors", name), Geometry(224, 0.5, 224))
     pixels = np.random.default_rng(0).integers(0, 256, (2, 224, 224, 3), np.uint8)
     images = torch.from_numpy((pixels / 255 - IMAGENET[0]) / IMAGENET[1]).permute(0, 3, 1, 2)
     doubles = {key: tensor.double() for key, tensor in weights.items()}
@@ -514,7 +511,7 @@ def test_weights_of_another_preset_are_refused_in_one_line(timm, tmp_path, monke
     file = tmp_path / "phikon.safetensors"
     save_file(transformers_weights(768, 1), file)
     with pytest.raises(EncoderError, match=r"of another size \['cls_token \(1, 1, 768\)") as error:
-        import_encoder(entry(file, "uni"), patch=224, mpp=0.5)
+        import_encoder(entry(file, "uni"), Geometry(224, 0.5, 224))
     assert "\n" not in str(error.value)
 
 
@@ -523,7 +520,7 @@ def test_resnet50_pools_the_last_map(timm, tmp_path):
     torch.manual_seed(2)
     model = timm.create_model("resnet50", pretrained=False).eval()  # with its classifier
     torch.save(model.state_dict(), tmp_path / "resnet50.pth")
-    encoder = import_encoder(entry(tmp_path / "resnet50.pth", "resnet50"), patch=224, mpp=0.5)
+    encoder = import_encoder(entry(tmp_path / "resnet50.pth", "resnet50"), Geometry(224, 0.5, 224))
     pixels = np.random.default_rng(0).integers(0, 256, (1, 224, 224, 3), np.uint8)
     images = torch.from_numpy((pixels / 255 - IMAGENET[0]) / IMAGENET[1]).permute(0, 3, 1, 2)
     with torch.no_grad():

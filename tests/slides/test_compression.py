@@ -13,6 +13,7 @@ import tifffile
 import torch
 from torch import nn
 
+from nic_core.cohort import Geometry
 from nic_core.compression import compress_slide, is_up_to_date
 from nic_core.encoders.inference import PreparedEncoder
 from nic_core.grids import open_grid, write_grid
@@ -59,13 +60,13 @@ def prepared(module=None, card=None, **changes) -> PreparedEncoder:
     )
 
 
-def table_of(slide, mask=None, card=None) -> pl.DataFrame:
+def table_of(slide, mask=None, card=None, stride=None) -> pl.DataFrame:
     card = card or Card()
     if mask is None:
         shape = round(slide.height * slide.mpp / 8) + 1, round(slide.width * slide.mpp / 8) + 1
         mask = np.random.default_rng(0).random(shape) < 0.7
     return patch_table(
-        "s", slide, TissueMask(mask, 8.0), patch=card.patch, mpp=card.mpp, tissue=0.6
+        "s", slide, TissueMask(mask, 8.0), Geometry(card.patch, card.mpp, stride or card.patch), tissue=0.6
     )
 
 
@@ -93,6 +94,19 @@ def test_a_grid_has_the_embedding_of_every_kept_patch(kind, mpp, files):
                 np.testing.assert_allclose(grid.embeddings[:, *cell], expected, rtol=2e-3)
             else:
                 assert not grid.embeddings[:, *cell].any()
+
+
+@pytest.mark.parametrize("stride", [16, 24, 30])
+def test_overlapping_patches_are_read_at_their_places(files, stride):
+    with open_slide(files["tiff"]) as slide:
+        table = table_of(slide, stride=stride)
+        grid = compress(slide, table, workers=2)
+        assert (grid.provenance.patch, grid.provenance.stride) == (32, stride)
+        for row in table.filter("kept").iter_rows(named=True):
+            pixels = slide.read(row["x"], row["y"], 32, 32, 0.5).reshape(-1, 3)
+            expected = np.concatenate([pixels.mean(0), pixels.std(0, ddof=1)])
+            found = grid.embeddings[:, row["row"], row["column"]]
+            np.testing.assert_allclose(found, expected, rtol=3e-3)
 
 
 def test_the_grid_depends_neither_on_threads_nor_on_blocks(files, monkeypatch):

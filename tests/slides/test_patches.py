@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nic_core.cohort import Geometry
 from nic_core.slides import open_slide
 from nic_core.tiling.patches import (
     MEASURED,
@@ -31,11 +32,15 @@ class PlainSlide:
         self.width, self.height, self.mpp = width, height, mpp
 
 
-def table_of(width=1000, height=700, mpp=0.25, mask=None, **settings) -> pl.DataFrame:
+def table_of(
+    width=1000, height=700, mpp=0.25, mask=None, patch=64, stride=None, tissue=0.6
+) -> pl.DataFrame:
     if mask is None:
         mask = np.ones((round(height * mpp / 8) + 1, round(width * mpp / 8) + 1), bool)
-    settings = {"patch": 64, "mpp": 0.5, "tissue": 0.6} | settings
-    return patch_table("s", PlainSlide(width, height, mpp), TissueMask(mask, 8.0), **settings)
+    geometry = Geometry(patch, 0.5, stride or patch)
+    return patch_table(
+        "s", PlainSlide(width, height, mpp), TissueMask(mask, 8.0), geometry, tissue=tissue
+    )
 
 
 def with_quality(table: pl.DataFrame, **values: float) -> pl.DataFrame:
@@ -81,7 +86,7 @@ def test_a_cell_is_kept_above_the_tissue_limit_not_at_it(pixels, kept):
     mask = np.zeros((10, 10), bool)
     mask.ravel()[:pixels] = True
     table = patch_table(
-        "s", PlainSlide(160, 160, 0.5), TissueMask(mask, 8.0), patch=160, mpp=0.5, tissue=0.6
+        "s", PlainSlide(160, 160, 0.5), TissueMask(mask, 8.0), Geometry(160, 0.5, 160), tissue=0.6
     )
     assert table["tissue"].to_list() == pytest.approx([pixels / 100])
     assert table["kept"].to_list() == [kept]
@@ -96,7 +101,7 @@ def test_area_outside_the_slide_counts_as_glass():
 def test_a_patch_table_is_read_back_unchanged(tmp_path, files):
     with open_slide(files["tiff"]) as slide:
         mask = TissueMask(np.ones((22, 29), bool), 8.0)
-        table = patch_table("s", slide, mask, patch=64, mpp=0.5, tissue=0.6)
+        table = patch_table("s", slide, mask, Geometry(64, 0.5, 64), tissue=0.6)
     path = tmp_path / "tables" / "s.parquet"
     for written in (table, with_quality(table)):
         write_patch_table(path, written)
@@ -133,9 +138,34 @@ def test_an_invalid_table_is_refused_when_written_and_read(tmp_path, change, mes
     with pytest.raises(PatchTableError, match=message):
         write_patch_table(path, table)
     assert not path.exists()
-    table.write_parquet(path, metadata={"nic_format": "2"})
+    table.write_parquet(path, metadata={"nic_format": "3"})
     with pytest.raises(PatchTableError, match=message):
         read_patch_table(path)
+
+
+@given(
+    st.integers(1, 900),
+    st.integers(1, 900),
+    st.sampled_from([0.2498, 0.25, 0.5]),
+    st.sampled_from([2, 16, 30, 64]),
+)
+def test_with_overlap_each_cell_is_the_centre_of_its_patch(width, height, mpp, stride):
+    table = table_of(width, height, mpp, stride=stride)
+    cells = table_of(width, height, mpp, patch=stride)
+    assert len(table) == len(cells)
+    for axis in ("x", "y"):
+        centre = table[axis] + table["size"] / 2
+        np.testing.assert_allclose(centre, cells[axis] + cells["size"] / 2, rtol=1e-9)
+    assert table["stride"].unique().to_list() == cells["size"].unique().to_list()
+
+
+def test_the_tissue_fraction_is_that_of_the_whole_patch():
+    # tissue is the left half of a slide of 4 x 4 cells of 16 um; a patch has twice their side
+    mask = np.repeat([[True, False]], 8, axis=0).repeat(4, axis=1)
+    table = table_of(128, 128, 0.5, mask=mask, patch=64, stride=32, tissue=0.3)
+    assert table.filter(row=1)["tissue"].to_list() == pytest.approx([0.75, 0.75, 0.25, 0])
+    assert table.filter(row=0)["tissue"].to_list() == pytest.approx([0.5625, 0.5625, 0.1875, 0])
+    assert table.filter(row=1)["kept"].to_list() == [True, True, False, False]
 
 
 def test_a_file_that_is_not_parquet_is_refused(tmp_path):
@@ -148,7 +178,7 @@ def test_rounding_of_mpp_does_not_add_an_empty_row(tmp_path):
     path = write_tiff(tmp_path / "s.tif", np.full((256, 256, 3), 200, np.uint8), mpp=0.25)
     with open_slide(path) as slide:  # the file may state 0.2500000001
         table = patch_table(
-            "s", slide, TissueMask(np.ones((8, 8), bool), 8.0), patch=64, mpp=0.5, tissue=0.6
+            "s", slide, TissueMask(np.ones((8, 8), bool), 8.0), Geometry(64, 0.5, 64), tissue=0.6
         )
     assert len(table) == 4
 
@@ -157,7 +187,7 @@ def test_the_file_holds_units_and_format_for_readers_of_arrow(tmp_path):
     path = tmp_path / "s.parquet"
     write_patch_table(path, table_of(width=64, height=64))
     schema = pq.read_schema(path)
-    assert schema.metadata[b"nic_format"] == b"2"
+    assert schema.metadata[b"nic_format"] == b"3"
     assert schema.field("x").metadata[b"unit"] == b"level-0 px"
     assert schema.field("mpp").metadata[b"unit"] == b"um/px"
 

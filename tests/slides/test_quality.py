@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy import ndimage
 
+from nic_core.cohort import Geometry
 from nic_core.slides import SlideError, open_slide
 from nic_core.tiling.patches import MEASURED, check_patch_table, patch_table
 from nic_core.tiling.quality import cell_statistics, measure_quality, summarize
@@ -23,7 +24,9 @@ def table_of(slide, mask=None, patch=32, tissue=0.6) -> pl.DataFrame:
         mask = np.random.default_rng(0).random(shape) < 0.7
     elif isinstance(mask, bool):
         mask = np.full(shape, mask)
-    return patch_table("s", slide, TissueMask(mask, 8.0), patch=patch, mpp=0.5, tissue=tissue)
+    return patch_table(
+        "s", slide, TissueMask(mask, 8.0), Geometry(patch, 0.5, patch), tissue=tissue
+    )
 
 
 def reference(pixels: np.ndarray) -> np.ndarray:
@@ -139,7 +142,7 @@ def test_a_slide_of_one_pixel_has_a_table_of_one_cell(tmp_path, colour):
     with open_slide(path) as slide:
         mask = tissue_mask(slide)
         measured = measure_quality(
-            patch_table("s", slide, mask, patch=128, mpp=0.5, tissue=0.6), slide
+            patch_table("s", slide, mask, Geometry(128, 0.5, 128), tissue=0.6), slide
         )
     check_patch_table(measured, "s")
     assert measured["reason"].to_list() == ["background"]

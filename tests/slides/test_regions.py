@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from skimage import draw
 
+from nic_core.cohort import Geometry
 from nic_core.slides import open_slide
 from nic_core.tiling.patches import patch_table
 from nic_core.tiling.regions import (
@@ -94,7 +95,7 @@ def cells_of(columns: int, rows: int) -> pl.DataFrame:
     slide = PlainSlide()
     slide.width, slide.height = 64 * columns, 64 * rows
     mask = TissueMask(np.ones((1, 1), bool), 8.0)
-    return patch_table("s", slide, mask, patch=32, mpp=0.5, tissue=0.6)
+    return patch_table("s", slide, mask, Geometry(32, 0.5, 32), tissue=0.6)
 
 
 @given(
@@ -162,8 +163,7 @@ def test_a_cell_gets_the_label_with_the_largest_coverage(files):
             "s",
             slide,
             TissueMask(np.ones((22, 29), bool), 8.0),
-            patch=32,
-            mpp=0.5,
+            Geometry(32, 0.5, 32),
             tissue=0.6,
         )
         regions = [  # cells of 64 level-0 px
@@ -183,7 +183,7 @@ def test_a_cell_gets_the_label_with_the_largest_coverage(files):
 def test_without_regions_no_cell_gets_a_label(files):
     with open_slide(files["tiff"]) as slide:
         mask = TissueMask(np.ones((22, 29), bool), 8.0)
-        table = patch_table("s", slide, mask, patch=32, mpp=0.5, tissue=0.6)
+        table = patch_table("s", slide, mask, Geometry(32, 0.5, 32), tissue=0.6)
         labels = label_patches(table, [])
     assert labels["label"].is_null().all()
 

@@ -20,7 +20,7 @@ from nic_core.steps import (
     read_record,
     target_versions,
 )
-from nic_core.store import Store
+from nic_core.store import PatchTableKey, Store
 from nic_core.tiling.slide_quality import (
     MIN_SLIDES,
     QUALITY_SCHEMA,
@@ -179,14 +179,14 @@ def study(tmp_path_factory):
     cohort, store = load_cohort(folder / "cohort.yaml"), Store(folder / "store")
     for slide in make_slide_index(cohort, store).index["slide"]:
         make_slide(store, slide)
-        make_patch_table(cohort, store, slide)
+        make_patch_table(cohort, store, PatchTableKey(geometry="128px-0.5um", slide=slide))
     return folder, cohort, store
 
 
 def test_the_report_shows_the_slide_with_a_black_border(study):
     _, cohort, store = study
     make_slide_index(cohort, store)
-    report = make_quality_report(store)
+    report = make_quality_report(cohort, store)
     assert report.without_patch_table == []
     assert report.outliers["slide"].to_list() == ["s5"]
     assert "ink or black" in report.outliers["problems"].item()
@@ -208,7 +208,10 @@ def test_no_fold_and_no_manifest_has_an_excluded_slide(study):
         folds = make_target_folds(cohort, store, "score")
         assert folds.table["unit"].to_list() == ["s0", "s1", "s2", "s4", "s5"]
         assert "s3" not in make_grid_manifest(store, "rgb")["slide"]
-        assert make_quality_report(store).slides.filter(slide="s3")["exclude"].item() == "folded"
+        assert (
+            make_quality_report(cohort, store).slides.filter(slide="s3")["exclude"].item()
+            == "folded"
+        )
     finally:
         table.write_text(kept)
 
@@ -218,7 +221,7 @@ def test_the_report_needs_a_patch_table(study, tmp_path):
     store = Store(tmp_path)
     make_slide_index(cohort, store)
     with pytest.raises(CohortError, match="no slide has a patch table; materialize 'patch_table'"):
-        make_quality_report(store)
+        make_quality_report(cohort, store)
 
 
 def test_a_slide_record_of_another_version_is_refused(study, tmp_path):

@@ -55,16 +55,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nic_core.cohort import (
-    FILE_KINDS,
-    ExternalNetwork,
-    ImportedEncoder,
-    Preprocess,
-    PresetName,
-    TimmModel,
-    Tokens,
-)
-from nic_core.encoders.errors import EncoderError
+from nic_core.cohort.encoders import ExternalNetwork, Preprocess, PresetName, TimmModel, Tokens
 
 IMAGENET = Preprocess(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 CLIP = Preprocess(
@@ -93,28 +84,6 @@ class Preset:
     network: ExternalNetwork
     licence: str
     address: str
-
-
-def preset_network(entry: ImportedEncoder) -> ExternalNetwork:
-    """Return the network of the entry's preset, without ``timm`` if the file is a graph.
-
-    Raises
-    ------
-    EncoderError
-        timm does not have the network, and the file contains weights only.
-    """
-    assert entry.preset is not None
-    network = PRESETS[entry.preset].network
-    if entry.kind != "timm":
-        return network.model_copy(update={"timm": None})
-    if network.timm is None:
-        graphs = [suffix for suffix, kind in FILE_KINDS.items() if kind.startswith("torch")]
-        raise EncoderError(
-            f"encoder '{entry.name}': timm does not have the network of preset '{entry.preset}', "
-            f"so the weights in {entry.file.name} cannot be used alone; export the network with "
-            f"its weights and pooling, and give that file ({', '.join(graphs)})"
-        )
-    return network
 
 
 def licence_of(preset: str | None) -> str:
