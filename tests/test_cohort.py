@@ -7,7 +7,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nic_core.cohort import CohortError, ImportedEncoder, load_cohort
+from nic_core.cohort import CohortError, Geometry, ImportedEncoder, load_cohort
 from nic_core.cohort.file import read_cohort_file, valid_part
 
 MINIMAL = """\
@@ -131,6 +131,91 @@ def test_an_incomplete_imported_encoder_is_refused(tmp_path, file, network, line
         load_cohort(path)
     first = next(text for text in str(error.value).splitlines() if reason in text)
     assert first.startswith(f"{path}:{line}: {field}: ")
+
+
+SEVERAL = """\
+name: study
+slides: {table: slides.csv}
+patch_tasks:
+  - {name: colon, organ: colon, mpp: 0.5, table: colon.csv, train_mpp: 1}
+  - {name: lung, organ: lung, mpp: 0.5, table: lung.csv, classes: [a, b]}
+encoders:
+  - {name: mtl, objective: mtl, tasks: [colon, lung]}
+  - {name: overlapping, objective: mtl, tasks: [lung], patch: 64, mpp: 0.25, stride: 32}
+  - {name: coarse, objective: reused, encoder: mtl, mpp: 1.0}
+  - {name: uni, objective: imported, preset: uni, file: uni.bin}
+  - {name: far, objective: imported, preset: virchow2, file: far.bin, mpp: 1.0}
+maps:
+  - {name: map, encoder: coarse, task: colon, label: a}
+"""
+
+
+def test_each_encoder_has_its_own_geometry(tmp_path):
+    cohort = load_cohort(write(tmp_path, SEVERAL))
+    assert list(cohort.geometries) == [
+        "128px-0.5um",
+        "64px-0.25um-stride32",
+        "128px-1um",
+        "224px-0.5um",
+        "224px-1um",
+    ]
+    assert cohort.geometry("overlapping") == Geometry(patch=64, mpp=0.25, stride=32)
+    assert cohort.geometry_named("128px-1um") == cohort.geometry("coarse")
+    with pytest.raises(CohortError, match="no encoder of the cohort has the geometry '9px-1um'"):
+        cohort.geometry_named("9px-1um")
+
+
+def test_a_patch_task_is_cut_at_its_own_or_the_encoders_resolution(tmp_path):
+    cohort = load_cohort(write(tmp_path, SEVERAL))
+    assert set(cohort.task_geometries["colon"]) == {"128px-1um", "64px-1um", "224px-1um"}
+    assert set(cohort.task_geometries["lung"]) == {
+        "128px-0.5um",
+        "64px-0.25um",
+        "128px-1um",
+        "224px-0.5um",
+        "224px-1um",
+    }
+    assert cohort.trained_mpp("coarse", "colon") == cohort.trained_mpp("mtl", "colon") == 1.0
+    assert cohort.trained_mpp("coarse", "lung") == 0.5
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (
+            "encoder: coarse, task: colon",
+            "encoder: mtl, task: colon",
+            "maps.0.encoder: encoder 'mtl' saw the patches of task 'colon' at 1 um/px, but the "
+            "grids of 'mtl' are at 0.5; add an encoder with 'objective: reused', 'encoder: mtl' "
+            "and 'mpp: 1'",
+        ),
+        (
+            "encoder: coarse, task: colon",
+            "encoder: coarse, task: lung",
+            "maps.0.encoder: encoder 'mtl' saw the patches of task 'lung' at 0.5 um/px",
+        ),
+        ("encoder: mtl, mpp: 1.0", "encoder: mlt", "'mlt' is not defined; did you mean 'mtl'?"),
+        (
+            "encoder: mtl, mpp: 1.0",
+            "encoder: coarse",
+            "encoders.2.encoder: encoder that can be reused 'coarse' is not defined",
+        ),
+        ("stride: 32", "stride: 31", "a cell of 31 px is not the central square of a patch"),
+        ("stride: 32", "stride: 66", "a cell of 66 px is not the central square of a patch"),
+        ("patch: 64", "patch: 48", "needs patches of 62, 64, 66, ... px, not 48"),
+        ("preset: uni,", "preset: uni, patch: 128,", "leave 'patch' out, since 'preset' states it"),
+        (
+            "mpp: 0.5, table: colon.csv",
+            "mpp: unknown, table: colon.csv",
+            "leave 'train_mpp' out, since images of unknown um/px are not rescaled",
+        ),
+    ],
+)
+def test_a_geometry_that_does_not_fit_is_refused(tmp_path, old, new, message):
+    assert old in SEVERAL
+    with pytest.raises(CohortError) as error:
+        load_cohort(write(tmp_path, SEVERAL.replace(old, new)))
+    assert message in str(error.value)
 
 
 def test_all_problems_are_reported_at_once(tmp_path):

@@ -20,6 +20,8 @@ from nic_core.store import (
     GridKey,
     MapKey,
     ModelKey,
+    PatchTableKey,
+    PatchTaskKey,
     Product,
     Store,
     StoreBusyError,
@@ -30,6 +32,7 @@ from nic_core.store import (
     exclusive_lock,
     remove_product,
 )
+from nic_core.store.layout import Key
 
 
 def test_a_file_appears_only_when_it_is_complete(tmp_path):
@@ -297,10 +300,10 @@ def put(path):
         (path / "part").write_text("x")
 
 
-EVERY: dict[str, str | GridKey | ModelKey | MapKey] = {
+EVERY: dict[str, Key] = {
     "slide": "s1",
-    "patch_table": "s1",
-    "patch_task": "nodes",
+    "patch_table": PatchTableKey(geometry="128px-0.5um", slide="s1"),
+    "patch_task": PatchTaskKey(geometry="128px-1um", task="nodes"),
     "encoder": "mtl",
     "encoder_probe": "mtl",
     "grid": GridKey(encoder="mtl", slide="s1"),

@@ -13,11 +13,12 @@ from typer.testing import CliRunner
 from nic_assets.cli import store_app
 from nic_core.grids.store import HASH_ATTRIBUTE
 from nic_core.steps.verification import verify_store
-from nic_core.store import GridKey, ModelKey, Store
+from nic_core.store import GridKey, ModelKey, PatchTableKey, Store
 
 pytestmark = pytest.mark.slow
 
 HASHED = {"encoder", "grid", "slide_model"}
+TABLE = PatchTableKey(geometry="128px-0.5um", slide="demo-01-1")
 
 
 @pytest.fixture
@@ -106,11 +107,11 @@ def test_changed_weights_and_missing_folds_are_detected(store):
 
 
 def test_truncated_tables_and_pictures_are_detected(store):
-    table = store.patch_table("demo-01-1")
+    table = store.patch_table(TABLE)
     table.write_bytes(table.read_bytes()[:100])
     picture = store.slide("demo-02-1") / "tissue.png"
     picture.write_bytes(picture.read_bytes()[:100])
-    assert problems(store).keys() == {"patch_table demo-01-1", "slide demo-02-1"}
+    assert problems(store).keys() == {f"patch_table {TABLE}", "slide demo-02-1"}
 
 
 def test_the_command_lists_problems_and_sets_the_exit_status(store, tmp_path, monkeypatch):
@@ -122,7 +123,7 @@ def test_the_command_lists_problems_and_sets_the_exit_status(store, tmp_path, mo
         return CliRunner().invoke(store_app, ["verify"], env=variables)
 
     assert verify().exit_code == 0
-    path = store.patch_table("demo-01-1")
+    path = store.patch_table(TABLE)
     path.write_text("")
     result = verify()
     assert result.exit_code == 1

@@ -194,12 +194,19 @@ def probe(
         embedding_map(embeddings).savefig(out / "embeddings.png", dpi=110)
         neighbour_sheet(embeddings, seed=seed).savefig(out / "nearest_patches.png", dpi=110)
         table = Table(
-            "task", "probe", "balanced accuracy", "AUC", "F1", "test patches", box=SIMPLE_HEAD
+            "task",
+            "um/px",
+            "probe",
+            "balanced accuracy",
+            "AUC",
+            "F1",
+            "test patches",
+            box=SIMPLE_HEAD,
         )
         for row in scores.iter_rows(named=True):
             auc = "" if row["auc"] is None else f"{row['auc']:.3f}"
             figures = (f"{row['balanced_accuracy']:.3f}", auc, f"{row['f1']:.3f}")
-            table.add_row(row["task"], row["probe"], *figures, str(row["test"]))
+            table.add_row(row["task"], f"{row['mpp']:g}", row["probe"], *figures, str(row["test"]))
         console.print(table)
 
 

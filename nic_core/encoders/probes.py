@@ -31,6 +31,7 @@ PATCHES = 1500  # per split; gives a score with two digits in seconds
 PROBE_SCHEMA = pl.Schema(
     {
         "task": pl.String(),
+        "mpp": pl.Float64(),  # um/px of the patches
         "in_training": pl.Boolean(),  # the encoder was trained on it; null: an imported encoder
         "probe": pl.String(),
         "balanced_accuracy": pl.Float64(),
@@ -130,7 +131,8 @@ def probe_table(encoder: Encoder, tasks: Sequence[TaskEmbeddings]) -> pl.DataFra
         for probe, score in ((LINEAR, linear_probe), (KNN, knn_probe)):
             s = score(embeddings)
             sizes = (len(embeddings.train), len(embeddings.test))
-            rows.append((name, in_training, probe, s.balanced_accuracy, s.auc, s.f1, *sizes))
+            figures = (s.balanced_accuracy, s.auc, s.f1)
+            rows.append((name, embeddings.task.mpp, in_training, probe, *figures, *sizes))
     return pl.DataFrame(rows, schema=PROBE_SCHEMA, orient="row")
 
 

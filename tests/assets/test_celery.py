@@ -158,7 +158,8 @@ def test_steps_run_on_the_worker_of_their_device(tiny_cohort, tmp_path):
     steps.make_encoder(cohort, store, "mean-rgb")
     first, last = SLIDES
 
-    materialize(instance, ["slide", "patch_table"], first, last)
+    materialize(instance, ["slide"], first, last)
+    materialize(instance, ["patch_table"], f"128px-0.5um|{first}", f"128px-0.5um|{last}")
     materialize(instance, ["grid"], f"mean-rgb|{first}", f"mean-rgb|{last}")
 
     assert ran_on(instance) == {"slide": "cpu", "patch_table": "cpu", "grid": "gpu"}

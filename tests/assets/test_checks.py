@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from pathlib import Path
 
 import dagster as dg
 import numpy as np
@@ -12,7 +11,7 @@ import pytest
 
 from nic_assets.assets import checks
 from nic_assets.build import build_defs
-from nic_core.cohort import ModelSettings, RegressionTarget, Settings, load_cohort
+from nic_core.cohort import ModelSettings, RegressionTarget, load_cohort
 from nic_core.encoders import EncoderCard, PatchDataset
 from nic_core.encoders.patch_tasks import FINDINGS_SCHEMA
 from nic_core.encoders.scores import TaskScores
@@ -20,7 +19,7 @@ from nic_core.grids import Grid
 from nic_core.models.comparison import Verdict
 from nic_core.models.cross_validation import CrossValidation
 from nic_core.steps import SlideRecord, SlideScan
-from nic_core.store import Store
+from nic_core.store import PatchTableKey, Store
 from nic_core.tiling.patches import MEASURED, PATCH_SCHEMA, write_patch_table
 from tests.provenance import provenance
 
@@ -61,6 +60,7 @@ def cells(kept: np.ndarray) -> pl.DataFrame:
         "x": column * 128.0,
         "y": row * 128.0,
         "size": np.full(kept.size, 128.0),
+        "stride": np.full(kept.size, 128.0),
         "mpp": np.full(kept.size, 0.5),
         "tissue": kept.ravel().astype(float),
         **dict.fromkeys(MEASURED),
@@ -72,8 +72,8 @@ def cells(kept: np.ndarray) -> pl.DataFrame:
 
 
 def test_slides_coarser_than_the_study_are_found():
-    assert checks.resolution_suffices(record(mpp=0.503), Settings()) is None
-    assert "1.000" in str(checks.resolution_suffices(record(mpp=1.0), Settings()))
+    assert checks.resolution_suffices(record(mpp=0.503), 0.5) is None
+    assert "1.000" in str(checks.resolution_suffices(record(mpp=1.0), 0.5))
 
 
 def test_missing_and_removed_slide_files_are_found():
@@ -104,12 +104,12 @@ def test_slides_without_tissue_are_found():
 
 
 def test_damaged_patch_tables_are_found(tmp_path):
-    store = Store(tmp_path)
+    store, key = Store(tmp_path), PatchTableKey(geometry="8px-0.5um", slide="s")
     table = cells(np.ones((2, 2), bool))
-    write_patch_table(store.patch_table("s"), table)
-    assert checks.schema_valid(store, "s") is None
-    Path(store.patch_table("s")).write_bytes(b"half")
-    assert checks.schema_valid(store, "s") is not None
+    write_patch_table(store.patch_table(key), table)
+    assert checks.schema_valid(store, key) is None
+    store.patch_table(key).write_bytes(b"half")
+    assert checks.schema_valid(store, key) is not None
 
 
 def test_patients_in_two_splits_are_found():

@@ -70,7 +70,7 @@ def test_products_of_a_removed_slide_are_not_needed(world):
     world.instance.delete_dynamic_partition("slides", slide)
     assert world.unneeded() == {
         f"slide {slide}",
-        f"patch_table {slide}",
+        f"patch_table 128px-0.5um|{slide}",
         f"grid {ENCODER}|{slide}",
     }
 

@@ -28,6 +28,7 @@ from rich.console import Console
 from nic_assets.assets.inputs import SLIDE_FILE
 from nic_assets.build import build_defs
 from nic_assets.operations.refresh import refresh
+from nic_core import steps
 from nic_core.cohort import load_cohort
 from nic_core.encoders import load_encoder, save_encoder
 from nic_core.encoders.encoder import encoder_tensors, weights_hash
@@ -130,8 +131,9 @@ def test_every_partition_of_every_asset_is_materialized(study):
 
 def test_a_grid_has_an_embedding_at_every_kept_cell(study):
     for slide in study.instance.get_dynamic_partitions("slides"):
-        cells = pl.read_parquet(study.store.patch_table(slide)).filter("kept")
-        grid = open_grid(study.store.grid(GridKey(encoder="mtl-4", slide=slide)))
+        key = GridKey(encoder="mtl-4", slide=slide)
+        cells = steps.read_cells(study.cohort, study.store, key).filter("kept")
+        grid = open_grid(study.store.grid(key))
         assert grid.shape[0] == 128
         assert int(grid.valid.sum()) == cells.height > 0
 
@@ -706,15 +708,18 @@ def edited(cohort: Path, root: Path, edit: dict[str, object]) -> Path:
 
 def test_the_command_line_materializes_a_partition_and_a_range(tiny_cohort, tmp_path):
     assert materialize(tiny_cohort, tmp_path, "slide_index").returncode == 0
-    one = materialize(tiny_cohort, tmp_path, "slide,patch_table", "--partition", "demo-01-1")
+    one = materialize(tiny_cohort, tmp_path, "slide", "--partition", "demo-01-1")
     assert one.returncode == 0, one.stderr
-    tables = tmp_path / "store" / "patch_tables"
-    assert [path.stem for path in tables.iterdir()] == ["demo-01-1"]
-    some = materialize(
-        tiny_cohort, tmp_path, "slide,patch_table", "--partition-range", "demo-02-1...demo-03-1"
+    table = materialize(
+        tiny_cohort, tmp_path, "patch_table", "--partition", "128px-0.5um|demo-01-1"
     )
+    assert table.returncode == 0, table.stderr
+    slides, tables = (tmp_path / "store" / name for name in ("slides", "patch_tables/128px-0.5um"))
+    assert [path.name for path in slides.iterdir()] == ["demo-01-1"]
+    assert [path.stem for path in tables.iterdir()] == ["demo-01-1"]
+    some = materialize(tiny_cohort, tmp_path, "slide", "--partition-range", "demo-02-1...demo-03-1")
     assert some.returncode == 0, some.stderr
-    assert len(list(tables.iterdir())) > 2
+    assert len(list(slides.iterdir())) > 2
 
 
 @pytest.mark.parametrize(

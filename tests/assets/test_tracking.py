@@ -59,7 +59,7 @@ from nic_core.encoders.training_loop import _Run
 from nic_core.models.comparison import compare_with_champion, permutation_control
 from nic_core.models.cross_validation import CrossValidation
 from nic_core.steps.slide_models import PREDICTIONS
-from nic_core.store import Store
+from nic_core.store import PatchTaskKey, Store
 
 ENCODER = "mtl-4"
 LOG_MODEL = mlflow.pytorch.log_model
@@ -70,7 +70,7 @@ def one_task(tiny_cohort, tmp_path_factory) -> tuple[Cohort, Path]:
     """A cohort whose encoder trains on one task within seconds, and a store with that task."""
     cohort, store = load_cohort(tiny_cohort), Store(tmp_path_factory.mktemp("tasks") / "store")
     task = cohort.patch_tasks[0].name
-    steps.make_patch_task(cohort, store, task)
+    steps.make_patch_task(cohort, store, PatchTaskKey(geometry="128px-0.5um", task=task))
     quick = EncoderSpec(
         name=ENCODER, objective="supervised", tasks=(task,), patches_seen=48, batch=16
     )

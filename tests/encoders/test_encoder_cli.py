@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import polars as pl
@@ -113,12 +114,17 @@ def test_probe_writes_table_and_figures(encoder: Path, tmp_path: Path):
         assert Image.open(out / name).size > (100, 100)
 
 
-def test_probe_refuses_patches_of_another_resolution(encoder: Path, tmp_path: Path):
+def test_probe_refuses_another_resolution_than_in_training(encoder: Path, tmp_path: Path):
     coarse = dataclasses.replace(make_dataset("coarse", side=62), mpp=1.0)
     save_patch_task(tmp_path / "coarse", coarse)
+    card = json.loads((encoder / "card.json").read_text())
+    encoder = shutil.copytree(encoder, tmp_path / "trained")
+    (encoder / "card.json").write_text(json.dumps(card | {"task_mpp": {"coarse": 0.5}}))
     done = run(app, ["encoder", "probe", str(encoder), str(tmp_path / "coarse"), "--out", "never"])
     assert done.exit_code == 1
-    assert "patch task 'coarse' has 62 px at 1 um/px" in " ".join(done.output.split())
+    assert "'coarse' at 0.5 um/px, but the patch task has 62 px at 1 um/px" in " ".join(
+        done.output.split()
+    )
 
 
 def test_train_reads_cohort_and_store_from_the_environment(tiny_cohort, tmp_path):

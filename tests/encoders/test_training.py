@@ -472,7 +472,7 @@ def test_mean_rgb_is_not_trained(tasks):
 def test_tasks_that_differ_from_the_spec_are_refused(tasks):
     with pytest.raises(EncoderError, match="trains on"):
         train_encoder(spec(), tasks[:1], **SIZES)
-    with pytest.raises(EncoderError, match=r"patches of 128 px .* 'stripes' has 62 px"):
+    with pytest.raises(EncoderError, match=r"patches of 128 px, .* 'stripes' has 62 px"):
         train_encoder(spec(), tasks, patch=128, mpp=0.5, embedding_size=16)
 
 
@@ -519,8 +519,8 @@ def test_modified_or_missing_files_are_refused(trained, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": None}, r"format 3 \(it has no format number\)"),
-        ({"format": 2}, r"format 3 \(it has format 2\)"),
+        ({"format": None}, r"format 4 \(it has no format number\)"),
+        ({"format": 2}, r"format 4 \(it has format 2\)"),
         ({"code": 16}, "field 'code': Extra inputs are not permitted"),
         ({"embedding_size": None}, "field 'embedding_size': Field required"),
     ],
@@ -617,7 +617,7 @@ def test_train_command_makes_patch_tasks_and_encoder(tmp_path):
     assert "128/128" in done.output
     encoder = load_encoder(tmp_path / "store" / "encoders" / "e")
     assert encoder.card.training["patches_seen"] == 128
-    made = tmp_path / "store" / "patch_tasks" / "stripes"
+    made = tmp_path / "store" / "patch_tasks" / "64px-0.5um" / "stripes"
     first = made.stat().st_ino
     runner.invoke(app, ["encoder", "train", "e", *arguments])
     assert made.stat().st_ino == first  # unchanged, so not made again

@@ -66,7 +66,11 @@ def table_of(slide, mask=None, card=None, stride=None) -> pl.DataFrame:
         shape = round(slide.height * slide.mpp / 8) + 1, round(slide.width * slide.mpp / 8) + 1
         mask = np.random.default_rng(0).random(shape) < 0.7
     return patch_table(
-        "s", slide, TissueMask(mask, 8.0), Geometry(card.patch, card.mpp, stride or card.patch), tissue=0.6
+        "s",
+        slide,
+        TissueMask(mask, 8.0),
+        Geometry(card.patch, card.mpp, stride or card.patch),
+        tissue=0.6,
     )
 
 
