@@ -6,6 +6,8 @@ slides needs no further step.
 
 from __future__ import annotations
 
+import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +17,7 @@ import polars as pl
 from nic_assets.orchestration.partition_checks import Check
 from nic_core.encoders import EncoderCard, PatchDataset
 from nic_core.grids import Grid
+from nic_core.grids.chunks import tissue_blocks
 from nic_core.models.comparison import PermutationControl, Verdict
 from nic_core.steps import QualityReport, SlideRecord, SlideScan, TargetFolds
 from nic_core.store import PatchTableKey, Store
@@ -219,18 +222,25 @@ def covers_patch_table(grid: Grid, cells: pl.DataFrame) -> str | None:
 @Check
 def embeddings_finite(grid: Grid) -> str | None:
     """Every component of every embedding is finite in float16."""
-    bad = int((~np.isfinite(np.asarray(grid.embeddings[:]))).any(0).sum())
+    bad = sum(
+        int((~np.isfinite(embeddings)).any(0).sum())
+        for _, _, embeddings in tissue_blocks(grid.embeddings, grid.valid)
+    )
     return f"{bad} cells have an embedding that is not finite" if bad else None
 
 
 @Check
 def embeddings_not_collapsed(grid: Grid) -> str | None:
     """At most half of the slide's cells have the same embedding."""
-    embeddings = np.asarray(grid.embeddings[:])[:, grid.valid].T
-    if len(embeddings) < 2:
+    # digests instead of embeddings: few bytes for each cell of a slide of any size
+    counts = Counter(
+        hashlib.blake2b(embedding, digest_size=8).digest()
+        for _, _, embeddings in tissue_blocks(grid.embeddings, grid.valid)
+        for embedding in np.ascontiguousarray(embeddings.T)
+    )
+    if counts.total() < 2:
         return None
-    _, counts = np.unique(embeddings, axis=0, return_counts=True)
-    share = counts.max() / len(embeddings)
+    share = max(counts.values()) / counts.total()
     return f"{share:.0%} of the cells have the same embedding" if share > MAX_COLLAPSED else None
 
 

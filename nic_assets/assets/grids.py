@@ -15,7 +15,7 @@ from nic_assets.tags import PARTIAL_INPUTS, REFRESH_TAG
 from nic_core import steps
 from nic_core.cohort import Cohort
 from nic_core.devices import leased_device
-from nic_core.grids import grid_hash, grid_preview
+from nic_core.grids import grid_preview, recorded_hash
 from nic_core.slides import SlideError
 from nic_core.store import GridKey, Store
 
@@ -51,8 +51,10 @@ def grid_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
             embedding_size, rows, columns = made.shape
             profile = made.provenance.icc_profile
             cells = steps.read_cells(cohort, store, key)
+            version = recorded_hash(store.grid(key))  # computed while the grid was written
+            assert version is not None
             return Product(
-                version=grid_hash(made),
+                version=version,
                 metadata={
                     "preview": picture(
                         grid_preview(made, cell=8), f"{key.slide}, coloured by embedding"

@@ -19,9 +19,9 @@ import polars as pl
 
 from nic_core.cohort import Geometry
 from nic_core.cohort.index import slide_id
-from nic_core.compression import compress_slide, is_up_to_date
+from nic_core.compression import compress_to_store, is_up_to_date
 from nic_core.encoders.inference import PreparedEncoder
-from nic_core.grids import Grid, open_grid, write_grid
+from nic_core.grids import Grid, open_grid
 from nic_core.slides import SlideError, content_identity, open_slide
 from nic_core.slides.dicom import folder_series
 from nic_core.slides.files import SlideFiles, files_of_slide
@@ -161,7 +161,8 @@ def compress_slides(
                 return "up to date", open_grid(store)
             if progress is not None:
                 progress(slide, 0, int(table["kept"].sum()))
-            grid = compress_slide(
+            grid = compress_to_store(
+                store,
                 opened,
                 table,
                 encoder,
@@ -170,7 +171,6 @@ def compress_slides(
                 orientations=orientations,
                 progress=None if progress is None else lambda *cells: progress(slide, *cells),
             )
-        write_grid(store, grid)
         return "compressed", grid
 
     waiting = deque((slide, path, False) for slide, path in slides.items())

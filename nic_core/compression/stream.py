@@ -1,16 +1,19 @@
 """Compress a slide: read its patches, encode them, and place the embeddings in a grid.
 
-Patches are streamed: memory does not grow with the slide (except for the grid itself), and no patch
-is written to disk. On a CPU, one worker per core takes a block of neighbouring cells, decodes each
-stored tile once and encodes the patches on the same core. Decoding and encoding thus share the
-cores in the ratio they need, and threads do not wait for each other at every layer of the network.
+Patches are streamed: no patch is written to disk, and :func:`compress_to_store` writes each chunk
+of the grid as soon as its cells are encoded. Memory therefore does not grow with the slide, except
+for a few bytes a cell (its row of the patch table, the mask). On a CPU, one worker per core takes a
+block of neighbouring cells, decodes each stored tile once and encodes the patches on the same core.
+Decoding and encoding thus share the cores in the ratio they need, and threads do not wait for each
+other at every layer of the network.
 With a GPU, the workers only read, and the calling thread passes the blocks to the GPU in order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -18,16 +21,19 @@ import polars as pl
 import torch
 from numpy.typing import NDArray
 
-from nic_core.cohort import Geometry
 from nic_core.encoders.errors import EncoderError
 from nic_core.encoders.inference import BATCH, Card, PreparedEncoder
 from nic_core.grids import (
     GRID_FORMAT,
     Grid,
     GridError,
+    GridPart,
     GridProvenance,
     open_grid,
+    write_parts,
 )
+from nic_core.grids.chunks import Window
+from nic_core.grids.shards import layout_of
 from nic_core.orientations import ORIENTATIONS, orient
 from nic_core.parallel import cores
 from nic_core.slides.errors import SlideError
@@ -64,7 +70,7 @@ def compress_slide(
     max_unreadable: float = MAX_UNREADABLE,
     progress: Progress | None = None,
 ) -> Grid:
-    """Encode the kept cells of a slide.
+    """Encode the kept cells of a slide; return the grid in memory.
 
     Parameters
     ----------
@@ -99,21 +105,93 @@ def compress_slide(
         Pixels are read at the resolution of the network's input, and the stride is not a whole
         number of them.
     """
-    card = encoder.card
-    geometry = _geometry(slide, table, card, slide_id)
-    stride, remainder = divmod(geometry.stride * encoder.side, card.patch)
-    if remainder:
-        raise EncoderError(
-            f"encoder '{card.name}': a stride of {geometry.stride} px is not a whole number of px "
-            f"at {encoder.mpp:g} um/px, the resolution of the network's input; set "
-            "settings.compression.reading to patch, or change the stride"
+    _check_fits(slide, table, encoder, slide_id)
+    shape, count = _shape(table, encoder.card), ORIENTATIONS if orientations else 1
+    embeddings, valid = np.zeros((count, *shape), np.float16), np.zeros(shape[1:], np.bool_)
+    with closing(
+        _encode_slide(slide, table, encoder, count, workers, max_unreadable, progress)
+    ) as parts:
+        for part in parts:
+            rows, columns = part.window
+            embeddings[:, :, rows, columns] = part.embeddings
+            valid[part.window] = part.valid
+    provenance = _provenance(slide, table, encoder, valid, slide_id, slide_identity)
+    return Grid(embeddings[0], valid, provenance, embeddings if orientations else None)
+
+
+def compress_to_store(
+    path: Path,
+    slide: Slide,
+    table: pl.DataFrame,
+    encoder: PreparedEncoder,
+    *,
+    slide_id: str,
+    slide_identity: str,
+    orientations: bool = False,
+    progress: Progress | None = None,
+) -> Grid:
+    """Encode the kept cells of a slide into a grid store; replace an existing one atomically.
+
+    The content is that of :func:`compress_slide`, in bounded memory.
+
+    Parameters
+    ----------
+    path : Path
+        The grid store.
+    table, encoder, slide_id, slide_identity, orientations, progress
+        As in :func:`compress_slide`.
+
+    Returns
+    -------
+    Grid
+        The store, whose embeddings are read from disk when they are indexed.
+
+    Raises
+    ------
+    SlideError, PatchTableError, EncoderError
+        As in :func:`compress_slide`. An existing store remains.
+    StoreError
+        The store cannot be written, for example because the disk is full.
+    """
+    _check_fits(slide, table, encoder, slide_id)
+    count = ORIENTATIONS if orientations else 1
+    with closing(
+        _encode_slide(slide, table, encoder, count, None, MAX_UNREADABLE, progress)
+    ) as parts:
+        write_parts(
+            path,
+            _shape(table, encoder.card),
+            parts,
+            lambda valid: _provenance(slide, table, encoder, valid, slide_id, slide_identity),
+            orientations=count,
         )
-    rows, columns = _max(table, "row") + 1, _max(table, "column") + 1
-    embeddings = np.zeros(
-        (ORIENTATIONS if orientations else 1, card.embedding_size, rows, columns), np.float16
-    )
-    valid = np.zeros((rows, columns), np.bool_)
+    return open_grid(path)
+
+
+def _encode_slide(
+    slide: Slide,
+    table: pl.DataFrame,
+    encoder: PreparedEncoder,
+    orientations: int,
+    workers: int | None,
+    max_unreadable: float,
+    progress: Progress | None,
+) -> Generator[GridPart]:
+    """Yield the parts of a slide's grid in the order in which they are stored."""
+    layout = layout_of(_shape(table, encoder.card))
     total, done = int(table["kept"].sum()), 0
+    # the same number of pixels per block for both kinds of reading
+    side = (BLOCK if encoder.on_cpu else GPU_BLOCK) * encoder.card.patch // encoder.side
+    # a power of two, as the side of a chunk where a grid has several: each block is in one chunk
+    side = min(1 << side.bit_length() - 1, max(layout.chunk))
+    by_chunk: dict[tuple[int, int], list[Block]] = {}
+    for block in plan_blocks(table, side=side):
+        chunk = block.row // layout.chunk[0], block.column // layout.chunk[1]
+        by_chunk.setdefault(chunk, []).append(block)
+
+    def blocks_of(window: Window) -> list[Block]:
+        chunk = window[0].start // layout.chunk[0], window[1].start // layout.chunk[1]
+        return by_chunk.get(chunk, [])
 
     def read(block: Block) -> tuple[Cells, Pixels]:
         return read_block(
@@ -121,38 +199,55 @@ def compress_slide(
             block,
             patch=encoder.side,
             mpp=encoder.mpp,
-            stride=stride,
+            stride=_stride(table, slide) * encoder.side // encoder.card.patch,
             scaled=encoder.reading == "input",
         )
 
     def encode(part: tuple[Cells, Pixels]) -> tuple[Cells, Embeddings]:
         cells, pixels = part
-        return cells, _encode(encoder, pixels, len(embeddings))
+        return cells, _encode(encoder, pixels, orientations)
 
     workers = workers or cores()
-    # the same number of pixels per block for both kinds of reading
-    side = (BLOCK if encoder.on_cpu else GPU_BLOCK) * card.patch // encoder.side
-    blocks = plan_blocks(table, side=side)
-    with _single_threaded_torch():
+    blocks = chain.from_iterable(map(blocks_of, layout.windows()))
+    with _single_threaded_torch(), ExitStack() as stack:
+        encoded: Iterator[tuple[Cells, Embeddings]]
         if encoder.on_cpu:
-            encoded = map_in_order(blocks, lambda block: encode(read(block)), workers)
+            encoded = stack.enter_context(
+                closing(map_in_order(blocks, lambda block: encode(read(block)), workers))
+            )
         else:
-            encoded = map(encode, map_in_order(blocks, read, workers))
-        for cells, block_embeddings in encoded:
-            embeddings[:, :, cells[:, 0], cells[:, 1]] = block_embeddings
-            valid[cells[:, 0], cells[:, 1]] = True
-            done += len(cells)
-            if progress is not None:
-                progress(done, total)
-    unreadable = total - done
-    check_unreadable(slide, unreadable, total, max_unreadable)
-    if not np.isfinite(embeddings).all():
-        raise SlideError(
-            slide.path,
-            f"encoder '{card.name}' returns embeddings that are not finite in float16",
-            "train the encoder again",
-        )
-    provenance = GridProvenance(
+            encoded = map(encode, stack.enter_context(closing(map_in_order(blocks, read, workers))))
+        for window in layout.windows():
+            valid = np.zeros([along.stop - along.start for along in window], np.bool_)
+            embeddings = np.zeros((orientations, layout.shape[0], *valid.shape), np.float16)
+            for cells, found in islice(encoded, len(blocks_of(window))):
+                rows, columns = (cells - [along.start for along in window]).T
+                embeddings[:, :, rows, columns] = found
+                valid[rows, columns] = True
+                done += len(cells)
+                if progress is not None:
+                    progress(done, total)
+            if not np.isfinite(embeddings).all():
+                raise SlideError(
+                    slide.path,
+                    f"encoder '{encoder.card.name}' returns embeddings that are not finite in "
+                    "float16",
+                    "train the encoder again",
+                )
+            yield GridPart(window, embeddings, valid)
+    check_unreadable(slide, total - done, total, max_unreadable)
+
+
+def _provenance(
+    slide: Slide,
+    table: pl.DataFrame,
+    encoder: PreparedEncoder,
+    valid: NDArray[np.bool_],
+    slide_id: str,
+    slide_identity: str,
+) -> GridProvenance:
+    card = encoder.card
+    return GridProvenance(
         format=GRID_FORMAT,
         slide=slide_id,
         slide_identity=slide_identity,
@@ -162,16 +257,15 @@ def compress_slide(
         weights_hash=card.weights_hash,
         mpp=card.mpp,
         patch=card.patch,
-        stride=geometry.stride,
+        stride=_stride(table, slide),
         origin=(0.0, 0.0),
-        unreadable=unreadable,
+        unreadable=int(table["kept"].sum()) - int(valid.sum()),
         precision=encoder.precision,
         reading=encoder.reading,
         colours=slide.colours,
         icc_profile=slide.icc_profile,
         software=f"nic {__version__}",
     )
-    return Grid(embeddings[0], valid, provenance, embeddings if orientations else None)
 
 
 def is_up_to_date(
@@ -203,7 +297,7 @@ def is_up_to_date(
     settings = stored.precision, stored.reading, grid.orientations is not None
     if settings != (encoder.precision, encoder.reading, orientations):
         return False
-    rows, columns = _max(table, "row") + 1, _max(table, "column") + 1
+    _, rows, columns = _shape(table, card)
     kept = table["kept"].to_numpy().reshape(rows, columns)
     if grid.valid.shape != kept.shape or (grid.valid & ~kept).any():
         return False
@@ -244,8 +338,11 @@ def _single_threaded_torch() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _geometry(slide: Slide, table: pl.DataFrame, card: Card, slide_id: str) -> Geometry:
-    """Return the geometry of a patch table, which must be that of the slide and the encoder."""
+def _check_fits(
+    slide: Slide, table: pl.DataFrame, encoder: PreparedEncoder, slide_id: str
+) -> None:
+    """Refuse a patch table of another slide or geometry, and a stride that cannot be read."""
+    card = encoder.card
     check_patch_table(table, f"patch table of '{slide_id}'")
     name, mpp = table["slide"][0], table["mpp"][0]
     patch = table["size"][0] * slide.mpp / mpp
@@ -255,7 +352,13 @@ def _geometry(slide: Slide, table: pl.DataFrame, card: Card, slide_id: str) -> G
             f"fit slide '{slide_id}' and encoder '{card.name}' "
             f"({card.patch} px at {card.mpp:g} um/px): make it again"
         )
-    return Geometry(card.patch, card.mpp, _stride(table, slide))
+    stride = _stride(table, slide)
+    if stride * encoder.side % card.patch:
+        raise EncoderError(
+            f"encoder '{card.name}': a stride of {stride} px is not a whole number of px "
+            f"at {encoder.mpp:g} um/px, the resolution of the network's input; set "
+            "settings.compression.reading to patch, or change the stride"
+        )
 
 
 def _stride(table: pl.DataFrame, slide: Slide) -> int:
@@ -263,5 +366,7 @@ def _stride(table: pl.DataFrame, slide: Slide) -> int:
     return round(float(table["stride"][0]) * slide.mpp / float(table["mpp"][0]))
 
 
-def _max(table: pl.DataFrame, column: str) -> int:
-    return int(table[column].to_numpy().max())
+def _shape(table: pl.DataFrame, card: Card) -> tuple[int, int, int]:
+    """Return (C, rows, columns) of the grid of a patch table."""
+    rows, columns = (int(table[axis].to_numpy().max()) + 1 for axis in ("row", "column"))
+    return card.embedding_size, rows, columns

@@ -5,6 +5,7 @@ from nic_core.grids.store import (
     Embeddings,
     Grid,
     GridError,
+    GridPart,
     GridProvenance,
     Orientations,
     grid_hash,
@@ -13,6 +14,7 @@ from nic_core.grids.store import (
     recorded_hash,
     verify_grid,
     write_grid,
+    write_parts,
 )
 
 __all__ = [
@@ -20,6 +22,7 @@ __all__ = [
     "Embeddings",
     "Grid",
     "GridError",
+    "GridPart",
     "GridProvenance",
     "Orientations",
     "grid_hash",
@@ -28,4 +31,5 @@ __all__ = [
     "recorded_hash",
     "verify_grid",
     "write_grid",
+    "write_parts",
 ]

@@ -1,4 +1,4 @@
-"""Read the embeddings of a grid store chunk by chunk.
+"""Read the embeddings of a grid chunk by chunk.
 
 zarr passes each chunk between threads, which takes longer than decoding it; a crop of 400 x 400
 cells has about fifty chunks. This module reads chunks directly from their shard, by the index of
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 
 Window = tuple[slice, slice]  # rows, columns of a grid
 
-_INDEX, _CHECKSUM = np.dtype("<u8"), 4  # dtype of a shard's index; bytes of the checksum after it
-_ABSENT = np.iinfo(_INDEX).max  # marks a chunk that was not written
+INDEX, _CHECKSUM = np.dtype("<u8"), 4  # dtype of a shard's index; bytes of the checksum after it
+ABSENT = np.iinfo(INDEX).max  # marks a chunk that was not written
 
 
 class ChunkError(ValueError):
@@ -125,13 +125,13 @@ class StoredEmbeddings:
         within = [i // side % n for i, side, n in zip(first, sides, per_shard, strict=True)]
         embeddings = np.zeros(sides[len(self.leading) :], np.float16)
         path = self.folder.joinpath("c", *map(str, number))
-        length = 2 * _INDEX.itemsize * math.prod(per_shard)
+        length = 2 * INDEX.itemsize * math.prod(per_shard)
         try:
             with path.open("rb") as file:
                 file.seek(-length - _CHECKSUM, os.SEEK_END)
-                index = np.frombuffer(file.read(length), _INDEX).reshape(*per_shard, 2)
+                index = np.frombuffer(file.read(length), INDEX).reshape(*per_shard, 2)
                 start, size = map(int, index[tuple(within)])
-                if start != _ABSENT:
+                if start != ABSENT:
                     file.seek(start)
                     buffer = embeddings.reshape(-1).view(np.uint8).data
                     decoded = imagecodecs.blosc_decode(file.read(size), numthreads=1, out=buffer)
@@ -144,3 +144,58 @@ class StoredEmbeddings:
         except (OSError, ValueError, OverflowError, imagecodecs.BloscError) as error:
             raise ChunkError(f"{path}: damaged ({error}); compress the slide again") from error
         return embeddings[:, : cells[0].stop - cells[0].start, : cells[1].stop - cells[1].start]
+
+
+def chunk_windows(embeddings: Any, window: Window) -> Iterable[Window]:
+    """Return the windows to read one after the other: a store's chunks, else the whole window.
+
+    Parameters
+    ----------
+    embeddings
+        :class:`StoredEmbeddings`, or another array (C, rows, columns).
+    """
+    return embeddings.blocks(window) if isinstance(embeddings, StoredEmbeddings) else [window]
+
+
+def read_chunk(embeddings: Any, cells: Window) -> NDArray[Any]:
+    """Read one of the :func:`chunk_windows`.
+
+    Raises
+    ------
+    ChunkError
+        The store is damaged.
+    """
+    if isinstance(embeddings, StoredEmbeddings):
+        return embeddings.block(cells)
+    return np.asarray(embeddings[:, cells[0], cells[1]])
+
+
+def tissue_blocks(
+    embeddings: Any, valid: NDArray[np.bool_]
+) -> Iterator[tuple[Window, NDArray[np.bool_], NDArray[Any]]]:
+    """Yield the embeddings of the valid cells, one chunk of a store in memory at a time.
+
+    Parameters
+    ----------
+    embeddings
+        :class:`StoredEmbeddings`, or another array (C, rows, columns).
+    valid : bool (rows, columns)
+
+    Yields
+    ------
+    window : (slice, slice)
+        Rows and columns of a block with valid cells.
+    valid : bool (rows, columns)
+        The valid cells of the block, n of them.
+    embeddings : float16 (C, n)
+        Their embeddings, by row and column of the block.
+
+    Raises
+    ------
+    ChunkError
+        The store is damaged.
+    """
+    for window in chunk_windows(embeddings, (slice(0, valid.shape[0]), slice(0, valid.shape[1]))):
+        inside = valid[window]
+        if inside.any():
+            yield window, inside, read_chunk(embeddings, window)[:, inside]

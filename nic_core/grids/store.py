@@ -12,14 +12,17 @@ A store is a zarr v3 group:
 - attribute ``nic``: the provenance (:class:`GridProvenance`);
 - attribute ``nic_hash``: the content hash (:func:`grid_hash`).
 
-A chunk holds the embeddings of 64 x 64 cells, a shard those of 512 x 512. A crop of 400 x 400 cells
-is therefore in at most four files, in any orientation, and a store consists of a few files.
+A chunk holds the embeddings of 64 x 64 cells, a shard those of 512 x 512, fewer where embeddings
+are wide (:func:`nic_core.grids.shards.layout_of`). A store is written chunk by chunk, so only one
+chunk of each orientation is in memory, and it consists of a few files.
 """
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self
 
@@ -40,7 +43,23 @@ from pydantic import (
 )
 from zarr.abc.buffer import Buffer
 
-from nic_core.grids.chunks import StoredEmbeddings
+from nic_core.grids.chunks import (
+    ChunkError,
+    StoredEmbeddings,
+    Window,
+    chunk_windows,
+    read_chunk,
+    tissue_blocks,
+)
+from nic_core.grids.moments import grid_moments
+from nic_core.grids.shards import (
+    COMPRESSION_LEVEL,
+    COMPRESSOR,
+    SHUFFLE,
+    Layout,
+    ShardWriter,
+    layout_of,
+)
 from nic_core.orientations import ORIENTATIONS, orient
 from nic_core.slides.icc import IccProfile
 from nic_core.store import atomic_folder
@@ -49,10 +68,9 @@ from nic_core.types import Colours, Precision, Reading
 GRID_FORMAT: Literal[4] = 4
 """Version of the store's layout and provenance. Stores of other versions are refused."""
 
-_CHUNK, _SHARD = 64, 512  # cells per side
 EMBEDDINGS_ARRAY, VALID_ARRAY, ORIENTATIONS_ARRAY = "0", "valid", "orientations"
+_PREVIEW_CELLS = 1 << 14  # from which the components of a preview are computed
 PROVENANCE_ATTRIBUTE, HASH_ATTRIBUTE = "nic", "nic_hash"
-_METADATA_FILE = "zarr.json"
 
 
 class GridError(ValueError):
@@ -236,6 +254,24 @@ class _StoredOrientations:
         return StoredEmbeddings(self.others, self.folder, (k - 1,)) if k else self.upright
 
 
+@dataclass(frozen=True)
+class GridPart:
+    """The cells of one chunk of a grid.
+
+    Attributes
+    ----------
+    window : (slice, slice)
+        Their rows and columns in the grid.
+    embeddings : float16 (orientations, C, rows, columns)
+        0 where not valid.
+    valid : bool (rows, columns)
+    """
+
+    window: Window
+    embeddings: NDArray[np.float16]
+    valid: NDArray[np.bool_]
+
+
 def write_grid(path: Path, grid: Grid) -> None:
     """Write a grid store atomically; an existing one is replaced.
 
@@ -246,72 +282,143 @@ def write_grid(path: Path, grid: Grid) -> None:
     StoreError
         The store cannot be written, for example because the disk is full.
     """
-    embeddings = np.asarray(grid.embeddings[:], np.float16)
-    _check(str(path), embeddings, grid.valid)
-    if grid.orientations is not None and grid.orientations.shape != (
-        ORIENTATIONS,
-        *embeddings.shape,
-    ):
+    shape = grid.shape
+    if shape[1:] != grid.valid.shape or grid.valid.dtype != np.bool_:
+        raise GridError(f"{path}: embeddings {shape} and mask {grid.valid.shape} do not match")
+    if grid.orientations is not None and grid.orientations.shape != (ORIENTATIONS, *shape):
         raise GridError(
             f"{path}: the shape of the orientations, {grid.orientations.shape}, does not match "
-            f"that of the embeddings, {embeddings.shape}"
+            f"that of the embeddings, {shape}"
         )
+    orientations = 1 if grid.orientations is None else ORIENTATIONS
+    parts = (
+        GridPart(
+            (rows, columns),
+            np.stack(
+                [
+                    np.asarray(grid.oriented(k)[:, rows, columns], np.float16)
+                    for k in range(orientations)
+                ]
+            ),
+            grid.valid[rows, columns],
+        )
+        for rows, columns in layout_of(shape).windows()
+    )
+    write_parts(path, shape, parts, lambda _: grid.provenance, orientations=orientations)
+
+
+def write_parts(
+    path: Path,
+    shape: tuple[int, int, int],
+    parts: Iterable[GridPart],
+    provenance: Callable[[NDArray[np.bool_]], GridProvenance],
+    *,
+    orientations: int,
+) -> None:
+    """Write a grid store atomically, part by part; an existing one is replaced.
+
+    One part is in memory at a time. If a part cannot be made or written, the old store remains.
+
+    Parameters
+    ----------
+    shape : (int, int, int)
+        (C, rows, columns).
+    parts
+        One for each window of :func:`~nic_core.grids.shards.layout_of`, in that order.
+    provenance
+        Called with the whole mask after the last part.
+    orientations : int
+        1 (upright only) or 8.
+
+    Raises
+    ------
+    GridError
+        Embeddings are not finite, or not 0 where the mask is false.
+    StoreError
+        The store cannot be written, for example because the disk is full.
+    """
+    layout = layout_of(shape)
+    valid = np.zeros(shape[1:], np.bool_)
+    digest = _Digest(shape[1], orientations)
+    with atomic_folder(path) as folder:
+        with ExitStack() as stack:
+            writers = [
+                stack.enter_context(
+                    ShardWriter(folder / ORIENTATIONS_ARRAY, layout, (k - 1,))
+                    if k
+                    else ShardWriter(folder / EMBEDDINGS_ARRAY, layout)
+                )
+                for k in range(orientations)
+            ]
+            for window, part in zip(layout.windows(), parts, strict=True):
+                assert window == part.window
+                valid[window] = part.valid
+                for k, writer in enumerate(writers):
+                    name = f"{path}: orientation {k}" if k else str(path)
+                    _check(name, part.embeddings[k], part.valid)
+                    digest.add(k, window, part.embeddings[k])
+                    writer.add(window, part.embeddings[k])
+        source = provenance(valid)
+        content_hash = digest.content_hash(shape, valid, source)
+        _write_metadata(folder, layout, valid, source, content_hash, orientations)
+
+
+def _write_metadata(
+    folder: Path,
+    layout: Layout,
+    valid: NDArray[np.bool_],
+    provenance: GridProvenance,
+    content_hash: str,
+    orientations: int,
+) -> None:
+    """Write the mask, and everything of a store except the chunks of embeddings."""
     # zarr encodes into memory and this function writes the files: zarr's own threads continue
     # after one of them fails on a full disk, and create files in the folder that was removed
     encoded: dict[str, Buffer] = {}
-    with atomic_folder(path) as folder:
-        group = zarr.open_group(zarr.storage.MemoryStore(encoded), mode="w", zarr_format=3)
-        group.attrs.update(
-            {
-                "ome": ome_image(grid.provenance, channels=True),
-                PROVENANCE_ATTRIBUTE: grid.provenance.model_dump(),
-                HASH_ATTRIBUTE: grid_hash(grid),
-            }
-        )
-        _create(group, EMBEDDINGS_ARRAY, embeddings.shape, embeddings.shape[:1])[:] = embeddings
-        _create(group, VALID_ARRAY, grid.valid.shape, (), "bool")[:] = grid.valid
-        _move(encoded, folder, keep=_METADATA_FILE)
-        if grid.orientations is not None:
-            others = (ORIENTATIONS - 1, *embeddings.shape)
-            turned = _create(group, ORIENTATIONS_ARRAY, others, (1, *embeddings.shape[:1]))
-            for k in range(1, ORIENTATIONS):
-                embeddings = np.asarray(grid.orientations[k][:], np.float16)
-                _check(f"{path}: orientation {k}", embeddings, grid.valid)
-                turned[k - 1] = embeddings
-                _move(encoded, folder, keep=_METADATA_FILE)
-        _move(encoded, folder)
-
-
-def _move(encoded: dict[str, Buffer], folder: Path, *, keep: str | None = None) -> None:
-    """Move encoded files from memory to a folder, except files of the name ``keep``."""
-    for key in list(encoded):
-        path = folder / key
-        if path.name != keep:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(encoded.pop(key).to_bytes())
+    group = zarr.open_group(zarr.storage.MemoryStore(encoded), mode="w", zarr_format=3)
+    group.attrs.update(
+        {
+            "ome": ome_image(provenance, channels=True),
+            PROVENANCE_ATTRIBUTE: provenance.model_dump(),
+            HASH_ATTRIBUTE: content_hash,
+        }
+    )
+    size = layout.shape[0]
+    _create(group, EMBEDDINGS_ARRAY, layout, (size,), (size,), "float16")
+    if orientations > 1:
+        _create(group, ORIENTATIONS_ARRAY, layout, (orientations - 1, size), (1, size), "float16")
+    # the mask is small: each shard is a single chunk
+    mask = layout_of((1, *valid.shape))
+    whole_shards = replace(mask, chunk=mask.shard)
+    _create(group, VALID_ARRAY, whole_shards, (), (), "bool")[:] = valid
+    for key, value in encoded.items():
+        file = folder / key
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(value.to_bytes())
 
 
 def _create(
     group: zarr.Group,
     name: str,
-    shape: tuple[int, ...],
+    layout: Layout,
     leading: tuple[int, ...],
-    dtype: str = "float16",
+    chunk: tuple[int, ...],
+    dtype: str,
 ) -> zarr.Array[Any]:
     """Create an array (..., rows, columns) in chunks and shards of cells.
 
-    ``leading`` is the length of a chunk along the axes before rows and columns. Without such axes
-    the array is small, and each shard is a single chunk.
+    ``leading`` are the lengths of the axes before rows and columns, ``chunk`` those of a chunk.
     """
-    chunk, shard = zip(*(_chunk_and_shard(length) for length in shape[-2:]), strict=True)
-    chunk = chunk if leading else shard
+    shape = (*leading, *layout.shape[1:])
     return group.create_array(
         name,
         shape=shape,
         dtype=dtype,
-        chunks=(*leading, *chunk),
-        shards=(*leading, *shard),
-        compressors=zarr.codecs.BloscCodec(cname="zstd", clevel=5, shuffle="shuffle"),
+        chunks=(*chunk, *layout.chunk),
+        shards=(*chunk, *layout.shard),
+        compressors=zarr.codecs.BloscCodec(
+            cname=COMPRESSOR, clevel=COMPRESSION_LEVEL, shuffle=SHUFFLE
+        ),
         fill_value=0 if leading else False,
         dimension_names=("orientation", "c", "y", "x")[-len(shape) :],
     )
@@ -376,7 +483,8 @@ def grid_hash(grid: Grid | Path) -> str:
     """Return the content hash of a grid, which is its data version.
 
     The hash covers embeddings, mask, patch size, stride, origin, um/px and, if present,
-    orientations. It does not depend on how the grid is stored.
+    orientations. It does not depend on how the grid is stored. One chunk of a store is in memory
+    at a time.
 
     Returns
     -------
@@ -387,20 +495,49 @@ def grid_hash(grid: Grid | Path) -> str:
     ------
     GridError
         The store of this path cannot be opened.
+    ChunkError
+        The store is damaged.
     """
     if isinstance(grid, Path):
         grid = open_grid(grid)
-    embeddings = np.ascontiguousarray(grid.embeddings[:], np.float16)
-    source = grid.provenance
-    digest = hashlib.blake2b(digest_size=16)
-    place = source.patch, source.stride, source.origin, source.mpp, source.slide_mpp
-    digest.update(repr((embeddings.shape, *place)).encode())
-    digest.update(embeddings.tobytes())
-    digest.update(np.packbits(grid.valid).tobytes())
-    if grid.orientations is not None:
-        for k in range(1, ORIENTATIONS):
-            digest.update(np.ascontiguousarray(grid.orientations[k][:], np.float16).tobytes())
-    return digest.hexdigest()
+    shape, everything = grid.shape, tuple(slice(0, length) for length in grid.valid.shape)
+    orientations = 1 if grid.orientations is None else ORIENTATIONS
+    digest = _Digest(shape[1], orientations)
+    for k in range(orientations):
+        embeddings = grid.oriented(k)
+        for window in chunk_windows(embeddings, (everything[0], everything[1])):
+            digest.add(k, window, read_chunk(embeddings, window))
+    return digest.content_hash(shape, grid.valid, grid.provenance)
+
+
+class _Digest:
+    """The content hash of a grid that arrives window by window.
+
+    Each row of each orientation has its own digest of its embeddings from left to right. So the
+    hash depends neither on the sides of the windows nor on their order from row to row.
+    """
+
+    def __init__(self, rows: int, orientations: int) -> None:
+        self._rows = [
+            [hashlib.blake2b(digest_size=16) for _ in range(rows)] for _ in range(orientations)
+        ]
+
+    def add(self, k: int, window: Window, embeddings: NDArray[np.float16]) -> None:
+        """Add a window (C, rows, columns) of orientation ``k``; in each row from left to right."""
+        for i, row in enumerate(self._rows[k][window[0]]):
+            row.update(np.asarray(embeddings[:, i].T, "<f2").tobytes())
+
+    def content_hash(
+        self, shape: tuple[int, int, int], valid: NDArray[np.bool_], source: GridProvenance
+    ) -> str:
+        digest = hashlib.blake2b(digest_size=16)
+        place = source.patch, source.stride, source.origin, source.mpp, source.slide_mpp
+        digest.update(repr((shape, *place)).encode())
+        digest.update(np.packbits(valid).tobytes())
+        for orientation in self._rows:
+            for row in orientation:
+                digest.update(row.digest())
+        return digest.hexdigest()
 
 
 def recorded_hash(path: Path) -> str | None:
@@ -432,6 +569,8 @@ def verify_grid(path: Path) -> None:
         computed = grid_hash(path)
     except GridError:
         raise
+    except ChunkError as error:
+        raise GridError(str(error)) from error
     except (OSError, ValueError, RuntimeError) as error:  # a chunk cannot be decoded
         raise GridError(f"{path}: cannot be read ({error}); compress the slide again") from error
     recorded = recorded_hash(path)
@@ -447,7 +586,8 @@ def verify_grid(path: Path) -> None:
 def grid_preview(grid: Grid, *, cell: int = 4) -> NDArray[np.uint8]:
     """Draw a grid: the first three principal components of its embeddings as red, green and blue.
 
-    The components are computed from this grid. Each is stretched between its 2nd and 98th
+    The components are computed from this grid, from at most 16,384 of its cells at equal steps
+    [choice]. Each is stretched between its 2nd and 98th
     percentile. Its sign is chosen so that its largest loading is positive. Cells without an
     embedding are white.
 
@@ -460,40 +600,36 @@ def grid_preview(grid: Grid, *, cell: int = 4) -> NDArray[np.uint8]:
     -------
     uint8 (rows * cell, columns * cell, 3)
     """
-    embeddings = np.asarray(grid.embeddings[:], np.float32)[:, grid.valid].T  # (cells, C)
+    cells = int(grid.valid.sum())
     picture = np.full((*grid.valid.shape, 3), 255, np.uint8)
-    if len(embeddings) > 1:
-        centred = embeddings - embeddings.mean(axis=0)
-        _, vectors = np.linalg.eigh(centred.T @ centred)
+    if cells > 1:
+        sampled = np.zeros_like(grid.valid)
+        sampled.flat[np.flatnonzero(grid.valid)[:: -(-cells // _PREVIEW_CELLS)]] = True
+        moments = grid_moments(grid.provenance.slide, grid.embeddings, sampled, within=True)
+        assert moments.within is not None
+        _, vectors = np.linalg.eigh(moments.within)
         axes = vectors[:, ::-1][:, :3]
         axes = axes * np.sign(axes[np.abs(axes).argmax(axis=0), np.arange(axes.shape[1])])
-        values = centred @ axes
+        # channels without a component, at embedding sizes below three, stay grey
+        shown = np.full((*grid.valid.shape, 3), 0.5)
+        for window, valid, embeddings in tissue_blocks(grid.embeddings, grid.valid):
+            values = embeddings.T.astype(np.float64) @ axes - moments.mean @ axes
+            shown[window][valid, : axes.shape[1]] = values
+        values = shown[grid.valid, : axes.shape[1]]
         low, high = np.percentile(values, (2, 98), axis=0)
         stretched = (values - low) / np.maximum(high - low, 1e-12)
-        # channels without a component, at embedding sizes below three, stay grey
-        shown = np.full((len(embeddings), 3), 0.5)
-        shown[:, : values.shape[1]] = np.clip(stretched, 0, 1)
-        picture[grid.valid] = np.round(shown * 235)
-    elif len(embeddings):
+        shown[grid.valid, : axes.shape[1]] = np.clip(stretched, 0, 1)
+        picture[grid.valid] = np.round(shown[grid.valid] * 235)
+    elif cells:
         picture[grid.valid] = 128
     return picture.repeat(cell, axis=0).repeat(cell, axis=1)
 
 
 def _check(name: str, embeddings: NDArray[np.float16], valid: NDArray[np.bool_]) -> None:
-    if embeddings.ndim != 3 or embeddings.shape[1:] != valid.shape or valid.dtype != np.bool_:
-        raise GridError(
-            f"{name}: embeddings {embeddings.shape} and mask {valid.shape} do not match"
-        )
     if not np.isfinite(embeddings).all():
         raise GridError(f"{name}: some embeddings are not finite in float16")
     if embeddings[:, ~valid].any():
         raise GridError(f"{name}: embeddings of cells that are not valid must be 0")
-
-
-def _chunk_and_shard(length: int) -> tuple[int, int]:
-    """Lengths of a chunk and a shard on an axis of cells; a shard is a whole number of chunks."""
-    chunk = min(_CHUNK, length)
-    return chunk, min(_SHARD, -(-length // chunk) * chunk)
 
 
 def ome_image(provenance: GridProvenance, *, channels: bool) -> dict[str, Any]:

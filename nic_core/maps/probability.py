@@ -19,6 +19,7 @@ from sklearn.metrics import roc_auc_score
 from nic_core.cohort import CohortError, ProbabilityMap
 from nic_core.encoders import Encoder, task_probabilities
 from nic_core.grids import Grid
+from nic_core.grids.chunks import tissue_blocks
 from nic_core.tiling.mask_files import MaskFileError, level0_px_per_px, open_stored_image
 from nic_core.types import Pixels
 
@@ -72,8 +73,11 @@ def probability_map(
             f"its classes are {', '.join(classes)}"
         )
     rows, columns = np.nonzero(grid.valid)
-    embeddings = np.asarray(grid.embeddings[:])[:, grid.valid].T
-    probability = task_probabilities(encoder, entry.task, embeddings)[:, classes.index(entry.label)]
+    of_label = np.zeros(grid.valid.shape, np.float32)
+    for window, valid, embeddings in tissue_blocks(grid.embeddings, grid.valid):
+        found = task_probabilities(encoder, entry.task, embeddings.T)
+        of_label[window][valid] = found[:, classes.index(entry.label)]
+    probability = of_label[rows, columns]
     known = None if truth is None else truth[rows, columns]
     return pl.DataFrame(
         {

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from nic_core.models.crops import GridMoments
+from nic_core.grids.moments import GridMoments
 from nic_core.models.kinds import TargetKind, primary_value
 
 BASELINE_NAMES = {"mean_embedding": "mean embedding, linear", "tissue_area": "tissue area, linear"}

@@ -11,26 +11,27 @@ import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from threading import Lock
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
+import polars as pl
 import torch
 from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor
 
 from nic_core.cohort import NetworkName
-from nic_core.grids.chunks import StoredEmbeddings, Window
+from nic_core.grids.chunks import Window, chunk_windows, read_chunk
+from nic_core.grids.moments import GridMoments, grid_moments
 from nic_core.models.networks import Normalise, component_count, occupied
 from nic_core.orientations import ORIENTATIONS, undo
 from nic_core.parallel import cores
 
 CACHE_BYTES = 1 << 30
 SMALL_CROP = 100  # cells a side; up to this size one thread is as fast as several
-_BLOCK = 1 << 14  # cells whose moments are summed at once
 
 _Item = TypeVar("_Item")
 
@@ -60,45 +61,58 @@ _Block = tuple[Window, NDArray[np.float32] | None]  # cells; features, None: not
 
 
 @dataclass(frozen=True)
-class GridMoments:
-    """Sums over the tissue cells of one slide, from which mean and covariance are computed."""
+class CohortMoments:
+    """Moments of the slides of a cohort.
 
-    cells: int
-    total: NDArray[np.float64]  # (C,)
-    squares: NDArray[np.float64]  # (C, C): sum of outer products
+    Attributes
+    ----------
+    slides
+        Slide id to its moments, without scatter matrix.
+    groups
+        Group of units (a fold) to the sum of the moments of its slides. The scatter matrices are
+        summed because one matrix a slide would not fit into memory: 600 of 2,560 numbers are 31 GB.
+    """
 
-    @property
-    def mean(self) -> NDArray[np.float64]:
-        """Mean embedding of the slide (C,)."""
-        return self.total / self.cells
+    slides: Mapping[str, GridMoments]
+    groups: Mapping[int, GridMoments]
 
 
-def grid_moments(slide: str, grid: GridData) -> GridMoments:
-    """Compute the moments of one slide's embeddings.
+def cohort_moments(
+    units: pl.DataFrame, grids: GridSource, *, components: int | None
+) -> CohortMoments:
+    """Compute the moments of the slides of all units; each grid is read once.
+
+    Parameters
+    ----------
+    units
+        With the columns ``slides`` (list of ids) and ``fold`` (null: in no group).
+    grids
+        Opens the grid of a slide.
+    components
+        Number of principal components of the normalisation; None: scatter is not needed.
 
     Raises
     ------
     ValueError
-        The grid has no tissue cell, or an embedding is not finite.
+        A grid has no tissue cell, or an embedding that is not finite.
     """
-    cells = np.asarray(grid.embeddings[:])[:, np.asarray(grid.valid)]
-    if not cells.shape[1]:
-        raise ValueError(f"slide '{slide}': its grid has no tissue cell; leave the slide out")
-    total, squares = np.zeros(len(cells)), np.zeros((len(cells), len(cells)))
-    for start in range(0, cells.shape[1], _BLOCK):
-        embeddings = cells[:, start : start + _BLOCK].astype(np.float64)
-        total += embeddings.sum(1)
-        squares += embeddings @ embeddings.T
-    if not np.isfinite(total).all():
-        raise ValueError(
-            f"slide '{slide}': its grid has embeddings that are not finite; compress it again"
+    slides: dict[str, GridMoments] = {}
+    groups: dict[int, GridMoments] = {}
+    rows = units.select(pl.col("slides").alias("slide"), "fold").explode("slide")
+    for (slide,), folds in rows.group_by("slide", maintain_order=True):
+        used = folds["fold"].drop_nulls().to_list()
+        grid = grids(str(slide))
+        found = grid_moments(
+            str(slide),
+            grid.embeddings,
+            np.asarray(grid.valid),
+            within=components is not None and bool(used),
         )
-    return GridMoments(cells.shape[1], total, squares)
-
-
-def all_moments(slides: Iterable[str], grids: GridSource) -> Mapping[str, GridMoments]:
-    """Compute the moments of every slide, with one grid in memory at a time."""
-    return {slide: grid_moments(slide, grids(slide)) for slide in slides}
+        slides[str(slide)] = replace(found, within=None)
+        # a slide of several units counts once for each
+        for fold in used:
+            groups[fold] = groups[fold] + found if fold in groups else found
+    return CohortMoments(slides, groups)
 
 
 def fit_normalise(moments: Iterable[GridMoments], *, components: int | None) -> Normalise:
@@ -115,21 +129,30 @@ def fit_normalise(moments: Iterable[GridMoments], *, components: int | None) -> 
     Parameters
     ----------
     moments
-        Moments of the training slides.
+        Moments of the training slides, or of groups of them.
     components
         Number of principal components; None: no projection.
+
+    Raises
+    ------
+    ValueError
+        ``components`` is given, and moments have no scatter matrix.
     """
     several = list(moments)
     cells = sum(m.cells for m in several)
     mean = np.sum([m.total for m in several], axis=0) / cells
     if components is None:
-        variance = np.sum([np.diag(m.squares) for m in several], axis=0) / cells - mean**2
+        variance = np.sum([m.squares for m in several], axis=0) / cells - mean**2
         weight = 1 / np.sqrt(np.maximum(variance, 1e-12))
         # a constant number carries no information and must not be scaled up
         weight[variance < 1e-12] = 0
     else:
-        within = sum(m.squares - np.outer(m.total, m.total) / m.cells for m in several) / cells
-        values, vectors = np.linalg.eigh(within)
+        within = np.zeros((len(mean), len(mean)))
+        for m in several:
+            if m.within is None:
+                raise ValueError("principal components need moments with a scatter matrix")
+            within += m.within
+        values, vectors = np.linalg.eigh(within / cells)
         order = np.argsort(values)[::-1][:components]
         axes = vectors[:, order]
         # the sign of an eigenvector is arbitrary: the largest entry is made positive
@@ -200,18 +223,6 @@ def _intersection(first: Window, second: Window) -> tuple[Window, Window]:
         in_first.append(slice(low - one.start, high - one.start))
         in_second.append(slice(low - other.start, high - other.start))
     return (in_first[0], in_first[1]), (in_second[0], in_second[1])
-
-
-def _blocks(embeddings: Any, window: Window) -> Iterable[Window]:
-    """Return the windows to read one after the other: a store's chunks, else the whole window."""
-    return embeddings.blocks(window) if isinstance(embeddings, StoredEmbeddings) else [window]
-
-
-def _read_block(embeddings: Any, cells: Window) -> NDArray[Any]:
-    """Read one of the :func:`_blocks`."""
-    if isinstance(embeddings, StoredEmbeddings):
-        return embeddings.block(cells)
-    return np.asarray(embeddings[:, cells[0], cells[1]])
 
 
 class _Buffer:
@@ -341,13 +352,15 @@ class Crops:
             out.fill(0)
         embeddings, buffer = grid.oriented(stored), _Buffer()
         cached = self._cached(slide, stored, grid)
-        for cells, features in cached or [(cells, None) for cells in _blocks(embeddings, in_grid)]:
+        for cells, features in cached or [
+            (cells, None) for cells in chunk_windows(embeddings, in_grid)
+        ]:
             source, destination = _intersection(cells, in_grid)
             part = upright[:, destination[0], destination[1]]
             if features is not None:
                 np.copyto(part, features[:, source[0], source[1]])
             elif valid[cells].any():
-                block = _read_block(embeddings, cells)[:, source[0], source[1]]
+                block = read_chunk(embeddings, cells)[:, source[0], source[1]]
                 self._write_features(block, part, buffer)
             else:
                 part.fill(0)
@@ -359,7 +372,7 @@ class Crops:
             return self._cache[key]
         embeddings, valid = grid.oriented(stored), np.asarray(grid.valid)
         rows, columns = valid.shape
-        blocks = list(_blocks(embeddings, (slice(0, rows), slice(0, columns))))
+        blocks = list(chunk_windows(embeddings, (slice(0, rows), slice(0, columns))))
         tissue = [cells for cells in blocks if valid[cells].any()]
         size = 4 * self._normalise.channels * sum(valid[cells].size for cells in tissue)
         with self._reservation:
@@ -371,7 +384,7 @@ class Crops:
         buffer = _Buffer()
         for cells in tissue:
             features = np.empty((self._normalise.channels, *valid[cells].shape), np.float32)
-            self._write_features(_read_block(embeddings, cells), features, buffer)
+            self._write_features(read_chunk(embeddings, cells), features, buffer)
             whole.append((cells, features))
         self._cache[key] = whole
         return whole

@@ -23,15 +23,16 @@ import numpy as np
 import polars as pl
 
 from nic_core.cohort import CohortError, ModelSettings, Target
+from nic_core.grids.moments import GridMoments
 from nic_core.models.baselines import BASELINES, baseline_features, fit_linear
 from nic_core.models.checkpoints import Floats, FoldCheckpoints, FoldResult, Predictions
 from nic_core.models.cox import BaselineHazard
-from nic_core.models.crops import Crops, GridMoments, GridSource, all_moments
+from nic_core.models.crops import CohortMoments, Crops, GridSource, cohort_moments, normalise_for
 from nic_core.models.folds import check_folds, check_trainable, make_folds, split_fold
 from nic_core.models.kinds import TargetKind, kind_of, prediction_array
 from nic_core.models.labels import shuffle_labels
 from nic_core.models.metrics import score
-from nic_core.models.networks import FoldModel
+from nic_core.models.networks import FoldModel, component_count
 from nic_core.models.training import FittedFold, fit_fold, fitting_threads, predict_units
 
 if TYPE_CHECKING:
@@ -154,7 +155,11 @@ def cross_validate(
     check_trainable(target, cv, count)
     test = table.filter(pl.col("split") == "test").sort("unit")
     try:
-        moments = all_moments(sorted(set(table["slides"].explode())), grids)
+        moments = cohort_moments(
+            pl.concat([cv, test], how="diagonal"),
+            grids,
+            components=component_count(settings.network),
+        )
     except ValueError as error:
         raise CohortError(f"target '{target.name}': {error}") from error
 
@@ -249,7 +254,7 @@ def _fit_fold(
     parts: tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame, pl.DataFrame],
     horizons: Mapping[str, Floats],
     grids: GridSource,
-    moments: Mapping[str, GridMoments],
+    moments: CohortMoments,
     settings: ModelSettings,
     *,
     device: str,
@@ -266,11 +271,13 @@ def _fit_fold(
     external: dict[str, Predictions] = {}
     first: FittedFold | None = None
     hazard = None
+    training_folds = sorted(set(train["fold"]))
+    normalise = normalise_for(settings.network, [moments.groups[f] for f in training_folds])
     with fitting_threads(settings):
         for seed, name in enumerate((*_seed_names(settings), *BASELINES)):
             # one predictor at a time: each holds a cache of features
             if name in BASELINES:
-                predictor = _linear_predictor(kind, name, train, validation, moments)
+                predictor = _linear_predictor(kind, name, train, validation, moments.slides)
             else:
                 entropy = [settings.seed, fold, *([seed] if seed else [])]
                 fitted = fit_fold(
@@ -278,7 +285,7 @@ def _fit_fold(
                     train,
                     validation,
                     grids,
-                    moments,
+                    normalise,
                     settings,
                     seed=int(np.random.SeedSequence(entropy).generate_state(1)[0]),
                     device=device,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -23,14 +23,12 @@ from nic_core.devices import resolve_device
 from nic_core.models.crops import (
     SMALL_CROP,
     Crops,
-    GridMoments,
     GridSource,
     View,
     augment_features,
-    normalise_for,
 )
 from nic_core.models.kinds import kind_of, primary_value
-from nic_core.models.networks import FoldModel, build_network, check_crop
+from nic_core.models.networks import FoldModel, Normalise, build_network, check_crop
 from nic_core.orientations import ORIENTATIONS
 
 if TYPE_CHECKING:
@@ -73,7 +71,7 @@ def fit_fold(
     train: pl.DataFrame,
     validation: pl.DataFrame,
     grids: GridSource,
-    moments: Mapping[str, GridMoments],
+    normalise: Normalise,
     settings: ModelSettings,
     *,
     seed: int,
@@ -99,8 +97,8 @@ def fit_fold(
         Rows of the target table, of different patients.
     grids
         Opens the grid of a slide.
-    moments
-        Of every slide in ``train``.
+    normalise
+        Estimated from the slides in ``train`` (:func:`nic_core.models.crops.normalise_for`).
     seed
         Seed of the weights, batches, crops and augmentation.
     device
@@ -125,8 +123,6 @@ def fit_fold(
     kind = kind_of(target)
     torch_device = resolve_device(device)
     random = np.random.default_rng(seed)
-    slides = [slide for row in train["slides"] for slide in row]
-    normalise = normalise_for(settings.network, [moments[slide] for slide in slides])
     cuda = torch_device.type == "cuda"
     crops = Crops(grids, normalise, settings.crop, pinned=cuda)
     with torch.random.fork_rng(devices=[torch_device] if cuda else []):

@@ -7,10 +7,10 @@ from collections.abc import Callable
 import polars as pl
 
 from nic_core.cohort import Cohort, CohortError
-from nic_core.compression import compress_slide
+from nic_core.compression import compress_to_store
 from nic_core.encoders import load_encoder
 from nic_core.encoders.inference import PreparedEncoder
-from nic_core.grids import Grid, grid_hash, open_grid, write_grid
+from nic_core.grids import Grid, grid_hash, open_grid
 from nic_core.slides import content_identity
 from nic_core.steps.slide_index import open_indexed, read_slide_index, used_slides
 from nic_core.store import GridKey, PatchTableKey, Store, atomic_file
@@ -42,7 +42,7 @@ def make_grid(
     slide: str,
     progress: Callable[[int, int], None] | None = None,
 ) -> Grid:
-    """Compress a slide with an encoder; write and return the grid.
+    """Compress a slide with an encoder into its grid store, in bounded memory; open the store.
 
     Parameters
     ----------
@@ -53,13 +53,14 @@ def make_grid(
     ------
     CohortError
         The slide is not in the slide index.
-    SlideError, PatchTableError
-        See :func:`~nic_core.compression.compress_slide`.
+    SlideError, PatchTableError, StoreError
+        See :func:`~nic_core.compression.compress_to_store`.
     """
     cells = read_cells(cohort, store, GridKey(encoder=encoder.card.name, slide=slide))
     settings = cohort.settings.compression
     with open_indexed(store, slide, colours=settings.colours) as opened:
-        grid = compress_slide(
+        return compress_to_store(
+            store.grid(GridKey(encoder=encoder.card.name, slide=slide)),
             opened,
             cells,
             encoder,
@@ -68,8 +69,6 @@ def make_grid(
             orientations=settings.orientations,
             progress=progress,
         )
-    write_grid(store.grid(GridKey(encoder=encoder.card.name, slide=slide)), grid)
-    return grid
 
 
 def read_cells(cohort: Cohort, store: Store, key: GridKey) -> pl.DataFrame:

@@ -7,7 +7,7 @@ stored tile is decoded once, and memory does not grow with the slide.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
@@ -167,7 +167,7 @@ def check_unreadable(slide: Slide, unreadable: int, total: int, limit: float) ->
 
 def map_in_order(
     blocks: Iterable[Block], work: Callable[[Block], _Result], workers: int
-) -> Iterator[_Result]:
+) -> Generator[_Result]:
     """Yield ``work(block)`` for each block, in order, computed by a pool of threads.
 
     At most two blocks per worker are computed before the caller consumes them, which bounds
