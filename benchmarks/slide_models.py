@@ -30,8 +30,8 @@ from rich.console import Console
 from rich.table import Table
 
 from nic_core.grids import GRID_FORMAT, Grid, GridProvenance, open_grid, write_grid
-from nic_core.models.crops import Crops, all_moments, normalise_for
-from nic_core.models.networks import build_network
+from nic_core.models.crops import Crops, cohort_moments, normalise_for
+from nic_core.models.networks import build_network, component_count
 from nic_core.models.training import training_batches
 
 EMBEDDING_SIZE, STORES = 128, 4
@@ -93,12 +93,13 @@ def main() -> None:
             return open_grid(Path(place) / slide)
 
         memory[f"{STORES} stores written"] = peak()
-        moments = all_moments(slides, grids)
+        table = pl.DataFrame({"slides": [[slide] for slide in slides]})
+        components = component_count(arguments.network)
+        moments = cohort_moments(table.with_columns(fold=0), grids, components=components)
         memory[f"moments of {len(slides)} slides"] = peak()
-        normalise = normalise_for(arguments.network, moments.values())
+        normalise = normalise_for(arguments.network, moments.groups.values())
         crops = Crops(grids, normalise, arguments.side)
         random = np.random.default_rng(0)
-        table = pl.DataFrame({"slides": [[slide] for slide in slides]})
         for _ in training_batches(table, crops, arguments.batch, random):
             pass
         memory[f"crops of {len(slides)} slides"] = peak()

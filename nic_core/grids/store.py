@@ -610,16 +610,15 @@ def grid_preview(grid: Grid, *, cell: int = 4) -> NDArray[np.uint8]:
         _, vectors = np.linalg.eigh(moments.within)
         axes = vectors[:, ::-1][:, :3]
         axes = axes * np.sign(axes[np.abs(axes).argmax(axis=0), np.arange(axes.shape[1])])
-        # channels without a component, at embedding sizes below three, stay grey
-        shown = np.full((*grid.valid.shape, 3), 0.5)
+        values = np.zeros((*grid.valid.shape, axes.shape[1]), np.float32)
         for window, valid, embeddings in tissue_blocks(grid.embeddings, grid.valid):
-            values = embeddings.T.astype(np.float64) @ axes - moments.mean @ axes
-            shown[window][valid, : axes.shape[1]] = values
-        values = shown[grid.valid, : axes.shape[1]]
-        low, high = np.percentile(values, (2, 98), axis=0)
-        stretched = (values - low) / np.maximum(high - low, 1e-12)
-        shown[grid.valid, : axes.shape[1]] = np.clip(stretched, 0, 1)
-        picture[grid.valid] = np.round(shown[grid.valid] * 235)
+            values[window][valid] = (embeddings.T.astype(np.float64) - moments.mean) @ axes
+        picture[grid.valid] = 118  # without a component, at embedding sizes below three: grey
+        for i in range(axes.shape[1]):
+            component = values[grid.valid, i]
+            low, high = np.percentile(component, (2, 98))
+            stretched = np.clip((component - low) / max(high - low, 1e-12), 0, 1)
+            picture[grid.valid, i] = np.round(stretched * 235)
     elif cells:
         picture[grid.valid] = 128
     return picture.repeat(cell, axis=0).repeat(cell, axis=1)

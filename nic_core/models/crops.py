@@ -352,9 +352,8 @@ class Crops:
             out.fill(0)
         embeddings, buffer = grid.oriented(stored), _Buffer()
         cached = self._cached(slide, stored, grid)
-        for cells, features in cached or [
-            (cells, None) for cells in chunk_windows(embeddings, in_grid)
-        ]:
+        parts = cached or [(cells, None) for cells in chunk_windows(embeddings, in_grid)]
+        for cells, features in parts:
             source, destination = _intersection(cells, in_grid)
             part = upright[:, destination[0], destination[1]]
             if features is not None:

@@ -3,6 +3,7 @@
 import threading
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 import zarr
@@ -11,14 +12,14 @@ from hypothesis import strategies as st
 from scipy import ndimage
 
 from nic_core.grids import Grid, open_grid, write_grid
+from nic_core.grids.moments import grid_moments
 from nic_core.models.crops import (
     Crops,
-    all_moments,
     augment_features,
     centre_weights,
+    cohort_moments,
     crop_windows,
     fit_normalise,
-    grid_moments,
     prefetch,
 )
 from nic_core.models.networks import Normalise
@@ -37,6 +38,10 @@ def identity(channels):
 def grid_of(embeddings, valid=None):
     embeddings = np.asarray(embeddings, np.float16)
     return ArrayGrid(embeddings, np.ones(embeddings.shape[1:], bool) if valid is None else valid)
+
+
+def moments_of(grid):
+    return grid_moments("s", grid.embeddings, grid.valid, within=True)
 
 
 @given(
@@ -119,7 +124,7 @@ def test_crops_equal_the_output_of_normalise(components):
     embeddings[:, 3, 3] = 0  # an embedding of 0 counts as background in both
     valid[3, 3] = True
     grid = grid_of(embeddings, valid)
-    normalise = fit_normalise([grid_moments("s", grid)], components=components)
+    normalise = fit_normalise([moments_of(grid)], components=components)
     raw = torch.from_numpy(grid.embeddings.astype(np.float32))[None]
     np.testing.assert_allclose(
         Crops(lambda _: grid, normalise, 8).crop_at("s", (4, 4), 0), normalise(raw)[0], atol=1e-5
@@ -210,8 +215,7 @@ def test_crops_from_stores_equal_crops_from_memory(tmp_path, cache, components):
         grids[name] = grid_of(embeddings, valid)
         about = provenance(slide=name)
         write_grid(tmp_path / name, Grid(embeddings, valid, about))
-    moments = all_moments(grids, grids.__getitem__).values()
-    normalise = fit_normalise(moments, components=components)
+    normalise = fit_normalise(map(moments_of, grids.values()), components=components)
     stored = Crops(lambda s: open_grid(tmp_path / s), normalise, 120, cache_bytes=cache)
     held = Crops(grids.__getitem__, normalise, 120)
     views = [held.random_view("abc"[i % 3], random) for i in range(18)]
@@ -255,8 +259,7 @@ def test_normalised_embeddings_have_mean_0_and_deviation_1():
         valid = random.random((20, 20)) < 0.5
         embeddings = (random.normal(size=(4, 20, 20)) * [[[1]], [[2]], [[3]], [[0]]] + 5) * valid
         grids[s] = grid_of(embeddings, valid)
-    moments = all_moments("ab", grids.__getitem__)
-    normalise = fit_normalise(moments.values(), components=None)
+    normalise = fit_normalise(map(moments_of, grids.values()), components=None)
     cells = np.concatenate(
         [
             normalise(torch.from_numpy(g.embeddings.astype(np.float32))[None])[0].numpy()[
@@ -269,8 +272,58 @@ def test_normalised_embeddings_have_mean_0_and_deviation_1():
     np.testing.assert_allclose(cells.mean(1), 0, atol=1e-3)
     np.testing.assert_allclose(cells.std(1), [1, 1, 1, 0], atol=1e-3)
     np.testing.assert_allclose(
-        moments["a"].mean, grids["a"].embeddings[:, grids["a"].valid].astype(float).mean(1)
+        moments_of(grids["a"]).mean,
+        grids["a"].embeddings[:, grids["a"].valid].astype(float).mean(1),
     )
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    slides=st.integers(2, 7),
+    size=st.integers(1, 6),
+    components=st.sampled_from([None, 1, 3]),
+    seed=st.integers(0, 99),
+)
+def test_moments_of_folds_give_the_normalisation_of_all_cells(slides, size, components, seed):
+    random = np.random.default_rng(seed)
+    spread, grids, units = 2.0 ** -np.arange(size)[:, None, None], {}, []
+    for name in map(str, range(slides)):
+        valid = random.random(random.integers(4, 12, 2)) < 0.8
+        valid[0, :2] = True
+        embeddings = (random.normal(size=(size, *valid.shape)) * spread + 1) * valid
+        grids[name] = grid_of(embeddings, valid)
+        units.append(([name], int(name) % 2))
+    units += [(["0", "1"], 0), (["0"], None)]  # a slide of two units counts twice
+    table = pl.DataFrame(units, schema=["slides", "fold"], orient="row")
+    moments = cohort_moments(table, grids.__getitem__, components=components)
+    assert all(m.within is None for m in moments.slides.values())
+    assert {m.within is None for m in moments.groups.values()} == {components is None}
+    found = fit_normalise(moments.groups.values(), components=components)
+
+    used = [s for names, fold in units if fold is not None for s in names]
+    cells = [grids[s].embeddings[:, grids[s].valid].astype(float) for s in used]
+    whole = np.concatenate(cells, 1)
+    np.testing.assert_allclose(found.mean, whole.mean(1), rtol=1e-5, atol=1e-6)
+    if components is None:
+        np.testing.assert_allclose(found.weight, 1 / whole.std(1), rtol=1e-4)
+        return
+    centred = np.concatenate([c - c.mean(1, keepdims=True) for c in cells], 1)
+    vectors, values, _ = np.linalg.svd(centred / whole.shape[1] ** 0.5, full_matrices=False)
+    deviation = values[:components]
+    expected = (vectors[:, :components] / np.sqrt(deviation * deviation[0])).T
+    # the sign of an axis is arbitrary
+    products = np.abs((expected * found.weight.numpy()).sum(1))
+    np.testing.assert_allclose(products, (expected**2).sum(1), rtol=1e-3)
+    np.testing.assert_allclose((found.weight.numpy() ** 2).sum(1), (expected**2).sum(1), rtol=1e-4)
+
+
+def test_components_need_a_scatter_matrix():
+    grid = grid_of(np.ones((2, 3, 3)))
+    without = grid_moments("s", grid.embeddings, grid.valid)
+    with pytest.raises(ValueError, match="need moments with a scatter matrix"):
+        fit_normalise([without], components=1)
+    with pytest.raises(ValueError, match="need moments with a scatter matrix"):
+        fit_normalise([without + moments_of(grid)], components=1)
 
 
 def test_components_follow_variation_within_slides():
@@ -282,8 +335,8 @@ def test_components_follow_variation_within_slides():
             50 * random.normal()
         )  # stain: a large shift that is constant over the slide
         grids[str(i)] = grid_of(embeddings)
-    moments = all_moments(grids, grids.__getitem__)
-    weight = fit_normalise(moments.values(), components=2).weight.numpy()
+    moments = map(moments_of, grids.values())
+    weight = fit_normalise(moments, components=2).weight.numpy()
     assert weight.shape == (2, 3)
     # divided by the root of the deviation times the first deviation
     np.testing.assert_allclose(weight, [[1 / 3, 0, 0], [0, 1 / 3**0.5, 0]], atol=0.03)
@@ -298,4 +351,4 @@ def test_components_follow_variation_within_slides():
 )
 def test_empty_and_not_finite_grids_raise_with_the_slide(embeddings, valid, words):
     with pytest.raises(ValueError, match=words):
-        grid_moments("s", grid_of(embeddings, valid))
+        moments_of(grid_of(embeddings, valid))

@@ -16,7 +16,7 @@ from nic_core.cohort import (
 )
 from nic_core.models.baselines import BASELINES
 from nic_core.models.checkpoints import FoldCheckpoints
-from nic_core.models.crops import Crops, all_moments
+from nic_core.models.crops import Crops, cohort_moments, normalise_for
 from nic_core.models.cross_validation import NETWORK, cross_validate
 from nic_core.models.explanation import explain
 from nic_core.models.figures import evaluation_figure, metrics_figure, training_figure
@@ -247,14 +247,20 @@ def test_several_slides_of_a_patient_are_averaged(few):
     np.testing.assert_allclose(together, (one + two) / 2, rtol=1e-5)
 
 
+def normalise_by(planted, units):
+    """The normalisation of network `small`, estimated from these units."""
+    moments = cohort_moments(units.with_columns(fold=0), planted.source, components=48)
+    return normalise_for("small", moments.groups.values())
+
+
 def test_networks_depend_on_the_seed_only(few):
     first, again = (evaluate(few, RIM, QUICK) for _ in range(2))
     assert first.predictions.equals(again.predictions)
     assert first.history.equals(again.history)
     table = labelled(few, RIM)
-    moments = all_moments(table["unit"], few.source)
+    normalise = normalise_by(few, table[:12])
     fitted = [
-        fit_fold(RIM, table[:12], table[12:], few.source, moments, QUICK, seed=seed)
+        fit_fold(RIM, table[:12], table[12:], few.source, normalise, QUICK, seed=seed)
         for seed in (1, 1, 2)
     ]
     weights = [f.model.network.output.weight for f in fitted]
@@ -267,8 +273,8 @@ def test_training_keeps_the_global_random_state(few):
     expected = torch.rand(1)
     torch.manual_seed(3)
     table = labelled(few, RIM)
-    moments = all_moments(table["unit"], few.source)
-    fit_fold(RIM, table[:12], table[12:], few.source, moments, QUICK, seed=0)
+    normalise = normalise_by(few, table[:12])
+    fit_fold(RIM, table[:12], table[12:], few.source, normalise, QUICK, seed=0)
     assert torch.equal(torch.rand(1), expected)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from dataclasses import dataclass
 
@@ -14,12 +15,13 @@ import torch
 from torch import nn
 
 from nic_core.cohort import Geometry
-from nic_core.compression import compress_slide, is_up_to_date
+from nic_core.compression import compress_slide, compress_to_store, is_up_to_date
 from nic_core.encoders.inference import PreparedEncoder
-from nic_core.grids import open_grid, write_grid
+from nic_core.grids import grid_hash, open_grid, recorded_hash, write_grid
 from nic_core.orientations import orient, undo
 from nic_core.slides import SlideError, content_identity, open_slide
 from nic_core.slides.icc import describe_profile
+from nic_core.store import StoreError
 from nic_core.tiling.blocks import plan_blocks, read_block
 from nic_core.tiling.patches import PatchTableError, patch_table
 from nic_core.tiling.quality import measure_quality
@@ -248,11 +250,20 @@ def test_a_slide_with_too_many_undecodable_cells_is_refused(damaged):
             compress(slide, table)
 
 
-def test_an_error_of_the_encoder_stops_the_workers(files):
-    class Raises(nn.Module):
-        def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-            raise RuntimeError("no memory")
+class Raises(Moments):
+    """Fails at the third batch."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._calls = itertools.count(1)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        if next(self._calls) == 3:
+            raise RuntimeError("no memory")
+        return super().forward(pixels)
+
+
+def test_an_error_of_the_encoder_stops_the_workers(files):
     before, torch_threads = threading.active_count(), torch.get_num_threads()
     with open_slide(files["tiff"]) as slide, pytest.raises(RuntimeError, match="no memory"):
         compress(slide, table_of(slide), prepared(Raises()))
@@ -260,11 +271,85 @@ def test_an_error_of_the_encoder_stops_the_workers(files):
     assert torch.get_num_threads() == torch_threads
 
 
-def test_embeddings_that_exceed_float16_are_refused(files):
-    class Million(nn.Module):
-        def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-            return torch.full((len(pixels), 6), 1e6)
+def compress_into(path, slide, table, encoder=None, **options):
+    return compress_to_store(
+        path, slide, table, encoder or prepared(), slide_id="s", slide_identity="ab", **options
+    )
 
+
+@pytest.mark.parametrize("chunk", [1, 4, 16, 64])
+@pytest.mark.parametrize("reading", ["patch", "input"])
+@pytest.mark.parametrize("orientations", [False, True])
+def test_a_store_has_the_grid_that_is_made_in_memory(
+    files, tmp_path, monkeypatch, chunk, reading, orientations
+):
+    sides = {} if reading == "patch" else {"side": 16, "mpp": 1.0, "reading": reading}
+    encoder, calls = prepared(Pooled(), **sides), []
+    with open_slide(files["tiff"]) as slide:
+        table = table_of(slide)
+        held = compress(slide, table, encoder, orientations=orientations)
+        monkeypatch.setattr("nic_core.grids.shards._CHUNK", chunk)
+        monkeypatch.setattr("nic_core.grids.shards._SHARD", 2 * chunk)
+        stored = compress_into(
+            tmp_path / "s.zarr",
+            slide,
+            table,
+            encoder,
+            orientations=orientations,
+            progress=lambda *cells: calls.append(cells),
+        )
+    assert grid_hash(stored) == grid_hash(held) == recorded_hash(tmp_path / "s.zarr")
+    assert stored.provenance == held.provenance
+    assert calls[-1] == (held.valid.sum(), held.valid.sum())
+    for k in range(8 if orientations else 1):
+        np.testing.assert_array_equal(stored.oriented(k)[:], held.oriented(k))
+
+
+@pytest.mark.parametrize("problem", ["encoder", "not finite", "undecodable"])
+def test_a_slide_that_fails_half_way_keeps_the_old_store(
+    files, damaged, tmp_path, monkeypatch, problem
+):
+    monkeypatch.setattr("nic_core.grids.shards._CHUNK", 2)
+    path = tmp_path / "s.zarr"
+    with open_slide(files["tiff"]) as slide:
+        old = grid_hash(compress_into(path, slide, table_of(slide)))
+    bad, encoder, error = files["tiff"], None, SlideError
+    if problem == "encoder":
+        encoder, error = prepared(Raises()), RuntimeError
+    elif problem == "not finite":
+        encoder = prepared(Million())
+    else:
+        bad = damaged("tile")
+    before = threading.active_count()
+    with open_slide(bad) as slide, pytest.raises(error):
+        compress_into(path, slide, table_of(slide, np.ones((32, 32), bool)), encoder)
+    assert threading.active_count() == before
+    assert not list(tmp_path.glob(".*"))  # neither a temporary folder nor a lock
+    assert grid_hash(path) == old
+
+
+def test_a_disk_that_becomes_full_during_compression(files, mount):
+    class Noise(nn.Module):
+        def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+            return torch.randn(len(pixels), 4096)
+
+    folder, before = mount("size=512k"), threading.active_count()
+    encoder = prepared(Noise(), Card(embedding_size=4096))
+    with open_slide(files["tiff"]) as slide:
+        old = grid_hash(compress_into(folder / "s.zarr", slide, table_of(slide)))
+        with pytest.raises(StoreError, match=r"s.zarr: .*No space left .*free some space"):
+            compress_into(folder / "s.zarr", slide, table_of(slide), encoder)
+    assert threading.active_count() == before
+    assert list(folder.iterdir()) == [folder / "s.zarr"]
+    assert grid_hash(folder / "s.zarr") == old
+
+
+class Million(nn.Module):
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return torch.full((len(pixels), 6), 1e6)
+
+
+def test_embeddings_that_exceed_float16_are_refused(files):
     with open_slide(files["tiff"]) as slide, pytest.raises(SlideError, match="float16"):
         compress(slide, table_of(slide), prepared(Million()))
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import tracemalloc
 from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import ome_zarr.io
@@ -17,14 +20,18 @@ from zarr.storage import WrapperStore
 from nic_core.grids import (
     Grid,
     GridError,
+    GridPart,
     GridProvenance,
     grid_hash,
     grid_preview,
     open_grid,
     verify_grid,
     write_grid,
+    write_parts,
 )
-from nic_core.grids.chunks import ChunkError
+from nic_core.grids.chunks import ChunkError, tissue_blocks
+from nic_core.grids.moments import grid_moments
+from nic_core.grids.shards import Layout, layout_of
 from nic_core.orientations import orient, undo
 from nic_core.store import StoreError
 from tests.provenance import provenance
@@ -164,6 +171,8 @@ def test_a_damaged_chunk_is_an_error_that_names_it(tmp_path, damage):
     shard.write_bytes(bytes(len(whole) - 20) + whole[-20:] if damage is None else damage)
     with pytest.raises(ChunkError, match=r"c/0/0/0: damaged .*compress the slide again"):
         embeddings.block((slice(0, 9), slice(0, 13)))
+    with pytest.raises(GridError, match=r"c/0/0/0: damaged [^;]*; compress the slide again$"):
+        verify_grid(tmp_path / "s.zarr")
 
 
 def test_a_large_store_has_few_files_and_a_crop_few_reads(tmp_path):
@@ -189,6 +198,128 @@ def test_a_large_store_has_few_files_and_a_crop_few_reads(tmp_path):
         assert len(set(counting.reads)) == 2
         assert len(counting.reads) == 2 + 7 * 8
         assert counting.bytes < 1.5 * crop.nbytes
+
+
+@pytest.mark.parametrize(
+    ("size", "chunk", "shard"),
+    [(1, 64, 512), (128, 64, 512), (512, 64, 512), (1024, 32, 256), (1536, 32, 256)]
+    + [(2560, 16, 128), (50_000, 4, 32)],
+)
+def test_the_wider_embeddings_are_the_smaller_are_chunks(size, chunk, shard):
+    layout = layout_of((size, 600, 700))
+    assert (layout.chunk, layout.shard) == ((chunk, chunk), (shard, shard))
+    assert 2 * size * chunk**2 <= 4 << 20
+    assert 2 * size * shard**2 <= 256 << 20
+
+
+sides = st.integers(0, 5).map(lambda power: 2**power)
+
+
+@settings(max_examples=40, deadline=None)
+@given(rows=st.integers(1, 70), columns=st.integers(1, 70), chunk=sides, times=sides)
+def test_windows_cover_each_cell_once_from_left_to_right(rows, columns, chunk, times):
+    with mock.patch.multiple("nic_core.grids.shards", _CHUNK=chunk, _SHARD=chunk * times):
+        layout = layout_of((3, rows, columns))
+    last, shards = np.full(rows, -1), []
+    for window in layout.windows():
+        along = window[1].start, window[1].stop
+        assert (last[window[0]] == along[0] - 1).all()
+        last[window[0]] = along[1] - 1
+        places = zip(window, layout.shard, layout.chunk, strict=True)
+        shards.append(tuple(part.start // whole for part, whole, _ in places))
+        assert all(part.start % side == 0 for part, side in zip(window, layout.chunk, strict=True))
+    assert (last == columns - 1).all()
+    # the windows of a shard follow each other
+    assert len(set(shards)) == 1 + sum(a != b for a, b in itertools.pairwise(shards))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    rows=st.integers(1, 40),
+    columns=st.integers(1, 40),
+    chunk=sides,
+    times=sides,
+    seed=st.integers(0, 9),
+    orientations=st.booleans(),
+)
+def test_the_hash_does_not_depend_on_chunks_and_shards(
+    tmp_path_factory, rows, columns, chunk, times, seed, orientations
+):
+    grid = make(3, rows, columns, seed, orientations)  # with -0 outside of the mask
+    path = tmp_path_factory.mktemp("grids") / "s.zarr"
+    with mock.patch.multiple("nic_core.grids.shards", _CHUNK=chunk, _SHARD=chunk * times):
+        write_grid(path, grid)
+    assert grid_hash(path) == grid_hash(grid)
+    verify_grid(path)
+    # zarr itself reads the same numbers
+    group = zarr.open_group(path, mode="r")
+    assert group["0"].chunks == (3, min(chunk, rows), min(chunk, columns))
+    np.testing.assert_array_equal(group["0"][:].view("u2"), grid.embeddings.view("u2"))
+    np.testing.assert_array_equal(group["valid"][:], grid.valid)
+    if orientations:
+        others = np.asarray(grid.orientations[1:])
+        np.testing.assert_array_equal(group["orientations"][:].view("u2"), others.view("u2"))
+
+
+def moments_of(grid: Grid):
+    return grid_moments("s", grid.embeddings, grid.valid, within=True)
+
+
+def parts_of(layout: Layout):
+    """Parts of random numbers; the last row of chunks is not tissue."""
+    for row, column in layout.windows():
+        valid = np.full((row.stop - row.start, column.stop - column.start), row.start < 512)
+        rng = np.random.default_rng([row.start, column.start])
+        embeddings = rng.random((1, layout.shape[0], *valid.shape), np.float32)
+        yield GridPart((row, column), embeddings.astype(np.float16) * valid, valid)
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_area_of_a_grid(tmp_path):
+    """Peak of what Python and NumPy allocate, for writing a grid and for reading all of it."""
+
+    def write(path, side):
+        shape, about = (32, side, side), provenance()
+        write_parts(path, shape, parts_of(layout_of(shape)), lambda _: about, orientations=1)
+
+    def read_cells(grid):
+        for _ in tissue_blocks(grid.embeddings, grid.valid):
+            pass
+
+    peaks = {}
+    for side in (192, 576):
+        path = tmp_path / f"{side}.zarr"
+        work = {
+            "write": lambda path=path, side=side: write(path, side),
+            "hash": lambda path=path: verify_grid(path),
+            "cells": lambda path=path: read_cells(open_grid(path)),
+            "moments": lambda path=path: moments_of(open_grid(path)),
+            "preview": lambda path=path: grid_preview(open_grid(path), cell=1),
+        }
+        for name, function in work.items():
+            tracemalloc.start()
+            function()
+            peaks[name, side] = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+    cells = 576**2 - 192**2
+    grown = {name: (peaks[name, 576] - peaks[name, 192]) / cells for name in work}
+    # bytes a cell: of 64 bytes of embeddings none is held, but the mask is, and a preview's values
+    assert max(grown[name] for name in ("write", "hash", "cells", "moments")) < 8
+    assert grown["preview"] < 64
+
+
+def test_a_part_that_cannot_be_made_keeps_the_old_store(tmp_path):
+    path, layout = tmp_path / "s.zarr", layout_of((4, 600, 20))
+    write_grid(path, make())
+
+    def broken():
+        yield from list(parts_of(layout))[:9]  # the second shard has begun
+        raise RuntimeError("no more")
+
+    with pytest.raises(RuntimeError, match="no more"):
+        write_parts(path, layout.shape, broken(), lambda _: provenance(), orientations=1)
+    assert list(tmp_path.iterdir()) == [path]
+    assert grid_hash(path) == grid_hash(make())
 
 
 @pytest.mark.parametrize("orientations", [False, True])
