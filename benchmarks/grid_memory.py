@@ -6,7 +6,7 @@ Grids of 1, 4 and 16 times the area, of 128 and 2,560 numbers a cell, upright an
 The slide is painted texture of which every cell is kept. Its patches have 8 px, and the encoder
 repeats their mean, so that time goes into the grid; neither changes what memory a grid takes.
 Each figure is the peak resident memory of a fresh process, which is about 500 MB after its imports:
-of one that writes the grid, and of one that verifies and reads it. The largest grid has 17 GB
+of one that writes the grid, and of one that verifies and reads it. The largest grid has 4 GB
 before compression, and takes minutes.
 """
 
@@ -26,6 +26,7 @@ import torch
 from compress import paint_slide
 from torch import nn
 
+from nic_core.cohort import Geometry
 from nic_core.compression import compress_to_store
 from nic_core.encoders.inference import PreparedEncoder
 from nic_core.grids import open_grid, verify_grid
@@ -36,7 +37,7 @@ from nic_core.tiling.patches import patch_table
 from nic_core.tiling.tissue import TissueMask
 
 PATCH, MPP = 8, 0.5
-SIDE = 162  # cells; 16 times the area has 648 x 648 cells
+SIDE = 81  # cells; 16 times the area has 324 x 324 cells
 AREAS, SIZES, ORIENTATIONS = (1, 4, 16), (128, 2560), (1, 8)
 CROP, COMPONENTS = 100, 48
 
@@ -69,7 +70,7 @@ def write(slide_file: Path, store: Path, size: int, orientations: int) -> None:
     with open_slide(slide_file) as slide:
         shape = int(slide.height * slide.mpp / 8), int(slide.width * slide.mpp / 8)
         mask = TissueMask(np.ones(shape, np.bool_), 8.0)
-        cells = patch_table("s", slide, mask, patch=PATCH, mpp=MPP, tissue=0.6)
+        cells = patch_table("s", slide, mask, Geometry(PATCH, MPP, PATCH), tissue=0.6)
         compress_to_store(
             store,
             slide,

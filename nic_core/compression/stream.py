@@ -338,9 +338,7 @@ def _single_threaded_torch() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _check_fits(
-    slide: Slide, table: pl.DataFrame, encoder: PreparedEncoder, slide_id: str
-) -> None:
+def _check_fits(slide: Slide, table: pl.DataFrame, encoder: PreparedEncoder, slide_id: str) -> None:
     """Refuse a patch table of another slide or geometry, and a stride that cannot be read."""
     card = encoder.card
     check_patch_table(table, f"patch table of '{slide_id}'")

@@ -277,7 +277,7 @@ def compress_into(path, slide, table, encoder=None, **options):
     )
 
 
-@pytest.mark.parametrize("chunk", [1, 4, 16, 64])
+@pytest.mark.parametrize("chunk", [4, 64])
 @pytest.mark.parametrize("reading", ["patch", "input"])
 @pytest.mark.parametrize("orientations", [False, True])
 def test_a_store_has_the_grid_that_is_made_in_memory(
