@@ -1,8 +1,7 @@
-"""Measure the speed of reading, encoding and compressing slides, and the memory it takes.
+"""Measure the speed of reading, encoding and compressing slides.
 
     python benchmarks/compress.py
     python benchmarks/compress.py --peer tiatoolbox=/path/to/its/python --peer lazyslide=...
-    python benchmarks/compress.py --memory
 
 The slide is a JPEG image of texture in the colours of H&E. All of it counts as tissue, so every
 cell is read. The encoder is the published network with random weights, which do not affect speed.
@@ -17,9 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -225,26 +222,6 @@ def measure_speed(side: int, threads: int, peers: dict[str, str], console: Conso
             console.print(table)
 
 
-def measure_memory(side: int, threads: int, console: Console) -> None:
-    """Print the peak memory of compressing one slide, for 1, 4 and 16 times the area."""
-    table = Table("slide", "area", "grid, MB", "peak memory, MB")
-    with tempfile.TemporaryDirectory() as folder:
-        for times in (1, 2, 4):
-            path = Path(folder) / f"{times}.tif"
-            paint_slide(path, times * side, pyramid=False)
-            command = [sys.executable, __file__, "--compress", path, "--threads", str(threads)]
-            out = subprocess.run(command, check=True, capture_output=True, text=True)
-            cells, peak = out.stdout.split()
-            table.add_row(
-                f"{times * side:,} px square",
-                f"{times**2}x",
-                f"{int(cells) * 256 / 1e6:.1f}",
-                f"{int(peak) / 1024:,.0f}",
-            )
-            path.unlink()
-    console.print(table)
-
-
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     arguments.add_argument("--side", type=int, default=20_000, help="side of the slide, px")
@@ -252,18 +229,10 @@ def main() -> None:
     arguments.add_argument(
         "--peer", action="append", default=[], help="NAME=PYTHON of another package"
     )
-    arguments.add_argument("--memory", action="store_true", help="measure memory, not speed")
-    arguments.add_argument("--compress", type=Path, help=argparse.SUPPRESS)
     options = arguments.parse_args()
     console = Console(width=110)
-    if options.compress:
-        cells = compress(options.compress, published_encoder().prepare("cpu"), options.threads)
-        print(cells, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-    elif options.memory:
-        measure_memory(options.side // 2, options.threads, console)
-    else:
-        peers = dict(item.split("=", 1) for item in options.peer)
-        measure_speed(options.side, options.threads, peers, console)
+    peers = dict(item.split("=", 1) for item in options.peer)
+    measure_speed(options.side, options.threads, peers, console)
 
 
 if __name__ == "__main__":
