@@ -39,7 +39,7 @@ from nic_core.encoders.scores import TaskScores
 from nic_core.types import Reading, RequestedPrecision
 
 Architecture = Literal[
-    "mean_rgb", "tellez2020", "tellez2019", "timm", "torchscript", "torch.export"
+    "mean_rgb", "tellez2020", "tellez2019", "timm", "torchscript", "torch.export", "features"
 ]
 
 
@@ -65,7 +65,8 @@ class EncoderCard(BaseModel):
     preset
         Name of the published network (:mod:`nic_core.cohort.presets`), if the entry named one.
     weights_hash
-        sha256 of architecture and weights; for an external network, of preprocessing and file.
+        sha256 of architecture and weights; for an external network, of preprocessing and file; for
+        architecture ``features``, which has no network, of the files with the embeddings.
     training
         Settings of the training.
     data

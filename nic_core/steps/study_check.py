@@ -19,6 +19,7 @@ from nic_core.cohort import (
     ClassificationTarget,
     Cohort,
     CohortError,
+    FeaturesEncoder,
     ImportedEncoder,
     PatchTask,
 )
@@ -255,6 +256,11 @@ def _encoder_files(cohort: Cohort) -> Iterator[Finding]:
         if isinstance(encoder, ImportedEncoder) and not encoder.file.exists():
             yield Finding(
                 f"encoder {encoder.name}", f"file {encoder.file} does not exist; correct the path"
+            )
+        if isinstance(encoder, FeaturesEncoder) and not encoder.folder.is_dir():
+            yield Finding(
+                f"encoder {encoder.name}",
+                f"folder {encoder.folder} does not exist; correct the path",
             )
 
 
