@@ -140,7 +140,8 @@ def export_spatialdata(grid: Grid, folder: Path) -> list[Path]:
     )
     path = folder / f"{grid.provenance.slide}.zarr"
     with atomic_folder(path) as new:
-        data.write(new, overwrite=True)
+        new.rmdir()  # spatialdata writes only to a path that does not exist
+        data.write(new)
     return [path]
 
 
