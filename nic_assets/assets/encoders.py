@@ -185,10 +185,7 @@ def encoder_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
             expected=(EncoderError, TrackingError),
         )
 
-    if not partitions.cohort.patch_tasks:
-        return [encoder]
-    probed = bool(partitions.networks.get_partition_keys())
-    return [patch_task, encoder, *([encoder_probe] if probed else [])]
+    return [patch_task, encoder, encoder_probe] if partitions.cohort.patch_tasks else [encoder]
 
 
 def fetch_encoder(

@@ -46,7 +46,9 @@ def wrong_references(data: Mapping[str, Any]) -> Found:
     for position, encoder in _entries(data, "encoders"):
         base = encoder.get("encoder")
         if isinstance(base, str):
-            others = [n for n, entry in encoders.items() if entry.get("objective") not in _NOT_REUSED]
+            others = [
+                n for n, entry in encoders.items() if entry.get("objective") not in _NOT_REUSED
+            ]
             if base not in others:
                 message = _undefined("encoder that can be reused", base, others)
                 yield ("encoders", position, "encoder"), message
