@@ -65,6 +65,8 @@ def test_a_study_without_mistakes_has_no_finding(folder):
 def test_every_mistake_is_reported_at_once(folder):
     cohort = folder / "cohort.yaml"
     edit(cohort, "encoders: [", "encoders: [{name: imp, objective: imported, file: gone.h5}, ")
+    features = "{name: feat, objective: features, folder: gone, embedding_size: 8}"
+    edit(cohort, "encoders: [", f"encoders: [{features}, ")
     edit(cohort, "column: score}", "column: scor}")
     edit(cohort, "classes: [a, b]", "classes: [a, b, c]")
     task = "patch_tasks: [{name: t, organ: o, mpp: 1, table: t.csv}]\n"
@@ -82,6 +84,7 @@ def test_every_mistake_is_reported_at_once(folder):
         "cohort.yaml:6: targets.0.column: ",
         "cohort.yaml:7: targets.1.classes: no row of the label table has the class 'c'",
         "encoder imp: file ",
+        "encoder feat: folder ",
         "patch task t: 1 image(s) do not exist",
         "slide s0: not an image of a known format",
         "slides s1, s2: the file does not state its um/px (mpp)",

@@ -155,8 +155,8 @@ def make_encoder(
     spec, geometry = cohort.encoder(encoder), cohort.geometry(encoder)
     if isinstance(spec, FeaturesEncoder):
         raise EncoderError(
-            f"encoder '{encoder}' is a folder of features, without a network; make its card with "
-            "'make_features_encoder'"
+            f"encoder '{encoder}' is a folder of features, without a network to train or import; "
+            "materialize 'encoder', or call 'make_features_encoder'"
         )
     if isinstance(spec, RegisteredEncoder):
         raise EncoderError(
