@@ -59,7 +59,7 @@ class EncoderCard(BaseModel):
     embedding_size
         Length C of an embedding.
     pixels
-        Scaling of the pixels before the network.
+        Scaling of the pixels before the network; None without a network.
     timm
         The timm model, for architecture ``timm``.
     preset
@@ -88,7 +88,7 @@ class EncoderCard(BaseModel):
     patch: PositiveInt
     mpp: PositiveFloat
     embedding_size: PositiveInt
-    pixels: Literal["uint8 RGB / 255 * 2 - 1"] | Preprocess = "uint8 RGB / 255 * 2 - 1"
+    pixels: Literal["uint8 RGB / 255 * 2 - 1"] | Preprocess | None = "uint8 RGB / 255 * 2 - 1"
     timm: TimmModel | None = None
     preset: str | None = None
     weights_hash: str

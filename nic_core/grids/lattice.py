@@ -32,6 +32,10 @@ _BEYOND = 1024  # px beyond the slide's edge: STAMP reads squares of up to this 
 _SLIDE_TOLERANCE = 0.01  # relative difference of the slide's um/px from that of the file
 
 
+_Place = tuple[NDArray[np.intp], tuple[int, int], GridProvenance]
+"""Column and row of each patch (N, 2), rows and columns of the grid, and its provenance."""
+
+
 @dataclass(frozen=True)
 class SlideFacts:
     """What a grid records of its slide: id, content identity, image, um/px and size at level 0."""
@@ -76,68 +80,85 @@ def features_grid(
     check_shapes(features)
     embeddings = _half(features, embedding_size)
     _check_slide(features, slide)
-    stated = features.grid
-    if stated is not None:
-        _check_stated(features, stated, slide, geometry)
-        provenance = stated.provenance.model_copy(
-            update={
-                "slide": slide.slide,
-                "slide_identity": slide.identity,
-                "slide_image": slide.image,
-                "encoder": encoder,
-                "weights_hash": weights_hash,
-            }
-        )
-        shape = stated.rows, stated.columns
-        stride, origin = provenance.cell, np.array(provenance.origin)
-        patch = provenance.patch * provenance.mpp / provenance.slide_mpp
-    else:
-        stride, patch = _stride_and_patch(features, slide, geometry)
-        mpp = stride * slide.mpp / geometry.stride
-        _check_mpp(features, mpp, geometry)
-        provenance = GridProvenance(
-            format=GRID_FORMAT,
-            slide=slide.slide,
-            slide_identity=slide.identity,
-            slide_mpp=slide.mpp,
-            slide_image=slide.image,
-            encoder=encoder,
-            weights_hash=weights_hash,
-            mpp=mpp,
-            patch=geometry.patch,
-            stride=geometry.stride,
-            origin=(0.0, 0.0),
-            unreadable=0,
-            precision=None,
-            reading=None,
-            colours=None,
-            icc_profile=None,
-            software=f"nic {__version__}, from features ({features.format})",
-        )
-        shape, origin = None, None
-    # the corner of the cell, which is the central square of its patch
-    corners = features.points + (-stride / 2 if features.centred else (patch - stride) / 2)
-    _check_inside(features, corners, stride, slide)
-    cells, first = _on_lattice(features, corners, stride, origin)
-    if shape is None:
-        lowest = cells.min(axis=0)
-        cells, first = cells - lowest, first + lowest * stride
-        columns, rows = (int(last) + 1 for last in cells.max(axis=0))
-        provenance = provenance.model_copy(update={"origin": (float(first[0]), float(first[1]))})
-    else:
-        rows, columns = shape
-        outside = ((cells < 0) | (cells >= (columns, rows))).any(axis=1)
-        if outside.any():
-            raise FeaturesError(
-                f"{features.path}: {few(np.flatnonzero(outside))} outside of the exported grid of "
-                f"{rows} rows and {columns} columns; export the grid again"
-            )
+    place = _found_place if features.grid is None else _stated_place
+    cells, (rows, columns), provenance = place(features, slide, geometry, encoder, weights_hash)
     _check_distinct(features, cells)
     grid = np.zeros((embedding_size, rows, columns), np.float16)
     valid = np.zeros((rows, columns), bool)
     grid[:, cells[:, 1], cells[:, 0]] = embeddings.T
     valid[cells[:, 1], cells[:, 0]] = True
     return Grid(grid, valid, provenance)
+
+
+def _found_place(
+    features: Features, slide: SlideFacts, geometry: Geometry, encoder: str, weights_hash: str
+) -> _Place:
+    """Find the lattice of the patches; the grid begins at their first row and column."""
+    stride, patch = _stride_and_patch(features, slide, geometry)
+    mpp = stride * slide.mpp / geometry.stride
+    _check_mpp(features, mpp, geometry)
+    corners = _cell_corners(features, slide, stride, patch)
+    phase = np.array([_phase(along, stride) for along in corners.T])
+    cells = _on_lattice(features, corners, stride, phase)
+    first = cells.min(axis=0)
+    columns, rows = (int(last) + 1 for last in (cells - first).max(axis=0))
+    x, y = (float(along) for along in phase + first * stride)
+    provenance = GridProvenance(
+        format=GRID_FORMAT,
+        slide=slide.slide,
+        slide_identity=slide.identity,
+        slide_mpp=slide.mpp,
+        slide_image=slide.image,
+        encoder=encoder,
+        weights_hash=weights_hash,
+        mpp=mpp,
+        patch=geometry.patch,
+        stride=geometry.stride,
+        origin=(x, y),
+        unreadable=0,
+        precision=None,
+        reading=None,
+        colours=None,
+        icc_profile=None,
+        software=f"nic {__version__}, from features ({features.format})",
+    )
+    return cells - first, (rows, columns), provenance
+
+
+def _stated_place(
+    features: Features, slide: SlideFacts, geometry: Geometry, encoder: str, weights_hash: str
+) -> _Place:
+    """Put the patches into the rows and columns of the grid that the file was exported from."""
+    stated = features.grid
+    assert stated is not None
+    _check_stated(features, stated, slide, geometry)
+    about = stated.provenance
+    patch = about.patch * about.mpp / about.slide_mpp
+    corners = _cell_corners(features, slide, about.cell, patch)
+    cells = _on_lattice(features, corners, about.cell, np.array(about.origin))
+    outside = np.flatnonzero(((cells < 0) | (cells >= (stated.columns, stated.rows))).any(axis=1))
+    if len(outside):
+        raise FeaturesError(
+            f"{features.path}: {few(outside)} outside of the exported grid of {stated.rows} rows "
+            f"and {stated.columns} columns; export the grid again"
+        )
+    own = {
+        "slide": slide.slide,
+        "slide_identity": slide.identity,
+        "slide_image": slide.image,
+        "encoder": encoder,
+        "weights_hash": weights_hash,
+    }
+    return cells, (stated.rows, stated.columns), about.model_copy(update=own)
+
+
+def _cell_corners(
+    features: Features, slide: SlideFacts, stride: float, patch: float
+) -> NDArray[np.float64]:
+    """Top-left corners of the cells, each the central square of its patch, level-0 px (N, 2)."""
+    corners = features.points + (-stride / 2 if features.centred else (patch - stride) / 2)
+    _check_inside(features, corners, stride, slide)
+    return corners
 
 
 def _half(features: Features, embedding_size: int) -> NDArray[np.float16]:
@@ -273,17 +294,12 @@ def _on_lattice(
     features: Features,
     corners: NDArray[np.float64],
     stride: float,
-    origin: NDArray[np.float64] | None,
-) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
-    """Return the column and row of each patch (N, 2), and the corner of cell (0, 0).
-
-    Without ``origin``, the corner is chosen so that most patches are on the lattice.
-    """
-    tolerance = max(1.0, TOLERANCE * stride)
-    if origin is None:
-        origin = np.array([_phase(along, stride, tolerance) for along in corners.T])
+    origin: NDArray[np.float64],
+) -> NDArray[np.intp]:
+    """Return the column and row of each patch (N, 2), counted from the corner ``origin``."""
     cells = np.round((corners - origin) / stride)
-    off = np.flatnonzero((np.abs(corners - origin - cells * stride) > tolerance).any(axis=1))
+    distance = np.abs(corners - origin - cells * stride)
+    off = np.flatnonzero((distance > _tolerance(stride)).any(axis=1))
     if len(off):
         x, y = features.points[off[0]]
         raise FeaturesError(
@@ -291,14 +307,18 @@ def _on_lattice(
             f"{stride:g} level-0 px ({few(off)}; the first at x {x:g}, y {y:g}); make the "
             "features on one lattice for the whole slide, or leave the rows out"
         )
-    return cells.astype(np.intp), origin
+    return cells.astype(np.intp)
 
 
-def _phase(along: NDArray[np.float64], stride: float, tolerance: float) -> float:
+def _tolerance(stride: float) -> float:
+    return max(1.0, TOLERANCE * stride)
+
+
+def _phase(along: NDArray[np.float64], stride: float) -> float:
     """Return the remainder by ``stride`` that most coordinates have, within the tolerance."""
     phases = np.sort(along % stride)
     twice = np.concatenate([phases, phases + stride])
-    ends = np.searchsorted(twice, phases + tolerance, side="right")
+    ends = np.searchsorted(twice, phases + _tolerance(stride), side="right")
     first = int((ends - np.arange(len(phases))).argmax())
     # the median is exact where coordinates are whole multiples
     return float(np.median(twice[first : ends[first]]))

@@ -225,6 +225,7 @@ def make_features_encoder(cohort: Cohort, store: Store, encoder: str) -> Encoder
         patch=geometry.patch,
         mpp=geometry.mpp,
         embedding_size=spec.embedding_size,
+        pixels=None,
         weights_hash=features_hash(spec.folder),
         source=f"folder {spec.folder.name}",
     )
