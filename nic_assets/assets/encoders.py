@@ -80,7 +80,7 @@ def encoder_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
             ENCODER_ENTRY,
             *(
                 [dg.AssetDep(patch_task, partition_mapping=partitions.patch_tasks_of_encoders)]
-                if partitions.cohort.patch_tasks
+                if partitions.cohort.seen_patch_tasks
                 else []
             ),
         ],
@@ -185,7 +185,7 @@ def encoder_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
             expected=(EncoderError, TrackingError),
         )
 
-    return [patch_task, encoder, encoder_probe] if partitions.cohort.patch_tasks else [encoder]
+    return [patch_task, encoder, encoder_probe] if partitions.cohort.seen_patch_tasks else [encoder]
 
 
 def fetch_encoder(

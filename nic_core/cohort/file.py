@@ -163,6 +163,11 @@ class Cohort(Entry):
         return tuple(entry for entry in self.encoders if not isinstance(entry, FeaturesEncoder))
 
     @property
+    def seen_patch_tasks(self) -> tuple[PatchTask, ...]:
+        """The patch tasks that an encoder is trained or probed on: none without a network."""
+        return self.patch_tasks if self.networks else ()
+
+    @property
     def geometries(self) -> dict[str, Geometry]:
         """Every geometry that slides are divided by, by name, in the order of the encoders.
 
