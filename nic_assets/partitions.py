@@ -56,6 +56,11 @@ class Partitions:
         return _static(encoder.name for encoder in self.cohort.encoders)
 
     @cached_property
+    def networks(self) -> dg.StaticPartitionsDefinition:
+        """The encoders that have a network: probes apply it to patches."""
+        return _static(encoder.name for encoder in self.cohort.networks)
+
+    @cached_property
     def targets(self) -> dg.StaticPartitionsDefinition:
         return _static(target.name for target in self.cohort.targets)
 
@@ -79,7 +84,7 @@ class Partitions:
     def _tasks_by_encoder(self) -> dict[PatchTaskKey, list[str]]:
         """Each patch task, in the geometries that it is seen at, with the encoders that see it."""
         found: dict[PatchTaskKey, list[str]] = {}
-        for encoder in self.cohort.encoders:
+        for encoder in self.cohort.networks:
             for key in patch_task_keys(self.cohort, encoder.name).values():
                 found.setdefault(key, []).append(encoder.name)
         return found
@@ -111,9 +116,12 @@ class Partitions:
 
     @cached_property
     def patch_tables_of_grids(self) -> dg.MultiPartitionMapping:
-        """Mapping of each patch table (geometry, slide) to its grids (encoder, slide)."""
+        """Mapping of each patch table (geometry, slide) to the grids (encoder, slide) made of it.
+
+        The grids of embeddings that other software computed are made of none.
+        """
         encoders: dict[str, list[str]] = {name: [] for name in self.cohort.geometries}
-        for encoder in self.cohort.encoders:
+        for encoder in self.cohort.networks:
             encoders[self.cohort.geometry(encoder.name).name].append(encoder.name)
         return dg.MultiPartitionMapping(
             {
@@ -122,6 +130,13 @@ class Partitions:
                     "encoder", dg.StaticPartitionMapping(encoders)
                 ),
             }
+        )
+
+    @cached_property
+    def networks_of_encoders(self) -> dg.StaticPartitionMapping:
+        """Mapping of each encoder that has a network to itself."""
+        return dg.StaticPartitionMapping(
+            {name: name for name in self.networks.get_partition_keys()}
         )
 
     @cached_property

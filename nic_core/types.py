@@ -24,3 +24,6 @@ Origin = Literal["level0", "bounds"]
 
 Colours = Literal["stored", "srgb"]
 """Pixels as stored in the file, or converted to sRGB by the file's ICC profile, if it has one."""
+
+FeaturesFormat = Literal["trident", "clam", "stamp", "slide2vec", "anndata", "spatialdata"]
+"""Layout of a file with embeddings that other software computed."""

@@ -15,6 +15,7 @@ from nic_core.cli import app
 from nic_core.cohort import CohortError, load_cohort
 from nic_core.cohort.draft import write_study
 from nic_core.steps.study_check import check_study
+from tests.slides import feature_files
 from tests.slides.conftest import paint, write_tiff
 from tests.slides.vendors import write_dicom
 
@@ -62,9 +63,26 @@ def test_a_study_without_mistakes_has_no_finding(folder):
     assert "no mistake found" in result.stdout
 
 
+def test_slides_without_a_file_of_features_are_reported(folder):
+    features = "{name: feat, objective: features, folder: features, embedding_size: 8}"
+    edit(folder / "cohort.yaml", "encoders: [", f"encoders: [{features}, ")
+    slides = pl.read_csv(folder / "slides.csv")["slide"]
+    for slide in slides:
+        feature_files.trident(folder / "features" / f"{slide}.h5")
+    assert problems(folder) == []
+    for slide in slides[:2]:
+        (folder / "features" / f"{slide}.h5").unlink()
+    [problem] = problems(folder)
+    named = f"no grids of 2 of {len(slides)} slides in use ({slides[0]}, {slides[1]}); "
+    assert problem.startswith(f"encoder feat: {named}")
+    assert f"no file has the features of slide '{slides[0]}'" in problem
+
+
 def test_every_mistake_is_reported_at_once(folder):
     cohort = folder / "cohort.yaml"
     edit(cohort, "encoders: [", "encoders: [{name: imp, objective: imported, file: gone.h5}, ")
+    features = "{name: feat, objective: features, folder: gone, embedding_size: 8}"
+    edit(cohort, "encoders: [", f"encoders: [{features}, ")
     edit(cohort, "column: score}", "column: scor}")
     edit(cohort, "classes: [a, b]", "classes: [a, b, c]")
     task = "patch_tasks: [{name: t, organ: o, mpp: 1, table: t.csv}]\n"
@@ -82,6 +100,7 @@ def test_every_mistake_is_reported_at_once(folder):
         "cohort.yaml:6: targets.0.column: ",
         "cohort.yaml:7: targets.1.classes: no row of the label table has the class 'c'",
         "encoder imp: file ",
+        "encoder feat: folder ",
         "patch task t: 1 image(s) do not exist",
         "slide s0: not an image of a known format",
         "slides s1, s2: the file does not state its um/px (mpp)",

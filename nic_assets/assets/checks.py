@@ -206,7 +206,10 @@ def test_patients_unseen(leaks: Sequence[str]) -> str | None:
 
 @Check
 def covers_patch_table(grid: Grid, cells: pl.DataFrame) -> str | None:
-    """The grid has an embedding in each kept cell that could be read, and in no other cell."""
+    """The grid has an embedding in each kept cell that could be read, and in no other cell.
+
+    Not applied to embeddings that other software computed.
+    """
     kept = np.zeros(grid.valid.shape, bool)
     rows = cells.filter("kept")
     kept[rows["row"].to_numpy(), rows["column"].to_numpy()] = True

@@ -14,11 +14,12 @@ from nic_assets.partitions import Partitions
 from nic_assets.tags import PARTIAL_INPUTS
 from nic_assets.tracking import TrackedRun, Tracking, TrackingError
 from nic_core import steps
-from nic_core.cohort import Cohort, CohortError, Geometry, RegisteredEncoder
+from nic_core.cohort import Cohort, CohortError, FeaturesEncoder, Geometry, RegisteredEncoder
 from nic_core.devices import leased_device
 from nic_core.encoders import Encoder, EncoderCard, EncoderError
 from nic_core.encoders.figures import patch_examples
 from nic_core.encoders.files import PROGRAMS
+from nic_core.grids.features import FeaturesError
 from nic_core.reports import encoder_results, probe_results, results_markdown
 from nic_core.store import PatchTaskKey, Store
 
@@ -79,7 +80,7 @@ def encoder_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
             ENCODER_ENTRY,
             *(
                 [dg.AssetDep(patch_task, partition_mapping=partitions.patch_tasks_of_encoders)]
-                if partitions.cohort.patch_tasks
+                if partitions.cohort.seen_patch_tasks
                 else []
             ),
         ],
@@ -95,12 +96,17 @@ def encoder_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         store: dg.ResourceParam[Store],
         tracking: dg.ResourceParam[Tracking],
     ) -> Events:
-        """A trained or imported encoder: patch to embedding, with its classification heads."""
+        """A trained or imported encoder: patch to embedding, with its classification heads.
+
+        For embeddings that other software computed, its card alone.
+        """
 
         def make(name: str) -> Product:
             entry = cohort.encoder(name)
             if isinstance(entry, RegisteredEncoder):
                 card, metadata = fetch_encoder(entry, cohort, store, tracking)
+            elif isinstance(entry, FeaturesEncoder):
+                card, metadata = steps.make_features_encoder(cohort, store, name), {}
             else:
                 card, metadata = train_encoder(context, name, cohort, store, tracking, device)
             return Product(
@@ -123,13 +129,16 @@ def encoder_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
                 make,
                 parse=str,
                 path=store.encoder,
-                expected=(EncoderError, TrackingError),
+                expected=(EncoderError, FeaturesError, TrackingError),
             )
 
     @batch_asset(
         checks=[checks.test_patients_unseen],
-        partitions_def=partitions.encoders,
-        deps=[encoder, dg.AssetDep(patch_task, partition_mapping=partitions.patch_tasks_of_probes)],
+        partitions_def=partitions.networks,
+        deps=[
+            dg.AssetDep(encoder, partition_mapping=partitions.networks_of_encoders),
+            dg.AssetDep(patch_task, partition_mapping=partitions.patch_tasks_of_probes),
+        ],
         group_name="encoders",
         kinds={"scikitlearn", "mlflow"},
         tags=PARTIAL_INPUTS,
@@ -176,7 +185,7 @@ def encoder_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
             expected=(EncoderError, TrackingError),
         )
 
-    return [patch_task, encoder, encoder_probe] if partitions.cohort.patch_tasks else [encoder]
+    return [patch_task, encoder, encoder_probe] if partitions.cohort.seen_patch_tasks else [encoder]
 
 
 def fetch_encoder(

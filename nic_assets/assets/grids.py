@@ -13,9 +13,10 @@ from nic_assets.orchestration.metadata import code_version, log_progress, pictur
 from nic_assets.partitions import Partitions
 from nic_assets.tags import PARTIAL_INPUTS, REFRESH_TAG
 from nic_core import steps
-from nic_core.cohort import Cohort
+from nic_core.cohort import Cohort, FeaturesEncoder
 from nic_core.devices import leased_device
 from nic_core.grids import grid_preview, recorded_hash
+from nic_core.grids.features import FeaturesError
 from nic_core.slides import SlideError
 from nic_core.store import GridKey, Store
 
@@ -42,15 +43,22 @@ def grid_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         cohort: dg.ResourceParam[Cohort],
         store: dg.ResourceParam[Store],
     ) -> Events:
-        """A compressed slide: the embedding of every kept patch, at its grid cell."""
+        """A compressed slide: the embedding of every kept patch, at its grid cell.
+
+        Embeddings that other software computed are read from their files.
+        """
         load = cache(lambda name: steps.prepare_encoder(cohort, store, name, device))
 
         def make(key: GridKey) -> Product:
-            progress = log_progress(context, "cells")
-            made = steps.make_grid(cohort, store, load(key.encoder), key.slide, progress)
+            if isinstance(cohort.encoder(key.encoder), FeaturesEncoder):
+                made = steps.make_features_grid(cohort, store, key)
+                covered = None  # other software decided which patches have an embedding
+            else:
+                progress = log_progress(context, "cells")
+                made = steps.make_grid(cohort, store, load(key.encoder), key.slide, progress)
+                covered = checks.covers_patch_table(made, steps.read_cells(cohort, store, key))
             embedding_size, rows, columns = made.shape
             profile = made.provenance.icc_profile
-            cells = steps.read_cells(cohort, store, key)
             version = recorded_hash(store.grid(key))  # computed while the grid was written
             assert version is not None
             return Product(
@@ -71,7 +79,7 @@ def grid_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
                     "store": dg.MetadataValue.path(store.grid(key)),
                 },
                 checks={
-                    checks.covers_patch_table: checks.covers_patch_table(made, cells),
+                    checks.covers_patch_table: covered,
                     checks.embeddings_finite: checks.embeddings_finite(made),
                     checks.embeddings_not_collapsed: checks.embeddings_not_collapsed(made),
                 },
@@ -79,7 +87,11 @@ def grid_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
 
         with leased_device() as device:
             yield from materialize_each(
-                context, make, parse=GridKey.parse, path=store.grid, expected=(SlideError,)
+                context,
+                make,
+                parse=GridKey.parse,
+                path=store.grid,
+                expected=(SlideError, FeaturesError),
             )
 
     @batch_asset(

@@ -22,7 +22,7 @@ def report_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
     @retried_asset(
         deps=[
             "encoder",
-            *(["encoder_probe"] if cohort.patch_tasks else []),
+            *(["encoder_probe"] if cohort.seen_patch_tasks else []),
             *(["slide_model"] if cohort.targets else []),
             *maps[1:],
         ],

@@ -1,4 +1,4 @@
-"""``nic grid``: metadata and preview of a grid store."""
+"""``nic grid``: metadata, preview and export of grid stores."""
 
 from __future__ import annotations
 
@@ -10,9 +10,14 @@ import typer
 
 from nic_core.cli.shared import Out, console, facts, one_line, save_picture
 from nic_core.grids import GridError, grid_preview, open_grid
+from nic_core.grids.chunks import ChunkError
+from nic_core.grids.export import ExportFormat, export_grid
 from nic_core.slides import SlideError, open_slide
+from nic_core.store import StoreError
 
-grid_app = typer.Typer(no_args_is_help=True, help="Show the metadata or a preview of a grid store.")
+grid_app = typer.Typer(
+    no_args_is_help=True, help="Show the metadata or a preview of a grid store, or export grids."
+)
 
 StorePath = Annotated[Path, typer.Argument(help="grid store (.zarr)")]
 
@@ -56,3 +61,46 @@ def preview(
             with open_slide(slide, mpp=about.slide_mpp, image=about.slide_image) as opened:
                 save_picture(out, slide_and_grid(opened, grid, cell=cell))
         console.print(f"{out}")
+
+
+@grid_app.command()
+def export(
+    grids: Annotated[list[Path], typer.Argument(help="grid stores (.zarr)")],
+    format: Annotated[ExportFormat, typer.Option(help="layout of the files")],
+    out: Annotated[Path, typer.Option(help="folder for the files, which are named by slide")],
+) -> None:
+    """Write the embeddings of grids for other software, with coordinates in level-0 px.
+
+    A grid that cannot be exported does not stop the others; the exit status is 1.
+    """
+    failed = False
+    named: dict[str, Path] = {}
+    for store in grids:
+        try:
+            grid = open_grid(store)
+            slide = grid.provenance.slide
+            if (first := named.setdefault(slide, store)) != store:
+                raise GridError(
+                    f"{store}: is a grid of slide '{slide}', as {first}; give another folder with "
+                    "--out"
+                )
+            paths = export_grid(grid, out, format)
+        except (GridError, StoreError, ChunkError) as error:
+            console.print(str(error), style="red", soft_wrap=True, markup=False)
+            failed = True
+        else:
+            size = sum(
+                part.stat().st_size
+                for path in paths
+                for part in ([path] if path.is_file() else path.rglob("*"))
+                if part.is_file()
+            )
+            shown = ", ".join(path.name for path in paths)
+            console.print(
+                f"{shown}: {int(grid.valid.sum())} embeddings of {grid.shape[0]} numbers, "
+                f"{size / 1e6:.2f} MB",
+                soft_wrap=True,
+                markup=False,
+            )
+    if failed:
+        raise typer.Exit(1)

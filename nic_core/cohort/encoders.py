@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from nic_core.cohort.fields import Entry, Name, UserPath, check_unique
-from nic_core.types import RequestedPrecision
+from nic_core.types import FeaturesFormat, RequestedPrecision
 
 
 class _EncoderEntry(Entry):
@@ -344,7 +344,31 @@ class ReusedEncoder(Entry):
         return ()
 
 
+class FeaturesEncoder(_EncoderEntry):
+    """Embeddings that other software computed: a folder with a file for each slide.
+
+    Its grids are read from the files, so that no pixel of a slide is read. Without a network, there
+    are no probes, probability maps, or predictions of other slides. The patches that it states
+    must be those of the files.
+    """
+
+    objective: Literal["features"]
+    folder: UserPath = Field(
+        description="folder, with subfolders, of files that are named by slide id or by the name "
+        "of the slide's file without its suffix"
+    )
+    format: FeaturesFormat | None = Field(
+        default=None, description="layout of the files; default: recognised by their content"
+    )
+    embedding_size: PositiveInt = Field(description="length of an embedding in the files")
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Always empty, since no patch task of the cohort trains it."""
+        return ()
+
+
 EncoderEntry = Annotated[
-    EncoderSpec | ImportedEncoder | RegisteredEncoder | ReusedEncoder,
+    EncoderSpec | FeaturesEncoder | ImportedEncoder | RegisteredEncoder | ReusedEncoder,
     Field(discriminator="objective"),
 ]

@@ -17,6 +17,7 @@ from pydantic import Field, PrivateAttr, TypeAdapter, ValidationError, model_val
 from nic_core.cohort.encoders import (
     EncoderEntry,
     EncoderSpec,
+    FeaturesEncoder,
     ImportedEncoder,
     RegisteredEncoder,
     ReusedEncoder,
@@ -124,7 +125,7 @@ class Cohort(Entry):
 
     def encoder(
         self, name: str
-    ) -> EncoderSpec | ImportedEncoder | RegisteredEncoder | ReusedEncoder:
+    ) -> EncoderSpec | FeaturesEncoder | ImportedEncoder | RegisteredEncoder | ReusedEncoder:
         """Return the entry of an encoder.
 
         Raises
@@ -157,9 +158,22 @@ class Cohort(Entry):
         return Geometry(patch, entry.mpp or mpp, entry.stride or patch)
 
     @property
+    def networks(self) -> tuple[EncoderEntry, ...]:
+        """The encoders that have a network: all but those of objective ``features``."""
+        return tuple(entry for entry in self.encoders if not isinstance(entry, FeaturesEncoder))
+
+    @property
+    def seen_patch_tasks(self) -> tuple[PatchTask, ...]:
+        """The patch tasks that an encoder is trained or probed on: none without a network."""
+        return self.patch_tasks if self.networks else ()
+
+    @property
     def geometries(self) -> dict[str, Geometry]:
-        """Every geometry that slides are divided by, by name, in the order of the encoders."""
-        found = (self.geometry(encoder.name) for encoder in self.encoders)
+        """Every geometry that slides are divided by, by name, in the order of the encoders.
+
+        Those of the encoders that have a network; of all, if none has.
+        """
+        found = (self.geometry(encoder.name) for encoder in self.networks or self.encoders)
         return {geometry.name: geometry for geometry in found}
 
     def geometry_named(self, name: str) -> Geometry:
@@ -184,7 +198,7 @@ class Cohort(Entry):
         """Every geometry that a patch task is cut at: task to name to geometry."""
         found: dict[str, dict[str, Geometry]] = {task.name: {} for task in self.patch_tasks}
         for task, geometries in found.items():
-            for encoder in self.encoders:
+            for encoder in self.networks:
                 geometry = self.task_geometry(encoder.name, task)
                 geometries[geometry.name] = geometry
         return found

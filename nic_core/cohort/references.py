@@ -16,6 +16,7 @@ from nic_core.cohort.tables import visible
 
 Found: TypeAlias = Iterator[tuple[Location, str]]
 _LISTS = ("patch_tasks", "encoders", "targets", "maps")
+_NOT_REUSED = ("reused", "features")  # objectives of entries without weights of their own
 _COLUMNS = ("column", "time", "event")  # fields of targets
 
 
@@ -45,7 +46,9 @@ def wrong_references(data: Mapping[str, Any]) -> Found:
     for position, encoder in _entries(data, "encoders"):
         base = encoder.get("encoder")
         if isinstance(base, str):
-            others = [n for n, entry in encoders.items() if entry.get("objective") != "reused"]
+            others = [
+                n for n, entry in encoders.items() if entry.get("objective") not in _NOT_REUSED
+            ]
             if base not in others:
                 message = _undefined("encoder that can be reused", base, others)
                 yield ("encoders", position, "encoder"), message

@@ -39,7 +39,7 @@ from nic_core.encoders.scores import TaskScores
 from nic_core.types import Reading, RequestedPrecision
 
 Architecture = Literal[
-    "mean_rgb", "tellez2020", "tellez2019", "timm", "torchscript", "torch.export"
+    "mean_rgb", "tellez2020", "tellez2019", "timm", "torchscript", "torch.export", "features"
 ]
 
 
@@ -59,13 +59,14 @@ class EncoderCard(BaseModel):
     embedding_size
         Length C of an embedding.
     pixels
-        Scaling of the pixels before the network.
+        Scaling of the pixels before the network; None without a network.
     timm
         The timm model, for architecture ``timm``.
     preset
         Name of the published network (:mod:`nic_core.cohort.presets`), if the entry named one.
     weights_hash
-        sha256 of architecture and weights; for an external network, of preprocessing and file.
+        sha256 of architecture and weights; for an external network, of preprocessing and file; for
+        architecture ``features``, which has no network, of the files with the embeddings.
     training
         Settings of the training.
     data
@@ -87,7 +88,7 @@ class EncoderCard(BaseModel):
     patch: PositiveInt
     mpp: PositiveFloat
     embedding_size: PositiveInt
-    pixels: Literal["uint8 RGB / 255 * 2 - 1"] | Preprocess = "uint8 RGB / 255 * 2 - 1"
+    pixels: Literal["uint8 RGB / 255 * 2 - 1"] | Preprocess | None = "uint8 RGB / 255 * 2 - 1"
     timm: TimmModel | None = None
     preset: str | None = None
     weights_hash: str

@@ -50,13 +50,18 @@ PROGRAMS = {"torchscript": "network.pt", "torch.export": "network.pt2"}
 
 def save_encoder(folder: Path, encoder: Encoder) -> None:
     """Write the encoder's weights, heads and card into ``folder``, created if necessary."""
-    folder.mkdir(parents=True, exist_ok=True)
+    save_card(folder, encoder.card)
     module, architecture = encoder.module, encoder.card.architecture
     if isinstance(module, ExternalEncoder) and module.archive is not None:
         shutil.copyfile(module.archive, folder / PROGRAMS[architecture])
     else:
         save_file(encoder_tensors(module, encoder.heads), folder / WEIGHTS)
-    (folder / CARD).write_text(encoder.card.model_dump_json(indent=2) + "\n")
+
+
+def save_card(folder: Path, card: EncoderCard) -> None:
+    """Write a card into ``folder``, created if necessary."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CARD).write_text(card.model_dump_json(indent=2) + "\n")
 
 
 def read_card(folder: Path) -> EncoderCard:
@@ -99,9 +104,15 @@ def load_encoder(folder: Path) -> Encoder:
     ------
     EncoderError
         A file is missing or unreadable, the tensors do not match the card's architecture, or their
-        hash differs from that of the card.
+        hash differs from that of the card; or the folder has a card alone, since its embeddings
+        were computed by other software (objective ``features``).
     """
     card, tensors = _recorded(folder)
+    if card.architecture == "features":
+        raise EncoderError(
+            f"encoder '{card.name}' has no network, since its embeddings were computed by other "
+            "software (objective 'features'); use an encoder with a network"
+        )
     if card.architecture in PROGRAMS:
         return Encoder(card, _program(card, folder / PROGRAMS[card.architecture]))
     try:
@@ -120,6 +131,8 @@ def load_encoder(folder: Path) -> Encoder:
 
 def verify_encoder(folder: Path) -> None:
     """Compare the hash of an encoder's weights with its card, without loading the network.
+
+    An encoder of objective ``features`` has no weights.
 
     Raises
     ------
@@ -200,7 +213,9 @@ def _recorded(folder: Path) -> tuple[EncoderCard, dict[str, Tensor]]:
     card = read_card(folder)
     tensors: dict[str, Tensor] = {}
     try:
-        if card.architecture in PROGRAMS:
+        if card.architecture == "features":
+            found = card.weights_hash
+        elif card.architecture in PROGRAMS:
             found = _archive_hash(card, folder / PROGRAMS[card.architecture])
         else:
             tensors = load_file(folder / WEIGHTS)

@@ -102,11 +102,12 @@ class GridProvenance(BaseModel):
         that other software computed.
     unreadable : int
         Number of kept cells that could not be decoded; they are not valid in the grid.
-    precision : {"float32", "bfloat16"}
-        Numbers that the encoder computed with.
-    reading : {"patch", "input"}
+    precision : {"float32", "bfloat16"}, optional
+        Numbers that the encoder computed with. This field and the next two are None for
+        embeddings that other software computed, which does not state them.
+    reading : {"patch", "input"}, optional
         um/px at which pixels were read: that of the patch, or that of the network's input.
-    colours : {"stored", "srgb"}
+    colours : {"stored", "srgb"}, optional
         Pixels as stored, or converted by the ICC profile of the file, if it has one.
     icc_profile : IccProfile or None
         Hash and description of this profile.
@@ -128,9 +129,9 @@ class GridProvenance(BaseModel):
     stride: PositiveInt
     origin: tuple[float, float]
     unreadable: NonNegativeInt
-    precision: Precision
-    reading: Reading
-    colours: Colours
+    precision: Precision | None
+    reading: Reading | None
+    colours: Colours | None
     icc_profile: IccProfile | None
     software: str
 

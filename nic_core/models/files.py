@@ -32,7 +32,7 @@ from nic_core.models.cox import BaselineHazard
 from nic_core.models.cross_validation import NETWORK, CrossValidation
 from nic_core.models.kinds import kind_of
 from nic_core.models.networks import Ensemble, FoldModel, empty_fold_model
-from nic_core.types import Colours, Reading
+from nic_core.types import Colours, Precision, Reading
 from nic_core.version import __version__
 
 CARD = "card.json"
@@ -65,16 +65,16 @@ class GridSettings(BaseModel):
     Attributes
     ----------
     precision, reading, colours
-        As in :class:`nic_core.grids.GridProvenance`.
+        As in :class:`nic_core.grids.GridProvenance`; None for features of other software.
     tissue
         A cell was kept if its tissue fraction exceeded this value.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    precision: Literal["float32", "bfloat16"]
-    reading: Reading
-    colours: Colours
+    precision: Precision | None
+    reading: Reading | None
+    colours: Colours | None
     tissue: float = Field(ge=0, le=1)
 
 

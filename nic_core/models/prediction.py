@@ -273,11 +273,17 @@ def predict_slides(
     """
     card = model.card
     check_encoder(card, encoder.card)
+    precision, reading, colours = card.grids.precision, card.grids.reading, card.grids.colours
+    if precision is None or reading is None or colours is None:
+        raise ModelMismatchError(
+            f"the model of '{card.target.name}' was trained on features of other software "
+            f"(encoder '{card.encoder}'), which cannot be computed for another slide"
+        )
     check_times(card, times)
     if heatmaps and out is None:
         raise ValueError("heatmaps are files: give the folder 'out' too")
     units = _units(card, slides, patients)
-    prepared = encoder.prepare(device, card.grids.precision, card.grids.reading)
+    prepared = encoder.prepare(device, precision, reading)
     with ExitStack() as stack:
         folder = out or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         report = compress_slides(
@@ -286,7 +292,7 @@ def predict_slides(
             folder / GRIDS,
             mpp=mpp,
             image=image,
-            colours=card.grids.colours,
+            colours=colours,
             tissue=card.grids.tissue,
             progress=progress,
             on_outcome=on_outcome,

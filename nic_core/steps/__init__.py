@@ -11,6 +11,7 @@ from nic_core.steps.encoders import (
     leaked_groups,
     make_encoder,
     make_encoder_probe,
+    make_features_encoder,
     make_patch_task,
     patch_task_is_current,
     patch_task_keys,
@@ -19,6 +20,7 @@ from nic_core.steps.encoders import (
 from nic_core.steps.evaluation_report import draw_slide, make_evaluation_report
 from nic_core.steps.explanations import Explanation, make_explanation
 from nic_core.steps.grids import (
+    make_features_grid,
     make_grid,
     make_grid_manifest,
     prepare_encoder,
@@ -68,6 +70,8 @@ __all__ = [
     "make_encoder_probe",
     "make_evaluation_report",
     "make_explanation",
+    "make_features_encoder",
+    "make_features_grid",
     "make_grid",
     "make_grid_manifest",
     "make_map_scores",

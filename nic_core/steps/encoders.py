@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from nic_core.cohort import (
     Cohort,
     CohortError,
+    FeaturesEncoder,
     Geometry,
     ImportedEncoder,
     RegisteredEncoder,
@@ -18,6 +19,7 @@ from nic_core.cohort import (
 )
 from nic_core.encoders import (
     Encoder,
+    EncoderCard,
     EncoderError,
     PatchDataset,
     Trained,
@@ -29,8 +31,10 @@ from nic_core.encoders import (
     train_encoder,
 )
 from nic_core.encoders.figures import embedding_map, neighbour_sheet
+from nic_core.encoders.files import save_card
 from nic_core.encoders.patch_tasks import leaks
 from nic_core.encoders.probes import check_scale, probe_table, task_embeddings
+from nic_core.grids.features import features_hash
 from nic_core.steps.slide_index import digest, patch_task_version
 from nic_core.store import PatchTaskKey, Store, atomic_file, atomic_folder
 from nic_core.tracker import Tracker
@@ -144,10 +148,16 @@ def make_encoder(
     Raises
     ------
     EncoderError
-        Training or import failed, the encoder to reuse is not in the store, or the entry names a
-        version of a model registry.
+        Training or import failed, the encoder to reuse is not in the store, or the entry has no
+        network of its own: it names a version of a model registry, or a folder of features
+        (:func:`make_features_encoder`).
     """
     spec, geometry = cohort.encoder(encoder), cohort.geometry(encoder)
+    if isinstance(spec, FeaturesEncoder):
+        raise EncoderError(
+            f"encoder '{encoder}' is a folder of features, without a network to train or import; "
+            "materialize 'encoder', or call 'make_features_encoder'"
+        )
     if isinstance(spec, RegisteredEncoder):
         raise EncoderError(
             f"encoder '{encoder}' is a version of a model registry, which this step cannot "
@@ -191,6 +201,37 @@ def _reuse(store: Store, spec: ReusedEncoder, geometry: Geometry) -> Encoder:
         update={"name": spec.name, "mpp": geometry.mpp, "source": loaded.card.source or source}
     )
     return replace(loaded, card=card)
+
+
+def make_features_encoder(cohort: Cohort, store: Store, encoder: str) -> EncoderCard:
+    """Write and return the card of an encoder whose embeddings were computed by other software.
+
+    Its weights hash is that of all files in the entry's folder.
+
+    Raises
+    ------
+    CohortError
+        The cohort has no such encoder.
+    FeaturesError
+        The folder does not exist, or is empty.
+    """
+    spec, geometry = cohort.encoder(encoder), cohort.geometry(encoder)
+    if not isinstance(spec, FeaturesEncoder):
+        raise EncoderError(f"encoder '{encoder}' does not have objective 'features'")
+    card = EncoderCard(
+        name=encoder,
+        architecture="features",
+        objective=spec.objective,
+        patch=geometry.patch,
+        mpp=geometry.mpp,
+        embedding_size=spec.embedding_size,
+        pixels=None,
+        weights_hash=features_hash(spec.folder),
+        source=f"folder {spec.folder.name}",
+    )
+    with atomic_folder(store.encoder(encoder)) as folder:
+        save_card(folder, card)
+    return card
 
 
 def remove_checkpoint(store: Store, encoder: str) -> None:

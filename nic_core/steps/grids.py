@@ -6,11 +6,14 @@ from collections.abc import Callable
 
 import polars as pl
 
-from nic_core.cohort import Cohort, CohortError
+from nic_core.cohort import Cohort, CohortError, FeaturesEncoder
 from nic_core.compression import compress_to_store
 from nic_core.encoders import load_encoder
+from nic_core.encoders.files import read_card
 from nic_core.encoders.inference import PreparedEncoder
-from nic_core.grids import Grid, grid_hash, open_grid
+from nic_core.grids import Grid, grid_hash, open_grid, write_grid
+from nic_core.grids.features import find_features, read_features
+from nic_core.grids.lattice import SlideFacts, features_grid
 from nic_core.slides import content_identity
 from nic_core.steps.slide_index import open_indexed, read_slide_index, used_slides
 from nic_core.store import GridKey, PatchTableKey, Store, atomic_file
@@ -81,6 +84,54 @@ def read_cells(cohort: Cohort, store: Store, key: GridKey) -> pl.DataFrame:
     """
     geometry = cohort.geometry(key.encoder).name
     return read_patch_table(store.patch_table(PatchTableKey(geometry=geometry, slide=key.slide)))
+
+
+def make_features_grid(cohort: Cohort, store: Store, key: GridKey) -> Grid:
+    """Read the grid of a slide from a folder of features; write and return it.
+
+    Of the slide's file, only its metadata and samples for its content identity are read.
+
+    Parameters
+    ----------
+    key
+        Slide, and an encoder of objective ``features`` whose card is in the store.
+
+    Raises
+    ------
+    CohortError
+        The slide is not in the slide index.
+    EncoderError
+        The store has no card of the encoder.
+    FeaturesError
+        The slide has no file, or its features are no grid; see
+        :func:`~nic_core.grids.lattice.features_grid`.
+    SlideError
+        The slide cannot be opened.
+    """
+    entry = cohort.encoder(key.encoder)
+    if not isinstance(entry, FeaturesEncoder):
+        raise CohortError(f"encoder '{key.encoder}' does not have objective 'features'")
+    card = read_card(store.encoder(key.encoder))
+    with open_indexed(store, key.slide) as opened:
+        slide = SlideFacts(
+            key.slide,
+            content_identity(opened.path),
+            opened.image,
+            opened.mpp,
+            opened.width,
+            opened.height,
+        )
+        path, layout = find_features(entry.folder, key.slide, opened.path, entry.format)
+    grid = features_grid(
+        read_features(path, layout, slide_mpp=slide.mpp),
+        slide,
+        cohort.geometry(key.encoder),
+        embedding_size=entry.embedding_size,
+        encoder=key.encoder,
+        weights_hash=card.weights_hash,
+    )
+    write_grid(store.grid(key), grid)
+    return grid
 
 
 def make_grid_manifest(store: Store, encoder: str) -> pl.DataFrame:

@@ -15,6 +15,7 @@ from nic_core.cohort import (
     Cohort,
     CohortError,
     EncoderSpec,
+    FeaturesEncoder,
     ImportedEncoder,
     PatchTask,
     RegisteredEncoder,
@@ -341,6 +342,8 @@ def encoder_versions(cohort: Cohort, store: Store) -> dict[str, str]:
                 continue
             case ImportedEncoder():
                 parts.append(_listing(encoder.file))
+            case FeaturesEncoder():
+                parts.append(_listing(encoder.folder))
             case ReusedEncoder():
                 parts.append(_weights_or_problem(store, encoder.encoder))
             case EncoderSpec():

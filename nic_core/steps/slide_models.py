@@ -260,7 +260,8 @@ def _grid_settings(
         raise CohortError(
             f"encoder '{encoder}': no labelled slide has a grid; materialize 'grid' first"
         )
-    found = sorted({(o.precision, o.reading, o.colours) for o in origins.values()})
+    # of features of other software, none of the three may be known
+    found = sorted({(o.precision, o.reading, o.colours) for o in origins.values()}, key=str)
     if len(found) != 1:
         pairs = " and ".join(f"{p} by {reading}, {colours}" for p, reading, colours in found)
         raise CohortError(

@@ -19,6 +19,7 @@ from nic_core.cohort import (
     ClassificationTarget,
     Cohort,
     CohortError,
+    FeaturesEncoder,
     ImportedEncoder,
     PatchTask,
 )
@@ -35,6 +36,7 @@ from nic_core.cohort.problems import Source
 from nic_core.cohort.references import wrong_columns
 from nic_core.cohort.tables import Unmatched, read_table, to_text
 from nic_core.encoders.patch_sources import annotated_slide_problems, open_source, source_files
+from nic_core.grids.features import FeaturesError, find_features
 from nic_core.models.labels import LabelMatches, read_labels
 from nic_core.parallel import cores
 from nic_core.slides import SlideError, content_identity, open_slide
@@ -100,7 +102,7 @@ def check_study(path: Path | None = None, progress: Progress | None = None) -> l
     found += duplicates
     for task in cohort.patch_tasks:
         found += _patch_task(cohort, task)
-    found += _encoder_files(cohort)
+    found += _encoder_files(cohort, index)
     found += _targets(source, cohort, index, groups)
     return found
 
@@ -250,12 +252,34 @@ def _equal_slides(
 # --- encoders and patch tasks ----------------------------------------------------------------
 
 
-def _encoder_files(cohort: Cohort) -> Iterator[Finding]:
+def _encoder_files(cohort: Cohort, index: pl.DataFrame) -> Iterator[Finding]:
     for encoder in cohort.encoders:
         if isinstance(encoder, ImportedEncoder) and not encoder.file.exists():
             yield Finding(
                 f"encoder {encoder.name}", f"file {encoder.file} does not exist; correct the path"
             )
+        if isinstance(encoder, FeaturesEncoder):
+            yield from _features(encoder, used_slides(index))
+
+
+def _features(encoder: FeaturesEncoder, slides: pl.DataFrame) -> Iterator[Finding]:
+    """Yield what is wrong with the folder of features, or with the files of slides in use."""
+    where, problems = f"encoder {encoder.name}", dict[str, str]()
+    if not encoder.folder.is_dir():
+        yield Finding(where, f"folder {encoder.folder} does not exist; correct the path")
+        return
+    for slide, path in slides.select("slide", "path").iter_rows():
+        try:
+            find_features(encoder.folder, slide, Path(path), encoder.format)
+        except FeaturesError as error:
+            problems[slide] = str(error)
+    if problems:
+        first = next(iter(problems.values()))
+        yield Finding(
+            where,
+            f"no grids of {len(problems)} of {slides.height} slides in use "
+            f"({_few(sorted(problems))}); {first}",
+        )
 
 
 def _patch_task(cohort: Cohort, task: PatchTask) -> Iterator[Finding]:
