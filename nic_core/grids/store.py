@@ -1,4 +1,4 @@
-"""The grid store: a compressed slide as a folder that OME-Zarr viewers can open.
+"""The grid store: a compressed slide as a folder, an OME-Zarr image of its embeddings.
 
 A store is a zarr v3 group:
 
@@ -444,41 +444,6 @@ def verify_grid(path: Path) -> None:
         )
 
 
-def grid_preview(grid: Grid, *, cell: int = 4) -> NDArray[np.uint8]:
-    """Draw a grid: the first three principal components of its embeddings as red, green and blue.
-
-    The components are computed from this grid. Each is stretched between its 2nd and 98th
-    percentile. Its sign is chosen so that its largest loading is positive. Cells without an
-    embedding are white.
-
-    Parameters
-    ----------
-    cell : int
-        Side of a cell in the picture, px.
-
-    Returns
-    -------
-    uint8 (rows * cell, columns * cell, 3)
-    """
-    embeddings = np.asarray(grid.embeddings[:], np.float32)[:, grid.valid].T  # (cells, C)
-    picture = np.full((*grid.valid.shape, 3), 255, np.uint8)
-    if len(embeddings) > 1:
-        centred = embeddings - embeddings.mean(axis=0)
-        _, vectors = np.linalg.eigh(centred.T @ centred)
-        axes = vectors[:, ::-1][:, :3]
-        axes = axes * np.sign(axes[np.abs(axes).argmax(axis=0), np.arange(axes.shape[1])])
-        values = centred @ axes
-        low, high = np.percentile(values, (2, 98), axis=0)
-        stretched = (values - low) / np.maximum(high - low, 1e-12)
-        # channels without a component, at embedding sizes below three, stay grey
-        shown = np.full((len(embeddings), 3), 0.5)
-        shown[:, : values.shape[1]] = np.clip(stretched, 0, 1)
-        picture[grid.valid] = np.round(shown * 235)
-    elif len(embeddings):
-        picture[grid.valid] = 128
-    return picture.repeat(cell, axis=0).repeat(cell, axis=1)
-
-
 def _check(name: str, embeddings: NDArray[np.float16], valid: NDArray[np.bool_]) -> None:
     if embeddings.ndim != 3 or embeddings.shape[1:] != valid.shape or valid.dtype != np.bool_:
         raise GridError(
@@ -496,39 +461,35 @@ def _chunk_and_shard(length: int) -> tuple[int, int]:
     return chunk, min(_SHARD, -(-length // chunk) * chunk)
 
 
-def ome_image(provenance: GridProvenance, *, channels: bool) -> dict[str, Any]:
+def ome_image(provenance: GridProvenance, *, channels: bool, levels: int = 1) -> dict[str, Any]:
     """Return the OME-Zarr 0.5 metadata of an image with one pixel per cell.
 
-    The image is the array ``0`` of its group. Coordinates are in um, of pixel centres, from the
-    centre of the slide's first pixel.
+    The levels of the image are the arrays ``0``, ``1``, ... of its group, and each is half as large
+    as the one before. Coordinates are in um, of pixel centres, from the centre of the slide's first
+    pixel.
 
     Parameters
     ----------
     channels : bool
         Whether the axes are (c, y, x) or (y, x).
     """
-    step, shift = provenance.cell_um, (provenance.cell_um - provenance.slide_mpp) / 2
-    x, y = (corner * provenance.slide_mpp for corner in provenance.origin)
-    scale, translation = [step, step], [y + shift, x + shift]
+    corner = [provenance.origin[axis] * provenance.slide_mpp for axis in (1, 0)]  # y, x
     axes = [{"name": name, "type": "space", "unit": "micrometer"} for name in "yx"]
     if channels:
         axes = [{"name": "c", "type": "channel"}, *axes]
-        scale, translation = [1.0, *scale], [0.0, *translation]
+    datasets = []
+    for level in range(levels):
+        step = provenance.cell_um * 2**level
+        scale = [step, step]
+        translation = [start + (step - provenance.slide_mpp) / 2 for start in corner]
+        if channels:
+            scale, translation = [1.0, *scale], [0.0, *translation]
+        transformations = [
+            {"type": "scale", "scale": scale},
+            {"type": "translation", "translation": translation},
+        ]
+        datasets.append({"path": str(level), "coordinateTransformations": transformations})
     return {
         "version": "0.5",
-        "multiscales": [
-            {
-                "name": provenance.slide,
-                "axes": axes,
-                "datasets": [
-                    {
-                        "path": EMBEDDINGS_ARRAY,
-                        "coordinateTransformations": [
-                            {"type": "scale", "scale": scale},
-                            {"type": "translation", "translation": translation},
-                        ],
-                    }
-                ],
-            }
-        ],
+        "multiscales": [{"name": provenance.slide, "axes": axes, "datasets": datasets}],
     }
