@@ -26,6 +26,8 @@ def study_jobs(partitions: Partitions) -> Mapping[str, AssetJob]:
         *(["encoder_probe"] if cohort.seen_patch_tasks else []),
         "grid",
         "grid_manifest",
+        "embedding_colours",
+        "grid_preview",
         *(["target_folds", "slide_model", "explanation"] if cohort.targets else []),
         *(["probability_map", "map_scores"] if cohort.maps else []),
         "evaluation_report",

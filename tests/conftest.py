@@ -49,7 +49,7 @@ def mean_rgb_study(
     """The tiny cohort and a store with its mean-RGB slide models; tests must not change it."""
     from nic_core import steps
     from nic_core.cohort import load_cohort
-    from nic_core.store import ModelKey, PatchTableKey, Store
+    from nic_core.store import GridKey, ModelKey, PatchTableKey, Store
 
     cohort, store = load_cohort(tiny_cohort), Store(tmp_path_factory.mktemp("study"))
     steps.make_slide_index(cohort, store)
@@ -62,6 +62,9 @@ def mean_rgb_study(
     for slide in slides:
         steps.make_grid(cohort, store, encoder, slide)
     steps.make_grid_manifest(store, "mean-rgb")
+    steps.make_embedding_colours(store, "mean-rgb")
+    for slide in slides:
+        steps.make_grid_preview(store, GridKey(encoder="mean-rgb", slide=slide))
     for target in cohort.targets:
         steps.make_target_folds(cohort, store, target.name)
         key = ModelKey(encoder="mean-rgb", target=target.name)

@@ -292,7 +292,7 @@ def test_errors_inside_the_block_are_not_changed(tmp_path):
 
 def put(path):
     """Write a product: a file, or a folder with a file."""
-    if path.suffix in (".parquet", ".pt"):
+    if path.suffix in (".parquet", ".pt", ".json"):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("x")
     else:
@@ -308,6 +308,8 @@ EVERY: dict[str, Key] = {
     "encoder_probe": "mtl",
     "grid": GridKey(encoder="mtl", slide="s1"),
     "grid_manifest": "mtl",
+    "embedding_colours": "mtl",
+    "grid_preview": GridKey(encoder="mtl", slide="s1"),
     "target_folds": "growth",
     "slide_model": ModelKey(encoder="mtl", target="growth"),
     "explanation": ModelKey(encoder="mtl", target="growth"),

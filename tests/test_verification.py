@@ -17,7 +17,7 @@ from nic_core.store import GridKey, ModelKey, PatchTableKey, Store
 
 pytestmark = pytest.mark.slow
 
-HASHED = {"encoder", "grid", "slide_model"}
+HASHED = {"encoder", "grid", "grid_preview", "slide_model"}
 TABLE = PatchTableKey(geometry="128px-0.5um", slide="demo-01-1")
 
 
@@ -55,6 +55,7 @@ def test_an_unchanged_store_has_no_problems(store):
         "slide",
         "patch_table",
         "grid_manifest",
+        "embedding_colours",
         "target_folds",
     }
     assert calls[-1] == (len(results), len(results))

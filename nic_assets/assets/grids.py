@@ -1,4 +1,4 @@
-"""Grids: every slide compressed by every encoder, and a manifest of each encoder's grids."""
+"""Grids: every slide compressed by every encoder, a manifest of each encoder's grids, previews."""
 
 from functools import cache
 
@@ -13,12 +13,14 @@ from nic_assets.orchestration.metadata import code_version, log_progress, pictur
 from nic_assets.partitions import Partitions
 from nic_assets.tags import PARTIAL_INPUTS, REFRESH_TAG
 from nic_core import steps
-from nic_core.cohort import Cohort, FeaturesEncoder
+from nic_core.cohort import Cohort, CohortError, FeaturesEncoder
 from nic_core.devices import leased_device
-from nic_core.grids import grid_preview, recorded_hash
+from nic_core.grids import GridError, enlarge, recorded_hash, verify_preview
 from nic_core.grids.features import FeaturesError
 from nic_core.slides import SlideError
 from nic_core.store import GridKey, Store
+
+PICTURE_SIDE = 400  # px of the picture of a preview in the UI; more if the grid has more cells
 
 
 def grid_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
@@ -64,9 +66,6 @@ def grid_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
             return Product(
                 version=version,
                 metadata={
-                    "preview": picture(
-                        grid_preview(made, cell=8), f"{key.slide}, coloured by embedding"
-                    ),
                     "embedding_size": embedding_size,
                     "rows": rows,
                     "columns": columns,
@@ -122,4 +121,68 @@ def grid_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
 
         yield from materialize_each(context, make, parse=str, path=store.grid_manifest, expected=())
 
-    return [grid, grid_manifest]
+    @batch_asset(
+        partitions_def=partitions.encoders,
+        deps=[grid_manifest],
+        group_name="grids",
+        kinds={"numpy", "json"},
+        op_tags=CPU_TAGS,
+        code_version=code_version(1),
+    )
+    def embedding_colours(
+        context: dg.AssetExecutionContext,
+        store: dg.ResourceParam[Store],
+    ) -> Events:
+        """Three principal components of an encoder's embeddings, the colours of its previews."""
+
+        def make(encoder: str) -> Product:
+            colours = steps.make_embedding_colours(store, encoder)
+            return Product(
+                version=colours.hash,
+                metadata={
+                    "slides": colours.slides,
+                    "cells": colours.cells,
+                    "file": dg.MetadataValue.path(store.embedding_colours(encoder)),
+                },
+            )
+
+        yield from materialize_each(
+            context,
+            make,
+            parse=str,
+            path=store.embedding_colours,
+            expected=(CohortError, GridError),
+        )
+
+    @batch_asset(
+        partitions_def=partitions.grids,
+        deps=[grid, embedding_colours],
+        group_name="grids",
+        kinds={"zarr", "image"},
+        op_tags=CPU_TAGS,
+        code_version=code_version(1),
+    )
+    def grid_preview(
+        context: dg.AssetExecutionContext,
+        store: dg.ResourceParam[Store],
+    ) -> Events:
+        """A grid as an RGB image for viewers, in colours that all slides of the encoder share."""
+
+        def make(key: GridKey) -> Product:
+            drawn = steps.make_grid_preview(store, key)
+            cell = max(1, PICTURE_SIDE // max(drawn.shape))
+            return Product(
+                version=verify_preview(store.grid_preview(key)),
+                metadata={
+                    "preview": picture(
+                        enlarge(drawn, cell=cell), f"{key.slide}, coloured by embedding"
+                    ),
+                    "store": dg.MetadataValue.path(store.grid_preview(key)),
+                },
+            )
+
+        yield from materialize_each(
+            context, make, parse=GridKey.parse, path=store.grid_preview, expected=(GridError,)
+        )
+
+    return [grid, grid_manifest, embedding_colours, grid_preview]

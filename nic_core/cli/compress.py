@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from nic_core.encoders.encoder import Encoder
 
 COMPRESSION = CompressionSettings()
+PREVIEWS = "previews"  # folder of the previews, beside the grid stores
 Orientations = Literal["1", "8"]
 
 
@@ -40,7 +41,9 @@ def compress(
     encoder: Annotated[
         str, typer.Option(help="folder of an encoder, or name of an encoder in $NIC_STORE")
     ],
-    out: Annotated[Path, typer.Option(help="folder for the grid stores and report.csv")],
+    out: Annotated[
+        Path, typer.Option(help="folder for the grid stores, their previews and report.csv")
+    ],
     mpp: Mpp = None,
     image: ImageNumber = None,
     share: Annotated[
@@ -73,10 +76,11 @@ def compress(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     resume: Annotated[bool, typer.Option(help="skip grids that are up to date")] = True,
 ) -> None:
-    """Compress slides to grids.
+    """Compress slides to grids, and draw them.
 
     A slide that cannot be used does not stop the others. report.csv lists the outcome of every
-    slide; the exit status is 1 if a slide failed.
+    slide; the exit status is 1 if a slide failed. The folder previews receives an RGB image of
+    every grid of the encoder in --out, in colours that hold for all of them.
     """
     # imports torch, which is slow
     from nic_core.compression.batch import REPORT, compress_slides, slides_by_id, write_report
@@ -121,8 +125,29 @@ def compress(
     with one_line(StoreError):
         write_report(out / REPORT, table)
     console.print(str(out / REPORT), soft_wrap=True)
+    _draw(out, prepared.card.weights_hash)
     if counts["failed"]:
         raise typer.Exit(1)
+
+
+def _draw(out: Path, weights_hash: str) -> None:
+    """Write previews of all grids of an encoder in a folder, in colours that hold for all."""
+    from nic_core.grids import GridError, open_grid, write_previews
+
+    stores, cells = [], 0
+    for path in sorted(out.glob("[!.]*.zarr")):
+        try:
+            grid = open_grid(path)
+        except GridError as error:
+            console.print(f"no preview: {error}", style="yellow", soft_wrap=True, markup=False)
+            continue
+        if grid.provenance.weights_hash == weights_hash:
+            stores.append(path)
+            cells += int(grid.valid.sum())
+    if cells:
+        with one_line(StoreError, GridError):
+            write_previews(stores, out / PREVIEWS)
+        console.print(str(out / PREVIEWS), soft_wrap=True)
 
 
 @contextmanager

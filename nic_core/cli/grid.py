@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from nic_core.cli.shared import Out, console, facts, one_line, save_picture
-from nic_core.grids import GridError, grid_preview, open_grid
+from nic_core.grids import GridError, draw_grid, open_grid
 from nic_core.grids.chunks import ChunkError
 from nic_core.grids.export import ExportFormat, export_grid
 from nic_core.slides import SlideError, open_slide
@@ -55,7 +55,7 @@ def preview(
         grid = open_grid(store)
         cell = max(1, math.ceil(800 / max(grid.shape[1:])))
         if slide is None:
-            save_picture(out, grid_preview(grid, cell=cell))
+            save_picture(out, draw_grid(grid, cell=cell))
         else:
             about = grid.provenance
             with open_slide(slide, mpp=about.slide_mpp, image=about.slide_image) as opened:

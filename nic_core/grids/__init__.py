@@ -1,5 +1,16 @@
-"""Grids of patch embeddings: their store on disk, and the eight orientations of a slide."""
+"""Grids of patch embeddings: their store on disk, eight orientations, and previews."""
 
+from nic_core.grids.preview import (
+    EmbeddingColours,
+    draw_grid,
+    embedding_colours,
+    enlarge,
+    read_colours,
+    verify_preview,
+    write_colours,
+    write_preview,
+    write_previews,
+)
 from nic_core.grids.store import (
     GRID_FORMAT,
     Embeddings,
@@ -9,7 +20,6 @@ from nic_core.grids.store import (
     GridProvenance,
     Orientations,
     grid_hash,
-    grid_preview,
     open_grid,
     recorded_hash,
     verify_grid,
@@ -19,17 +29,25 @@ from nic_core.grids.store import (
 
 __all__ = [
     "GRID_FORMAT",
+    "EmbeddingColours",
     "Embeddings",
     "Grid",
     "GridError",
     "GridPart",
     "GridProvenance",
     "Orientations",
+    "draw_grid",
+    "embedding_colours",
+    "enlarge",
     "grid_hash",
-    "grid_preview",
     "open_grid",
+    "read_colours",
     "recorded_hash",
     "verify_grid",
+    "verify_preview",
+    "write_colours",
     "write_grid",
     "write_parts",
+    "write_preview",
+    "write_previews",
 ]

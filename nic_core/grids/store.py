@@ -1,4 +1,4 @@
-"""The grid store: a compressed slide as a folder that OME-Zarr viewers can open.
+"""The grid store: a compressed slide as a folder, an OME-Zarr image of its embeddings.
 
 A store is a zarr v3 group:
 
@@ -49,9 +49,7 @@ from nic_core.grids.chunks import (
     Window,
     chunk_windows,
     read_chunk,
-    tissue_blocks,
 )
-from nic_core.grids.moments import grid_moments
 from nic_core.grids.shards import (
     COMPRESSION_LEVEL,
     COMPRESSOR,
@@ -69,7 +67,6 @@ GRID_FORMAT: Literal[4] = 4
 """Version of the store's layout and provenance. Stores of other versions are refused."""
 
 EMBEDDINGS_ARRAY, VALID_ARRAY, ORIENTATIONS_ARRAY = "0", "valid", "orientations"
-_PREVIEW_CELLS = 1 << 14  # from which the components of a preview are computed
 PROVENANCE_ATTRIBUTE, HASH_ATTRIBUTE = "nic", "nic_hash"
 
 
@@ -584,47 +581,6 @@ def verify_grid(path: Path) -> None:
         )
 
 
-def grid_preview(grid: Grid, *, cell: int = 4) -> NDArray[np.uint8]:
-    """Draw a grid: the first three principal components of its embeddings as red, green and blue.
-
-    The components are computed from this grid, from at most 16,384 of its cells at equal steps
-    [choice]. Each is stretched between its 2nd and 98th
-    percentile. Its sign is chosen so that its largest loading is positive. Cells without an
-    embedding are white.
-
-    Parameters
-    ----------
-    cell : int
-        Side of a cell in the picture, px.
-
-    Returns
-    -------
-    uint8 (rows * cell, columns * cell, 3)
-    """
-    cells = int(grid.valid.sum())
-    picture = np.full((*grid.valid.shape, 3), 255, np.uint8)
-    if cells > 1:
-        sampled = np.zeros_like(grid.valid)
-        sampled.flat[np.flatnonzero(grid.valid)[:: -(-cells // _PREVIEW_CELLS)]] = True
-        moments = grid_moments(grid.provenance.slide, grid.embeddings, sampled, within=True)
-        assert moments.within is not None
-        _, vectors = np.linalg.eigh(moments.within)
-        axes = vectors[:, ::-1][:, :3]
-        axes = axes * np.sign(axes[np.abs(axes).argmax(axis=0), np.arange(axes.shape[1])])
-        values = np.zeros((*grid.valid.shape, axes.shape[1]), np.float32)
-        for window, valid, embeddings in tissue_blocks(grid.embeddings, grid.valid):
-            values[window][valid] = (embeddings.T.astype(np.float64) - moments.mean) @ axes
-        picture[grid.valid] = 118  # without a component, at embedding sizes below three: grey
-        for i in range(axes.shape[1]):
-            component = values[grid.valid, i]
-            low, high = np.percentile(component, (2, 98))
-            stretched = np.clip((component - low) / max(high - low, 1e-12), 0, 1)
-            picture[grid.valid, i] = np.round(stretched * 235)
-    elif cells:
-        picture[grid.valid] = 128
-    return picture.repeat(cell, axis=0).repeat(cell, axis=1)
-
-
 def _check(name: str, embeddings: NDArray[np.float16], valid: NDArray[np.bool_]) -> None:
     if not np.isfinite(embeddings).all():
         raise GridError(f"{name}: some embeddings are not finite in float16")
@@ -632,39 +588,35 @@ def _check(name: str, embeddings: NDArray[np.float16], valid: NDArray[np.bool_])
         raise GridError(f"{name}: embeddings of cells that are not valid must be 0")
 
 
-def ome_image(provenance: GridProvenance, *, channels: bool) -> dict[str, Any]:
+def ome_image(provenance: GridProvenance, *, channels: bool, levels: int = 1) -> dict[str, Any]:
     """Return the OME-Zarr 0.5 metadata of an image with one pixel per cell.
 
-    The image is the array ``0`` of its group. Coordinates are in um, of pixel centres, from the
-    centre of the slide's first pixel.
+    The levels of the image are the arrays ``0``, ``1``, ... of its group, and each is half as large
+    as the one before. Coordinates are in um, of pixel centres, from the centre of the slide's first
+    pixel.
 
     Parameters
     ----------
     channels : bool
         Whether the axes are (c, y, x) or (y, x).
     """
-    step, shift = provenance.cell_um, (provenance.cell_um - provenance.slide_mpp) / 2
-    x, y = (corner * provenance.slide_mpp for corner in provenance.origin)
-    scale, translation = [step, step], [y + shift, x + shift]
+    corner = [provenance.origin[axis] * provenance.slide_mpp for axis in (1, 0)]  # y, x
     axes = [{"name": name, "type": "space", "unit": "micrometer"} for name in "yx"]
     if channels:
         axes = [{"name": "c", "type": "channel"}, *axes]
-        scale, translation = [1.0, *scale], [0.0, *translation]
+    datasets = []
+    for level in range(levels):
+        step = provenance.cell_um * 2**level
+        scale = [step, step]
+        translation = [start + (step - provenance.slide_mpp) / 2 for start in corner]
+        if channels:
+            scale, translation = [1.0, *scale], [0.0, *translation]
+        transformations = [
+            {"type": "scale", "scale": scale},
+            {"type": "translation", "translation": translation},
+        ]
+        datasets.append({"path": str(level), "coordinateTransformations": transformations})
     return {
         "version": "0.5",
-        "multiscales": [
-            {
-                "name": provenance.slide,
-                "axes": axes,
-                "datasets": [
-                    {
-                        "path": EMBEDDINGS_ARRAY,
-                        "coordinateTransformations": [
-                            {"type": "scale", "scale": scale},
-                            {"type": "translation", "translation": translation},
-                        ],
-                    }
-                ],
-            }
-        ],
+        "multiscales": [{"name": provenance.slide, "axes": axes, "datasets": datasets}],
     }

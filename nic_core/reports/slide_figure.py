@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from nic_core.grids import Grid, grid_preview
+from nic_core.grids import Grid, draw_grid
 from nic_core.slides import Slide, SlideError, content_identity
 from nic_core.tiling.tissue import TissueMask, tissue_outline
 from nic_core.types import Pixels
@@ -39,7 +39,7 @@ def compressed_slide(
         # compared with the RGB pixels of the slide at the encoder's resolution
         fewer = 3 * grid.provenance.patch**2 / channels
         title = f"{name}: {rows} x {columns} x {channels}, {fewer:,.0f} times fewer numbers"
-        panels.append((title, grid_preview(grid, cell=16)))
+        panels.append((title, draw_grid(grid, cell=16)))
     panels += list(maps.items())
     figure = Figure(figsize=(4 * len(panels), 4.2), layout="constrained")
     FigureCanvasAgg(figure)
@@ -78,4 +78,4 @@ def slide_and_grid(slide: Slide, grid: Grid, *, cell: int) -> Pixels:
     scale = about.patch * about.mpp / cell
     left = slide.read(0, 0, columns * cell, rows * cell, scale)
     gap = np.full((rows * cell, 16, 3), 255, np.uint8)
-    return np.concatenate([left, gap, grid_preview(grid, cell=cell)], axis=1)
+    return np.concatenate([left, gap, draw_grid(grid, cell=cell)], axis=1)

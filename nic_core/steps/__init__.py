@@ -3,8 +3,8 @@
 A step is named ``make_<asset>`` after the asset that it makes. It reads the products of earlier
 steps, calls the package that implements the method, and writes its own product atomically. A
 script calls the steps in this order: slide index, slides, patch tables, quality report, patch
-tasks, encoders, encoder probes, grids, grid manifests, target folds, slide models, explanations,
-probability maps, map scores, evaluation report.
+tasks, encoders, encoder probes, grids, grid manifests, embedding colours, grid previews, target
+folds, slide models, explanations, probability maps, map scores, evaluation report.
 """
 
 from nic_core.steps.encoders import (
@@ -20,9 +20,11 @@ from nic_core.steps.encoders import (
 from nic_core.steps.evaluation_report import draw_slide, make_evaluation_report
 from nic_core.steps.explanations import Explanation, make_explanation
 from nic_core.steps.grids import (
+    make_embedding_colours,
     make_features_grid,
     make_grid,
     make_grid_manifest,
+    make_grid_preview,
     prepare_encoder,
     read_cells,
     read_grid_manifest,
@@ -66,6 +68,7 @@ __all__ = [
     "find_target_folds",
     "find_unmatched_labels",
     "leaked_groups",
+    "make_embedding_colours",
     "make_encoder",
     "make_encoder_probe",
     "make_evaluation_report",
@@ -74,6 +77,7 @@ __all__ = [
     "make_features_grid",
     "make_grid",
     "make_grid_manifest",
+    "make_grid_preview",
     "make_map_scores",
     "make_patch_table",
     "make_patch_task",

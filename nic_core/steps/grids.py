@@ -1,4 +1,4 @@
-"""Make grids and grid manifests: compress slides with an encoder, and list the grids."""
+"""Make grids, grid manifests and previews: compress slides, list and colour their grids."""
 
 from __future__ import annotations
 
@@ -11,13 +11,24 @@ from nic_core.compression import compress_to_store
 from nic_core.encoders import load_encoder
 from nic_core.encoders.files import read_card
 from nic_core.encoders.inference import PreparedEncoder
-from nic_core.grids import Grid, grid_hash, open_grid, write_grid
+from nic_core.grids import (
+    EmbeddingColours,
+    Grid,
+    embedding_colours,
+    grid_hash,
+    open_grid,
+    read_colours,
+    write_colours,
+    write_grid,
+    write_preview,
+)
 from nic_core.grids.features import find_features, read_features
 from nic_core.grids.lattice import SlideFacts, features_grid
 from nic_core.slides import content_identity
 from nic_core.steps.slide_index import open_indexed, read_slide_index, used_slides
 from nic_core.store import GridKey, PatchTableKey, Store, atomic_file
 from nic_core.tiling.patches import read_patch_table
+from nic_core.types import Pixels
 
 MANIFEST_SCHEMA = pl.Schema(
     {
@@ -177,3 +188,40 @@ def read_grid_manifest(store: Store, encoder: str) -> pl.DataFrame:
             f"encoder '{encoder}' has no grid manifest; materialize 'grid_manifest' first"
         )
     return pl.read_parquet(path, glob=False)
+
+
+def make_embedding_colours(store: Store, encoder: str) -> EmbeddingColours:
+    """Compute the colours of an encoder's embeddings from all grids of its manifest; write them.
+
+    Raises
+    ------
+    CohortError
+        The manifest does not exist yet, or no slide has a grid.
+    GridError
+        See :func:`~nic_core.grids.preview.embedding_colours`.
+    """
+    with_grid = read_grid_manifest(store, encoder).drop_nulls("hash")["slide"]
+    if with_grid.is_empty():
+        raise CohortError(f"encoder '{encoder}': no slide has a grid; materialize 'grid' first")
+    colours = embedding_colours(
+        [store.grid(GridKey(encoder=encoder, slide=slide)) for slide in with_grid]
+    )
+    write_colours(store.embedding_colours(encoder), colours)
+    return colours
+
+
+def make_grid_preview(store: Store, key: GridKey) -> Pixels:
+    """Draw a grid in the colours of its encoder's embeddings; write the preview.
+
+    Returns
+    -------
+    uint8 (rows, columns, 3)
+        The colour of every cell.
+
+    Raises
+    ------
+    GridError
+        The grid or the colours cannot be read, or they are of different weights.
+    """
+    colours = read_colours(store.embedding_colours(key.encoder))
+    return write_preview(store.grid_preview(key), open_grid(store.grid(key)), colours)

@@ -1,8 +1,8 @@
 """Verify the products of the store against the hashes that were recorded with them.
 
-Encoders and slide models record hashes of their weights in their cards, and grids record a content
-hash in their attributes. Other products have no hash; it is only checked that they can be read
-completely.
+Encoders and slide models record hashes of their weights in their cards, and grids and their
+previews record a content hash in their attributes. Other products have no hash; it is only checked
+that they can be read completely.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import pyvips
 
 from nic_core.encoders import EncoderError, load_patch_task
 from nic_core.encoders.files import verify_encoder
-from nic_core.grids import GridError, verify_grid
+from nic_core.grids import GridError, read_colours, verify_grid, verify_preview
 from nic_core.maps.heatmaps import read_heatmap
 from nic_core.models.files import ModelFileError, load_model
 from nic_core.steps.slide_models import METRICS, PREDICTIONS
@@ -105,6 +105,16 @@ def _grid(path: Path) -> bool:
     return True
 
 
+def _embedding_colours(path: Path) -> bool:
+    read_colours(path)
+    return False
+
+
+def _grid_preview(path: Path) -> bool:
+    verify_preview(path)
+    return True
+
+
 def _slide_model(path: Path) -> bool:
     load_model(path)
     for name in (PREDICTIONS, METRICS):
@@ -135,6 +145,8 @@ _CHECKS: dict[str, Callable[[Path], bool]] = {
     "encoder_probe": _tables,
     "grid": _grid,
     "grid_manifest": _tables,
+    "embedding_colours": _embedding_colours,
+    "grid_preview": _grid_preview,
     "target_folds": _tables,
     "slide_model": _slide_model,
     "explanation": _explanation,

@@ -12,6 +12,8 @@
       encoder_probes/<encoder>.parquet     scores of simple classifiers on its embeddings
       grids/<encoder>/<slide>.zarr
       grid_manifests/<encoder>.parquet     slide, content hash and cells of every grid
+      embedding_colours/<encoder>.json     principal components of the embeddings of its grids
+      grid_previews/<encoder>/<slide>.zarr     the grid as an RGB image, in these colours
       target_folds/<target>.parquet
       slide_models/<encoder>/<target>/     fold-*.safetensors, card.json, predictions.parquet
       slide_models/<encoder>/.<target>.folds/    finished folds of an unfinished training
@@ -89,6 +91,12 @@ class Store:
     def grid_manifest(self, encoder: str) -> Path:
         return self.root / "grid_manifests" / f"{encoder}.parquet"
 
+    def embedding_colours(self, encoder: str) -> Path:
+        return self.root / "embedding_colours" / f"{encoder}.json"
+
+    def grid_preview(self, key: GridKey) -> Path:
+        return self.root / "grid_previews" / key.encoder / f"{key.slide}.zarr"
+
     def target_folds(self, target: str) -> Path:
         return self.root / "target_folds" / f"{target}.parquet"
 
@@ -163,6 +171,8 @@ _PLACES: dict[str, tuple[str, Callable[[str], Key], bool]] = {
     "encoder_probes/*.parquet": ("encoder_probe", str, True),
     "grids/*/*.zarr": ("grid", GridKey.parse, True),
     "grid_manifests/*.parquet": ("grid_manifest", str, True),
+    "embedding_colours/*.json": ("embedding_colours", str, True),
+    "grid_previews/*/*.zarr": ("grid_preview", GridKey.parse, True),
     "target_folds/*.parquet": ("target_folds", str, True),
     "slide_models/*/*/": ("slide_model", ModelKey.parse, True),
     "slide_models/*/.*.folds/": ("slide_model", ModelKey.parse, False),

@@ -72,6 +72,7 @@ def test_products_of_a_removed_slide_are_not_needed(world):
         f"slide {slide}",
         f"patch_table 128px-0.5um|{slide}",
         f"grid {ENCODER}|{slide}",
+        f"grid_preview {ENCODER}|{slide}",
     }
 
 
@@ -86,6 +87,8 @@ def everything_of_the_encoder(world: World) -> set[str]:
         *(f"grid {ENCODER}|{slide}" for slide in world.slides),
         *(f"slide_model {ENCODER}|{target.name}" for target in world.cohort.targets),
         f"grid_manifest {ENCODER}",
+        f"embedding_colours {ENCODER}",
+        *(f"grid_preview {ENCODER}|{slide}" for slide in world.slides),
     }
 
 

@@ -19,6 +19,7 @@ import pytest
 import tifffile
 import torch
 import yaml
+import zarr
 from dagster._core.storage.tags import (
     ASSET_PARTITION_RANGE_END_TAG,
     ASSET_PARTITION_RANGE_START_TAG,
@@ -34,7 +35,8 @@ from nic_core.encoders import load_encoder, save_encoder
 from nic_core.encoders.encoder import encoder_tensors, weights_hash
 from nic_core.encoders.files import read_card
 from nic_core.encoders.probes import KNN, LINEAR
-from nic_core.grids import open_grid
+from nic_core.grids import open_grid, read_colours
+from nic_core.grids.preview import COLOURS_ATTRIBUTE
 from nic_core.maps.heatmaps import TIFF, read_heatmap
 from nic_core.models.files import ensemble_module, load_model
 from nic_core.reports import RESULT_SCHEMA
@@ -44,7 +46,7 @@ pytestmark = pytest.mark.slow
 
 LAYERS = {
     "encoders": {"patch_task_source", "encoder_entry", "patch_task", "encoder", "encoder_probe"},
-    "grids": {"grid", "grid_manifest"},
+    "grids": {"grid", "grid_manifest", "embedding_colours", "grid_preview"},
     "models": {"target_entry", "target_folds", "slide_model", "explanation"},
     "reports": {"probability_map", "map_scores", "evaluation_report"},
     "slides": {"slide_file", "slide_index", "slide", "patch_table", "quality_report"},
@@ -136,6 +138,27 @@ def test_a_grid_has_an_embedding_at_every_kept_cell(study):
         grid = open_grid(study.store.grid(key))
         assert grid.shape[0] == 128
         assert int(grid.valid.sum()) == cells.height > 0
+
+
+def colours_of_previews(study: Study, encoder: str) -> set[str]:
+    """The hash of the colours of every preview of an encoder."""
+    keys = [
+        GridKey(encoder=encoder, slide=s) for s in study.instance.get_dynamic_partitions("slides")
+    ]
+    previews = [zarr.open_group(study.store.grid_preview(key), mode="r") for key in keys]
+    return {str(group.attrs[COLOURS_ATTRIBUTE]) for group in previews}
+
+
+def test_all_previews_of_an_encoder_have_the_same_colours(study):
+    hashes = set()
+    for encoder in study.cohort.encoders:
+        colours = read_colours(study.store.embedding_colours(encoder.name))
+        assert colours_of_previews(study, encoder.name) == {colours.hash}
+        hashes.add(colours.hash)
+    assert len(hashes) == len(study.cohort.encoders)
+    [slide, *_] = study.instance.get_dynamic_partitions("slides")
+    shown = event(study, "grid_preview", f"mtl-4|{slide}").metadata["preview"]
+    assert shown.value.startswith(f"![{slide}, coloured by embedding](data:image/jpeg")
 
 
 def test_every_slide_of_every_model_is_explained_at_its_embeddings(study):
@@ -527,6 +550,9 @@ def test_a_changed_slide_is_compressed_again_and_no_other(
         for s in (first, second)
     ]
     np.testing.assert_array_equal(grids[0].embeddings[:], grids[1].embeddings[:])
+    colours = read_colours(changed.store.embedding_colours("mtl-4"))
+    assert colours != read_colours(study.store.embedding_colours("mtl-4"))
+    assert colours_of_previews(changed, "mtl-4") == {colours.hash}
     assert changed.instance.get_materialized_partitions(SLIDE_FILE)
 
 

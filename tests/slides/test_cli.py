@@ -9,6 +9,7 @@ import polars as pl
 import pytest
 import tifffile
 import torch
+import zarr
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -23,7 +24,7 @@ from nic_core.encoders.encoder import (
 )
 from nic_core.encoders.files import save_encoder
 from nic_core.encoders.training import train_encoder
-from nic_core.grids import open_grid
+from nic_core.grids import open_grid, read_colours, verify_preview
 from tests.slides.conftest import GLASS, paint, write_tiff
 from tests.slides.vendors import write_scn
 
@@ -162,6 +163,33 @@ def test_compress_continues_after_failures_and_skips_stores(section, encoder, tm
     picture = tmp_path / "preview.png"
     assert run(app, ["grid", "preview", str(store), "--out", str(picture)]).exit_code == 0
     assert Image.open(picture).mode == "RGB"
+
+
+def test_previews_share_colours_with_earlier_grids_of_the_folder(section, encoder, tmp_path):
+    command = ["compress", "--encoder", str(encoder), "--out", str(tmp_path / "grids")]
+    assert run(app, [*command, str(section)]).exit_code == 0
+    previews = tmp_path / "grids" / "previews"
+    alone = verify_preview(previews / "section.zarr")
+    other = section.with_name("other.png")
+    Image.open(section).transpose(Image.Transpose.ROTATE_90).crop((0, 0, 900, 1200)).save(other)
+    (tmp_path / "grids" / "notes.zarr").mkdir()
+    done = run(app, [*command, "--mpp", "1", str(other)])
+    assert done.exit_code == 0
+    assert "no preview: " in done.stdout
+    assert "notes.zarr: not a grid store" in done.stdout
+    hashes = {zarr.open_group(p).attrs["nic_colours"] for p in previews.glob("*.zarr")}
+    assert hashes == {read_colours(previews / "colours.json").hash}
+    assert len(list(previews.glob("*.zarr"))) == 2
+    assert verify_preview(previews / "section.zarr") != alone
+
+
+def test_a_slide_without_tissue_has_a_grid_but_no_preview(encoder, tmp_path):
+    Image.new("RGB", (900, 900), (242, 241, 243)).save(tmp_path / "glass.png")
+    command = ["compress", "--encoder", str(encoder), "--out", str(tmp_path / "grids")]
+    done = run(app, [*command, "--mpp", "1", str(tmp_path / "glass.png")])
+    assert done.exit_code == 0
+    assert not (tmp_path / "grids" / "previews").exists()
+    assert not open_grid(tmp_path / "grids" / "glass.zarr").valid.any()
 
 
 def test_an_encoder_is_found_by_its_name_in_the_store(section, encoder, tmp_path, monkeypatch):

@@ -22,8 +22,8 @@ from nic_core.grids import (
     GridError,
     GridPart,
     GridProvenance,
+    draw_grid,
     grid_hash,
-    grid_preview,
     open_grid,
     verify_grid,
     write_grid,
@@ -294,7 +294,7 @@ def test_memory_does_not_grow_with_the_area_of_a_grid(tmp_path):
             "hash": lambda path=path: verify_grid(path),
             "cells": lambda path=path: read_cells(open_grid(path)),
             "moments": lambda path=path: moments_of(open_grid(path)),
-            "preview": lambda path=path: grid_preview(open_grid(path), cell=1),
+            "preview": lambda path=path: draw_grid(open_grid(path), cell=1),
         }
         for name, function in work.items():
             tracemalloc.start()
@@ -488,25 +488,3 @@ def test_a_store_without_an_array_is_refused(tmp_path):
     (path / "0" / "zarr.json").unlink()
     with pytest.raises(GridError, match="not a grid store"):
         open_grid(path)
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 128])
-def test_the_preview_has_coloured_cells_and_white_background(size):
-    grid = make(size)
-    picture = grid_preview(grid, cell=3)
-    assert picture.shape == (27, 39, 3)
-    assert picture.dtype == np.uint8
-    cells = picture[1::3, 1::3]
-    assert (cells[~grid.valid] == 255).all()
-    assert (cells[grid.valid] < 255).any(axis=1).all()
-    if size >= 3:
-        assert np.ptp(cells[grid.valid].astype(int), axis=0).min() > 150
-
-
-def test_the_preview_works_for_zero_and_one_cell():
-    grid = make()
-    for kept in (0, 1):
-        valid = np.zeros_like(grid.valid)
-        valid.ravel()[:kept] = True
-        embeddings = grid.embeddings * valid
-        assert grid_preview(Grid(embeddings, valid, grid.provenance)).shape == (36, 52, 3)
