@@ -48,10 +48,12 @@ class CrossValidation:
 
     Attributes
     ----------
+    crop
+        Side of the networks' crops in cells.
     predictions
         One row per unit and model: ``model`` (``network`` or a baseline), ``split``, ``unit``,
-        ``patient``, ``fold`` (the fold in which the unit was held out; null in split ``test``),
-        the labels (:attr:`TargetKind.label_columns`) and the predictions
+        ``patient``, ``slides`` (those that the unit is predicted from), ``fold`` (the fold in
+        which the unit was held out; null in split ``test``), the labels (:attr:`TargetKind.label_columns`) and the predictions
         (:attr:`TargetKind.prediction_columns`). For survival also ``survival``, the survival
         probabilities at ``horizons`` (list columns; the horizons are equal within a split).
     metrics
@@ -71,6 +73,7 @@ class CrossValidation:
 
     target: Target
     settings: ModelSettings
+    crop: int
     predictions: pl.DataFrame
     metrics: pl.DataFrame
     networks: tuple[FoldModel, ...]
@@ -100,6 +103,7 @@ def cross_validate(
     grids: GridSource,
     settings: ModelSettings,
     *,
+    crop: int,
     device: str = "auto",
     tracker: Tracker | None = None,
     progress: Progress | None = None,
@@ -120,6 +124,8 @@ def cross_validate(
         Output of :func:`nic_core.models.folds.make_folds`, shared by all encoders to compare.
     grids
         Opens the grid of a slide; called whenever one is read.
+    crop
+        Side of a crop in cells (:func:`nic_core.models.networks.crop_cells`).
     device
         Device of the training: ``auto``, ``cpu`` or ``cuda``. The returned networks are on the
         CPU.
@@ -136,8 +142,8 @@ def cross_validate(
     Raises
     ------
     CohortError
-        The network cannot process crops of ``settings.crop`` cells, a grid has no tissue, or the
-        units of a fold lack a class, an event or two different numbers to train on.
+        The network cannot process crops of ``crop`` cells, a grid has no tissue, or the units of a
+        fold lack a class, an event or two different numbers to train on.
     TrainingError
         A loss is not finite.
     ValueError
@@ -185,6 +191,7 @@ def cross_validate(
                 grids,
                 moments,
                 settings,
+                crop=crop,
                 device=device,
                 tracker=tracker,
                 progress=count_epochs,
@@ -219,6 +226,7 @@ def cross_validate(
     return CrossValidation(
         target=target,
         settings=settings,
+        crop=crop,
         predictions=pl.concat(predictions),
         metrics=_with_seeds(pl.concat(metrics), repeats),
         networks=tuple(fit.model for fit in fits),
@@ -252,6 +260,7 @@ def _fit_fold(
     moments: Mapping[str, GridMoments],
     settings: ModelSettings,
     *,
+    crop: int,
     device: str,
     tracker: Tracker | None,
     progress: Callable[[], None],
@@ -266,7 +275,7 @@ def _fit_fold(
     external: dict[str, Predictions] = {}
     first: FittedFold | None = None
     hazard = None
-    with fitting_threads(settings):
+    with fitting_threads(crop):
         for seed, name in enumerate((*_seed_names(settings), *BASELINES)):
             # one predictor at a time: each holds a cache of features
             if name in BASELINES:
@@ -280,13 +289,16 @@ def _fit_fold(
                     grids,
                     moments,
                     settings,
+                    crop=crop,
                     seed=int(np.random.SeedSequence(entropy).generate_state(1)[0]),
                     device=device,
                     tracker=None if seed else tracker,
                     name=f"fold_{fold}_",
                     progress=progress,
                 )
-                predictor = _network_predictor(kind, fitted.model, train, grids, settings)
+                predictor = _network_predictor(
+                    kind, fitted.model, train, grids, settings, crop=crop
+                )
                 if first is None:
                     first, hazard = fitted, predictor.hazard
             predicted = predictor(test_fold, horizons["cv"])
@@ -304,10 +316,12 @@ def _network_predictor(
     train: pl.DataFrame,
     grids: GridSource,
     settings: ModelSettings,
+    *,
+    crop: int,
 ) -> _Predictor:
     """Return a network's predictor; a survival model is changed to give standardised risks."""
     pinned = model.device.type == "cuda"
-    crops = Crops(grids, model.normalise, settings.crop, pinned=pinned)
+    crops = Crops(grids, model.normalise, crop, pinned=pinned)
 
     def predict(units: pl.DataFrame) -> Floats:
         return predict_units(model, units, crops, count=settings.crops_at_test, seed=settings.seed)
@@ -351,7 +365,7 @@ def _rows(
     kind: TargetKind, units: pl.DataFrame, predicted: Predictions, horizons: Floats
 ) -> pl.DataFrame:
     """Return one model's rows of :attr:`CrossValidation.predictions`, without ``model``."""
-    return units.select("split", "unit", "patient", "fold", *kind.label_columns).with_columns(
+    return units.select("split", "unit", "patient", "slides", "fold", *kind.label_columns).with_columns(
         kind.prediction_series(*predicted, horizons)
     )
 

@@ -42,12 +42,13 @@ def cross_validated(prediction: np.ndarray) -> CrossValidation:
             "split": "cv",
             "unit": units,
             "patient": units,
+            "slides": [[unit] for unit in units],
             "y": LABELS,
             "prediction": prediction,
         }
     )
     empty = pl.DataFrame()
-    return CrossValidation(SCORE, ModelSettings(bootstrap=200), rows, empty, (), empty, ())
+    return CrossValidation(SCORE, ModelSettings(bootstrap=200), 400, rows, empty, (), empty, ())
 
 
 def model(error: float, seed: int = 2) -> CrossValidation:
@@ -76,6 +77,7 @@ def survival_predictions() -> pl.DataFrame:
                 "split": "cv",
                 "unit": patients,
                 "patient": patients,
+                "slides": [[f"{p}-1", f"{p}-2"] for p in patients],
                 "time": time,
                 "event": event,
                 "risk": random.normal(size=12),

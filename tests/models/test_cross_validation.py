@@ -43,14 +43,16 @@ DEATH = SurvivalTarget(
     name="death", kind="survival", level="patient", time="time", event="event", unit="days"
 )
 QUICK = ModelSettings(
-    network="small", crop=20, epochs=2, crops_at_test=1, bootstrap=50, learning_rate=1e-2
+    network="small", crop_um=1280, epochs=2, crops_at_test=1, bootstrap=50, learning_rate=1e-2
 )
 
+CROP = 20  # cells
 CARD = {
     "encoder": "e",
     "weights_hash": "abc",
     "patch": 128,
     "mpp": 0.5,
+    "stride": 128,
     "grids": GridSettings(precision="float32", reading="patch", colours="stored", tissue=0.6),
     "training": TrainingCohort(name="c", patients=1, units=1, slides=("a",), digest="d"),
 }
@@ -81,7 +83,7 @@ def labelled(planted, target, seed=0):
 def evaluate(planted, target, settings, **options):
     table = labelled(planted, target)
     folds = make_folds(table, target=target, folds=settings.folds, seed=settings.seed)
-    return cross_validate(target, table, folds, planted.source, settings, **options)
+    return cross_validate(target, table, folds, planted.source, settings, crop=CROP, **options)
 
 
 def primary(result, model=NETWORK, split="cv"):
@@ -151,7 +153,7 @@ def test_a_test_split_that_cannot_be_scored_has_undefined_metrics(few, event):
         ]
     )
     folds = make_folds(table, target=DEATH, folds=4, seed=0)
-    result = cross_validate(DEATH, table, folds, few.source, QUICK)
+    result = cross_validate(DEATH, table, folds, few.source, QUICK, crop=CROP)
     assert math.isnan(primary(result, split="test")["value"]) or event
     test = result.metrics.filter(model=NETWORK, split="test", metric="log_rank_p")
     assert math.isnan(test["value"][0])
@@ -165,7 +167,7 @@ def test_folds_whose_grids_are_lost_stop_before_training(few):
     folds = make_folds(table, target=RIM, folds=4, seed=0)
     kept = folds.filter(pl.col("fold") != 1)
     with pytest.raises(CohortError, match="fold 1 of 3 has no unit"):
-        cross_validate(RIM, table.join(kept, on="patient", how="semi"), kept, few.source, QUICK)
+        cross_validate(RIM, table.join(kept, on="patient", how="semi"), kept, few.source, QUICK, crop=CROP)
 
 
 def test_seeds_repeat_the_network_on_the_same_folds(few):
@@ -215,7 +217,7 @@ def test_test_split_is_predicted_by_the_mean_of_the_folds(few, tmp_path):
         split=pl.when(held).then(pl.lit("test")).otherwise("split")
     )
     folds = make_folds(table, target=GRADE, folds=4, seed=0)
-    result = cross_validate(GRADE, table, folds, few.source, QUICK)
+    result = cross_validate(GRADE, table, folds, few.source, QUICK, crop=CROP)
     test = result.predictions.filter(model=NETWORK, split="test")
     assert sorted(test["patient"].unique()) == ["p00", "p01", "p02", "p03"]
     assert test["fold"].null_count() == test.height == 8
@@ -230,16 +232,16 @@ def test_test_split_is_predicted_by_the_mean_of_the_folds(few, tmp_path):
     other = table.with_columns(
         y=pl.when(pl.col("split") == "test").then(-pl.col("y")).otherwise("y")
     )
-    again = cross_validate(GRADE, other, folds, few.source, QUICK)
+    again = cross_validate(GRADE, other, folds, few.source, QUICK, crop=CROP)
     assert again.predictions["prediction"].equals(result.predictions["prediction"])
 
 
 def test_several_slides_of_a_patient_are_averaged(few):
     table = labelled(few, DEATH)
     folds = make_folds(table, target=DEATH, folds=4, seed=0)
-    result = cross_validate(DEATH, table, folds, few.source, QUICK)
+    result = cross_validate(DEATH, table, folds, few.source, QUICK, crop=CROP)
     model = result.networks[0]
-    crops = Crops(few.source, model.normalise, 20)
+    crops = Crops(few.source, model.normalise, CROP)
     both = table[:1]
     alone = [both.with_columns(slides=pl.lit([s])) for s in both["slides"][0]]
     one, two = (predict_units(model, t, crops, count=2, seed=0) for t in alone)
@@ -254,7 +256,7 @@ def test_networks_depend_on_the_seed_only(few):
     table = labelled(few, RIM)
     moments = all_moments(table["unit"], few.source)
     fitted = [
-        fit_fold(RIM, table[:12], table[12:], few.source, moments, QUICK, seed=seed)
+        fit_fold(RIM, table[:12], table[12:], few.source, moments, QUICK, crop=CROP, seed=seed)
         for seed in (1, 1, 2)
     ]
     weights = [f.model.network.output.weight for f in fitted]
@@ -268,7 +270,7 @@ def test_training_keeps_the_global_random_state(few):
     torch.manual_seed(3)
     table = labelled(few, RIM)
     moments = all_moments(table["unit"], few.source)
-    fit_fold(RIM, table[:12], table[12:], few.source, moments, QUICK, seed=0)
+    fit_fold(RIM, table[:12], table[12:], few.source, moments, QUICK, crop=CROP, seed=0)
     assert torch.equal(torch.rand(1), expected)
 
 
@@ -328,7 +330,7 @@ def test_loss_that_is_not_finite_raises_with_fold_and_remedy(few):
     folds = make_folds(table, target=GRADE, folds=4, seed=0)
     wild = QUICK.model_copy(update={"learning_rate": 1e30, "epochs": 5})
     with pytest.raises(TrainingError, match=r"'grade' fold_0.*learning_rate"):
-        cross_validate(GRADE, table, folds, huge.__getitem__, wild)
+        cross_validate(GRADE, table, folds, huge.__getitem__, wild, crop=CROP)
 
 
 def test_grid_without_tissue_raises_with_target_and_slide(few):
@@ -337,7 +339,7 @@ def test_grid_without_tissue_raises_with_target_and_slide(few):
     table = labelled(few, RIM)
     folds = make_folds(table, target=RIM, folds=4, seed=0)
     with pytest.raises(CohortError, match=r"'rim'.*'s03-1'.*no tissue"):
-        cross_validate(RIM, table, folds, grids.__getitem__, QUICK)
+        cross_validate(RIM, table, folds, grids.__getitem__, QUICK, crop=CROP)
 
 
 @pytest.mark.parametrize("deaths", [1, 2, 7, 20])
@@ -376,7 +378,7 @@ def test_attention_pooling_can_be_saved_exported_and_explained(few, tmp_path):
     exported = torch.export.export(module, (x[:2],), dynamic_shapes=(batch,)).module()
     torch.testing.assert_close(exported(x), ensemble_module(result.networks)(x))
     grid = few.source("s00-0")
-    heat = explain(loaded.networks[:1], grid, GRADE, crop=20)
+    heat = explain(loaded.networks[:1], grid, GRADE, crop=CROP)
     np.testing.assert_array_equal(np.isfinite(heat), grid.valid)
     assert np.nanmean(heat) == pytest.approx(1, rel=1e-3)
 
@@ -434,7 +436,7 @@ def test_an_interrupted_training_continues_with_the_next_fold(few, target, tmp_p
     settings = QUICK.model_copy(update={"seeds": 2})
     table = with_test_split(few, target)
     folds = make_folds(table, target=target, folds=settings.folds, seed=settings.seed)
-    whole = cross_validate(target, table, folds, few.source, settings)
+    whole = cross_validate(target, table, folds, few.source, settings, crop=CROP)
     kept = FoldCheckpoints(tmp_path / "folds", "x")
     per_fold = settings.seeds * settings.epochs
     with pytest.raises(Stopped):
@@ -444,6 +446,7 @@ def test_an_interrupted_training_continues_with_the_next_fold(few, target, tmp_p
             folds,
             few.source,
             settings,
+            crop=CROP,
             progress=stop_after(2 * per_fold + 1),
             checkpoints=kept,
         )
@@ -455,6 +458,7 @@ def test_an_interrupted_training_continues_with_the_next_fold(few, target, tmp_p
         folds,
         few.source,
         settings,
+        crop=CROP,
         progress=lambda *done: calls.append(done),
         checkpoints=kept,
     )
