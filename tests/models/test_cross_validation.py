@@ -16,6 +16,7 @@ from nic_core.cohort import (
 )
 from nic_core.models.baselines import BASELINES
 from nic_core.models.checkpoints import FoldCheckpoints
+from nic_core.models.comparison import COMPARISON_SCHEMA, compare_models, comparison_notes
 from nic_core.models.crops import Crops, all_moments
 from nic_core.models.cross_validation import NETWORK, cross_validate
 from nic_core.models.explanation import explain
@@ -30,6 +31,7 @@ from nic_core.models.files import (
 )
 from nic_core.models.folds import make_folds
 from nic_core.models.kinds import kind_of, prediction_array
+from nic_core.models.networks import crop_cells
 from nic_core.models.training import TrainingError, batches, fit_fold, predict_units
 
 from .conftest import ArrayGrid
@@ -408,6 +410,95 @@ def test_figures_of_every_target_kind(few, target):
 
 
 # --- checkpoints of finished folds -----------------------------------------------------------
+
+
+def halve_cells(grids: dict[str, ArrayGrid]) -> dict[str, ArrayGrid]:
+    """Grids of the same content in cells of half the side."""
+    return {
+        slide: ArrayGrid(
+            grid.embeddings.repeat(2, 1).repeat(2, 2), grid.valid.repeat(2, 0).repeat(2, 1)
+        )
+        for slide, grid in grids.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def two_geometries(few, tmp_path_factory):
+    """Models of one target on grids of 64 um cells, and of 32 um cells that two slides lack."""
+    table = labelled(few, DEATH)
+    folds = make_folds(table, target=DEATH, folds=4, seed=0)
+    lacking = table.with_columns(
+        pl.when(pl.col("unit") == "p01").then(pl.col("slides").list.head(1)).otherwise("slides")
+    ).filter(pl.col("unit") != "p00")
+    results, cards = {}, {}
+    for name, units, grids, stride, precision in (
+        ("plain", table, few.grids, 128, "float32"),
+        ("halved", lacking, halve_cells(few.grids), 64, "bfloat16"),
+    ):
+        crop = crop_cells(QUICK, stride * CARD["mpp"])
+        own = folds.join(units, on="patient", how="semi")
+        results[name] = cross_validate(DEATH, units, own, grids.__getitem__, QUICK, crop=crop)
+        changed = {"precision": precision}
+        grid_settings = CARD["grids"].model_copy(update=changed)
+        cards[name] = save_model(
+            tmp_path_factory.mktemp(name),
+            results[name],
+            **CARD | {"encoder": name, "stride": stride, "grids": grid_settings},
+        )
+    return results, cards
+
+
+def test_the_card_states_the_crop_in_cells_and_in_um(two_geometries):
+    _, cards = two_geometries
+    assert [(c.crop, c.crop_um, c.stride) for c in cards.values()] == [
+        (20, 1280, 128),
+        (40, 1280, 64),
+    ]
+
+
+def test_models_on_grids_with_other_cells_are_compared_by_unit(two_geometries):
+    results, cards = two_geometries
+    predictions = {name: result.predictions for name, result in results.items()}
+    found = compare_models(DEATH, predictions, resamples=50, seed=0)
+    networks = found.filter(first="plain: network", second="halved: network")
+    assert set(networks.select("n", "only_first", "only_second", "other_slides").rows()) == {
+        (11, 1, 0, 1)
+    }
+    own = found.filter(first="plain: network", second="plain: mean embedding, linear")
+    assert set(own.select("n", "only_first", "only_second", "other_slides").rows()) == {
+        (12, 0, 0, 0)
+    }
+    assert comparison_notes("death", cards, found) == [
+        "target 'death': the models differ in more than the encoder: precision of the encoder "
+        "float32 (plain), bfloat16 (halved)",
+        "target 'death', cross-validated: 'plain: network' and 'halved: network' are compared on "
+        "11 units, 1 of them predicted from different slides; 1 more are predicted by the first "
+        "only, 0 by the second only",
+    ]
+
+
+def test_another_field_of_view_is_stated(two_geometries):
+    _, cards = two_geometries
+    wider = cards["plain"].model_copy(update={"encoder": "wider", "crop": 21, "stride": 130})
+    (note,) = comparison_notes(
+        "death", {"plain": cards["plain"], "wider": wider}, COMPARISON_SCHEMA.to_frame()
+    )
+    assert note.endswith(": side of a crop 1280 um (plain), 1365 um (wider)")
+    assert comparison_notes("death", {}, COMPARISON_SCHEMA.to_frame()) == []
+
+
+def test_baselines_do_not_depend_on_the_size_of_cells(few):
+    table = labelled(few, GRADE)
+    folds = make_folds(table, target=GRADE, folds=4, seed=0)
+    once = QUICK.model_copy(update={"epochs": 1})
+    plain, fine = (
+        cross_validate(GRADE, table, folds, grids.__getitem__, once, crop=crop).predictions
+        for grids, crop in ((few.grids, CROP), (halve_cells(few.grids), 2 * CROP))
+    )
+    for name in BASELINES:
+        np.testing.assert_allclose(
+            plain.filter(model=name)["prediction"], fine.filter(model=name)["prediction"], rtol=1e-3
+        )
 
 
 class Stopped(BaseException):
