@@ -250,6 +250,7 @@ def log_slide_model(
 ) -> None:
     """Log a slide model's card, data, files and scores to MLflow, and register a version."""
     target, encoder, crop = card.target.name, card.encoder, card.crop
+    geometry = f"{card.patch} px at {card.mpp:g} um/px, stride {card.stride} px"
     results = model_results(card)
     networks = results.filter(model=results["model"][0])
     data = {
@@ -270,13 +271,13 @@ def log_slide_model(
         torch.zeros((2, card.embedding_size, crop, crop)),
         name=f"model-{target}",
         description=f"{card.target.kind}: crop of {crop} x {crop} cells ({card.crop_um:g} um) of "
-        f"encoder {encoder}, {card.patch} px at {card.mpp:g} um/px with stride {card.stride} px, to "
-        f"{target}, mean of {len(card.networks)} folds\n\n{results_markdown(networks)}",
+        f"encoder {encoder} ({geometry}) to {target}, mean of "
+        f"{len(card.networks)} folds\n\n{results_markdown(networks)}",
         tags={
             "target": target,
             "encoder": encoder,
             "weights_hash": card.weights_hash,
-            "geometry": f"{card.patch} px, {card.mpp:g} um/px, stride {card.stride} px",
+            "geometry": geometry,
             "crop_um": f"{card.crop_um:g}",
             "tasks": ", ".join(read_card(store.encoder(encoder)).tasks),
             "training_digest": card.training.digest,

@@ -276,7 +276,8 @@ def compare_with_champion(
     champion yet, or its primary metric is better: the lower bound of the 95 % interval of the
     difference, by the paired bootstrap over patients, is above 0. Both models are scored on the
     cross-validated predictions of their common units, with the labels of the new model; patch
-    size, um/px and stride of the two encoders may differ. A model that was trained on exchanged labels never becomes champion.
+    size, um/px and stride of the two encoders may differ. A model that was trained on exchanged
+    labels never becomes champion.
 
     Parameters
     ----------

@@ -53,7 +53,8 @@ class CrossValidation:
     predictions
         One row per unit and model: ``model`` (``network`` or a baseline), ``split``, ``unit``,
         ``patient``, ``slides`` (those that the unit is predicted from), ``fold`` (the fold in
-        which the unit was held out; null in split ``test``), the labels (:attr:`TargetKind.label_columns`) and the predictions
+        which the unit was held out; null in split ``test``), the labels
+        (:attr:`TargetKind.label_columns`) and the predictions
         (:attr:`TargetKind.prediction_columns`). For survival also ``survival``, the survival
         probabilities at ``horizons`` (list columns; the horizons are equal within a split).
     metrics
@@ -365,9 +366,9 @@ def _rows(
     kind: TargetKind, units: pl.DataFrame, predicted: Predictions, horizons: Floats
 ) -> pl.DataFrame:
     """Return one model's rows of :attr:`CrossValidation.predictions`, without ``model``."""
-    return units.select("split", "unit", "patient", "slides", "fold", *kind.label_columns).with_columns(
-        kind.prediction_series(*predicted, horizons)
-    )
+    return units.select(
+        "split", "unit", "patient", "slides", "fold", *kind.label_columns
+    ).with_columns(kind.prediction_series(*predicted, horizons))
 
 
 def _metrics_of_seed(kind: TargetKind, rows: pl.DataFrame) -> list[dict[str, Any]]:

@@ -333,8 +333,8 @@ def crop_cells(settings: ModelSettings, cell_um: float) -> int:
     crop = round(settings.crop_um / cell_um)
     if crop < 1:
         raise CohortError(
-            f"crop_um {settings.crop_um:g} is less than half a cell of {cell_um:g} um; set crop_um to "
-            f"{cell_um:g} or more"
+            f"crop_um {settings.crop_um:g} is less than half a cell of {cell_um:g} um; set crop_um "
+            f"to {cell_um:g} or more"
         )
     try:
         check_crop(settings.network, crop)

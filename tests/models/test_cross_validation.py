@@ -169,7 +169,9 @@ def test_folds_whose_grids_are_lost_stop_before_training(few):
     folds = make_folds(table, target=RIM, folds=4, seed=0)
     kept = folds.filter(pl.col("fold") != 1)
     with pytest.raises(CohortError, match="fold 1 of 3 has no unit"):
-        cross_validate(RIM, table.join(kept, on="patient", how="semi"), kept, few.source, QUICK, crop=CROP)
+        cross_validate(
+            RIM, table.join(kept, on="patient", how="semi"), kept, few.source, QUICK, crop=CROP
+        )
 
 
 def test_seeds_repeat_the_network_on_the_same_folds(few):

@@ -243,9 +243,7 @@ def test_heat_of_any_grid_lies_at_its_place_on_the_slide(tmp_path, slide, pixels
     sheet = patch_sheet(slide, only, grid)
     row, column = np.argwhere(hot)[0]
     side = grid.patch * grid.mpp / grid.slide_mpp
-    first = slide.read(
-        x[column] - side / 2, y[row] - side / 2, grid.patch, grid.patch, grid.mpp
-    )
+    first = slide.read(x[column] - side / 2, y[row] - side / 2, grid.patch, grid.patch, grid.mpp)
     np.testing.assert_array_equal(sheet[: grid.patch, : grid.patch], first)
 
 
