@@ -289,6 +289,7 @@ def predict_slides(
             image=image,
             colours=card.grids.colours,
             tissue=card.grids.tissue,
+            stride=card.stride,
             progress=progress,
             on_outcome=on_outcome,
         )

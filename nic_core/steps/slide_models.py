@@ -10,8 +10,7 @@ from pathlib import Path
 import polars as pl
 import torch
 
-from nic_core.cohort import Cohort, CohortError, Target
-from nic_core.cohort.geometry import Geometry
+from nic_core.cohort import Cohort, CohortError, Geometry, Target
 from nic_core.devices import resolve_device
 from nic_core.encoders.files import read_card
 from nic_core.grids import GridProvenance, open_grid, recorded_hash
