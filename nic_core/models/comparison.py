@@ -123,7 +123,7 @@ def comparison_notes(
     -------
     list of str
         A line on the field of view and the settings, if they differ, and a line for each two
-        encoders of which one lacks slides.
+        encoders of which one lacks slides, or that have no unit in common.
     """
     stated = {
         encoder: {
@@ -159,6 +159,14 @@ def comparison_notes(
         f"{row['only_first']} more are predicted by the first only, {row['only_second']} by the "
         "second only"
         for row in pairs.iter_rows(named=True)
+    ]
+    notes += [
+        f"target '{target}': no unit has a cross-validated prediction of both '{one}' and "
+        f"'{other}', so they are not compared"
+        for one, other in combinations(cards, 2)
+        if comparisons.filter(
+            part=CROSS_VALIDATED, first=f"{one}: {NETWORK}", second=f"{other}: {NETWORK}"
+        ).is_empty()
     ]
     return notes
 

@@ -479,13 +479,17 @@ def test_models_on_grids_with_other_cells_are_compared_by_unit(two_geometries):
     ]
 
 
-def test_another_field_of_view_is_stated(two_geometries):
+def test_another_field_of_view_and_a_lack_of_common_units_are_stated(two_geometries):
     _, cards = two_geometries
     wider = cards["plain"].model_copy(update={"encoder": "wider", "crop": 21, "stride": 130})
-    (note,) = comparison_notes(
+    view, units = comparison_notes(
         "death", {"plain": cards["plain"], "wider": wider}, COMPARISON_SCHEMA.to_frame()
     )
-    assert note.endswith(": side of a crop 1280 um (plain), 1365 um (wider)")
+    assert view.endswith(": side of a crop 1280 um (plain), 1365 um (wider)")
+    assert units == (
+        "target 'death': no unit has a cross-validated prediction of both 'plain' and 'wider', so "
+        "they are not compared"
+    )
     assert comparison_notes("death", {}, COMPARISON_SCHEMA.to_frame()) == []
 
 
