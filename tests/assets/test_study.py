@@ -770,35 +770,3 @@ def test_an_unknown_partition_fails(tiny_cohort, tmp_path):
 def test_the_definitions_validate(tiny_cohort, tmp_path):
     result = dagster(tiny_cohort, tmp_path, "definitions", "validate")
     assert result.returncode == 0, result.stderr
-
-
-def test_encoders_of_other_geometries_are_compared(tiny_cohort, tmp_path):
-    cohort = yaml.safe_load(tiny_cohort.read_text())
-    for name in ("patch_tasks", "maps"):
-        del cohort[name]
-    cohort["encoders"] = [
-        {"name": "rgb", "objective": "mean_rgb"},
-        {"name": "wide", "objective": "mean_rgb", "patch": 112, "mpp": 1.0, "stride": 56},
-    ]
-    cohort["targets"] = [target for target in cohort["targets"] if target["name"] == "growth"]
-    path = tiny_cohort.with_name("two-geometries.yaml")  # paths are relative to its folder
-    path.write_text(yaml.safe_dump(cohort))
-    study = Study(path, tmp_path)
-    assert study.refresh() == []
-    event = study.instance.get_latest_materialization_event(dg.AssetKey("evaluation_report"))
-    encoders = event.asset_materialization.metadata["encoders"].records
-    assert [record.data["cell_um"] for record in encoders] == [64.0, 56.0]
-    found = pl.read_parquet(study.store.evaluation_report / "comparisons.parquet")
-    pair = found.filter(first="rgb: network", second="wide: network", part="cross-validated")
-    assert set(pair.select("only_first", "only_second", "other_slides").rows()) == {(0, 0, 0)}
-    (note,) = [
-        line
-        for line in (study.store.evaluation_report / "notes.txt").read_text().splitlines()
-        if "side of a crop" in line
-    ]
-    assert note.endswith("side of a crop 512 um (rgb), 504 um (wide)")
-    versions = registry(study).search_model_versions("name='model-growth'")
-    assert {version.tags["geometry"] for version in versions} == {
-        "128 px at 0.5 um/px, stride 128 px",
-        "112 px at 1 um/px, stride 56 px",
-    }
