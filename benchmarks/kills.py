@@ -249,7 +249,7 @@ def quick_demo(folder: Path) -> Path:
         }
     ]
     cohort["targets"] = [target for target in cohort["targets"] if target["name"] == "growth"]
-    cohort["settings"]["models"] |= {"crop": 8, "epochs": 4, "bootstrap": 50}
+    cohort["settings"]["models"] |= {"crop_um": 512, "epochs": 4, "bootstrap": 50}
     quick = folder / "quick.yaml"
     quick.write_text(yaml.safe_dump(cohort))
     return quick

@@ -52,6 +52,7 @@ from nic_core.encoders.probes import Embedder, linear_probe, task_embeddings
 from nic_core.grids import Grid
 from nic_core.models.cross_validation import cross_validate
 from nic_core.models.kinds import kind_of
+from nic_core.models.networks import crop_cells
 from nic_core.slides import open_slide
 from nic_core.steps import (
     digest,
@@ -296,7 +297,8 @@ class Slides:
                 make_patch_table(cohort, store, self.key(slide))
         self.targets = [target for target in cohort.targets if target.kind != "survival"]
         self.folds = {
-            target.name: make_target_folds(cohort, store, target.name) for target in self.targets
+            target.name: make_target_folds(cohort, store, target.name).table
+            for target in self.targets
         }
 
     def key(self, slide: str) -> PatchTableKey:
@@ -308,11 +310,17 @@ class Slides:
         """Cross-validate every target; yield metric, model, target, None and value."""
         grids = self._compress(encoder)
         settings = self.cohort.settings.models.model_copy(update={"seed": seed, "bootstrap": 1})
+        cell_um = next(iter(grids.values())).provenance.cell_um
         for target in self.targets:
             table = self.folds[target.name]
             folds = table.filter(pl.col("split") == "cv").select("patient", "fold").unique()
             found = cross_validate(
-                target, table.drop("fold"), folds.sort("patient"), grids.__getitem__, settings
+                target,
+                table.drop("fold"),
+                folds.sort("patient"),
+                grids.__getitem__,
+                settings,
+                crop=crop_cells(settings, cell_um),
             ).metrics.filter(split="cv", metric=kind_of(target).primary_metric)
             for row in found.iter_rows(named=True):
                 yield row["metric"], row["model"], target.name, None, row["value"]

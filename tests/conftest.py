@@ -33,7 +33,7 @@ def tiny_cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = cohort.read_text()
     for old, new in (
         ("patches_seen: 32000", "patches_seen: 256\n  batch: 32"),
-        ("crop: 24", "crop: 8"),
+        ("crop_um: 1536", "crop_um: 512"),
         ("epochs: 50", "epochs: 2\n    bootstrap: 50"),
     ):
         assert old in text

@@ -34,7 +34,7 @@ def test_default_settings_are_those_of_the_paper(tmp_path):
         128,
         0.6,
     )
-    assert (settings.models.crop, settings.models.folds) == (400, 4)
+    assert (settings.models.crop_um, settings.models.folds) == (25_600, 4)
 
 
 def test_relative_paths_are_relative_to_the_cohort_file(tmp_path, monkeypatch):
@@ -216,6 +216,30 @@ def test_a_geometry_that_does_not_fit_is_refused(tmp_path, old, new, message):
     with pytest.raises(CohortError) as error:
         load_cohort(write(tmp_path, SEVERAL.replace(old, new)))
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "remedy"),
+    [
+        ("24", "write 'crop_um: 1536' (24 cells of 64 um: 128 px at 0.5 um/px)"),
+        ("many", "write 'crop_um: <cells x 64>' (64 um: 128 px at 0.5 um/px)"),
+    ],
+)
+def test_a_crop_in_cells_is_refused_with_its_line_and_the_um(tmp_path, value, remedy):
+    text = MINIMAL + f"settings:\n  models:\n    epochs: 3\n    crop: {value}\n"
+    path, line = write(tmp_path, text), text.count("\n")
+    with pytest.raises(CohortError) as error:
+        load_cohort(path)
+    assert str(error.value) == (
+        f"{path}:{line}: settings.models.crop: crops have a side in um instead of cells: {remedy}"
+    )
+
+
+@pytest.mark.parametrize("value", ["0", "-64", ".inf", ".nan", "wide"])
+def test_a_crop_without_a_positive_side_is_refused(tmp_path, value):
+    path = write(tmp_path, MINIMAL + f"settings:\n  models: {{crop_um: {value}}}\n")
+    with pytest.raises(CohortError, match=r"settings\.models\.crop_um: Input should be"):
+        load_cohort(path)
 
 
 def test_all_problems_are_reported_at_once(tmp_path):

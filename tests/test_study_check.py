@@ -132,6 +132,23 @@ def test_a_target_that_cannot_be_cross_validated_is_named(folder):
     assert any("4 of 8 slides have no label: s1, s2, s3 and 1 more" in line for line in found)
 
 
+def test_a_crop_that_the_network_cannot_take_is_named_with_its_line(folder):
+    cohort = folder / "cohort.yaml"
+    edit(cohort, "encoders: [", "encoders: [{name: wide, objective: mean_rgb, patch: 224}, ")
+    cohort.write_text(cohort.read_text() + "settings:\n  models:\n    crop_um: 25600\n")
+    assert problems(folder) == [
+        f"{cohort}:10: settings.models.crop_um: encoder 'wide': crop_um 25600 is 229 cells of "
+        "112 um: network 'published' takes crops of 383 to 446 cells a side, not 229; use network "
+        "'small' or 'mil', which take crops of any size, or set crop_um to a value from 42896 to "
+        "49952"
+    ]
+    edit(cohort, "crop_um: 25600", "crop: 400")
+    (only,) = problems(folder)  # not those of the default, which the invalid entry may replace
+    assert "write 'crop_um: 25600'" in only
+    edit(cohort, "crop: 400", "network: small")
+    assert problems(folder) == []
+
+
 def test_a_labelled_patient_without_slides_is_counted(folder):
     (folder / "labels.csv").write_text(
         "patient,score,growth\n"

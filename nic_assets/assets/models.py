@@ -93,7 +93,7 @@ def model_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         kinds={"pytorch", "mlflow"},
         pool=GPU_POOL,
         op_tags=GPU_TAGS,
-        code_version=code_version(4, settings),
+        code_version=code_version(5, settings),
     )
     def slide_model(
         context: dg.AssetExecutionContext,
@@ -249,7 +249,8 @@ def log_slide_model(
     run: TrackedRun, evaluated: CrossValidation, card: ModelCard, store: Store
 ) -> None:
     """Log a slide model's card, data, files and scores to MLflow, and register a version."""
-    target, encoder, crop = card.target.name, card.encoder, card.settings.crop
+    target, encoder, crop = card.target.name, card.encoder, card.crop
+    geometry = f"{card.patch} px at {card.mpp:g} um/px, stride {card.stride} px"
     results = model_results(card)
     networks = results.filter(model=results["model"][0])
     data = {
@@ -269,12 +270,15 @@ def log_slide_model(
         ensemble_module(evaluated.networks),
         torch.zeros((2, card.embedding_size, crop, crop)),
         name=f"model-{target}",
-        description=f"{card.target.kind}: crop of {crop} x {crop} cells of encoder {encoder} to "
-        f"{target}, mean of {len(card.networks)} folds\n\n{results_markdown(networks)}",
+        description=f"{card.target.kind}: crop of {crop} x {crop} cells ({card.crop_um:g} um) of "
+        f"encoder {encoder} ({geometry}) to {target}, mean of "
+        f"{len(card.networks)} folds\n\n{results_markdown(networks)}",
         tags={
             "target": target,
             "encoder": encoder,
             "weights_hash": card.weights_hash,
+            "geometry": geometry,
+            "crop_um": f"{card.crop_um:g}",
             "tasks": ", ".join(read_card(store.encoder(encoder)).tasks),
             "training_digest": card.training.digest,
             **{f"data/{name}": version for name, (_, version) in data.items()},

@@ -31,7 +31,7 @@ def report_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         owners=OWNERS,
         tags=PARTIAL_INPUTS,
         op_tags=CPU_TAGS,
-        code_version=code_version(3, cohort.name),
+        code_version=code_version(4, cohort.name),
     )
     def evaluation_report(
         cohort: dg.ResourceParam[Cohort], store: dg.ResourceParam[Store]
@@ -41,10 +41,16 @@ def report_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
             report = steps.make_evaluation_report(cohort, store)
         yield dg.MaterializeResult(
             data_version=dg.DataVersion(
-                steps.digest(report.results.rows(), report.comparisons.rows(), report.notes)
+                steps.digest(
+                    report.results.rows(),
+                    report.encoders.rows(),
+                    report.comparisons.rows(),
+                    report.notes,
+                )
             ),
             metadata={
                 "results": table(report.results),
+                "encoders": table(report.encoders),
                 "comparisons": table(report.comparisons),
                 "notes": report.notes,
                 **{name: figure(drawing, name) for name, drawing in report.figures.items()},

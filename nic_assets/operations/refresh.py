@@ -23,8 +23,8 @@ from nic_assets.orchestration.retries import was_interrupted
 from nic_assets.orchestration.staleness import Partition, stale_assets
 from nic_assets.tags import REFRESH_TAG
 from nic_core.cohort import CohortError
-from nic_core.reports import comparisons_table, results_table
-from nic_core.steps.evaluation_report import COMPARISONS, NOTES, RESULTS
+from nic_core.reports import comparisons_table, encoders_table, results_table
+from nic_core.steps.evaluation_report import COMPARISONS, ENCODERS, NOTES, RESULTS
 from nic_core.store import Store
 
 SHOWN = 3  # partitions that a message lists
@@ -163,7 +163,11 @@ def main() -> int:
             console.print("interrupted; what was recorded is kept, nic refresh continues from it")
             return 130
     reports = Store.from_environment().evaluation_report
-    for name, table in ((RESULTS, results_table), (COMPARISONS, comparisons_table)):
+    for name, table in (
+        (RESULTS, results_table),
+        (ENCODERS, encoders_table),
+        (COMPARISONS, comparisons_table),
+    ):
         if (reports / name).exists() and (
             rows := pl.read_parquet(reports / name, glob=False)
         ).height:

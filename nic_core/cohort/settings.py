@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
-from nic_core.cohort.fields import Cron, Entry, Fraction, NetworkName, TimeZone
+from nic_core.cohort.fields import Cron, Entry, FieldErrors, Fraction, NetworkName, TimeZone
 from nic_core.types import Colours, RequestedPrecision
 
 
@@ -21,8 +21,12 @@ class ModelSettings(Entry):
     positions: bool = Field(
         default=False, description="add the position of each cell to the input of network mil"
     )
-    crop: PositiveInt = Field(
-        default=400, description="cells per side of a crop; smaller grids are padded"
+    crop_um: float = Field(
+        default=25_600,
+        gt=0,
+        allow_inf_nan=False,
+        description="side of a crop on the slide, um; smaller grids are padded. Encoders are "
+        "compared on the same field of view, whatever the size of their cells",
     )
     feature_noise: NonNegativeFloat = Field(
         default=0.0,
@@ -59,6 +63,20 @@ class ModelSettings(Entry):
         description="seed of a random permutation of labels between patients, as a control whose "
         "metric must be at chance level",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _crop_is_in_um(cls, data: Any) -> Any:
+        if isinstance(data, dict) and "crop" in data:
+            cells = data["crop"]
+            counted = isinstance(cells, int) and not isinstance(cells, bool) and cells > 0
+            value = f"{cells * 64}' ({cells} cells of 64 um" if counted else "<cells x 64>' (64 um"
+            message = (
+                f"crops have a side in um instead of cells: write 'crop_um: {value}: 128 px at "
+                "0.5 um/px)"
+            )
+            raise FieldErrors([(("crop",), message)])
+        return data
 
     @model_validator(mode="after")
     def _positions_are_for_mil(self) -> Self:

@@ -279,7 +279,7 @@ def _cohort_yaml() -> str:
         "settings": {
             "models": {
                 "network": "small",
-                "crop": 24,
+                "crop_um": 1536,
                 "folds": 4,
                 "epochs": 50,
                 "crops_at_test": 1,

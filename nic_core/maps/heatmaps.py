@@ -3,7 +3,8 @@
 A heatmap has a value ("heat") for each cell of a slide's grid. Its folder contains:
 
 - ``heat.tif``: float32, tiled pyramid, one pixel per cell, with um/px. Its top-left corner is that
-  of the slide. NaN where the grid has no embedding;
+  of the grid, which is that of the slide except for grids of embeddings that other software
+  computed. NaN where the grid has no embedding;
 - ``heat.zarr``: the same values as an OME-Zarr 0.5 image, with the coordinates of the grid;
 - ``heat.geojson``: the areas of highest heat as QuPath annotations, px of level 0 that count from
   the corner of the slide's scanned area (``origin``: ``bounds``), as QuPath's do [choice];
@@ -94,17 +95,24 @@ def write_heatmap(
         )
     if np.isnan(heat).all():
         raise ValueError(f"slide '{provenance.slide}': no cell has heat")
-    cell = provenance.patch * provenance.mpp / slide.mpp
+    x, y = provenance.origin
+    corner = slide.bounds[:2]
     with atomic_folder(folder) as new:
-        _write_tiff(new / TIFF, heat, provenance.patch * provenance.mpp)
+        _write_tiff(new / TIFF, heat, provenance)
         _write_zarr(new / ZARR, heat, provenance)
-        areas = hot_areas(heat, cell, name=name, quantiles=quantiles, corner=slide.bounds[:2])
+        areas = hot_areas(
+            heat,
+            provenance.cell,
+            name=name,
+            quantiles=quantiles,
+            origin=(x - corner[0], y - corner[1]),
+        )
         areas[ORIGIN_MEMBER] = "bounds"
         (new / GEOJSON).write_text(json.dumps(areas) + "\n")
         if pictures:
             # the fastest level: higher ones hardly make a thumbnail of tissue smaller
             fast = {"compress_level": 1}
-            imsave(new / OVERLAY, heat_overlay(slide, heat, cell), pil_kwargs=fast)
+            imsave(new / OVERLAY, heat_overlay(slide, heat, provenance), pil_kwargs=fast)
             sheet = patch_sheet(slide, heat, provenance)
             imsave(new / PATCHES, sheet, pil_kwargs={"quality": 90})
 
@@ -162,7 +170,7 @@ def hot_areas(
     *,
     name: str,
     quantiles: Sequence[float] = QUANTILES,
-    corner: tuple[float, float] = (0, 0),
+    origin: tuple[float, float] = (0, 0),
 ) -> dict[str, Any]:
     """Return the areas of highest heat as QuPath GeoJSON, one annotation per quantile.
 
@@ -178,8 +186,8 @@ def hot_areas(
     name : str
         Part of the names of the annotations.
     quantiles : sequence of float
-    corner : (float, float)
-        Point (x, y) that coordinates count from, level-0 px.
+    origin : (float, float)
+        Top-left corner (x, y) of cell (0, 0) in the coordinates of the result, level-0 px.
     """
     features = []
     for quantile in sorted(quantiles):
@@ -190,7 +198,7 @@ def hot_areas(
                 "type": "Feature",
                 "geometry": {
                     "type": "MultiPolygon",
-                    "coordinates": outlines(heat >= level, cell, corner),  # False for NaN
+                    "coordinates": outlines(heat >= level, cell, origin),  # False for NaN
                 },
                 "properties": {
                     "objectType": "annotation",
@@ -206,7 +214,7 @@ def hot_areas(
 
 
 def outlines(
-    mask: npt.NDArray[np.bool_], cell: float, corner: tuple[float, float] = (0, 0)
+    mask: npt.NDArray[np.bool_], cell: float, origin: tuple[float, float] = (0, 0)
 ) -> list[list[list[list[float]]]]:
     """Return the outlines of a mask of cells as GeoJSON polygons.
 
@@ -215,8 +223,8 @@ def outlines(
     mask : bool (rows, columns)
     cell : float
         Side of a cell, level-0 px.
-    corner : (float, float)
-        Point (x, y) that coordinates count from, level-0 px.
+    origin : (float, float)
+        Top-left corner (x, y) of cell (0, 0) in the coordinates of the result, level-0 px.
 
     Returns
     -------
@@ -232,7 +240,7 @@ def outlines(
         # contours are relative to the padded box, and (0, 0) is the centre of its first cell
         start = np.array([box[0].start - 0.5, box[1].start - 0.5])
         contours = find_contours(region, 0.5)  # type: ignore[no-untyped-call]
-        rings = [(ring + start)[:, ::-1] * cell - corner for ring in contours]
+        rings = [(ring + start)[:, ::-1] * cell + origin for ring in contours]
         rings.sort(key=lambda ring: -abs(_area(ring)))  # the outer ring is the largest
         polygons.append(
             [
@@ -243,7 +251,7 @@ def outlines(
     return polygons
 
 
-def heat_overlay(slide: Slide, heat: Heat, cell: float) -> Pixels:
+def heat_overlay(slide: Slide, heat: Heat, provenance: GridProvenance) -> Pixels:
     """Draw heat over a thumbnail with a scale bar.
 
     The colours from blue to red span the 2nd to the 98th percentile of the heat.
@@ -251,8 +259,8 @@ def heat_overlay(slide: Slide, heat: Heat, cell: float) -> Pixels:
     Parameters
     ----------
     heat : float32 (rows, columns)
-    cell : float
-        Side of a cell, level-0 px.
+    provenance : GridProvenance
+        Provenance of the slide's grid.
 
     Returns
     -------
@@ -266,7 +274,14 @@ def heat_overlay(slide: Slide, heat: Heat, cell: float) -> Pixels:
     low, high = np.nanpercentile(heat, _RANGE)
     values = np.clip((heat - low) / max(high - low, np.finfo(np.float32).tiny), 0, 1)
     thumbnail = slide.thumbnail(_THUMBNAIL)
-    picture = tint(thumbnail, values, width=slide.width, height=slide.height, cell=cell)
+    picture = tint(
+        thumbnail,
+        values,
+        width=slide.width,
+        height=slide.height,
+        cell=provenance.cell,
+        origin=provenance.origin,
+    )
     return _with_scale_bar(picture, slide.width * slide.mpp / thumbnail.shape[1])
 
 
@@ -274,7 +289,8 @@ def patch_sheet(slide: Slide, heat: Heat, provenance: GridProvenance) -> Pixels:
     """Draw the patches of highest heat in a row and those of lowest heat in a row below.
 
     The most extreme patch is on the left. A row has 8 patches, or half of the slide's patches if
-    there are fewer. Patches are shown at the um/px of the encoder.
+    there are fewer. Patches are shown at the um/px of the encoder; they overlap in the slide if the
+    stride is smaller than the patch.
 
     Returns
     -------
@@ -289,18 +305,20 @@ def patch_sheet(slide: Slide, heat: Heat, provenance: GridProvenance) -> Pixels:
     order = np.argsort(-heat[rows, columns], kind="stable")
     shown = min(_PATCHES_PER_ROW, -(-len(order) // 2))
     sheet = np.full((2 * side + _GAP, shown * (side + _GAP) - _GAP, 3), 255, np.uint8)
-    step = side * provenance.mpp / slide.mpp
+    margin = (side - provenance.stride) / 2 * provenance.mpp / provenance.slide_mpp  # level-0 px
+    left_most, top_most = (corner - margin for corner in provenance.origin)
     for line, cells in enumerate((order[:shown], order[::-1][:shown])):
         for i, index in enumerate(cells):
-            x, y = columns[index] * step, rows[index] * step
+            x = left_most + columns[index] * provenance.cell
+            y = top_most + rows[index] * provenance.cell
             pixels = slide.read(x, y, side, side, provenance.mpp)
             top, left = line * (side + _GAP), i * (side + _GAP)
             sheet[top : top + side, left : left + side] = pixels
     return sheet
 
 
-def _write_tiff(path: Path, heat: Heat, step: float) -> None:
-    """Write a tiled pyramid; ``step`` is the side of a cell, um."""
+def _write_tiff(path: Path, heat: Heat, provenance: GridProvenance) -> None:
+    """Write a tiled pyramid."""
     pyvips.Image.new_from_array(np.ascontiguousarray(heat, np.float32)).tiffsave(
         str(path),
         tile=True,
@@ -309,8 +327,8 @@ def _write_tiff(path: Path, heat: Heat, step: float) -> None:
         pyramid=True,
         compression="deflate",
         resunit="cm",
-        xres=1000 / step,  # libvips expects px/mm for any unit of the file
-        yres=1000 / step,
+        xres=1000 / provenance.cell_um,  # libvips expects px/mm for any unit of the file
+        yres=1000 / provenance.cell_um,
     )
 
 

@@ -100,6 +100,7 @@ def truth_of_cells(
     mpp: float,
     cell: float,
     shape: tuple[int, int],
+    origin: tuple[float, float] = (0, 0),
 ) -> npt.NDArray[np.int8]:
     """Read a truth image, and classify each cell by the majority of its area.
 
@@ -118,6 +119,8 @@ def truth_of_cells(
         Side of a cell, level-0 px.
     shape : (int, int)
         Rows and columns of the grid.
+    origin : (float, float)
+        Top-left corner (x, y) of cell (0, 0), level-0 px.
 
     Returns
     -------
@@ -143,8 +146,8 @@ def truth_of_cells(
             "whose values are the labels"
         )
     known = ~np.isin(labels, entry.ignore)
-    down = _overlap(labels.shape[0], down_px, height, cell, shape[0])
-    across = _overlap(labels.shape[1], across_px, width, cell, shape[1])
+    down = _overlap(labels.shape[0], down_px, height, origin[1], cell, shape[0])
+    across = _overlap(labels.shape[1], across_px, width, origin[0], cell, shape[1])
     known_area = down @ known @ across.T
     positive_area = down @ (np.isin(labels, entry.positive) & known) @ across.T
     # areas are inexact sums; exactly half an area is not a majority
@@ -186,7 +189,13 @@ def score_maps(cells: pl.DataFrame) -> pl.DataFrame:
 
 
 def overlay(
-    thumbnail: Pixels, cells: pl.DataFrame, *, width: int, height: int, cell: float
+    thumbnail: Pixels,
+    cells: pl.DataFrame,
+    *,
+    width: int,
+    height: int,
+    cell: float,
+    origin: tuple[float, float] = (0, 0),
 ) -> Pixels:
     """Draw a probability map over a thumbnail; blue is 0, red is 1.
 
@@ -200,6 +209,8 @@ def overlay(
         Size of the slide, level-0 px.
     cell : float
         Side of a cell, level-0 px.
+    origin : (float, float)
+        Top-left corner (x, y) of cell (0, 0), level-0 px.
 
     Returns
     -------
@@ -208,7 +219,7 @@ def overlay(
     row, column = cells["row"].to_numpy(), cells["column"].to_numpy()
     values = np.full((max(row, default=0) + 1, max(column, default=0) + 1), np.nan)
     values[row, column] = cells["probability"].to_numpy()
-    return tint(thumbnail, values, width=width, height=height, cell=cell)
+    return tint(thumbnail, values, width=width, height=height, cell=cell, origin=origin)
 
 
 def tint(
@@ -218,6 +229,7 @@ def tint(
     width: int,
     height: int,
     cell: float,
+    origin: tuple[float, float] = (0, 0),
 ) -> Pixels:
     """Draw values of cells as colours over a thumbnail.
 
@@ -231,31 +243,49 @@ def tint(
         Size of the slide, level-0 px.
     cell : float
         Side of a cell, level-0 px.
+    origin : (float, float)
+        Top-left corner (x, y) of cell (0, 0), level-0 px.
 
     Returns
     -------
     uint8 (H, W, 3)
     """
-    rows, columns = values.shape
-    y = ((np.arange(thumbnail.shape[0]) + 0.5) * height / thumbnail.shape[0] / cell).astype(int)
-    x = ((np.arange(thumbnail.shape[1]) + 0.5) * width / thumbnail.shape[1] / cell).astype(int)
-    inside = np.ix_(y < rows, x < columns)
+    (down, rows), (across, columns) = (
+        _cells_of_pixels(pixels, length, corner, cell, cells)
+        for pixels, length, corner, cells in zip(
+            thumbnail.shape[:2], (height, width), origin[::-1], values.shape, strict=True
+        )
+    )
     per_pixel = np.full(thumbnail.shape[:2], np.nan)
-    per_pixel[inside] = values[np.ix_(y[y < rows], x[x < columns])]
+    per_pixel[np.ix_(down, across)] = values[np.ix_(rows, columns)]
     colours = matplotlib.colormaps["coolwarm"](np.nan_to_num(per_pixel))[..., :3] * 255
     mixed = np.where(np.isnan(per_pixel)[..., None], thumbnail, 0.45 * thumbnail + 0.55 * colours)
     return mixed.round().astype(np.uint8)
 
 
+def _cells_of_pixels(
+    pixels: int, length: int, origin: float, cell: float, cells: int
+) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
+    """Return the pixels along an axis whose centre is in a cell, and the cell of each.
+
+    ``length`` is the slide's side, ``origin`` the start of the first cell, level-0 px.
+    """
+    centres = (np.arange(pixels) + 0.5) * length / pixels
+    of_pixel = np.floor((centres - origin) / cell).astype(np.intp)
+    inside = np.flatnonzero((of_pixel >= 0) & (of_pixel < cells))
+    return inside, of_pixel[inside]
+
+
 def _overlap(
-    pixels: int, scale: float, length: int, cell: float, cells: int
+    pixels: int, scale: float, length: int, origin: float, cell: float, cells: int
 ) -> npt.NDArray[np.float64]:
     """Fraction of each cell (rows) that each label pixel (columns) covers, along one axis.
 
-    ``scale`` is level-0 px per label pixel, ``length`` the slide's side, level-0 px.
+    ``scale`` is level-0 px per label pixel; ``length`` is the slide's side and ``origin`` the start
+    of the first cell, level-0 px.
     """
     edges = np.minimum(np.arange(pixels + 1) * scale, length)
-    start = np.arange(cells)[:, None] * cell
+    start = origin + np.arange(cells)[:, None] * cell
     covered = np.minimum(edges[1:], start + cell) - np.maximum(edges[:-1], start)
     fraction: npt.NDArray[np.float64] = np.clip(covered, 0, None) / cell
     return fraction

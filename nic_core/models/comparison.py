@@ -19,6 +19,7 @@ import polars as pl
 from nic_core.cohort import Target
 from nic_core.models.baselines import BASELINE_NAMES, BASELINES
 from nic_core.models.cross_validation import NETWORK, CrossValidation
+from nic_core.models.files import ModelCard
 from nic_core.models.kinds import kind_of, metric_name, prediction_array, primary_value
 from nic_core.models.labels import shuffle_labels
 from nic_core.models.metrics import compare
@@ -34,7 +35,10 @@ COMPARISON_SCHEMA = pl.Schema(
         "low": pl.Float64(),  # bounds of the 95 % paired bootstrap interval over patients
         "high": pl.Float64(),
         "p": pl.Float64(),  # two-sided, null hypothesis: no difference
-        "n": pl.Int64(),  # units that both models predict
+        "n": pl.Int64(),  # units that both models predict, which are compared
+        "only_first": pl.Int64(),  # units that only the first model predicts, left out
+        "only_second": pl.Int64(),
+        "other_slides": pl.Int64(),  # of the n units, those predicted from different slides
     }
 )
 CROSS_VALIDATED = "cross-validated"
@@ -50,9 +54,10 @@ def compare_models(
 ) -> pl.DataFrame:
     """Compare the networks of every two encoders, and each network with its baselines.
 
-    Each pair is compared on the units that both predict, by
-    :func:`nic_core.models.metrics.compare`. The p values are not corrected for the number of
-    comparisons.
+    Units are paired by their id, whatever the cells of the encoders' grids. Each pair of models is
+    compared on the units that both predict, by :func:`nic_core.models.metrics.compare`. A patient
+    of whom an encoder has compressed only some slides is predicted from those. The p values are
+    not corrected for the number of comparisons.
 
     Parameters
     ----------
@@ -74,10 +79,18 @@ def compare_models(
     rows = []
     for split, part in (("cv", CROSS_VALIDATED), ("test", "test")):
         for pair in pairs:
-            one, other = (predictions[name].filter(model=m, split=split) for name, m in pair)
-            one, other = common_units(one, other)
+            all_first, all_second = (
+                predictions[name].filter(model=m, split=split) for name, m in pair
+            )
+            one, other = common_units(all_first, all_second)
             if one.is_empty():
                 continue
+            units = (
+                one.height,
+                all_first.height - one.height,
+                all_second.height - one.height,
+                int((one["slides"].list.sort() != other["slides"].list.sort()).sum()),
+            )
             first, second = (f"{name}: {BASELINE_NAMES.get(m, m)}" for name, m in pair)
             differences = compare(
                 kind.metrics(one, prediction_array(kind, one)),
@@ -88,10 +101,74 @@ def compare_models(
             )
             rows += [
                 (target.name, part, first, second, metric_name(kind, metric))
-                + (d.value, d.low, d.high, d.p, one.height)
+                + (d.value, d.low, d.high, d.p, *units)
                 for metric, d in differences.items()
             ]
     return pl.DataFrame(rows, schema=COMPARISON_SCHEMA, orient="row").fill_nan(None)
+
+
+def comparison_notes(
+    target: str, cards: Mapping[str, ModelCard], comparisons: pl.DataFrame
+) -> list[str]:
+    """State what besides the encoder differs between the compared models of a target.
+
+    Parameters
+    ----------
+    cards
+        Encoder to the card of its model of this target.
+    comparisons
+        Output of :func:`compare_models`.
+
+    Returns
+    -------
+    list of str
+        A line on the field of view and the settings, if they differ, and a line for each two
+        encoders of which one lacks slides, or that have no unit in common.
+    """
+    stated = {
+        encoder: {
+            "side of a crop": f"{card.crop_um:g} um",
+            "precision of the encoder": card.grids.precision,
+            "reading": card.grids.reading,
+            "colours": card.grids.colours,
+            "tissue threshold": f"{card.grids.tissue:g}",
+            **{
+                f"settings.models.{name}": str(value)
+                for name, value in card.settings.model_dump(exclude={"crop_um"}).items()
+            },
+        }
+        for encoder, card in cards.items()
+    }
+    names = list(next(iter(stated.values()), {}))
+    different = [
+        f"{name} {', '.join(f'{of[name]} ({encoder})' for encoder, of in stated.items())}"
+        for name in names
+        if len({of[name] for of in stated.values()}) > 1
+    ]
+    notes = []
+    if different:
+        notes.append(
+            f"target '{target}': the models differ in more than the encoder: {'; '.join(different)}"
+        )
+    pairs = comparisons.filter(
+        pl.sum_horizontal("only_first", "only_second", "other_slides") > 0
+    ).unique(["part", "first", "second"], keep="first", maintain_order=True)
+    notes += [
+        f"target '{target}', {row['part']}: '{row['first']}' and '{row['second']}' are compared on "
+        f"{row['n']} units, {row['other_slides']} of them predicted from different slides; "
+        f"{row['only_first']} more are predicted by the first only, {row['only_second']} by the "
+        "second only"
+        for row in pairs.iter_rows(named=True)
+    ]
+    notes += [
+        f"target '{target}': no unit has a cross-validated prediction of both '{one}' and "
+        f"'{other}', so they are not compared"
+        for one, other in combinations(cards, 2)
+        if comparisons.filter(
+            part=CROSS_VALIDATED, first=f"{one}: {NETWORK}", second=f"{other}: {NETWORK}"
+        ).is_empty()
+    ]
+    return notes
 
 
 def common_units(one: pl.DataFrame, other: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
@@ -206,8 +283,9 @@ def compare_with_champion(
     It does if it passes its permutation control and there is no
     champion yet, or its primary metric is better: the lower bound of the 95 % interval of the
     difference, by the paired bootstrap over patients, is above 0. Both models are scored on the
-    cross-validated predictions of their common units, with the labels of the new model. A model
-    that was trained on exchanged labels never becomes champion.
+    cross-validated predictions of their common units, with the labels of the new model; patch
+    size, um/px and stride of the two encoders may differ. A model that was trained on exchanged
+    labels never becomes champion.
 
     Parameters
     ----------
@@ -244,6 +322,9 @@ def compare_with_champion(
     one = result.predictions.filter(model=NETWORK, split="cv")
     one = one.select("unit", "patient", *labels, *columns)
     other = held.filter(model=NETWORK, split="cv").select("unit", *columns)
+    only_new, only_old = (
+        a.join(b, on="unit", how="anti").height for a, b in ((one, other), (other, one))
+    )
     one, other = common_units(one, other.join(one.drop(columns), on="unit"))
     if one.is_empty():
         return undecided("no unit is predicted by both")
@@ -265,6 +346,11 @@ def compare_with_champion(
         f"[{difference.low:+.3f}, {difference.high:+.3f}] on {one.height} units of "
         f"{one['patient'].n_unique()} patients"
     )
+    if only_new or only_old:
+        scores += (
+            f" ({only_new} units that only the new model predicts and {only_old} that only the "
+            "champion predicts are left out)"
+        )
     if difference.low > 0:
         return Verdict(True, f"replaces {champion.title} as champion: {scores}")
     return Verdict(False, f"{champion.title} stays champion: {scores}")

@@ -304,7 +304,11 @@ class Crops:
         return slide, self._centre(slide, random), int(random.integers(ORIENTATIONS))
 
     def fixed_centres(self, slide: str, count: int, seed: int) -> list[tuple[int, int]]:
-        """Return ``count`` centres that depend on the slide's id and the seed only."""
+        """Return ``count`` centres that depend on the slide's id and the seed only.
+
+        Grids of one slide with other cells give nearly the same places on the slide, because rows
+        and columns are drawn from the distribution of tissue along each axis [choice].
+        """
         random = np.random.default_rng([seed, zlib.crc32(slide.encode())])
         return [self._centre(slide, random) for _ in range(count)]
 
@@ -408,20 +412,25 @@ class Crops:
             cells *= nonzero.astype(np.float32)
         np.copyto(out, cells)  # out may be a transposed view: one copy is faster than arithmetic
 
-    def _centre_table(self, slide: str) -> tuple[NDArray[np.float64], int]:
-        """Return the cumulative weights of a slide's cells, and the number of its columns."""
+    def _centre_table(self, slide: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return the cumulative weights of a slide's rows, and of the cells of each row."""
         weights = centre_weights(np.asarray(self._open(slide).valid))
-        return np.cumsum(weights), weights.shape[1]
+        return np.cumsum(weights.sum(1)), np.cumsum(weights, axis=1)
 
     def _centre(self, slide: str, random: np.random.Generator) -> tuple[int, int]:
-        """Draw a centre (row, column)."""
-        cumulative, columns = self._centres(slide)
-        cell = int(np.searchsorted(cumulative, random.random() * cumulative[-1], side="right"))
-        rows = len(cumulative) // columns
+        """Draw a centre (row, column): first the row, then a cell of this row."""
+        rows, cells = self._centres(slide)
+        row = _draw(rows, random)
+        column = _draw(cells[row], random)
         return (
-            _keep_whole(cell // columns, rows, self._crop),
-            _keep_whole(cell % columns, columns, self._crop),
+            _keep_whole(row, cells.shape[0], self._crop),
+            _keep_whole(column, cells.shape[1], self._crop),
         )
+
+
+def _draw(cumulative: NDArray[np.float64], random: np.random.Generator) -> int:
+    """Draw a position by its cumulative weights; one of weight 0 is never drawn."""
+    return int(np.searchsorted(cumulative, random.random() * cumulative[-1], side="right"))
 
 
 def _keep_whole(centre: int, length: int, crop: int) -> int:

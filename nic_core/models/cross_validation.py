@@ -49,10 +49,13 @@ class CrossValidation:
 
     Attributes
     ----------
+    crop
+        Side of the networks' crops in cells.
     predictions
         One row per unit and model: ``model`` (``network`` or a baseline), ``split``, ``unit``,
-        ``patient``, ``fold`` (the fold in which the unit was held out; null in split ``test``),
-        the labels (:attr:`TargetKind.label_columns`) and the predictions
+        ``patient``, ``slides`` (those that the unit is predicted from), ``fold`` (the fold in
+        which the unit was held out; null in split ``test``), the labels
+        (:attr:`TargetKind.label_columns`) and the predictions
         (:attr:`TargetKind.prediction_columns`). For survival also ``survival``, the survival
         probabilities at ``horizons`` (list columns; the horizons are equal within a split).
     metrics
@@ -72,6 +75,7 @@ class CrossValidation:
 
     target: Target
     settings: ModelSettings
+    crop: int
     predictions: pl.DataFrame
     metrics: pl.DataFrame
     networks: tuple[FoldModel, ...]
@@ -101,6 +105,7 @@ def cross_validate(
     grids: GridSource,
     settings: ModelSettings,
     *,
+    crop: int,
     device: str = "auto",
     tracker: Tracker | None = None,
     progress: Progress | None = None,
@@ -121,6 +126,8 @@ def cross_validate(
         Output of :func:`nic_core.models.folds.make_folds`, shared by all encoders to compare.
     grids
         Opens the grid of a slide; called whenever one is read.
+    crop
+        Side of a crop in cells (:func:`nic_core.models.networks.crop_cells`).
     device
         Device of the training: ``auto``, ``cpu`` or ``cuda``. The returned networks are on the
         CPU.
@@ -137,8 +144,8 @@ def cross_validate(
     Raises
     ------
     CohortError
-        The network cannot process crops of ``settings.crop`` cells, a grid has no tissue, or the
-        units of a fold lack a class, an event or two different numbers to train on.
+        The network cannot process crops of ``crop`` cells, a grid has no tissue, or the units of a
+        fold lack a class, an event or two different numbers to train on.
     TrainingError
         A loss is not finite.
     ValueError
@@ -190,6 +197,7 @@ def cross_validate(
                 grids,
                 moments,
                 settings,
+                crop=crop,
                 device=device,
                 tracker=tracker,
                 progress=count_epochs,
@@ -224,6 +232,7 @@ def cross_validate(
     return CrossValidation(
         target=target,
         settings=settings,
+        crop=crop,
         predictions=pl.concat(predictions),
         metrics=_with_seeds(pl.concat(metrics), repeats),
         networks=tuple(fit.model for fit in fits),
@@ -257,6 +266,7 @@ def _fit_fold(
     moments: CohortMoments,
     settings: ModelSettings,
     *,
+    crop: int,
     device: str,
     tracker: Tracker | None,
     progress: Callable[[], None],
@@ -273,7 +283,7 @@ def _fit_fold(
     hazard = None
     training_folds = sorted(set(train["fold"]))
     normalise = normalise_for(settings.network, [moments.groups[f] for f in training_folds])
-    with fitting_threads(settings):
+    with fitting_threads(crop):
         for seed, name in enumerate((*_seed_names(settings), *BASELINES)):
             # one predictor at a time: each holds a cache of features
             if name in BASELINES:
@@ -287,13 +297,16 @@ def _fit_fold(
                     grids,
                     normalise,
                     settings,
+                    crop=crop,
                     seed=int(np.random.SeedSequence(entropy).generate_state(1)[0]),
                     device=device,
                     tracker=None if seed else tracker,
                     name=f"fold_{fold}_",
                     progress=progress,
                 )
-                predictor = _network_predictor(kind, fitted.model, train, grids, settings)
+                predictor = _network_predictor(
+                    kind, fitted.model, train, grids, settings, crop=crop
+                )
                 if first is None:
                     first, hazard = fitted, predictor.hazard
             predicted = predictor(test_fold, horizons["cv"])
@@ -311,10 +324,12 @@ def _network_predictor(
     train: pl.DataFrame,
     grids: GridSource,
     settings: ModelSettings,
+    *,
+    crop: int,
 ) -> _Predictor:
     """Return a network's predictor; a survival model is changed to give standardised risks."""
     pinned = model.device.type == "cuda"
-    crops = Crops(grids, model.normalise, settings.crop, pinned=pinned)
+    crops = Crops(grids, model.normalise, crop, pinned=pinned)
 
     def predict(units: pl.DataFrame) -> Floats:
         return predict_units(model, units, crops, count=settings.crops_at_test, seed=settings.seed)
@@ -358,9 +373,9 @@ def _rows(
     kind: TargetKind, units: pl.DataFrame, predicted: Predictions, horizons: Floats
 ) -> pl.DataFrame:
     """Return one model's rows of :attr:`CrossValidation.predictions`, without ``model``."""
-    return units.select("split", "unit", "patient", "fold", *kind.label_columns).with_columns(
-        kind.prediction_series(*predicted, horizons)
-    )
+    return units.select(
+        "split", "unit", "patient", "slides", "fold", *kind.label_columns
+    ).with_columns(kind.prediction_series(*predicted, horizons))
 
 
 def _metrics_of_seed(kind: TargetKind, rows: pl.DataFrame) -> list[dict[str, Any]]:

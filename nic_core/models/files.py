@@ -111,8 +111,11 @@ class ModelCard(BaseModel):
     encoder, weights_hash
         Encoder of the training grids. Grids of another encoder are refused; the hash decides, not
         the name.
-    patch, mpp, embedding_size
-        Training grids: side of a patch in px at ``mpp`` um/px, and numbers per embedding.
+    patch, mpp, stride, embedding_size
+        Training grids: side of a patch and side of a cell in px at ``mpp`` um/px, and numbers per
+        embedding.
+    crop
+        Side of the networks' crops in cells: ``settings.crop_um``, rounded to whole cells.
     grids
         How the training grids were compressed.
     settings
@@ -136,13 +139,15 @@ class ModelCard(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    format: Literal[5] = 5
+    format: Literal[6] = 6
     target: Target
     encoder: str
     weights_hash: str
     patch: PositiveInt
     mpp: PositiveFloat
+    stride: PositiveInt
     embedding_size: PositiveInt
+    crop: PositiveInt
     grids: GridSettings
     settings: ModelSettings
     training: TrainingCohort
@@ -152,6 +157,11 @@ class ModelCard(BaseModel):
     baseline_hazards: tuple[BaselineHazard, ...]
     metrics: tuple[ModelMetric, ...]
     software: dict[str, str]
+
+    @property
+    def crop_um(self) -> float:
+        """Side of the networks' crops on the slide, um."""
+        return self.crop * self.stride * self.mpp
 
     @model_validator(mode="after")
     def _survival_fields_fit(self) -> Self:
@@ -220,6 +230,7 @@ def save_model(
     weights_hash: str,
     patch: int,
     mpp: float,
+    stride: int,
     grids: GridSettings,
     training: TrainingCohort,
 ) -> ModelCard:
@@ -231,7 +242,7 @@ def save_model(
         Folder of the model.
     result
         The cross-validation whose networks are saved.
-    encoder, weights_hash, patch, mpp, grids, training
+    encoder, weights_hash, patch, mpp, stride, grids, training
         See :class:`ModelCard`.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -248,7 +259,9 @@ def save_model(
         weights_hash=weights_hash,
         patch=patch,
         mpp=mpp,
+        stride=stride,
         embedding_size=len(result.networks[0].normalise.mean),
+        crop=result.crop,
         grids=grids,
         settings=result.settings,
         training=training,

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from nic_core.cohort import CohortError, NetworkName
+from nic_core.cohort import CohortError, ModelSettings, NetworkName
 from nic_core.models.kinds import TargetKind
 
 PUBLISHED_STRIDES = (2, 2, 2, 2, 2, 2, 1, 1)
@@ -308,6 +308,40 @@ def check_crop(name: NetworkName, crop: int) -> None:
     low, high = PUBLISHED_CROPS
     if name == "published" and not low <= crop <= high:
         raise CohortError(
-            f"settings.models: network 'published' takes crops of {low} to {high} cells a side, "
-            f"not {crop}; use network 'small' or 'mil' for small grids"
+            f"network 'published' takes crops of {low} to {high} cells a side, not {crop}; use "
+            "network 'small' or 'mil', which take crops of any size"
         )
+
+
+def crop_cells(settings: ModelSettings, cell_um: float) -> int:
+    """Return the side of a crop in cells: ``settings.crop_um``, rounded to whole cells.
+
+    So the crops of encoders with other cells show the same field of view, up to half a cell.
+
+    Parameters
+    ----------
+    settings
+        Network and side of a crop.
+    cell_um
+        Side of a cell, um (:attr:`nic_core.grids.GridProvenance.cell_um`).
+
+    Raises
+    ------
+    CohortError
+        The crop is smaller than a cell, or the network cannot process that many cells.
+    """
+    crop = round(settings.crop_um / cell_um)
+    if crop < 1:
+        raise CohortError(
+            f"crop_um {settings.crop_um:g} is less than half a cell of {cell_um:g} um; set crop_um "
+            f"to {cell_um:g} or more"
+        )
+    try:
+        check_crop(settings.network, crop)
+    except CohortError as error:
+        low, high = (cells * cell_um for cells in PUBLISHED_CROPS)
+        raise CohortError(
+            f"crop_um {settings.crop_um:g} is {crop} cells of {cell_um:g} um: "
+            f"{error}, or set crop_um to a value from {low:g} to {high:g}"
+        ) from error
+    return crop

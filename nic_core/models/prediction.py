@@ -107,8 +107,8 @@ def check_grid(model: ModelCard, grid: Grid) -> None:
     Raises
     ------
     ModelMismatchError
-        The encoder's weights, patch size, um/px, embedding size, precision, reading or colours
-        differ.
+        The encoder's weights, patch size, um/px, stride, embedding size, precision, reading or
+        colours differ.
     """
     about = grid.provenance
     _check_equal(
@@ -117,6 +117,7 @@ def check_grid(model: ModelCard, grid: Grid) -> None:
             "weights": (about.weights_hash, model.weights_hash),
             "patch": (about.patch, model.patch),
             "um/px": (about.mpp, model.mpp),
+            "stride": (about.stride, model.stride),
             "embedding size": (grid.shape[0], model.embedding_size),
             "precision": (about.precision, model.grids.precision),
             "reading": (about.reading, model.grids.reading),
@@ -185,13 +186,13 @@ def predict_grids(
     if units.is_empty():
         folds = np.empty((len(model.networks), 0, len(columns)))
     else:
-        with fitting_threads(card.settings):
+        with fitting_threads(card.crop):
             folds = np.stack(
                 [
                     predict_units(
                         network,
                         units,
-                        Crops(grids, network.normalise, card.settings.crop),
+                        Crops(grids, network.normalise, card.crop),
                         count=card.settings.crops_at_test,
                         seed=card.settings.seed,
                     )
@@ -294,6 +295,7 @@ def predict_slides(
             image=image,
             colours=colours,
             tissue=card.grids.tissue,
+            stride=card.stride,
             progress=progress,
             on_outcome=on_outcome,
         )
@@ -398,7 +400,7 @@ def _units(
 def _write_explanation(model: SlideModel, grid: Grid, path: Path, folder: Path) -> None:
     """Write the heatmap of a slide, the file at ``path``."""
     card = model.card
-    heat = explain(model.networks, grid, card.target, crop=card.settings.crop)
+    heat = explain(model.networks, grid, card.target, crop=card.crop)
     about = grid.provenance
     with open_slide(path, mpp=about.slide_mpp, image=about.slide_image) as slide:
         write_heatmap(folder, heat, grid.provenance, slide, name=card.target.name)

@@ -74,6 +74,7 @@ def fit_fold(
     normalise: Normalise,
     settings: ModelSettings,
     *,
+    crop: int,
     seed: int,
     device: str = "auto",
     tracker: Tracker | None = None,
@@ -99,6 +100,8 @@ def fit_fold(
         Opens the grid of a slide.
     normalise
         Estimated from the slides in ``train`` (:func:`nic_core.models.crops.normalise_for`).
+    crop
+        Side of a crop in cells (:func:`nic_core.models.networks.crop_cells`).
     seed
         Seed of the weights, batches, crops and augmentation.
     device
@@ -117,14 +120,14 @@ def fit_fold(
     ValueError
         The device does not exist.
     CohortError
-        The network cannot process crops of ``settings.crop`` cells.
+        The network cannot process crops of ``crop`` cells.
     """
-    check_crop(settings.network, settings.crop)
+    check_crop(settings.network, crop)
     kind = kind_of(target)
     torch_device = resolve_device(device)
     random = np.random.default_rng(seed)
     cuda = torch_device.type == "cuda"
-    crops = Crops(grids, normalise, settings.crop, pinned=cuda)
+    crops = Crops(grids, normalise, crop, pinned=cuda)
     with torch.random.fork_rng(devices=[torch_device] if cuda else []):
         torch.manual_seed(seed)
         network = build_network(
@@ -174,10 +177,16 @@ def fit_fold(
 
 
 @contextmanager
-def fitting_threads(settings: ModelSettings) -> Iterator[None]:
-    """Use one torch thread for small crops, whose layers are too short for several."""
+def fitting_threads(crop: int) -> Iterator[None]:
+    """Use one torch thread for small crops, whose layers are too short for several.
+
+    Parameters
+    ----------
+    crop
+        Side of a crop in cells.
+    """
     before = torch.get_num_threads()
-    torch.set_num_threads(1 if settings.crop <= SMALL_CROP else before)
+    torch.set_num_threads(1 if crop <= SMALL_CROP else before)
     try:
         yield
     finally:
@@ -190,7 +199,8 @@ def predict_units(
     """Predict units at test time: the mean over ``count`` crops x 8 orientations (paper B).
 
     A unit with several slides gets the mean of its slides' predictions [choice]. The centres of
-    crops depend on slide and seed only, so all folds and encoders use the same ones.
+    crops depend on slide and seed only, so all folds use the same ones, and encoders with other
+    cells use nearly the same places on the slide (:meth:`Crops.fixed_centres`).
 
     Parameters
     ----------

@@ -1,10 +1,12 @@
 """The evaluation report: scores of a study as tables and figures."""
 
 from nic_core.reports.results import (
+    ENCODER_SCHEMA,
     RESULT_SCHEMA,
     Report,
     comparisons_table,
     encoder_results,
+    encoders_table,
     map_results,
     model_results,
     probe_results,
@@ -14,10 +16,12 @@ from nic_core.reports.results import (
 )
 
 __all__ = [
+    "ENCODER_SCHEMA",
     "RESULT_SCHEMA",
     "Report",
     "comparisons_table",
     "encoder_results",
+    "encoders_table",
     "map_results",
     "model_results",
     "probe_results",

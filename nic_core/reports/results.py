@@ -34,6 +34,16 @@ RESULT_SCHEMA = pl.Schema(
         "n": pl.Int64(),  # scored units
     }
 )
+ENCODER_SCHEMA = pl.Schema(
+    {
+        "encoder": pl.String(),
+        "patch": pl.Int64(),  # px at mpp
+        "mpp": pl.Float64(),  # um/px
+        "stride": pl.Int64(),  # side of a cell, px at mpp
+        "cell_um": pl.Float64(),  # side of a cell, um
+        "embedding_size": pl.Int64(),
+    }
+)
 NETWORK_NAMES = {
     "published": "published grid CNN",
     "small": "small grid CNN",
@@ -45,13 +55,15 @@ PATCH_METRIC_NAMES = {"auc": "AUC", "balanced_accuracy": "balanced accuracy", "f
 def results_table(results: pl.DataFrame) -> Table:
     """Format the results (:data:`RESULT_SCHEMA`) for the terminal.
 
-    Only the first metric of each model is shown; baselines only cross-validated, the baseline
-    that does not depend on the encoder only once, and of the probes only the linear one.
+    Only the first metric of each model is shown; baselines only cross-validated, and of the probes
+    only the linear one. The tissue area is shown once if it has the same value for all encoders,
+    which is so if their grids have the same cells.
     """
     results = results.filter(pl.col("model") != KNN)
     baseline = pl.col("model").is_in(list(BASELINE_NAMES.values()))
     results = results.filter(~baseline | (pl.col("part") == CROSS_VALIDATED))
-    without_encoder = pl.col("model") == BASELINE_NAMES["tissue_area"]
+    same = pl.struct("value", "n").n_unique().over("kind", "about", "model", "part", "metric") == 1
+    without_encoder = (pl.col("model") == BASELINE_NAMES["tissue_area"]) & same
     results = results.with_columns(
         encoder=pl.when(without_encoder).then(pl.lit("")).otherwise("encoder")
     ).unique(["kind", "about", "encoder", "model", "part"], keep="first", maintain_order=True)
@@ -113,6 +125,17 @@ def comparisons_table(comparisons: pl.DataFrame) -> Table:
                 str(row["n"]),
             )
         table.add_section()
+    return table
+
+
+def encoders_table(encoders: pl.DataFrame) -> Table:
+    """Format patch, um/px and stride of encoders (:data:`ENCODER_SCHEMA`) for the terminal."""
+    table = Table(title="Encoders", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("encoder", no_wrap=True)
+    for column in ("patch, px", "um/px", "stride, px", "cell, um", "embedding"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for name, *numbers in encoders.iter_rows():
+        table.add_row(name, *(f"{number:g}" for number in numbers))
     return table
 
 
@@ -216,15 +239,19 @@ class Report:
     ----------
     results
         All scores, :data:`RESULT_SCHEMA`.
+    encoders
+        Patch, um/px and stride of each encoder with a grid, :data:`ENCODER_SCHEMA`.
     comparisons
         Differences between models, :data:`~nic_core.models.comparison.COMPARISON_SCHEMA`.
     figures
         Name to figure.
     notes
-        Remarks on the scores: targets with fewer folds than requested.
+        Remarks on the scores: targets with fewer folds than requested, and compared models that
+        differ in more than the encoder (:func:`~nic_core.models.comparison.comparison_notes`).
     """
 
     results: pl.DataFrame
+    encoders: pl.DataFrame
     comparisons: pl.DataFrame
     figures: dict[str, Figure]
     notes: list[str]

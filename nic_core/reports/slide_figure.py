@@ -37,8 +37,12 @@ def compressed_slide(
     for name, grid in grids.items():
         channels, rows, columns = grid.shape
         # compared with the RGB pixels of the slide at the encoder's resolution
-        fewer = 3 * grid.provenance.patch**2 / channels
-        title = f"{name}: {rows} x {columns} x {channels}, {fewer:,.0f} times fewer numbers"
+        fewer = 3 * grid.provenance.stride**2 / channels
+        about = grid.provenance
+        title = (
+            f"{name}: {rows} x {columns} x {channels}, {fewer:,.0f} times fewer numbers\n"
+            f"{about.patch} px at {about.mpp:g} um/px, stride {about.stride} px"
+        )
         panels.append((title, draw_grid(grid, cell=16)))
     panels += list(maps.items())
     figure = Figure(figsize=(4 * len(panels), 4.2), layout="constrained")
@@ -75,7 +79,6 @@ def slide_and_grid(slide: Slide, grid: Grid, *, cell: int) -> Pixels:
             slide.path, f"is not the slide '{about.slide}' of the grid", "give that slide"
         )
     _, rows, columns = grid.shape
-    scale = about.patch * about.mpp / cell
-    left = slide.read(0, 0, columns * cell, rows * cell, scale)
+    left = slide.read(*about.origin, columns * cell, rows * cell, about.cell_um / cell)
     gap = np.full((rows * cell, 16, 3), 255, np.uint8)
     return np.concatenate([left, gap, draw_grid(grid, cell=cell)], axis=1)

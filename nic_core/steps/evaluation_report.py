@@ -9,9 +9,17 @@ from matplotlib.image import imread
 from nic_core.cohort import Cohort
 from nic_core.encoders.files import read_card
 from nic_core.grids import open_grid
-from nic_core.models.comparison import COMPARISON_SCHEMA, compare_models
+from nic_core.models.comparison import COMPARISON_SCHEMA, compare_models, comparison_notes
+from nic_core.models.files import read_model_card
 from nic_core.models.folds import folds_note
-from nic_core.reports import Report, encoder_results, map_results, probe_results, results_figure
+from nic_core.reports import (
+    ENCODER_SCHEMA,
+    Report,
+    encoder_results,
+    map_results,
+    probe_results,
+    results_figure,
+)
 from nic_core.reports.slide_figure import compressed_slide
 from nic_core.steps.probability_maps import OVERLAY
 from nic_core.steps.slide_index import open_indexed, read_patient_groups, read_slide_index
@@ -20,25 +28,38 @@ from nic_core.steps.slides import TISSUE, read_record
 from nic_core.store import GridKey, MapKey, ModelKey, Store, atomic_folder
 from nic_core.tiling.tissue import TissueMask
 
-RESULTS, COMPARISONS, NOTES = "results.parquet", "comparisons.parquet", "notes.txt"
+RESULTS, ENCODERS = "results.parquet", "encoders.parquet"
+COMPARISONS, NOTES = "comparisons.parquet", "notes.txt"
 
 
 def make_evaluation_report(cohort: Cohort, store: Store) -> Report:
     """Collect all scores of a study; write and return the report.
 
-    The folder gets ``results.parquet``, ``comparisons.parquet``, ``notes.txt`` (a line each; empty
-    without notes), ``results.png`` and, if every encoder has compressed the same slide,
-    ``compressed_slide.png``. Models, encoders and maps that
-    do not exist yet are left out.
+    The folder gets ``results.parquet``, ``encoders.parquet``, ``comparisons.parquet``,
+    ``notes.txt`` (a line each; empty without notes), ``results.png`` and, if every encoder has
+    compressed the same slide, ``compressed_slide.png``. Models, encoders and maps that do not exist
+    yet are left out.
+
+    Raises
+    ------
+    ModelFileError
+        A model is of an older format.
     """
     settings = cohort.settings.models
-    parts = [
-        pl.read_parquet(path, glob=False)
+    models = {
+        target.name: {
+            encoder.name: folder
+            for encoder in cohort.encoders
+            if (
+                folder := store.slide_model(ModelKey(encoder=encoder.name, target=target.name))
+            ).exists()
+        }
         for target in cohort.targets
-        for encoder in cohort.encoders
-        if (
-            path := store.slide_model(ModelKey(encoder=encoder.name, target=target.name)) / METRICS
-        ).exists()
+    }
+    parts = [
+        pl.read_parquet(folder / METRICS, glob=False)
+        for folders in models.values()
+        for folder in folders.values()
     ]
     for encoder in cohort.encoders:
         if store.encoder(encoder.name).exists():
@@ -61,14 +82,8 @@ def make_evaluation_report(cohort: Cohort, store: Store) -> Report:
                 compare_models(
                     target,
                     {
-                        encoder.name: pl.read_parquet(path, glob=False)
-                        for encoder in cohort.encoders
-                        if (
-                            path := store.slide_model(
-                                ModelKey(encoder=encoder.name, target=target.name)
-                            )
-                            / PREDICTIONS
-                        ).exists()
+                        encoder: pl.read_parquet(folder / PREDICTIONS, glob=False)
+                        for encoder, folder in models[target.name].items()
                     },
                     resamples=settings.bootstrap,
                     seed=settings.seed,
@@ -77,6 +92,7 @@ def make_evaluation_report(cohort: Cohort, store: Store) -> Report:
             ),
         ]
     )
+    encoders = _encoders_with_grids(cohort, store)
     figures = {"results": results_figure(results)}
     if (example := _first_compressed(cohort, store)) is not None:
         figures["compressed_slide"] = draw_slide(cohort, store, example)
@@ -92,13 +108,17 @@ def make_evaluation_report(cohort: Cohort, store: Store) -> Report:
         )
         is not None
     ]
+    for target, folders in models.items():
+        cards = {encoder: read_model_card(folder) for encoder, folder in folders.items()}
+        notes += comparison_notes(target, cards, comparisons.filter(target=target))
     with atomic_folder(store.evaluation_report) as folder:
         (folder / NOTES).write_text("".join(f"{note}\n" for note in notes))
         results.write_parquet(folder / RESULTS)
+        encoders.write_parquet(folder / ENCODERS)
         comparisons.write_parquet(folder / COMPARISONS)
         for name, figure in figures.items():
             figure.savefig(folder / f"{name}.png", dpi=110)
-    return Report(results, comparisons, figures, notes)
+    return Report(results, encoders, comparisons, figures, notes)
 
 
 def draw_slide(cohort: Cohort, store: Store, slide: str) -> Figure:
@@ -122,6 +142,19 @@ def draw_slide(cohort: Cohort, store: Store, slide: str) -> Figure:
             {name: open_grid(path) for name, path in paths.items() if path.exists()},
             {f"{n} probability": imread(p) for n, p in overlays.items() if p.exists()},
         )
+
+
+def _encoders_with_grids(cohort: Cohort, store: Store) -> pl.DataFrame:
+    """Return patch, um/px, stride and embedding size of encoders, each from one of its grids."""
+    rows, slides = [], read_slide_index(store)["slide"].to_list()
+    for encoder in cohort.encoders:
+        paths = (store.grid(GridKey(encoder=encoder.name, slide=slide)) for slide in slides)
+        if (path := next((path for path in paths if path.exists()), None)) is not None:
+            grid = open_grid(path)
+            about = grid.provenance
+            numbers = (about.patch, about.mpp, about.stride, about.cell_um, grid.shape[0])
+            rows.append((encoder.name, *numbers))
+    return pl.DataFrame(rows, schema=ENCODER_SCHEMA, orient="row")
 
 
 def _first_compressed(cohort: Cohort, store: Store) -> str | None:

@@ -86,13 +86,8 @@ def make_explanation(
     """
     model = load_model(store.slide_model(key))
     predictions = pl.read_parquet(store.slide_model(key) / PREDICTIONS, glob=False)
-    units = (
-        predictions.filter(model=NETWORK)
-        .join(
-            pl.read_parquet(store.target_folds(key.target), glob=False).select("unit", "slides"),
-            on="unit",
-        )
-        .sort(kind_of(model.card.target).prediction_columns[-1], descending=True)
+    units = predictions.filter(model=NETWORK).sort(
+        kind_of(model.card.target).prediction_columns[-1], descending=True
     )
     units = with_grids(units, read_grid_manifest(store, key.encoder)).explode("slides")
     if units.is_empty():
@@ -104,7 +99,7 @@ def make_explanation(
         ):
             grid = open_grid(store.grid(GridKey(encoder=key.encoder, slide=slide)))
             networks = held_out_networks(model.networks, fold)
-            heat = explain(networks, grid, model.card.target, crop=model.card.settings.crop)
+            heat = explain(networks, grid, model.card.target, crop=model.card.crop)
             versions[slide] = digest(heat.shape, heat.tobytes())
             with open_indexed(store, slide) as opened:
                 write_heatmap(
@@ -116,7 +111,7 @@ def make_explanation(
                     pictures=min(place, units.height - 1 - place) < PICTURED,
                 )
             for item in cohort.maps:
-                truth = slide_truth(cohort, store, item, slide, grid.valid.shape)
+                truth = slide_truth(store, item, grid)
                 if truth is not None and (scores := score_heat(heat, truth)) is not None:
                     rows.append((slide, split, item.name, *scores))
             if progress is not None:

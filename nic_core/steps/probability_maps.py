@@ -11,7 +11,7 @@ from matplotlib.image import imread, imsave
 
 from nic_core.cohort import Cohort, ProbabilityMap
 from nic_core.encoders import load_encoder, load_patch_task
-from nic_core.grids import open_grid
+from nic_core.grids import Grid, open_grid
 from nic_core.maps import overlay, probability_map, score_maps, truth_of_cells
 from nic_core.steps.encoders import patch_task_keys
 from nic_core.steps.slide_index import index_row, read_slide_index
@@ -43,15 +43,15 @@ def make_probability_map(cohort: Cohort, store: Store, key: MapKey) -> tuple[pl.
     encoder = load_encoder(store.encoder(entry.encoder))
     grid = open_grid(store.grid(GridKey(encoder=entry.encoder, slide=key.slide)))
     record = read_record(store, key.slide)
-    cell = cohort.settings.patch * cohort.settings.mpp / record.mpp
-    truth = slide_truth(cohort, store, entry, key.slide, grid.valid.shape)
+    truth = slide_truth(store, entry, grid)
     cells = probability_map(grid, encoder, entry, truth)
     picture = overlay(
         imread(store.slide(key.slide) / THUMBNAIL),
         cells,
         width=record.width,
         height=record.height,
-        cell=cell,
+        cell=grid.provenance.cell,
+        origin=grid.provenance.origin,
     )
     with atomic_folder(store.probability_map(key)) as folder:
         cells.write_parquet(folder / CELLS)
@@ -89,30 +89,26 @@ def make_map_scores(cohort: Cohort, store: Store, name: str) -> pl.DataFrame:
     return scores
 
 
-def slide_truth(
-    cohort: Cohort, store: Store, entry: ProbabilityMap, slide: str, shape: tuple[int, ...]
-) -> npt.NDArray[np.int8] | None:
-    """Read the truth of a slide's cells from its truth image, if the slide table gives one.
-
-    Parameters
-    ----------
-    shape : (int, int)
-        Rows and columns of the grid.
+def slide_truth(store: Store, entry: ProbabilityMap, grid: Grid) -> npt.NDArray[np.int8] | None:
+    """Read the truth of a grid's cells from the slide's truth image, if the slide table gives one.
 
     Returns
     -------
     int8 (rows, columns) or None
         See :func:`nic_core.maps.truth_of_cells`.
     """
-    path, record = index_row(store, slide)["truth"], read_record(store, slide)
+    about = grid.provenance
+    path, record = index_row(store, about.slide)["truth"], read_record(store, about.slide)
     if not path:
         return None
+    rows, columns = grid.valid.shape
     return truth_of_cells(
         Path(path),
         entry,
         width=record.width,
         height=record.height,
         mpp=record.mpp,
-        cell=cohort.settings.patch * cohort.settings.mpp / record.mpp,
-        shape=(shape[0], shape[1]),
+        cell=about.cell,
+        origin=about.origin,
+        shape=(rows, columns),
     )

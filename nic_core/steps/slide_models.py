@@ -10,7 +10,7 @@ from pathlib import Path
 import polars as pl
 import torch
 
-from nic_core.cohort import Cohort, CohortError, Target
+from nic_core.cohort import Cohort, CohortError, Geometry, Target
 from nic_core.devices import resolve_device
 from nic_core.encoders.files import read_card
 from nic_core.grids import GridProvenance, open_grid, recorded_hash
@@ -26,6 +26,7 @@ from nic_core.models.files import (
 )
 from nic_core.models.folds import folds_note, make_folds
 from nic_core.models.labels import LabelMatches, read_labels, target_table
+from nic_core.models.networks import crop_cells
 from nic_core.reports import model_results
 from nic_core.steps.grids import read_grid_manifest
 from nic_core.steps.slide_index import (
@@ -161,8 +162,9 @@ def make_slide_model(
     Raises
     ------
     CohortError
-        The grids were compressed with different settings, changed after their manifest was made,
-        or cannot be used; see
+        The grids were compressed with different settings or geometries, changed after their
+        manifest was made, or cannot be used with ``settings.models``; see
+        :func:`~nic_core.models.networks.crop_cells` and
         :func:`~nic_core.models.cross_validation.cross_validate`.
     TrainingError
         A loss is not finite.
@@ -186,12 +188,19 @@ def make_slide_model(
         for slide in table["slides"].explode().unique()
     }
     grids = _grid_settings(cohort, encoder, origins)
+    geometry = _shared_geometry(encoder, origins)
+    try:
+        crop = crop_cells(settings.models, geometry.cell_um)
+    except CohortError as error:
+        place = cohort.place("settings", "models", "crop_um")
+        raise CohortError(f"{place}: encoder '{encoder}': {error}") from error
     result = cross_validate(
         cohort.target(target),
         table.drop("fold"),
         table.filter(pl.col("split") == "cv").select("patient", "fold").unique().sort("patient"),
         lambda slide: open_grid(store.grid(GridKey(encoder=encoder, slide=slide))),
         settings.models,
+        crop=crop,
         device=device,
         tracker=tracker,
         progress=progress,
@@ -206,8 +215,9 @@ def make_slide_model(
             result,
             encoder=encoder,
             weights_hash=weights,
-            patch=settings.patch,
-            mpp=settings.mpp,
+            patch=geometry.patch,
+            mpp=geometry.mpp,
+            stride=geometry.stride,
             grids=grids,
             training=training_cohort(
                 cohort.name, table, {slide: o.slide_identity for slide, o in origins.items()}
@@ -274,6 +284,22 @@ def _grid_settings(
     )
 
 
+def _shared_geometry(encoder: str, origins: Mapping[str, GridProvenance]) -> Geometry:
+    """Return patch, um/px and stride, which all grids must share."""
+    slide_of: dict[Geometry, str] = {}
+    for slide, origin in sorted(origins.items()):
+        slide_of.setdefault(Geometry(origin.patch, origin.mpp, origin.stride), slide)
+    if len(slide_of) != 1:
+        found = ", ".join(
+            f"{geometry.name} for slide '{slide}'" for geometry, slide in slide_of.items()
+        )
+        raise CohortError(
+            f"encoder '{encoder}': its grids have more than one geometry ({found}); materialize "
+            "'grid' again for all slides"
+        )
+    return next(iter(slide_of))
+
+
 def _unlogged_recipe(folder: Path) -> str | None:
     """Return the digest of the inputs of a model that is not logged; None if it is logged."""
     marker = folder / UNLOGGED
@@ -288,6 +314,7 @@ def _log_again(folder: Path, tracker: Tracker) -> tuple[CrossValidation, ModelCa
     result = CrossValidation(
         target=model.card.target,
         settings=model.card.settings,
+        crop=model.card.crop,
         predictions=pl.read_parquet(folder / PREDICTIONS, glob=False),
         metrics=metrics_frame(model.card),
         networks=model.networks,

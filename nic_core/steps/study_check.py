@@ -38,6 +38,7 @@ from nic_core.cohort.tables import Unmatched, read_table, to_text
 from nic_core.encoders.patch_sources import annotated_slide_problems, open_source, source_files
 from nic_core.grids.features import FeaturesError, find_features
 from nic_core.models.labels import LabelMatches, read_labels
+from nic_core.models.networks import crop_cells
 from nic_core.parallel import cores
 from nic_core.slides import SlideError, content_identity, open_slide
 from nic_core.slides.files import SlideFiles
@@ -90,7 +91,8 @@ def check_study(path: Path | None = None, progress: Progress | None = None) -> l
         The cohort file cannot be read at all.
     """
     source = read_cohort_file(path)
-    found = [Finding(problem.place, problem.message) for problem in cohort_problems(source)]
+    invalid = cohort_problems(source)
+    found = [Finding(problem.place, problem.message) for problem in invalid]
     cohort = valid_part(source)
     if cohort is None:
         return found
@@ -103,6 +105,8 @@ def check_study(path: Path | None = None, progress: Progress | None = None) -> l
     for task in cohort.patch_tasks:
         found += _patch_task(cohort, task)
     found += _encoder_files(cohort, index)
+    if not any(problem.field.startswith("settings") for problem in invalid):
+        found += _crops(cohort)
     found += _targets(source, cohort, index, groups)
     return found
 
@@ -280,6 +284,18 @@ def _features(encoder: FeaturesEncoder, slides: pl.DataFrame) -> Iterator[Findin
             f"no grids of {len(problems)} of {slides.height} slides in use "
             f"({_few(sorted(problems))}); {first}",
         )
+
+
+def _crops(cohort: Cohort) -> Iterator[Finding]:
+    """Yield the encoders whose cells give crops that the network of slide models cannot take."""
+    if not cohort.targets:
+        return
+    for encoder in cohort.encoders:
+        try:
+            crop_cells(cohort.settings.models, cohort.geometry(encoder.name).cell_um)
+        except CohortError as error:
+            place = cohort.place("settings", "models", "crop_um")
+            yield Finding(place, f"encoder '{encoder.name}': {error}")
 
 
 def _patch_task(cohort: Cohort, task: PatchTask) -> Iterator[Finding]:

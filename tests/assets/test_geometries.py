@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
+import mlflow
 import numpy as np
 import polars as pl
 import pytest
@@ -33,7 +34,7 @@ ENCODERS: list[dict[str, Any]] = [
     {
         "name": "mtl",
         "objective": "mtl",
-        "tasks": ["breast", "lymph_node"],
+        "tasks": ["breast_mitosis", "lymph_node"],
         "patch": 64,
         "patches_seen": 64,
         "batch": 16,
@@ -98,7 +99,7 @@ def study(tiny_cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> Study:
     )
     data = yaml.safe_load(tiny_cohort.read_text())
     tasks = {task["name"]: task for task in data["patch_tasks"]}
-    tasks = {name: tasks[name] for name in ("breast", "lymph_node")}
+    tasks = {name: tasks[name] for name in ("breast_mitosis", "lymph_node")}
     for task in tasks.values():
         task["table"] = str(source / task["table"])
     tasks["lymph_node"]["train_mpp"] = 1.0
@@ -149,8 +150,8 @@ def test_grids_have_the_cells_of_their_encoder(study):
 
 def test_a_task_is_trained_at_its_own_resolution(study):
     card = read_card(study.store.encoder("mtl"))
-    assert card.task_mpp == {"breast": 0.5, "lymph_node": 1.0}
-    assert {"64px-0.5um|breast", "64px-1um|lymph_node"} <= study.made("patch_task")
+    assert card.task_mpp == {"breast_mitosis": 0.5, "lymph_node": 1.0}
+    assert {"64px-0.5um|breast_mitosis", "64px-1um|lymph_node"} <= study.made("patch_task")
     assert "64px-0.5um|lymph_node" not in study.made("patch_task")
     key = PatchTaskKey(geometry="64px-1um", task="lymph_node")
     assert study.store.patch_task(key).is_dir()
@@ -167,7 +168,7 @@ def test_a_reused_encoder_has_the_weights_at_another_resolution(study):
 def test_probes_see_every_task_at_the_resolution_of_training(study):
     probes = pl.read_parquet(study.store.encoder_probe("mtl"))
     seen = dict(probes.select("task", "mpp").unique().iter_rows())
-    assert seen == {"breast": 0.5, "lymph_node": 1.0}
+    assert seen == {"breast_mitosis": 0.5, "lymph_node": 1.0}
 
 
 def test_models_of_all_encoders_are_compared_on_the_same_units(study):
@@ -182,8 +183,31 @@ def test_models_of_all_encoders_are_compared_on_the_same_units(study):
     assert all(units[name].equals(units["rgb"]) for name in names)
     assert set(crops.values()) == {256}
     compared = pl.read_parquet(study.store.evaluation_report / "comparisons.parquet")
-    pairs = {tuple(sorted(pair)) for pair in compared.select("one", "other").iter_rows()}
-    assert {("means", "mtl"), ("mtl", "rgb")} <= pairs
+    pairs = set(compared.select("first", "second").iter_rows())
+    assert {("mtl: network", "means: network"), ("rgb: network", "mtl: network")} <= pairs
+    assert set(compared.select("only_first", "only_second", "other_slides").iter_rows()) == {
+        (0, 0, 0)
+    }
+
+
+def test_the_report_and_the_registry_state_the_geometry_of_encoders(study):
+    event = study.instance.get_latest_materialization_event(dg.AssetKey("evaluation_report"))
+    encoders = event.asset_materialization.metadata["encoders"].records
+    assert {record.data["encoder"]: record.data["cell_um"] for record in encoders} == {
+        "rgb": 64.0,
+        "mtl": 32.0,
+        "mtl-1um": 64.0,
+        "means": 16.0,
+    }
+    client = mlflow.MlflowClient(f"sqlite:///{study.store.mlflow / 'mlflow.db'}")
+    versions = client.search_model_versions("name='model-proliferation'")
+    assert {version.tags["encoder"]: version.tags["geometry"] for version in versions} == {
+        "rgb": "128 px at 0.5 um/px, stride 128 px",
+        "mtl": "64 px at 0.5 um/px, stride 64 px",
+        "mtl-1um": "64 px at 1 um/px, stride 64 px",
+        "means": "96 px at 0.5 um/px, stride 32 px",
+    }
+    assert {version.tags["crop_um"] for version in versions} == {"256"}
 
 
 def test_another_stride_makes_only_its_encoder_stale(study):

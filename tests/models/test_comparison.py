@@ -20,7 +20,7 @@ from nic_core.models.comparison import (
     permutation_control,
 )
 from nic_core.models.cross_validation import NETWORK, CrossValidation
-from nic_core.reports import comparisons_table
+from nic_core.reports import RESULT_SCHEMA, comparisons_table, results_table
 
 pytestmark = pytest.mark.slow
 
@@ -42,12 +42,13 @@ def cross_validated(prediction: np.ndarray) -> CrossValidation:
             "split": "cv",
             "unit": units,
             "patient": units,
+            "slides": [[unit] for unit in units],
             "y": LABELS,
             "prediction": prediction,
         }
     )
     empty = pl.DataFrame()
-    return CrossValidation(SCORE, ModelSettings(bootstrap=200), rows, empty, (), empty, ())
+    return CrossValidation(SCORE, ModelSettings(bootstrap=200), 400, rows, empty, (), empty, ())
 
 
 def model(error: float, seed: int = 2) -> CrossValidation:
@@ -76,6 +77,7 @@ def survival_predictions() -> pl.DataFrame:
                 "split": "cv",
                 "unit": patients,
                 "patient": patients,
+                "slides": [[f"{p}-1", f"{p}-2"] for p in patients],
                 "time": time,
                 "event": event,
                 "risk": random.normal(size=12),
@@ -188,6 +190,26 @@ def test_model_replaces_the_champion_only_if_its_interval_is_above_0():
     assert not equal.better
     assert equal.compared
     assert "difference +0.000 [+0.000, +0.000]" in equal.explanation
+
+
+def test_units_that_one_of_two_models_predicts_are_counted():
+    held = model(15, seed=1).predictions.filter(pl.col("unit") > "u02")
+    extra = held.head(2).with_columns(unit="x-" + pl.col("unit"))
+    verdict = judge(model(1), Champion("version 1 (e)", pl.concat([held, extra])))
+    assert verdict.better
+    assert "on 37 units of 37 patients (3 units that only the new model" in verdict.explanation
+    assert "and 2 that only the champion predicts are left out)" in verdict.explanation
+
+
+def test_terminal_shows_the_tissue_area_once_if_it_is_equal():
+    rows = [
+        ("target", "t", encoder, "tissue area, linear", "cross-validated", "AUC", value, 0, 1, 9)
+        for encoder, value in (("a", 0.5), ("b", 0.5))
+    ]
+    equal = pl.DataFrame(rows, schema=RESULT_SCHEMA, orient="row")
+    assert results_table(equal).row_count == 1
+    other = equal.with_columns(value=pl.Series([0.5, 0.6]))
+    assert results_table(other).row_count == 2
 
 
 def test_champion_is_scored_with_the_labels_of_the_new_model():

@@ -94,6 +94,32 @@ def test_grid_that_fits_into_the_crop_is_shifted_but_never_cut():
     assert len(places) > 5
 
 
+def tissue_grid(cell_um: float, pieces: np.ndarray, side_um: float) -> ArrayGrid:
+    """A grid of round pieces of tissue (x, y, radius in um); a cell has tissue at its centre."""
+    centres = (np.arange(int(np.ceil(side_um / cell_um))) + 0.5) * cell_um
+    x, y, radius = pieces.T[:, :, None, None]
+    return grid_of(
+        np.ones((1, len(centres), len(centres))),
+        (np.hypot(centres - x, centres[:, None] - y) < radius).any(0),
+    )
+
+
+@given(st.sampled_from([32.0, 62.2, 112.0, 128.0]), st.integers(0, 2**32 - 1))
+@settings(max_examples=25)
+def test_grids_with_other_cells_have_crops_at_the_same_places(cell_um, seed):
+    random, side = np.random.default_rng(seed), 20_000.0
+    pieces = np.column_stack([random.uniform(4000, 16000, (3, 2)), random.uniform(1500, 4000, 3)])
+    places = []
+    for um in (64.0, cell_um):
+        grid = tissue_grid(um, pieces, side)
+        crops = Crops(lambda _, grid=grid: grid, identity(1), round(6400 / um))
+        places.append((np.array(crops.fixed_centres("s", 40, seed)) + 0.5) * um)
+    apart = np.abs(places[0] - places[1]).max(axis=1)
+    # a few are farther apart, where tissue that only one grid has shifts the drawn cell
+    assert np.median(apart) <= 64 + cell_um
+    assert np.mean(apart < 640) >= 0.8
+
+
 def test_crop_has_eight_orientations():
     embeddings = np.random.default_rng(0).normal(size=(2, 3, 3)).astype(np.float32)
     crops = Crops(lambda _: grid_of(embeddings), identity(2), 3)

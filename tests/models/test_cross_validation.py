@@ -16,6 +16,7 @@ from nic_core.cohort import (
 )
 from nic_core.models.baselines import BASELINES
 from nic_core.models.checkpoints import FoldCheckpoints
+from nic_core.models.comparison import COMPARISON_SCHEMA, compare_models, comparison_notes
 from nic_core.models.crops import Crops, cohort_moments, normalise_for
 from nic_core.models.cross_validation import NETWORK, cross_validate
 from nic_core.models.explanation import explain
@@ -30,6 +31,7 @@ from nic_core.models.files import (
 )
 from nic_core.models.folds import make_folds
 from nic_core.models.kinds import kind_of, prediction_array
+from nic_core.models.networks import crop_cells
 from nic_core.models.training import TrainingError, batches, fit_fold, predict_units
 
 from .conftest import ArrayGrid
@@ -43,14 +45,16 @@ DEATH = SurvivalTarget(
     name="death", kind="survival", level="patient", time="time", event="event", unit="days"
 )
 QUICK = ModelSettings(
-    network="small", crop=20, epochs=2, crops_at_test=1, bootstrap=50, learning_rate=1e-2
+    network="small", crop_um=1280, epochs=2, crops_at_test=1, bootstrap=50, learning_rate=1e-2
 )
 
+CROP = 20  # cells
 CARD = {
     "encoder": "e",
     "weights_hash": "abc",
     "patch": 128,
     "mpp": 0.5,
+    "stride": 128,
     "grids": GridSettings(precision="float32", reading="patch", colours="stored", tissue=0.6),
     "training": TrainingCohort(name="c", patients=1, units=1, slides=("a",), digest="d"),
 }
@@ -81,7 +85,7 @@ def labelled(planted, target, seed=0):
 def evaluate(planted, target, settings, **options):
     table = labelled(planted, target)
     folds = make_folds(table, target=target, folds=settings.folds, seed=settings.seed)
-    return cross_validate(target, table, folds, planted.source, settings, **options)
+    return cross_validate(target, table, folds, planted.source, settings, crop=CROP, **options)
 
 
 def primary(result, model=NETWORK, split="cv"):
@@ -151,7 +155,7 @@ def test_a_test_split_that_cannot_be_scored_has_undefined_metrics(few, event):
         ]
     )
     folds = make_folds(table, target=DEATH, folds=4, seed=0)
-    result = cross_validate(DEATH, table, folds, few.source, QUICK)
+    result = cross_validate(DEATH, table, folds, few.source, QUICK, crop=CROP)
     assert math.isnan(primary(result, split="test")["value"]) or event
     test = result.metrics.filter(model=NETWORK, split="test", metric="log_rank_p")
     assert math.isnan(test["value"][0])
@@ -165,7 +169,9 @@ def test_folds_whose_grids_are_lost_stop_before_training(few):
     folds = make_folds(table, target=RIM, folds=4, seed=0)
     kept = folds.filter(pl.col("fold") != 1)
     with pytest.raises(CohortError, match="fold 1 of 3 has no unit"):
-        cross_validate(RIM, table.join(kept, on="patient", how="semi"), kept, few.source, QUICK)
+        cross_validate(
+            RIM, table.join(kept, on="patient", how="semi"), kept, few.source, QUICK, crop=CROP
+        )
 
 
 def test_seeds_repeat_the_network_on_the_same_folds(few):
@@ -215,7 +221,7 @@ def test_test_split_is_predicted_by_the_mean_of_the_folds(few, tmp_path):
         split=pl.when(held).then(pl.lit("test")).otherwise("split")
     )
     folds = make_folds(table, target=GRADE, folds=4, seed=0)
-    result = cross_validate(GRADE, table, folds, few.source, QUICK)
+    result = cross_validate(GRADE, table, folds, few.source, QUICK, crop=CROP)
     test = result.predictions.filter(model=NETWORK, split="test")
     assert sorted(test["patient"].unique()) == ["p00", "p01", "p02", "p03"]
     assert test["fold"].null_count() == test.height == 8
@@ -230,16 +236,16 @@ def test_test_split_is_predicted_by_the_mean_of_the_folds(few, tmp_path):
     other = table.with_columns(
         y=pl.when(pl.col("split") == "test").then(-pl.col("y")).otherwise("y")
     )
-    again = cross_validate(GRADE, other, folds, few.source, QUICK)
+    again = cross_validate(GRADE, other, folds, few.source, QUICK, crop=CROP)
     assert again.predictions["prediction"].equals(result.predictions["prediction"])
 
 
 def test_several_slides_of_a_patient_are_averaged(few):
     table = labelled(few, DEATH)
     folds = make_folds(table, target=DEATH, folds=4, seed=0)
-    result = cross_validate(DEATH, table, folds, few.source, QUICK)
+    result = cross_validate(DEATH, table, folds, few.source, QUICK, crop=CROP)
     model = result.networks[0]
-    crops = Crops(few.source, model.normalise, 20)
+    crops = Crops(few.source, model.normalise, CROP)
     both = table[:1]
     alone = [both.with_columns(slides=pl.lit([s])) for s in both["slides"][0]]
     one, two = (predict_units(model, t, crops, count=2, seed=0) for t in alone)
@@ -260,7 +266,7 @@ def test_networks_depend_on_the_seed_only(few):
     table = labelled(few, RIM)
     normalise = normalise_by(few, table[:12])
     fitted = [
-        fit_fold(RIM, table[:12], table[12:], few.source, normalise, QUICK, seed=seed)
+        fit_fold(RIM, table[:12], table[12:], few.source, normalise, QUICK, crop=CROP, seed=seed)
         for seed in (1, 1, 2)
     ]
     weights = [f.model.network.output.weight for f in fitted]
@@ -274,7 +280,7 @@ def test_training_keeps_the_global_random_state(few):
     torch.manual_seed(3)
     table = labelled(few, RIM)
     normalise = normalise_by(few, table[:12])
-    fit_fold(RIM, table[:12], table[12:], few.source, normalise, QUICK, seed=0)
+    fit_fold(RIM, table[:12], table[12:], few.source, normalise, QUICK, crop=CROP, seed=0)
     assert torch.equal(torch.rand(1), expected)
 
 
@@ -334,7 +340,7 @@ def test_loss_that_is_not_finite_raises_with_fold_and_remedy(few):
     folds = make_folds(table, target=GRADE, folds=4, seed=0)
     wild = QUICK.model_copy(update={"learning_rate": 1e30, "epochs": 5})
     with pytest.raises(TrainingError, match=r"'grade' fold_0.*learning_rate"):
-        cross_validate(GRADE, table, folds, huge.__getitem__, wild)
+        cross_validate(GRADE, table, folds, huge.__getitem__, wild, crop=CROP)
 
 
 def test_grid_without_tissue_raises_with_target_and_slide(few):
@@ -343,7 +349,7 @@ def test_grid_without_tissue_raises_with_target_and_slide(few):
     table = labelled(few, RIM)
     folds = make_folds(table, target=RIM, folds=4, seed=0)
     with pytest.raises(CohortError, match=r"'rim'.*'s03-1'.*no tissue"):
-        cross_validate(RIM, table, folds, grids.__getitem__, QUICK)
+        cross_validate(RIM, table, folds, grids.__getitem__, QUICK, crop=CROP)
 
 
 @pytest.mark.parametrize("deaths", [1, 2, 7, 20])
@@ -382,7 +388,7 @@ def test_attention_pooling_can_be_saved_exported_and_explained(few, tmp_path):
     exported = torch.export.export(module, (x[:2],), dynamic_shapes=(batch,)).module()
     torch.testing.assert_close(exported(x), ensemble_module(result.networks)(x))
     grid = few.source("s00-0")
-    heat = explain(loaded.networks[:1], grid, GRADE, crop=20)
+    heat = explain(loaded.networks[:1], grid, GRADE, crop=CROP)
     np.testing.assert_array_equal(np.isfinite(heat), grid.valid)
     assert np.nanmean(heat) == pytest.approx(1, rel=1e-3)
 
@@ -414,6 +420,99 @@ def test_figures_of_every_target_kind(few, target):
 # --- checkpoints of finished folds -----------------------------------------------------------
 
 
+def halve_cells(grids: dict[str, ArrayGrid]) -> dict[str, ArrayGrid]:
+    """Grids of the same content in cells of half the side."""
+    return {
+        slide: ArrayGrid(
+            grid.embeddings.repeat(2, 1).repeat(2, 2), grid.valid.repeat(2, 0).repeat(2, 1)
+        )
+        for slide, grid in grids.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def two_geometries(few, tmp_path_factory):
+    """Models of one target on grids of 64 um cells, and of 32 um cells that two slides lack."""
+    table = labelled(few, DEATH)
+    folds = make_folds(table, target=DEATH, folds=4, seed=0)
+    lacking = table.with_columns(
+        pl.when(pl.col("unit") == "p01").then(pl.col("slides").list.head(1)).otherwise("slides")
+    ).filter(pl.col("unit") != "p00")
+    results, cards = {}, {}
+    for name, units, grids, stride, precision in (
+        ("plain", table, few.grids, 128, "float32"),
+        ("halved", lacking, halve_cells(few.grids), 64, "bfloat16"),
+    ):
+        crop = crop_cells(QUICK, stride * CARD["mpp"])
+        own = folds.join(units, on="patient", how="semi")
+        results[name] = cross_validate(DEATH, units, own, grids.__getitem__, QUICK, crop=crop)
+        changed = {"precision": precision}
+        grid_settings = CARD["grids"].model_copy(update=changed)
+        cards[name] = save_model(
+            tmp_path_factory.mktemp(name),
+            results[name],
+            **CARD | {"encoder": name, "stride": stride, "grids": grid_settings},
+        )
+    return results, cards
+
+
+def test_the_card_states_the_crop_in_cells_and_in_um(two_geometries):
+    _, cards = two_geometries
+    assert [(c.crop, c.crop_um, c.stride) for c in cards.values()] == [
+        (20, 1280, 128),
+        (40, 1280, 64),
+    ]
+
+
+def test_models_on_grids_with_other_cells_are_compared_by_unit(two_geometries):
+    results, cards = two_geometries
+    predictions = {name: result.predictions for name, result in results.items()}
+    found = compare_models(DEATH, predictions, resamples=50, seed=0)
+    networks = found.filter(first="plain: network", second="halved: network")
+    assert set(networks.select("n", "only_first", "only_second", "other_slides").rows()) == {
+        (11, 1, 0, 1)
+    }
+    own = found.filter(first="plain: network", second="plain: mean embedding, linear")
+    assert set(own.select("n", "only_first", "only_second", "other_slides").rows()) == {
+        (12, 0, 0, 0)
+    }
+    assert comparison_notes("death", cards, found) == [
+        "target 'death': the models differ in more than the encoder: precision of the encoder "
+        "float32 (plain), bfloat16 (halved)",
+        "target 'death', cross-validated: 'plain: network' and 'halved: network' are compared on "
+        "11 units, 1 of them predicted from different slides; 1 more are predicted by the first "
+        "only, 0 by the second only",
+    ]
+
+
+def test_another_field_of_view_and_a_lack_of_common_units_are_stated(two_geometries):
+    _, cards = two_geometries
+    wider = cards["plain"].model_copy(update={"encoder": "wider", "crop": 21, "stride": 130})
+    view, units = comparison_notes(
+        "death", {"plain": cards["plain"], "wider": wider}, COMPARISON_SCHEMA.to_frame()
+    )
+    assert view.endswith(": side of a crop 1280 um (plain), 1365 um (wider)")
+    assert units == (
+        "target 'death': no unit has a cross-validated prediction of both 'plain' and 'wider', so "
+        "they are not compared"
+    )
+    assert comparison_notes("death", {}, COMPARISON_SCHEMA.to_frame()) == []
+
+
+def test_baselines_do_not_depend_on_the_size_of_cells(few):
+    table = labelled(few, GRADE)
+    folds = make_folds(table, target=GRADE, folds=4, seed=0)
+    once = QUICK.model_copy(update={"epochs": 1})
+    plain, fine = (
+        cross_validate(GRADE, table, folds, grids.__getitem__, once, crop=crop).predictions
+        for grids, crop in ((few.grids, CROP), (halve_cells(few.grids), 2 * CROP))
+    )
+    for name in BASELINES:
+        np.testing.assert_allclose(
+            plain.filter(model=name)["prediction"], fine.filter(model=name)["prediction"], rtol=1e-3
+        )
+
+
 class Stopped(BaseException):
     """Stands for Ctrl-C."""
 
@@ -440,7 +539,7 @@ def test_an_interrupted_training_continues_with_the_next_fold(few, target, tmp_p
     settings = QUICK.model_copy(update={"seeds": 2})
     table = with_test_split(few, target)
     folds = make_folds(table, target=target, folds=settings.folds, seed=settings.seed)
-    whole = cross_validate(target, table, folds, few.source, settings)
+    whole = cross_validate(target, table, folds, few.source, settings, crop=CROP)
     kept = FoldCheckpoints(tmp_path / "folds", "x")
     per_fold = settings.seeds * settings.epochs
     with pytest.raises(Stopped):
@@ -450,6 +549,7 @@ def test_an_interrupted_training_continues_with_the_next_fold(few, target, tmp_p
             folds,
             few.source,
             settings,
+            crop=CROP,
             progress=stop_after(2 * per_fold + 1),
             checkpoints=kept,
         )
@@ -461,6 +561,7 @@ def test_an_interrupted_training_continues_with_the_next_fold(few, target, tmp_p
         folds,
         few.source,
         settings,
+        crop=CROP,
         progress=lambda *done: calls.append(done),
         checkpoints=kept,
     )

@@ -3,10 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from nic_core.cohort import (
     ClassificationTarget,
     CohortError,
+    ModelSettings,
     RegressionTarget,
     SurvivalTarget,
 )
@@ -20,6 +23,7 @@ from nic_core.models.networks import (
     SmallGridCNN,
     build_network,
     check_crop,
+    crop_cells,
 )
 
 TARGETS = (
@@ -61,6 +65,34 @@ def test_other_crops_raise_with_a_remedy(crop):
     with pytest.raises(CohortError, match=r"383 to 446.*use network 'small'"):
         check_crop("published", crop)
     check_crop("small", crop)
+
+
+@pytest.mark.parametrize(
+    ("crop_um", "cell_um", "cells"),
+    [(25_600, 64, 400), (25_600, 112, 229), (25_600, 32, 800), (100, 112, 1), (1536, 64.0001, 24)],
+)
+def test_a_crop_has_the_whole_cells_nearest_to_its_um(crop_um, cell_um, cells):
+    assert crop_cells(ModelSettings(network="small", crop_um=crop_um), cell_um) == cells
+
+
+@given(st.floats(100, 1e5), st.floats(1, 500))
+def test_two_encoders_see_the_same_field_of_view_up_to_a_cell(crop_um, cell_um):
+    crop = crop_cells(ModelSettings(network="mil", crop_um=max(crop_um, cell_um)), cell_um)
+    assert abs(crop * cell_um - max(crop_um, cell_um)) <= cell_um / 2 * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("cell_um", [32, 112, 0.243 * 256])
+def test_a_refused_crop_states_the_um_that_the_network_takes(cell_um):
+    with pytest.raises(CohortError, match="crop_um 1000 is .* takes crops of 383 to 446") as error:
+        crop_cells(ModelSettings(crop_um=1000), cell_um)
+    low, high = map(float, str(error.value).split("a value from ")[1].split(" to "))
+    assert crop_cells(ModelSettings(crop_um=low), cell_um) == 383
+    assert crop_cells(ModelSettings(crop_um=high), cell_um) == 446
+
+
+def test_a_crop_smaller_than_a_cell_is_refused():
+    with pytest.raises(CohortError, match="crop_um 50 is less than half a cell of 112 um"):
+        crop_cells(ModelSettings(network="small", crop_um=50), 112)
 
 
 @pytest.mark.parametrize("positions", [False, True])

@@ -181,6 +181,72 @@ def test_outlines_contain_exactly_the_centres_of_the_mask(mask, fill):
             assert (area > 0) == (i == 0)
 
 
+@given(
+    mask=arrays(bool, st.tuples(st.integers(1, 8), st.integers(1, 8))),
+    x=st.integers(-500, 500),
+    y=st.integers(-500, 500),
+)
+def test_outlines_of_other_cells_lie_at_the_same_place(mask, x, y):
+    plain = outlines(mask, 40)
+    moved = outlines(mask, 40, (x, y))
+    for polygon, other in zip(plain, moved, strict=True):
+        for ring, its in zip(polygon, other, strict=True):
+            np.testing.assert_allclose(np.array(ring) + (x, y), its)
+    if mask.any():
+        halved = outlines(mask.repeat(2, 0).repeat(2, 1), 20, (x, y))
+        ends = [
+            [point(points, axis=0) for point in (np.min, np.max)]
+            for polygons in (moved, halved)
+            for points in [np.concatenate([ring for polygon in polygons for ring in polygon])]
+        ]
+        np.testing.assert_allclose(ends[0], ends[1])
+
+
+OTHER_CELLS = {
+    "plain": {},
+    "half the stride": {"stride": 25},
+    "another patch and um/px": {"patch": 40, "mpp": 0.625, "stride": 20},
+    "an origin inside the slide": {"stride": 25, "origin": (100.0, 50.0)},
+    "an origin outside the slide": {"stride": 25, "origin": (-100.0, -150.0)},
+}
+
+
+@pytest.mark.parametrize("changes", OTHER_CELLS.values(), ids=OTHER_CELLS)
+def test_heat_of_any_grid_lies_at_its_place_on_the_slide(tmp_path, slide, pixels, about, changes):
+    grid = about.model_copy(update=changes)
+    x, y = ((np.arange(24) + 0.5) * grid.cell + corner for corner in grid.origin)
+    hot = ((y > 200) & (y < 400))[:, None] & ((x > 300) & (x < 500))
+    write_heatmap(
+        tmp_path / "heat", hot.astype(np.float32), grid, slide, name="g", quantiles=[0.998]
+    )
+
+    (area,) = read_annotations(tmp_path / "heat" / GEOJSON).regions
+    corners = np.concatenate(area.rings)
+    np.testing.assert_allclose([corners.min(0), corners.max(0)], [(300, 200), (500, 400)])
+
+    location = ome_zarr.io.parse_url(tmp_path / "heat" / ZARR)
+    (node,) = list(ome_zarr.reader.Reader(location)())[:1]
+    ((scale, translation),) = node.metadata["coordinateTransformations"]
+    step, start = np.array(scale["scale"]), np.array(translation["translation"])
+    # um of the centres of the first and last hot pixel; the slide's first pixel centre is at 0
+    ends = np.argwhere(np.asarray(node.data[0]))[[0, -1]] * step + start
+    np.testing.assert_allclose(
+        ends + 0.125, [(50 + step[0] / 2, 75 + step[1] / 2), (100 - step[0] / 2, 125 - step[1] / 2)]
+    )
+
+    only = np.where(hot, 1, np.nan).astype(np.float32)
+    drawn = heat_overlay(slide, only, grid)
+    coloured = (drawn != pixels).any(-1)[:660]  # without the scale bar
+    rows, columns = np.nonzero(coloured)
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (200, 399, 300, 499)
+
+    sheet = patch_sheet(slide, only, grid)
+    row, column = np.argwhere(hot)[0]
+    side = grid.patch * grid.mpp / grid.slide_mpp
+    first = slide.read(x[column] - side / 2, y[row] - side / 2, grid.patch, grid.patch, grid.mpp)
+    np.testing.assert_array_equal(sheet[: grid.patch, : grid.patch], first)
+
+
 def test_a_hole_is_a_second_ring():
     mask = np.ones((3, 3), bool)
     mask[1, 1] = False
@@ -259,10 +325,10 @@ def test_uniform_heat_gives_one_area():
     assert len(feature["geometry"]["coordinates"]) == 1
 
 
-def test_the_overlay_colours_only_cells_with_heat(slide, pixels):
+def test_the_overlay_colours_only_cells_with_heat(slide, pixels, about):
     heat = np.full((7, 9), np.nan, np.float32)
     heat[2, 3], heat[2, 4] = -1, 1
-    drawn = heat_overlay(slide, heat, 100).astype(int)
+    drawn = heat_overlay(slide, heat, about).astype(int)
     assert drawn.shape == pixels.shape
     blue, red = (drawn[200:300, x : x + 100].mean((0, 1)) for x in (300, 400))
     tissue = pixels[200:300, 300:500].mean((0, 1))
@@ -271,10 +337,10 @@ def test_the_overlay_colours_only_cells_with_heat(slide, pixels):
     np.testing.assert_array_equal(drawn[:200], pixels[:200])
 
 
-def test_the_scale_bar_has_the_length_of_its_label(slide):
+def test_the_scale_bar_has_the_length_of_its_label(slide, about):
     heat = np.full((7, 9), np.nan, np.float32)
     heat[0, 0], heat[0, 1] = 0, 1
-    drawn = heat_overlay(slide, heat, 100)
+    drawn = heat_overlay(slide, heat, about)
     # a fifth of the width of 225 um is 45 um; the bar of 20 um has 80 px
     black = (drawn[-14] == 0).all(-1)
     assert black.sum() == 80

@@ -106,6 +106,27 @@ def test_the_truth_outside_the_slide_is_unknown(tmp_path):
     np.testing.assert_array_equal(truth, [[1, -1]])
 
 
+@given(st.integers(0, 3), st.integers(0, 3), st.integers(0, 2**32 - 1))
+def test_the_truth_of_cells_does_not_depend_on_the_grid(tmp_path_factory, down, right, seed):
+    values = np.random.default_rng(seed).choice([0, 1, 255], (6, 8))
+    path = labels(tmp_path_factory.mktemp("truth"), values)
+
+    def truth(cell: float, shape: tuple[int, int], **place: tuple[float, float]) -> np.ndarray:
+        return truth_of_cells(
+            path, MAP, width=8 * 64, height=6 * 64, mpp=0.5, cell=cell, shape=shape, **place
+        )
+
+    plain = truth(64, (6, 8))
+    np.testing.assert_array_equal(truth(32, (12, 16)), plain.repeat(2, 0).repeat(2, 1))
+    later = truth(64, (6, 8), origin=(64.0 * right, 64.0 * down))
+    np.testing.assert_array_equal(later[: 6 - down, : 8 - right], plain[down:, right:])
+    earlier = truth(32, (16, 16), origin=(-32.0 * right, -32.0 * down))
+    assert (earlier[:down] == -1).all()  # outside the slide
+    np.testing.assert_array_equal(
+        earlier[down : down + 12, right:], plain.repeat(2, 0).repeat(2, 1)[:, : 16 - right]
+    )
+
+
 def test_a_slide_with_cells_of_one_class_has_no_auc():
     rows = [("a", i, 0, p, t) for i, (p, t) in enumerate([(0.9, True), (0.1, False), (0.5, None)])]
     rows += [("b", 0, 0, 0.3, False), ("b", 1, 0, 0.2, False)]
@@ -122,6 +143,18 @@ def test_the_overlay_colours_only_the_cells_of_the_map():
     assert changed.sum() == 100
     red, _, blue = drawn[5, 15]
     assert red > blue
+
+
+@pytest.mark.parametrize("origin", [(0.0, 0.0), (50.0, 100.0), (-150.0, -50.0)])
+def test_the_overlay_of_other_cells_colours_the_same_place(origin):
+    white = np.full((20, 40, 3), 255, np.uint8)
+    # the area of x 100 to 200, y 100 to 200 level-0 px in cells of 50 px
+    left, top = (round((100 - corner) / 50) for corner in origin)
+    rows = [("s", top + i, left + j, 1.0, None) for i in range(2) for j in range(2)]
+    cells = pl.DataFrame(rows, schema=MAP_SCHEMA, orient="row")
+    drawn = overlay(white, cells, width=400, height=200, cell=50, origin=origin)
+    assert (drawn[10:20, 10:20] != 255).any(2).all()
+    assert (drawn != 255).any(2).sum() == 100
 
 
 def test_the_overlay_of_an_empty_map_is_the_thumbnail():
