@@ -49,6 +49,23 @@ def wrong_references(data: Mapping[str, Any]) -> Found:
             if base not in others:
                 message = _undefined("encoder that can be reused", base, others)
                 yield ("encoders", position, "encoder"), message
+    bases = {name: found[1] for name, entry in encoders.items() if (found := _base(entry))}
+    for position, entry in _entries(data, "encoders"):
+        if (found := _base(entry)) is None:
+            continue
+        field, base = found
+        place = ("encoders", position, *field)
+        if (chain := _circle(str(entry.get("name")), bases)) is not None:
+            yield (
+                place,
+                f"no encoder can be made from itself: {' <- '.join(chain)}; start one of them from "
+                "another encoder or file, or without 'initial_weights'",
+            )
+        elif field == ("initial_weights", "encoder"):
+            if base not in encoders:
+                yield place, _undefined("encoder", base, encoders)
+            elif encoders[base].get("objective") == "mean_rgb":
+                yield place, f"encoder '{base}' is mean_rgb, which has no weights; name another one"
     for position, entry in _entries(data, "maps"):
         name, task, label = (entry.get(field) for field in ("encoder", "task", "label"))
         if isinstance(name, str) and name not in encoders:
@@ -60,6 +77,12 @@ def wrong_references(data: Mapping[str, Any]) -> Found:
             if task not in of_encoder:
                 message = _undefined(f"task of encoder '{name}'", task, of_encoder)
                 yield ("maps", position, "task"), message
+            elif encoders[name].get("embedding") == "pooled":
+                yield (
+                    ("maps", position, "encoder"),
+                    f"encoder '{name}' has embedding 'pooled', but its heads take the dense code; "
+                    "set 'embedding: both' or 'embedding: dense' there, or name another encoder",
+                )
             classes = _texts(tasks.get(task, {}).get("classes"))
             if classes and isinstance(label, str) and label not in classes:
                 message = _undefined(f"class of patch task '{task}'", label, classes)
@@ -95,6 +118,33 @@ def missing_columns(
                 f"label table {labels} has no column '{name}'{did_you_mean(name, columns)}; "
                 f"it has {', '.join(map(visible, columns))}",
             )
+
+
+def _base(encoder: Mapping[str, Any]) -> tuple[Location, str] | None:
+    """Field of an entry that names the encoder whose weights it uses, and that encoder.
+
+    None without one. The alias ``candidate`` follows each training of the encoder that gives the
+    registered model its name.
+    """
+    if isinstance(name := encoder.get("encoder"), str):
+        return ("encoder",), name
+    start = encoder.get("initial_weights")
+    if not isinstance(start, Mapping):
+        return None
+    if isinstance(name := start.get("encoder"), str):
+        return ("initial_weights", "encoder"), name
+    model, _, alias = str(start.get("version")).partition("@")
+    if alias != "candidate":
+        return None
+    return ("initial_weights", "version"), model.removeprefix("encoder-")
+
+
+def _circle(name: str, bases: Mapping[str, str]) -> list[str] | None:
+    """The chain of encoders that leads from one back to itself; None if it does not."""
+    chain = [name]
+    while (base := bases.get(chain[-1])) is not None and base not in chain:
+        chain.append(base)
+    return [*chain, name] if base == name else None
 
 
 def _undefined(kind: str, name: str, defined: Mapping[str, Any] | list[str]) -> str:
