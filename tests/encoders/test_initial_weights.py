@@ -53,12 +53,12 @@ def first(stripes) -> Encoder:
 
 
 def started(
-    first: Encoder, tasks: list, *, freeze: int = 0, origin: str = "encoder 'a'", **changes: object
+    first: Encoder, data: list, *, freeze: int = 0, origin: str = "encoder 'a'", **changes: object
 ) -> Encoder:
     start = InitialWeights(encoder="a", freeze=freeze)
     return train_encoder(
         spec(initial_weights=start, **changes),
-        tasks,
+        data,
         **SIZES,
         initial=InitialEncoder(first, origin),
     ).encoder
@@ -216,9 +216,7 @@ def study(root: Path, **start: object) -> tuple[Cohort, Store]:
 
 def test_an_encoder_of_the_study_is_a_start_once_it_is_made(tmp_path):
     cohort, store = study(tmp_path, encoder="a")
-    with pytest.raises(
-        EncoderError, match="'b' starts from encoder 'a', which is not in the store"
-    ):
+    with pytest.raises(EncoderError, match="'b' starts from encoder 'a', which is not in"):
         steps.make_encoder(cohort, store, "b", device="cpu")
     unmade = steps.encoder_versions(cohort, store)
     steps.make_encoder(cohort, store, "a", device="cpu")
