@@ -78,7 +78,7 @@ class EncoderSpec(_EncoderEntry):
     objective: Literal["mean_rgb", "mtl", "supervised", "vae", "contrastive", "bigan"]
     embedding_size: PositiveInt | None = Field(
         default=None,
-        description="length of an embedding; default: `settings.embedding_size`; 3 for mean_rgb",
+        description="length of the dense code; default: `settings.embedding_size`; 3 for mean_rgb",
     )
     tasks: tuple[str, ...] = Field(default=(), description="names of patch tasks to train on")
     seed: int = 0

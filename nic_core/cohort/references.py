@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from nic_core.cohort.fields import Location, did_you_mean
 from nic_core.cohort.tables import visible
@@ -49,23 +49,7 @@ def wrong_references(data: Mapping[str, Any]) -> Found:
             if base not in others:
                 message = _undefined("encoder that can be reused", base, others)
                 yield ("encoders", position, "encoder"), message
-    bases = {name: found[1] for name, entry in encoders.items() if (found := _base(entry))}
-    for position, entry in _entries(data, "encoders"):
-        if (found := _base(entry)) is None:
-            continue
-        field, base = found
-        place = ("encoders", position, *field)
-        if (chain := _circle(str(entry.get("name")), bases)) is not None:
-            yield (
-                place,
-                f"no encoder can be made from itself: {' <- '.join(chain)}; start one of them from "
-                "another encoder or file, or without 'initial_weights'",
-            )
-        elif field == ("initial_weights", "encoder"):
-            if base not in encoders:
-                yield place, _undefined("encoder", base, encoders)
-            elif encoders[base].get("objective") == "mean_rgb":
-                yield place, f"encoder '{base}' is mean_rgb, which has no weights; name another one"
+    yield from _wrong_initial_weights(data, encoders)
     for position, entry in _entries(data, "maps"):
         name, task, label = (entry.get(field) for field in ("encoder", "task", "label"))
         if isinstance(name, str) and name not in encoders:
@@ -77,11 +61,12 @@ def wrong_references(data: Mapping[str, Any]) -> Found:
             if task not in of_encoder:
                 message = _undefined(f"task of encoder '{name}'", task, of_encoder)
                 yield ("maps", position, "task"), message
-            elif encoders[name].get("embedding") == "pooled":
+            elif with_heads.get("embedding") == "pooled":
                 yield (
                     ("maps", position, "encoder"),
-                    f"encoder '{name}' has embedding 'pooled', but its heads take the dense code; "
-                    "set 'embedding: both' or 'embedding: dense' there, or name another encoder",
+                    f"encoder '{with_heads['name']}' has embedding 'pooled', but its heads take "
+                    "the dense code; set 'embedding: both' or 'embedding: dense' there, or name "
+                    "another encoder",
                 )
             classes = _texts(tasks.get(task, {}).get("classes"))
             if classes and isinstance(label, str) and label not in classes:
@@ -120,23 +105,45 @@ def missing_columns(
             )
 
 
-def _base(encoder: Mapping[str, Any]) -> tuple[Location, str] | None:
-    """Field of an entry that names the encoder whose weights it uses, and that encoder.
+def _wrong_initial_weights(
+    data: Mapping[str, Any], encoders: Mapping[str, Mapping[str, Any]]
+) -> Found:
+    """Yield initial weights of encoders that do not exist, have none, or lead in a circle."""
+    bases = {name: found[1] for name, entry in encoders.items() if (found := _base(entry))}
+    for position, entry in _entries(data, "encoders"):
+        found = _base(entry)
+        if found is None or found[0] == "reused":  # a circle is reported once
+            continue
+        field, base = found
+        place = ("encoders", position, "initial_weights", field)
+        chain = _circle(str(entry.get("name")), bases)
+        if chain is not None:
+            yield (
+                place,
+                f"no encoder can start from itself: {' <- '.join(chain)}; start one of them from "
+                "another encoder or file, or without 'initial_weights'",
+            )
+        elif field == "encoder" and base not in encoders:
+            yield place, _undefined("encoder", base, encoders)
+        elif field == "encoder" and encoders[base].get("objective") == "mean_rgb":
+            yield place, f"encoder '{base}' is mean_rgb, which has no weights; name another one"
 
-    None without one. The alias ``candidate`` follows each training of the encoder that gives the
-    registered model its name.
+
+def _base(encoder: Mapping[str, Any]) -> tuple[Literal["reused", "encoder", "version"], str] | None:
+    """How an entry names the encoder of the study whose weights it uses, and that encoder.
+
+    Either it reuses it, or it is a field of its initial weights. None without one. The alias
+    ``candidate`` follows each training of the encoder that gives the registered model its name.
     """
     if isinstance(name := encoder.get("encoder"), str):
-        return ("encoder",), name
+        return "reused", name
     start = encoder.get("initial_weights")
     if not isinstance(start, Mapping):
         return None
     if isinstance(name := start.get("encoder"), str):
-        return ("initial_weights", "encoder"), name
+        return "encoder", name
     model, _, alias = str(start.get("version")).partition("@")
-    if alias != "candidate":
-        return None
-    return ("initial_weights", "version"), model.removeprefix("encoder-")
+    return ("version", model.removeprefix("encoder-")) if alias == "candidate" else None
 
 
 def _circle(name: str, bases: Mapping[str, str]) -> list[str] | None:

@@ -14,6 +14,7 @@ import polars as pl
 from nic_core.cohort import (
     Cohort,
     CohortError,
+    EncoderEntry,
     EncoderSpec,
     ImportedEncoder,
     PatchTask,
@@ -360,9 +361,10 @@ def encoder_bases(cohort: Cohort) -> dict[str, str]:
     for encoder in cohort.encoders:
         if isinstance(encoder, ReusedEncoder):
             bases[encoder.name] = encoder.encoder
-        elif isinstance(encoder, EncoderSpec) and (start := encoder.initial_weights) is not None:
-            if start.encoder is not None:
-                bases[encoder.name] = start.encoder
+            continue
+        start = encoder.initial_weights if isinstance(encoder, EncoderSpec) else None
+        if start is not None and start.encoder is not None:
+            bases[encoder.name] = start.encoder
     return bases
 
 

@@ -20,6 +20,7 @@ from tests.assets.test_study import Study, edited, materialize
 
 pytestmark = pytest.mark.slow
 
+TASK = "128px-0.5um|colorectal"
 ENCODER = dg.AssetKey("encoder")
 
 
@@ -93,7 +94,7 @@ def test_a_later_encoder_is_blocked_until_its_start_is_made(tiny_cohort, tmp_pat
         study.defs.resolve_implicit_global_asset_job_def().execute_in_process(
             instance=study.instance,
             asset_selection=[dg.AssetKey(asset)],
-            partition_key="colorectal" if asset == "patch_task" else None,
+            partition_key=TASK if asset == "patch_task" else None,
         )
     for only in ({ENCODER}, None):
         found = stale_assets(study.instance, graph, only=only)[ENCODER]
@@ -115,7 +116,7 @@ def test_a_failed_start_is_reported_and_stops_what_starts_from_it(
 def test_the_command_line_makes_a_start_then_what_starts_from_it(tiny_cohort, tmp_path):
     cohort = small(tiny_cohort, tmp_path, entries(encoder="a"))
     assert materialize(cohort, tmp_path, "slide_index").returncode == 0
-    assert materialize(cohort, tmp_path, "patch_task", "--partition", "colorectal").returncode == 0
+    assert materialize(cohort, tmp_path, "patch_task", "--partition", TASK).returncode == 0
     early = materialize(cohort, tmp_path, "encoder", "--partition", "b")
     assert early.returncode != 0
     assert "encoder 'b' starts from encoder 'a', which is not in the store" in early.stderr

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nic_core import steps
-from nic_core.cohort import Cohort, EncoderSpec, ImportedEncoder, InitialWeights
+from nic_core.cohort import Cohort, EncoderSpec, Geometry, ImportedEncoder, InitialWeights
 from nic_core.encoders import (
     EncoderError,
     InitialEncoder,
@@ -27,7 +27,7 @@ from nic_core.encoders.encoder import Encoder, with_embedding
 from nic_core.encoders.files import read_card
 from nic_core.encoders.networks import BN_EPSILON, SLOPE
 from nic_core.encoders.probes import probe_table, task_embeddings
-from nic_core.store import Store
+from nic_core.store import PatchTaskKey, Store
 
 from .conftest import make_dataset
 
@@ -208,9 +208,9 @@ def study(root: Path, **start: object) -> tuple[Cohort, Store]:
         }
     )
     store = Store(root / "store")
-    if not store.patch_task("stripes").exists():
-        store.patch_task("stripes").mkdir(parents=True)
-        save_patch_task(store.patch_task("stripes"), make_dataset(side=94))
+    task = store.patch_task(PatchTaskKey(geometry="94px-0.5um", task="stripes"))
+    task.mkdir(parents=True)
+    save_patch_task(task, make_dataset(side=94))
     return cohort, store
 
 
@@ -339,7 +339,7 @@ def test_an_encoder_with_pooled_numbers_is_saved_and_loaded(
     assert loaded.card.embedding_size == loaded.embed(pixels).shape[1]
     assert np.array_equal(loaded.embed(pixels), trained.embed(pixels))
     entry = ImportedEncoder(name="d", objective="imported", file=tmp_path / "e", embedding="dense")
-    again = import_encoder(entry, patch=94, mpp=0.5)
+    again = import_encoder(entry, Geometry(94, 0.5, 94))
     assert again.card.weights_hash == first.card.weights_hash
     assert np.array_equal(again.embed(pixels), first.embed(pixels))
 
@@ -369,7 +369,7 @@ def test_pooled_numbers_need_the_published_network_and_two_positions(stripes):
 def test_a_released_encoder_is_imported_with_pooled_numbers(published, embedding):
     path = published / "encoder_multitask-4.h5"
     entry = ImportedEncoder(name="r", objective="imported", file=path, embedding=embedding)
-    encoder = import_encoder(entry, patch=128, mpp=0.5)
+    encoder = import_encoder(entry, Geometry(128, 0.5, 128))
     pixels = make_dataset(side=128, each=5).patches[:4]
     found = encoder.embed(pixels)
     assert found.shape[1] == encoder.card.embedding_size == {"pooled": 256, "both": 384}[embedding]
