@@ -131,6 +131,7 @@ def encoder_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
                 make,
                 parse=str,
                 path=store.encoder,
+                earlier=steps.encoder_bases(cohort),
                 expected=(EncoderError, TrackingError),
             )
 

@@ -293,8 +293,9 @@ def _record(
                 "the encoder's settings to theirs"
             )
     assert spec.initial_weights is not None
-    same = tuple(task.name for task in tasks if card.tasks.get(task.name) == task.classes)
-    for task in tasks:
+    with_heads = tasks if spec.objective in ("mtl", "supervised") else ()
+    same = tuple(task.name for task in with_heads if card.tasks.get(task.name) == task.classes)
+    for task in with_heads:
         if task.name in card.tasks and task.name not in same:
             log.warning(
                 "encoder '%s': task '%s' of the initial weights (%s) has other classes, so its "
@@ -309,7 +310,7 @@ def _record(
         mpp=card.mpp,
         training_recorded=card.training_recorded,
         frozen_blocks=spec.initial_weights.freeze,
-        heads=same if spec.objective in ("mtl", "supervised") else (),
+        heads=same,
         data=card.seen_data,
     )
 

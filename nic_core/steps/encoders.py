@@ -211,14 +211,14 @@ def _initial_encoder(
     if start is None:
         return None
     if start.encoder is not None:
-        folder, origin = store.encoder(start.encoder), f"encoder '{start.encoder}'"
-        if not folder.exists():
+        place, origin = store.encoder(start.encoder), f"encoder '{start.encoder}'"
+        if not place.exists():
             raise EncoderError(
                 f"encoder '{spec.name}' starts from encoder '{start.encoder}', which is not in the "
                 f"store {store.root}; make '{start.encoder}' first"
             )
     elif start.file is not None:
-        folder, origin = start.file, start.file.name
+        place, origin = start.file, start.file.name
     elif downloaded is None:
         raise EncoderError(
             f"encoder '{spec.name}' starts from {start.version} of a model registry, which this "
@@ -226,9 +226,11 @@ def _initial_encoder(
             "materialize the encoder in Dagster"
         )
     else:
-        folder, origin = downloaded, str(start.version)
-    loaded = load_initial_weights(folder, spec.name)
-    return InitialEncoder(loaded, loaded.card.source or origin if start.file else origin)
+        place, origin = downloaded, str(start.version)
+    loaded = load_initial_weights(place, spec.name)
+    if start.file is not None and loaded.card.source is not None:
+        origin = loaded.card.source
+    return InitialEncoder(loaded, origin)
 
 
 def remove_checkpoint(store: Store, encoder: str) -> None:

@@ -7,11 +7,17 @@ from pathlib import Path
 
 import dagster as dg
 import mlflow
+import polars as pl
 import pytest
 import yaml
+from dagster._core.storage.tags import (
+    ASSET_PARTITION_RANGE_END_TAG,
+    ASSET_PARTITION_RANGE_START_TAG,
+)
 
 from nic_assets.assets.inputs import ENCODER_ENTRY, known_versions
-from nic_assets.orchestration.staleness import stale_assets
+from nic_assets.build import build_defs
+from nic_assets.orchestration.staleness import StaleAsset, stale_assets
 from nic_assets.tracking import Tracking
 from nic_core.cohort import load_cohort
 from nic_core.encoders.files import read_card
@@ -29,19 +35,24 @@ def entries(**start: object) -> list[dict[str, object]]:
     common = {"objective": "supervised", "patches_seen": 64, "batch": 32}
     return [
         {"name": "b", **common, "tasks": ["colorectal"], "initial_weights": start},
-        {"name": "a", **common, "tasks": ["colorectal"], "learning_rate": 3e-3},
+        {"name": "a", **common, "tasks": ["colorectal"], "learning_rate": 3e-3}
+        | {"embedding": "both"},
     ]
 
 
 def small(cohort: Path, root: Path, encoders: list[dict[str, object]]) -> Path:
-    """Write a cohort of the encoders and one patch task, without targets and maps."""
+    """Write a cohort of the encoders, one patch task and one slide."""
     task = next(
         task
         for task in yaml.safe_load(cohort.read_text())["patch_tasks"]
         if task["name"] == "colorectal"
     )
     path = edited(cohort, root, {"encoders": encoders, "targets": [], "maps": []})
-    data = yaml.safe_load(path.read_text())
+    slides = pl.read_csv(cohort.parent / "slides.csv", infer_schema=False).head(1)
+    slides.select("slide", "patient", path=f"{cohort.parent}/" + pl.col("path")).write_csv(
+        root / "slide.csv"
+    )
+    data = yaml.safe_load(path.read_text()) | {"slides": {"table": "slide.csv"}}
     task["table"] = str(cohort.parent / task["table"])
     path.write_text(yaml.safe_dump(data | {"patch_tasks": [task]}))
     return path
@@ -77,7 +88,7 @@ def test_a_refresh_makes_an_encoder_after_the_one_it_starts_from(tiny_cohort, tm
     (tmp_path / "again").mkdir()
     again = Study(cohort, tmp_path / "again")
     again.instance, again.store = study.instance, study.store
-    again.defs = type(study).__init__.__globals__["build_defs"](again.cohort, study.store)
+    again.defs = build_defs(again.cohort, study.store)
     assert again.refresh() == []
     assert (times(study, "a"), times(study, "b")) == (2, 2)
     assert read_card(study.store.encoder("b")).initial_weights.weights_hash == (
@@ -87,18 +98,28 @@ def test_a_refresh_makes_an_encoder_after_the_one_it_starts_from(tiny_cohort, tm
     assert (times(study, "a"), times(study, "b")) == (2, 2)
 
 
-def test_a_later_encoder_is_blocked_until_its_start_is_made(tiny_cohort, tmp_path):
+def test_one_run_makes_an_encoder_after_the_one_it_starts_from(tiny_cohort, tmp_path):
     study = Study(small(tiny_cohort, tmp_path, entries(encoder="a")), tmp_path)
     graph = study.defs.resolve_asset_graph()
-    for asset in ("slide_index", "patch_task"):
-        study.defs.resolve_implicit_global_asset_job_def().execute_in_process(
-            instance=study.instance,
-            asset_selection=[dg.AssetKey(asset)],
-            partition_key=TASK if asset == "patch_task" else None,
+    job = study.defs.resolve_implicit_global_asset_job_def()
+
+    def make(asset: str, **arguments: object) -> None:
+        job.execute_in_process(
+            instance=study.instance, asset_selection=[dg.AssetKey(asset)], **arguments
         )
+
+    make("slide_index")
+    make("patch_task", partition_key=TASK)
     for only in ({ENCODER}, None):
         found = stale_assets(study.instance, graph, only=only)[ENCODER]
         assert (found.ready, found.blocked_by_upstream) == ({"a"}, {"b"})
+    make(
+        "encoder",
+        tags={ASSET_PARTITION_RANGE_START_TAG: "b", ASSET_PARTITION_RANGE_END_TAG: "a"},
+    )
+    found = stale_assets(study.instance, graph, only={ENCODER})[ENCODER]
+    assert found == StaleAsset(frozenset(), frozenset(), frozenset())
+    assert (times(study, "a"), times(study, "b")) == (1, 1)
 
 
 def test_a_failed_start_is_reported_and_stops_what_starts_from_it(
