@@ -21,7 +21,7 @@ from nic_assets.orchestration.staleness import StaleAsset, stale_assets
 from nic_assets.tags import REFRESH_TAG
 from nic_core.cohort import Automation, Cohort, CohortError
 from nic_core.cohort.scan import scan_files
-from nic_core.steps import digest, read_file_snapshot
+from nic_core.steps import digest, initial_weight_files, read_file_snapshot
 from nic_core.store import Store
 
 if TYPE_CHECKING:
@@ -171,15 +171,20 @@ def watch_inputs(
         job=make_slide_index,
         minimum_interval_seconds=hours.poll_seconds,
         default_status=dg.DefaultSensorStatus.RUNNING,
-        description="Scans slides, masks and tables (one stat per file) and requests slide_index "
-        "when two scans in a row find the same change.",
+        description="Scans slides, masks, tables and initial weights (one stat per file) and "
+        "requests slide_index when two scans in a row find the same change.",
     )
     def watch_inputs(
         context: dg.SensorEvaluationContext, store: dg.ResourceParam[Store]
     ) -> dg.RunRequest | dg.SkipReason:
         snapshot = read_file_snapshot(store)
         try:
-            scan = scan_files(cohort, snapshot, json.loads(context.cursor or "[]"))
+            scan = scan_files(
+                cohort,
+                snapshot,
+                json.loads(context.cursor or "[]"),
+                further=initial_weight_files(cohort, store),
+            )
         except CohortError as error:
             return dg.SkipReason(str(error))
         context.update_cursor(json.dumps(scan.fingerprints))

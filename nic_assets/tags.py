@@ -1,4 +1,4 @@
-"""Tags of assets and runs."""
+"""Tags of assets and runs, and metadata of assets."""
 
 REFRESH_TAG = "nic/refresh"
 """When Dagster materializes an asset.
@@ -11,6 +11,12 @@ Without this tag: when the asset is missing or stale, within the cohort's hours.
 INPUTS_TAG = "nic/inputs"
 PARTIAL_INPUTS = {INPUTS_TAG: "partial"}
 """Marks assets that summarize a layer: failed partitions of the layer do not block them."""
+
+EARLIER_PARTITIONS = "nic/earlier_partitions"
+"""Metadata of an asset: the partition that each of its partitions is made from, if any.
+
+Dagster has no dependencies between partitions of one asset.
+"""
 
 HOST_TAG = "nic/host"
 """Tag of a run with the host names of its steps' machines, for ``nic doctor``."""

@@ -16,6 +16,9 @@ Precision = Literal["float32", "bfloat16"]
 RequestedPrecision = Literal["auto", "float32", "bfloat16"]
 """``auto`` is bfloat16 on a device with matrix units for it, else float32 [choice]."""
 
+Embedding = Literal["dense", "pooled", "both"]
+"""The dense code of the published network, statistics of its last feature maps, or both."""
+
 Reading = Literal["patch", "input"]
 """um/px at which a slide is read: that of the patch, or that of the network's pooled input."""
 

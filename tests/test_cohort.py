@@ -1,5 +1,6 @@
 """The cohort file: defaults, paths, and errors with line and field."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -336,6 +337,100 @@ def test_a_wrong_reference_is_reported_in_its_own_line(tmp_path, values, place, 
         load_cohort(path)
     assert str(error.value).startswith(f"{path}:{place}: ")
     assert message in str(error.value)
+
+
+STARTS = (
+    MINIMAL
+    + """\
+  - {{name: a, objective: {objective}, tasks: [colon], initial_weights: {a}}}
+  - {{name: b, objective: mtl, tasks: [colon], initial_weights: {b}}}
+patch_tasks:
+  - {{name: colon, organ: colon, mpp: 0.5, table: colon.csv}}
+"""
+)
+A_FROM, B_FROM = "encoders.1.initial_weights", "encoders.2.initial_weights"
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "place", "message"),
+    [
+        (
+            "{encoder: a}",
+            "null",
+            f"7: {A_FROM}.encoder",
+            "no encoder can start from itself: a <- a",
+        ),
+        ("{encoder: b}", "{encoder: a}", f"7: {A_FROM}.encoder", "a <- b <- a; start one of them"),
+        ("{version: encoder-b@candidate}", "{encoder: a}", f"7: {A_FROM}.version", "a <- b <- a"),
+        ("null", "{encoder: aa}", f"8: {B_FROM}.encoder", "'aa' is not defined; did you mean 'a'?"),
+        ("null", "{encoder: mean-rgb}", f"8: {B_FROM}.encoder", "mean_rgb, which has no weights"),
+        ("{}", "null", f"7: {A_FROM}", "give one of encoder (a name), file (a path) and version"),
+        ("{encoder: b, file: x}", "null", f"7: {A_FROM}", "not encoder and file"),
+        ("{file: x.pt}", "null", f"7: {A_FROM}", "x.pt is neither a Keras file of a released"),
+        ("{version: mtl@best}", "null", f"7: {A_FROM}.version", "match pattern"),
+        ("{encoder: b, freeze: 5}", "null", "7: encoders.1", "more than the 4 convolution blocks"),
+        ("{encoder: b, freeze: -1}", "null", f"7: {A_FROM}.freeze", "greater than or equal to 0"),
+        ("{encoder: b, frozen: 1}", "null", f"7: {A_FROM}.frozen", "did you mean 'freeze'?"),
+        ("a", "null", f"7: {A_FROM}", "write keys with values"),
+    ],
+)
+def test_wrong_initial_weights_are_reported_in_their_line(tmp_path, a, b, place, message):
+    path = write(tmp_path, STARTS.format(objective="mtl", a=a, b=b))
+    with pytest.raises(CohortError) as error:
+        load_cohort(path)
+    assert str(error.value).startswith(f"{path}:{place}: ")
+    assert message in str(error.value)
+
+
+def test_initial_weights_may_come_from_every_origin(tmp_path):
+    for start in (
+        "{encoder: b}",
+        "{file: released.h5, freeze: 4}",
+        "{file: encoders/a}",
+        "{version: encoder-a@champion}",
+        "{version: encoder-other@candidate}",
+    ):
+        cohort = load_cohort(write(tmp_path, STARTS.format(objective="mtl", a=start, b="null")))
+        assert cohort.encoder("a").initial_weights is not None
+    (tmp_path / "named.v2").mkdir()
+    load_cohort(write(tmp_path, STARTS.format(objective="vae", a="{file: named.v2}", b="null")))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ("objective: mean_rgb, refit: all", "'mean_rgb' is not trained; leave 'refit' out"),
+        (
+            "objective: mean_rgb, initial_weights: {file: a.h5}",
+            "'mean_rgb' is not trained; leave 'initial_weights' out",
+        ),
+        ("objective: bigan, tasks: [colon], refit: all", "no number of steps to repeat"),
+        ("objective: mean_rgb, embedding: both", "needs the feature maps of architecture"),
+        (
+            "objective: vae, tasks: [colon], architecture: tellez2019, embedding: pooled",
+            "needs the feature maps of architecture 'tellez2020'",
+        ),
+        ("objective: mtl, tasks: [colon], refit: some", "allowed: all"),
+        ("objective: mtl, tasks: [colon], embedding: pooledd", "did you mean 'pooled'?"),
+        ("objective: imported, file: a.pt2, preset: uni, embedding: both", "leave it out"),
+    ],
+)
+def test_settings_that_do_not_fit_the_encoder_are_refused(tmp_path, fields, message):
+    text = f"{MINIMAL}  - {{name: x, {fields}}}\n"
+    tasks = "patch_tasks: [{name: colon, organ: c, mpp: 0.5, table: c.csv}]\n"
+    with pytest.raises(CohortError, match=re.escape(message)):
+        load_cohort(write(tmp_path, text + tasks))
+
+
+def test_pooled_numbers_need_larger_patches_and_maps_need_the_code(tmp_path):
+    text = STARTS.format(objective="mtl, embedding: pooled", a="null", b="null")
+    load_cohort(write(tmp_path, text))
+    with pytest.raises(CohortError, match="of 94, 96, 98, ... px for embedding pooled, not 64"):
+        load_cohort(write(tmp_path, text + "settings: {patch: 64}\n"))
+    with pytest.raises(CohortError, match=r"maps.0.encoder: .*set 'embedding: both'"):
+        load_cohort(
+            write(tmp_path, text + "maps: [{name: m, encoder: a, task: colon, label: x}]\n")
+        )
 
 
 def test_references_are_checked_beside_invalid_entries(tmp_path):

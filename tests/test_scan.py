@@ -74,6 +74,36 @@ def test_a_new_file_is_stable_after_two_equal_scans(cohort):
     assert cohort.scan() == (set(), set())
 
 
+def test_changed_initial_weights_are_found_by_a_scan(cohort):
+    start = cohort.root / "start"
+    start.mkdir()
+    (start / "card.json").write_text("{}")
+    (cohort.root / "cohort.yaml").write_text(
+        "name: c\nslides: {folders: [{path: wsi}]}\n"
+        "patch_tasks: [{name: t, organ: none, mpp: 0.5, table: t.csv}]\n"
+        "encoders:\n"
+        "  - {name: a, objective: vae, tasks: [t], initial_weights: {encoder: b}}\n"
+        "  - {name: b, objective: vae, tasks: [t], initial_weights: {file: start}}\n"
+    )
+
+    def changed(fingerprints: tuple[str, ...] = ()) -> tuple[set[str], tuple[str, ...]]:
+        further = steps.initial_weight_files(cohort.cohort, cohort.store)
+        scan = scan_files(
+            cohort.cohort, steps.read_file_snapshot(cohort.store), fingerprints, further=further
+        )
+        return {Path(path).parent.name for path in scan.stable}, scan.fingerprints
+
+    cohort.index()
+    assert changed(changed()[1])[0] == set()
+    (start / "card.json").write_text('{"format": 4}')
+    made = cohort.store.encoder("b")
+    made.mkdir(parents=True)
+    (made / "card.json").write_text("{}")
+    assert changed(changed()[1])[0] == {"start", "b"}
+    cohort.index()
+    assert changed(changed()[1])[0] == set()
+
+
 def test_a_file_being_written_does_not_delay_others(cohort):
     cohort.put("d", "whole")
     cohort.put("e", "half")

@@ -184,6 +184,17 @@ def test_missing_masks_and_files_of_patch_tasks_are_named(folder):
     assert f"patch task t: {folder / 'gone.geojson'} does not exist" in found
 
 
+def test_missing_initial_weights_are_named(folder):
+    edit(
+        folder / "cohort.yaml",
+        "encoders: [",
+        "patch_tasks: [{name: t, organ: none, mpp: 0.5, table: t.csv}]\n"
+        "encoders: [{name: b, objective: vae, tasks: [t], initial_weights: {file: gone}}, ",
+    )
+    expected = f"encoder b: initial_weights: {folder / 'gone'} does not exist; correct the path"
+    assert expected in problems(folder)
+
+
 def test_every_mistake_of_annotated_slides_is_reported(folder):
     (folder / "bad.geojson").write_text("{")
     (folder / "no.geojson").write_text("[]")

@@ -1,20 +1,30 @@
 """Patch tasks, encoders, and probes of their embeddings."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import dagster as dg
 import torch
 
 from nic_assets.assets import checks
-from nic_assets.assets.inputs import ENCODER_ENTRY, PATCH_TASK_SOURCE
+from nic_assets.assets.inputs import ENCODER_ENTRY, PATCH_TASK_SOURCE, report_versions
 from nic_assets.orchestration.batches import Events, Product, batch_asset, materialize_each
 from nic_assets.orchestration.executors import CPU_TAGS, GPU_POOL, GPU_TAGS
 from nic_assets.orchestration.metadata import code_version, figure, figures, log_progress, table
 from nic_assets.partitions import Partitions
-from nic_assets.tags import PARTIAL_INPUTS
+from nic_assets.tags import EARLIER_PARTITIONS, PARTIAL_INPUTS
 from nic_assets.tracking import TrackedRun, Tracking, TrackingError
 from nic_core import steps
-from nic_core.cohort import Cohort, CohortError, FeaturesEncoder, Geometry, RegisteredEncoder
+from nic_core.cohort import (
+    Cohort,
+    CohortError,
+    EncoderSpec,
+    FeaturesEncoder,
+    Geometry,
+    RegisteredEncoder,
+)
 from nic_core.devices import leased_device
 from nic_core.encoders import Encoder, EncoderCard, EncoderError
 from nic_core.encoders.figures import patch_examples
@@ -88,7 +98,8 @@ def encoder_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         kinds={"pytorch", "mlflow"},
         pool=GPU_POOL,
         op_tags=GPU_TAGS,
-        code_version=code_version(4),
+        metadata={EARLIER_PARTITIONS: steps.encoder_bases(partitions.cohort)},
+        code_version=code_version(5),
     )
     def encoder(
         context: dg.AssetExecutionContext,
@@ -98,7 +109,8 @@ def encoder_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
     ) -> Events:
         """A trained or imported encoder: patch to embedding, with its classification heads.
 
-        For embeddings that other software computed, its card alone.
+        For embeddings that other software computed, its card alone. An encoder that reuses or
+        starts from another one of the study is made after it.
         """
 
         def make(name: str) -> Product:
@@ -109,6 +121,7 @@ def encoder_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
                 card, metadata = steps.make_features_encoder(cohort, store, name), {}
             else:
                 card, metadata = train_encoder(context, name, cohort, store, tracking, device)
+            report_entries(context.instance, name, cohort, store)
             return Product(
                 version=card.weights_hash[:16],
                 metadata={
@@ -129,6 +142,7 @@ def encoder_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
                 make,
                 parse=str,
                 path=store.encoder,
+                earlier=steps.encoder_bases(cohort),
                 expected=(EncoderError, FeaturesError, TrackingError),
             )
 
@@ -188,6 +202,18 @@ def encoder_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
     return [patch_task, encoder, encoder_probe] if partitions.cohort.seen_patch_tasks else [encoder]
 
 
+def report_entries(instance: dg.DagsterInstance, base: str, cohort: Cohort, store: Store) -> None:
+    """Report the version of each entry that reuses or starts from the encoder ``base``.
+
+    Dagster has no dependencies between partitions of one asset, so other weights of the base are a
+    new version of the entry.
+    """
+    changed = {name for name, used in steps.encoder_bases(cohort).items() if used == base}
+    if changed:
+        versions = steps.encoder_versions(cohort, store)
+        report_versions(instance, ENCODER_ENTRY, {name: versions[name] for name in changed})
+
+
 def fetch_encoder(
     entry: RegisteredEncoder, cohort: Cohort, store: Store, tracking: Tracking
 ) -> tuple[EncoderCard, dict[str, Any]]:
@@ -216,9 +242,16 @@ def train_encoder(
         experiment="encoders",
         product=store.encoder(name),
     ) as run:
-        encoder = steps.make_encoder(
-            cohort, store, name, run, log_progress(context, "patches"), device=device
-        ).encoder
+        with initial_download(cohort, name, tracking) as downloaded:
+            encoder = steps.make_encoder(
+                cohort,
+                store,
+                name,
+                run,
+                log_progress(context, "patches"),
+                device=device,
+                downloaded=downloaded,
+            ).encoder
         log_encoder(run, encoder, cohort, store)
     steps.remove_checkpoint(store, name)
     pages = {"mlflow_run": run.url} | ({"mlflow_model": run.page} if run.page else {})
@@ -232,6 +265,18 @@ def trained_patch_task(card: EncoderCard, task: str) -> PatchTaskKey:
     """Return the key of a patch task as the encoder saw it in its training."""
     geometry = Geometry(card.patch, card.task_mpp[task], card.patch)
     return PatchTaskKey(geometry=geometry.name, task=task)
+
+
+@contextmanager
+def initial_download(cohort: Cohort, name: str, tracking: Tracking) -> Iterator[Path | None]:
+    """Download the registered encoder that a training starts from; None without one."""
+    entry = cohort.encoder(name)
+    registered = entry.registered_start if isinstance(entry, EncoderSpec) else None
+    if registered is None:
+        yield None
+        return
+    with tracking.download_encoder(registered) as (imported, _):
+        yield imported.file
 
 
 def log_encoder(run: TrackedRun, encoder: Encoder, cohort: Cohort, store: Store) -> None:
@@ -266,6 +311,15 @@ def log_encoder(run: TrackedRun, encoder: Encoder, cohort: Cohort, store: Store)
                 "targets": ", ".join(target.name for target in cohort.targets),
                 **{f"data/{task}": identity for task, identity in card.data.items()},
                 **{f"mpp/{task}": f"{mpp:g}" for task, mpp in card.task_mpp.items()},
+                **initial_weights_tags(card),
             },
         )
     run.summary(results)
+
+
+def initial_weights_tags(card: EncoderCard) -> dict[str, str]:
+    """Return the origin and hash of the weights that a training started from, as tags."""
+    start = card.initial_weights
+    if start is None:
+        return {}
+    return {"initial_weights": start.origin, "initial_weights_hash": start.weights_hash}

@@ -21,7 +21,7 @@ from nic_assets.orchestration.internals import (
 )
 from nic_assets.orchestration.retries import was_interrupted
 from nic_assets.orchestration.staleness import Partition, stale_assets
-from nic_assets.tags import REFRESH_TAG
+from nic_assets.tags import EARLIER_PARTITIONS, REFRESH_TAG
 from nic_core.cohort import CohortError
 from nic_core.reports import comparisons_table, encoders_table, results_table
 from nic_core.steps.evaluation_report import COMPARISONS, ENCODERS, NOTES, RESULTS
@@ -54,7 +54,7 @@ def _refresh_asset(
     """Materialize the stale partitions of one asset; return one line per failure."""
     name = key.to_user_string()
     stale, waiting = _stale_and_waiting(defs, instance, key)
-    problems = []
+    problems: list[str] = []
     if waiting:
         keys = ", ".join(partition for partition in waiting[:SHOWN] if partition is not None)
         more = f" and {len(waiting) - SHOWN} more" if len(waiting) > SHOWN else ""
@@ -65,8 +65,27 @@ def _refresh_asset(
     started = time.monotonic()
     count = "" if stale == [None] else f": {len(stale)} partitions"
     console.print(f"[bold]{name}[/bold]{count}")
+    made: set[Partition] = set()
+    while stale:
+        problems += _run_partitions(defs, instance, key, stale, console)
+        made |= set(stale)
+        stale = _unblocked(defs, instance, key, made)
+    problems += [f"{name}: {reason}" for reason in _still_blocked(defs, instance, key)]
+    console.print(f"{name}: {time.monotonic() - started:.1f} s")
+    return problems
+
+
+def _run_partitions(
+    defs: dg.Definitions,
+    instance: dg.DagsterInstance,
+    key: dg.AssetKey,
+    partitions: list[Partition],
+    console: Console,
+) -> list[str]:
+    """Materialize partitions of one asset; return one line per failure."""
+    name, problems = key.to_user_string(), []
     pool = defs.resolve_asset_graph().get(key).assets_def.op.pool
-    for tags in _run_tags(defs, instance, key, stale):
+    for tags in _run_tags(defs, instance, key, partitions):
         if pool is not None and (holders := slot_holders(instance, pool)):
             console.print(
                 f"{name}: waiting for a slot of pool {pool}, held by {'; '.join(holders)}",
@@ -84,8 +103,33 @@ def _refresh_asset(
         if was_interrupted(result.all_events):
             raise KeyboardInterrupt
         problems += [f"{name}: {_reason(event)}" for event in result.get_step_failure_events()]
-    console.print(f"{name}: {time.monotonic() - started:.1f} s")
     return problems
+
+
+def _unblocked(
+    defs: dg.Definitions, instance: dg.DagsterInstance, key: dg.AssetKey, made: set[Partition]
+) -> list[Partition]:
+    """Return the stale partitions that are made from those just made, without the latter."""
+    graph = defs.resolve_asset_graph()
+    if EARLIER_PARTITIONS not in graph.get(key).metadata:
+        return []
+    return list(stale_assets(instance, graph, only={key})[key].ready - made)
+
+
+def _still_blocked(
+    defs: dg.Definitions, instance: dg.DagsterInstance, key: dg.AssetKey
+) -> list[str]:
+    """Return a line for each partition that waits for another one of its asset, which failed."""
+    graph = defs.resolve_asset_graph()
+    earlier = graph.get(key).metadata.get(EARLIER_PARTITIONS, {})
+    if not earlier:
+        return []
+    blocked = stale_assets(instance, graph, only={key})[key].blocked_by_upstream
+    return [
+        f"{partition} waits for {earlier[partition]}, which is not up to date"
+        for partition in sorted(blocked, key=str)
+        if partition is not None
+    ]
 
 
 def _stale_and_waiting(

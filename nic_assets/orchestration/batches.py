@@ -106,6 +106,7 @@ def materialize_each(
     parse: Callable[[str], Key],
     expected: tuple[type[Exception], ...],
     path: Callable[[Key], Path] | None = None,
+    earlier: Mapping[str, str] | None = None,
 ) -> Events:
     """Make and record every partition of the run, then publish the asset's checks.
 
@@ -124,6 +125,9 @@ def materialize_each(
     path
         Path of a product. Its lock is held while the product is made. A concurrent run that wants
         the same product waits for the lock and then takes over the record of the first.
+    earlier
+        Partition to the partition of the same asset that it is made from
+        (:data:`~nic_assets.tags.EARLIER_PARTITIONS`); the latter is made first.
 
     Raises
     ------
@@ -136,9 +140,11 @@ def materialize_each(
     failed: dict[str, str] = {}
     retry = False
     events: list[dg.AssetMaterialization] = []
-    keys = sorted(context.partition_keys)
+    keys = _in_order(context.partition_keys, earlier or {})
     for number, key in enumerate(keys, start=1):
         context.log.info(f"{context.asset_key.to_user_string()} {number}/{len(keys)}: {key}")
+        if earlier and earlier.get(key) in keys:  # made in this run, which changed an input
+            provenance = _provenance(context)
         try:
             parsed = parse(key)
             with exclusive_lock(path(parsed)) if path is not None else nullcontext():
@@ -177,6 +183,20 @@ def materialize_each(
             metadata={"failed": dg.MetadataValue.json(failed)},
             retry=retry,
         )
+
+
+def _in_order(keys: Sequence[str], earlier: Mapping[str, str]) -> list[str]:
+    """Return the keys sorted, but each after those that it is made from."""
+    ordered: dict[str, None] = {}
+
+    def add(key: str) -> None:
+        if (before := earlier.get(key)) is not None:
+            add(before)
+        ordered[key] = None
+
+    for key in sorted(keys):
+        add(key)
+    return [key for key in ordered if key in set(keys)]
 
 
 def materialize_in_parallel(

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 import dagster as dg
 
 from nic_assets.orchestration.internals import DATA_VERSION_TAG, records_id
-from nic_assets.tags import INPUTS_TAG
+from nic_assets.tags import EARLIER_PARTITIONS, INPUTS_TAG
 
 if TYPE_CHECKING:
     from nic_assets.orchestration.internals import AssetGraph
@@ -42,7 +42,8 @@ class StaleAsset:
     ready
         All inputs exist and no upstream partition remains to be materialized.
     blocked_by_upstream
-        All inputs exist, but an upstream partition remains to be materialized. Materialized now,
+        All inputs exist, but an upstream partition, or one of the same asset that this one is made
+        from, remains to be materialized. Materialized now,
         these partitions would be stale again right after it.
     missing_inputs
         At least one input does not exist.
@@ -227,7 +228,7 @@ def stale_assets(
     An asset tagged with :data:`~nic_assets.tags.PARTIAL_INPUTS` needs at least one partition of
     each input, any other asset needs all. An upstream partition that failed since its own inputs
     last changed does not block the partitions downstream of it. With ``only``, no asset is
-    blocked by upstream.
+    blocked by another one.
     """
     history = materialization_history(instance)
     history.update(instance, graph)
@@ -255,15 +256,31 @@ def stale_assets(
                     for parent, items in parents.items()
                 )
                 (stale if inputs_exist else missing_inputs).add(partition)
+            running, failed = (
+                (set(), set()) if only is not None else _attempts(instance, graph, history, key)
+            )
+            unmade = (stale - failed) | missing_inputs | running
+            blocked |= _later(node.metadata.get(EARLIER_PARTITIONS, {}), unmade | blocked)
             found[key] = StaleAsset(
                 ready=frozenset(stale - blocked),
                 blocked_by_upstream=frozenset(stale & blocked),
                 missing_inputs=frozenset(missing_inputs),
             )
             if only is None:
-                running, failed = _attempts(instance, graph, history, key)
                 pending[key] = (stale - failed) | blocked | running
     return found
+
+
+def _later(earlier: Mapping[str, str], unmade: Collection[Partition]) -> set[Partition]:
+    """Return the partitions that are made, in one or more steps, from those in ``unmade``."""
+    later: set[Partition] = set()
+    for partition in earlier:
+        start = earlier.get(partition)
+        while start is not None and start not in unmade:
+            start = earlier.get(start)
+        if start is not None:
+            later.add(partition)
+    return later
 
 
 def _attempts(

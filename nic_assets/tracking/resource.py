@@ -27,7 +27,7 @@ from nic_assets.tracking.connection import (
 from nic_assets.tracking.database import database_uri
 from nic_assets.tracking.registry import PRODUCT_FOLDER, download_artifact, find_encoder
 from nic_assets.tracking.runs import TrackedRun
-from nic_core.cohort import Cohort, ImportedEncoder, RegisteredEncoder
+from nic_core.cohort import Cohort, EncoderSpec, ImportedEncoder, RegisteredEncoder
 from nic_core.encoders import EncoderError
 from nic_core.steps import digest
 from nic_core.store import Store
@@ -98,17 +98,21 @@ class Tracking(Connection):
     ) -> dict[str, str]:
         """Return the data version of every encoder entry that refers to the registry.
 
-        The version is a digest of the entry and of the weights that have the alias now. If an
-        encoder cannot be looked up, ``warn`` receives the reason. The encoder is then left out if
-        it is among the ``known`` (it counts as unchanged); otherwise its version is a digest of
-        the entry, and its materialization raises the error.
+        Such an entry is registered itself, or its initial weights are. The version is a digest of
+        the entry and of the weights that have the alias now. If an encoder cannot be looked up,
+        ``warn`` receives the reason. The encoder is then left out if it is among the ``known`` (it
+        counts as unchanged); otherwise its version is a digest of the entry, and its
+        materialization raises the error.
         """
         versions = {}
         for entry in cohort.encoders:
-            if isinstance(entry, RegisteredEncoder):
+            registered = entry if isinstance(entry, RegisteredEncoder) else None
+            if isinstance(entry, EncoderSpec):
+                registered = entry.registered_start
+            if registered is not None:
                 geometry = cohort.geometry(entry.name)
                 try:
-                    found = find_encoder(self, entry)
+                    found = find_encoder(self, registered)
                     versions[entry.name] = digest(entry, geometry, found.tags["weights_hash"])
                 except (TrackingError, EncoderError) as error:
                     warn(str(error))

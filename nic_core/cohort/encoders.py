@@ -4,10 +4,51 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from nic_core.cohort.fields import Entry, Name, UserPath, check_unique
-from nic_core.types import FeaturesFormat, RequestedPrecision
+from nic_core.types import Embedding, FeaturesFormat, RequestedPrecision
+
+REGISTERED_VERSION = r"^encoder-[\w.-]+@[\w-]+$"  # model@alias
+BLOCKS = {"tellez2020": 4, "tellez2019": 5}  # convolution blocks of the architectures
+
+
+class InitialWeights(Entry):
+    """An encoder whose weights a training starts from: ``encoder``, ``file`` or ``version``."""
+
+    encoder: str | None = Field(default=None, description="another encoder of this study")
+    file: UserPath | None = Field(
+        default=None,
+        description="Keras file of a released encoder (.h5, .hdf5), or folder of an encoder that "
+        "this project wrote",
+    )
+    version: str | None = Field(
+        default=None,
+        pattern=REGISTERED_VERSION,
+        description="registered model and alias, for example encoder-mtl-4@champion",
+    )
+    freeze: NonNegativeInt = Field(
+        default=0,
+        description="number of first convolution blocks (convolution, BatchNorm, LeakyReLU) that "
+        "keep these weights and statistics",
+    )
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        given = [name for name in ("encoder", "file", "version") if getattr(self, name)]
+        if len(given) != 1:
+            raise ValueError(
+                "give one of encoder (a name), file (a path) and version (model@alias), not "
+                f"{' and '.join(given) or 'none'}"
+            )
+        if self.file is not None and not self.file.is_dir():
+            kind = FILE_KINDS.get(self.file.suffix.lower())
+            if kind not in ("keras", "folder"):
+                raise ValueError(
+                    f"{self.file.name} is neither a Keras file of a released encoder (.h5, .hdf5) "
+                    "nor the folder of an encoder that this project wrote; give one of these"
+                )
+        return self
 
 
 class _EncoderEntry(Entry):
@@ -37,7 +78,7 @@ class EncoderSpec(_EncoderEntry):
     objective: Literal["mean_rgb", "mtl", "supervised", "vae", "contrastive", "bigan"]
     embedding_size: PositiveInt | None = Field(
         default=None,
-        description="length of an embedding; default: `settings.embedding_size`; 3 for mean_rgb",
+        description="length of the dense code; default: `settings.embedding_size`; 3 for mean_rgb",
     )
     tasks: tuple[str, ...] = Field(default=(), description="names of patch tasks to train on")
     seed: int = 0
@@ -51,8 +92,23 @@ class EncoderSpec(_EncoderEntry):
     batch: PositiveInt = Field(default=64, description="patches per training step")
     learning_rate: PositiveFloat | None = Field(
         default=None,
-        description="default: the published rate of the objective, 1e-3 for vae, 2e-4 for bigan, "
-        "1e-2 for the others",
+        description="default: with `initial_weights` 2e-4 [choice]; otherwise the published rate "
+        "of the objective, 1e-3 for vae, 2e-4 for bigan, 1e-2 for the others",
+    )
+    initial_weights: InitialWeights | None = Field(
+        default=None, description="default: random weights, as published"
+    )
+    refit: Literal["all"] | None = Field(
+        default=None,
+        description="all: after the training, train again from the same start on the train and "
+        "validation splits together, for as many steps as gave the kept weights and at the same "
+        "rates, and keep the weights at the end",
+    )
+    embedding: Embedding = Field(
+        default="dense",
+        description="dense: the code of the last layer (published); pooled: mean and standard "
+        "deviation over positions of the 128 last feature maps; both: one after the other. The "
+        "heads are trained on the dense code in each case",
     )
     architecture: Literal["tellez2020", "tellez2019"] = Field(
         default="tellez2020",
@@ -93,8 +149,39 @@ class EncoderSpec(_EncoderEntry):
             )
         if self.objective == "mean_rgb" and self.tasks:
             raise ValueError(f"encoder '{self.name}': 'mean_rgb' is not trained and takes no tasks")
+        for field in ("initial_weights", "refit"):
+            if self.objective == "mean_rgb" and getattr(self, field) is not None:
+                raise ValueError(
+                    f"encoder '{self.name}': 'mean_rgb' is not trained; leave '{field}' out"
+                )
+        if self.refit is not None and self.objective == "bigan":
+            raise ValueError(
+                f"encoder '{self.name}': objective 'bigan' chooses nothing by its validation "
+                "splits, so there is no number of steps to repeat; leave 'refit' out"
+            )
+        if self.embedding != "dense" and (
+            self.objective == "mean_rgb" or self.architecture != "tellez2020"
+        ):
+            raise ValueError(
+                f"encoder '{self.name}': embedding '{self.embedding}' needs the feature maps of "
+                "architecture 'tellez2020'; leave 'embedding' out"
+            )
+        blocks = BLOCKS[self.architecture]
+        if self.initial_weights is not None and self.initial_weights.freeze > blocks:
+            raise ValueError(
+                f"encoder '{self.name}': freeze: {self.initial_weights.freeze} is more than the "
+                f"{blocks} convolution blocks of {self.architecture}"
+            )
         check_unique(f"encoder '{self.name}': tasks", self.tasks)
         return self
+
+    @property
+    def registered_start(self) -> RegisteredEncoder | None:
+        """Entry of the registered encoder that the training starts from; None without one."""
+        start = self.initial_weights
+        if start is None or start.version is None:
+            return None
+        return RegisteredEncoder(name=self.name, objective="registered", version=start.version)
 
     def check_patch(self, patch: int) -> None:
         """Check that the networks of the encoder accept patches of ``patch`` px a side.
@@ -109,13 +196,17 @@ class EncoderSpec(_EncoderEntry):
         # the network of 2020 convolves without padding; that of 2019 and the decoders of vae and
         # bigan change the side by a factor of two five times
         least, step = (62, 2) if self.architecture == "tellez2020" else (32, 32)
+        if self.embedding != "dense":
+            least = 94  # below, the last maps have one position and no deviation
         if self.objective in ("vae", "bigan"):
             step = 32
         first = -(-least // step) * step
         if patch < first or patch % step:
             raise ValueError(
                 f"encoder '{self.name}': {self.objective} with {self.architecture} needs patches "
-                f"of {first}, {first + step}, {first + 2 * step}, ... px, not {patch}"
+                f"of {first}, {first + step}, {first + 2 * step}, ... px"
+                f"{'' if self.embedding == 'dense' else f' for embedding {self.embedding}'}, "
+                f"not {patch}"
             )
 
 
@@ -247,6 +338,11 @@ class ImportedEncoder(_EncoderEntry):
         default=None, description="name of a published network; `nic encoder list` lists them"
     )
     network: ExternalNetwork | None = None
+    embedding: Embedding | None = Field(
+        default=None,
+        description="what an embedding of the published network contains, as for encoders that "
+        "are trained; default: as the file says, dense for a Keras file",
+    )
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -265,6 +361,11 @@ class ImportedEncoder(_EncoderEntry):
             raise ValueError(
                 f"encoder '{self.name}': {self.file.name} is not an encoder file; "
                 f"supported: a folder, {supported}"
+            )
+        if self.embedding is not None and self.kind not in ("folder", "keras"):
+            raise ValueError(
+                f"encoder '{self.name}': 'embedding' is for the networks of the paper, not for "
+                f"{self.file.name}; leave it out"
             )
         described = self.network is not None or self.preset is not None
         if self.network is not None and self.preset is not None:
@@ -312,7 +413,7 @@ class RegisteredEncoder(_EncoderEntry):
 
     objective: Literal["registered"]
     version: str = Field(
-        pattern=r"^encoder-[\w.-]+@[\w-]+$",
+        pattern=REGISTERED_VERSION,
         description="registered model and alias, for example encoder-mtl-4@champion",
     )
 

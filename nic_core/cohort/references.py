@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from nic_core.cohort.fields import Location, did_you_mean
 from nic_core.cohort.tables import visible
@@ -52,6 +52,7 @@ def wrong_references(data: Mapping[str, Any]) -> Found:
             if base not in others:
                 message = _undefined("encoder that can be reused", base, others)
                 yield ("encoders", position, "encoder"), message
+    yield from _wrong_initial_weights(data, encoders)
     for position, entry in _entries(data, "maps"):
         name, task, label = (entry.get(field) for field in ("encoder", "task", "label"))
         if isinstance(name, str) and name not in encoders:
@@ -63,6 +64,13 @@ def wrong_references(data: Mapping[str, Any]) -> Found:
             if task not in of_encoder:
                 message = _undefined(f"task of encoder '{name}'", task, of_encoder)
                 yield ("maps", position, "task"), message
+            elif with_heads.get("embedding") == "pooled":
+                yield (
+                    ("maps", position, "encoder"),
+                    f"encoder '{with_heads['name']}' has embedding 'pooled', but its heads take "
+                    "the dense code; set 'embedding: both' or 'embedding: dense' there, or name "
+                    "another encoder",
+                )
             classes = _texts(tasks.get(task, {}).get("classes"))
             if classes and isinstance(label, str) and label not in classes:
                 message = _undefined(f"class of patch task '{task}'", label, classes)
@@ -98,6 +106,55 @@ def missing_columns(
                 f"label table {labels} has no column '{name}'{did_you_mean(name, columns)}; "
                 f"it has {', '.join(map(visible, columns))}",
             )
+
+
+def _wrong_initial_weights(
+    data: Mapping[str, Any], encoders: Mapping[str, Mapping[str, Any]]
+) -> Found:
+    """Yield initial weights of encoders that do not exist, have none, or lead in a circle."""
+    bases = {name: found[1] for name, entry in encoders.items() if (found := _base(entry))}
+    for position, entry in _entries(data, "encoders"):
+        found = _base(entry)
+        if found is None or found[0] == "reused":  # a circle is reported once
+            continue
+        field, base = found
+        place = ("encoders", position, "initial_weights", field)
+        chain = _circle(str(entry.get("name")), bases)
+        if chain is not None:
+            yield (
+                place,
+                f"no encoder can start from itself: {' <- '.join(chain)}; start one of them from "
+                "another encoder or file, or without 'initial_weights'",
+            )
+        elif field == "encoder" and base not in encoders:
+            yield place, _undefined("encoder", base, encoders)
+        elif field == "encoder" and encoders[base].get("objective") == "mean_rgb":
+            yield place, f"encoder '{base}' is mean_rgb, which has no weights; name another one"
+
+
+def _base(encoder: Mapping[str, Any]) -> tuple[Literal["reused", "encoder", "version"], str] | None:
+    """How an entry names the encoder of the study whose weights it uses, and that encoder.
+
+    Either it reuses it, or it is a field of its initial weights. None without one. The alias
+    ``candidate`` follows each training of the encoder that gives the registered model its name.
+    """
+    if isinstance(name := encoder.get("encoder"), str):
+        return "reused", name
+    start = encoder.get("initial_weights")
+    if not isinstance(start, Mapping):
+        return None
+    if isinstance(name := start.get("encoder"), str):
+        return "encoder", name
+    model, _, alias = str(start.get("version")).partition("@")
+    return ("version", model.removeprefix("encoder-")) if alias == "candidate" else None
+
+
+def _circle(name: str, bases: Mapping[str, str]) -> list[str] | None:
+    """The chain of encoders that leads from one back to itself; None if it does not."""
+    chain = [name]
+    while (base := bases.get(chain[-1])) is not None and base not in chain:
+        chain.append(base)
+    return [*chain, name] if base == name else None
 
 
 def _undefined(kind: str, name: str, defined: Mapping[str, Any] | list[str]) -> str:

@@ -66,7 +66,11 @@ class FileScan:
 
 
 def scan_files(
-    cohort: Cohort, snapshot: pl.DataFrame, fingerprints: Collection[str] = ()
+    cohort: Cohort,
+    snapshot: pl.DataFrame,
+    fingerprints: Collection[str] = (),
+    *,
+    further: Iterable[Path] = (),
 ) -> FileScan:
     """Compare the cohort's slides, masks and tables with the snapshot of the last slide index.
 
@@ -76,6 +80,8 @@ def scan_files(
         :data:`SNAPSHOT_SCHEMA`.
     fingerprints : collection of str
         Fingerprints of the previous scan.
+    further : iterable of Path
+        Other files to compare.
 
     Raises
     ------
@@ -83,7 +89,7 @@ def scan_files(
         A slide folder does not exist, or the slide table cannot be read.
     """
     parts = snapshot.drop_nulls("part_of")["path"]
-    current = stamps({*watched_files(cohort), *map(Path, parts)})
+    current = stamps({*watched_files(cohort), *further, *map(Path, parts)})
     recorded = {
         path: Stamp(size, modified)
         for path, size, modified in snapshot.select("path", "size", "modified").iter_rows()

@@ -33,14 +33,49 @@ from nic_core.encoders.networks import (
     StridedEncoder,
     TellezEncoder,
     channels_last,
+    convolved_side,
+    full_size,
     pooled_side,
 )
 from nic_core.encoders.scores import TaskScores
-from nic_core.types import Reading, RequestedPrecision
+from nic_core.types import Embedding, Reading, RequestedPrecision
 
 Architecture = Literal[
     "mean_rgb", "tellez2020", "tellez2019", "timm", "torchscript", "torch.export", "features"
 ]
+
+
+class InitialWeightsRecord(BaseModel):
+    """The encoder that a training started from.
+
+    Attributes
+    ----------
+    origin
+        The encoder of the study, the file with its sha256, or the registered version.
+    weights_hash
+        Of that encoder.
+    mpp
+        Resolution of its patches, um/px.
+    training_recorded
+        Whether the data are known that it, and the encoders that it started from in turn, were
+        trained on. They are not for a released Keras encoder.
+    frozen_blocks
+        Number of first convolution blocks that were not trained.
+    heads
+        Tasks whose heads were taken over.
+    data
+        Patch task -> content hash of these datasets, as far as they are known.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    origin: str
+    weights_hash: str
+    mpp: PositiveFloat
+    training_recorded: bool
+    frozen_blocks: int
+    heads: tuple[str, ...]
+    data: dict[str, str] = {}
 
 
 class EncoderCard(BaseModel):
@@ -58,6 +93,10 @@ class EncoderCard(BaseModel):
         Side of a patch, px, and its resolution on slides, um/px.
     embedding_size
         Length C of an embedding.
+    embedding
+        What an embedding contains; see :class:`~nic_core.encoders.networks.PatchEncoder`.
+    dense_size
+        Length of the dense code, the input of the heads, where it differs from the embedding's.
     pixels
         Scaling of the pixels before the network; None without a network.
     timm
@@ -68,7 +107,9 @@ class EncoderCard(BaseModel):
         sha256 of architecture and weights; for an external network, of preprocessing and file; for
         architecture ``features``, which has no network, of the files with the embeddings.
     training
-        Settings of the training.
+        Settings of the training, and which weights were kept.
+    initial_weights
+        The encoder that the training started from; None: random weights.
     data
         Patch task -> content hash of the dataset trained on.
     scores
@@ -88,15 +129,44 @@ class EncoderCard(BaseModel):
     patch: PositiveInt
     mpp: PositiveFloat
     embedding_size: PositiveInt
+    embedding: Embedding = "dense"
+    dense_size: PositiveInt | None = None
     pixels: Literal["uint8 RGB / 255 * 2 - 1"] | Preprocess | None = "uint8 RGB / 255 * 2 - 1"
     timm: TimmModel | None = None
     preset: str | None = None
     weights_hash: str
     training: dict[str, int | float | str] = {}
+    initial_weights: InitialWeightsRecord | None = None
     data: dict[str, str] = {}
     scores: dict[str, TaskScores] = {}
     software: dict[str, str] = {}
     source: str | None = None
+
+    @property
+    def code_size(self) -> int:
+        """Length of the dense code, the input of the heads."""
+        return self.dense_size or self.embedding_size
+
+    @property
+    def function(self) -> str:
+        """Architecture, preprocessing and embedding, which the hash covers besides the weights."""
+        if isinstance(self.pixels, Preprocess):
+            return f"{self.architecture} {self.timm!r} {self.pixels!r}"
+        if self.embedding != "dense":
+            return f"{self.architecture} {self.embedding}"
+        return self.architecture
+
+    @property
+    def training_recorded(self) -> bool:
+        """Whether all data that the weights were trained on are known (:attr:`seen_data`)."""
+        start = self.initial_weights
+        return self.objective != "imported" and (start is None or start.training_recorded)
+
+    @property
+    def seen_data(self) -> dict[str, str]:
+        """Patch task -> content hash of every known dataset that the weights were trained on."""
+        earlier = {} if self.initial_weights is None else self.initial_weights.data
+        return earlier | self.data
 
 
 @dataclass(frozen=True)
@@ -146,7 +216,11 @@ class Encoder:
         pooling = network.pooling if network is not None and reading == "input" else 1
         if isinstance(network, TellezEncoder):
             module = fast_module(
-                network, pooling=network.pooling // pooling, device=at, precision=chosen
+                network,
+                pooling=network.pooling // pooling,
+                device=at,
+                precision=chosen,
+                embedding=self.card.embedding,
             )
         elif isinstance(self.module, ExternalEncoder):
             module = MemoryBoundModule(autocast(self.module.on(at), at, chosen))
@@ -205,12 +279,18 @@ def task_probabilities(
     Raises
     ------
     EncoderError
-        The encoder has no head for ``task``, or the embeddings have another length.
+        The encoder has no head for ``task``, or the embeddings have another length, or lack the
+        dense code, which is the input of the heads.
     """
     if task not in encoder.heads:
         known = ", ".join(encoder.heads) or "none"
         raise EncoderError(
             f"encoder '{encoder.card.name}' has no head for task '{task}'; it has: {known}"
+        )
+    if encoder.card.embedding == "pooled":
+        raise EncoderError(
+            f"encoder '{encoder.card.name}' has pooled embeddings, but its heads take the dense "
+            "code; set 'embedding: both' or 'embedding: dense'"
         )
     if embeddings.ndim != 2 or embeddings.shape[1] != encoder.card.embedding_size:
         raise EncoderError(
@@ -220,28 +300,69 @@ def task_probabilities(
     head = encoder.heads[task].eval()
     device = next(head.parameters()).device
     with torch.inference_mode():
-        logits = head(torch.as_tensor(embeddings.astype(np.float32), device=device))
+        code = embeddings[:, : encoder.card.code_size].astype(np.float32)
+        logits = head(torch.as_tensor(code, device=device))
         probabilities: NDArray[np.float32] = logits.softmax(1).cpu().numpy()
     return probabilities
 
 
 def build_encoder(architecture: str, *, patch: int, embedding_size: int) -> PatchEncoder:
-    """Return an encoder network with initial weights for patches of ``patch`` x ``patch`` px."""
+    """Return an encoder network with initial weights for patches of ``patch`` x ``patch`` px.
+
+    ``embedding_size`` is the length of the dense code, which is its embedding.
+    """
     if architecture == "tellez2019":
         return PatchEncoder(StridedEncoder(embedding_size, patch))
     return PatchEncoder(TellezEncoder(embedding_size, pooled_side(patch)))
+
+
+def with_embedding(encoder: Encoder, embedding: Embedding) -> Encoder:
+    """Return the same weights and heads with another content of the embedding.
+
+    Raises
+    ------
+    EncoderError
+        The network is not that of the published encoders of 2020, or its last feature maps have
+        one position only.
+    """
+    module, card = encoder.module, encoder.card
+    if embedding == card.embedding:
+        return encoder
+    if not isinstance(module, PatchEncoder) or not isinstance(module.network, TellezEncoder):
+        raise EncoderError(
+            f"encoder '{card.name}': 'embedding: {embedding}' is for the architecture tellez2020, "
+            f"not {card.architecture}; leave 'embedding' out"
+        )
+    if convolved_side(module.network.side) < 2:
+        raise EncoderError(
+            f"encoder '{card.name}': the last feature maps of patches of {card.patch} px have one "
+            "position, so they have no deviation over positions; leave 'embedding' out, or use "
+            "patches of 94 px or more"
+        )
+    code = card.code_size
+    changed = card.model_copy(
+        update={
+            "embedding": embedding,
+            "embedding_size": full_size(embedding, code),
+            "dense_size": None if embedding == "dense" else code,
+        }
+    )
+    tensors = encoder_tensors(module, encoder.heads)
+    changed = changed.model_copy(update={"weights_hash": weights_hash(changed.function, tensors)})
+    return Encoder(changed, PatchEncoder(module.network, embedding), encoder.heads)
 
 
 def build_module(card: EncoderCard) -> nn.Module:
     """Return a module of the card's architecture with initial weights."""
     if card.architecture == "mean_rgb":
         return MeanRGB()
-    return build_encoder(card.architecture, patch=card.patch, embedding_size=card.embedding_size)
+    encoder = build_encoder(card.architecture, patch=card.patch, embedding_size=card.code_size)
+    return PatchEncoder(encoder.network, card.embedding)
 
 
-def build_heads(tasks: Mapping[str, tuple[str, ...]], embedding_size: int) -> dict[str, nn.Module]:
+def build_heads(tasks: Mapping[str, tuple[str, ...]], code_size: int) -> dict[str, nn.Module]:
     """Return a classification head with initial weights for each task."""
-    return {task: ClassHead(embedding_size, len(classes)) for task, classes in tasks.items()}
+    return {task: ClassHead(code_size, len(classes)) for task, classes in tasks.items()}
 
 
 def encoder_tensors(module: nn.Module, heads: Mapping[str, nn.Module]) -> dict[str, Tensor]:
@@ -254,9 +375,13 @@ def encoder_tensors(module: nn.Module, heads: Mapping[str, nn.Module]) -> dict[s
     }
 
 
-def weights_hash(architecture: str, tensors: Mapping[str, Tensor]) -> str:
-    """Return the sha256 of the architecture and of names, shapes, dtypes, bytes of the tensors."""
-    digest = hashlib.sha256(architecture.encode())
+def weights_hash(function: str, tensors: Mapping[str, Tensor]) -> str:
+    """Return the sha256 of ``function`` and of names, shapes, dtypes, bytes of the tensors.
+
+    ``function`` is that of the card (:attr:`EncoderCard.function`); for the networks of the papers
+    with their dense code it is the architecture.
+    """
+    digest = hashlib.sha256(function.encode())
     for name in sorted(tensors):
         tensor = tensors[name]
         dtype = str(tensor.dtype).removeprefix("torch.")

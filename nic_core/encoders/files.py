@@ -28,6 +28,7 @@ from nic_core.encoders.encoder import (
     build_module,
     encoder_tensors,
     weights_hash,
+    with_embedding,
 )
 from nic_core.encoders.errors import EncoderError
 from nic_core.encoders.external import (
@@ -117,7 +118,7 @@ def load_encoder(folder: Path) -> Encoder:
         return Encoder(card, _program(card, folder / PROGRAMS[card.architecture]))
     try:
         module = _timm(card) if card.architecture == "timm" else build_module(card)
-        heads = build_heads(card.tasks, card.embedding_size)
+        heads = build_heads(card.tasks, card.code_size)
         _load(module, "encoder.", tensors)
         for task, head in heads.items():
             _load(head, f"heads.{task}.", tensors)
@@ -187,7 +188,44 @@ def import_encoder(entry: ImportedEncoder, geometry: Geometry) -> Encoder:
             f"but its entry says {geometry.patch} px at {geometry.mpp:g}; write 'patch: "
             f"{card.patch}' and 'mpp: {card.mpp:g}' in the entry"
         )
-    return encoder
+    return encoder if entry.embedding is None else with_embedding(encoder, entry.embedding)
+
+
+def load_initial_weights(path: Path, name: str) -> Encoder:
+    """Load an encoder that a training can start from: a Keras file or an encoder folder.
+
+    ``name`` is the encoder that is to be trained, for messages.
+
+    Raises
+    ------
+    EncoderError
+        The file does not exist or is not such an encoder.
+    """
+    if not path.exists():
+        raise EncoderError(
+            f"encoder '{name}': {path} does not exist; correct 'initial_weights.file' in the "
+            "cohort file"
+        )
+    return load_encoder(path) if path.is_dir() else import_keras_encoder(path, path.stem)
+
+
+def initial_weights_version(path: Path) -> str:
+    """Return a version of the weights at ``path`` without loading them.
+
+    It is the weights hash of an encoder folder, and the sha256 of a file.
+
+    Raises
+    ------
+    EncoderError
+        The folder has no valid card, or the file cannot be read.
+    """
+    if path.is_dir():
+        return read_card(path).weights_hash
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise EncoderError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def _preset_network(entry: ImportedEncoder) -> ExternalNetwork:
@@ -219,7 +257,7 @@ def _recorded(folder: Path) -> tuple[EncoderCard, dict[str, Tensor]]:
             found = _archive_hash(card, folder / PROGRAMS[card.architecture])
         else:
             tensors = load_file(folder / WEIGHTS)
-            found = weights_hash(_function(card), tensors)
+            found = weights_hash(card.function, tensors)
     except OSError as error:
         raise EncoderError(f"{folder}: no encoder here ({error}); train or import one") from error
     except SafetensorError as error:
@@ -260,7 +298,7 @@ def _import_network(
     if architecture == "timm":
         module = _timm(card)
         _fill(module.network, path, timm_names(read_weights(path)))
-        found = weights_hash(_function(card), encoder_tensors(module, {}))
+        found = weights_hash(card.function, encoder_tensors(module, {}))
     else:
         module = _program(card, path)
         found = _archive_hash(card, path)
@@ -299,17 +337,10 @@ def _fill(network: nn.Module, path: Path, tensors: dict[str, Tensor]) -> None:
         )
 
 
-def _function(card: EncoderCard) -> str:
-    """Describe architecture and preprocessing, which the hash covers in addition to the weights."""
-    if isinstance(card.pixels, Preprocess):
-        return f"{card.architecture} {card.timm!r} {card.pixels!r}"
-    return card.architecture
-
-
 def _archive_hash(card: EncoderCard, archive: Path) -> str:
     with archive.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256")
-    digest.update(_function(card).encode())
+    digest.update(card.function.encode())
     return digest.hexdigest()
 
 

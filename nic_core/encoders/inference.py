@@ -4,7 +4,8 @@ Three optimisations of the published network (:class:`~nic_core.encoders.network
 are exact up to rounding, because each folds one linear map into another:
 
 1. Every BatchNorm follows LeakyReLU and precedes a layer without padding, so its scale and shift
-   are folded into the weights of that layer. So is the scaling of pixels to [-1, +1].
+   are folded into the weights of that layer. So is the scaling of pixels to [-1, +1]. The last
+   one is applied to the pooled statistics instead of the maps, if the embedding has them.
 2. The mean over p x p px is folded into the first convolution, which then has 3p x 3p px and
    stride 2p on the pixels of the patch.
 3. On CPUs with oneDNN, weights are stored in the layout of its kernels and LeakyReLU is fused into
@@ -21,9 +22,16 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from nic_core.encoders.networks import FILTERS, SLOPE, TellezEncoder, channels_last, flatten_hwc
+from nic_core.encoders.networks import (
+    FILTERS,
+    SLOPE,
+    TellezEncoder,
+    channels_last,
+    flatten_hwc,
+    pooled_statistics,
+)
 from nic_core.torch_internals import convolve_leaky_relu, has_fused_convolution, reorder_weight
-from nic_core.types import Precision, Reading
+from nic_core.types import Embedding, Precision, Reading
 
 BATCH = 32  # patches; the feature maps of a larger batch exceed a core's cache
 
@@ -80,7 +88,12 @@ class PreparedEncoder:
 
 
 def fast_module(
-    network: TellezEncoder, *, pooling: int, device: torch.device, precision: Precision
+    network: TellezEncoder,
+    *,
+    pooling: int,
+    device: torch.device,
+    precision: Precision,
+    embedding: Embedding = "dense",
 ) -> nn.Module:
     """Return the published network with the optimisations of this module.
 
@@ -92,13 +105,15 @@ def fast_module(
     device : torch.device
     precision : str
         ``float32`` or ``bfloat16``.
+    embedding : str
+        What the embedding contains; see :class:`~nic_core.encoders.networks.PatchEncoder`.
 
     Returns
     -------
     nn.Module
         Maps uint8 (B, 3, side * pooling, side * pooling) to float32 (B, C).
     """
-    folded = FoldedEncoder(network, pooling).to(device)
+    folded = FoldedEncoder(network, pooling, embedding).to(device)
     if precision == "bfloat16":
         folded.convolutions.bfloat16()
     fused = device.type == "cpu" and has_fused_convolution()
@@ -151,7 +166,9 @@ class FoldedEncoder(nn.Module):
     Takes uint8 (B, 3, side * pooling, side * pooling).
     """
 
-    def __init__(self, network: TellezEncoder, pooling: int) -> None:
+    def __init__(
+        self, network: TellezEncoder, pooling: int, embedding: Embedding = "dense"
+    ) -> None:
         super().__init__()
         # scale and shift of the next linear layer's input
         scale = torch.full((3,), 2 / 255, dtype=torch.float64)
@@ -170,11 +187,7 @@ class FoldedEncoder(nn.Module):
             elif isinstance(layer, nn.BatchNorm2d):
                 scale, shift = _affine_of(layer)
         self.convolutions = nn.Sequential(*layers)
-        self.dense = nn.Linear(network.dense.in_features, network.dense.out_features)
-        positions = network.dense.in_features // FILTERS
-        weight = network.dense.weight.double()
-        bias = _shifted_bias(network.dense, weight, shift.repeat(positions))
-        _set(self.dense, weight * scale.repeat(positions), bias)
+        self.readout = _Readout(network.dense, scale, shift, embedding)
         channels_last(self.eval().requires_grad_(False))
 
     @property
@@ -183,10 +196,42 @@ class FoldedEncoder(nn.Module):
         return next(self.convolutions.parameters()).dtype
 
     def forward(self, pixels: Tensor) -> Tensor:
-        maps: Tensor = self.convolutions(pixels.to(self.dtype))
-        # a float32 dense layer costs nothing and keeps every digit that the float16 grids store
-        embeddings: Tensor = self.dense(flatten_hwc(maps).float())
+        embeddings: Tensor = self.readout(self.convolutions(pixels.to(self.dtype)))
         return embeddings
+
+
+class _Readout(nn.Module):
+    """Embedding of the last feature maps before their BatchNorm, float32 (B, C).
+
+    ``scale`` and ``shift`` (float64, one number a channel) are those of the BatchNorm.
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(
+        self, dense: nn.Linear, scale: Tensor, shift: Tensor, embedding: Embedding
+    ) -> None:
+        super().__init__()
+        self.embedding = embedding
+        self.dense = nn.Linear(dense.in_features, dense.out_features)
+        positions = dense.in_features // FILTERS
+        weight = dense.weight.double()
+        bias = _shifted_bias(dense, weight, shift.repeat(positions))
+        _set(self.dense, weight * scale.repeat(positions), bias)
+        # mean and deviation of scale * x + shift
+        self.register_buffer("scale", torch.cat([scale, scale.abs()]).float())
+        self.register_buffer("shift", torch.cat([shift, torch.zeros_like(shift)]).float())
+
+    def forward(self, maps: Tensor) -> Tensor:
+        # float32 costs nothing here and keeps every digit that the float16 grids store
+        maps = maps.float()
+        parts: list[Tensor] = []
+        if self.embedding != "pooled":
+            parts.append(self.dense(flatten_hwc(maps)))
+        if self.embedding != "dense":
+            parts.append(pooled_statistics(maps) * self.scale + self.shift)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 class FusedEncoder(nn.Module):
@@ -197,7 +242,7 @@ class FusedEncoder(nn.Module):
 
     def __init__(self, folded: FoldedEncoder) -> None:
         super().__init__()
-        self.dense, self.dtype = folded.dense, folded.dtype
+        self.readout, self.dtype = folded.readout, folded.dtype
         layers = [layer for layer in folded.convolutions if isinstance(layer, nn.Conv2d)]
         self._convolutions = [
             (reorder_weight(layer), layer.bias, list(layer.stride)) for layer in layers
@@ -208,7 +253,7 @@ class FusedEncoder(nn.Module):
         for weight, bias, stride in self._convolutions:
             assert bias is not None
             maps = convolve_leaky_relu(maps, weight, bias, stride, SLOPE)
-        embeddings: Tensor = self.dense(flatten_hwc(maps).float())
+        embeddings: Tensor = self.readout(maps)
         return embeddings
 
 

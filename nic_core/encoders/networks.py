@@ -8,9 +8,13 @@ height, width, channel order, one linear layer. Keras' BatchNorm momentum 0.8 is
 
 from __future__ import annotations
 
+from typing import Self
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from nic_core.types import Embedding
 
 FILTERS = 128
 CONVOLUTIONS = 4
@@ -29,6 +33,22 @@ def pool_patches(pixels: Tensor, pooling: int = POOLING) -> Tensor:
 def flatten_hwc(maps: Tensor) -> Tensor:
     """Flatten (B, C, H, W) to (B, H*W*C), the order of Keras."""
     return maps.permute(0, 2, 3, 1).flatten(1)
+
+
+def pooled_statistics(maps: Tensor) -> Tensor:
+    """Return mean and standard deviation of each channel over positions, without their place.
+
+    (B, C, H, W) to float32 (B, 2 C): the means, then the deviations, of the H*W values (division by
+    H*W, not by H*W - 1) [choice].
+    """
+    deviations, means = torch.std_mean(maps.float(), dim=(2, 3), correction=0)
+    return torch.cat([means, deviations], 1)
+
+
+def full_size(embedding: Embedding, dense_size: int) -> int:
+    """Return the length of an embedding of the published network; ``dense_size``: of its code."""
+    pooled = 2 * FILTERS
+    return {"dense": dense_size, "pooled": pooled, "both": dense_size + pooled}[embedding]
 
 
 def channels_last(module: nn.Module) -> None:
@@ -57,7 +77,31 @@ def initialise_as_keras(module: nn.Module) -> None:
             nn.init.zeros_(layer.bias)
 
 
-class TellezEncoder(nn.Module):
+class ConvolutionalEncoder(nn.Module):
+    """Base of both networks: ``convolutions``, a sequence of blocks of three layers.
+
+    A block is one convolution with its BatchNorm and LeakyReLU. Frozen blocks are not trained, and
+    their BatchNorm keeps its statistics.
+    """
+
+    BLOCK = 3  # layers
+
+    convolutions: nn.Sequential
+    _frozen_layers = 0
+
+    def freeze(self, blocks: int) -> None:
+        """Exclude the first ``blocks`` convolution blocks from training."""
+        self._frozen_layers = blocks * self.BLOCK
+        self.convolutions[: self._frozen_layers].requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of every layer; frozen blocks stay in evaluation mode."""
+        super().train(mode)
+        self.convolutions[: self._frozen_layers].eval()
+        return self
+
+
+class TellezEncoder(ConvolutionalEncoder):
     """Pooled patch in [-1, 1], float32 (B, 3, side, side), to embedding, float32 (B, C).
 
     595,968 parameters at the published size, side 64 and embedding size 128 [model]. Other sides
@@ -101,7 +145,7 @@ class TellezEncoder(nn.Module):
         return embeddings
 
 
-class StridedEncoder(nn.Module):
+class StridedEncoder(ConvolutionalEncoder):
     """Patch in [-1, 1], float32 (B, 3, side, side), to embedding, float32 (B, C) [B].
 
     5 convolutions 3x3 with stride 2 and 32, 64, 128, 256, 512 filters, each with BatchNorm and
@@ -164,16 +208,33 @@ class PatchEncoder(nn.Module):
 
     The module contains every operation between stored pixels and the embedding, so an exported
     module is the complete encoder.
+
+    Parameters
+    ----------
+    network
+    embedding : str
+        ``dense``: the code of the network's last layer. ``pooled``: mean and standard deviation
+        over positions of the last feature maps (:func:`pooled_statistics`), float32 (B, 256) for
+        :class:`TellezEncoder`. ``both``: the dense code, then the pooled numbers [choice].
     """
 
-    def __init__(self, network: TellezEncoder | StridedEncoder) -> None:
+    def __init__(
+        self, network: TellezEncoder | StridedEncoder, embedding: Embedding = "dense"
+    ) -> None:
         super().__init__()
         self.network = network
+        self.embedding = embedding
 
     def forward(self, pixels: Tensor) -> Tensor:
         pooled = pool_patches(pixels, self.network.pooling).mul(2 / 255).sub_(1)
-        embeddings: Tensor = self.network(pooled)
-        return embeddings
+        if self.embedding == "dense":
+            code: Tensor = self.network(pooled)
+            return code
+        maps = self.network.convolutions(pooled)
+        texture = pooled_statistics(maps)
+        if self.embedding == "pooled":
+            return texture
+        return torch.cat([self.network.dense(flatten_hwc(maps)), texture], 1)
 
 
 class MeanRGB(nn.Module):

@@ -32,7 +32,8 @@ PROBE_SCHEMA = pl.Schema(
     {
         "task": pl.String(),
         "mpp": pl.Float64(),  # um/px of the patches
-        "in_training": pl.Boolean(),  # the encoder was trained on it; null: an imported encoder
+        # the encoder, or its initial weights, were trained on it; null: not recorded
+        "in_training": pl.Boolean(),
         "probe": pl.String(),
         "balanced_accuracy": pl.Float64(),
         "auc": pl.Float64(),
@@ -125,9 +126,10 @@ def knn_probe(embeddings: TaskEmbeddings) -> TaskScores:
 def probe_table(encoder: Encoder, tasks: Sequence[TaskEmbeddings]) -> pl.DataFrame:
     """Return the scores of both probes on every task (:data:`PROBE_SCHEMA`)."""
     rows = []
+    card = encoder.card
     for embeddings in tasks:
         name = embeddings.task.name
-        in_training = None if encoder.card.objective == "imported" else name in encoder.card.data
+        in_training = name in card.seen_data or (False if card.training_recorded else None)
         for probe, score in ((LINEAR, linear_probe), (KNN, knn_probe)):
             s = score(embeddings)
             sizes = (len(embeddings.train), len(embeddings.test))

@@ -16,18 +16,24 @@ from nic_core.devices import resolve_device, resolve_precision
 from nic_core.encoders.encoder import (
     Encoder,
     EncoderCard,
+    InitialWeightsRecord,
     build_encoder,
     encoder_tensors,
     weights_hash,
+    with_embedding,
 )
 from nic_core.encoders.errors import EncoderError
 from nic_core.encoders.figures import augmentation_sheet, confusion_matrix, training_curves
-from nic_core.encoders.networks import channels_last
+from nic_core.encoders.networks import PatchEncoder, channels_last
 from nic_core.encoders.objectives.base import Objective
 from nic_core.encoders.objectives.bigan import BidirectionalGAN
 from nic_core.encoders.objectives.contrastive import Contrastive
 from nic_core.encoders.objectives.mean_rgb import EMBEDDING_SIZE, mean_rgb_module
-from nic_core.encoders.objectives.mtl import Multitask, class_probabilities
+from nic_core.encoders.objectives.mtl import (
+    FEWEST_TO_CHOOSE,
+    Multitask,
+    class_probabilities,
+)
 from nic_core.encoders.objectives.vae import VariationalAutoencoder
 from nic_core.encoders.patch_tasks import PatchDataset, leaks
 from nic_core.encoders.scores import TaskScores, score_task
@@ -46,12 +52,31 @@ OBJECTIVES: dict[str, type[Multitask | VariationalAutoencoder | Contrastive | Bi
 }
 
 
+FINE_TUNING_RATE = 2e-4
+"""Default learning rate of a training from initial weights [choice]."""
+
+
+@dataclass(frozen=True)
+class InitialEncoder:
+    """An encoder whose weights a training starts from.
+
+    Attributes
+    ----------
+    encoder : Encoder
+    origin : str
+        Where it is from, for the card: an encoder of the study, a file or a registered version.
+    """
+
+    encoder: Encoder
+    origin: str
+
+
 @dataclass(frozen=True)
 class Trained:
     """A trained encoder and the history of its training.
 
-    ``history`` has one row per epoch: epoch, patches (seen so far), learning_rate, mean losses
-    and validation values. It is empty for mean-RGB and for imported encoders.
+    ``history`` has one row per epoch (:func:`~nic_core.encoders.training_loop.fit`). It is empty
+    for mean-RGB and for imported encoders.
     """
 
     encoder: Encoder
@@ -65,6 +90,7 @@ def train_encoder(
     patch: int,
     mpp: float,
     embedding_size: int,
+    initial: InitialEncoder | None = None,
     device: str = "auto",
     checkpoint: Path | None = None,
     tracker: Tracker | None = None,
@@ -75,6 +101,10 @@ def train_encoder(
     The same spec, data and number of threads give the same weights on a CPU. Validation values
     are computed on a seeded sample of at most half an epoch's patches, but at least 64 patches of
     each task [choice].
+
+    From initial weights, the network starts from those of ``initial``. So does the head of each
+    task that ``initial`` has with the same classes in the same order; other heads start from random
+    weights [choice]. The um/px may differ.
 
     Parameters
     ----------
@@ -88,7 +118,9 @@ def train_encoder(
     mpp : float
         um/px of the patches of slides that the encoder will be applied to.
     embedding_size : int
-        Length of an embedding; mean-RGB always has 3.
+        Length of the dense code; mean-RGB always has 3.
+    initial : InitialEncoder, optional
+        The encoder that ``spec.initial_weights`` names; required exactly if it names one.
     device : str
         ``auto`` (CUDA if available), ``cpu``, ``cuda`` or ``cuda:1``.
     checkpoint : Path, optional
@@ -103,10 +135,15 @@ def train_encoder(
     Raises
     ------
     EncoderError
-        The patch tasks do not match the spec, the networks do not support the patch size, or a
-        loss became NaN or infinite.
+        The patch tasks do not match the spec, the networks do not support the patch size, the
+        initial weights are those of another network, or a loss became NaN or infinite.
     """
     tasks = _matching_tasks(spec, tasks, patch)
+    if (initial is None) != (spec.initial_weights is None):
+        raise EncoderError(
+            f"encoder '{spec.name}': 'initial_weights' and the encoder to start from belong "
+            "together; give both or neither"
+        )
     for leak in leaks(tasks, tasks):
         log.warning(
             "encoder '%s': %s; if they are the same patients, test scores are too optimistic for "
@@ -133,7 +170,9 @@ def train_encoder(
         return Trained(Encoder(card, module), pl.DataFrame())
 
     target = resolve_device(device)
-    rate = spec.learning_rate or OBJECTIVES[spec.objective].learning_rate
+    rate = spec.learning_rate or (
+        OBJECTIVES[spec.objective].learning_rate if initial is None else FINE_TUNING_RATE
+    )
     precision = resolve_precision(spec.precision, target)
     facts: dict[str, int | float | str] = {
         "seed": spec.seed,
@@ -143,6 +182,15 @@ def train_encoder(
     }
     if spec.task_weights != "equal":
         facts["task_weights"] = spec.task_weights
+    start = None if initial is None else _record(spec, tasks, initial, patch, embedding_size)
+    if start is not None:
+        facts |= {
+            "initial_weights": start.origin,
+            "initial_weights_hash": start.weights_hash,
+            "frozen_blocks": start.frozen_blocks,
+        }
+    if spec.refit is not None:
+        facts["refit"] = spec.refit
     data = {task.name: task.identity for task in tasks}
     software = _software()
     if tracker is not None:
@@ -171,8 +219,14 @@ def train_encoder(
             seed=spec.seed,
             **({"task_weights": spec.task_weights} if spec.objective == "mtl" else {}),
         )
+        if initial is not None and start is not None:
+            _load_initial_weights(objective, initial.encoder, start)
         channels_last(objective.networks)
-        setting = repr((spec, patch, mpp, embedding_size, data, software, target.type, precision))
+        # the start counts by its weights: a download is in another folder each time
+        own = spec.model_copy(update={"initial_weights": None})
+        setting = repr(
+            (own, start, patch, mpp, embedding_size, data, software, target.type, precision)
+        )
         history = fit(
             objective,
             spec,
@@ -189,6 +243,8 @@ def train_encoder(
         for task in tasks
         if task.name in objective.heads
     }
+    kept = _kept_weights(objective, history)
+    log.info("encoder '%s': kept the weights of %s", spec.name, kept)
     encoder = encoder.cpu().requires_grad_(False)
     heads = {name: head.cpu().requires_grad_(False) for name, head in objective.heads.items()}
     card = EncoderCard(
@@ -201,14 +257,93 @@ def train_encoder(
         mpp=mpp,
         embedding_size=embedding_size,
         weights_hash=weights_hash(spec.architecture, encoder_tensors(encoder, heads)),
-        training=facts | {"patches_seen": int(history["patches"][-1])},
+        training=facts
+        | {
+            "patches_seen": int(history.filter(phase="training")["patches"][-1]),
+            "kept_weights": kept,
+        },
+        initial_weights=start,
         data=data,
         scores=scores,
         software=software,
     )
     if tracker is not None:
         _draw_results(tracker, history, card, tasks)
-    return Trained(Encoder(card, encoder, heads), history)
+    return Trained(with_embedding(Encoder(card, encoder, heads), spec.embedding), history)
+
+
+def _record(
+    spec: EncoderSpec,
+    tasks: Sequence[PatchDataset],
+    initial: InitialEncoder,
+    patch: int,
+    embedding_size: int,
+) -> InitialWeightsRecord:
+    """Return the record of the initial weights, after checking that they fit the network."""
+    card = initial.encoder.card
+    for what, found, wanted in (
+        ("architecture", card.architecture, spec.architecture),
+        ("patch size", f"{card.patch} px", f"{patch} px"),
+        ("size of the dense code", card.code_size, embedding_size),
+    ):
+        if found != wanted:
+            raise EncoderError(
+                f"encoder '{spec.name}': its initial weights ({initial.origin}) have {what} "
+                f"{found}, but its network has {wanted}; name other initial weights, or change "
+                "the encoder's settings to theirs"
+            )
+    assert spec.initial_weights is not None
+    with_heads = tasks if spec.objective in ("mtl", "supervised") else ()
+    same = tuple(task.name for task in with_heads if card.tasks.get(task.name) == task.classes)
+    for task in with_heads:
+        if task.name in card.tasks and task.name not in same:
+            log.warning(
+                "encoder '%s': task '%s' of the initial weights (%s) has other classes, so its "
+                "head starts from random weights",
+                spec.name,
+                task.name,
+                initial.origin,
+            )
+    return InitialWeightsRecord(
+        origin=initial.origin,
+        weights_hash=card.weights_hash,
+        mpp=card.mpp,
+        training_recorded=card.training_recorded,
+        frozen_blocks=spec.initial_weights.freeze,
+        heads=same,
+        data=card.seen_data,
+    )
+
+
+def _load_initial_weights(
+    objective: Objective, initial: Encoder, start: InitialWeightsRecord
+) -> None:
+    assert isinstance(initial.module, PatchEncoder)  # its architecture is that of the objective
+    objective.encoder.load_state_dict(initial.module.state_dict())
+    objective.encoder.network.freeze(start.frozen_blocks)
+    for task in start.heads:
+        objective.heads[task].load_state_dict(initial.heads[task].state_dict())
+
+
+def _kept_weights(objective: Objective, history: pl.DataFrame) -> str:
+    """Say which weights were kept, and by what they were chosen."""
+    selection = objective.selection
+    epochs = history.filter(phase="training").height
+    refitted = history.height - epochs
+    epoch = refitted or history["epoch"].filter(history["kept"])[0]
+    too_small = objective.too_small if isinstance(objective, Multitask) else ()
+    few = f"{', '.join(too_small)}: fewer than {FEWEST_TO_CHOOSE} validation patches of a class"
+    if selection is None:
+        chosen = f"epoch {epoch} of {epochs}, the last"
+    elif selection.keep == "last":
+        chosen = f"epoch {epoch} of {epochs}, the last, because no task can choose ({few})"
+    else:
+        chosen = f"epoch {epoch} of {epochs}, chosen by {selection.value}" + (
+            f" (without {few})" if too_small else ""
+        )
+    if not refitted:
+        return chosen
+    return f"the refit on train and validation, as many steps as up to {chosen}"
 
 
 def _test_scores(objective: Objective, task: PatchDataset, device: torch.device) -> TaskScores:

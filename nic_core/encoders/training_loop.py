@@ -10,6 +10,10 @@ at 60 % and at 85 % of the budget even without a plateau, because the noise of a
 plateaus and a short training would end with that noise. Without a budget, an epoch is a pass over
 the training patches (at least 500 steps), the rate drops only at plateaus, and training ends at
 the early stop or after the published 200,000 steps.
+
+Also [choice] is a second training on the train and validation splits together (``refit: all``):
+from the same start, for the steps up to the kept epoch, at the rates of these epochs, with the
+weights of the end kept. The first training then serves to choose the schedule.
 """
 
 from __future__ import annotations
@@ -29,7 +33,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from nic_core.cohort import EncoderSpec
 from nic_core.encoders.errors import EncoderError
-from nic_core.encoders.objectives.base import Objective
+from nic_core.encoders.objectives.base import Objective, Validation
 from nic_core.encoders.patch_tasks import PatchDataset
 from nic_core.encoders.scores import TaskScores
 from nic_core.store import atomic_file
@@ -39,7 +43,7 @@ from nic_core.types import Precision
 log = logging.getLogger(__name__)
 
 EPOCHS = 24
-CHECKPOINT_FORMAT = 2
+CHECKPOINT_FORMAT = 3
 STEPS = 200_000  # upper limit without a budget; [B] for the BiGAN
 SHORTEST_EPOCH = 500  # steps, without a budget: keeps the cost of validation small
 PATIENCE = 3  # epochs
@@ -48,6 +52,12 @@ LOWEST_RATE = 1e-5
 # (share of the budget, upper limit of the rate from there on, as a fraction of the first rate)
 CEILINGS = ((0.6, 1e-1), (0.85, 1e-2))
 CONFUSION = "validation_confusion"
+REFIT_SPLITS = ("train", "validation")
+# attributes of a training that its checkpoint has as they are
+_PROGRESS = (
+    "kept", "kept_epoch", "done", "rows", "confusion", "best", "stale", "stopped", "schedule",
+    "refitted",
+)  # fmt: skip
 
 
 def patches_per_epoch(spec: EncoderSpec, tasks: Sequence[PatchDataset]) -> int:
@@ -70,11 +80,13 @@ def fit(
 ) -> pl.DataFrame:
     """Train ``objective.networks`` in place and leave them in evaluation mode.
 
+    With ``spec.refit`` they are trained twice; see the description of this module.
+
     Parameters
     ----------
     objective : Objective
     spec : EncoderSpec
-        Gives the seed and the budget.
+        Gives the seed, the budget and ``refit``.
     learning_rate : float
         Initial learning rate.
     precision : str
@@ -93,7 +105,8 @@ def fit(
     -------
     polars.DataFrame
         One row per epoch: epoch, patches (seen so far), learning_rate, mean losses, validation
-        values.
+        values (null in a refit), phase (``training``, ``refit``), kept (whether the weights are
+        those of the end of this epoch).
 
     Raises
     ------
@@ -101,16 +114,28 @@ def fit(
         A loss became NaN or infinite, or the checkpoint cannot be read.
     """
     run = _Run(objective, spec, learning_rate, precision)
+    start = copy.deepcopy(run.networks.state_dict()) if spec.refit == "all" else None
     if checkpoint is not None and checkpoint.exists():
         run.restore(checkpoint, fingerprint)
     _report(tracker, run.rows, run.confusion)
-    while not run.finished:
-        row, confusion = run.train_epoch(progress)
-        _report(tracker, [row], confusion)
-        if checkpoint is not None:
-            run.save(checkpoint, fingerprint)
-    run.select()
-    return pl.DataFrame(run.rows)
+
+    def train() -> None:
+        while not run.finished:
+            row, confusion = run.train_epoch(progress)
+            _report(tracker, [row], confusion)
+            if checkpoint is not None:
+                run.save(checkpoint, fingerprint)
+        run.select()
+
+    train()
+    if start is not None and run.schedule is None:  # else it was resumed within the refit
+        run.begin_refit(start)
+        train()
+    trained = pl.int_range(pl.len()) < len(run.rows) - len(run.schedule or ())
+    return pl.DataFrame(run.rows).with_columns(
+        phase=pl.when(trained).then(pl.lit("training")).otherwise(pl.lit("refit")),
+        kept=pl.col("epoch") == run.kept_epoch,
+    )
 
 
 def _report(
@@ -140,8 +165,7 @@ class _Run:
         self.precision = precision
         self.networks = objective.networks
         self.device = next(self.networks.parameters()).device
-        self.generator = torch.Generator(self.device).manual_seed(spec.seed)
-        self.optimizer = torch.optim.Adam(self.networks.parameters(), lr=learning_rate, fused=True)
+        self._begin()
         self.plateau = None
         if objective.selection is not None:
             self.plateau = ReduceLROnPlateau(
@@ -165,20 +189,57 @@ class _Run:
         self.best = -math.inf
         self.stale = 0  # epochs without improvement
         self.kept: dict[str, Any] | None = None
+        self.kept_epoch = 0
         self.stopped = False
+        # rate and steps of each epoch of the refit; None before it
+        self.schedule: list[tuple[float, int]] | None = None
+        self.refitted = 0  # epochs
+
+    def _begin(self) -> None:
+        """Start the optimiser and the generator of the batches anew."""
+        self.generator = torch.Generator(self.device).manual_seed(self.spec.seed)
+        trained = [weight for weight in self.networks.parameters() if weight.requires_grad]
+        self.optimizer = torch.optim.Adam(trained, lr=self.first_rate, fused=True)
+
+    def begin_refit(self, start: Mapping[str, Tensor]) -> None:
+        """Train again from ``start`` on train and validation splits, up to the kept epoch."""
+        ends = [0, *(int(row["patches"]) // self.objective.patches_per_step for row in self.rows)]
+        self.schedule = [
+            (row["learning_rate"], end - before)
+            for row, before, end in zip(self.rows, ends, ends[1:], strict=False)
+        ][: self.kept_epoch]
+        self.kept = None
+        self.networks.load_state_dict(start)
+        self._begin()
+        self.objective.train_on(REFIT_SPLITS)
 
     @property
     def finished(self) -> bool:
+        if self.schedule is not None:
+            return self.refitted == len(self.schedule)
         return self.stopped or self.done >= self.steps
+
+    @property
+    def total(self) -> int:
+        """Patches at the end of the training, or of the refit."""
+        steps = self.steps
+        if self.schedule is not None:
+            left = sum(steps for _, steps in self.schedule[self.refitted :])
+            steps = self.done + left
+        return steps * self.objective.patches_per_step
 
     def train_epoch(
         self, progress: Callable[[int, int], None] | None
     ) -> tuple[dict[str, float], list[dict[str, int | str]]]:
         """Train one epoch; return its row and its confusion matrices (:func:`_confusion_rows`)."""
         self.networks.train()
+        steps, total = min(self.steps_per_epoch, self.steps - self.done), self.total
+        if self.schedule is not None:
+            rate, steps = self.schedule[self.refitted]
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
         rate = float(self.optimizer.param_groups[0]["lr"])
         sums: dict[str, float] = {}
-        steps = min(self.steps_per_epoch, self.steps - self.done)
         for _ in range(steps):
             losses = self._losses(self.objective.batch(self.generator))
             self.optimizer.zero_grad(set_to_none=True)
@@ -190,21 +251,26 @@ class _Run:
             for name, value in values.items():
                 sums[name] = sums.get(name, 0.0) + value
             if progress is not None:
-                progress(self.seen, self.steps * self.objective.patches_per_step)
+                progress(self.seen, total)
         self.networks.eval()
-        validation = self.objective.validate()
+        # a refit has seen the validation patches
+        validation = Validation({}) if self.schedule is not None else self.objective.validate()
         self._check_finite(validation.values)
         row = {
             "epoch": self.epoch,
             "patches": self.seen,
             "learning_rate": rate,
-            **{name: total / steps for name, total in sums.items()},
+            **{name: value / steps for name, value in sums.items()},
             **validation.values,
         }
         confusion = _confusion_rows(self.epoch, self.objective.tasks, validation.scores)
         self.rows.append(row)
         self.confusion += confusion
-        self._update_schedule(row)
+        if self.schedule is None:
+            self._update_schedule(row)
+        else:
+            self.refitted += 1
+            self.kept_epoch = len(self.rows)
         self._log(row)
         return row, confusion
 
@@ -250,15 +316,17 @@ class _Run:
             if name == "loss" or (name.startswith("validation/") and name.count("/") == 1)
         }
         log.info(
-            "encoder '%s', epoch %d, %s patches: %s",
+            "encoder '%s', epoch %d%s, %s patches: %s",
             self.spec.name,
             row["epoch"],
+            "" if self.schedule is None else " (refit on train and validation)",
             f"{self.seen:,}",
             ", ".join(f"{name} {value:.3g}" for name, value in values.items()),
         )
 
     def _update_schedule(self, row: dict[str, float]) -> None:
         """Keep the weights if they are the best so far; otherwise lower the rate or stop."""
+        self.kept_epoch = len(self.rows) if self.kept is None else self.kept_epoch
         selection = self.objective.selection
         if selection is None or self.plateau is None:
             return
@@ -272,7 +340,9 @@ class _Run:
         self.stale += 1
         if score > self.best:
             self.best, self.stale = score, 0
-            self.kept = copy.deepcopy(self.networks.state_dict())
+            if selection.keep == "best":
+                self.kept = copy.deepcopy(self.networks.state_dict())
+                self.kept_epoch = len(self.rows)
         # repeated division by 10 misses the minimum by rounding
         at_minimum = row["learning_rate"] < 1.001 * LOWEST_RATE
         self.stopped = at_minimum and self.stale > PATIENCE
@@ -288,17 +358,11 @@ class _Run:
             "format": CHECKPOINT_FORMAT,
             "fingerprint": fingerprint,
             "networks": self.networks.state_dict(),
-            "kept": self.kept,
             "optimizer": self.optimizer.state_dict(),
             "plateau": self.plateau.state_dict() if self.plateau is not None else None,
             "generator": self.generator.get_state(),
             "global_generator": torch.get_rng_state(),
-            "done": self.done,
-            "rows": self.rows,
-            "confusion": self.confusion,
-            "best": self.best,
-            "stale": self.stale,
-            "stopped": self.stopped,
+            **{name: getattr(self, name) for name in _PROGRESS},
         }
         with atomic_file(path) as temporary:
             torch.save(state, temporary)
@@ -329,8 +393,10 @@ class _Run:
             self.plateau.load_state_dict(state["plateau"])
         self.generator.set_state(state["generator"])
         torch.set_rng_state(state["global_generator"])
-        for name in ("kept", "done", "rows", "confusion", "best", "stale", "stopped"):
+        for name in _PROGRESS:
             setattr(self, name, state[name])
+        if self.schedule is not None:
+            self.objective.train_on(REFIT_SPLITS)
         log.info("encoder '%s': resumed after %d patches", self.spec.name, self.seen)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import polars as pl
 from matplotlib.figure import Figure
@@ -11,6 +12,7 @@ from matplotlib.figure import Figure
 from nic_core.cohort import (
     Cohort,
     CohortError,
+    EncoderSpec,
     FeaturesEncoder,
     Geometry,
     ImportedEncoder,
@@ -21,17 +23,19 @@ from nic_core.encoders import (
     Encoder,
     EncoderCard,
     EncoderError,
+    InitialEncoder,
     PatchDataset,
     Trained,
     build_patch_task,
     import_encoder,
     load_encoder,
+    load_initial_weights,
     load_patch_task,
     save_encoder,
     train_encoder,
 )
 from nic_core.encoders.figures import embedding_map, neighbour_sheet
-from nic_core.encoders.files import save_card
+from nic_core.encoders.files import read_card, save_card
 from nic_core.encoders.patch_tasks import leaks
 from nic_core.encoders.probes import check_scale, probe_table, task_embeddings
 from nic_core.grids.features import features_hash
@@ -124,6 +128,7 @@ def make_encoder(
     progress: Callable[[int, int], None] | None = None,
     *,
     device: str = "auto",
+    downloaded: Path | None = None,
 ) -> Trained:
     """Train an encoder on its patch tasks, or import it, and write it to the store.
 
@@ -139,6 +144,9 @@ def make_encoder(
         Called with (patches seen, total patches) after each training step.
     device : str
         ``auto`` (CUDA if available), ``cpu``, ``cuda`` or ``cuda:1``.
+    downloaded : Path, optional
+        Folder of the registered encoder that ``initial_weights.version`` names, which this step
+        cannot download.
 
     Returns
     -------
@@ -148,9 +156,9 @@ def make_encoder(
     Raises
     ------
     EncoderError
-        Training or import failed, the encoder to reuse is not in the store, or the entry has no
-        network of its own: it names a version of a model registry, or a folder of features
-        (:func:`make_features_encoder`).
+        Training or import failed, the encoder to reuse or to start from is not in the store, or
+        the entry has no network of its own: it names a version of a model registry, or a folder of
+        features (:func:`make_features_encoder`).
     """
     spec, geometry = cohort.encoder(encoder), cohort.geometry(encoder)
     if isinstance(spec, FeaturesEncoder):
@@ -175,6 +183,7 @@ def make_encoder(
             patch=geometry.patch,
             mpp=geometry.mpp,
             embedding_size=spec.embedding_size or cohort.settings.embedding_size,
+            initial=_initial_encoder(spec, store, downloaded),
             device=device,
             tracker=tracker,
             checkpoint=store.encoder_checkpoint(encoder),
@@ -234,6 +243,36 @@ def make_features_encoder(cohort: Cohort, store: Store, encoder: str) -> Encoder
     return card
 
 
+def _initial_encoder(
+    spec: EncoderSpec, store: Store, downloaded: Path | None
+) -> InitialEncoder | None:
+    """Load the encoder that a training starts from; None without one."""
+    start = spec.initial_weights
+    if start is None:
+        return None
+    if start.encoder is not None:
+        place, origin = store.encoder(start.encoder), f"encoder '{start.encoder}'"
+        if not place.exists():
+            raise EncoderError(
+                f"encoder '{spec.name}' starts from encoder '{start.encoder}', which is not in the "
+                f"store {store.root}; make '{start.encoder}' first"
+            )
+    elif start.file is not None:
+        place, origin = start.file, start.file.name
+    elif downloaded is None:
+        raise EncoderError(
+            f"encoder '{spec.name}' starts from {start.version} of a model registry, which this "
+            "step cannot download; use 'initial_weights.file' with the encoder's folder, or "
+            "materialize the encoder in Dagster"
+        )
+    else:
+        place, origin = downloaded, str(start.version)
+    loaded = load_initial_weights(place, spec.name)
+    if start.file is not None and loaded.card.source is not None:
+        origin = loaded.card.source
+    return InitialEncoder(loaded, origin)
+
+
 def remove_checkpoint(store: Store, encoder: str) -> None:
     """Delete the checkpoint of a training, once the encoder is saved and the tracker is closed."""
     store.encoder_checkpoint(encoder).unlink(missing_ok=True)
@@ -243,9 +282,12 @@ def leaked_groups(cohort: Cohort, store: Store, encoder: str) -> list[str]:
     """Describe test groups of patch tasks that are in the encoder's training data.
 
     Only patch tasks in the store are compared; see :func:`~nic_core.encoders.patch_tasks.leaks`.
+    The training data of the encoder's initial weights count as its own.
     """
     tasks = _made_patch_tasks(cohort, store, encoder)
-    return leaks([task for task in tasks if task.name in cohort.tasks_of(encoder)], tasks)
+    own, seen = cohort.tasks_of(encoder), read_card(store.encoder(encoder)).seen_data
+    trained = [t for t in tasks if t.name in own or seen.get(t.name) == t.identity]
+    return leaks(trained, tasks)
 
 
 def _made_patch_tasks(cohort: Cohort, store: Store, encoder: str) -> list[PatchDataset]:

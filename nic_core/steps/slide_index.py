@@ -14,6 +14,7 @@ import polars as pl
 from nic_core.cohort import (
     Cohort,
     CohortError,
+    EncoderEntry,
     EncoderSpec,
     FeaturesEncoder,
     ImportedEncoder,
@@ -24,8 +25,8 @@ from nic_core.cohort import (
 )
 from nic_core.cohort.index import INDEX_SCHEMA, find_slides
 from nic_core.cohort.scan import SNAPSHOT_SCHEMA, take_snapshot, watched_files
-from nic_core.encoders.errors import EncoderError
-from nic_core.encoders.files import read_card
+from nic_core.encoders import EncoderError, initial_weights_version
+from nic_core.encoders.files import CARD
 from nic_core.encoders.patch_sources import source_files
 from nic_core.models.labels import read_labels, target_table
 from nic_core.slides import Slide, content_identity, open_slide
@@ -128,7 +129,8 @@ def scan_slides(
     }
     unusable = set(index.filter(pl.col("slide").is_in(list(problems)))["path"])
     readable = {path: parts for path, parts in files.items() if path not in waiting | unusable}
-    others = {str(path) for path in watched_files(cohort)} - set(readable) - busy
+    watched = [*watched_files(cohort), *initial_weight_files(cohort, store)]
+    others = {str(path) for path in watched} - set(readable) - busy
     snapshot, unreadable = take_snapshot(readable, others, previous.clear() if rehash else previous)
     # a slide with a file that is still being written keeps the state of the previous snapshot
     kept = previous.filter(
@@ -331,8 +333,10 @@ def encoder_versions(cohort: Cohort, store: Store) -> dict[str, str]:
     """Return a version of every encoder by name.
 
     It is a digest of the encoder's entry with the settings that apply to it, and of the file that
-    it imports or the weights that it reuses, if any. Registered encoders are left out, since only
-    the registry knows their version.
+    it imports or the weights that it reuses or starts from, if any. Weights that are not made yet,
+    or cannot be read, have a version too, of the problem: the encoder's own materialization reports
+    it. Encoders of the registry, and those that start from one, are left out, since only the
+    registry has their version.
     """
     versions = {}
     for encoder in cohort.encoders:
@@ -344,17 +348,51 @@ def encoder_versions(cohort: Cohort, store: Store) -> dict[str, str]:
                 parts.append(_listing(encoder.file))
             case FeaturesEncoder():
                 parts.append(_listing(encoder.folder))
-            case ReusedEncoder():
-                parts.append(_weights_or_problem(store, encoder.encoder))
             case EncoderSpec():
+                if encoder.registered_start is not None:
+                    continue
                 parts.append(encoder.embedding_size or cohort.settings.embedding_size)
+        if (place := _base_place(encoder, store)) is not None:
+            parts.append(_weights_or_problem(place))
         versions[encoder.name] = digest(*parts)
     return versions
 
 
-def _weights_or_problem(store: Store, encoder: str) -> str:
+def encoder_bases(cohort: Cohort) -> dict[str, str]:
+    """Return the encoder of the study that each encoder reuses or starts from, by name."""
+    bases: dict[str, str] = {}
+    for encoder in cohort.encoders:
+        if isinstance(encoder, ReusedEncoder):
+            bases[encoder.name] = encoder.encoder
+            continue
+        start = encoder.initial_weights if isinstance(encoder, EncoderSpec) else None
+        if start is not None and start.encoder is not None:
+            bases[encoder.name] = start.encoder
+    return bases
+
+
+def initial_weight_files(cohort: Cohort, store: Store) -> list[Path]:
+    """Return the files whose change shows that initial or reused weights changed.
+
+    They are the cards of encoder folders, and Keras files.
+    """
+    places = [place for entry in cohort.encoders if (place := _base_place(entry, store))]
+    return [place if place.is_file() else place / CARD for place in places]
+
+
+def _base_place(encoder: EncoderEntry, store: Store) -> Path | None:
+    """File or folder of the weights that an encoder reuses or starts from; None without one."""
+    if isinstance(encoder, ReusedEncoder):
+        return store.encoder(encoder.encoder)
+    start = encoder.initial_weights if isinstance(encoder, EncoderSpec) else None
+    if start is None:
+        return None
+    return store.encoder(start.encoder) if start.encoder is not None else start.file
+
+
+def _weights_or_problem(place: Path) -> str:
     try:
-        return read_card(store.encoder(encoder)).weights_hash
+        return initial_weights_version(place)
     except EncoderError as error:  # reported when the weights are used
         return str(error)
 

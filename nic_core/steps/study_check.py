@@ -19,6 +19,7 @@ from nic_core.cohort import (
     ClassificationTarget,
     Cohort,
     CohortError,
+    EncoderSpec,
     FeaturesEncoder,
     ImportedEncoder,
     PatchTask,
@@ -261,6 +262,12 @@ def _encoder_files(cohort: Cohort, index: pl.DataFrame) -> Iterator[Finding]:
         if isinstance(encoder, ImportedEncoder) and not encoder.file.exists():
             yield Finding(
                 f"encoder {encoder.name}", f"file {encoder.file} does not exist; correct the path"
+            )
+        start = encoder.initial_weights if isinstance(encoder, EncoderSpec) else None
+        if start is not None and start.file is not None and not start.file.exists():
+            yield Finding(
+                f"encoder {encoder.name}",
+                f"initial_weights: {start.file} does not exist; correct the path",
             )
         if isinstance(encoder, FeaturesEncoder):
             yield from _features(encoder, used_slides(index))

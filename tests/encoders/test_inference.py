@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nic_core.encoders.encoder import Encoder, EncoderCard
+from nic_core.encoders.encoder import Encoder, EncoderCard, with_embedding
 from nic_core.encoders.inference import (
     FoldedEncoder,
     FusedEncoder,
@@ -29,13 +29,20 @@ from tests.encoders.test_networks import random_patches, with_random_statistics
 pytestmark = pytest.mark.slow
 
 CPU = torch.device("cpu")
+EMBEDDINGS = ["dense", "pooled", "both"]
 
 
-def exact(network: TellezEncoder, pixels: torch.Tensor, pooling: int) -> torch.Tensor:
+def exact(
+    network: TellezEncoder, pixels: torch.Tensor, pooling: int, embedding: str = "dense"
+) -> torch.Tensor:
     """Compute the published network in float64."""
     pooled = pool_patches(pixels, pooling).double() / 255 * 2 - 1
     with torch.inference_mode():
-        return network.double()(pooled)
+        maps = network.double().convolutions(pooled)
+        flat = maps.flatten(2)
+        texture = torch.cat([flat.mean(2), flat.var(2, correction=0).sqrt()], 1)
+        parts = {"dense": [network(pooled)], "pooled": [texture]}
+        return torch.cat(parts.get(embedding, [network(pooled), texture]), 1)
 
 
 def deviation(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -47,43 +54,52 @@ def deviation(found: torch.Tensor, expected: torch.Tensor) -> float:
     patch=st.integers(31, 80).map(lambda side: 2 * side),
     seed=st.integers(0, 99),
     pooling=st.sampled_from([1, 2]),
+    embedding=st.sampled_from(EMBEDDINGS),
 )
-def test_folding_keeps_the_embeddings(patch: int, seed: int, pooling: int):
+def test_folding_keeps_the_embeddings(patch: int, seed: int, pooling: int, embedding: str):
     torch.manual_seed(seed)
     network = TellezEncoder(16, pooled_side(patch))
     with_random_statistics(network, seed)
     pixels = random_patches(3, patch if pooling == 2 else patch // 2, seed)
     with torch.inference_mode():
-        folded = FoldedEncoder(network, pooling)(pixels)
-    assert deviation(folded, exact(network, pixels, pooling)) < 2e-6
+        folded = FoldedEncoder(network, pooling, embedding)(pixels)
+    assert deviation(folded, exact(network, pixels, pooling, embedding)) < 2e-6
 
 
 @pytest.mark.skipif(not has_fused_convolution(), reason="this PyTorch has no fused convolution")
 @pytest.mark.parametrize("count", [1, 7, 32, 33])
 @pytest.mark.parametrize("pooling", [1, 2])
-def test_fusing_keeps_the_embeddings_for_any_batch_size(count: int, pooling: int):
+@pytest.mark.parametrize("embedding", EMBEDDINGS)
+def test_fusing_keeps_the_embeddings_for_any_batch_size(count: int, pooling: int, embedding: str):
     network = with_random_statistics(TellezEncoder())
     pixels = random_patches(count, 64 * pooling).contiguous(memory_format=torch.channels_last)
-    module = fast_module(network, pooling=pooling, device=CPU, precision="float32")
+    module = fast_module(
+        network, pooling=pooling, device=CPU, precision="float32", embedding=embedding
+    )
     assert isinstance(module, FusedEncoder)
     with torch.inference_mode():
         found = module(pixels)
-    assert deviation(found, exact(network, pixels, pooling)) < 2e-6
+    assert deviation(found, exact(network, pixels, pooling, embedding)) < 2e-6
 
 
 @pytest.mark.parametrize("fuse", [False, True])
 @pytest.mark.parametrize("pooling", [1, 2])
-def test_bfloat16_embeddings_have_the_same_direction(fuse: bool, pooling: int, monkeypatch):
+@pytest.mark.parametrize("embedding", EMBEDDINGS)
+def test_bfloat16_embeddings_have_the_same_direction(
+    fuse: bool, pooling: int, embedding: str, monkeypatch
+):
     if fuse and not has_fused_convolution():
         pytest.skip("this PyTorch has no fused convolution")
     monkeypatch.setattr("nic_core.encoders.inference.has_fused_convolution", lambda: fuse)
     network = with_random_statistics(TellezEncoder())
     pixels = random_patches(8, 64 * pooling)
-    module = fast_module(network, pooling=pooling, device=CPU, precision="bfloat16")
+    module = fast_module(
+        network, pooling=pooling, device=CPU, precision="bfloat16", embedding=embedding
+    )
     with torch.inference_mode():
         found = module(pixels)
     assert found.dtype == torch.float32
-    expected = exact(network, pixels, pooling).float()
+    expected = exact(network, pixels, pooling, embedding).float()
     assert torch.nn.functional.cosine_similarity(found, expected).min() > 0.9995
 
 
@@ -119,8 +135,10 @@ def test_prepared_encoder_records_side_resolution_and_precision():
     assert prepared.on_cpu
 
 
-def test_both_readings_give_the_same_embeddings():
-    encoder = encoder_of(PatchEncoder(with_random_statistics(TellezEncoder())), "tellez2020", 128)
+@pytest.mark.parametrize("embedding", EMBEDDINGS)
+def test_both_readings_give_the_same_embeddings(embedding: str):
+    network = with_random_statistics(TellezEncoder())
+    encoder = with_embedding(encoder_of(PatchEncoder(network), "tellez2020", 128), embedding)
     small = random_patches(5, 64)
     large = small.repeat_interleave(2, 2).repeat_interleave(2, 3)
     with torch.inference_mode():

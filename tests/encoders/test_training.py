@@ -5,6 +5,7 @@ import json
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ from nic_core.encoders.encoder import Encoder
 from nic_core.encoders.figures import augmentation_sheet
 from nic_core.encoders.networks import PatchEncoder, TellezEncoder
 from nic_core.encoders.objectives.base import Selection, Validation
-from nic_core.encoders.objectives.mtl import Multitask, uncertainty_loss
+from nic_core.encoders.objectives.mtl import FEWEST_TO_CHOOSE, Multitask, uncertainty_loss
 from nic_core.encoders.patch_tasks import PatchDataset
 from nic_core.encoders.scores import score_task
 from nic_core.models.metrics import classification_metrics, score
@@ -266,6 +267,127 @@ def test_a_process_killed_by_sigkill_resumes_to_the_same_weights(tasks, tmp_path
     assert resumed.history.equals(whole.history)
     assert recorder.steps == complete.steps
     assert recorder.tables["validation_confusion"].equals(complete.tables["validation_confusion"])
+
+
+def test_a_refit_repeats_the_steps_and_rates_of_the_kept_epoch(tasks):
+    class Twice(Bowl):
+        splits = ("train",)
+
+        def train_on(self, splits: tuple[str, ...]) -> None:
+            self.splits = splits
+
+        def losses(self, batch: None) -> dict[str, torch.Tensor]:
+            self.seen = [*getattr(self, "seen", []), self.splits]
+            return super().losses(batch)
+
+    objective = Twice([k / 100 for k in range(18)] + [0.01] * 6, tasks[0])
+    history = training_loop.fit(
+        objective, spec(patches_seen=24 * 128, batch=64, refit="all"), learning_rate=3e-3
+    )
+    training, refit = (history.filter(phase=phase) for phase in ("training", "refit"))
+    epochs = len(training)
+    assert epochs > 18
+    assert refit["learning_rate"].to_list() == training["learning_rate"][:18].to_list()
+    assert len(set(refit["learning_rate"])) > 1
+    assert refit["patches"].to_list() == [(epochs + k) * 128 for k in range(1, 19)]
+    assert refit["validation/value"].null_count() == 18
+    assert history.filter("kept")["epoch"].to_list() == [epochs + 18]
+    assert objective.seen == [("train",)] * 2 * epochs + [("train", "validation")] * 36
+    # from the same start: the losses do not depend on the batch here
+    assert refit["loss"].to_list() == training["loss"][:18].to_list()
+    assert objective.networks["encoder"].weight.item() == objective.weights[17]
+
+
+def test_a_refit_draws_patches_of_both_splits_from_the_same_start(tasks):
+    small = spec(patches_seen=96, batch=16)
+    plain = train_encoder(small, tasks, **SIZES)
+    refit = train_encoder(small.model_copy(update={"refit": "all"}), tasks, **SIZES)
+    both = refit.history.filter(phase="training").drop("kept").equals(plain.history.drop("kept"))
+    assert both
+    assert refit.encoder.card.weights_hash != plain.encoder.card.weights_hash
+    kept = refit.encoder.card.training["kept_weights"]
+    assert kept.startswith("the refit on train and validation, as many steps as up to epoch ")
+    assert refit.encoder.card.training["patches_seen"] == 96
+    moved = [
+        replace(
+            task,
+            table=task.table.with_columns(
+                split=pl.when(pl.col("split") == "validation")
+                .then(pl.lit("train"))
+                .otherwise("split")
+            ),
+        )
+        for task in tasks
+    ]
+    first = Multitask(PatchEncoder(TellezEncoder(16, 31)), tasks, batch=16, validation=9, seed=0)
+    other = Multitask(PatchEncoder(TellezEncoder(16, 31)), moved, batch=16, validation=9, seed=0)
+    first.train_on(("train", "validation"))
+    for one, same in zip(first.sampler.rows, other.sampler.rows, strict=True):
+        assert set(one) == set(same)
+
+
+@pytest.mark.parametrize("after", [48, 120])
+@pytest.mark.parametrize("objective", ["mtl", "vae", "contrastive"])
+def test_a_refit_resumes_in_either_phase_to_the_same_weights(tmp_path, after, objective):
+    tasks, sizes = make_tasks(64), SIZES | {"patch": 64}
+    small = spec(patches_seen=96, batch=16, learning_rate=2e-3, objective=objective, refit="all")
+    seen: list[int] = []
+
+    def kill(done: int, _: int) -> None:
+        seen.append(done)
+        if done > after:
+            raise Killed
+
+    checkpoint = tmp_path / "training.pt"
+    whole = train_encoder(small, tasks, **sizes)
+    if whole.history["patches"][-1] <= after:
+        pytest.skip("the refit is shorter")
+    with pytest.raises(Killed):
+        train_encoder(small, tasks, **sizes, checkpoint=checkpoint, progress=kill)
+    before = seen[-1]
+    seen.clear()
+    resumed = train_encoder(
+        small, tasks, **sizes, checkpoint=checkpoint, progress=lambda done, _: seen.append(done)
+    )
+    assert seen[0] == before  # the epoch that was interrupted
+    assert resumed.encoder.card == whole.encoder.card
+    assert resumed.history.equals(whole.history)
+
+
+def few_validation(task: PatchDataset, keep: int) -> PatchDataset:
+    """The task with ``keep`` validation patches of each class; the others are test patches."""
+    rank = pl.col("index").rank("ordinal").over("class", "split")
+    split = pl.when((pl.col("split") == "validation") & (rank > keep)).then(pl.lit("test"))
+    return replace(task, table=task.table.with_columns(split=split.otherwise("split")))
+
+
+def test_small_validation_splits_do_not_choose_the_weights(tasks):
+    small = few_validation(tasks[0], FEWEST_TO_CHOOSE - 1)
+    result = train_encoder(
+        spec(patches_seen=96, batch=16, objective="supervised", tasks=("stripes",)),
+        [small],
+        **SIZES,
+    )
+    last = result.history["epoch"].max()
+    assert result.history.filter("kept")["epoch"].to_list() == [last]
+    assert result.encoder.card.training["kept_weights"] == (
+        f"epoch {last} of {last}, the last, because no task can choose (stripes: fewer than 10 "
+        "validation patches of a class)"
+    )
+    enough = few_validation(tasks[0], FEWEST_TO_CHOOSE)
+    encoder = PatchEncoder(TellezEncoder(16, 31))
+    assert Multitask(encoder, [small], batch=8, validation=99, seed=0).selection.keep == "last"
+    assert Multitask(encoder, [enough], batch=8, validation=99, seed=0).selection.keep == "best"
+
+
+def test_a_small_validation_split_has_no_part_in_the_choice(tasks):
+    small = few_validation(tasks[0], 2)
+    result = train_encoder(spec(patches_seen=160, batch=16), [small, tasks[1]], **SIZES)
+    history = result.history
+    chosen = history["validation/balanced_accuracy"].to_list()
+    assert chosen == history["validation/directions/balanced_accuracy"].to_list()
+    assert history.filter("kept")["epoch"][0] == 1 + int(np.argmax(chosen))
+    assert "(without stripes: fewer than 10" in result.encoder.card.training["kept_weights"]
 
 
 class Planted:

@@ -24,10 +24,15 @@ from nic_core.encoders.scores import TaskScores
 
 @dataclass(frozen=True)
 class Selection:
-    """The validation value that drives the learning rate and selects the weights to keep."""
+    """The validation value that drives the learning rate and selects the weights to keep.
+
+    ``keep``: ``best`` weights by the value, or the ``last`` ones, where the validation splits are
+    too small to choose by.
+    """
 
     value: str
     mode: Literal["max", "min"]
+    keep: Literal["best", "last"] = "best"
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,9 @@ class Objective(Protocol):
 
     @property
     def selection(self) -> Selection | None: ...
+
+    def train_on(self, splits: tuple[str, ...]) -> None:
+        """Draw the patches of the following batches from these splits; at first from train."""
 
     def batch(self, generator: torch.Generator) -> Any:
         """Draw a batch; ``generator``, on the networks' device, is the only source of chance."""
@@ -91,11 +99,13 @@ class PatchObjective:
         Published initial learning rate.
     by_class : bool
         Whether ``sampler`` draws every class of a task equally often.
+    sampler : Sampler
+        Draws the training patches of a batch.
     share : int
         Samples of each task in a batch.
     """
 
-    selection: ClassVar[Selection | None]
+    selection: Selection | None
     learning_rate: ClassVar[float]
     by_class: ClassVar[bool] = False
 
@@ -111,16 +121,18 @@ class PatchObjective:
         self.share = max(2, sizes["batch"] // len(self.tasks))
         self.patches_per_step = self.share * len(self.tasks)
         self.validation, self.seed = sizes["validation"], sizes["seed"]
+        self.train_on(("train",))
 
     def add_networks(self, **networks: nn.Module) -> None:
         """Train ``networks`` too, on the encoder's device."""
         self.networks.update(networks)
         self.networks.to(self.device)
 
-    @cached_property
-    def sampler(self) -> Sampler:
-        """Draws the training patches of a batch."""
-        return Sampler(self.tasks, self.share, by_class=self.by_class, device=self.device)
+    def train_on(self, splits: tuple[str, ...]) -> None:
+        """Draw the patches of the following batches from these splits."""
+        self.sampler = Sampler(
+            self.tasks, self.share, splits=splits, by_class=self.by_class, device=self.device
+        )
 
     @cached_property
     def validation_rows(self) -> list[NDArray[np.int64]]:

@@ -47,11 +47,12 @@ class PairBatch:
 
 
 class _Pairs:
-    """Draws pairs of patches from one split of a task."""
+    """Draws pairs of patches from splits of a task."""
 
-    def __init__(self, task: PatchDataset, split: str) -> None:
+    def __init__(self, task: PatchDataset, *splits: str) -> None:
         self.task = task
-        table = task.table.filter(pl.col("split") == split).sort("group", "index")
+        split = " and ".join(splits)
+        table = task.table.filter(pl.col("split").is_in(splits)).sort("group", "index")
         self.rows = table["index"].to_numpy()
         # rows are sorted by group: group boundaries are the ends of runs
         groups = table["group"].rle_id().to_numpy()
@@ -145,8 +146,10 @@ class Contrastive(PatchObjective):
         self.pair_head = ClassHead(2 * encoder.network.embedding_size, 1)
         self.add_networks(pair_head=self.pair_head)
         self.patches_per_step *= 2
-        self.training_pairs = [_Pairs(task, "train") for task in self.tasks]
         self.validation_pairs = [_Pairs(task, "validation") for task in self.tasks]
+
+    def train_on(self, splits: tuple[str, ...]) -> None:
+        self.training_pairs = [_Pairs(task, *splits) for task in self.tasks]
 
     def batch(self, generator: torch.Generator) -> PairBatch:
         return self._draw(self.training_pairs, self.share, generator)

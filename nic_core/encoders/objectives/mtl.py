@@ -26,6 +26,10 @@ from nic_core.encoders.patch_tasks import PatchDataset
 from nic_core.encoders.scores import TaskScores, score_task
 
 CHUNK = 128
+SELECTION = "validation/balanced_accuracy"  # mean over the tasks that can choose
+# validation patches of each class; with fewer, one patch moves the recall of a class by more than
+# 0.1 [choice]
+FEWEST_TO_CHOOSE = 10
 
 
 @dataclass(frozen=True)
@@ -40,9 +44,15 @@ class MultitaskBatch:
 
 
 class Multitask(PatchObjective):
-    """The objective of T supervised tasks; with one task, the supervised encoder of paper B."""
+    """The objective of T supervised tasks; with one task, the supervised encoder of paper B.
 
-    selection = Selection("validation/balanced_accuracy", "max")
+    Attributes
+    ----------
+    too_small : tuple of str
+        Tasks with fewer than :data:`FEWEST_TO_CHOOSE` validation patches of a class. They have no
+        part in the choice of the weights; if all tasks are such, the last weights are kept.
+    """
+
     learning_rate = 1e-2  # [B] for one task; [choice] for several
     by_class = True
 
@@ -58,6 +68,12 @@ class Multitask(PatchObjective):
         self.heads = {task.name: ClassHead(embedding_size, len(task.classes)) for task in tasks}
         # lists, because a task's name may be an attribute of a module dictionary, such as "type"
         self.add_networks(heads=nn.ModuleList(self.heads.values()))
+        self.too_small = tuple(task.name for task in tasks if not can_choose(task))
+        self.selection = Selection(
+            SELECTION,
+            "max",
+            keep="last" if len(self.too_small) == len(self.tasks) else "best",
+        )
         self.log_variances: dict[str, nn.Parameter] = {}
         if task_weights == "uncertainty":
             self.log_variances = {
@@ -103,9 +119,16 @@ class Multitask(PatchObjective):
             values[f"validation/{task.name}/f1"] = scores.f1
             if scores.auc is not None:
                 values[f"validation/{task.name}/auc"] = scores.auc
-        accuracies = [scores.balanced_accuracy for scores in found.values()]
-        values[self.selection.value] = float(np.mean(accuracies))
+        choosing = found.keys() - set(self.too_small) or found.keys()
+        accuracies = [found[name].balanced_accuracy for name in found if name in choosing]
+        values[SELECTION] = float(np.mean(accuracies))
         return Validation(values, found)
+
+
+def can_choose(task: PatchDataset) -> bool:
+    """Return whether the validation split has enough patches of each class to choose weights by."""
+    counts = np.bincount(task.labels[task.rows("validation")], minlength=len(task.classes))
+    return bool(counts.min() >= FEWEST_TO_CHOOSE)
 
 
 def uncertainty_loss(losses: Mapping[str, Tensor], log_variances: Mapping[str, Tensor]) -> Tensor:

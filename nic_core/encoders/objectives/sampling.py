@@ -14,18 +14,24 @@ from nic_core.encoders.patch_tasks import PatchDataset
 
 
 class Sampler:
-    """Draws ``share`` training patches of each task, with replacement.
+    """Draws ``share`` patches of each task from ``splits``, with replacement.
 
     With ``by_class`` every class of a task has the same probability, otherwise every patch.
     """
 
     def __init__(
-        self, tasks: Sequence[PatchDataset], share: int, *, by_class: bool, device: torch.device
+        self,
+        tasks: Sequence[PatchDataset],
+        share: int,
+        *,
+        by_class: bool,
+        device: torch.device,
+        splits: tuple[str, ...] = ("train",),
     ) -> None:
         self.tasks = tuple(tasks)
         self.share = share
         self.device = device
-        self.rows = [task.rows("train") for task in tasks]
+        self.rows = [np.concatenate([task.rows(split) for split in splits]) for task in tasks]
         # cumulative weights: a draw is a binary search
         self.cumulative = [
             (class_balance(task, rows) if by_class else torch.ones(len(rows), dtype=torch.float64))
