@@ -79,7 +79,8 @@ class Cohort(Entry):
     def _maps_at_another_mpp(self) -> Iterator[tuple[Location, str]]:
         """Yield the maps whose encoder saw their task at another um/px than that of its grids."""
         for position, item in enumerate(self.maps):
-            grid, seen = self.geometry(item.encoder).mpp, self.trained_mpp(item.encoder, item.task)
+            grid = self.geometry(item.encoder).mpp
+            seen = self.task_geometry(item.encoder, item.task).mpp
             if grid != seen:
                 entry = self.encoder(item.encoder)
                 base = entry.encoder if isinstance(entry, ReusedEncoder) else entry.name
@@ -188,9 +189,11 @@ class Cohort(Entry):
     def task_geometry(self, encoder: str, task: str) -> Geometry:
         """Return the patch size and um/px at which an encoder sees the patches of a patch task.
 
-        The patches of a task do not overlap, whatever the encoder's stride.
+        Those of a reused encoder are those of its training. The patches of a task do not overlap,
+        whatever the encoder's stride.
         """
-        own = self.geometry(encoder)
+        entry = self.encoder(encoder)
+        own = self.geometry(entry.encoder if isinstance(entry, ReusedEncoder) else encoder)
         return Geometry(own.patch, self.patch_task(task).train_mpp or own.mpp, own.patch)
 
     @property
@@ -207,13 +210,6 @@ class Cohort(Entry):
         """Return the patch tasks of this cohort for which an encoder has classification heads."""
         entry = self.encoder(encoder)
         return self.tasks_of(entry.encoder) if isinstance(entry, ReusedEncoder) else entry.tasks
-
-    def trained_mpp(self, encoder: str, task: str) -> float:
-        """Return the um/px at which an encoder saw the patches of a task in its training."""
-        entry = self.encoder(encoder)
-        if isinstance(entry, ReusedEncoder):
-            return self.trained_mpp(entry.encoder, task)
-        return self.task_geometry(encoder, task).mpp
 
     def with_encoder(self, entry: EncoderEntry) -> Self:
         """Return a copy in which ``entry`` replaces the encoder of the same name."""

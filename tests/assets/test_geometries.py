@@ -28,7 +28,7 @@ pytestmark = pytest.mark.slow
 
 SLIDES = 9
 PREPROCESS = {"mean": [0.5] * 3, "std": [0.25] * 3}
-# grid shapes follow from slides of 1024 px at 0.25 um/px, that is 256 um
+# the slides have 512 um a side
 ENCODERS: list[dict[str, Any]] = [
     {"name": "rgb", "objective": "mean_rgb"},
     {
@@ -141,10 +141,10 @@ def test_grids_have_the_cells_of_their_encoder(study):
             geometry.stride,
         )
     assert shapes == {
-        "rgb": (3, 4, 4),
-        "mtl": (128, 8, 8),
-        "mtl-1um": (128, 4, 4),
-        "means": (12, 16, 16),
+        "rgb": (3, 8, 8),
+        "mtl": (128, 16, 16),
+        "mtl-1um": (128, 8, 8),
+        "means": (12, 32, 32),
     }
 
 
