@@ -128,8 +128,9 @@ def _wrong_initial_weights(
             )
         elif field == "encoder" and base not in encoders:
             yield place, _undefined("encoder", base, encoders)
-        elif field == "encoder" and encoders[base].get("objective") == "mean_rgb":
-            yield place, f"encoder '{base}' is mean_rgb, which has no weights; name another one"
+        elif field == "encoder" and encoders[base].get("objective") in ("mean_rgb", "features"):
+            kind = encoders[base]["objective"]
+            yield place, f"encoder '{base}' is {kind}, which has no weights; name another one"
 
 
 def _base(encoder: Mapping[str, Any]) -> tuple[Literal["reused", "encoder", "version"], str] | None:

@@ -160,7 +160,9 @@ class EncoderCard(BaseModel):
     def training_recorded(self) -> bool:
         """Whether all data that the weights were trained on are known (:attr:`seen_data`)."""
         start = self.initial_weights
-        return self.objective != "imported" and (start is None or start.training_recorded)
+        return self.objective not in ("imported", "features") and (
+            start is None or start.training_recorded
+        )
 
     @property
     def seen_data(self) -> dict[str, str]:
