@@ -10,7 +10,7 @@ from pathlib import Path
 import polars as pl
 import torch
 
-from nic_core.cohort import Cohort, CohortError, Geometry, Target
+from nic_core.cohort import Cohort, CohortError, FeaturesEncoder, Geometry, Target
 from nic_core.devices import resolve_device
 from nic_core.encoders.files import read_card
 from nic_core.grids import GridProvenance, open_grid, recorded_hash
@@ -188,7 +188,7 @@ def make_slide_model(
         for slide in table["slides"].explode().unique()
     }
     grids = _grid_settings(cohort, encoder, origins)
-    geometry = _shared_geometry(encoder, origins)
+    geometry = _shared_geometry(cohort, encoder, origins)
     try:
         crop = crop_cells(settings.models, geometry.cell_um)
     except CohortError as error:
@@ -284,8 +284,16 @@ def _grid_settings(
     )
 
 
-def _shared_geometry(encoder: str, origins: Mapping[str, GridProvenance]) -> Geometry:
-    """Return patch, um/px and stride, which all grids must share."""
+def _shared_geometry(
+    cohort: Cohort, encoder: str, origins: Mapping[str, GridProvenance]
+) -> Geometry:
+    """Return patch, um/px and stride, which all grids must share.
+
+    Grids of features state the um/px that was measured of each slide's patches, which differs a
+    little between scanners: their common geometry is that of the encoder's entry.
+    """
+    if isinstance(cohort.encoder(encoder), FeaturesEncoder):
+        return cohort.geometry(encoder)
     slide_of: dict[Geometry, str] = {}
     for slide, origin in sorted(origins.items()):
         slide_of.setdefault(Geometry(origin.patch, origin.mpp, origin.stride), slide)

@@ -20,7 +20,7 @@ from nic_core.cohort import Cohort, CohortError, load_cohort
 from nic_core.encoders import EncoderError, load_encoder
 from nic_core.encoders.files import read_card, verify_encoder
 from nic_core.grids import grid_hash, open_grid
-from nic_core.grids.export import export_grid
+from nic_core.grids.export import PROVENANCE, export_grid
 from nic_core.grids.features import FeaturesError
 from nic_core.models.files import load_model
 from nic_core.store import GridKey, ModelKey, Store
@@ -115,6 +115,31 @@ def versions(instance: dg.DagsterInstance, asset: str) -> dict[str, str]:
         dg.AssetKey(asset), dg.DagsterEventType.ASSET_MATERIALIZATION, ["dagster/data_version"]
     )
     return {key: tags["dagster/data_version"] for key, tags in found.items()}
+
+
+@pytest.mark.slow
+def test_models_take_features_of_scanners_with_other_um_px(study_file, tmp_path):
+    shutil.copytree(study_file.parent, tmp_path / "study", symlinks=True)
+    file = tmp_path / "study" / "cohort.yaml"
+    file.write_text(study_file.read_text().replace(str(study_file.parent), f"{tmp_path}/study"))
+    table = tmp_path / "study" / "slides.csv"
+    slides = pl.read_csv(table, infer_schema=False)
+    table.unlink()  # it is a link
+    first = slides["slide"][0]
+    slides.with_columns(mpp=pl.when(slide=first).then(pl.lit("0.47"))).write_csv(table)
+    for path in (tmp_path / "study" / "exported").iterdir():
+        with h5py.File(path, "a") as changed:
+            del changed.attrs[PROVENANCE]  # a file as TRIDENT writes it, without um/px
+    cohort, store = load_cohort(file), Store(tmp_path / "store")
+    steps.make_slide_index(cohort, store)
+    steps.make_features_encoder(cohort, store, "exported")
+    for slide in slides["slide"]:
+        made = steps.make_features_grid(cohort, store, GridKey(encoder="exported", slide=slide))
+        assert made.provenance.mpp == (0.47 if slide == first else 0.5)
+    steps.make_grid_manifest(store, "exported")
+    steps.make_target_folds(cohort, store, "growth")
+    _, card = steps.make_slide_model(cohort, store, ModelKey(encoder="exported", target="growth"))
+    assert (card.patch, card.mpp, card.stride) == (128, 0.5, 128)
 
 
 @pytest.mark.slow
