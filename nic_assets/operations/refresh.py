@@ -6,6 +6,7 @@ report, in as few runs as their ranges allow. A failure stops only what depends 
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 
@@ -197,7 +198,20 @@ def main() -> int:
     except (CohortError, dg.DagsterInvalidDefinitionError) as error:
         console.print(str(error), style="red", markup=False, soft_wrap=True)
         return 2
-    with dg.DagsterInstance.get() as instance:
+    try:
+        found = dg.DagsterInstance.get()
+    except dg.DagsterInvalidConfigError as error:  # for example a variable that is not set
+        problem = str(error).partition("Stack Trace:")[0]
+        home = os.environ["DAGSTER_HOME"]
+        console.print(
+            f"{home}/dagster.yaml: {' '.join(problem.split())} Run nic in the project's folder, "
+            "whose .env sets the variables, or set them",
+            style="red",
+            markup=False,
+            soft_wrap=True,
+        )
+        return 2
+    with found as instance:
         set_gpu_slots(instance)
         for finding in end_dead_runs(instance):  # else this refresh waits for their pool slots
             console.print(f"fixed: {finding.what}, {finding.where}", style="yellow", markup=False)

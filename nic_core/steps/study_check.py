@@ -420,6 +420,8 @@ def _without_partner(table: Path, matches: LabelMatches, index: pl.DataFrame) ->
             where,
             f"{len(slides)} of {used_slides(index).height} slides have no label: "
             f"{_partners(slides)}; correct the ids, or add the labels",
+            # slides may have no label on purpose, for example those to predict
+            is_error=bool(labels) or any(slide.suggestion for slide in slides),
         )
     if matches.without_id:
         yield Finding(

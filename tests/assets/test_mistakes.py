@@ -147,3 +147,21 @@ def test_a_fault_of_the_program_keeps_its_traceback(command):
     done = command(VALID, "-c", "import nic_assets.definitions; {}['key']")
     assert "Traceback" in done.stderr
     assert "KeyError: 'key'" in done.stderr
+
+
+def test_a_variable_that_the_settings_lack_is_one_line(study, command):
+    settings = study / "dagster.yaml"
+    kept = settings.read_text()
+    settings.write_text(kept.replace("NIC_DAGSTER_STORAGE", "NIC_IS_NOT_SET"))
+    try:
+        done = command(
+            "name: s\nslides: {table: slides.csv}\nencoders: [{name: e, objective: mean_rgb}]\n",
+            *NIC,
+            "refresh",
+        )
+    finally:
+        settings.write_text(kept)
+    assert done.returncode == 2
+    [line] = shown(done)
+    assert line.startswith(f"{settings}: ")
+    assert 'the environment variable "NIC_IS_NOT_SET" which is not set' in line
