@@ -207,7 +207,9 @@ def test_parallel_work_runs_in_other_processes(monkeypatch):
         def describe(key: str, process: int) -> Product:
             return Product(key, {"process": process})
 
-        yield from materialize_in_parallel(context, process_of, describe, expected=(SlideError,))
+        yield from materialize_in_parallel(
+            context, process_of, describe, parse=str, expected=(SlideError,)
+        )
 
     world.definitions = lambda: dg.Definitions(
         [dg.AssetSpec(SLIDE_FILE, partitions_def=SLIDES), mask]

@@ -291,7 +291,7 @@ def cross_validated(prediction: np.ndarray) -> CrossValidation:
     )
     target = RegressionTarget(name="t", kind="regression", column="y")
     empty = pl.DataFrame()
-    return CrossValidation(target, ModelSettings(), rows, empty, (), empty, ())
+    return CrossValidation(target, ModelSettings(), 8, rows, empty, (), empty, ())
 
 
 def predictions(error: float) -> np.ndarray:

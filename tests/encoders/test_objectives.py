@@ -305,10 +305,12 @@ def test_contrastive_head_has_a_dense_layer_of_256(neighbours):
         ("bigan", 2e-4, None),
     ],
 )
-def test_rate_batch_and_selection_are_as_published(objective, rate, selection):
+def test_rate_batch_and_selection_are_as_published(tasks, objective, rate, selection):
     assert OBJECTIVES[objective].learning_rate == rate
     assert EncoderSpec(name="x", objective=objective, tasks=("a",)).batch == 64
-    chosen = OBJECTIVES[objective].selection
+    encoder = PatchEncoder(TellezEncoder(16, 32)).to("meta")
+    given = tasks[:1] if objective == "supervised" else tasks
+    chosen = OBJECTIVES[objective](encoder, given, batch=16, validation=8, seed=0).selection
     assert (chosen and (chosen.value, chosen.mode)) == selection
     schedule = (training_loop.REDUCTION, training_loop.LOWEST_RATE, training_loop.STEPS)
     assert schedule == (0.1, 1e-5, 200_000)
