@@ -13,6 +13,7 @@ import pytest
 from nic_core.cohort import load_cohort
 from nic_core.cohort.index import slide_index
 from nic_core.encoders import build_patch_task
+from nic_core.slides import open_slide
 
 pytestmark = pytest.mark.slow
 
@@ -60,3 +61,21 @@ def test_the_slides_are_listed_with_their_truth_images(cohort):
         "8865",
         "8913",
     ]
+
+
+@needs_real_data
+def test_two_encoders_of_different_geometry_share_slides_and_target(tmp_path):
+    script = PROJECT / "examples" / "geometries" / "make_cohort.py"
+    weights = tmp_path / "weights.bin"  # of the published network; only its name is used here
+    arguments = [REAL, "--out", tmp_path / "study", "--preset", "uni", "--weights", weights]
+    subprocess.run([sys.executable, script, *arguments], check=True)
+    cohort = load_cohort(tmp_path / "study" / "cohort.yaml")
+    assert list(cohort.geometries) == ["128px-0.5um", "224px-0.5um"]
+    seen = {task.name: cohort.task_geometry("mtl-4", task.name).mpp for task in cohort.patch_tasks}
+    assert seen == {"idc": 1.5625, "lc25000": 1.0, "nct_crc": 0.5, "osteosarcoma": 1.0}
+    index = slide_index(cohort)
+    assert index.height == 167
+    assert index["patient"].n_unique() == 18
+    with open_slide(Path(index.filter(slide="P10___train_9")["path"].item())) as slide:
+        assert (slide.width, slide.height) == (775, 522)
+        assert slide.mpp == pytest.approx(0.62005, rel=1e-4)
