@@ -56,11 +56,11 @@ def slides_distinct(scan: SlideScan) -> str | None:
 
 @Check
 def resolution_suffices(record: SlideRecord, mpp: float) -> str | None:
-    """The slide is as fine as the patches of the encoder with the finest; pixels of a coarser slide
+    """The slide is at least as fine as the finest um/px of an encoder; pixels of a coarser slide
     are interpolated."""
     if record.mpp <= mpp * RESOLUTION_TOLERANCE:
         return None
-    return f"{record.mpp:.3f} um/px is coarser than the encoders' {mpp:.3f}: interpolated"
+    return f"{record.mpp:.3f} um/px is coarser than an encoder's {mpp:.3f}: interpolated"
 
 
 @Check

@@ -125,7 +125,7 @@ def compress(
     with one_line(StoreError):
         write_report(out / REPORT, table)
     console.print(str(out / REPORT), soft_wrap=True)
-    _draw(out, prepared.card.weights_hash)
+    _draw(out, card.weights_hash)
     if counts["failed"]:
         raise typer.Exit(1)
 

@@ -193,13 +193,15 @@ def _encode_slide(
         chunk = window[0].start // layout.chunk[0], window[1].start // layout.chunk[1]
         return by_chunk.get(chunk, [])
 
+    stride = _stride(table, slide) * encoder.side // encoder.card.patch  # px that are read
+
     def read(block: Block) -> tuple[Cells, Pixels]:
         return read_block(
             slide,
             block,
             patch=encoder.side,
             mpp=encoder.mpp,
-            stride=_stride(table, slide) * encoder.side // encoder.card.patch,
+            stride=stride,
             scaled=encoder.reading == "input",
         )
 

@@ -345,7 +345,8 @@ def write_preview(path: Path, grid: Grid, colours: EmbeddingColours) -> Pixels:
     picture = colour_cells(grid, colours)
     levels = _pyramid(picture)
     ome = ome_image(grid.provenance, channels=True, levels=len(levels)) | _omero(grid.provenance)
-    # encoded into memory first, for the reason that write_grid gives
+    # zarr encodes into memory and this function writes the files: zarr's own threads continue
+    # after one of them fails on a full disk, and create files in the folder that was removed
     encoded: dict[str, Buffer] = {}
     group = zarr.open_group(zarr.storage.MemoryStore(encoded), mode="w", zarr_format=3)
     group.attrs.update(

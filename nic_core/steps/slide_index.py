@@ -360,15 +360,8 @@ def encoder_versions(cohort: Cohort, store: Store) -> dict[str, str]:
 
 def encoder_bases(cohort: Cohort) -> dict[str, str]:
     """Return the encoder of the study that each encoder reuses or starts from, by name."""
-    bases: dict[str, str] = {}
-    for encoder in cohort.encoders:
-        if isinstance(encoder, ReusedEncoder):
-            bases[encoder.name] = encoder.encoder
-            continue
-        start = encoder.initial_weights if isinstance(encoder, EncoderSpec) else None
-        if start is not None and start.encoder is not None:
-            bases[encoder.name] = start.encoder
-    return bases
+    bases = {encoder.name: _base(encoder) for encoder in cohort.encoders}
+    return {name: base for name, base in bases.items() if base is not None}
 
 
 def initial_weight_files(cohort: Cohort, store: Store) -> list[Path]:
@@ -382,12 +375,18 @@ def initial_weight_files(cohort: Cohort, store: Store) -> list[Path]:
 
 def _base_place(encoder: EncoderEntry, store: Store) -> Path | None:
     """File or folder of the weights that an encoder reuses or starts from; None without one."""
-    if isinstance(encoder, ReusedEncoder):
-        return store.encoder(encoder.encoder)
+    if (base := _base(encoder)) is not None:
+        return store.encoder(base)
     start = encoder.initial_weights if isinstance(encoder, EncoderSpec) else None
-    if start is None:
-        return None
-    return store.encoder(start.encoder) if start.encoder is not None else start.file
+    return None if start is None else start.file
+
+
+def _base(encoder: EncoderEntry) -> str | None:
+    """Name of the encoder of the study that an encoder reuses or starts from; None without one."""
+    if isinstance(encoder, ReusedEncoder):
+        return encoder.encoder
+    start = encoder.initial_weights if isinstance(encoder, EncoderSpec) else None
+    return None if start is None else start.encoder
 
 
 def _weights_or_problem(place: Path) -> str:
