@@ -65,6 +65,9 @@ def test_a_slide_table_gives_ids_paths_and_optional_columns(tmp_path, suffix):
             "origin": [None, "bounds"],
             "split": ["test", None],
             "exclude": ["out of focus", None],
+            "fold": [2, 1],
+            "site": ["A", "NA"],
+            "scanner": [None, "S60"],
             "grade": [3, 2],
         }
     )
@@ -83,6 +86,7 @@ def test_a_slide_table_gives_ids_paths_and_optional_columns(tmp_path, suffix):
             None,
             "cv",
             None,
+            *("1", None, "S60", None, None),
         ),
         (
             "007",
@@ -95,6 +99,7 @@ def test_a_slide_table_gives_ids_paths_and_optional_columns(tmp_path, suffix):
             None,
             "test",
             "out of focus",
+            *("2", "A", None, None, None),
         ),
     ]
 

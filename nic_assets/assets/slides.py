@@ -59,7 +59,7 @@ def slide_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         owners=OWNERS,
         tags={REFRESH_TAG: "always"},
         op_tags=CPU_TAGS,
-        code_version=code_version(3),
+        code_version=code_version(4),
         check_specs=[
             checks.slide_files_present.spec("slide_index"),
             checks.slides_distinct.spec("slide_index"),

@@ -34,7 +34,7 @@ DRAFT_SCHEMA: dict[str, pl.DataType] = {
 
 _COHORT = """\
 name: "{name}"  # of the study
-slides: {{table: {table}}}  # columns slide, path, patient [, mpp, mask, truth, split]
+slides: {{table: {table}}}  # columns slide, path, patient [, mpp, mask, split, fold, site ...]
 # labels: labels.csv  # a row per slide or patient, a column per target
 # patch_tasks: [{{name: colon, organ: colon, mpp: 0.5, folder: colon}}]  # a sub-folder per class
 encoders: [{{name: mean-rgb, objective: mean_rgb}}]  # mean colour; trained ones need patch_tasks

@@ -43,6 +43,11 @@ INDEX_SCHEMA: dict[str, pl.DataType] = {
     "truth": pl.String(),  # truth image for probability maps; null: none
     "split": pl.String(),  # cv or test
     "exclude": pl.String(),  # reason why no model uses the slide; null: it is used
+    "fold": pl.String(),  # fold of the patient, for settings.models.folds: given
+    "site": pl.String(),  # where the slide is from, for settings.models.folds: site
+    "scanner": pl.String(),  # the last three describe the slide and change no computation
+    "stain": pl.String(),
+    "organ": pl.String(),
 }
 _REQUIRED = ("slide", "path", "patient")
 FILE_COLUMNS = ("path", "mask", "truth")
