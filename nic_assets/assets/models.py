@@ -25,6 +25,7 @@ from nic_core.models.comparison import (
 from nic_core.models.cross_validation import NETWORK, CrossValidation
 from nic_core.models.figures import evaluation_figure, metrics_figure, training_figure
 from nic_core.models.files import ModelCard, ensemble_module
+from nic_core.models.fold_metrics import fold_metrics
 from nic_core.models.kinds import kind_of
 from nic_core.models.labels import LabelMatches
 from nic_core.models.training import TrainingError
@@ -34,6 +35,8 @@ from nic_core.store import ModelKey, Store
 
 # split of the predictions -> how metadata names it
 PARTS = {"cv": "cross_validated", "test": "test"}
+# columns of the metrics whose names follow that of the metric in metadata
+ENDS = ("low", "high", "folds_mean", "folds_deviation", "folds_undefined")
 
 
 def model_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
@@ -49,7 +52,7 @@ def model_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         group_name="models",
         kinds={"polars", "parquet"},
         op_tags=CPU_TAGS,
-        code_version=code_version(3, settings.folds, settings.seed),
+        code_version=code_version(4, settings.folds, settings.seed),
     )
     def target_folds(
         context: dg.AssetExecutionContext,
@@ -66,10 +69,11 @@ def model_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
                 metadata={
                     "dagster/row_count": folds.height,
                     "folds": table(
-                        folds.group_by("split", "fold")
+                        folds.group_by("split", "fold", "fold_name")
                         .agg(units=pl.len(), patients=pl.col("patient").n_unique())
                         .sort("split", "fold")
                     ),
+                    **({"sites": table(made.sites)} if made.sites.height else {}),
                     "number_of_folds": folds["fold"].drop_nulls().n_unique(),
                     **({"fewer_folds": made.note} if made.note is not None else {}),
                     **label_metadata(matches),
@@ -93,7 +97,7 @@ def model_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         kinds={"pytorch", "mlflow"},
         pool=GPU_POOL,
         op_tags=GPU_TAGS,
-        code_version=code_version(5, settings),
+        code_version=code_version(6, settings),
     )
     def slide_model(
         context: dg.AssetExecutionContext,
@@ -114,6 +118,7 @@ def model_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
                     **primary_scores(evaluated),
                     "champion": run.verdict.explanation,
                     "metrics": table(evaluated.metrics),
+                    "folds": table(primary_folds(evaluated)),
                     **figures(run.figures),
                     "folder": dg.MetadataValue.path(store.slide_model(key)),
                     "mlflow_run": dg.MetadataValue.url(run.url),
@@ -228,21 +233,27 @@ def primary_scores(evaluated: CrossValidation) -> dict[str, float]:
     """Return the network's primary metric with its 95 % interval, by part of the data.
 
     For example ``cross_validated_spearman``, ``cross_validated_spearman_low`` and ``..._high``,
-    and the same of ``test``. Undefined values are left out.
+    and the same of ``test``; of the cross-validation also ``..._folds_mean``,
+    ``..._folds_deviation`` and ``..._folds_undefined``. Undefined values are left out.
     """
     rows = evaluated.metrics.filter(model=NETWORK, metric=kind_of(evaluated.target).primary_metric)
     scores = {
         f"{PARTS[split]}_{metric}{end}": number
-        for split, metric, *interval in rows.select(
-            "split", "metric", "value", "low", "high"
-        ).iter_rows()
-        for end, number in zip(("", "_low", "_high"), interval, strict=True)
+        for split, metric, *numbers in rows.select("split", "metric", "value", *ENDS).iter_rows()
+        for end, number in zip(("", *(f"_{end}" for end in ENDS)), numbers, strict=True)
     }
     return {
         name: number
         for name, number in scores.items()
         if number is not None and math.isfinite(number)
     }
+
+
+def primary_folds(evaluated: CrossValidation) -> pl.DataFrame:
+    """Return the network's primary metric in each fold."""
+    primary = kind_of(evaluated.target).primary_metric
+    folds = fold_metrics(evaluated.target, evaluated.predictions)
+    return folds.filter(model=NETWORK, metric=primary).drop("model")
 
 
 def log_slide_model(

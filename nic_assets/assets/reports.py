@@ -10,6 +10,7 @@ from nic_assets.partitions import Partitions
 from nic_assets.tags import PARTIAL_INPUTS, REFRESH_TAG
 from nic_core import steps
 from nic_core.cohort import Cohort, CohortError
+from nic_core.reports import primary_folds
 from nic_core.slides import SlideError
 from nic_core.store import MapKey, Store
 
@@ -31,7 +32,7 @@ def report_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         owners=OWNERS,
         tags=PARTIAL_INPUTS,
         op_tags=CPU_TAGS,
-        code_version=code_version(4, cohort.name),
+        code_version=code_version(5, cohort.name),
     )
     def evaluation_report(
         cohort: dg.ResourceParam[Cohort], store: dg.ResourceParam[Store]
@@ -43,6 +44,7 @@ def report_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
             data_version=dg.DataVersion(
                 steps.digest(
                     report.results.rows(),
+                    report.folds.rows(),
                     report.encoders.rows(),
                     report.comparisons.rows(),
                     report.notes,
@@ -50,6 +52,7 @@ def report_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
             ),
             metadata={
                 "results": table(report.results),
+                "folds": table(primary_folds(report.folds)),
                 "encoders": table(report.encoders),
                 "comparisons": table(report.comparisons),
                 "notes": report.notes,

@@ -20,7 +20,15 @@ from nic_core.cohort.fields import CohortError, NetworkName
 from nic_core.cohort.file import COHORT_VARIABLE, DEFAULT_COHORT, Cohort, cohort_path, load_cohort
 from nic_core.cohort.geometry import Geometry
 from nic_core.cohort.patch_tasks import AnnotatedSlides, Hdf5Images, PatchTask
-from nic_core.cohort.settings import Automation, CompressionSettings, ModelSettings, Settings
+from nic_core.cohort.settings import (
+    LEAST_FOLDS,
+    Automation,
+    CompressionSettings,
+    FoldSetting,
+    ModelSettings,
+    Settings,
+    SiteFolds,
+)
 from nic_core.cohort.slides import SlideFolder, Slides
 from nic_core.cohort.targets import (
     ClassificationTarget,
@@ -34,6 +42,7 @@ __all__ = [
     "COHORT_VARIABLE",
     "DEFAULT_COHORT",
     "FILE_KINDS",
+    "LEAST_FOLDS",
     "AnnotatedSlides",
     "Automation",
     "ClassificationTarget",
@@ -45,6 +54,7 @@ __all__ = [
     "ExternalNetwork",
     "FeaturesEncoder",
     "FileKind",
+    "FoldSetting",
     "Geometry",
     "Hdf5Images",
     "ImportedEncoder",
@@ -59,6 +69,7 @@ __all__ = [
     "RegressionTarget",
     "ReusedEncoder",
     "Settings",
+    "SiteFolds",
     "SlideFolder",
     "Slides",
     "SurvivalTarget",

@@ -2,12 +2,52 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeAlias
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from nic_core.cohort.fields import Cron, Entry, FieldErrors, Fraction, NetworkName, TimeZone
 from nic_core.types import Colours, RequestedPrecision
+
+LEAST_FOLDS = 3  # one to test, one to validate, the others to train (paper B)
+
+
+class SiteFolds(Entry):
+    """Cross-validation in which whole sites are divided over ``count`` folds."""
+
+    by: Literal["site"]
+    count: int
+
+
+def _check_folds(value: object) -> object:
+    match value:
+        case SiteFolds() | "site" | "given":
+            return value
+        case int(number) | {"by": "site", "count": int(number)} if (
+            not isinstance(number, bool)
+            and number >= LEAST_FOLDS
+            and (not isinstance(value, dict) or len(value) == 2)
+        ):
+            return value
+    raise ValueError(
+        f"{value!r} is not allowed; write a number of folds (at least {LEAST_FOLDS}), 'site', "
+        f"{{by: site, count: N}} with N of at least {LEAST_FOLDS}, or 'given'"
+    )
+
+
+FoldSetting: TypeAlias = Annotated[
+    int | Literal["site", "given"] | SiteFolds, BeforeValidator(_check_folds)
+]
+"""How patients are assigned to folds: a number of folds, a fold for each site, whole sites in a
+number of folds, or the column ``fold``.
+"""
 
 
 class ModelSettings(Entry):
@@ -38,7 +78,11 @@ class ModelSettings(Entry):
         lt=1,
         description="probability that a feature is set to 0 in a whole crop in training",
     )
-    folds: int = Field(default=4, ge=3, description="number of folds of the cross-validation")
+    folds: FoldSetting = Field(
+        default=4,
+        description="number of folds; site: each site is a fold; {by: site, count: N}: N folds of "
+        "whole sites; given: the folds of the column `fold`",
+    )
     seeds: PositiveInt = Field(
         default=1,
         description="number of random initialisations per fold; more than one shows how much the "

@@ -230,6 +230,19 @@ def suggestion(name: str, known: Iterable[str]) -> str | None:
     return unmatched([name], {other for other in known if other != name})[0].suggestion
 
 
+def same_spelling(names: Iterable[str]) -> tuple[str, str] | None:
+    """Return the first two names that differ only as :class:`Unmatched` describes; None: none do.
+
+    They differ in case, leading zeros, ``.0`` or invisible characters alone.
+    """
+    seen: dict[str, str] = {}
+    for name in sorted(set(names)):
+        other = seen.setdefault(_core(name), name)
+        if other != name:
+            return other, name
+    return None
+
+
 def visible(text: str) -> str:
     """Return ``text`` with escapes for what does not print: ``a\\u200b`` for a zero width space."""
     return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text)

@@ -35,6 +35,7 @@ COMPARISON_SCHEMA = pl.Schema(
         "low": pl.Float64(),  # bounds of the 95 % paired bootstrap interval over patients
         "high": pl.Float64(),
         "p": pl.Float64(),  # two-sided, null hypothesis: no difference
+        "p_holm": pl.Float64(),  # p after Holm's correction, see compare_models
         "n": pl.Int64(),  # units that both models predict, which are compared
         "only_first": pl.Int64(),  # units that only the first model predicts, left out
         "only_second": pl.Int64(),
@@ -56,8 +57,8 @@ def compare_models(
 
     Units are paired by their id, whatever the cells of the encoders' grids. Each pair of models is
     compared on the units that both predict, by :func:`nic_core.models.metrics.compare`. A patient
-    of whom an encoder has compressed only some slides is predicted from those. The p values are
-    not corrected for the number of comparisons.
+    of whom an encoder has compressed only some slides is predicted from those. ``p_holm`` is p
+    corrected by :func:`holm` for all comparisons of the same target, part and metric [choice].
 
     Parameters
     ----------
@@ -101,10 +102,38 @@ def compare_models(
             )
             rows += [
                 (target.name, part, first, second, metric_name(kind, metric))
-                + (d.value, d.low, d.high, d.p, *units)
+                + (d.value, d.low, d.high, d.p, None, *units)
                 for metric, d in differences.items()
             ]
-    return pl.DataFrame(rows, schema=COMPARISON_SCHEMA, orient="row").fill_nan(None)
+    found = pl.DataFrame(rows, schema=COMPARISON_SCHEMA, orient="row").fill_nan(None)
+    corrected = pl.col("p").map_batches(holm, pl.Float64).over("part", "metric")
+    return found.with_columns(p_holm=corrected)
+
+
+def holm(p: pl.Series) -> pl.Series:
+    """Return p values corrected for their number: Holm, Scand. J. Stat. 6:65-70 (1979).
+
+    To reject every null hypothesis with a corrected p of at most a rejects a true one with a
+    probability of at most a, whatever the dependence of the tests.
+
+    Parameters
+    ----------
+    p
+        float64; null: not tested, which does not count.
+
+    Returns
+    -------
+    polars.Series
+        float64, in the order of ``p``; null where ``p`` is.
+    """
+    tested = p.drop_nulls().to_numpy()
+    order = np.argsort(tested, kind="stable")
+    corrected = np.empty(len(tested))
+    steps = tested[order] * np.arange(len(tested), 0, -1)
+    corrected[order] = np.minimum(1, np.maximum.accumulate(steps))
+    result = np.full(len(p), np.nan)
+    result[p.is_not_null().to_numpy()] = corrected
+    return pl.Series(p.name, result, pl.Float64).fill_nan(None)
 
 
 def comparison_notes(

@@ -28,6 +28,7 @@ from nic_core.models.baselines import BASELINES, baseline_features, fit_linear
 from nic_core.models.checkpoints import Floats, FoldCheckpoints, FoldResult, Predictions
 from nic_core.models.cox import BaselineHazard
 from nic_core.models.crops import CohortMoments, Crops, GridSource, cohort_moments, normalise_for
+from nic_core.models.fold_metrics import FOLD_METRIC_SCHEMA, fold_summary, fold_values
 from nic_core.models.folds import check_folds, check_trainable, make_folds, split_fold
 from nic_core.models.kinds import TargetKind, kind_of, prediction_array
 from nic_core.models.labels import shuffle_labels
@@ -53,15 +54,18 @@ class CrossValidation:
         Side of the networks' crops in cells.
     predictions
         One row per unit and model: ``model`` (``network`` or a baseline), ``split``, ``unit``,
-        ``patient``, ``slides`` (those that the unit is predicted from), ``fold`` (the fold in
-        which the unit was held out; null in split ``test``), the labels
+        ``patient``, ``slides`` (those that the unit is predicted from), ``fold`` and ``fold_name``
+        (the fold in which the unit was held out; null in split ``test``), the labels
         (:attr:`TargetKind.label_columns`) and the predictions
         (:attr:`TargetKind.prediction_columns`). For survival also ``survival``, the survival
         probabilities at ``horizons`` (list columns; the horizons are equal within a split).
     metrics
         ``model``, ``split``, ``metric``, ``value``, ``low``, ``high`` (95 % percentile bootstrap
-        over patients; null for ``log_rank_p``), ``units``, ``patients``; ``seeds_mean`` and
-        ``seeds_deviation`` over the network's initialisations, null if there is only one.
+        over patients; null for ``log_rank_p``), ``units``, ``patients``; ``folds_mean``,
+        ``folds_deviation`` and ``folds_undefined``
+        (:func:`nic_core.models.fold_metrics.fold_summary`; null in split ``test`` and for
+        ``log_rank_p``); ``seeds_mean`` and ``seeds_deviation`` over the network's
+        initialisations, null if there is only one.
     networks
         One per fold. With several initialisations they are those of the first, as are the
         predictions and intervals: choosing the best one by its score would use the test labels.
@@ -115,15 +119,17 @@ def cross_validate(
     """Train and test the network and the baselines on every fold.
 
     With ``settings.permute_labels``, labels are first exchanged between patients with that seed:
-    a control whose metrics must be at chance level. New folds are then made, so that they are
-    stratified by the exchanged labels.
+    a control whose metrics must be at chance level. If ``settings.folds`` is a number, new folds
+    are then made, so that they are stratified by the exchanged labels; folds of sites and given
+    folds are kept.
 
     Parameters
     ----------
     table
         Target table (:func:`nic_core.models.labels.target_table`).
     folds
-        Output of :func:`nic_core.models.folds.make_folds`, shared by all encoders to compare.
+        Output of :func:`nic_core.models.folds.make_folds`, or of another function of that module;
+        shared by all encoders to compare.
     grids
         Opens the grid of a slide; called whenever one is read.
     crop
@@ -154,8 +160,9 @@ def cross_validate(
     kind = kind_of(target)
     if settings.permute_labels is not None:
         table = shuffle_labels(table, seed=settings.permute_labels)
-        wanted = folds["fold"].n_unique()
-        folds = make_folds(table, target=target, folds=wanted, seed=settings.seed, groups=groups)
+        if isinstance(settings.folds, int):
+            wanted, seed = folds["fold"].n_unique(), settings.seed
+            folds = make_folds(table, target=target, folds=wanted, seed=seed, groups=groups)
     check_folds(folds, table)
     count = folds["fold"].n_unique()
     cv = table.filter(pl.col("split") == "cv").join(folds, on="patient").sort("unit")
@@ -221,7 +228,9 @@ def cross_validate(
         if test.height:
             values, survival = zip(*external[name], strict=True)
             mean = np.mean(values, axis=0), np.mean(survival, axis=0)
-            without_fold = test.with_columns(fold=pl.lit(None, pl.Int64))
+            without_fold = test.with_columns(
+                fold=pl.lit(None, pl.Int64), fold_name=pl.lit(None, pl.String)
+            )
             parts.append(_rows(kind, without_fold, mean, horizons["test"]))
         for part in parts:
             if name in (NETWORK, *BASELINES):
@@ -374,7 +383,7 @@ def _rows(
 ) -> pl.DataFrame:
     """Return one model's rows of :attr:`CrossValidation.predictions`, without ``model``."""
     return units.select(
-        "split", "unit", "patient", "slides", "fold", *kind.label_columns
+        "split", "unit", "patient", "slides", "fold", "fold_name", *kind.label_columns
     ).with_columns(kind.prediction_series(*predicted, horizons))
 
 
@@ -423,10 +432,16 @@ def _metrics_with_intervals(
         for name, p in kind.p_values(rows, prediction).items()
     ]
     numbers = {"value": pl.Float64, "low": pl.Float64, "high": pl.Float64}
-    return pl.DataFrame(table, schema={"metric": pl.String, **numbers}).select(
-        pl.lit(model).alias("model"),
-        pl.lit(rows["split"][0]).alias("split"),
-        pl.all(),
-        units=pl.lit(rows.height, pl.Int64),
-        patients=pl.lit(rows["patient"].n_unique(), pl.Int64),
+    cross_validated = rows["split"][0] == "cv"
+    of_folds = fold_values(kind, rows) if cross_validated else FOLD_METRIC_SCHEMA.to_frame()
+    return (
+        pl.DataFrame(table, schema={"metric": pl.String, **numbers})
+        .select(
+            pl.lit(model).alias("model"),
+            pl.lit(rows["split"][0]).alias("split"),
+            pl.all(),
+            units=pl.lit(rows.height, pl.Int64),
+            patients=pl.lit(rows["patient"].n_unique(), pl.Int64),
+        )
+        .join(fold_summary(of_folds), on="metric", how="left", maintain_order="left")
     )

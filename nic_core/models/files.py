@@ -55,6 +55,9 @@ class ModelMetric(BaseModel):
     high: float | None
     units: int
     patients: int
+    folds_mean: float | None = None  # over the folds; None for split test
+    folds_deviation: float | None = None
+    folds_undefined: int | None = None  # folds in which the metric is undefined
     seeds_mean: float | None = None  # over the network's initialisations; None if there is one
     seeds_deviation: float | None = None
 
@@ -139,7 +142,7 @@ class ModelCard(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    format: Literal[6] = 6
+    format: Literal[7] = 7
     target: Target
     encoder: str
     weights_hash: str
@@ -180,8 +183,13 @@ def metrics_frame(card: ModelCard) -> pl.DataFrame:
     return pl.DataFrame(
         [metric.model_dump() for metric in card.metrics],
         schema_overrides=dict.fromkeys(
-            ("value", "low", "high", "seeds_mean", "seeds_deviation"), pl.Float64
-        ),
+            (
+                *("value", "low", "high", "folds_mean", "folds_deviation"),
+                *("seeds_mean", "seeds_deviation"),
+            ),
+            pl.Float64,
+        )
+        | {"folds_undefined": pl.Int64},
     )
 
 

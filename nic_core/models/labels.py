@@ -29,7 +29,7 @@ from nic_core.models.kinds import kind_of
 from nic_core.models.kinds.base import label_error
 
 _UNIT_COLUMNS = ("unit", "patient", "slides", "split")
-_Key = Literal["slide", "patient"]
+Key = Literal["slide", "patient"]
 
 
 @dataclass(frozen=True)
@@ -114,21 +114,8 @@ def read_labels(cohort: Cohort, target: Target, index: pl.DataFrame) -> Labels:
             "add the path of the label table"
         )
     kind = kind_of(target)
-    table = read_table(path, "label table", row_column=ROW)
-    key: _Key = "slide" if "slide" in table.columns else "patient"
-    if key not in table.columns:
-        columns = [name for name in table.columns if name != ROW]
-        near = suggestion("slide", columns) or suggestion("patient", columns)
-        raise CohortError(
-            f"label table {path}: no column 'slide' or 'patient'; it has "
-            f"{', '.join(map(visible, columns))}" + (f"; rename '{visible(near)}'" if near else "")
-        )
+    table, key = read_label_table(path)
     cohort.check_label_columns(target, table.drop(ROW).columns)
-    for column in {"slide", "patient"} & set(table.columns):
-        try:
-            table = table.with_columns(to_text(table[column]))
-        except TypeError as error:
-            raise CohortError(f"label table {path}: column '{column}' {error}") from error
     if key == "slide" and "patient" in table.columns:
         _check_patients(path, table, index)
     table = table.select(list(dict.fromkeys((ROW, key, *kind.source_columns))))
@@ -162,6 +149,39 @@ def read_labels(cohort: Cohort, target: Target, index: pl.DataFrame) -> Labels:
             ],
         ),
     )
+
+
+def read_label_table(path: Path) -> tuple[pl.DataFrame, Key]:
+    """Read a label table, and find the column that names the unit of a row.
+
+    Returns
+    -------
+    table : polars.DataFrame
+        The columns of the file and :data:`~nic_core.cohort.tables.ROW`; ``slide`` and ``patient``
+        are text.
+    key : str
+        ``slide`` or, without that column, ``patient``.
+
+    Raises
+    ------
+    CohortError
+        The table cannot be read, has neither column, or an id is not text.
+    """
+    table = read_table(path, "label table", row_column=ROW)
+    key: Key = "slide" if "slide" in table.columns else "patient"
+    if key not in table.columns:
+        columns = [name for name in table.columns if name != ROW]
+        near = suggestion("slide", columns) or suggestion("patient", columns)
+        raise CohortError(
+            f"label table {path}: no column 'slide' or 'patient'; it has "
+            f"{', '.join(map(visible, columns))}" + (f"; rename '{visible(near)}'" if near else "")
+        )
+    for column in {"slide", "patient"} & set(table.columns):
+        try:
+            table = table.with_columns(to_text(table[column]))
+        except TypeError as error:
+            raise CohortError(f"label table {path}: column '{column}' {error}") from error
+    return table, key
 
 
 def target_table(target: Target, labels: Labels, index: pl.DataFrame) -> pl.DataFrame:
@@ -273,7 +293,7 @@ def _check_patients(path: Path, table: pl.DataFrame, index: pl.DataFrame) -> Non
         )
 
 
-def _refuse_conflicts(decoded: pl.DataFrame, target: Target, key: _Key) -> None:
+def _refuse_conflicts(decoded: pl.DataFrame, target: Target, key: Key) -> None:
     """Refuse two rows of one id with different labels."""
     kind = kind_of(target)
     for (name,), rows in decoded.group_by(key, maintain_order=True):

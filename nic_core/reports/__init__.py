@@ -2,13 +2,16 @@
 
 from nic_core.reports.results import (
     ENCODER_SCHEMA,
+    FOLD_SCHEMA,
     RESULT_SCHEMA,
     Report,
     comparisons_table,
     encoder_results,
     encoders_table,
+    fold_results,
     map_results,
     model_results,
+    primary_folds,
     probe_results,
     results_figure,
     results_markdown,
@@ -17,13 +20,16 @@ from nic_core.reports.results import (
 
 __all__ = [
     "ENCODER_SCHEMA",
+    "FOLD_SCHEMA",
     "RESULT_SCHEMA",
     "Report",
     "comparisons_table",
     "encoder_results",
     "encoders_table",
+    "fold_results",
     "map_results",
     "model_results",
+    "primary_folds",
     "probe_results",
     "results_figure",
     "results_markdown",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import polars as pl
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -17,6 +19,7 @@ from nic_core.models.baselines import BASELINE_NAMES
 from nic_core.models.comparison import CROSS_VALIDATED
 from nic_core.models.cross_validation import NETWORK
 from nic_core.models.files import ModelCard
+from nic_core.models.fold_metrics import fold_metrics
 from nic_core.models.kinds import kind_of, metric_name
 from nic_core.models.metrics import score
 
@@ -32,6 +35,23 @@ RESULT_SCHEMA = pl.Schema(
         "low": pl.Float64(),  # bounds of the 95 % bootstrap interval over patients
         "high": pl.Float64(),
         "n": pl.Int64(),  # scored units
+        # over the folds of a cross-validation; null for other scores
+        "folds_mean": pl.Float64(),
+        "folds_deviation": pl.Float64(),
+        "folds_undefined": pl.Int64(),  # folds in which the metric is undefined
+    }
+)
+FOLD_SCHEMA = pl.Schema(
+    {
+        "about": pl.String(),  # name of the target
+        "encoder": pl.String(),
+        "model": pl.String(),  # grid network or baseline
+        "metric": pl.String(),
+        "fold": pl.Int64(),
+        "fold_name": pl.String(),  # site, name of a published fold, or the number as text
+        "value": pl.Float64(),  # null: undefined
+        "n": pl.Int64(),  # scored units
+        "patients": pl.Int64(),
     }
 )
 ENCODER_SCHEMA = pl.Schema(
@@ -44,6 +64,7 @@ ENCODER_SCHEMA = pl.Schema(
         "embedding_size": pl.Int64(),
     }
 )
+_NO_FOLDS = (None, None, None)
 NETWORK_NAMES = {
     "published": "published grid CNN",
     "small": "small grid CNN",
@@ -55,7 +76,8 @@ PATCH_METRIC_NAMES = {"auc": "AUC", "balanced_accuracy": "balanced accuracy", "f
 def results_table(results: pl.DataFrame) -> Table:
     """Format the results (:data:`RESULT_SCHEMA`) for the terminal.
 
-    Only the first metric of each model is shown; baselines only cross-validated, and of the probes
+    Only the first metric of each model is shown, with mean and standard deviation over the folds
+    beside the value of all folds together; baselines only cross-validated, and of the probes
     only the linear one. The tissue area is shown once if it has the same value for all encoders,
     which is so if their grids have the same cells.
     """
@@ -70,7 +92,7 @@ def results_table(results: pl.DataFrame) -> Table:
     table = Table(title="Results", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for column in ("about", "encoder", "model", "scored on", "metric"):
         table.add_column(column, no_wrap=True)
-    for column in ("value", "95 % interval", "n"):
+    for column in ("value", "95 % interval", "folds", "n"):
         table.add_column(column, justify="right", no_wrap=True)
     for about in results.partition_by("kind", "about", maintain_order=True):
         for row in about.iter_rows(named=True):
@@ -79,20 +101,33 @@ def results_table(results: pl.DataFrame) -> Table:
                 *(row[name] for name in ("about", "encoder", "model", "part", "metric")),
                 "undefined" if row["value"] is None else f"{row['value']:.3f}",
                 interval,
+                _spread(row),
                 str(row["n"]),
             )
         table.add_section()
     return table
 
 
+def _spread(row: Mapping[str, Any]) -> str:
+    """Return mean and standard deviation over folds, and the number of undefined folds."""
+    if row["folds_undefined"] is None:
+        return ""
+    if row["folds_mean"] is None:
+        return "undefined"
+    deviation = "" if row["folds_deviation"] is None else f" ± {row['folds_deviation']:.2f}"
+    undefined = f" ({row['folds_undefined']} undefined)" if row["folds_undefined"] else ""
+    return f"{row['folds_mean']:.2f}{deviation}{undefined}"
+
+
 def results_markdown(results: pl.DataFrame) -> str:
     """Format the results (:data:`RESULT_SCHEMA`) as Markdown, for a registered model's page."""
-    lines = ["| about | model | scored on | metric | value | n |", "|---|---|---|---|---|---|"]
+    headings = ("about", "model", "scored on", "metric", "value", "folds", "n")
+    lines = [f"| {' | '.join(headings)} |", "|" + "---|" * len(headings)]
     for row in results.iter_rows(named=True):
         bounds = "" if row["low"] is None else f" [{row['low']:.3f}, {row['high']:.3f}]"
         value = "undefined" if row["value"] is None else f"{row['value']:.3f}{bounds}"
         cells = [row[name] for name in ("about", "model", "part", "metric")]
-        lines.append(f"| {' | '.join([*cells, value, str(row['n'])])} |")
+        lines.append(f"| {' | '.join([*cells, value, _spread(row), str(row['n'])])} |")
     return "\n".join(lines)
 
 
@@ -105,14 +140,14 @@ def comparisons_table(comparisons: pl.DataFrame) -> Table:
         ["target", "first", "second"], keep="first", maintain_order=True
     )
     table = Table(
-        title="Differences, cross-validated; p not corrected for multiple comparisons",
+        title="Differences, cross-validated; p (Holm): corrected for all comparisons of a target",
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
         pad_edge=False,
     )
     for column in ("target", "model", "against", "metric"):
         table.add_column(column, no_wrap=True)
-    for column in ("difference", "95 % interval", "p", "n"):
+    for column in ("difference", "95 % interval", "p", "p (Holm)", "n"):
         table.add_column(column, justify="right", no_wrap=True)
     for target in shown.partition_by("target", maintain_order=True):
         for row in target.iter_rows(named=True):
@@ -122,6 +157,7 @@ def comparisons_table(comparisons: pl.DataFrame) -> Table:
                 "" if row["difference"] is None else f"{row['difference']:+.3f}",
                 f"{row['low']:+.3f} to {row['high']:+.3f}" if defined else "",
                 f"{row['p']:.2g}" if defined else "",
+                f"{row['p_holm']:.2g}" if defined else "",
                 str(row["n"]),
             )
         table.add_section()
@@ -143,6 +179,7 @@ def encoder_results(card: EncoderCard) -> pl.DataFrame:
     """Return the scores of an encoder's patch heads on test patients (:data:`RESULT_SCHEMA`)."""
     rows = [
         ("patch task", task, card.name, "patch head", "test", metric, value, *bounds, scores.n)
+        + _NO_FOLDS
         for task, scores in card.scores.items()
         for name, metric in PATCH_METRIC_NAMES.items()
         if (value := getattr(scores, name)) is not None
@@ -173,6 +210,7 @@ def probe_results(encoder: str, scores: pl.DataFrame) -> pl.DataFrame:
             None,
             None,
             r["test"],
+            *_NO_FOLDS,
         )
         for r in scores.iter_rows(named=True)
         for name, metric in PATCH_METRIC_NAMES.items()
@@ -184,25 +222,63 @@ def probe_results(encoder: str, scores: pl.DataFrame) -> pl.DataFrame:
 def model_results(card: ModelCard) -> pl.DataFrame:
     """Return the metrics of a slide model and its baselines (:data:`RESULT_SCHEMA`)."""
     kind = kind_of(card.target)
-    network = NETWORK_NAMES[card.settings.network]
-    if card.settings.permute_labels is not None:
-        network += ", labels exchanged"
     rows = [
         (
             "target",
             card.target.name,
             card.encoder,
-            network if row.model == NETWORK else BASELINE_NAMES[row.model],
+            _model_name(card, row.model),
             "test" if row.split == "test" else CROSS_VALIDATED,
             metric_name(kind, row.metric),
             row.value,
             row.low,
             row.high,
             row.units,
+            row.folds_mean,
+            row.folds_deviation,
+            row.folds_undefined,
         )
         for row in card.metrics
     ]
     return pl.DataFrame(rows, schema=RESULT_SCHEMA, orient="row")
+
+
+def _model_name(card: ModelCard, model: str) -> str:
+    """Return the name of a model of the predictions in tables."""
+    if model != NETWORK:
+        return BASELINE_NAMES[model]
+    exchanged = "" if card.settings.permute_labels is None else ", labels exchanged"
+    return NETWORK_NAMES[card.settings.network] + exchanged
+
+
+def fold_results(card: ModelCard, predictions: pl.DataFrame) -> pl.DataFrame:
+    """Return the metrics of a slide model and its baselines in each fold (:data:`FOLD_SCHEMA`).
+
+    Parameters
+    ----------
+    predictions
+        :attr:`nic_core.models.cross_validation.CrossValidation.predictions` of the model.
+    """
+    kind = kind_of(card.target)
+    rows = [
+        (
+            card.target.name,
+            card.encoder,
+            _model_name(card, row["model"]),
+            metric_name(kind, row["metric"]),
+            *(row[name] for name in ("fold", "fold_name", "value", "units", "patients")),
+        )
+        for row in fold_metrics(card.target, predictions).iter_rows(named=True)
+    ]
+    return pl.DataFrame(rows, schema=FOLD_SCHEMA, orient="row")
+
+
+def primary_folds(folds: pl.DataFrame) -> pl.DataFrame:
+    """Return the first metric of each network in each fold, from rows of :data:`FOLD_SCHEMA`."""
+    baseline = pl.col("model").is_in(list(BASELINE_NAMES.values()))
+    return folds.filter(~baseline).unique(
+        ["about", "encoder", "model", "fold"], keep="first", maintain_order=True
+    )
 
 
 def map_results(item: ProbabilityMap, scores: pl.DataFrame, *, resamples: int) -> pl.DataFrame:
@@ -227,7 +303,7 @@ def map_results(item: ProbabilityMap, scores: pl.DataFrame, *, resamples: int) -
         interval = score(metrics, slides["patient"].to_list(), resamples=resamples, seed=0)["auc"]
         bounds = (interval.low, interval.high) if slides["patient"].n_unique() > 1 else (None, None)
         row = ("map", item.name, item.encoder, "patch head", part, "AUC of cells")
-        rows.append((*row, interval.value, *bounds, slides.height))
+        rows.append((*row, interval.value, *bounds, slides.height, *_NO_FOLDS))
     return pl.DataFrame(rows, schema=RESULT_SCHEMA, orient="row")
 
 
@@ -239,6 +315,8 @@ class Report:
     ----------
     results
         All scores, :data:`RESULT_SCHEMA`.
+    folds
+        Metrics of slide models in each fold, :data:`FOLD_SCHEMA`.
     encoders
         Patch, um/px and stride of each encoder with a grid, :data:`ENCODER_SCHEMA`.
     comparisons
@@ -251,6 +329,7 @@ class Report:
     """
 
     results: pl.DataFrame
+    folds: pl.DataFrame
     encoders: pl.DataFrame
     comparisons: pl.DataFrame
     figures: dict[str, Figure]

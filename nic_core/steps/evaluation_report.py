@@ -14,6 +14,7 @@ from nic_core.models.files import read_model_card
 from nic_core.models.folds import folds_note
 from nic_core.reports import (
     ENCODER_SCHEMA,
+    FOLD_SCHEMA,
     Report,
     encoder_results,
     map_results,
@@ -23,7 +24,7 @@ from nic_core.reports import (
 from nic_core.reports.slide_figure import compressed_slide
 from nic_core.steps.probability_maps import OVERLAY
 from nic_core.steps.slide_index import open_indexed, read_patient_groups, read_slide_index
-from nic_core.steps.slide_models import METRICS, PREDICTIONS
+from nic_core.steps.slide_models import FOLD_METRICS, METRICS, PREDICTIONS
 from nic_core.steps.slides import TISSUE, read_record
 from nic_core.store import GridKey, MapKey, ModelKey, Store, atomic_folder
 from nic_core.tiling.tissue import TissueMask
@@ -35,10 +36,10 @@ COMPARISONS, NOTES = "comparisons.parquet", "notes.txt"
 def make_evaluation_report(cohort: Cohort, store: Store) -> Report:
     """Collect all scores of a study; write and return the report.
 
-    The folder gets ``results.parquet``, ``encoders.parquet``, ``comparisons.parquet``,
-    ``notes.txt`` (a line each; empty without notes), ``results.png`` and, if every encoder has
-    compressed the same slide, ``compressed_slide.png``. Models, encoders and maps that do not exist
-    yet are left out.
+    The folder gets ``results.parquet``, ``fold_metrics.parquet``, ``encoders.parquet``,
+    ``comparisons.parquet``, ``notes.txt`` (a line each; empty without notes), ``results.png`` and,
+    if every encoder has compressed the same slide, ``compressed_slide.png``. Models, encoders and
+    maps that do not exist yet are left out.
 
     Raises
     ------
@@ -56,11 +57,18 @@ def make_evaluation_report(cohort: Cohort, store: Store) -> Report:
         }
         for target in cohort.targets
     }
-    parts = [
-        pl.read_parquet(folder / METRICS, glob=False)
-        for folders in models.values()
-        for folder in folders.values()
-    ]
+    cards = {
+        target: {encoder: read_model_card(folder) for encoder, folder in folders.items()}
+        for target, folders in models.items()
+    }
+    parts, folds = (
+        [
+            pl.read_parquet(folder / name, glob=False)
+            for folders in models.values()
+            for folder in folders.values()
+        ]
+        for name in (METRICS, FOLD_METRICS)
+    )
     for encoder in cohort.encoders:
         if store.encoder(encoder.name).exists():
             parts.append(encoder_results(read_card(store.encoder(encoder.name))))
@@ -108,17 +116,18 @@ def make_evaluation_report(cohort: Cohort, store: Store) -> Report:
         )
         is not None
     ]
-    for target, folders in models.items():
-        cards = {encoder: read_model_card(folder) for encoder, folder in folders.items()}
-        notes += comparison_notes(target, cards, comparisons.filter(target=target))
+    for target, of_target in cards.items():
+        notes += comparison_notes(target, of_target, comparisons.filter(target=target))
+    folds_of_models = pl.concat([FOLD_SCHEMA.to_frame(), *folds])
     with atomic_folder(store.evaluation_report) as folder:
         (folder / NOTES).write_text("".join(f"{note}\n" for note in notes))
         results.write_parquet(folder / RESULTS)
+        folds_of_models.write_parquet(folder / FOLD_METRICS)
         encoders.write_parquet(folder / ENCODERS)
         comparisons.write_parquet(folder / COMPARISONS)
         for name, figure in figures.items():
             figure.savefig(folder / f"{name}.png", dpi=110)
-    return Report(results, encoders, comparisons, figures, notes)
+    return Report(results, folds_of_models, encoders, comparisons, figures, notes)
 
 
 def draw_slide(cohort: Cohort, store: Store, slide: str) -> Figure:

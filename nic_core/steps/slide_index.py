@@ -28,6 +28,7 @@ from nic_core.cohort.scan import SNAPSHOT_SCHEMA, take_snapshot, watched_files
 from nic_core.encoders import EncoderError, initial_weights_version
 from nic_core.encoders.files import CARD
 from nic_core.encoders.patch_sources import source_files
+from nic_core.models.fold_columns import FoldColumn, read_fold_column
 from nic_core.models.labels import read_labels, target_table
 from nic_core.slides import Slide, content_identity, open_slide
 from nic_core.slides.files import LeftAside
@@ -399,6 +400,7 @@ def _weights_or_problem(place: Path) -> str:
 def target_versions(cohort: Cohort, scan: SlideScan) -> dict[str, str]:
     """Return a version of every target by name: a digest of its entry, labels, splits and groups.
 
+    The sites of its patients are part of it, and for ``settings.models.folds: given`` their folds.
     The groups are those of the patients that share slides (:func:`patient_groups`). Excluded slides
     have no part in it. A target whose labels are invalid has a version too, of the problem: it
     stops its own folds, which report it, and nothing else.
@@ -413,8 +415,19 @@ def target_versions(cohort: Cohort, scan: SlideScan) -> dict[str, str]:
 
 def _labels_or_problem(cohort: Cohort, target: Target, index: pl.DataFrame) -> object:
     try:
-        labels = read_labels(cohort, target, index)
-        return target_table(target, labels, used_slides(index)).rows()
+        used = used_slides(index)
+        table = target_table(target, read_labels(cohort, target, index), used)
+        columns: list[FoldColumn] = ["site"]
+        if cohort.settings.models.folds == "given":
+            columns.append("fold")
+        patients = table["patient"].implode()
+        return table.rows(), [
+            read_fold_column(cohort, used, column)
+            .filter(pl.col("patient").is_in(patients))
+            .drop_nulls(column)
+            .rows()
+            for column in columns
+        ]
     except CohortError as error:
         log.warning("%s", error)
         return str(error)

@@ -10,7 +10,7 @@ from pathlib import Path
 import polars as pl
 import torch
 
-from nic_core.cohort import Cohort, CohortError, FeaturesEncoder, Geometry, Target
+from nic_core.cohort import Cohort, CohortError, FeaturesEncoder, Geometry, SiteFolds, Target
 from nic_core.devices import resolve_device
 from nic_core.encoders.files import read_card
 from nic_core.grids import GridProvenance, open_grid, recorded_hash
@@ -24,10 +24,11 @@ from nic_core.models.files import (
     save_model,
     training_cohort,
 )
-from nic_core.models.folds import folds_note, make_folds
+from nic_core.models.fold_columns import FoldColumn, patient_values, read_fold_column
+from nic_core.models.folds import folds_note, make_folds, make_site_folds, named_folds
 from nic_core.models.labels import LabelMatches, read_labels, target_table
 from nic_core.models.networks import crop_cells
-from nic_core.reports import model_results
+from nic_core.reports import fold_results, model_results
 from nic_core.steps.grids import read_grid_manifest
 from nic_core.steps.slide_index import (
     digest,
@@ -41,6 +42,7 @@ from nic_core.tracker import Tracker
 log = logging.getLogger(__name__)
 
 PREDICTIONS, METRICS, HISTORY = "predictions.parquet", "metrics.parquet", "history.parquet"
+FOLD_METRICS = "fold_metrics.parquet"
 UNLOGGED = "unlogged"  # file in a model's folder until the tracker has logged the model
 
 
@@ -51,29 +53,36 @@ class TargetFolds:
     Attributes
     ----------
     table
-        Output of :func:`~nic_core.models.labels.target_table` with the column ``fold`` (null in
-        split ``test``).
+        Output of :func:`~nic_core.models.labels.target_table` with the columns ``fold`` and
+        ``fold_name`` (:mod:`nic_core.models.folds`; null in split ``test``), and ``site``, which is
+        null unless the folds keep sites whole.
     matches
         What became of every row of the label table.
     note
         Why there are fewer folds than ``settings.models.folds``; None if there are as many.
+    sites
+        How the labelled slides of each site are spread over folds: ``site``, ``split``, ``fold``,
+        ``fold_name``, ``slides`` and ``patients`` (their numbers); no rows if no slide has a site.
     """
 
     table: pl.DataFrame
     matches: LabelMatches
     note: str | None
+    sites: pl.DataFrame
 
 
 def make_target_folds(cohort: Cohort, store: Store, target: str) -> TargetFolds:
     """Assign a target's patients to folds; write the table of folds. Excluded slides are left out.
 
     The models of all encoders on this target share it. Patients with slides of the same content are
-    in one fold.
+    in one fold. ``settings.models.folds`` decides how: a number of folds (:func:`make_folds`),
+    ``site`` or ``given`` (:func:`named_folds`), or whole sites (:func:`make_site_folds`).
 
     Raises
     ------
     CohortError
-        The label table is invalid, or the target cannot be cross-validated.
+        The label table is invalid, the target cannot be cross-validated, or the columns ``site`` or
+        ``fold`` do not fit ``settings.models.folds``.
     """
     found = find_target_folds(
         cohort, cohort.target(target), read_slide_index(store), read_patient_groups(store)
@@ -107,16 +116,48 @@ def find_target_folds(
         As :func:`make_target_folds`.
     """
     settings = cohort.settings.models
-    labels = read_labels(cohort, target, index)
-    units = target_table(target, labels, used_slides(index))
-    folds = make_folds(
-        units, target=target, folds=settings.folds, seed=settings.seed, groups=groups
-    )
-    table = units.join(folds, on="patient", how="left").sort("unit")
+    labels, used = read_labels(cohort, target, index), used_slides(index)
+    units = target_table(target, labels, used)
+    wanted, sites = settings.folds, dict[str, str]()
+    if isinstance(wanted, int):
+        folds = make_folds(units, target=target, folds=wanted, seed=settings.seed, groups=groups)
+    else:
+        column: FoldColumn = "fold" if wanted == "given" else "site"
+        patients = units.filter(pl.col("split") == "cv")["patient"]
+        names = patient_values(read_fold_column(cohort, used, column), patients, column)
+        sites = names if column == "site" else {}
+        if isinstance(wanted, SiteFolds):
+            folds = make_site_folds(
+                units,
+                target=target,
+                sites=sites,
+                count=wanted.count,
+                seed=settings.seed,
+                groups=groups,
+            )
+        else:
+            folds = named_folds(units, target=target, names=names, column=column, groups=groups)
+    site_of = pl.col("patient").replace_strict(sites, default=None, return_dtype=pl.String)
+    table = units.join(folds, on="patient", how="left").with_columns(site=site_of).sort("unit")
     return TargetFolds(
         table,
         labels.matches,
-        folds_note(target, table, wanted=settings.folds, groups=groups),
+        folds_note(target, table, wanted=wanted, groups=groups),
+        _spread_of_sites(cohort, table, used),
+    )
+
+
+def _spread_of_sites(cohort: Cohort, table: pl.DataFrame, index: pl.DataFrame) -> pl.DataFrame:
+    """Return :attr:`TargetFolds.sites`."""
+    slides = table.explode("slides").select("split", "fold", "fold_name", slide="slides")
+    return (
+        read_fold_column(cohort, index, "site")
+        .select("slide", "patient", "site")
+        .drop_nulls("site")
+        .join(slides, on="slide")
+        .group_by("site", "split", "fold", "fold_name")
+        .agg(slides=pl.len(), patients=pl.col("patient").n_unique())
+        .sort("site", "split", "fold")
     )
 
 
@@ -196,8 +237,11 @@ def make_slide_model(
         raise CohortError(f"{place}: encoder '{encoder}': {error}") from error
     result = cross_validate(
         cohort.target(target),
-        table.drop("fold"),
-        table.filter(pl.col("split") == "cv").select("patient", "fold").unique().sort("patient"),
+        table.drop("fold", "fold_name", "site"),
+        table.filter(pl.col("split") == "cv")
+        .select("patient", "fold", "fold_name")
+        .unique()
+        .sort("patient"),
         lambda slide: open_grid(store.grid(GridKey(encoder=encoder, slide=slide))),
         settings.models,
         crop=crop,
@@ -226,6 +270,7 @@ def make_slide_model(
         result.predictions.write_parquet(new / PREDICTIONS)
         result.history.write_parquet(new / HISTORY)
         model_results(card).write_parquet(new / METRICS)
+        fold_results(card, result.predictions).write_parquet(new / FOLD_METRICS)
         if tracker is not None:
             (new / UNLOGGED).write_text(recipe)
     if store.slide_model_checkpoint(key).exists():

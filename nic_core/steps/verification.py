@@ -20,7 +20,7 @@ from nic_core.encoders.files import verify_encoder
 from nic_core.grids import GridError, read_colours, verify_grid, verify_preview
 from nic_core.maps.heatmaps import read_heatmap
 from nic_core.models.files import ModelFileError, load_model
-from nic_core.steps.slide_models import METRICS, PREDICTIONS
+from nic_core.steps.slide_models import FOLD_METRICS, METRICS, PREDICTIONS
 from nic_core.steps.slides import RECORD, THUMBNAIL, TISSUE, SlideRecord
 from nic_core.store import Product, Store
 from nic_core.tiling.patches import PatchTableError, read_patch_table
@@ -117,7 +117,7 @@ def _grid_preview(path: Path) -> bool:
 
 def _slide_model(path: Path) -> bool:
     load_model(path)
-    for name in (PREDICTIONS, METRICS):
+    for name in (PREDICTIONS, METRICS, FOLD_METRICS):
         pl.read_parquet(path / name, glob=False)
     return True
 

@@ -6,6 +6,8 @@ from dataclasses import replace
 import numpy as np
 import polars as pl
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.console import Console
 
 from nic_core.cohort import ModelSettings, RegressionTarget, SurvivalTarget
@@ -17,6 +19,7 @@ from nic_core.models.comparison import (
     Verdict,
     compare_models,
     compare_with_champion,
+    holm,
     permutation_control,
 )
 from nic_core.models.cross_validation import NETWORK, CrossValidation
@@ -111,6 +114,39 @@ def test_encoders_and_baselines_are_compared_in_pairs():
     }
 
 
+def corrected(*values: float | None) -> list[float | None]:
+    return holm(pl.Series(values, dtype=pl.Float64)).to_list()
+
+
+def test_holm_of_values_worked_out_by_hand():
+    assert corrected(0.01, 0.04, 0.03, 0.005) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert corrected(0.6, None, 0.5) == [1, None, 1]
+    assert corrected(None) == [None]
+    assert corrected() == []
+
+
+@given(st.lists(st.none() | st.floats(0, 1), max_size=12))
+def test_holm_is_monotone_and_within_the_bound_of_bonferroni(values):
+    tested = [value for value in values if value is not None]
+    pairs = [pair for pair in zip(values, corrected(*values), strict=True) if pair[0] is not None]
+    for p, adjusted in pairs:
+        assert p <= adjusted <= min(1, len(tested) * p)
+    assert [adjusted for _, adjusted in sorted(pairs)] == sorted(a for _, a in pairs)
+    if tested:
+        smallest = min(pairs)
+        assert smallest[1] == min(1, len(tested) * smallest[0])
+
+
+def test_p_is_corrected_within_a_metric_and_a_part_of_the_data():
+    predictions = survival_predictions()
+    both = pl.concat([predictions, predictions.with_columns(split=pl.lit("test"))])
+    found = compare_models(DEATH, {"a": both, "b": both}, resamples=50, seed=0)
+    for _, family in found.group_by("part", "metric"):
+        assert family.height == 5
+        assert family["p_holm"].to_list() == holm(family["p"]).to_list()
+    assert compare_models(DEATH, {}, resamples=50, seed=0).schema == COMPARISON_SCHEMA
+
+
 def test_survival_functions_at_other_horizons_are_not_compared():
     predictions = survival_predictions()
     other = predictions.with_columns(horizons=pl.lit([2.0, 6.0]))
@@ -123,7 +159,7 @@ def test_terminal_shows_each_pair_once_by_its_first_metric():
     predictions = survival_predictions()
     found = compare_models(DEATH, {"a": predictions, "b": predictions}, resamples=50, seed=0)
     console = Console(width=150, record=True, file=io.StringIO())
-    undefined = dict.fromkeys(["difference", "low", "high", "p"])
+    undefined = dict.fromkeys(["difference", "low", "high", "p", "p_holm"])
     other = (
         found[:1]
         .with_columns(target=pl.lit("other"))
@@ -133,7 +169,7 @@ def test_terminal_shows_each_pair_once_by_its_first_metric():
     lines = [line for line in console.export_text().splitlines() if ": network" in line]
     assert len(lines) == 5 + 1
     texts = [" ".join(line.split()) for line in lines]
-    assert texts[0] == "death a: network b: network Harrell's C +0.000 +0.000 to +0.000 1 12"
+    assert texts[0] == "death a: network b: network Harrell's C +0.000 +0.000 to +0.000 1 1 12"
     assert texts[-1] == "other a: network b: network Harrell's C 12"
 
 
@@ -204,10 +240,14 @@ def test_units_that_one_of_two_models_predicts_are_counted():
 def test_terminal_shows_the_tissue_area_once_if_it_is_equal():
     rows = [
         ("target", "t", encoder, "tissue area, linear", "cross-validated", "AUC", value, 0, 1, 9)
+        + (0.4, None, 2)
         for encoder, value in (("a", 0.5), ("b", 0.5))
     ]
     equal = pl.DataFrame(rows, schema=RESULT_SCHEMA, orient="row")
     assert results_table(equal).row_count == 1
+    console = Console(width=150, record=True, file=io.StringIO())
+    console.print(results_table(equal))
+    assert "0.500 0.000 to 1.000 0.40 (2 undefined) 9" in " ".join(console.export_text().split())
     other = equal.with_columns(value=pl.Series([0.5, 0.6]))
     assert results_table(other).row_count == 2
 

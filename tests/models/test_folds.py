@@ -188,7 +188,7 @@ def test_patients_that_share_slides_are_in_one_fold(shared, seed):
     index = pl.DataFrame({"slide": slides, "patient": slides})
     groups = patient_groups(index, [[slides[i] for i in ids] for ids in shared])
     folds = make_folds(table, target=SCORE, folds=4, seed=seed, groups=groups)
-    fold = dict(folds.iter_rows())
+    fold = dict(folds.select("patient", "fold").iter_rows())
     assert len(fold) == 30
     for ids in shared:
         assert len({fold[slides[i]] for i in ids}) == 1

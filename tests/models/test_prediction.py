@@ -336,7 +336,7 @@ def test_invalid_table_of_patients_raises(tmp_path, text, message):
 
 def test_model_file_with_other_format_or_weights_is_refused(study, tmp_path):
     _, store = study
-    with pytest.raises(ModelFileError, match="not a model file of format 6.*train the model again"):
+    with pytest.raises(ModelFileError, match="not a model file of format 7.*train the model again"):
         load_model(store.encoder(ENCODER))
     shutil.copytree(store.slide_model(ModelKey(encoder=ENCODER, target="growth")), tmp_path / "m")
     shutil.copy(tmp_path / "m" / "fold-0.safetensors", tmp_path / "m" / "fold-1.safetensors")
@@ -344,7 +344,7 @@ def test_model_file_with_other_format_or_weights_is_refused(study, tmp_path):
         load_model(tmp_path / "m")
     card = json.loads((tmp_path / "m" / "card.json").read_text())
     (tmp_path / "m" / "card.json").write_text(json.dumps(card | {"format": 3}))
-    with pytest.raises(ModelFileError, match=r"format: Input should be 6.*train the model again"):
+    with pytest.raises(ModelFileError, match=r"format: Input should be 7.*train the model again"):
         load_model(tmp_path / "m")
     (tmp_path / "m" / "card.json").write_text("{")
     with pytest.raises(ModelFileError, match="not a model file"):
