@@ -51,6 +51,7 @@ from nic_core.encoders.keras_import import import_keras_encoder
 from nic_core.encoders.probes import Embedder, linear_probe, task_embeddings
 from nic_core.grids import Grid
 from nic_core.models.cross_validation import cross_validate
+from nic_core.models.folds import FOLD_COLUMNS
 from nic_core.models.kinds import kind_of
 from nic_core.models.networks import crop_cells
 from nic_core.slides import open_slide
@@ -313,10 +314,14 @@ class Slides:
         cell_um = next(iter(grids.values())).provenance.cell_um
         for target in self.targets:
             table = self.folds[target.name]
-            folds = table.filter(pl.col("split") == "cv").select("patient", "fold").unique()
+            folds = (
+                table.filter(pl.col("split") == "cv")
+                .select("patient", "fold", "fold_name")
+                .unique()
+            )
             found = cross_validate(
                 target,
-                table.drop("fold"),
+                table.drop(FOLD_COLUMNS),
                 folds.sort("patient"),
                 grids.__getitem__,
                 settings,

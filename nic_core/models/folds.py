@@ -21,6 +21,8 @@ from nic_core.cohort import LEAST_FOLDS, CohortError, FoldSetting, SiteFolds, Ta
 from nic_core.models.kinds import TargetKind, kind_of
 from nic_core.models.kinds.base import label_error
 
+FOLD_COLUMNS = ("fold", "fold_name", "site")
+"""Columns of the product ``target_folds`` that a target table has not."""
 ORDERS = 16  # random orders of patients or sites that are tried for each number of folds [choice]
 SITE_STRATA = 4  # into about so many strata are labels cut to balance them over folds of sites
 

@@ -25,7 +25,13 @@ from nic_core.models.files import (
     training_cohort,
 )
 from nic_core.models.fold_columns import FoldColumn, patient_values, read_fold_column
-from nic_core.models.folds import folds_note, make_folds, make_site_folds, named_folds
+from nic_core.models.folds import (
+    FOLD_COLUMNS,
+    folds_note,
+    make_folds,
+    make_site_folds,
+    named_folds,
+)
 from nic_core.models.labels import LabelMatches, read_labels, target_table
 from nic_core.models.networks import crop_cells
 from nic_core.reports import fold_results, model_results
@@ -237,7 +243,7 @@ def make_slide_model(
         raise CohortError(f"{place}: encoder '{encoder}': {error}") from error
     result = cross_validate(
         cohort.target(target),
-        table.drop("fold", "fold_name", "site"),
+        table.drop(FOLD_COLUMNS),
         table.filter(pl.col("split") == "cv")
         .select("patient", "fold", "fold_name")
         .unique()
