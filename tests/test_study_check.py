@@ -307,6 +307,26 @@ def test_slides_with_equal_content_of_several_patients_are_an_error(folder):
     )
 
 
+def test_a_problem_of_sites_is_reported_once_for_all_targets(folder):
+    edit(folder / "cohort.yaml", "classes: [a, b]}", "classes: [a, b]}\nsettings: {models: {}}")
+    sites = {"s0": "A", "s1": "A", "s2": "B", "s3": "B", "s4": "C", "s5": "C", "s6": "D"}
+    table = pl.read_csv(folder / "slides.csv")
+    site = pl.col("slide").replace_strict(sites, default=None)
+    table.with_columns(site=site).write_csv(folder / "slides.csv")
+    assert problems(folder) == []
+    edit(folder / "cohort.yaml", "models: {}", "models: {folds: site}")
+    assert problems(folder) == [
+        f"{folder}/cohort.yaml:8: settings.models.folds: column 'site': patients of split 'cv' "
+        "without a site: p7; fill in the column of the slide table or of the label table, or "
+        "exclude their slides"
+    ]
+    edit(folder / "slides.csv", "s7.tif,p7,", "s7.tif,p7,D")
+    assert problems(folder) == []
+    edit(folder / "cohort.yaml", "folds: site", "folds: sites")
+    (problem,) = problems(folder)
+    assert "settings.models.folds: 'sites' is not allowed; write a number of folds" in problem
+
+
 def test_slides_with_equal_content_of_one_patient_are_a_note(folder):
     (folder / "s7.tif").write_bytes((folder / "s6.tif").read_bytes())
     edit(folder / "slides.csv", "s7.tif,p7", "s7.tif,p6")

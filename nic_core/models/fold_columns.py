@@ -19,6 +19,10 @@ FoldColumn = Literal["fold", "site"]
 _SHOWN = 20  # ids in a message
 
 
+class FoldColumnError(CohortError):
+    """A column ``fold`` or ``site`` cannot be used."""
+
+
 def read_fold_column(cohort: Cohort, index: pl.DataFrame, column: FoldColumn) -> pl.DataFrame:
     """Return the fold or the site of each slide, from the slide table and the label table.
 
@@ -35,9 +39,11 @@ def read_fold_column(cohort: Cohort, index: pl.DataFrame, column: FoldColumn) ->
 
     Raises
     ------
-    CohortError
+    FoldColumnError
         The two tables state different values for a slide; two rows of one id of the label table
-        do; or the label table cannot be read.
+        do; or the column is not text.
+    CohortError
+        The label table cannot be read.
     """
     slides = index.select("slide", "patient", "split", column)
     if cohort.labels is None:
@@ -49,7 +55,7 @@ def read_fold_column(cohort: Cohort, index: pl.DataFrame, column: FoldColumn) ->
     try:
         texts = [None if text in MISSING else text for text in to_text(table[column])]
     except TypeError as error:
-        raise CohortError(f"{where}: column '{column}' {error}") from error
+        raise FoldColumnError(f"{where}: column '{column}' {error}") from error
     stated = (
         table.select(ROW, key)
         .with_columns(pl.Series("stated", texts, pl.String))
@@ -59,7 +65,7 @@ def read_fold_column(cohort: Cohort, index: pl.DataFrame, column: FoldColumn) ->
     if differ.height:
         same = differ.filter(pl.col(key) == differ[key][0])
         shown = ", ".join(f"'{visible(v)}' (row {n})" for n, v in same.select(ROW, "stated").rows())
-        raise CohortError(
+        raise FoldColumnError(
             f"{where}: {key} '{visible(same[key][0])}' has more than one {column}: {shown}; keep "
             "one of them"
         )
@@ -71,7 +77,7 @@ def read_fold_column(cohort: Cohort, index: pl.DataFrame, column: FoldColumn) ->
             f"slide '{slide}' '{visible(value)}' and '{visible(other)}' (row {row})"
             for slide, value, other, row in differ.select("slide", column, "stated", ROW).rows()[:3]
         )
-        raise CohortError(
+        raise FoldColumnError(
             f"{where}: {differ.height} slides have another {column} in the slide table than in the "
             f"label table, for example {shown}; write the same {column} in both, or remove the "
             "column of one"
@@ -91,19 +97,19 @@ def patient_values(values: pl.DataFrame, patients: pl.Series, column: FoldColumn
 
     Raises
     ------
-    CohortError
+    FoldColumnError
         No slide has a value; a patient has none, or more than one; or two values differ only in
         case, leading zeros or invisible characters. The message names the patients.
     """
     of_patients = values.filter(pl.col("patient").is_in(patients.implode())).drop_nulls(column)
     if of_patients.is_empty():
-        raise CohortError(
+        raise FoldColumnError(
             f"column '{column}': no value in the slide table or in the label table; fill in the "
             "column, or set settings.models.folds to a number"
         )
     if (pair := same_spelling(of_patients[column])) is not None:
         one, other = map(visible, pair)
-        raise CohortError(
+        raise FoldColumnError(
             f"column '{column}': '{one}' and '{other}' differ only in spelling; write one {column} "
             "in one way"
         )
@@ -112,14 +118,14 @@ def patient_values(values: pl.DataFrame, patients: pl.Series, column: FoldColumn
         names = several["patient"].unique().sort().to_list()
         first = several.filter(pl.col("patient") == names[0]).sort("slide")
         shown = ", ".join(f"{slide} '{v}'" for slide, v in first.select("slide", column).rows())
-        raise CohortError(
+        raise FoldColumnError(
             f"column '{column}': patients with slides of more than one {column}: {_listed(names)}; "
             f"for example slides {shown}; a patient cannot be in two folds: correct the column, or "
             "exclude slides"
         )
     found = dict(of_patients.select("patient", column).rows())
     if missing := sorted(set(patients) - set(found)):
-        raise CohortError(
+        raise FoldColumnError(
             f"column '{column}': patients of split 'cv' without a {column}: {_listed(missing)}; "
             "fill in the column of the slide table or of the label table, or exclude their slides"
         )

@@ -38,6 +38,7 @@ from nic_core.cohort.references import wrong_columns
 from nic_core.cohort.tables import Unmatched, read_table, to_text
 from nic_core.encoders.patch_sources import annotated_slide_problems, open_source, source_files
 from nic_core.grids.features import FeaturesError, find_features
+from nic_core.models.fold_columns import FoldColumnError
 from nic_core.models.labels import LabelMatches, read_labels
 from nic_core.models.networks import crop_cells
 from nic_core.parallel import cores
@@ -396,12 +397,15 @@ def _targets(
             if isinstance(target, ClassificationTarget):
                 target = target.model_copy(update={"classes": classes})
             note = find_target_folds(cohort, target, index, groups).note
+        except FoldColumnError as error:
+            matched.append(Finding(cohort.place("settings", "models", "folds"), str(error)))
+            continue
         except CohortError as error:
             yield Finding(cohort.place("targets", number), str(error))
             continue
         if note is not None:
             yield Finding(cohort.place("targets", number), note, is_error=False)
-    # targets of one table mostly have the same rows without a partner
+    # targets of one table mostly have the same rows without a partner, and the same sites
     yield from dict.fromkeys(matched)
 
 

@@ -29,7 +29,8 @@ from nic_core.models.files import (
     load_model,
     save_model,
 )
-from nic_core.models.folds import make_folds
+from nic_core.models.fold_metrics import fold_metrics
+from nic_core.models.folds import make_folds, named_folds
 from nic_core.models.kinds import kind_of, prediction_array
 from nic_core.models.networks import crop_cells
 from nic_core.models.training import TrainingError, batches, fit_fold, predict_units
@@ -117,6 +118,19 @@ def test_training_on_exchanged_labels_gives_chance_level(planted):
     )
     row = primary(control)
     assert row["low"] < 0.5 < row["high"] or row["value"] < 0.5
+
+
+def test_folds_of_sites_are_kept_when_labels_are_exchanged(few):
+    table = labelled(few, RIM)
+    patients = table["patient"].unique().sort()
+    names = {patient: "ABCD"[i % 4] for i, patient in enumerate(patients)}
+    folds = named_folds(table, target=RIM, names=names, column="site")
+    settings = QUICK.model_copy(update={"folds": "site", "permute_labels": 1, "epochs": 1})
+    result = cross_validate(RIM, table, folds, few.source, settings, crop=CROP)
+    rows = result.predictions.filter(model=NETWORK)
+    assert rows["fold_name"].to_list() == [names[patient] for patient in rows["patient"]]
+    labels = table.sort("unit")["y"].to_list()
+    assert rows.sort("unit")["y"].to_list() != labels
 
 
 def test_attention_pooling_learns_cell_content(planted):
@@ -212,7 +226,11 @@ def test_every_unit_is_predicted_once_by_its_held_out_fold(few, target):
         assert sorted(rows["unit"]) == sorted(table["unit"])
         joined = rows.join(folds, on="patient", suffix="_expected")
         assert (joined["fold"] == joined["fold_expected"]).all()
+        assert (joined["fold_name"] == joined["fold_name_expected"]).all()
         assert np.isfinite(prediction_array(kind_of(target), rows)).all()
+        of_folds = fold_metrics(target, rows).filter(metric=kind_of(target).primary_metric)
+        assert primary(result, name)["folds_mean"] == pytest.approx(of_folds["value"].mean())
+        assert primary(result, name)["folds_undefined"] == of_folds["value"].null_count()
 
 
 def test_test_split_is_predicted_by_the_mean_of_the_folds(few, tmp_path):
