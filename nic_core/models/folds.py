@@ -18,6 +18,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from nic_core.cohort import LEAST_FOLDS, CohortError, FoldSetting, SiteFolds, Target
+from nic_core.cohort.tables import visible
 from nic_core.models.kinds import TargetKind, kind_of
 from nic_core.models.kinds.base import label_error
 
@@ -118,9 +119,9 @@ def make_site_folds(
     This is the site-preserved cross-validation of Howard et al., Nat. Commun. 12:4423 (2021).
     Each patient has one stratum: the class, the event and the half of its times, or the quarter of
     the values. Sites are assigned one after the other, large ones mostly first, each to the fold
-    where the numbers of patients by stratum stay closest to those of equal folds. Of the results of
-    :data:`ORDERS` random orders, the best balanced one in which every network can be trained is
-    used.
+    where the numbers of patients, by stratum and in all, stay closest to those of equal folds. Of
+    the results of :data:`ORDERS` random orders, the best balanced one in which every network can be
+    trained is used.
 
     If ``count`` is too large, the largest number of folds that works is used.
 
@@ -149,6 +150,7 @@ def make_site_folds(
     counts = np.zeros((len(names), max(strata.values()) + 1))
     for patient, stratum in strata.items():
         counts[names.index(sites[patient]), stratum] += 1
+    counts = np.column_stack([counts, counts.sum(1)])  # sizes of folds are balanced too
     problem: str | None = None
     for folds in range(min(count, len(names)), LEAST_FOLDS - 1, -1):
         dealt = [
@@ -219,7 +221,7 @@ def named_folds(
 
 
 def _too_few(column: Literal["fold", "site"], names: list[str]) -> CohortError:
-    listed = ", ".join(f"'{name}'" for name in names)
+    listed = ", ".join(f"'{visible(name)}'" for name in names)
     return CohortError(
         f"column '{column}': the labelled patients of split 'cv' have {len(names)} {column}"
         f"{'s' if len(names) > 1 else ''} ({listed}); cross-validation needs at least "
@@ -243,8 +245,8 @@ def _check_groups_in_one(
         if names[other] != names[patient]:
             raise CohortError(
                 f"patients {other} and {patient} have slides with the same content and are in two "
-                f"{column}s, '{names[other]}' and '{names[patient]}'; put them into one {column}, "
-                "or remove the duplicates"
+                f"{column}s, '{visible(names[other])}' and '{visible(names[patient])}'; put them "
+                f"into one {column}, or remove the duplicates"
             )
 
 
@@ -263,14 +265,14 @@ def _deal_sites(
 ) -> tuple[list[int], float]:
     """Assign sites to folds; return the fold of each site, and the imbalance of the result.
 
-    The imbalance is the sum over folds and strata of (n - n')^2 / n', where n' is the number of
+    The imbalance is the sum over folds and columns of (n - n')^2 / n', where n' is the number of
     patients in equal folds. In simulations it is less than half of that of scikit-learn's
     ``StratifiedGroupKFold`` and close to the optimum (tested).
 
     Parameters
     ----------
-    counts : float (sites, strata)
-        Patients.
+    counts : float (sites, columns)
+        Numbers of patients that are to be balanced, such as those of each stratum.
     """
     share = counts.sum(0) / folds
     in_fold = np.zeros((folds, counts.shape[1]))
@@ -443,7 +445,8 @@ def _named(fold: int, test: pl.DataFrame, validation: pl.DataFrame) -> str:
     """Name the test and validation units of a fold; empty if the folds have numbers only."""
     if "fold_name" not in test.columns or test["fold_name"][0] == str(fold):
         return ""
-    return f" (test '{test['fold_name'][0]}', validation '{validation['fold_name'][0]}')"
+    tested, validated = (visible(units["fold_name"][0]) for units in (test, validation))
+    return f" (test '{tested}', validation '{validated}')"
 
 
 def _deal(patients: pl.DataFrame, folds: int, random: np.random.Generator) -> pl.DataFrame:
