@@ -29,7 +29,7 @@ from nic_core.models.kinds import kind_of
 from nic_core.models.kinds.base import label_error
 
 _UNIT_COLUMNS = ("unit", "patient", "slides", "split")
-Key = Literal["slide", "patient"]
+_Key = Literal["slide", "patient"]
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def read_labels(cohort: Cohort, target: Target, index: pl.DataFrame) -> Labels:
     )
 
 
-def read_label_table(path: Path) -> tuple[pl.DataFrame, Key]:
+def read_label_table(path: Path) -> tuple[pl.DataFrame, _Key]:
     """Read a label table, and find the column that names the unit of a row.
 
     Returns
@@ -168,7 +168,7 @@ def read_label_table(path: Path) -> tuple[pl.DataFrame, Key]:
         The table cannot be read, has neither column, or an id is not text.
     """
     table = read_table(path, "label table", row_column=ROW)
-    key: Key = "slide" if "slide" in table.columns else "patient"
+    key: _Key = "slide" if "slide" in table.columns else "patient"
     if key not in table.columns:
         columns = [name for name in table.columns if name != ROW]
         near = suggestion("slide", columns) or suggestion("patient", columns)
@@ -293,7 +293,7 @@ def _check_patients(path: Path, table: pl.DataFrame, index: pl.DataFrame) -> Non
         )
 
 
-def _refuse_conflicts(decoded: pl.DataFrame, target: Target, key: Key) -> None:
+def _refuse_conflicts(decoded: pl.DataFrame, target: Target, key: _Key) -> None:
     """Refuse two rows of one id with different labels."""
     kind = kind_of(target)
     for (name,), rows in decoded.group_by(key, maintain_order=True):

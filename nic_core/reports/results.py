@@ -70,6 +70,7 @@ NETWORK_NAMES = {
     "small": "small grid CNN",
     "mil": "gated-attention MIL",
 }
+EXCHANGED = ", labels exchanged"  # end of the name of a network of the permutation control
 PATCH_METRIC_NAMES = {"auc": "AUC", "balanced_accuracy": "balanced accuracy", "f1": "F1"}
 
 
@@ -247,7 +248,7 @@ def _model_name(card: ModelCard, model: str) -> str:
     """Return the name of a model of the predictions in tables."""
     if model != NETWORK:
         return BASELINE_NAMES[model]
-    exchanged = "" if card.settings.permute_labels is None else ", labels exchanged"
+    exchanged = "" if card.settings.permute_labels is None else EXCHANGED
     return NETWORK_NAMES[card.settings.network] + exchanged
 
 
@@ -275,8 +276,8 @@ def fold_results(card: ModelCard, predictions: pl.DataFrame) -> pl.DataFrame:
 
 def primary_folds(folds: pl.DataFrame) -> pl.DataFrame:
     """Return the first metric of each network in each fold, from rows of :data:`FOLD_SCHEMA`."""
-    baseline = pl.col("model").is_in(list(BASELINE_NAMES.values()))
-    return folds.filter(~baseline).unique(
+    network = pl.col("model").str.strip_suffix(EXCHANGED).is_in(list(NETWORK_NAMES.values()))
+    return folds.filter(network).unique(
         ["about", "encoder", "model", "fold"], keep="first", maintain_order=True
     )
 
