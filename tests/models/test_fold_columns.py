@@ -10,8 +10,10 @@ import pytest
 
 from nic_core.cohort import Cohort, CohortError
 from nic_core.cohort.index import INDEX_SCHEMA
+from nic_core.cohort.scan import SNAPSHOT_SCHEMA
 from nic_core.models.fold_columns import read_fold_column
 from nic_core.steps import find_target_folds
+from nic_core.steps.slide_index import SlideScan, target_versions
 
 SLIDES = [f"{patient}{slide}" for patient in "abcdefgh" for slide in "12"]
 PATIENTS = list("abcdefgh")
@@ -151,3 +153,22 @@ def test_words_for_no_value_are_missing_in_both_tables(tmp_path):
     values = read_fold_column(study, index({"a1": "A"}), "site")
     assert values["site"].to_list() == ["A", None, "B", "B"] + [None] * 12
     assert read_fold_column(study, index(), "fold")["fold"].null_count() == 16
+
+
+def version(folder: Path, folds: object, found: pl.DataFrame, **columns: list[Any]) -> str:
+    """The version of the target, by which its folds become stale."""
+    snapshot = pl.DataFrame(schema=SNAPSHOT_SCHEMA)
+    scan = SlideScan(found, {}, {}, (), (), [], snapshot)
+    return target_versions(cohort(folder, folds, **columns), scan)["t"]
+
+
+def test_a_target_changes_with_the_sites_and_the_folds_that_it_uses(tmp_path):
+    found, labels = index(of_slides(SITES)), {"patient": PATIENTS, "fold": [1, 2, 3, 4] * 2}
+    other_labels = labels | {"fold": [1, 2, 3, 3, 1, 2, 3, 4]}
+    other_site = index(of_slides(SITES | {"a": "B"}))
+    before = version(tmp_path, "given", found, **labels)
+    assert version(tmp_path, "given", found, **labels) == before
+    assert version(tmp_path, "given", found, **other_labels) != before
+    assert version(tmp_path, "given", other_site, **labels) != before
+    number = version(tmp_path, 3, found, **labels)
+    assert version(tmp_path, 3, found, **other_labels) == number
