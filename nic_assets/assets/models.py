@@ -116,9 +116,9 @@ def model_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
                 version=steps.digest(evaluated.predictions.rows()),
                 metadata={
                     **primary_scores(evaluated),
+                    "folds": table(primary_folds(evaluated)),
                     "champion": run.verdict.explanation,
                     "metrics": table(evaluated.metrics),
-                    "folds": table(primary_folds(evaluated)),
                     **figures(run.figures),
                     "folder": dg.MetadataValue.path(store.slide_model(key)),
                     "mlflow_run": dg.MetadataValue.url(run.url),
@@ -178,6 +178,13 @@ def model_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         )
 
     return [target_folds, slide_model, explanation]
+
+
+def primary_folds(evaluated: CrossValidation) -> pl.DataFrame:
+    """Return the network's primary metric in each fold."""
+    primary = kind_of(evaluated.target).primary_metric
+    folds = fold_metrics(evaluated.target, evaluated.predictions)
+    return folds.filter(model=NETWORK, metric=primary).drop("model")
 
 
 def label_metadata(matches: LabelMatches) -> dict[str, int | list[str] | list[int]]:
@@ -247,13 +254,6 @@ def primary_scores(evaluated: CrossValidation) -> dict[str, float]:
         for name, number in scores.items()
         if number is not None and math.isfinite(number)
     }
-
-
-def primary_folds(evaluated: CrossValidation) -> pl.DataFrame:
-    """Return the network's primary metric in each fold."""
-    primary = kind_of(evaluated.target).primary_metric
-    folds = fold_metrics(evaluated.target, evaluated.predictions)
-    return folds.filter(model=NETWORK, metric=primary).drop("model")
 
 
 def log_slide_model(

@@ -47,8 +47,8 @@ from nic_core.tracker import Tracker
 
 log = logging.getLogger(__name__)
 
-PREDICTIONS, METRICS, HISTORY = "predictions.parquet", "metrics.parquet", "history.parquet"
 FOLD_METRICS = "fold_metrics.parquet"
+PREDICTIONS, METRICS, HISTORY = "predictions.parquet", "metrics.parquet", "history.parquet"
 UNLOGGED = "unlogged"  # file in a model's folder until the tracker has logged the model
 
 
@@ -275,8 +275,8 @@ def make_slide_model(
         )
         result.predictions.write_parquet(new / PREDICTIONS)
         result.history.write_parquet(new / HISTORY)
-        model_results(card).write_parquet(new / METRICS)
         fold_results(card, result.predictions).write_parquet(new / FOLD_METRICS)
+        model_results(card).write_parquet(new / METRICS)
         if tracker is not None:
             (new / UNLOGGED).write_text(recipe)
     if store.slide_model_checkpoint(key).exists():
