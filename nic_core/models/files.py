@@ -122,6 +122,8 @@ class ModelCard(BaseModel):
         Settings of the training.
     training
         The training data.
+    data
+        Table that the training read (``asset/partition``) -> digest of its rows.
     networks
         Hash of each fold's tensors.
     best_epochs
@@ -139,7 +141,7 @@ class ModelCard(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    format: Literal[6] = 6
+    format: Literal[7] = 7
     target: Target
     encoder: str
     weights_hash: str
@@ -151,6 +153,7 @@ class ModelCard(BaseModel):
     grids: GridSettings
     settings: ModelSettings
     training: TrainingCohort
+    data: dict[str, str]
     networks: tuple[str, ...] = Field(min_length=1)
     best_epochs: tuple[int, ...]
     median_risk: float | None
@@ -233,6 +236,7 @@ def save_model(
     stride: int,
     grids: GridSettings,
     training: TrainingCohort,
+    data: Mapping[str, str],
 ) -> ModelCard:
     """Write the folds' networks and the card into ``folder``, which is created if missing.
 
@@ -242,7 +246,7 @@ def save_model(
         Folder of the model.
     result
         The cross-validation whose networks are saved.
-    encoder, weights_hash, patch, mpp, stride, grids, training
+    encoder, weights_hash, patch, mpp, stride, grids, training, data
         See :class:`ModelCard`.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -265,6 +269,7 @@ def save_model(
         grids=grids,
         settings=result.settings,
         training=training,
+        data=dict(data),
         networks=tuple(hashes),
         best_epochs=result.best_epochs,
         median_risk=kind_of(result.target).median_risk(held_out),
