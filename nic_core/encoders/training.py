@@ -74,9 +74,9 @@ class InitialEncoder:
 class Trained:
     """A trained encoder and the history of its training.
 
-    ``history`` has one row per epoch, ``confusion`` the confusion matrices of the validation patches
-    (:func:`~nic_core.encoders.training_loop.fit`). Both are empty for mean-RGB and for imported
-    encoders.
+    ``history`` has one row per epoch, ``confusion`` the confusion matrices of the validation
+    patches (:func:`~nic_core.encoders.training_loop.fit`). Both are empty for mean-RGB and for
+    imported encoders.
     """
 
     encoder: Encoder
