@@ -160,14 +160,15 @@ def registered(
 ) -> Product:
     """Return the product of a registration."""
     version = published.version
+    number = None if version is None else str(version.version)  # some servers give a number
     pages = {"mlflow_run": published.url}
     if version is not None:
         pages["mlflow_model"] = tracking.page(version.name, version.version)
     return Product(
-        version=steps.digest(content_hash, None if version is None else version.version),
+        version=steps.digest(content_hash, number),
         metadata={
             **(metadata or {}),
-            **({} if version is None else {"version": version.version}),
+            **({} if number is None else {"version": number}),
             **{title: dg.MetadataValue.url(page) for title, page in pages.items()},
         },
         checks=results or {},

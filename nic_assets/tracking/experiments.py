@@ -11,7 +11,7 @@ from nic_assets.tracking.connection import Connection
 ENCODERS = "encoders"
 
 KIND = {"mlflow.experimentKind": "custom_model_development"}
-"""Tag by which MLflow's pages open on the runs; without it they open on traces."""
+"""Tag of an experiment of model training. MLflow otherwise guesses the kind from its content."""
 
 NOTE = "mlflow.note.content"  # tag of an experiment's description
 

@@ -24,6 +24,9 @@ from nic_core.reports import encoder_model_card, encoder_results, model_results,
 from nic_core.steps.encoders import AUGMENTED_PATCHES, CONFUSION, HISTORY
 from nic_core.store import ModelKey, PatchTaskKey, Store
 
+DESCRIPTIVE_COLUMNS = ("scanner", "stain", "organ")
+"""Columns of the slide table that describe slides; tags of a model if they are given."""
+
 
 @dataclass(frozen=True)
 class Network:
@@ -202,6 +205,7 @@ def model_publication(
     key: ModelKey,
     tags: Mapping[str, str],
     read: tuple[CrossValidation, ModelCard],
+    subgroups: pl.DataFrame | None = None,
 ) -> Publication:
     """Return what MLflow receives of a slide model in the store.
 
@@ -211,12 +215,14 @@ def model_publication(
         As in :func:`encoder_publication`.
     read
         Output of :func:`nic_core.steps.read_slide_model` for the model's folder.
+    subgroups
+        As in :func:`nic_core.reports.slide_model_card`.
     """
     result, card = read
     folder = store.slide_model(key)
     geometry = f"{card.patch} px at {card.mpp:g} um/px, stride {card.stride} px"
     encoder = _encoder_of(store, card)
-    origin = {} if encoder is None else _organs(cohort, encoder)
+    origin = _slide_origin(steps.read_slide_index(store), result)
     paths = {
         f"grid_manifest/{key.encoder}": store.grid_manifest(key.encoder),
         f"target_folds/{key.target}": store.target_folds(key.target),
@@ -249,7 +255,7 @@ def model_publication(
         results=model_results(card),
         data={name: (paths[name], digest) for name, digest in card.data.items()},
         card=card.model_dump(mode="json"),
-        model_card=slide_model_card(card, encoder, origin=origin),
+        model_card=slide_model_card(card, encoder, origin=origin, subgroups=subgroups),
         files=folder,
         network=Network(
             name=f"model-{key.target}",
@@ -283,6 +289,17 @@ def _encoder_of(store: Store, card: ModelCard) -> EncoderCard | None:
     folder = store.encoder(card.encoder)
     found = read_card(folder) if folder.exists() else None
     return found if found is not None and found.weights_hash == card.weights_hash else None
+
+
+def _slide_origin(index: pl.DataFrame, result: CrossValidation) -> dict[str, str]:
+    """Return what the slide table says of the model's slides, as far as it has these columns."""
+    slides = index.filter(pl.col("slide").is_in(result.predictions["slides"].explode().implode()))
+    found = {
+        column: slides[column].drop_nulls().unique().sort().to_list()
+        for column in DESCRIPTIVE_COLUMNS
+        if column in slides.columns
+    }
+    return {column: ", ".join(values) for column, values in found.items() if values}
 
 
 def _organs(cohort: Cohort, card: EncoderCard) -> dict[str, str]:

@@ -44,6 +44,7 @@ DIGEST_LENGTH = 36  # characters that MLflow stores of a data set's digest
 METRICS_PER_CALL = 1000  # limit of a request
 DESCRIPTION_LENGTH = 4000  # characters; databases store 5000, and the comparison is added
 MODEL_CARD = "model-card.md"
+SECTION = "\n\n## Comparison with the champion\n\n"  # of a version's description
 CONTENT_HASH = "content_hash"  # tag of a run and of a version
 LOGGED_MODEL = "logged_model"  # tag of a run: id of the model that is registered
 
@@ -96,8 +97,7 @@ def publish(
         version = None
         if publication.network is not None:
             version = _registered(connection, run, publication, publication.network)
-        url = f"{connection.ui}/#/experiments/{experiment}/runs/{run.info.run_id}"
-    return Published(url, version)
+    return Published(connection.run_page(experiment, run.info.run_id), version)
 
 
 def settle_champion(
@@ -121,19 +121,17 @@ def settle_champion(
     client, name, number = connection.client, version.name, version.version
     with as_tracking_error(f"the champion of '{name}'"):
         holder = find_version(connection, name, CHAMPION)
-        if holder is not None and holder.version == number:
+        if holder is not None and str(holder.version) == str(number):
             known = holder.tags.get(CHAMPION, f"version {number} has the alias '{CHAMPION}'")
             return Verdict(False, known)
         verdict = judge(find_champion(connection, name))
         if verdict.better:
             client.set_registered_model_alias(name, CHAMPION, number)
         client.set_model_version_tag(name, number, CHAMPION, verdict.explanation)
-        description = client.get_model_version(name, number).description or ""
-        sentence = f"Comparison with the champion: {verdict.explanation}."
-        if sentence not in description:
-            client.update_model_version(
-                name, number, description=f"{description}\n\n{sentence}".strip()
-            )
+        card, _, _ = (client.get_model_version(name, number).description or "").partition(SECTION)
+        client.update_model_version(
+            name, number, description=f"{card}{SECTION}{verdict.explanation}."
+        )
     return verdict
 
 

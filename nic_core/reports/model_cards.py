@@ -21,6 +21,8 @@ NOT_RECORDED = "not recorded; ask the source of the weights"
 
 def starting_weights(card: EncoderCard) -> str:
     """Return the weights that an encoder starts from, with their licence, in one sentence."""
+    if card.architecture == "mean_rgb":
+        return "The network has no trained weights, so no licence of other weights applies."
     start = card.initial_weights
     if start is not None:
         return f"The training started from {start.origin} (licence: {_licence(start.origin)})."
@@ -53,13 +55,16 @@ def encoder_model_card(card: EncoderCard, *, cohort: str, origin: Mapping[str, s
         f"{card.task_mpp.get(task, card.mpp):g} um/px, sha256 {identity[:16]}"
         for task, identity in card.data.items()
     ]
+    if not card.data:
+        without = "is not trained" if card.architecture == "mean_rgb" else "was trained elsewhere"
+        data.append(f"- none in this study: the network {without}")
     results = encoder_results(card)
     return _card(
         f"Encoder {card.name}",
         f"Maps H&E patches of {card.patch} px at {card.mpp:g} um/px to embeddings of "
         f"{card.embedding_size} numbers ({card.objective}, {card.architecture}), to compress "
         "slides into grids. For research; it is not a medical device.",
-        data if card.data else [*data, "- the data of the network's training are not recorded"],
+        data,
         [
             "- other um/px, stains, scanners and organs than those of the training data are not "
             "tested",
