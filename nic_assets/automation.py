@@ -97,6 +97,17 @@ def materialize_after_inputs(hours: Automation) -> Condition:
     return ~_requested_already(hours) & ~AC.in_progress() & ~AC.any_deps_in_progress() & ready
 
 
+def materialize_hourly(hours: Automation) -> Condition:
+    """Request what is missing or stale at any hour, and again every hour after a failure.
+
+    It takes seconds and depends on a server that may not answer.
+    """
+    retry = AC.cron_tick_passed("0 * * * *", hours.timezone) | _inputs_changed()
+    requested = AC.newly_requested().since(retry).with_label("already requested")
+    ready = ReadyToMaterialize(wait_for_upstream=True)
+    return ~requested & ~AC.in_progress() & ~AC.any_deps_in_progress() & ready
+
+
 def materialize_on_opening(hours: Automation) -> dg.AutomationCondition[dg.AssetOrCheckKey]:
     """Request an asset at each opening of the hours: it reads inputs that no sensor watches."""
     return _hours_open(hours) & ~AC.in_progress()
@@ -107,8 +118,15 @@ def _hours_open(hours: Automation) -> dg.AutomationCondition[dg.AssetOrCheckKey]
 
 
 def _requested_already(hours: Automation) -> Condition:
-    changed = AC.any_deps_match(AC.data_version_changed()) | AC.code_version_changed()
-    return AC.newly_requested().since(_hours_open(hours) | changed).with_label("already requested")
+    return (
+        AC.newly_requested()
+        .since(_hours_open(hours) | _inputs_changed())
+        .with_label("already requested")
+    )
+
+
+def _inputs_changed() -> Condition:
+    return AC.any_deps_match(AC.data_version_changed()) | AC.code_version_changed()
 
 
 def automate(
@@ -135,6 +153,7 @@ def automate(
     conditions: Mapping[str, dg.AutomationCondition[Any]] = {
         "always": materialize_on_opening(hours),
         "eager": materialize_after_inputs(hours),
+        "hourly": materialize_hourly(hours),
     }
 
     def with_condition(spec: dg.AssetSpec) -> dg.AssetSpec:

@@ -12,7 +12,7 @@ from functools import cached_property
 
 import dagster as dg
 
-from nic_core.cohort import Cohort
+from nic_core.cohort import Cohort, RegisteredEncoder
 from nic_core.steps import patch_task_keys
 from nic_core.store import PatchTaskKey
 
@@ -59,6 +59,15 @@ class Partitions:
     def networks(self) -> dg.StaticPartitionsDefinition:
         """The encoders that have a network: probes apply it to patches."""
         return _static(encoder.name for encoder in self.cohort.networks)
+
+    @cached_property
+    def own_encoders(self) -> dg.StaticPartitionsDefinition:
+        """The encoders that the study registers: not those from a registry, nor features."""
+        return _static(
+            encoder.name
+            for encoder in self.cohort.networks
+            if not isinstance(encoder, RegisteredEncoder)
+        )
 
     @cached_property
     def targets(self) -> dg.StaticPartitionsDefinition:
@@ -137,6 +146,13 @@ class Partitions:
         """Mapping of each encoder that has a network to itself."""
         return dg.StaticPartitionMapping(
             {name: name for name in self.networks.get_partition_keys()}
+        )
+
+    @cached_property
+    def own_of_encoders(self) -> dg.StaticPartitionMapping:
+        """Mapping of each encoder that the study registers to itself."""
+        return dg.StaticPartitionMapping(
+            {name: name for name in self.own_encoders.get_partition_keys()}
         )
 
     @cached_property

@@ -5,6 +5,8 @@ REFRESH_TAG = "nic/refresh"
 
 ``always``: at every refresh, since the asset reads files whose changes Dagster cannot see.
 ``eager``: after every change of its inputs, since it summarizes a layer within a second.
+``hourly``: after every change of its inputs, and every hour after a failure, since it waits for a
+server.
 Without this tag: when the asset is missing or stale, within the cohort's hours.
 """
 

@@ -6,31 +6,41 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
-import torch
+import numpy as np
+from PIL import Image
 
 from nic_assets.assets import checks
 from nic_assets.assets.inputs import ENCODER_ENTRY, PATCH_TASK_SOURCE, report_versions
 from nic_assets.orchestration.batches import Events, Product, batch_asset, materialize_each
 from nic_assets.orchestration.executors import CPU_TAGS, GPU_POOL, GPU_TAGS
-from nic_assets.orchestration.metadata import code_version, figure, figures, log_progress, table
+from nic_assets.orchestration.metadata import (
+    code_version,
+    figure,
+    figures,
+    log_progress,
+    picture,
+    table,
+)
 from nic_assets.partitions import Partitions
 from nic_assets.tags import EARLIER_PARTITIONS, PARTIAL_INPUTS
-from nic_assets.tracking import TrackedRun, Tracking, TrackingError
+from nic_assets.tracking import Tracking, TrackingError
+from nic_assets.tracking.experiments import ENCODERS
+from nic_assets.tracking.publications import encoder_run_name
+from nic_assets.tracking.resource import git_commit, training_tags
 from nic_core import steps
 from nic_core.cohort import (
     Cohort,
     CohortError,
     EncoderSpec,
     FeaturesEncoder,
-    Geometry,
     RegisteredEncoder,
 )
 from nic_core.devices import leased_device
-from nic_core.encoders import Encoder, EncoderCard, EncoderError
+from nic_core.encoders import EncoderCard, EncoderError
 from nic_core.encoders.figures import patch_examples
-from nic_core.encoders.files import PROGRAMS
 from nic_core.grids.features import FeaturesError
-from nic_core.reports import encoder_results, probe_results, results_markdown
+from nic_core.reports import encoder_results
+from nic_core.steps.encoders import AUGMENTED_PATCHES
 from nic_core.store import PatchTaskKey, Store
 
 FINDINGS_SHOWN = 50
@@ -95,11 +105,11 @@ def encoder_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
             ),
         ],
         group_name="encoders",
-        kinds={"pytorch", "mlflow"},
+        kinds={"pytorch"},
         pool=GPU_POOL,
         op_tags=GPU_TAGS,
         metadata={EARLIER_PARTITIONS: steps.encoder_bases(partitions.cohort)},
-        code_version=code_version(5),
+        code_version=code_version(6),
     )
     def encoder(
         context: dg.AssetExecutionContext,
@@ -154,31 +164,20 @@ def encoder_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
             dg.AssetDep(patch_task, partition_mapping=partitions.patch_tasks_of_probes),
         ],
         group_name="encoders",
-        kinds={"scikitlearn", "mlflow"},
+        kinds={"scikitlearn"},
         tags=PARTIAL_INPUTS,
         op_tags=CPU_TAGS,
-        code_version=code_version(1),
+        code_version=code_version(2),
     )
     def encoder_probe(
         context: dg.AssetExecutionContext,
         cohort: dg.ResourceParam[Cohort],
         store: dg.ResourceParam[Store],
-        tracking: dg.ResourceParam[Tracking],
     ) -> Events:
         """Scores of simple classifiers on an encoder's embeddings, for every patch task."""
 
         def make(name: str) -> Product:
-            with tracking.run(
-                context,
-                cohort=cohort,
-                partition=name,
-                experiment="probes",
-                product=store.encoder_probe(name),
-            ) as run:
-                scores, drawings = steps.make_encoder_probe(cohort, store, name)
-                run.summary(probe_results(name, scores))
-                for title, drawing in drawings.items():
-                    run.figure(title, drawing)
+            scores, drawings = steps.make_encoder_probe(cohort, store, name)
             leaks = steps.leaked_groups(cohort, store, name)
             return Product(
                 version=steps.digest(scores.rows()),
@@ -186,7 +185,6 @@ def encoder_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
                     "scores": table(scores),
                     **figures(drawings),
                     "file": dg.MetadataValue.path(store.encoder_probe(name)),
-                    "mlflow_run": dg.MetadataValue.url(run.url),
                 },
                 checks={checks.test_patients_unseen: checks.test_patients_unseen(leaks)},
             )
@@ -196,7 +194,7 @@ def encoder_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
             make,
             parse=str,
             path=store.encoder_probe,
-            expected=(EncoderError, TrackingError),
+            expected=(EncoderError,),
         )
 
     return [patch_task, encoder, encoder_probe] if partitions.cohort.seen_patch_tasks else [encoder]
@@ -231,40 +229,38 @@ def train_encoder(
     tracking: Tracking,
     device: str,
 ) -> tuple[EncoderCard, dict[str, Any]]:
-    """Train an encoder, or import it from its file, and log it to MLflow.
-
-    Returns its card and its metadata for the UI.
-    """
-    with tracking.run(
-        context,
-        cohort=cohort,
-        partition=name,
-        experiment="encoders",
-        product=store.encoder(name),
-    ) as run:
-        with initial_download(cohort, name, tracking) as downloaded:
-            encoder = steps.make_encoder(
-                cohort,
-                store,
-                name,
-                run,
-                log_progress(context, "patches"),
-                device=device,
-                downloaded=downloaded,
-            ).encoder
-        log_encoder(run, encoder, cohort, store)
-    steps.remove_checkpoint(store, name)
-    pages = {"mlflow_run": run.url} | ({"mlflow_model": run.page} if run.page else {})
-    return encoder.card, {
-        **figures(run.figures),
-        **{title: dg.MetadataValue.url(page) for title, page in pages.items()},
+    """Train an encoder, or import it from its file; return its card and its metadata for the UI."""
+    commit = git_commit()
+    tags = training_tags(cohort, "encoder", name, run=context.run.run_id, commit=commit)
+    with (
+        tracking.live_curves(
+            context, tags, experiment=ENCODERS, name=encoder_run_name(cohort, name)
+        ) as curves,
+        initial_download(cohort, name, tracking) as downloaded,
+    ):
+        card = steps.make_encoder(
+            cohort,
+            store,
+            name,
+            curves,
+            log_progress(context, "patches"),
+            device=device,
+            downloaded=downloaded,
+        ).encoder.card
+    folder = store.encoder(name)
+    return card, {
+        **figures(steps.encoder_figures(folder)),
+        **augmented_patches(folder / AUGMENTED_PATCHES),
+        **({} if commit is None else {"commit": commit}),
     }
 
 
-def trained_patch_task(card: EncoderCard, task: str) -> PatchTaskKey:
-    """Return the key of a patch task as the encoder saw it in its training."""
-    geometry = Geometry(card.patch, card.task_mpp[task], card.patch)
-    return PatchTaskKey(geometry=geometry.name, task=task)
+def augmented_patches(path: Path) -> dict[str, dg.MarkdownMetadataValue]:
+    """Return the picture of augmented patches, if the encoder was trained on patches."""
+    if not path.exists():
+        return {}
+    with Image.open(path) as image:
+        return {"augmented_patches": picture(np.asarray(image.convert("RGB")), path.stem)}
 
 
 @contextmanager
@@ -277,49 +273,3 @@ def initial_download(cohort: Cohort, name: str, tracking: Tracking) -> Iterator[
         return
     with tracking.download_encoder(registered) as (imported, _):
         yield imported.file
-
-
-def log_encoder(run: TrackedRun, encoder: Encoder, cohort: Cohort, store: Store) -> None:
-    """Log an encoder's card, data, files and scores to MLflow, and register a version of it."""
-    card, results = encoder.card, encoder_results(encoder.card)
-    run.card(card.model_dump(mode="json"))
-    run.inputs(
-        {
-            f"patch_task/{task}": (store.patch_task(trained_patch_task(card, task)), identity)
-            for task, identity in card.data.items()
-        }
-    )
-    # an imported encoder has its own file, and a network archive cannot be exported again
-    if card.objective != "imported":
-        run.files(store.encoder(card.name))
-    if card.architecture not in PROGRAMS:
-        run.register(
-            encoder.module,
-            torch.zeros((2, 3, card.patch, card.patch), dtype=torch.uint8),
-            name=f"encoder-{card.name}",
-            description=f"{card.objective}: patch of {card.patch} px at {card.mpp:g} um/px to "
-            f"embedding of {card.embedding_size}\n\n{results_markdown(results)}",
-            tags={
-                "objective": card.objective,
-                "architecture": card.architecture,
-                "weights_hash": card.weights_hash,
-                "patch": f"{card.patch}",
-                "mpp": f"{card.mpp:g}",
-                "embedding_size": f"{card.embedding_size}",
-                **({} if card.preset is None else {"preset": card.preset}),
-                "tasks": ", ".join(card.tasks),
-                "targets": ", ".join(target.name for target in cohort.targets),
-                **{f"data/{task}": identity for task, identity in card.data.items()},
-                **{f"mpp/{task}": f"{mpp:g}" for task, mpp in card.task_mpp.items()},
-                **initial_weights_tags(card),
-            },
-        )
-    run.summary(results)
-
-
-def initial_weights_tags(card: EncoderCard) -> dict[str, str]:
-    """Return the origin and hash of the weights that a training started from, as tags."""
-    start = card.initial_weights
-    if start is None:
-        return {}
-    return {"initial_weights": start.origin, "initial_weights_hash": start.weights_hash}

@@ -4,32 +4,26 @@ import math
 
 import dagster as dg
 import polars as pl
-import torch
 
 from nic_assets.assets import checks
 from nic_assets.assets.inputs import TARGET_ENTRY
 from nic_assets.orchestration.batches import Events, Product, batch_asset, materialize_each
 from nic_assets.orchestration.executors import CPU_TAGS, GPU_POOL, GPU_TAGS
-from nic_assets.orchestration.metadata import code_version, figures, log_progress, picture, table
+from nic_assets.orchestration.metadata import code_version, figure, log_progress, picture, table
 from nic_assets.partitions import Partitions
-from nic_assets.tracking import CANDIDATE, TrackedRun, Tracking, TrackingError
+from nic_assets.tracking import Tracking
+from nic_assets.tracking.experiments import target_experiment
+from nic_assets.tracking.publications import model_run_name
+from nic_assets.tracking.resource import git_commit, training_tags
 from nic_core import steps
 from nic_core.cohort import Cohort, CohortError
 from nic_core.devices import leased_device
-from nic_core.encoders.files import read_card
-from nic_core.models.comparison import (
-    PermutationControl,
-    compare_with_champion,
-    permutation_control,
-)
 from nic_core.models.cross_validation import NETWORK, CrossValidation
 from nic_core.models.figures import evaluation_figure, metrics_figure, training_figure
-from nic_core.models.files import ModelCard, ensemble_module
 from nic_core.models.fold_metrics import fold_metrics
 from nic_core.models.kinds import kind_of
 from nic_core.models.labels import LabelMatches
 from nic_core.models.training import TrainingError
-from nic_core.reports import model_results, results_markdown
 from nic_core.slides import SlideError
 from nic_core.store import ModelKey, Store
 
@@ -90,11 +84,10 @@ def model_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         )
 
     @batch_asset(
-        checks=[checks.above_permutation_control, checks.compared_with_champion],
         partitions_def=partitions.models,
         deps=["grid_manifest", target_folds],
         group_name="models",
-        kinds={"pytorch", "mlflow"},
+        kinds={"pytorch"},
         pool=GPU_POOL,
         op_tags=GPU_TAGS,
         code_version=code_version(6, settings),
@@ -108,25 +101,30 @@ def model_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         """Cross-validated networks from grid to target, their predictions and figures."""
 
         def make(key: ModelKey) -> Product:
-            evaluated, control, run = train_slide_model(
-                context, key, cohort, store, tracking, device
+            commit = git_commit()
+            tags = training_tags(
+                cohort, "slide_model", str(key), run=context.run.run_id, commit=commit
             )
-            assert run.verdict is not None  # a run that has ended is completely logged
+            with tracking.live_curves(
+                context,
+                tags,
+                experiment=target_experiment(key.target),
+                name=model_run_name(cohort, key),
+            ) as curves:
+                evaluated, _ = steps.make_slide_model(
+                    cohort, store, key, curves, log_progress(context, "epochs"), device=device
+                )
             return Product(
                 version=steps.digest(evaluated.predictions.rows()),
                 metadata={
                     **primary_scores(evaluated),
                     "folds": table(primary_folds(evaluated)),
-                    "champion": run.verdict.explanation,
                     "metrics": table(evaluated.metrics),
-                    **figures(run.figures),
+                    "predictions": figure(evaluation_figure(evaluated), str(key)),
+                    "intervals": figure(metrics_figure(evaluated), str(key)),
+                    "training_curves": figure(training_figure(evaluated), str(key)),
                     "folder": dg.MetadataValue.path(store.slide_model(key)),
-                    "mlflow_run": dg.MetadataValue.url(run.url),
-                    "mlflow_model": dg.MetadataValue.url(run.page),
-                },
-                checks={
-                    checks.above_permutation_control: checks.above_permutation_control(control),
-                    checks.compared_with_champion: checks.compared_with_champion(run.verdict),
+                    **({} if commit is None else {"commit": commit}),
                 },
             )
 
@@ -136,7 +134,7 @@ def model_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
                 make,
                 parse=ModelKey.parse,
                 path=store.slide_model,
-                expected=(CohortError, TrainingError, TrackingError),
+                expected=(CohortError, TrainingError),
             )
 
     @batch_asset(
@@ -203,39 +201,6 @@ def label_metadata(matches: LabelMatches) -> dict[str, int | list[str] | list[in
     }
 
 
-def train_slide_model(
-    context: dg.AssetExecutionContext,
-    key: ModelKey,
-    cohort: Cohort,
-    store: Store,
-    tracking: Tracking,
-    device: str,
-) -> tuple[CrossValidation, PermutationControl, TrackedRun]:
-    """Cross-validate a slide model, log it to MLflow and compare it with the champion."""
-    with tracking.run(
-        context,
-        cohort=cohort,
-        partition=str(key),
-        experiment=f"target-{key.target}",
-        product=store.slide_model(key),
-    ) as run:
-        settings = cohort.settings.models.model_dump()
-        run.params({"encoder": key.encoder, "target": key.target, **settings})
-        evaluated, card = steps.make_slide_model(
-            cohort, store, key, run, log_progress(context, "epochs"), device=device
-        )
-        run.figure("predictions", evaluation_figure(evaluated))
-        run.figure("metrics", metrics_figure(evaluated))
-        run.figure("training_curves", training_figure(evaluated))
-        log_slide_model(run, evaluated, card, store)
-        control = permutation_control(evaluated)
-        run.compare_with_champion(
-            lambda champion: compare_with_champion(evaluated, champion, control)
-        )
-    steps.mark_logged(store, key)
-    return evaluated, control, run
-
-
 def primary_scores(evaluated: CrossValidation) -> dict[str, float]:
     """Return the network's primary metric with its 95 % interval, by part of the data.
 
@@ -254,46 +219,3 @@ def primary_scores(evaluated: CrossValidation) -> dict[str, float]:
         for name, number in scores.items()
         if number is not None and math.isfinite(number)
     }
-
-
-def log_slide_model(
-    run: TrackedRun, evaluated: CrossValidation, card: ModelCard, store: Store
-) -> None:
-    """Log a slide model's card, data, files and scores to MLflow, and register a version."""
-    target, encoder, crop = card.target.name, card.encoder, card.crop
-    geometry = f"{card.patch} px at {card.mpp:g} um/px, stride {card.stride} px"
-    results = model_results(card)
-    networks = results.filter(model=results["model"][0])
-    data = {
-        f"grid_manifest/{encoder}": (
-            store.grid_manifest(encoder),
-            steps.digest(steps.read_grid_manifest(store, encoder).rows()),
-        ),
-        f"target_folds/{target}": (
-            store.target_folds(target),
-            steps.digest(pl.read_parquet(store.target_folds(target), glob=False).to_dicts()),
-        ),
-    }
-    run.card(card.model_dump(mode="json"))
-    run.inputs(data)
-    run.files(store.slide_model(ModelKey(encoder=encoder, target=target)))
-    run.register(
-        ensemble_module(evaluated.networks),
-        torch.zeros((2, card.embedding_size, crop, crop)),
-        name=f"model-{target}",
-        description=f"{card.target.kind}: crop of {crop} x {crop} cells ({card.crop_um:g} um) of "
-        f"encoder {encoder} ({geometry}) to {target}, mean of "
-        f"{len(card.networks)} folds\n\n{results_markdown(networks)}",
-        tags={
-            "target": target,
-            "encoder": encoder,
-            "weights_hash": card.weights_hash,
-            "geometry": geometry,
-            "crop_um": f"{card.crop_um:g}",
-            "tasks": ", ".join(read_card(store.encoder(encoder)).tasks),
-            "training_digest": card.training.digest,
-            **{f"data/{name}": version for name, (_, version) in data.items()},
-        },
-        aliases=(f"{CANDIDATE}-{encoder.replace('.', '-')}",),
-    )
-    run.summary(results)

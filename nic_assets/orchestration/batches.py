@@ -252,7 +252,7 @@ def _recorded(
     Either an earlier attempt of this run recorded it (True), or a concurrent run did so from the
     same inputs after this run was created (False).
     """
-    record = _latest_record(context, key)
+    record = latest_record(context.instance, context.asset_key, key)
     event = record.asset_materialization if record is not None else None
     if record is None or event is None or event.tags is None:
         return None, False
@@ -269,13 +269,15 @@ def _recorded(
     return event, False
 
 
-def _latest_record(context: dg.AssetExecutionContext, key: str) -> dg.EventLogRecord | None:
+def latest_record(
+    instance: dg.DagsterInstance, asset: dg.AssetKey, key: str
+) -> dg.EventLogRecord | None:
     """Return the latest record of a partition, except those of a batch's output.
 
     A concurrent run may have recorded its output but not yet every partition after it.
     """
-    records: Sequence[dg.EventLogRecord] = context.instance.fetch_materializations(
-        dg.AssetRecordsFilter(context.asset_key, asset_partitions=[key]), limit=_LATEST
+    records: Sequence[dg.EventLogRecord] = instance.fetch_materializations(
+        dg.AssetRecordsFilter(asset, asset_partitions=[key]), limit=_LATEST
     ).records
     for record in records:
         event = record.asset_materialization

@@ -1,15 +1,15 @@
-"""Experiment tracking with MLflow: runs, registered models, and the champion alias."""
+"""Experiment tracking with MLflow: live curves, published runs, registered models, champions."""
 
 from nic_assets.tracking.connection import TrackingError, TrackingUnavailableError
+from nic_assets.tracking.live import LiveCurves
 from nic_assets.tracking.registry import CANDIDATE, CHAMPION, ModelFormatError
 from nic_assets.tracking.resource import Tracking
-from nic_assets.tracking.runs import TrackedRun
 
 __all__ = [
     "CANDIDATE",
     "CHAMPION",
+    "LiveCurves",
     "ModelFormatError",
-    "TrackedRun",
     "Tracking",
     "TrackingError",
     "TrackingUnavailableError",

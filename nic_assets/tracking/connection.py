@@ -22,6 +22,9 @@ from nic_assets.transient import (
 
 DEFAULT_UI = "http://127.0.0.1:5000"
 
+MODEL_TRAINING = "workflowType=machine_learning"
+"""Part of a URL with which MLflow shows its pages of model training; without it those of GenAI."""
+
 CONNECTION_ERRORS = (MlflowException, SQLAlchemyError, OSError)
 """Exceptions of the MLflow client: no answer (:func:`is_unavailable`), or a refusal.
 
@@ -33,7 +36,7 @@ written, or a request for what was deleted.
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 # the URL of the tracking server may contain a password
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-# a training waits during the client's retries; TrackedRun retries by itself
+# a training waits during the client's retries; the step of a registration retries by itself
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
 # each migration of a new database is an INFO line
@@ -79,7 +82,11 @@ class Connection:
 
     def page(self, name: str, number: str) -> str:
         """Return the URL of a registered version."""
-        return f"{self.ui}/#/models/{name}/versions/{number}"
+        return f"{self.ui}/#/models/{name}/versions/{number}?{MODEL_TRAINING}"
+
+    def run_page(self, experiment: str, run: str) -> str:
+        """Return the URL of a run."""
+        return f"{self.ui}/#/experiments/{experiment}/runs/{run}?{MODEL_TRAINING}"
 
     @contextmanager
     def active(self) -> Iterator[None]:

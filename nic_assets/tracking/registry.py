@@ -18,7 +18,7 @@ from nic_core.models.comparison import Champion
 from nic_core.steps.slide_models import PREDICTIONS
 
 CANDIDATE, CHAMPION = "candidate", "champion"
-"""Aliases of a registered model: its newest version, and the best of those that were compared."""
+"""Aliases of a registered model: the version registered last, and the best of those compared."""
 
 PRODUCT_FOLDER = "product"
 """Folder among a run's artifacts with the files of the product as they are in the store."""
@@ -96,13 +96,15 @@ def find_champion(connection: Connection, name: str) -> Champion | None:
     found = find_version(connection, name, CHAMPION)
     if found is None:
         return None
-    title = f"version {found.version} ({found.tags.get('encoder', 'encoder unknown')})"
+    encoder, weights_hash = found.tags.get("encoder"), found.tags.get("weights_hash")
+    title = f"version {found.version} ({encoder or 'encoder unknown'})"
     with tempfile.TemporaryDirectory() as folder:
         path = download_artifact(connection, found, f"{PRODUCT_FOLDER}/{PREDICTIONS}", folder)
         try:
-            return Champion(title, None if path is None else pl.read_parquet(path, glob=False))
+            predictions = None if path is None else pl.read_parquet(path, glob=False)
         except pl.exceptions.PolarsError:
-            return Champion(title, None)
+            predictions = None
+    return Champion(title, encoder, weights_hash, predictions)
 
 
 def download_artifact(

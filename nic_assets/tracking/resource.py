@@ -1,7 +1,7 @@
 """The Dagster resource ``tracking``: experiment tracking and model registry by MLflow.
 
-Each training of an encoder or slide model is one MLflow run, tagged with the Dagster run and asset
-key. Each encoder and each target is one registered model, whose newest version has the alias
+Each encoder and slide model is one MLflow run, tagged with cohort, asset and partition. Each
+encoder and each target is one registered model; the version registered last has the alias
 ``candidate``.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import subprocess
 import tempfile
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -20,13 +20,12 @@ import dagster as dg
 from nic_assets.tracking.connection import (
     Connection,
     TrackingError,
-    TrackingUnavailableError,
     as_tracking_error,
     without_secrets,
 )
 from nic_assets.tracking.database import database_uri
+from nic_assets.tracking.live import LiveCurves
 from nic_assets.tracking.registry import PRODUCT_FOLDER, download_artifact, find_encoder
-from nic_assets.tracking.runs import TrackedRun
 from nic_core.cohort import Cohort, EncoderSpec, ImportedEncoder, RegisteredEncoder
 from nic_core.encoders import EncoderError
 from nic_core.steps import digest
@@ -34,7 +33,7 @@ from nic_core.store import Store
 
 
 class Tracking(Connection):
-    """A connection to MLflow that opens runs and reads the registry."""
+    """A connection to MLflow that shows live curves and reads the registry."""
 
     @classmethod
     def in_store(cls, store: Store) -> Tracking:
@@ -46,51 +45,36 @@ class Tracking(Connection):
         return cls(uri, (folder / "artifacts").as_uri())
 
     @contextmanager
-    def run(
+    def live_curves(
         self,
         context: dg.AssetExecutionContext,
+        tags: Mapping[str, str],
         *,
-        cohort: Cohort,
-        partition: str,
         experiment: str,
-        product: Path,
-    ) -> Iterator[TrackedRun]:
-        """Open an MLflow run for one partition of the asset that ``context`` materializes.
+        name: str,
+    ) -> Iterator[LiveCurves]:
+        """Show the curves of a training that the block runs; best effort.
 
-        The block writes ``product`` to the store and logs it to the run. When the block ends, the
-        run sends what is still queued.
-
-        Raises
-        ------
-        TrackingError
-            The block succeeded, but MLflow does not answer, or refuses its log.
-        ModelFormatError
-            A logged model is not a torch.export archive.
+        Parameters
+        ----------
+        tags
+            Tags of the training (:func:`training_tags`).
+        experiment, name
+            Experiment and name of the MLflow run.
         """
-        tags = {
-            "cohort": cohort.name,
-            "dagster/run_id": context.run.run_id,
-            "dagster/asset_key": context.asset_key.to_user_string(),
-            "dagster/partition": partition,
-        }
-        if commit := git_commit():
-            tags["git/commit"] = commit
 
         def is_finished(dagster_run: str) -> bool:
             found = context.instance.get_run_by_id(dagster_run)
             return found is not None and found.is_finished
 
-        run = TrackedRun(self, experiment, tags, is_finished, context.log.warning)
+        curves = LiveCurves(self, experiment, name, tags, is_finished, context.log.warning)
         try:
-            yield run
-            run.finish(product)
-        except TrackingUnavailableError:
-            raise  # the next run of the partition ends this one
+            yield curves
         except Exception:
-            run.end("FAILED")
+            curves.end("FAILED")
             raise
         except BaseException:  # interrupted
-            run.end("KILLED")
+            curves.end("KILLED")
             raise
 
     def registered_versions(
@@ -156,6 +140,24 @@ class Tracking(Connection):
                 stride=entry.stride,
             )
             yield imported, self.page(found.name, found.version)
+
+
+def training_tags(
+    cohort: Cohort, asset: str, partition: str, *, run: str | None, commit: str | None
+) -> dict[str, str]:
+    """Return the tags by which a run and a version name their training.
+
+    Parameters
+    ----------
+    run, commit
+        The Dagster run and the commit of the training; None if they are not known.
+    """
+    tags = {"cohort": cohort.name, "dagster/asset_key": asset, "dagster/partition": partition}
+    if run is not None:
+        tags["dagster/run_id"] = run
+    if commit is not None:
+        tags["git/commit"] = commit
+    return tags
 
 
 @cache

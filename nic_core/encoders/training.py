@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import polars as pl
@@ -23,7 +23,6 @@ from nic_core.encoders.encoder import (
     with_embedding,
 )
 from nic_core.encoders.errors import EncoderError
-from nic_core.encoders.figures import augmentation_sheet, confusion_matrix, training_curves
 from nic_core.encoders.networks import PatchEncoder, channels_last
 from nic_core.encoders.objectives.base import Objective
 from nic_core.encoders.objectives.bigan import BidirectionalGAN
@@ -75,12 +74,14 @@ class InitialEncoder:
 class Trained:
     """A trained encoder and the history of its training.
 
-    ``history`` has one row per epoch (:func:`~nic_core.encoders.training_loop.fit`). It is empty
-    for mean-RGB and for imported encoders.
+    ``history`` has one row per epoch, ``confusion`` the confusion matrices of the validation
+    patches (:func:`~nic_core.encoders.training_loop.fit`). Both are empty for mean-RGB and for
+    imported encoders.
     """
 
     encoder: Encoder
-    history: pl.DataFrame
+    history: pl.DataFrame = field(default_factory=pl.DataFrame)
+    confusion: pl.DataFrame = field(default_factory=pl.DataFrame)
 
 
 def train_encoder(
@@ -128,7 +129,7 @@ def train_encoder(
         caller deletes it once the encoder is saved. A checkpoint of another spec, other data,
         another version of PyTorch or another device is ignored.
     tracker : Tracker, optional
-        Receives settings, metrics and figures.
+        Receives the metrics after each epoch.
     progress : callable, optional
         Called with (patches seen, total patches) after each step.
 
@@ -167,7 +168,7 @@ def train_encoder(
             weights_hash=weights_hash("mean_rgb", encoder_tensors(module, {})),
             software=_software(),
         )
-        return Trained(Encoder(card, module), pl.DataFrame())
+        return Trained(Encoder(card, module))
 
     target = resolve_device(device)
     rate = spec.learning_rate or (
@@ -193,18 +194,6 @@ def train_encoder(
         facts["refit"] = spec.refit
     data = {task.name: task.identity for task in tasks}
     software = _software()
-    if tracker is not None:
-        tracker.params(
-            {
-                "encoder": spec.name,
-                "objective": spec.objective,
-                "tasks": ",".join(spec.tasks),
-                "patches_seen": spec.patches_seen or "as published",
-                **facts,
-            }
-        )
-        # logged first, so that it is available during the training
-        tracker.figure("augmented_patches", augmentation_sheet(tasks))
     with torch.random.fork_rng():
         torch.manual_seed(spec.seed)
         encoder = build_encoder(spec.architecture, patch=patch, embedding_size=embedding_size).to(
@@ -227,7 +216,7 @@ def train_encoder(
         setting = repr(
             (own, start, patch, mpp, embedding_size, data, software, target.type, precision)
         )
-        history = fit(
+        history, confusion = fit(
             objective,
             spec,
             learning_rate=rate,
@@ -267,9 +256,9 @@ def train_encoder(
         scores=scores,
         software=software,
     )
-    if tracker is not None:
-        _draw_results(tracker, history, card, tasks)
-    return Trained(with_embedding(Encoder(card, encoder, heads), spec.embedding), history)
+    return Trained(
+        with_embedding(Encoder(card, encoder, heads), spec.embedding), history, confusion
+    )
 
 
 def _record(
@@ -377,16 +366,3 @@ def _matching_tasks(
 
 def _software() -> dict[str, str]:
     return {"torch": torch.__version__}
-
-
-def _draw_results(
-    tracker: Tracker, history: pl.DataFrame, card: EncoderCard, tasks: Sequence[PatchDataset]
-) -> None:
-    tracker.figure("training_curves", training_curves(history))
-    for task in tasks:
-        if task.name not in card.scores:
-            continue
-        tracker.figure(
-            f"confusion_{task.name}",
-            confusion_matrix(task.name, task.classes, card.scores[task.name]),
-        )

@@ -51,7 +51,15 @@ REDUCTION = 0.1
 LOWEST_RATE = 1e-5
 # (share of the budget, upper limit of the rate from there on, as a fraction of the first rate)
 CEILINGS = ((0.6, 1e-1), (0.85, 1e-2))
-CONFUSION = "validation_confusion"
+CONFUSION_SCHEMA = pl.Schema(
+    {
+        "epoch": pl.Int64(),
+        "task": pl.String(),
+        "true": pl.String(),
+        "predicted": pl.String(),
+        "patches": pl.Int64(),
+    }
+)
 REFIT_SPLITS = ("train", "validation")
 # attributes of a training that its checkpoint has as they are
 _PROGRESS = (
@@ -77,7 +85,7 @@ def fit(
     fingerprint: str = "",
     tracker: Tracker | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> pl.DataFrame:
+) -> tuple[pl.DataFrame, pl.DataFrame]:
     """Train ``objective.networks`` in place and leave them in evaluation mode.
 
     With ``spec.refit`` they are trained twice; see the description of this module.
@@ -98,15 +106,19 @@ def fit(
         on a CPU as an uninterrupted training. A completed training is not repeated.
     fingerprint : str
         Identifies the training that a checkpoint belongs to.
+    tracker : Tracker, optional
+        Receives the row of each epoch.
     progress : callable, optional
         Called with (patches seen, total patches) after each step.
 
     Returns
     -------
-    polars.DataFrame
+    history : polars.DataFrame
         One row per epoch: epoch, patches (seen so far), learning_rate, mean losses, validation
         values (null in a refit), phase (``training``, ``refit``), kept (whether the weights are
         those of the end of this epoch).
+    confusion : polars.DataFrame
+        Confusion matrices of the validation patches after each epoch, :data:`CONFUSION_SCHEMA`.
 
     Raises
     ------
@@ -117,12 +129,11 @@ def fit(
     start = copy.deepcopy(run.networks.state_dict()) if spec.refit == "all" else None
     if checkpoint is not None and checkpoint.exists():
         run.restore(checkpoint, fingerprint)
-    _report(tracker, run.rows, run.confusion)
+    _report(tracker, run.rows)
 
     def train() -> None:
         while not run.finished:
-            row, confusion = run.train_epoch(progress)
-            _report(tracker, [row], confusion)
+            _report(tracker, [run.train_epoch(progress)])
             if checkpoint is not None:
                 run.save(checkpoint, fingerprint)
         run.select()
@@ -132,21 +143,17 @@ def fit(
         run.begin_refit(start)
         train()
     trained = pl.int_range(pl.len()) < len(run.rows) - len(run.schedule or ())
-    return pl.DataFrame(run.rows).with_columns(
+    history = pl.DataFrame(run.rows).with_columns(
         phase=pl.when(trained).then(pl.lit("training")).otherwise(pl.lit("refit")),
         kept=pl.col("epoch") == run.kept_epoch,
     )
+    return history, pl.DataFrame(run.confusion, schema=CONFUSION_SCHEMA)
 
 
-def _report(
-    tracker: Tracker | None, rows: list[dict[str, float]], confusion: list[dict[str, int | str]]
-) -> None:
-    if tracker is None:
-        return
-    for row in rows:
-        tracker.metrics(row, step=int(row["epoch"]))
-    if confusion:
-        tracker.table(CONFUSION, pl.DataFrame(confusion))
+def _report(tracker: Tracker | None, rows: list[dict[str, float]]) -> None:
+    if tracker is not None:
+        for row in rows:
+            tracker.metrics(row, step=int(row["epoch"]))
 
 
 class _Run:
@@ -228,10 +235,8 @@ class _Run:
             steps = self.done + left
         return steps * self.objective.patches_per_step
 
-    def train_epoch(
-        self, progress: Callable[[int, int], None] | None
-    ) -> tuple[dict[str, float], list[dict[str, int | str]]]:
-        """Train one epoch; return its row and its confusion matrices (:func:`_confusion_rows`)."""
+    def train_epoch(self, progress: Callable[[int, int], None] | None) -> dict[str, float]:
+        """Train one epoch, and return its row."""
         self.networks.train()
         steps, total = min(self.steps_per_epoch, self.steps - self.done), self.total
         if self.schedule is not None:
@@ -263,16 +268,15 @@ class _Run:
             **{name: value / steps for name, value in sums.items()},
             **validation.values,
         }
-        confusion = _confusion_rows(self.epoch, self.objective.tasks, validation.scores)
+        self.confusion += _confusion_rows(self.epoch, self.objective.tasks, validation.scores)
         self.rows.append(row)
-        self.confusion += confusion
         if self.schedule is None:
             self._update_schedule(row)
         else:
             self.refitted += 1
             self.kept_epoch = len(self.rows)
         self._log(row)
-        return row, confusion
+        return row
 
     def _losses(self, batch: Any) -> dict[str, Tensor]:
         reduced = self.precision == "bfloat16"
@@ -403,10 +407,7 @@ class _Run:
 def _confusion_rows(
     epoch: int, tasks: Sequence[PatchDataset], scores: Mapping[str, TaskScores]
 ) -> list[dict[str, int | str]]:
-    """Return one row per cell of each task's confusion matrix.
-
-    Columns: epoch, task, true, predicted, patches.
-    """
+    """Return one row per cell of each task's confusion matrix (:data:`CONFUSION_SCHEMA`)."""
     return [
         {"epoch": epoch, "task": task.name, "true": true, "predicted": predicted, "patches": n}
         for task in tasks

@@ -276,12 +276,16 @@ class Champion:
     ----------
     title
         Its version and encoder, for messages.
+    encoder, weights_hash
+        The encoder that it was trained on; None if the registry does not say.
     predictions
         Its :attr:`~nic_core.models.cross_validation.CrossValidation.predictions`; None if the
         registry does not hold them.
     """
 
     title: str
+    encoder: str | None
+    weights_hash: str | None
     predictions: pl.DataFrame | None
 
 
@@ -305,13 +309,20 @@ class Verdict:
 
 
 def compare_with_champion(
-    result: CrossValidation, champion: Champion | None, control: PermutationControl
+    result: CrossValidation,
+    champion: Champion | None,
+    control: PermutationControl,
+    *,
+    encoder: str,
+    weights_hash: str,
 ) -> Verdict:
     """Decide whether a new model becomes the champion of its target.
 
-    It does if it passes its permutation control and there is no
-    champion yet, or its primary metric is better: the lower bound of the 95 % interval of the
-    difference, by the paired bootstrap over patients, is above 0. Both models are scored on the
+    It does if it passes its permutation control and there is no champion yet, or its primary
+    metric is better: the lower bound of the 95 % interval of the difference, by the paired
+    bootstrap over patients, is above 0. A champion on earlier weights of the same encoder cannot
+    score the slides that are compressed with the new weights; the new model replaces it unless its
+    primary metric is worse: the upper bound is below 0. Both models are scored on the
     cross-validated predictions of their common units, with the labels of the new model; patch
     size, um/px and stride of the two encoders may differ. A model that was trained on exchanged
     labels never becomes champion.
@@ -324,6 +335,8 @@ def compare_with_champion(
         The present champion; None: the new model is the first of its name.
     control
         Output of :func:`permutation_control` for ``result``.
+    encoder, weights_hash
+        The encoder that the new model was trained on.
     """
     settings, kind = result.settings, kind_of(result.target)
     if settings.permute_labels is not None:
@@ -382,4 +395,15 @@ def compare_with_champion(
         )
     if difference.low > 0:
         return Verdict(True, f"replaces {champion.title} as champion: {scores}")
+    if champion.encoder == encoder and champion.weights_hash not in (None, weights_hash):
+        retrained = f"was trained on earlier weights of encoder '{encoder}'"
+        if difference.high < 0:
+            return Verdict(
+                False, f"{champion.title} stays champion, although it {retrained}: {scores}"
+            )
+        return Verdict(
+            True,
+            f"replaces {champion.title}, which {retrained} and cannot score slides that are "
+            f"compressed with the present ones, and is not significantly worse: {scores}",
+        )
     return Verdict(False, f"{champion.title} stays champion: {scores}")

@@ -15,7 +15,7 @@ of the baseline hazard on each fold's training units.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -214,7 +214,7 @@ def cross_validate(
         else:
             count_epochs(settings.seeds * settings.epochs)
             if tracker is not None:
-                log_history(tracker, fold, result.fitted.history)
+                _report_history(tracker, fold, result.fitted.history)
         fits.append(result.fitted)
         hazards += [] if result.hazard is None else [result.hazard]
         for name in held_out:
@@ -254,11 +254,17 @@ def cross_validate(
     )
 
 
-def log_history(tracker: Tracker, fold: int, history: pl.DataFrame) -> None:
-    """Log the training curves of a fold, the rows of :attr:`FittedFold.history`."""
+def _report_history(tracker: Tracker, fold: int, history: pl.DataFrame) -> None:
+    """Report the training curves of a finished fold, the rows of :attr:`FittedFold.history`."""
+    for epoch, values in curves(history.select(pl.lit(fold).alias("fold"), pl.all())):
+        tracker.metrics(values, step=epoch)
+
+
+def curves(history: pl.DataFrame) -> Iterator[tuple[int, dict[str, float]]]:
+    """Yield epoch and metrics (``fold_0_loss``, ...) of :attr:`CrossValidation.history`."""
     for row in history.iter_rows(named=True):
-        epoch = row.pop("epoch")
-        tracker.metrics({f"fold_{fold}_{name}": value for name, value in row.items()}, step=epoch)
+        fold, epoch = row.pop("fold"), row.pop("epoch")
+        yield epoch, {f"fold_{fold}_{name}": value for name, value in row.items()}
 
 
 def _seed_names(settings: ModelSettings) -> list[str]:

@@ -125,6 +125,8 @@ class ModelCard(BaseModel):
         Settings of the training.
     training
         The training data.
+    data
+        Table that the training read (``asset/partition``) -> digest of its rows.
     networks
         Hash of each fold's tensors.
     best_epochs
@@ -154,6 +156,7 @@ class ModelCard(BaseModel):
     grids: GridSettings
     settings: ModelSettings
     training: TrainingCohort
+    data: dict[str, str]
     networks: tuple[str, ...] = Field(min_length=1)
     best_epochs: tuple[int, ...]
     median_risk: float | None
@@ -241,6 +244,7 @@ def save_model(
     stride: int,
     grids: GridSettings,
     training: TrainingCohort,
+    data: Mapping[str, str],
 ) -> ModelCard:
     """Write the folds' networks and the card into ``folder``, which is created if missing.
 
@@ -250,7 +254,7 @@ def save_model(
         Folder of the model.
     result
         The cross-validation whose networks are saved.
-    encoder, weights_hash, patch, mpp, stride, grids, training
+    encoder, weights_hash, patch, mpp, stride, grids, training, data
         See :class:`ModelCard`.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -273,6 +277,7 @@ def save_model(
         grids=grids,
         settings=result.settings,
         training=training,
+        data=dict(data),
         networks=tuple(hashes),
         best_epochs=result.best_epochs,
         median_risk=kind_of(result.target).median_risk(held_out),

@@ -1,5 +1,6 @@
 """The evaluation report: scores of a study as tables and figures."""
 
+from nic_core.reports.model_cards import encoder_model_card, slide_model_card, starting_weights
 from nic_core.reports.results import (
     ENCODER_SCHEMA,
     FOLD_SCHEMA,
@@ -24,6 +25,7 @@ __all__ = [
     "RESULT_SCHEMA",
     "Report",
     "comparisons_table",
+    "encoder_model_card",
     "encoder_results",
     "encoders_table",
     "fold_results",
@@ -34,4 +36,6 @@ __all__ = [
     "results_figure",
     "results_markdown",
     "results_table",
+    "slide_model_card",
+    "starting_weights",
 ]

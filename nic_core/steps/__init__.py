@@ -8,6 +8,7 @@ folds, slide models, explanations, probability maps, map scores, evaluation repo
 """
 
 from nic_core.steps.encoders import (
+    encoder_figures,
     leaked_groups,
     make_encoder,
     make_encoder_probe,
@@ -15,7 +16,6 @@ from nic_core.steps.encoders import (
     make_patch_task,
     patch_task_is_current,
     patch_task_keys,
-    remove_checkpoint,
 )
 from nic_core.steps.evaluation_report import draw_slide, make_evaluation_report
 from nic_core.steps.explanations import Explanation, make_explanation
@@ -53,7 +53,7 @@ from nic_core.steps.slide_models import (
     find_unmatched_labels,
     make_slide_model,
     make_target_folds,
-    mark_logged,
+    read_slide_model,
 )
 from nic_core.steps.slides import SlideRecord, make_patch_table, make_slide, read_record
 
@@ -66,6 +66,7 @@ __all__ = [
     "digest",
     "draw_slide",
     "encoder_bases",
+    "encoder_figures",
     "encoder_versions",
     "excluded_slides",
     "find_target_folds",
@@ -91,7 +92,6 @@ __all__ = [
     "make_slide_index",
     "make_slide_model",
     "make_target_folds",
-    "mark_logged",
     "patch_task_is_current",
     "patch_task_keys",
     "patch_task_versions",
@@ -102,7 +102,7 @@ __all__ = [
     "read_patient_groups",
     "read_record",
     "read_slide_index",
-    "remove_checkpoint",
+    "read_slide_model",
     "scan_slides",
     "target_versions",
     "write_slide_index",

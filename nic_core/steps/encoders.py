@@ -34,7 +34,13 @@ from nic_core.encoders import (
     save_encoder,
     train_encoder,
 )
-from nic_core.encoders.figures import embedding_map, neighbour_sheet
+from nic_core.encoders.figures import (
+    augmentation_sheet,
+    confusion_matrix,
+    embedding_map,
+    neighbour_sheet,
+    training_curves,
+)
 from nic_core.encoders.files import read_card, save_card
 from nic_core.encoders.patch_tasks import leaks
 from nic_core.encoders.probes import check_scale, probe_table, task_embeddings
@@ -43,7 +49,8 @@ from nic_core.steps.slide_index import digest, patch_task_version
 from nic_core.store import PatchTaskKey, Store, atomic_file, atomic_folder
 from nic_core.tracker import Tracker
 
-HISTORY = "history.parquet"
+HISTORY, CONFUSION = "history.parquet", "confusion.parquet"
+AUGMENTED_PATCHES = "augmented_patches.png"
 RECIPE = "recipe"  # file in a patch task's folder: hash of its entry, files and settings
 
 
@@ -132,14 +139,14 @@ def make_encoder(
 ) -> Trained:
     """Train an encoder on its patch tasks, or import it, and write it to the store.
 
-    An interrupted training resumes from its last epoch. With a tracker, the checkpoint of a
-    completed training is kept until :func:`remove_checkpoint`, so that a repeated call logs the
-    whole training to the tracker without training again.
+    An interrupted training resumes from its last epoch. Beside the encoder, the folder has the
+    history of the training and, of a trained network, the confusion matrices of the validation
+    patches and a picture of augmented patches.
 
     Parameters
     ----------
     tracker : Tracker, optional
-        Receives settings, metrics and figures of the training.
+        Receives the metrics after each epoch.
     progress : callable, optional
         Called with (patches seen, total patches) after each training step.
     device : str
@@ -171,15 +178,17 @@ def make_encoder(
             f"encoder '{encoder}' is a version of a model registry, which this step cannot "
             "download; use an entry with objective 'imported' and the encoder's file"
         )
+    tasks: list[PatchDataset] = []
     if isinstance(spec, ImportedEncoder):
-        trained = Trained(import_encoder(spec, geometry), pl.DataFrame())
+        trained = Trained(import_encoder(spec, geometry))
     elif isinstance(spec, ReusedEncoder):
-        trained = Trained(_reuse(store, spec, geometry), pl.DataFrame())
+        trained = Trained(_reuse(store, spec, geometry))
     else:
         keys = patch_task_keys(cohort, encoder)
+        tasks = [load_patch_task(store.patch_task(keys[task])) for task in spec.tasks]
         trained = train_encoder(
             spec,
-            [load_patch_task(store.patch_task(keys[task])) for task in spec.tasks],
+            tasks,
             patch=geometry.patch,
             mpp=geometry.mpp,
             embedding_size=spec.embedding_size or cohort.settings.embedding_size,
@@ -192,9 +201,39 @@ def make_encoder(
     with atomic_folder(store.encoder(encoder)) as folder:
         save_encoder(folder, trained.encoder)
         trained.history.write_parquet(folder / HISTORY)
-    if tracker is None:
-        remove_checkpoint(store, encoder)
+        if tasks:
+            trained.confusion.write_parquet(folder / CONFUSION)
+            augmentation_sheet(tasks).savefig(folder / AUGMENTED_PATCHES)
+    store.encoder_checkpoint(encoder).unlink(missing_ok=True)
     return trained
+
+
+def encoder_figures(folder: Path) -> dict[str, Figure]:
+    """Draw the training curves and the confusion matrices of an encoder in the store.
+
+    Empty for an encoder that was not trained.
+
+    Parameters
+    ----------
+    folder
+        Folder of an encoder that :func:`make_encoder` wrote.
+
+    Raises
+    ------
+    EncoderError
+        The card is missing, damaged or of another format.
+    """
+    history = pl.read_parquet(folder / HISTORY, glob=False)
+    if history.is_empty():
+        return {}
+    card = read_card(folder)
+    return {
+        "training_curves": training_curves(history),
+        **{
+            f"confusion_{task}": confusion_matrix(task, card.tasks[task], scores)
+            for task, scores in card.scores.items()
+        },
+    }
 
 
 def _reuse(store: Store, spec: ReusedEncoder, geometry: Geometry) -> Encoder:
@@ -271,11 +310,6 @@ def _initial_encoder(
     if start.file is not None and loaded.card.source is not None:
         origin = loaded.card.source
     return InitialEncoder(loaded, origin)
-
-
-def remove_checkpoint(store: Store, encoder: str) -> None:
-    """Delete the checkpoint of a training, once the encoder is saved and the tracker is closed."""
-    store.encoder_checkpoint(encoder).unlink(missing_ok=True)
 
 
 def leaked_groups(cohort: Cohort, store: Store, encoder: str) -> list[str]:

@@ -15,7 +15,7 @@ from nic_core.devices import resolve_device
 from nic_core.encoders.files import read_card
 from nic_core.grids import GridProvenance, open_grid, recorded_hash
 from nic_core.models.checkpoints import FoldCheckpoints
-from nic_core.models.cross_validation import CrossValidation, cross_validate, log_history
+from nic_core.models.cross_validation import CrossValidation, cross_validate
 from nic_core.models.files import (
     GridSettings,
     ModelCard,
@@ -49,7 +49,6 @@ log = logging.getLogger(__name__)
 
 FOLD_METRICS = "fold_metrics.parquet"
 PREDICTIONS, METRICS, HISTORY = "predictions.parquet", "metrics.parquet", "history.parquet"
-UNLOGGED = "unlogged"  # file in a model's folder until the tracker has logged the model
 
 
 @dataclass(frozen=True)
@@ -190,10 +189,7 @@ def make_slide_model(
     """Cross-validate a target's networks on an encoder's grids; write and return the model.
 
     Slides without a grid are left out. Each finished fold is kept in the store until the model is
-    complete, so a repeated call continues an interrupted one with the next fold. With a tracker,
-    the model counts as not logged until
-    :func:`mark_logged` is called. If this function is called again with the same inputs before
-    that, it reads the stored model and logs it again instead of training.
+    complete, so a repeated call continues an interrupted one with the next fold.
 
     Parameters
     ----------
@@ -222,13 +218,16 @@ def make_slide_model(
     encoder, target = key.encoder, key.target
     folder = store.slide_model(key)
     manifest = read_grid_manifest(store, encoder)
-    table = _units_with_grids(store, key, manifest)
+    folds = pl.read_parquet(store.target_folds(target), glob=False)
+    table = _units_with_grids(key, folds, manifest)
     weights = read_card(store.encoder(encoder)).weights_hash
+    data = {
+        f"grid_manifest/{encoder}": digest(manifest.rows()),
+        f"target_folds/{target}": digest(folds.to_dicts()),
+    }
     recipe = digest(
         cohort.target(target), settings, table.rows(), manifest.rows(), weights, torch.__version__
     )
-    if tracker is not None and _unlogged_recipe(folder) == recipe:
-        return _log_again(folder, tracker)
     _check_manifest(store, encoder, manifest)
     origins = {
         slide: open_grid(store.grid(GridKey(encoder=encoder, slide=slide))).provenance
@@ -272,21 +271,19 @@ def make_slide_model(
             training=training_cohort(
                 cohort.name, table, {slide: o.slide_identity for slide, o in origins.items()}
             ),
+            data=data,
         )
         result.predictions.write_parquet(new / PREDICTIONS)
         result.history.write_parquet(new / HISTORY)
         fold_results(card, result.predictions).write_parquet(new / FOLD_METRICS)
         model_results(card).write_parquet(new / METRICS)
-        if tracker is not None:
-            (new / UNLOGGED).write_text(recipe)
     if store.slide_model_checkpoint(key).exists():
         remove_product(store.slide_model_checkpoint(key))
     return result, card
 
 
-def _units_with_grids(store: Store, key: ModelKey, manifest: pl.DataFrame) -> pl.DataFrame:
+def _units_with_grids(key: ModelKey, folds: pl.DataFrame, manifest: pl.DataFrame) -> pl.DataFrame:
     """Return the target's units with a grid; refuse to lose a whole fold."""
-    folds = pl.read_parquet(store.target_folds(key.target), glob=False)
     units = with_grids(folds, manifest)
     lost = sorted(set(folds["fold"].drop_nulls()) - set(units["fold"].drop_nulls()))
     if lost:
@@ -295,11 +292,6 @@ def _units_with_grids(store: Store, key: ModelKey, manifest: pl.DataFrame) -> pl
             f"'{key.encoder}'; materialize 'grid' for its slides"
         )
     return units
-
-
-def mark_logged(store: Store, key: ModelKey) -> None:
-    """Record that the tracker has logged a model completely."""
-    (store.slide_model(key) / UNLOGGED).unlink(missing_ok=True)
 
 
 def _check_manifest(store: Store, encoder: str, manifest: pl.DataFrame) -> None:
@@ -359,17 +351,17 @@ def _shared_geometry(
     return next(iter(slide_of))
 
 
-def _unlogged_recipe(folder: Path) -> str | None:
-    """Return the digest of the inputs of a model that is not logged; None if it is logged."""
-    marker = folder / UNLOGGED
-    return marker.read_text() if marker.exists() else None
+def read_slide_model(folder: Path) -> tuple[CrossValidation, ModelCard]:
+    """Read a model that :func:`make_slide_model` wrote.
 
+    Undefined metrics, NaN when the model was made, are null.
 
-def _log_again(folder: Path, tracker: Tracker) -> tuple[CrossValidation, ModelCard]:
-    """Read a stored model and log its training curves."""
-    model, history = load_model(folder), pl.read_parquet(folder / HISTORY, glob=False)
-    for (fold,), rows in history.group_by("fold", maintain_order=True):
-        log_history(tracker, int(fold), rows.drop("fold"))
+    Raises
+    ------
+    ModelFileError
+        See :func:`~nic_core.models.files.load_model`.
+    """
+    model = load_model(folder)
     result = CrossValidation(
         target=model.card.target,
         settings=model.card.settings,
@@ -377,7 +369,7 @@ def _log_again(folder: Path, tracker: Tracker) -> tuple[CrossValidation, ModelCa
         predictions=pl.read_parquet(folder / PREDICTIONS, glob=False),
         metrics=metrics_frame(model.card),
         networks=model.networks,
-        history=history,
+        history=pl.read_parquet(folder / HISTORY, glob=False),
         best_epochs=model.card.best_epochs,
         baseline_hazards=model.card.baseline_hazards,
     )

@@ -12,6 +12,7 @@ from nic_assets.assets.inputs import ENCODER_ENTRY, SLIDE_FILE
 from nic_assets.automation import automate
 from nic_assets.build import build_defs
 from nic_assets.partitions import SLIDES
+from nic_assets.tags import REFRESH_TAG
 from nic_core.cohort import Automation, CohortError, load_cohort
 from nic_core.store import Store
 from tests.assets.worlds import ENCODERS, SLIDE_KEYS, World
@@ -241,6 +242,46 @@ def test_without_a_closing_time_changes_are_materialized_at_once():
     world.scan()
     assert operator.tick() == {"mask": {"s1"}}
     assert operator.tick() == {}, "requested only once"
+
+
+def test_a_registration_is_requested_at_any_hour_and_again_every_hour():
+    """It waits for a server, so a failed one is requested without a night in between."""
+    down = True
+
+    @dg.asset(code_version="1")
+    def product() -> None: ...
+
+    @dg.asset(deps=[product], tags={REFRESH_TAG: "hourly"}, code_version="1")
+    def registered() -> None:
+        if down:
+            raise ConnectionRefusedError
+
+    instance = dg.DagsterInstance.ephemeral()
+    assert dg.materialize([product], instance=instance).success
+    defs = dg.Definitions(automate([product, registered], NIGHTLY))
+    cursor = None
+
+    def requested_at(hour: int, minute: int) -> bool:
+        nonlocal cursor
+        result = dg.evaluate_automation_conditions(
+            defs=defs,
+            instance=instance,
+            evaluation_time=datetime(2026, 1, 1, hour, minute, tzinfo=UTC),
+            cursor=cursor,
+        )
+        cursor = result.cursor
+        if result.total_requested:
+            made = [product, registered]
+            dg.materialize(made, selection=[registered], instance=instance, raise_on_error=False)
+        return bool(result.total_requested)
+
+    assert requested_at(12, 10)
+    assert not requested_at(12, 30)
+    assert requested_at(13, 1)
+    down = False
+    assert not requested_at(13, 59)
+    assert requested_at(14, 1)
+    assert not requested_at(15, 1)
 
 
 def test_an_invalid_cron_schedule_is_refused():

@@ -48,6 +48,7 @@ LAYERS = {
     "encoders": {"patch_task_source", "encoder_entry", "patch_task", "encoder", "encoder_probe"},
     "grids": {"grid", "grid_manifest", "embedding_colours", "grid_preview"},
     "models": {"target_entry", "target_folds", "slide_model", "explanation"},
+    "registry": {"registered_encoder", "registered_model"},
     "reports": {"probability_map", "map_scores", "evaluation_report"},
     "slides": {"slide_file", "slide_index", "slide", "patch_table", "quality_report"},
 }
@@ -192,26 +193,26 @@ def test_the_report_holds_every_target_encoder_and_task(study):
 
 
 def test_mlflow_holds_parameters_curves_and_pictures_of_a_training(study):
-    client = mlflow.MlflowClient(f"sqlite:///{study.store.mlflow / 'mlflow.db'}")
+    client = registry(study)
     version = client.get_model_version_by_alias("encoder-mtl-4", "candidate")
     run = client.get_run(version.run_id)
+    assert run.info.run_name == f"mtl-4 ({study.cohort.name})"
     assert run.data.params["patches_seen"] == "256"
+    assert run.data.tags["organ"] == ", ".join(sorted({t.organ for t in study.cohort.patch_tasks}))
     tasks = [task.name for task in study.cohort.patch_tasks]
     pictures = {"augmented_patches", "training_curves", *(f"confusion_{task}" for task in tasks)}
-    assert {*(f"{name}.png" for name in pictures), "validation_confusion.json", "card.json"} <= {
-        item.path for item in client.list_artifacts(version.run_id)
-    }
+    assert {
+        *(f"{name}.png" for name in pictures),
+        "validation_confusion.json",
+        "model-card.md",
+    } <= {item.path for item in client.list_artifacts(version.run_id)}
     epochs = [metric.step for metric in client.get_metric_history(version.run_id, "loss")]
     assert epochs == list(range(1, len(epochs) + 1))
     for task in tasks:
         for score in ("balanced_accuracy", "f1"):
             name = f"validation/{task}/{score}"
             assert len(client.get_metric_history(version.run_id, name)) == len(epochs)
-    event = study.instance.fetch_materializations(
-        dg.AssetRecordsFilter(dg.AssetKey("encoder"), asset_partitions=["mtl-4"]), limit=1
-    ).records[0]
-    assert event.asset_materialization is not None
-    assert pictures | {"test_scores"} <= set(event.asset_materialization.metadata)
+    assert pictures | {"test_scores"} <= set(event(study, "encoder", "mtl-4").metadata)
 
 
 def registry(study: Study) -> mlflow.MlflowClient:
@@ -238,14 +239,12 @@ def test_every_encoder_and_model_is_registered_with_its_origin(study):
         assert version.tags["cohort"] == cohort.name
         assert version.tags["dagster/asset_key"] == asset
         assert version.tags["dagster/partition"] == partition
-        assert study.instance.get_run_by_id(version.tags["dagster/run_id"]) is not None
-        event = study.instance.fetch_materializations(
-            dg.AssetRecordsFilter(dg.AssetKey(asset), asset_partitions=[partition]), limit=1
-        ).records[0]
-        metadata = event.asset_materialization.metadata
+        training = study.instance.get_run_by_id(version.tags["dagster/run_id"])
+        assert training.asset_selection == {dg.AssetKey(asset)}
+        metadata = event(study, f"registered_{asset.rpartition('_')[2]}", partition).metadata
         page, run_page = (metadata[f"mlflow_{what}"].value for what in ("model", "run"))
-        assert page.endswith(f"/models/{name}/versions/{version.version}")
-        assert run_page.endswith(f"/runs/{version.run_id}")
+        assert f"/models/{name}/versions/{version.version}?" in page
+        assert f"/runs/{version.run_id}?" in run_page
         encoder = read_card(study.store.encoder(partition.partition("|")[0]))
         assert version.tags["weights_hash"] == encoder.weights_hash
 
@@ -274,7 +273,7 @@ def test_a_registered_encoder_has_its_patch_tasks_and_scores(study):
         name = f"test/{task}/patch_head/balanced_accuracy"
         value = metrics[name].value
         assert value == scores.balanced_accuracy
-        bounds = tuple(metrics[f"{name}/{end}"].value for end in ("low", "high") if scores.interval)
+        bounds = tuple(metrics[f"{name}_{end}"].value for end in ("low", "high") if scores.interval)
         assert bounds == (scores.interval or ())
         assert metrics[name].dataset_name == f"patch_task/{task}"
         assert f"| {task} | patch head | test | balanced accuracy | {value:.3f} " in (
@@ -299,7 +298,7 @@ def test_a_registered_model_has_its_grids_folds_and_scores(study):
     auc = next(m for m in card.metrics if (m.model, m.split, m.metric) == ("network", "cv", "auc"))
     metrics = {m.key: m.value for m in scores_of(client, version)}
     name = "cross-validated/small_grid_CNN/AUC"
-    found = [metrics[f"{name}{part}"] for part in ("", "/low", "/high")]
+    found = [metrics[f"{name}{part}"] for part in ("", "_low", "_high")]
     assert found == [auc.value, auc.low, auc.high]
     kept = {Path(item.path).name for item in client.list_artifacts(version.run_id, "product")}
     assert kept == {
@@ -336,7 +335,7 @@ def test_the_models_metadata_say_which_is_champion_and_why(study):
         assert versions
         for version in versions:
             partition = version.tags["dagster/partition"]
-            metadata = event(study, "slide_model", partition).metadata
+            metadata = event(study, "registered_model", partition).metadata
             assert metadata["champion"].value == version.tags["champion"]
 
 

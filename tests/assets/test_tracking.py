@@ -1,4 +1,4 @@
-"""MLflow tracking: interruptions, the format of registered models, champions, secrets."""
+"""MLflow: registration, outages, live curves, the format of registered models, champions."""
 
 from __future__ import annotations
 
@@ -39,10 +39,13 @@ from sqlalchemy.exc import OperationalError
 
 from nic_assets.build import build_defs
 from nic_assets.cli import _registered_encoders
-from nic_assets.tracking import ModelFormatError, TrackedRun, Tracking, TrackingError, runs
+from nic_assets.tracking import ModelFormatError, Tracking, TrackingError
 from nic_assets.tracking.connection import is_unavailable, without_secrets
 from nic_assets.tracking.database import create_database
+from nic_assets.tracking.experiments import experiment_id
+from nic_assets.tracking.publications import Network, Publication
 from nic_assets.tracking.resource import git_commit
+from nic_assets.tracking.runs import publish, settle_champion
 from nic_core import steps
 from nic_core.cli.encoder import ListedEncoder
 from nic_core.cohort import (
@@ -58,6 +61,7 @@ from nic_core.encoders.files import read_card
 from nic_core.encoders.training_loop import _Run
 from nic_core.models.comparison import compare_with_champion, permutation_control
 from nic_core.models.cross_validation import CrossValidation
+from nic_core.reports import RESULT_SCHEMA
 from nic_core.steps.slide_models import PREDICTIONS
 from nic_core.store import PatchTaskKey, Store
 
@@ -78,7 +82,7 @@ def one_task(tiny_cohort, tmp_path_factory) -> tuple[Cohort, Path]:
 
 
 class Lab:
-    """Materializes one encoder, and calls a function after chosen epochs of its training."""
+    """Trains and registers one encoder; calls a function after chosen epochs of its training."""
 
     def __init__(self, cohort: Cohort, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.store = Store(root)
@@ -95,16 +99,14 @@ class Lab:
             return result
 
         monkeypatch.setattr(_Run, "train_epoch", counted)
-        monkeypatch.setattr(runs, "RETRY_AFTER", 0.0)
-        monkeypatch.setattr(runs, "FINAL_RETRY_DELAYS", (0.0,))
         # the step's own retries
         monkeypatch.setattr(dg.RetryPolicy, "calculate_delay", lambda policy, attempt: 0)
 
-    def materialize(self) -> dg.ExecuteInProcessResult:
+    def materialize(self, asset: str = "encoder") -> dg.ExecuteInProcessResult:
         job = build_defs(self.cohort, self.store).resolve_implicit_global_asset_job_def()
         return job.execute_in_process(
             instance=self.instance,
-            asset_selection=[dg.AssetKey("encoder")],
+            asset_selection=[dg.AssetKey(asset)],
             partition_key=ENCODER,
             raise_on_error=False,
         )
@@ -115,9 +117,16 @@ class Lab:
         found = self.instance.get_runs()
         return "".join(repr(self.instance.all_logs(run.run_id)) for run in found)
 
-    def materialized(self) -> dg.AssetMaterialization | None:
-        event = self.instance.get_latest_materialization_event(dg.AssetKey("encoder"))
+    def register(self) -> dg.ExecuteInProcessResult:
+        return self.materialize("registered_encoder")
+
+    def registered(self) -> dg.AssetMaterialization | None:
+        event = self.instance.get_latest_materialization_event(dg.AssetKey("registered_encoder"))
         return None if event is None else event.asset_materialization
+
+    @property
+    def client(self) -> mlflow.MlflowClient:
+        return mlflow.MlflowClient(f"sqlite:///{self.store.mlflow / 'mlflow.db'}")
 
 
 @pytest.fixture
@@ -177,38 +186,52 @@ def server(tmp_path) -> Iterator[Server]:
 
 def versions(client: mlflow.MlflowClient, name: str) -> dict[str, dict[str, str]]:
     """Version to tags."""
-    return {v.version: v.tags for v in client.search_model_versions(f"name='{name}'")}
+    return {str(v.version): v.tags for v in client.search_model_versions(f"name='{name}'")}
+
+
+def runs(client: mlflow.MlflowClient) -> list[mlflow.entities.Run]:
+    """The runs of encoders that are not deleted, oldest first."""
+    experiment = client.get_experiment_by_name("encoders").experiment_id
+    return list(client.search_runs([experiment], order_by=["attributes.start_time"]))
+
+
+def loss_steps(client: mlflow.MlflowClient, run: mlflow.entities.Run) -> list[int]:
+    return sorted(m.step for m in client.get_metric_history(run.info.run_id, "loss"))
 
 
 @pytest.mark.integration
 @pytest.mark.slow
-def test_a_server_killed_in_a_training_costs_no_training_nor_secret(
+def test_mlflow_killed_in_a_training_delays_the_registration_alone(
     lab, server, monkeypatch, capfd, tmp_path
 ):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://team:hunter2@127.0.0.1:{server.port}")
     server.start()
     lab.after_epoch[2] = server.kill  # the first epoch is logged, the second is not
-    assert not lab.materialize().success
-    assert f"{lab.store.encoder(ENCODER)} is in the store" in lab.log
-    assert lab.materialized() is None
+    assert lab.materialize().success
+    assert lab.log.count("MLflow shows no live curves of this training") == 1
     trained, weights = lab.epochs, read_card(lab.store.encoder(ENCODER)).weights_hash
-    assert trained > 1
+    assert trained > 2
+    outage = lab.register()
+    assert not outage.success
+    assert "MLflow does not answer the request for the registration of encoder" in lab.log
+    attempts = [e.event_type_value for e in outage.all_events].count("STEP_UP_FOR_RETRY")
+    assert attempts == 3
+    assert lab.registered() is None
 
     server.start()
-    assert lab.materialize().success
-    assert lab.epochs == trained
-    assert not lab.store.encoder_checkpoint(ENCODER).exists()
     client = mlflow.MlflowClient(f"http://127.0.0.1:{server.port}")
+    [live] = runs(client)
+    assert (live.info.status, loss_steps(client, live)) == ("RUNNING", [1])
+    assert lab.register().success
+    assert lab.epochs == trained
     (tags,) = versions(client, f"encoder-{ENCODER}").values()
-    assert tags["weights_hash"] == weights == read_card(lab.store.encoder(ENCODER)).weights_hash
-    experiment = client.get_experiment_by_name("encoders")
-    found = client.search_runs([experiment.experiment_id], order_by=["attributes.start_time"])
-    assert [run.info.status for run in found] == ["KILLED", "FINISHED"]
-    losses = [client.get_metric_history(run.info.run_id, "loss") for run in found]
-    assert [len(history) for history in losses] == [1, trained]
-    link = lab.materialized().metadata["mlflow_run"].value
-    page = f"http://127.0.0.1:{server.port}/#/experiments/{experiment.experiment_id}/runs/"
-    assert link == page + found[1].info.run_id
+    assert tags["weights_hash"] == weights
+    [run] = runs(client)
+    assert (run.info.run_id, run.info.status) == (live.info.run_id, "FINISHED")
+    assert loss_steps(client, run) == list(range(1, trained + 1))
+    page = f"http://127.0.0.1:{server.port}/#/experiments/{run.info.experiment_id}/runs/"
+    link = lab.registered().metadata["mlflow_run"].value
+    assert link == f"{page}{run.info.run_id}?workflowType=machine_learning"
 
     assert "hunter2" not in lab.log
     assert not [word for word in capfd.readouterr() if "hunter2" in word]
@@ -242,35 +265,83 @@ def locked(database: Path) -> Iterator[None]:
 
 
 @pytest.mark.slow
-def test_calls_to_a_locked_database_are_repeated(lab, impatient):
-    database = lab.store.mlflow / "mlflow.db"
-    lock = locked(database)
-    lab.after_epoch[1] = lock.__enter__
-    lab.after_epoch[2] = lambda: lock.__exit__(None, None, None)
+def test_a_database_locked_in_a_training_ends_the_live_curves_alone(lab, impatient):
+    lock = locked(lab.store.mlflow / "mlflow.db")
+    lab.after_epoch[2] = lock.__enter__
+    lab.after_epoch[3] = lambda: lock.__exit__(None, None, None)
     assert lab.materialize().success
-    assert "MLflow does not answer ((sqlite3.OperationalError) database is locked)" in lab.log
-    client = mlflow.MlflowClient(f"sqlite:///{database}")
-    (run,) = client.search_runs([client.get_experiment_by_name("encoders").experiment_id])
-    steps_ = [metric.step for metric in client.get_metric_history(run.info.run_id, "loss")]
-    assert sorted(steps_) == list(range(1, lab.epochs + 1))
+    assert lab.log.count("MLflow shows no live curves of this training") == 1
+    [live] = runs(lab.client)
+    assert (live.info.status, loss_steps(lab.client, live)) == ("RUNNING", [1])
+    assert lab.register().success
+    [run] = runs(lab.client)
+    assert loss_steps(lab.client, run) == list(range(1, lab.epochs + 1))
 
 
 @pytest.mark.slow
-def test_after_a_locked_database_the_next_run_only_logs(lab, impatient):
-    database = lab.store.mlflow / "mlflow.db"
-    lab.store.mlflow.mkdir()
-    mlflow.MlflowClient(f"sqlite:///{database}").search_experiments()  # creates the database
-    with locked(database):
-        assert not lab.materialize().success
-    assert "no training is repeated" in lab.log
-    trained = lab.epochs
+def test_a_failed_training_leaves_a_failed_run_and_the_next_a_whole_one(lab):
+    lab.after_epoch[2] = lambda: exec("raise ValueError('a bug')")
+    assert not lab.materialize().success
+    [failed] = runs(lab.client)
+    assert failed.info.status == "FAILED"
     assert lab.materialize().success
-    assert lab.epochs == trained
-    (tags,) = versions(mlflow.MlflowClient(f"sqlite:///{database}"), f"encoder-{ENCODER}").values()
-    assert tags["weights_hash"] == read_card(lab.store.encoder(ENCODER)).weights_hash
-    # nothing is left to log, so a further run trains again
+    assert lab.register().success
+    assert [run.info.status for run in runs(lab.client)] == ["FAILED", "FINISHED"]
+
+
+@pytest.mark.slow
+def test_an_unchanged_encoder_is_registered_once(lab, monkeypatch):
     assert lab.materialize().success
-    assert lab.epochs == 2 * trained
+    assert lab.register().success
+    client, name = lab.client, f"encoder-{ENCODER}"
+    [run] = runs(client)
+    [tags] = versions(client, name).values()
+    first = lab.registered()
+
+    def unchanged() -> bool:
+        again = lab.registered()
+        return (
+            [found.info.run_id for found in runs(client)] == [run.info.run_id]
+            and list(versions(client, name).values()) == [tags]
+            and again.metadata["mlflow_run"] == first.metadata["mlflow_run"]
+            and again.tags["dagster/data_version"] == first.tags["dagster/data_version"]
+        )
+
+    client.delete_registered_model_alias(name, "candidate")
+    assert lab.register().success  # a second run
+    assert unchanged()
+    assert int(client.get_model_version_by_alias(name, "candidate").version) == 1
+    lab.instance = dg.DagsterInstance.ephemeral()
+    assert lab.register().success  # without Dagster's records, after `dagster run wipe`
+    assert unchanged()
+
+    client.delete_model_version(name, "1")
+    assert lab.register().success
+    assert [found.info.run_id for found in runs(client)] == [run.info.run_id]
+    assert list(versions(client, name)) == ["2"]
+    client.delete_run(run.info.run_id)
+    assert lab.register().success
+    [other] = runs(client)
+    assert other.info.run_id != run.info.run_id
+    assert sorted(versions(client, name)) == ["2", "3"]
+    # the training is not recorded any more, so the new run does not name it
+    assert "dagster/run_id" not in other.data.tags
+    assert loss_steps(client, other) == loss_steps(client, run)
+
+
+@pytest.mark.slow
+def test_an_interrupted_registration_is_made_again_as_a_whole(lab, monkeypatch):
+    assert lab.materialize().success
+    with monkeypatch.context() as patch:
+        patch.setattr(mlflow.MlflowClient, "log_inputs", lambda *_: exec("raise ValueError(1)"))
+        assert not lab.register().success
+    [broken] = runs(lab.client)
+    assert lab.register().success
+    [run] = runs(lab.client)
+    assert run.info.run_id != broken.info.run_id
+    assert run.info.status == "FINISHED"
+    assert loss_steps(lab.client, run) == list(range(1, lab.epochs + 1))
+    assert list(versions(lab.client, f"encoder-{ENCODER}")) == ["1"]
 
 
 # --- champions -------------------------------------------------------------------------------
@@ -324,30 +395,48 @@ class Registry:
         self.uri = self.tracking.uri
         self.client = self.tracking.client
 
-    def run(self, warn: Callable[[str], object] = pytest.fail) -> TrackedRun:
-        tags = dict.fromkeys(("cohort", "dagster/asset_key", "dagster/run_id"), "x")
-        tags["dagster/partition"] = "mtl-4|t"
-        return TrackedRun(self.tracking, "target-t", tags, lambda _: False, warn)
+    def publication(self, content: str, name: str = "model-t", **changes: Any) -> Publication:
+        values = {
+            "product": "a linear model",
+            "experiment": "target-t",
+            "run_name": "t",
+            "content_hash": content,
+            "tags": {"cohort": "x", "encoder": "mtl-4"},
+            "params": {"epochs": 2},
+            "metrics": [(0, {"loss": 2.0}), (1, {"loss": 1.0})],
+            "results": pl.DataFrame(schema=RESULT_SCHEMA),
+            "data": {},
+            "card": {"name": "t"},
+            "model_card": "# a linear model",
+            "files": None,
+            "network": Network(
+                name, "linear models", torch.nn.Linear(2, 1), torch.zeros(2, 2), ("candidate",)
+            ),
+        }
+        return Publication(**values | changes)
 
-    def register(self, prediction: np.ndarray, name: str = "model-t") -> ModelVersion:
+    def register(
+        self,
+        prediction: np.ndarray,
+        name: str = "model-t",
+        warn: Callable[[str], object] = pytest.fail,
+    ) -> ModelVersion:
         model = cross_validated(prediction)
         folder = self.root / "model"
         folder.mkdir(exist_ok=True)
         model.predictions.write_parquet(folder / PREDICTIONS)
-        run = self.run()
-        run.files(folder)
-        run.register(
-            torch.nn.Linear(2, 1),
-            torch.zeros(2, 2),
-            name=name,
-            description="a linear model",
-            tags={"encoder": "mtl-4"},
+        content = steps.digest(model.predictions.rows())
+        version = publish(
+            self.tracking, self.publication(content, name, files=folder), warn=warn
+        ).version
+        settle_champion(
+            self.tracking,
+            version,
+            lambda champion: compare_with_champion(
+                model, champion, permutation_control(model), encoder="mtl-4", weights_hash="abc"
+            ),
         )
-        run.compare_with_champion(
-            lambda champion: compare_with_champion(model, champion, permutation_control(model))
-        )
-        run.finish(folder)
-        return self.client.get_model_version(name, run.page.rpartition("/")[2])
+        return self.client.get_model_version(name, str(version.version))
 
     def holder(self, alias: str) -> int | None:
         """The number of the version that has an alias."""
@@ -374,7 +463,11 @@ def test_the_champion_is_the_first_then_a_better_or_chosen_version(registry):
 def test_the_description_of_a_version_has_the_comparison(registry):
     version = registry.register(predictions(error=10))
     reason = version.tags["champion"]
-    assert version.description == f"a linear model\n\nComparison with the champion: {reason}."
+    card = "# a linear model\n\n## Comparison with the champion\n\n"
+    assert version.description == f"{card}{reason}."
+    registry.client.set_registered_model_alias("model-t", "champion", "1")
+    again = registry.register(predictions(error=10))
+    assert (again.version, again.description) == (version.version, version.description)
 
 
 @pytest.mark.slow
@@ -466,41 +559,63 @@ def test_a_pickled_model_is_not_registered(registry, monkeypatch, log_model, fou
 
 
 @pytest.mark.slow
-def test_a_refused_model_fails_its_run_and_costs_no_training(lab, monkeypatch):
+def test_a_refused_model_fails_its_run_and_is_registered_later(registry, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(mlflow.pytorch, "log_model", as_pickle)
-        assert not lab.materialize().success
-    assert "ModelFormatError" in lab.log
-    client = mlflow.MlflowClient(f"sqlite:///{lab.store.mlflow / 'mlflow.db'}")
-    assert list(client.search_registered_models()) == []
-    trained = lab.epochs
-    assert lab.materialize().success
-    assert lab.epochs == trained
-    assert len(versions(client, f"encoder-{ENCODER}")) == 1
-    experiment = client.get_experiment_by_name("encoders").experiment_id
-    found = client.search_runs([experiment], order_by=["attributes.start_time"])
-    assert [run.info.status for run in found] == ["FAILED", "FINISHED"]
+        with pytest.raises(ModelFormatError):
+            registry.register(predictions(error=10))
+    [refused] = registry.client.search_runs(["1"])
+    assert refused.info.status == "FAILED"
+    assert int(registry.register(predictions(error=10)).version) == 1
+    [run] = registry.client.search_runs(["1"])
+    assert run.info.status == "FINISHED"
 
 
 # --- interruptions ---------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_logging_continues_once_the_artifact_folder_can_be_written(registry, tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "FINAL_RETRY_DELAYS", ())
-    warnings: list[str] = []
+def test_an_artifact_folder_that_cannot_be_written_is_refused_with_a_remedy(registry, tmp_path):
     (tmp_path / "artifacts").write_text("in the way")
-    run = registry.run(warnings.append)
-    run.card({"name": "x"})
-    with pytest.raises(TrackingError, match="model is in the store, but MLflow"):
-        run.finish(tmp_path / "model")
-    assert len(warnings) == 1
+    with pytest.raises(TrackingError, match="MLflow refuses .* registration of a linear model"):
+        registry.register(predictions(error=10))
     (tmp_path / "artifacts").unlink()
-    run.finish(tmp_path / "model")
-    (found,) = registry.client.search_runs(["1"])
-    assert [item.path for item in registry.client.list_artifacts(found.info.run_id)] == [
-        "card.json"
-    ]
+    assert int(registry.register(predictions(error=10)).version) == 1
+
+
+# --- what a team reads -----------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_experiments_are_of_model_training_and_described(registry):
+    registry.register(predictions(error=10))
+    tags = registry.client.get_experiment_by_name("target-t").tags
+    assert tags["mlflow.experimentKind"] == "custom_model_development"
+    assert tags["mlflow.note.content"].startswith("Slide models of t: ")
+    assert registry.client.get_registered_model("model-t").description == "linear models"
+
+
+@pytest.mark.slow
+def test_results_are_metrics_with_bounds_and_the_card_is_an_artifact(registry):
+    row = ("target", "t", "mtl-4", "small grid CNN", "cross-validated", "AUC", 0.7, 0.6, 0.8, 40)
+    results = pl.DataFrame([row], schema=RESULT_SCHEMA, orient="row")
+    long = "# a card\n\n" + "a line of the card\n" * 500
+    published = publish(
+        registry.tracking,
+        registry.publication("c", results=results, model_card=long),
+        warn=pytest.fail,
+    )
+    run = registry.client.get_run(published.version.run_id)
+    assert run.info.run_name == "t"
+    assert run.data.params == {"epochs": "2"}
+    name = "cross-validated/small_grid_CNN/AUC"
+    assert run.data.metrics == {"loss": 1.0, name: 0.7, f"{name}_low": 0.6, f"{name}_high": 0.8}
+    description = registry.client.get_model_version("model-t", "1").description
+    assert len(description) < 4100
+    assert description.endswith("The run's artifact `model-card.md` has the whole card.")
+    assert {"card.json", "model-card.md", "results.json"} <= {
+        item.path for item in registry.client.list_artifacts(run.info.run_id)
+    }
 
 
 # --- what people delete ----------------------------------------------------------------------
@@ -589,36 +704,13 @@ def test_after_the_champion_was_removed_the_next_version_takes_its_place(either)
 
 @pytest.mark.slow
 def test_a_deleted_experiment_is_restored_with_a_warning(either):
-    either.register(predictions(error=10))
-    experiment = either.client.get_experiment_by_name("target-t").experiment_id
+    experiment = experiment_id(either.tracking, "target-t", pytest.fail)
     either.client.delete_experiment(experiment)
     warnings: list[str] = []
-    run = either.run(warnings.append)
-    run.metrics({"loss": 1.0}, step=0)
-    run.finish(either.root / "model")
+    either.register(predictions(error=10), warn=warnings.append)
     [warning] = warnings
     assert "the MLflow experiment 'target-t' was deleted; it was restored" in warning
     assert either.client.get_experiment(experiment).lifecycle_stage == "active"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("forever", [False, True], ids=["deleted", "collected"])
-def test_a_run_that_is_deleted_meanwhile_is_logged_again(either, forever):
-    warnings: list[str] = []
-    run = either.run(warnings.append)
-    run.metrics({"loss": 2.0}, step=0)
-    [first] = either.client.search_runs([run._experiment])
-    either.client.delete_run(first.info.run_id)
-    if forever:
-        collect_garbage(either)
-    run.metrics({"loss": 1.0}, step=1)
-    run.finish(either.root / "model")
-    [warning] = warnings
-    assert f"the MLflow run {first.info.run_id} was deleted" in warning
-    [second] = either.client.search_runs([run._experiment])
-    assert second.info.status == "FINISHED"
-    history = either.client.get_metric_history(second.info.run_id, "loss")
-    assert [(item.step, item.value) for item in history] == [(0, 2.0), (1, 1.0)]
 
 
 @pytest.mark.slow
@@ -668,12 +760,13 @@ def test_a_refusal_fails_the_step_at_once_with_the_servers_words(lab, monkeypatc
     with ThreadingHTTPServer(("127.0.0.1", 0), Refusal) as refusing:
         threading.Thread(target=refusing.serve_forever, daemon=True).start()
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{refusing.server_port}")
-        result = lab.materialize()
+        assert lab.materialize().success
+        result = lab.register()
         refusing.shutdown()
     assert not result.success
     assert "STEP_UP_FOR_RETRY" not in [event.event_type_value for event in result.all_events]
-    assert "MLflow refuses its log (PERMISSION_DENIED: team x may not write)" in lab.log
-    assert "no training is repeated" in lab.log
+    assert "MLflow refuses the request for the registration of encoder" in lab.log
+    assert "(PERMISSION_DENIED: team x may not write)" in lab.log
 
 
 # --- small things ----------------------------------------------------------------------------
@@ -690,7 +783,8 @@ def test_user_and_password_are_removed_from_urls():
 def test_links_point_to_the_tracking_server(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:secret@mlflow.example.org/")
     found = Tracking.in_store(Store(tmp_path))
-    assert found.page("model-t", "2") == "https://mlflow.example.org/#/models/model-t/versions/2"
+    page = "https://mlflow.example.org/#/models/model-t/versions/2?workflowType=machine_learning"
+    assert found.page("model-t", "2") == page
     assert found.artifacts is None
 
 

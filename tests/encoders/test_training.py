@@ -69,25 +69,12 @@ def spec(**changes: object) -> EncoderSpec:
 
 class Recorder:
     def __init__(self) -> None:
-        self.settings: dict[str, object] = {}
         self.steps: list[int] = []
         self.names: set[str] = set()
-        self.figures: list[str] = []
-        self.tables: dict[str, pl.DataFrame] = {}
-
-    def params(self, values):
-        self.settings |= values
 
     def metrics(self, values, step):
         self.steps.append(step)
         self.names |= set(values)
-
-    def table(self, name, rows):
-        self.tables[name] = pl.concat([self.tables[name], rows]) if name in self.tables else rows
-
-    def figure(self, name, figure):
-        figure.canvas.draw()
-        self.figures.append(name)
 
 
 @pytest.fixture(scope="module")
@@ -130,17 +117,13 @@ def test_tracker_and_progress_receive_the_whole_training(trained):
         "loss", "loss/stripes", "validation/stripes/balanced_accuracy", "validation/stripes/auc",
         "validation/stripes/f1",
     } <= recorder.names  # fmt: skip
-    assert recorder.settings["tasks"] == "stripes,directions"
-    assert recorder.figures == [
-        "augmented_patches", "training_curves", "confusion_stripes", "confusion_directions",
-    ]  # fmt: skip
     assert seen == [(32 * step, 1920) for step in range(1, len(seen) + 1)]
     assert seen[-1][0] == result.history["patches"][-1]
 
 
-def test_tracker_receives_confusion_matrices_every_epoch(trained):
-    result, recorder, _ = trained
-    cells = recorder.tables["validation_confusion"]
+def test_the_result_has_confusion_matrices_of_every_epoch(trained):
+    result, _, _ = trained
+    cells = result.confusion
     assert cells["epoch"].unique().to_list() == result.history["epoch"].to_list()
     for row in result.history.iter_rows(named=True):
         for task, classes in result.encoder.card.tasks.items():
@@ -224,7 +207,7 @@ def test_resume_restores_best_weights_rate_and_patience(tasks, tmp_path, monkeyp
 
     until = -1
     objective = Stops(values, tasks[0])
-    whole = training_loop.fit(objective, endless, learning_rate=1e-2)
+    whole, _ = training_loop.fit(objective, endless, learning_rate=1e-2)
     best = objective.networks["encoder"].weight.item()
     assert best == objective.weights[1]
     # within the patience, after a drop of the rate, at the minimum
@@ -236,7 +219,7 @@ def test_resume_restores_best_weights_rate_and_patience(tasks, tmp_path, monkeyp
             killed.networks.load_state_dict(objective.start)
             training_loop.fit(killed, endless, learning_rate=1e-2, checkpoint=checkpoint)
         again = Bowl(values[until:], tasks[0])
-        resumed = training_loop.fit(again, endless, learning_rate=1e-2, checkpoint=checkpoint)
+        resumed, _ = training_loop.fit(again, endless, learning_rate=1e-2, checkpoint=checkpoint)
         assert resumed.equals(whole)
         assert again.networks["encoder"].weight.item() == best
 
@@ -266,7 +249,7 @@ def test_a_process_killed_by_sigkill_resumes_to_the_same_weights(tasks, tmp_path
     assert resumed.encoder.card == whole.encoder.card
     assert resumed.history.equals(whole.history)
     assert recorder.steps == complete.steps
-    assert recorder.tables["validation_confusion"].equals(complete.tables["validation_confusion"])
+    assert resumed.confusion.equals(whole.confusion)
 
 
 def test_a_refit_repeats_the_steps_and_rates_of_the_kept_epoch(tasks):
@@ -281,7 +264,7 @@ def test_a_refit_repeats_the_steps_and_rates_of_the_kept_epoch(tasks):
             return super().losses(batch)
 
     objective = Twice([k / 100 for k in range(18)] + [0.01] * 6, tasks[0])
-    history = training_loop.fit(
+    history, _ = training_loop.fit(
         objective, spec(patches_seen=24 * 128, batch=64, refit="all"), learning_rate=3e-3
     )
     training, refit = (history.filter(phase=phase) for phase in ("training", "refit"))
@@ -461,7 +444,9 @@ class Bowl:
 def test_without_budget_the_rate_falls_at_plateaus(tasks, monkeypatch, first):
     monkeypatch.setattr(training_loop, "SHORTEST_EPOCH", 1)
     objective = Bowl([0.5, 0.6, 0.7] + [0.6] * 100, tasks[0])
-    history = training_loop.fit(objective, spec(patches_seen=None, batch=64), learning_rate=first)
+    history, _ = training_loop.fit(
+        objective, spec(patches_seen=None, batch=64), learning_rate=first
+    )
     # best in epoch 3; each later rate lasts for the patience of 3 epochs and one more
     later = [rate for rate in (1e-2, 1e-3, 1e-4) if rate < first]
     rates = [first] * 7 + [rate for rate in later for _ in range(4)] + [1e-5]
@@ -472,7 +457,9 @@ def test_without_budget_the_rate_falls_at_plateaus(tasks, monkeypatch, first):
 
 def test_with_budget_the_rate_falls_without_a_plateau(tasks):
     objective = Bowl([k / 100 for k in range(24)], tasks[0])
-    history = training_loop.fit(objective, spec(patches_seen=24 * 64, batch=64), learning_rate=3e-3)
+    history, _ = training_loop.fit(
+        objective, spec(patches_seen=24 * 64, batch=64), learning_rate=3e-3
+    )
     # an epoch is one step; the rate drops after 60 % and after 85 % of the budget
     assert np.allclose(history["learning_rate"], [3e-3] * 15 + [3e-4] * 6 + [3e-5] * 3)
 

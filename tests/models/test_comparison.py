@@ -33,7 +33,12 @@ LABELS = np.arange(40.0)
 
 
 def judge(result: CrossValidation, present: Champion | None) -> Verdict:
-    return compare_with_champion(result, present, permutation_control(result))
+    control = permutation_control(result)
+    return compare_with_champion(result, present, control, encoder="e", weights_hash="a")
+
+
+def on_e(predictions: pl.DataFrame | None, weights_hash: str | None = "a") -> Champion:
+    return Champion("version 1 (e)", "e", weights_hash, predictions)
 
 
 def cross_validated(prediction: np.ndarray) -> CrossValidation:
@@ -65,7 +70,7 @@ def failing_model() -> CrossValidation:
 
 
 def champion(error: float) -> Champion:
-    return Champion("version 1 (e)", model(error, seed=1).predictions)
+    return on_e(model(error, seed=1).predictions)
 
 
 def survival_predictions() -> pl.DataFrame:
@@ -208,7 +213,7 @@ def test_model_that_fails_its_control_is_not_champion_even_as_the_first():
 
 
 def test_model_that_fails_its_control_does_not_replace_a_worse_champion():
-    worst = Champion("version 1 (e)", cross_validated(-LABELS).predictions)
+    worst = on_e(cross_validated(-LABELS).predictions)
     verdict = judge(failing_model(), worst)
     assert not verdict.better
     assert "fails its permutation control" in verdict.explanation
@@ -222,16 +227,37 @@ def test_model_replaces_the_champion_only_if_its_interval_is_above_0():
     assert not worse.better
     assert worse.explanation.startswith("version 1 (e) stays champion: Spearman 0.")
     assert "on 40 units of 40 patients" in worse.explanation
-    equal = judge(model(5), Champion("version 1 (e)", model(5).predictions))
+    equal = judge(model(5), on_e(model(5).predictions))
     assert not equal.better
     assert equal.compared
     assert "difference +0.000 [+0.000, +0.000]" in equal.explanation
 
 
+def test_a_retrained_encoders_model_replaces_the_champion_unless_worse():
+    """The champion cannot score slides that are compressed with other weights."""
+    similar = judge(model(5), on_e(model(5.2, seed=1).predictions, "b"))
+    assert similar.better
+    assert similar.explanation.startswith(
+        "replaces version 1 (e), which was trained on earlier weights of encoder 'e' and cannot "
+        "score slides that are compressed with the present ones, and is not significantly worse: "
+    )
+    assert not judge(model(5), on_e(model(5.2, seed=1).predictions)).better
+    worse = judge(model(15), on_e(model(1, seed=1).predictions, "b"))
+    assert not worse.better
+    assert "stays champion, although it was trained on earlier weights" in worse.explanation
+    unknown = judge(model(5), on_e(model(5.2, seed=1).predictions, None))
+    assert not unknown.better
+
+
+def test_a_champion_on_another_encoder_is_not_replaced_without_evidence():
+    other = Champion("version 1 (f)", "f", "b", model(5.2, seed=1).predictions)
+    assert not judge(model(5), other).better
+
+
 def test_units_that_one_of_two_models_predicts_are_counted():
     held = model(15, seed=1).predictions.filter(pl.col("unit") > "u02")
     extra = held.head(2).with_columns(unit="x-" + pl.col("unit"))
-    verdict = judge(model(1), Champion("version 1 (e)", pl.concat([held, extra])))
+    verdict = judge(model(1), on_e(pl.concat([held, extra])))
     assert verdict.better
     assert "on 37 units of 37 patients (3 units that only the new model" in verdict.explanation
     assert "and 2 that only the champion predicts are left out)" in verdict.explanation
@@ -255,7 +281,7 @@ def test_terminal_shows_the_tissue_area_once_if_it_is_equal():
 def test_champion_is_scored_with_the_labels_of_the_new_model():
     held = cross_validated(LABELS).predictions
     old_labels = held.with_columns(y=pl.col("y").shuffle(seed=0))
-    verdict = judge(model(15), Champion("version 1 (e)", old_labels))
+    verdict = judge(model(15), on_e(old_labels))
     assert "against 1.000" in verdict.explanation
 
 
@@ -271,7 +297,7 @@ def test_champion_is_scored_with_the_labels_of_the_new_model():
 )
 def test_champion_that_cannot_be_compared_is_left_to_a_person(change, reason):
     held = model(5, seed=1).predictions
-    verdict = judge(model(1), Champion("version 1 (e)", change(held)))
+    verdict = judge(model(1), on_e(change(held)))
     assert reason in verdict.explanation
     assert "by hand" in verdict.explanation
     assert not verdict.better

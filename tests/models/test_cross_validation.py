@@ -51,6 +51,7 @@ QUICK = ModelSettings(
 
 CROP = 20  # cells
 CARD = {
+    "data": {"target_folds/t": "d"},
     "encoder": "e",
     "weights_hash": "abc",
     "patch": 128,

@@ -18,7 +18,13 @@ from nic_core.cohort import Cohort, CohortError
 from nic_core.encoders import load_encoder
 from nic_core.grids import Grid, open_grid, write_grid
 from nic_core.models.cross_validation import NETWORK
-from nic_core.models.files import ModelFileError, load_model, training_cohort
+from nic_core.models.files import (
+    ModelFileError,
+    load_model,
+    metrics_frame,
+    read_model_card,
+    training_cohort,
+)
 from nic_core.models.kinds import kind_of
 from nic_core.models.prediction import (
     ModelMismatchError,
@@ -27,7 +33,6 @@ from nic_core.models.prediction import (
     predict_slides,
     read_patients,
 )
-from nic_core.steps import slide_models as model_steps
 from nic_core.steps.slide_models import PREDICTIONS
 from nic_core.store import GridKey, ModelKey, Store
 
@@ -381,66 +386,31 @@ def test_training_digest_depends_on_labels_and_slides_only(study):
     )
 
 
-class RecordingTracker:
-    """A tracker that records the curves."""
-
-    def __init__(self) -> None:
-        self.curves: list[tuple[int, dict[str, float]]] = []
-
-    def metrics(self, values, step):
-        self.curves.append((step, dict(values)))
-
-
-def test_unlogged_model_is_logged_again_without_training(study, tmp_path, monkeypatch):
-    cohort, _ = study
-    shutil.copytree(study[1].root, tmp_path / "store")
-    store, first, again = Store(tmp_path / "store"), RecordingTracker(), RecordingTracker()
+def test_a_stored_model_is_read_as_it_was_made(study):
+    cohort, store = study
     for target in TARGETS:
-        made, card = steps.make_slide_model(
-            cohort, store, ModelKey(encoder=ENCODER, target=target), first
+        key = ModelKey(encoder=ENCODER, target=target)
+        read, card = steps.read_slide_model(store.slide_model(key))
+        assert card == read_model_card(store.slide_model(key))
+        assert read.predictions.equals(
+            pl.read_parquet(store.slide_model(key) / "predictions.parquet")
         )
-        with monkeypatch.context() as patch:
-            patch.setattr(
-                model_steps, "cross_validate", lambda *_, **__: pytest.fail("trained again")
-            )
-            read, same = steps.make_slide_model(
-                cohort, store, ModelKey(encoder=ENCODER, target=target), again
-            )
-        assert same == card
-        assert read.predictions.equals(made.predictions)
-        assert read.history.equals(made.history)
-        assert read.metrics.equals(made.metrics.fill_nan(None))
-        assert read.best_epochs == made.best_epochs
-    assert again.curves == first.curves
+        assert read.metrics.equals(metrics_frame(card))
+        assert [len(fold) for fold in read.history.partition_by("fold")] == (
+            [cohort.settings.models.epochs] * len(card.networks)
+        )
+        assert (len(read.networks), read.best_epochs) == (len(card.networks), card.best_epochs)
 
 
-def test_logged_or_changed_model_is_trained_again(study, tmp_path, monkeypatch):
-    cohort, _ = study
-    shutil.copytree(study[1].root, tmp_path / "store")
-    store, target = Store(tmp_path / "store"), TARGETS[0]
-    trained = []
-    cross_validate = model_steps.cross_validate
-    monkeypatch.setattr(
-        model_steps,
-        "cross_validate",
-        lambda *a, **k: trained.append(k["device"]) or cross_validate(*a, **k),
-    )
-    steps.make_slide_model(
-        cohort, store, ModelKey(encoder=ENCODER, target=target), RecordingTracker()
-    )
-    models = cohort.settings.models.model_copy(update={"seed": 1})
-    other = cohort.settings.model_copy(update={"models": models})
-    steps.make_slide_model(
-        cohort.model_copy(update={"settings": other}),
-        store,
-        ModelKey(encoder=ENCODER, target=target),
-        RecordingTracker(),
-    )
-    steps.mark_logged(store, ModelKey(encoder=ENCODER, target=target))
-    steps.make_slide_model(
-        cohort, store, ModelKey(encoder=ENCODER, target=target), RecordingTracker(), device="cpu"
-    )
-    assert trained == ["auto", "auto", "cpu"]
+def test_the_card_names_the_tables_that_the_training_read(study):
+    _, store = study
+    card = read_model_card(store.slide_model(ModelKey(encoder=ENCODER, target=TARGETS[0])))
+    assert card.data == {
+        f"grid_manifest/{ENCODER}": steps.digest(steps.read_grid_manifest(store, ENCODER).rows()),
+        f"target_folds/{TARGETS[0]}": steps.digest(
+            pl.read_parquet(store.target_folds(TARGETS[0])).to_dicts()
+        ),
+    }
 
 
 @pytest.mark.parametrize("change", ["rewritten", "removed"])
