@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from nic_core import steps
 from nic_core.cli import app
 from nic_core.cohort import Cohort, CohortError
+from nic_core.cohort.index import row_source
 from nic_core.encoders import load_encoder
 from nic_core.grids import Grid, open_grid, write_grid
 from nic_core.models.cross_validation import NETWORK
@@ -27,6 +28,7 @@ from nic_core.models.prediction import (
     predict_slides,
     read_patients,
 )
+from nic_core.slides import SlideSource
 from nic_core.steps import slide_models as model_steps
 from nic_core.steps.slide_models import PREDICTIONS
 from nic_core.store import GridKey, ModelKey, Store
@@ -43,9 +45,13 @@ def study(mean_rgb_study) -> tuple[Cohort, Store]:
     return mean_rgb_study
 
 
-def split(store: Store, name: str) -> dict[str, Path]:
+def split(store: Store, name: str) -> dict[str, SlideSource]:
     rows = steps.read_slide_index(store).filter(split=name).sort("slide")
-    return {slide: Path(path) for slide, path in rows.select("slide", "path").rows()}
+    return {row["slide"]: row_source(row) for row in rows.iter_rows(named=True)}
+
+
+def paths(slides: dict[str, SlideSource]) -> list[Path]:
+    return [source.path for source in slides.values()]
 
 
 def patients(store: Store) -> dict[str, str]:
@@ -168,7 +174,7 @@ def test_survival_probabilities_equal_the_test_split(study):
 
 def test_invalid_times_are_refused(study):
     _, store = study
-    slide = next(iter(split(store, "test").values()))
+    slide = next(iter(split(store, "test").values())).path
     done = predict("--model", f"{ENCODER}/growth", "--times", 365, slide, store=store)
     assert done.exit_code == 2
     assert "is not a survival target" in done.output
@@ -207,7 +213,7 @@ def test_patient_is_the_mean_of_the_usable_slides(study, tmp_path):
     assert pooled["slides"].to_list() == [[first, second]]
     assert pooled["risk"][0] == pytest.approx(alone["risk"].mean(), rel=1e-5, abs=1e-6)
     (tmp_path / "bad.svs").write_text("no slide")
-    with_bad = slides | {"bad": tmp_path / "bad.svs"}
+    with_bad = slides | {"bad": SlideSource(tmp_path / "bad.svs")}
     found = predict_slides(model, encoder, with_bad, tmp_path, patients=one | {"bad": "anna"})
     assert found.predictions["failed"].to_list() == [["bad"]]
     assert found.predictions["risk"][0] == pytest.approx(pooled["risk"][0], rel=1e-6)
@@ -257,7 +263,7 @@ def test_command_continues_after_bad_slides_and_exits_with_1(study, tmp_path):
     good = split(store, "test")
     out = tmp_path / "out"
     model = ["--model", f"{ENCODER}/growth"]
-    done = predict(*model, "--out", out, tmp_path / "bad.svs", *good.values(), store=store)
+    done = predict(*model, "--out", out, tmp_path / "bad.svs", *paths(good), store=store)
     assert done.exit_code == 1, done.output
     assert "not an image of a known format" in done.output
     table = pl.read_csv(out / "predictions-growth.csv")
@@ -270,7 +276,7 @@ def test_command_continues_after_bad_slides_and_exits_with_1(study, tmp_path):
         "failed",
         *["compressed"] * len(good),
     ]
-    again = predict(*model, "--out", out, *good.values(), store=store)
+    again = predict(*model, "--out", out, *paths(good), store=store)
     assert again.exit_code == 0, again.output
     assert set(pl.read_csv(out / "report.csv")["status"]) == {"up to date"}
     assert (
@@ -293,7 +299,7 @@ def test_command_writes_heatmaps_and_pools_by_patient(study, tmp_path):
         ),
         *("--patients", tmp_path / "patients.csv", "--out", tmp_path, "--heatmaps"),
         *("--times", 100, "--times", 12.5),
-        *slides.values(),
+        *paths(slides),
         store=store,
     )
     assert done.exit_code == 0, done.output
@@ -307,7 +313,7 @@ def test_command_writes_heatmaps_and_pools_by_patient(study, tmp_path):
 
 def test_command_names_a_missing_model_and_a_wrong_encoder(study, tmp_path):
     _, store = study
-    slide = next(iter(split(store, "test").values()))
+    slide = next(iter(split(store, "test").values())).path
     done = predict("--model", "none/growth", slide, store=store)
     assert done.exit_code == 2
     assert f"{ENCODER}/growth" in done.output
