@@ -29,6 +29,7 @@ from nic_core.encoders import load_encoder
 from nic_core.encoders.encoder import Encoder
 from nic_core.encoders.files import save_encoder
 from nic_core.models.files import SlideModel, ensemble_module, load_model, model_files
+from nic_core.models.prediction import check_encoder
 from nic_core.models.slide_table import TABLE_SCHEMA, predict_table
 from nic_core.version import DISTRIBUTION
 
@@ -63,6 +64,7 @@ def log_slide_predictor(
     """
     model, encoder = load_model(model_folder), load_encoder(encoder_folder)
     card = model.card
+    check_encoder(card, encoder.card)
     with connection.active(), mlflow.start_run(run_id=run_id):
         info = Model.log(
             artifact_path=None,

@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from nic_core import steps
@@ -28,6 +30,7 @@ from nic_core.models.prediction import (
     predict_slides,
     read_patients,
 )
+from nic_core.models.slide_table import SlideTableError, predict_table, read_slide_table
 from nic_core.slides import SlideSource
 from nic_core.steps import slide_models as model_steps
 from nic_core.steps.slide_models import PREDICTIONS
@@ -338,6 +341,75 @@ def test_invalid_table_of_patients_raises(tmp_path, text, message):
     (tmp_path / "t.csv").write_text(text)
     with pytest.raises(ValueError, match=message):
         read_patients(tmp_path / "t.csv")
+
+
+def test_a_table_of_slides_is_read_by_its_columns():
+    table = pl.DataFrame(
+        {
+            "slide": ["x/a.svs", "b.ome.tif", "c"],
+            "mpp": ["0.5", None, "nan"],
+            "mask": [" ", "m.png", None],
+            "origin": [None, "bounds", ""],
+            "patient": ["007", "7", "007"],
+        }
+    )
+    numbers = pl.Series("mpp", [0.5, None, float("nan")])
+    assert read_slide_table(table) == read_slide_table(table.with_columns(numbers))
+    assert read_slide_table(table) == (
+        {
+            "a": SlideSource(Path("x/a.svs"), 0.5),
+            "b": SlideSource(Path("b.ome.tif"), mask=Path("m.png"), origin="bounds"),
+            "c": SlideSource(Path("c")),
+        },
+        {"a": "007", "b": "7", "c": "007"},
+    )
+    assert read_slide_table(table.select("slide"))[1] is None
+
+
+@given(st.lists(st.text(), unique=True), st.data())
+def test_a_table_of_slides_keeps_its_rows_or_is_refused(paths, data):
+    people = st.one_of(st.none(), st.text())
+    patients = data.draw(st.lists(people, min_size=len(paths), max_size=len(paths)))
+    table = pl.DataFrame({"slide": paths, "patient": patients}, schema_overrides={"patient": str})
+    try:
+        slides, found = read_slide_table(table)
+    except SlideTableError:
+        return
+    assert [source.path for source in slides.values()] == list(map(Path, paths))
+    assert found is None or list(found.values()) == patients
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"path": ["a.svs"]}, "column 'path' is unknown; the columns are slide, mpp, mask"),
+        ({"mpp": [0.5]}, "no column 'slide' with the paths of slides"),
+        ({"slide": ["a.svs", None]}, "row 2: slide '' is not the path of a file"),
+        ({"slide": ["/"]}, "row 1: slide '/' is not the path of a file"),
+        ({"slide": ["a\0b"]}, r"row 1: slide 'a.x00b' contains a null character"),
+        ({"slide": ["x" * 201]}, "has a name of more than 200 bytes"),
+        ({"slide": ["a.svs"], "mask": ["/"]}, "row 1: mask '/' is not the path of a file"),
+        ({"slide": ["a.svs"], "origin": ["corner"]}, "origin 'corner' must be 'level0' or 'bou"),
+        ({"slide": ["a.svs"], "mpp": [float("inf")]}, "row 1, column 'mpp'"),
+        ({"slide": [["a.svs"]]}, r"column 'slide' holds List"),
+        ({"slide": ["a.svs", "a.tif"]}, "row 2: a.tif has the slide id 'a' of a.svs"),
+        ({"slide": ["a", "b"], "patient": ["p", None]}, "row 2 has no patient; give one in every"),
+    ],
+)
+def test_an_invalid_table_of_slides_is_refused(columns, message):
+    with pytest.raises(SlideTableError, match=message):
+        read_slide_table(pl.DataFrame(columns))
+
+
+def test_a_table_of_slides_without_rows_gives_no_predictions(study):
+    _, store = study
+    for target in TARGETS:
+        model = load_model(store.slide_model(ModelKey(encoder=ENCODER, target=target)))
+        encoder, none = load_encoder(store.encoder(ENCODER)), pl.DataFrame({"slide": []})
+        empty = predict_table(model, encoder, none)
+        whole = predict_slides(model, encoder, dict(list(split(store, "test").items())[:1]))
+        assert empty.height == 0
+        assert dict(empty.drop("reasons").schema) == dict(whole.predictions.schema)
 
 
 def test_model_file_with_other_format_or_weights_is_refused(study, tmp_path):
