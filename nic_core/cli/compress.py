@@ -86,6 +86,7 @@ def compress(
     from nic_core.compression.batch import REPORT, compress_slides, slides_by_id, write_report
     from nic_core.devices import resolve_device
     from nic_core.encoders.errors import EncoderError
+    from nic_core.slides import SlideSource
 
     try:
         resolve_device(device)
@@ -98,7 +99,7 @@ def compress(
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--stride") from error
     try:
-        named = slides_by_id(slides)
+        named = slides_by_id(SlideSource(path, mpp, image) for path in slides)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     with batch_progress(len(named)) as (show, tell), one_line(EncoderError):
@@ -106,8 +107,6 @@ def compress(
             named,
             prepared,
             out,
-            mpp=mpp,
-            image=image,
             colours=colours,
             tissue=share,
             stride=stride,

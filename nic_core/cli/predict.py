@@ -72,6 +72,7 @@ def predict(
         read_patients,
         write_predictions,
     )
+    from nic_core.slides import SlideSource
 
     if heatmaps and out is None:
         raise typer.BadParameter("heatmaps need a folder: give --out too", param_hint="--heatmaps")
@@ -82,7 +83,7 @@ def predict(
         resolve_device(device)
         check_encoder(card, network.card)
         check_times(card, times or ())
-        named = slides_by_id(slides)
+        named = slides_by_id(SlideSource(path, mpp, image) for path in slides)
         of_slide = read_patients(patients) if patients is not None else None
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
@@ -97,8 +98,6 @@ def predict(
             out,
             patients=of_slide,
             times=times or (),
-            mpp=mpp,
-            image=image,
             device=device,
             heatmaps=heatmaps,
             progress=show,

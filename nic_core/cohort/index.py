@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import polars as pl
 
@@ -30,6 +30,7 @@ from nic_core.slides.dicom import folder_series
 from nic_core.slides.errors import SlideError
 from nic_core.slides.files import LeftAside, SlideFiles, files_of_slide
 from nic_core.slides.folders import find_slide_files, list_candidates, summarize_left_aside
+from nic_core.slides.source import SlideSource
 from nic_core.types import Origin
 
 INDEX_SCHEMA: dict[str, pl.DataType] = {
@@ -145,6 +146,12 @@ def slide_index(cohort: Cohort) -> pl.DataFrame:
     for slide, problem in found.problems.items():
         raise CohortError(f"slide '{slide}': {problem}")
     return found.index
+
+
+def row_source(row: Mapping[str, Any]) -> SlideSource:
+    """Return the file of a slide and how it is read, from its row of a slide index."""
+    mask = None if row["mask"] is None else Path(row["mask"])
+    return SlideSource(Path(row["path"]), row["mpp"], row["image"], mask, row["origin"])
 
 
 def missing_files(index: pl.DataFrame) -> dict[str, str]:

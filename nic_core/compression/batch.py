@@ -11,7 +11,7 @@ import functools
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -22,12 +22,12 @@ from nic_core.cohort.index import slide_id
 from nic_core.compression import compress_to_store, is_up_to_date
 from nic_core.encoders.inference import PreparedEncoder
 from nic_core.grids import Grid, open_grid
-from nic_core.slides import SlideError, content_identity, open_slide
+from nic_core.slides import SlideError, SlideSource, content_identity, open_source
 from nic_core.slides.dicom import folder_series
 from nic_core.slides.files import SlideFiles, files_of_slide
 from nic_core.store import StoreBusyError, StoreError, atomic_file, exclusive_lock
+from nic_core.tiling.mask_files import source_mask
 from nic_core.tiling.patches import patch_table
-from nic_core.tiling.tissue import tissue_mask
 from nic_core.types import Colours
 
 REPORT = "report.csv"
@@ -62,7 +62,7 @@ class Outcome:
     patches_per_second: float | None = None
 
 
-def slides_by_id(paths: Iterable[Path]) -> dict[str, Path]:
+def slides_by_id(sources: Iterable[SlideSource]) -> dict[str, SlideSource]:
     """Return slides by slide id (:func:`nic_core.cohort.index.slide_id`), each by its main file.
 
     Several files of one slide, for example of a DICOM series, are one slide.
@@ -70,30 +70,33 @@ def slides_by_id(paths: Iterable[Path]) -> dict[str, Path]:
     Raises
     ------
     ValueError
-        Two slides have the same id.
+        Two slides have the same id, or two sources of one slide differ.
     """
-    slides: dict[str, Path] = {}
+    slides: dict[str, SlideSource] = {}
     series_of = functools.cache(folder_series)
-    for path in paths:
-        found = files_of_slide(path, series_of=series_of)
+    for source in sources:
+        found = files_of_slide(source.path, series_of=series_of)
         # compression reports a file that is not a slide
-        slide = found if isinstance(found, SlideFiles) else SlideFiles(path)
-        other = slides.setdefault(slide_id(slide), slide.path)
-        if other != slide.path:
+        files = found if isinstance(found, SlideFiles) else SlideFiles(source.path)
+        slide = replace(source, path=files.path)
+        other = slides.setdefault(slide_id(files), slide)
+        if other.path != slide.path:
             raise ValueError(
-                f"{other} and {slide.path} have the same slide id '{slide_id(slide)}'; rename one "
-                "of them"
+                f"{other.path} and {slide.path} have the same slide id '{slide_id(files)}'; rename "
+                "one of them"
+            )
+        if other != slide:
+            raise ValueError(
+                f"{slide.path} is given twice, with different um/px, image or mask; keep one"
             )
     return slides
 
 
 def compress_slides(
-    slides: Mapping[str, Path],
+    slides: Mapping[str, SlideSource],
     encoder: PreparedEncoder,
     out: Path,
     *,
-    mpp: float | None = None,
-    image: int | None = None,
     colours: Colours = "stored",
     tissue: float = 0.6,
     stride: int | None = None,
@@ -110,15 +113,11 @@ def compress_slides(
 
     Parameters
     ----------
-    slides : mapping of str to Path
-        Slide id to file.
+    slides : mapping of str to SlideSource
+        Slide id to the slide's file and how it is read. Without a mask, tissue is detected.
     encoder : PreparedEncoder
     out : Path
         Folder of the grid stores; created if missing.
-    mpp : float, optional
-        um/px at level 0 of all slides; overrides that of the files.
-    image : int, optional
-        Number of the image of all slides; default: the largest brightfield scan of each file.
     colours : {"stored", "srgb"}
         Pixels as stored, or converted by the ICC profile of each file for the embeddings. Tissue is
         always detected on stored pixels.
@@ -148,13 +147,14 @@ def compress_slides(
         if on_outcome is not None:
             on_outcome(outcome)
 
-    def compress(slide: str, path: Path, store: Path) -> tuple[Status, Grid]:
-        with open_slide(path, mpp=mpp, image=image) as opened:
+    def compress(slide: str, source: SlideSource, store: Path) -> tuple[Status, Grid]:
+        with open_source(source) as opened:
             card = encoder.card
             geometry = Geometry(card.patch, card.mpp, stride or card.patch)
-            table = patch_table(slide, opened, tissue_mask(opened), geometry, tissue=tissue)
-        with open_slide(path, mpp=mpp, image=image, colours=colours) as opened:
-            identity = content_identity(path)
+            mask = source_mask(source, opened)
+            table = patch_table(slide, opened, mask, geometry, tissue=tissue)
+        with open_source(source, colours=colours) as opened:
+            identity = content_identity(source.path)
             if resume and is_up_to_date(
                 store, opened, table, encoder, slide_identity=identity, orientations=orientations
             ):
@@ -173,29 +173,30 @@ def compress_slides(
             )
         return "compressed", grid
 
-    waiting = deque((slide, path, False) for slide, path in slides.items())
+    waiting = deque((slide, source, False) for slide, source in slides.items())
     while waiting:
-        slide, path, wait = waiting.popleft()
-        store = out / f"{slide}.zarr"
+        slide, source, wait = waiting.popleft()
+        path, store = str(source.path), out / f"{slide}.zarr"
         start = time.perf_counter()
         try:
             with exclusive_lock(store, wait=wait):
-                status, grid = compress(slide, path, store)
+                status, grid = compress(slide, source, store)
         except StoreBusyError as error:
-            waiting.append((slide, path, True))
-            record(Outcome(slide, str(path), "waiting", error.reason))
+            waiting.append((slide, source, True))
+            record(Outcome(slide, path, "waiting", error.reason))
         except StoreError as error:
-            record(Outcome(slide, str(path), "failed", f"{store}: {error.reason}", error.remedy))
-            for slide, path, _ in waiting:
-                record(Outcome(slide, str(path), "not tried", error.reason, error.remedy))
+            record(Outcome(slide, path, "failed", f"{store}: {error.reason}", error.remedy))
+            for slide, source, _ in waiting:
+                path = str(source.path)
+                record(Outcome(slide, path, "not tried", error.reason, error.remedy))
             break
         except SlideError as error:
-            record(Outcome(slide, str(path), "failed", error.reason, error.remedy))
+            record(Outcome(slide, path, "failed", error.reason, error.remedy))
         else:
             cells, seconds = int(grid.valid.sum()), time.perf_counter() - start
             rate = cells / seconds if status == "compressed" else None
             unreadable = grid.provenance.unreadable
-            record(Outcome(slide, str(path), status, None, None, cells, unreadable, seconds, rate))
+            record(Outcome(slide, path, status, None, None, cells, unreadable, seconds, rate))
     return pl.DataFrame([asdict(outcomes[slide]) for slide in slides], schema=BATCH_SCHEMA)
 
 

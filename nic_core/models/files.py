@@ -261,7 +261,7 @@ def save_model(
     network, hashes = result.settings.network, []
     for k, model in enumerate(result.networks):
         tensors = {name: t.contiguous() for name, t in model.state_dict().items()}
-        save_file(tensors, folder / f"fold-{k}.safetensors")
+        save_file(tensors, folder / _fold_file(k))
         hashes.append(tensors_hash(network, tensors))
     rows = result.metrics.fill_nan(None).to_dicts()
     held_out = result.predictions.filter(model=NETWORK, split="cv")
@@ -310,6 +310,11 @@ def read_model_card(folder: Path) -> ModelCard:
         ) from error
 
 
+def model_files(card: ModelCard) -> tuple[str, ...]:
+    """Return the names of the files that :func:`load_model` reads."""
+    return CARD, *(_fold_file(k) for k in range(len(card.networks)))
+
+
 def load_model(folder: Path) -> SlideModel:
     """Load a model that :func:`save_model` wrote, on the CPU, in evaluation mode.
 
@@ -322,8 +327,7 @@ def load_model(folder: Path) -> SlideModel:
     card = read_model_card(folder)
     try:
         networks = tuple(
-            _load_fold(card, folder / f"fold-{k}.safetensors", hash_)
-            for k, hash_ in enumerate(card.networks)
+            _load_fold(card, folder / _fold_file(k), hash_) for k, hash_ in enumerate(card.networks)
         )
     except OSError as error:
         raise _no_model(folder, error) from error
@@ -343,6 +347,10 @@ def ensemble_module(networks: Sequence[FoldModel]) -> Ensemble:
     module = Ensemble(networks)
     module.eval().requires_grad_(False)
     return module
+
+
+def _fold_file(k: int) -> str:
+    return f"fold-{k}.safetensors"
 
 
 def _no_model(folder: Path, error: OSError) -> ModelFileError:

@@ -10,7 +10,7 @@ changes them.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +31,7 @@ from nic_core.models.files import ModelCard, SlideModel
 from nic_core.models.kinds import kind_of
 from nic_core.models.kinds.base import named_series
 from nic_core.models.training import fitting_threads, predict_units
-from nic_core.slides import SlideError, open_slide
+from nic_core.slides import SlideError, SlideSource, open_slide
 from nic_core.store import atomic_file
 
 GRIDS, HEATMAPS = "grids", "heatmaps"
@@ -224,13 +224,11 @@ def predict_grids(
 def predict_slides(
     model: SlideModel,
     encoder: Encoder,
-    slides: Mapping[str, Path],
+    slides: Mapping[str, SlideSource],
     out: Path | None = None,
     *,
     patients: Mapping[str, str] | None = None,
     times: Sequence[float] = (),
-    mpp: float | None = None,
-    image: int | None = None,
     device: str = "auto",
     heatmaps: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
@@ -244,7 +242,8 @@ def predict_slides(
     Parameters
     ----------
     slides
-        Slide id to file, as from :func:`nic_core.compression.batch.slides_by_id`.
+        Slide id to the slide's file and how it is read, as from
+        :func:`nic_core.compression.batch.slides_by_id`.
     out
         Folder for ``grids/<slide>.zarr``, which are reused while they are up to date, and
         ``heatmaps/<target>/<slide>/``. None: temporary files only.
@@ -252,10 +251,6 @@ def predict_slides(
         Slide id to patient. None: a model at patient level treats each slide as one patient.
     times
         As in :func:`predict_grids`.
-    mpp
-        um/px at level 0 of all slides; overrides the files' values.
-    image
-        Number of the image of all slides; default: the largest brightfield scan of each file.
     device
         Device of the encoder: ``auto``, ``cpu`` or ``cuda``. The networks run on the CPU.
     heatmaps
@@ -293,8 +288,6 @@ def predict_slides(
             slides,
             prepared,
             folder / GRIDS,
-            mpp=mpp,
-            image=image,
             colours=colours,
             tissue=card.grids.tissue,
             stride=card.stride,
@@ -317,7 +310,7 @@ def predict_slides(
                     _write_explanation(
                         model,
                         grid(slide),
-                        slides[slide],
+                        slides[slide].path,
                         out / HEATMAPS / card.target.name / slide,
                     )
                 except SlideError as error:
@@ -383,7 +376,7 @@ def read_patients(path: Path) -> dict[str, str]:
 
 
 def _units(
-    card: ModelCard, slides: Mapping[str, Path], patients: Mapping[str, str] | None
+    card: ModelCard, slides: Iterable[str], patients: Mapping[str, str] | None
 ) -> pl.DataFrame:
     """Return ``unit``, ``patient`` and ``slides`` of the units, in the order of the slides."""
     if patients is not None and (unknown := [s for s in slides if s not in patients]):

@@ -10,5 +10,15 @@ from nic_core.slides.errors import SlideError
 from nic_core.slides.identity import content_identity
 from nic_core.slides.images import ImageInfo
 from nic_core.slides.slide import Slide, open_slide
+from nic_core.slides.source import SlideSource, open_source
 
-__all__ = ["ImageInfo", "Level", "Slide", "SlideError", "content_identity", "open_slide"]
+__all__ = [
+    "ImageInfo",
+    "Level",
+    "Slide",
+    "SlideError",
+    "SlideSource",
+    "content_identity",
+    "open_slide",
+    "open_source",
+]

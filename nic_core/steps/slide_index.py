@@ -23,14 +23,14 @@ from nic_core.cohort import (
     ReusedEncoder,
     Target,
 )
-from nic_core.cohort.index import INDEX_SCHEMA, find_slides
+from nic_core.cohort.index import INDEX_SCHEMA, find_slides, row_source
 from nic_core.cohort.scan import SNAPSHOT_SCHEMA, take_snapshot, watched_files
 from nic_core.encoders import EncoderError, initial_weights_version
 from nic_core.encoders.files import CARD
 from nic_core.encoders.patch_sources import source_files
 from nic_core.models.fold_columns import FoldColumn, read_fold_column
 from nic_core.models.labels import read_labels, target_table
-from nic_core.slides import Slide, content_identity, open_slide
+from nic_core.slides import Slide, content_identity, open_source
 from nic_core.slides.files import LeftAside
 from nic_core.store import Store, atomic_file
 from nic_core.types import Colours
@@ -457,8 +457,7 @@ def open_indexed(store: Store, slide: str, *, colours: Colours = "stored") -> Sl
     SlideError
         The slide cannot be used.
     """
-    row = index_row(store, slide)
-    return open_slide(Path(row["path"]), mpp=row["mpp"], image=row["image"], colours=colours)
+    return open_source(row_source(index_row(store, slide)), colours=colours)
 
 
 def digest(*parts: object) -> str:

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import polars as pl
 from matplotlib.image import imsave
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from nic_core.cohort import Cohort, CohortError
+from nic_core.cohort.index import row_source
 from nic_core.slides import ImageInfo, Level, content_identity
 from nic_core.slides.icc import IccProfile
 from nic_core.steps.slide_index import index_row, open_indexed
 from nic_core.store import PatchTableKey, Store, atomic_folder
 from nic_core.tiling.background import stain_density
 from nic_core.tiling.ink import find_ink
-from nic_core.tiling.mask_files import read_mask
+from nic_core.tiling.mask_files import source_mask
 from nic_core.tiling.patches import patch_table, write_patch_table
 from nic_core.tiling.quality import measure_quality
-from nic_core.tiling.tissue import TissueMask, tissue_mask, tissue_outline
+from nic_core.tiling.tissue import TissueMask, tissue_outline
 from nic_core.types import Pixels
 
 RECORD, THUMBNAIL, TISSUE = "slide.json", "thumbnail.jpg", "tissue.png"
@@ -65,11 +64,7 @@ def make_slide(store: Store, slide: str) -> tuple[SlideRecord, Pixels]:
         thumbnail = opened.thumbnail(THUMBNAIL_SIDE)
         thumbnail_mpp = opened.width * opened.mpp / thumbnail.shape[1]
         ink = find_ink(stain_density(thumbnail, thumbnail_mpp), thumbnail_mpp)
-        row = index_row(store, slide)
-        if row["mask"]:
-            mask = read_mask(Path(row["mask"]), opened, origin=row["origin"])
-        else:
-            mask = tissue_mask(opened)
+        mask = source_mask(row_source(index_row(store, slide)), opened)
         record = SlideRecord(
             slide=slide,
             identity=content_identity(opened.path),

@@ -201,8 +201,7 @@ def _opened(
                     check_mask(Path(row["mask"]), slide, origin=row["origin"])
         except SlideError as error:
             # slides with the same problem are one finding, which names the slides
-            mask = f"mask {row['mask']}: " if error.slide == row["mask"] else ""
-            return None, (f"{mask}{error.reason}", error.remedy)
+            return None, (error.reason, error.remedy)
         return identity, None
 
     identities: dict[str, str] = {}

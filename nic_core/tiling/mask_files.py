@@ -34,6 +34,7 @@ from nic_core.slides.images import alpha_kind, find_images
 from nic_core.slides.metadata import MPP_RANGE
 from nic_core.slides.resample import coverage
 from nic_core.slides.slide import Slide
+from nic_core.slides.source import SlideSource
 from nic_core.tiling.annotations import (
     NO_CLASS,
     is_annotation_file,
@@ -42,7 +43,7 @@ from nic_core.tiling.annotations import (
     unused_features,
 )
 from nic_core.tiling.regions import region_mask
-from nic_core.tiling.tissue import TISSUE_MPP, Mask, TissueMask, mask_size
+from nic_core.tiling.tissue import TISSUE_MPP, Mask, TissueMask, mask_size, tissue_mask
 from nic_core.types import Origin
 
 log = logging.getLogger(__name__)
@@ -124,7 +125,10 @@ def read_mask(
     mpp = max(mpp, slide.mpp)
     width, height = mask_size(slide, mpp)
     if is_annotation_file(path):
-        annotations = read_annotations(path)
+        try:
+            annotations = read_annotations(path)
+        except SlideError as error:  # it names the mask as the slide
+            raise SlideError(slide.path, f"mask {path}: {error.reason}", error.remedy) from error
         if not annotations.regions:
             raise SlideError(
                 slide.path,
@@ -148,6 +152,19 @@ def read_mask(
         tissue = _foreground(stored)
         scale = level0_px_per_px(stored, slide.width, slide.height, slide.mpp)
         return TissueMask(_rasterised(tissue, scale, slide, (height, width), mpp), mpp)
+
+
+def source_mask(source: SlideSource, slide: Slide) -> TissueMask:
+    """Return the tissue mask of an opened slide: its source's mask, else detected tissue.
+
+    Raises
+    ------
+    SlideError
+        See :func:`read_mask` and :func:`nic_core.tiling.tissue.tissue_mask`.
+    """
+    if source.mask is not None:
+        return read_mask(source.mask, slide, origin=source.origin)
+    return tissue_mask(slide)
 
 
 def check_mask(path: Path, slide: Slide, *, origin: Origin | None = None) -> None:

@@ -436,7 +436,8 @@ mlflow.set_tracking_uri(uri)
 for name in ("encoder-mtl-4", "model-survival"):
     given = numpy.load(f"{folder}/{name}.npy")
     where = f"models:/{name}@{'candidate' if name[0] == 'e' else 'candidate-mtl-4'}"
-    numpy.save(f"{folder}/{name}.pyfunc.npy", mlflow.pyfunc.load_model(where).predict(given))
+    if name[0] == "e":  # a slide model's function takes slide files, with this project's code
+        numpy.save(f"{folder}/{name}.pyfunc.npy", mlflow.pyfunc.load_model(where).predict(given))
     with torch.no_grad():
         found = mlflow.pytorch.load_model(where)(torch.from_numpy(given)).numpy()
     numpy.save(f"{folder}/{name}.torch.npy", found)
@@ -464,7 +465,7 @@ def test_registered_networks_predict_the_same_without_this_project(study, tmp_pa
             "model-survival": model(torch.from_numpy(crops)).numpy(),
         }
     for name, expected in ours.items():
-        for flavour in ("torch", "pyfunc"):
+        for flavour in ("torch", "pyfunc") if name == "encoder-mtl-4" else ("torch",):
             found = np.load(tmp_path / f"{name}.{flavour}.npy")
             np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 

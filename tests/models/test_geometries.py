@@ -16,6 +16,7 @@ from rich.console import Console
 
 from nic_core import steps
 from nic_core.cohort import Cohort, CohortError
+from nic_core.cohort.index import row_source
 from nic_core.encoders import load_encoder
 from nic_core.grids import open_grid, write_grid
 from nic_core.maps.heatmaps import ZARR, read_heatmap
@@ -129,7 +130,7 @@ def test_a_new_slide_is_compressed_with_the_geometry_of_the_model(study, tmp_pat
     _, store, lacking = study
     model, encoder = load_model(store.slide_model(key)), load_encoder(store.encoder(key.encoder))
     row = steps.read_slide_index(store).row(by_predicate=pl.col("slide") == lacking, named=True)
-    found = predict_slides(model, encoder, {lacking: Path(row["path"])}, tmp_path, heatmaps=True)
+    found = predict_slides(model, encoder, {lacking: row_source(row)}, tmp_path, heatmaps=True)
     assert found.slides["status"].to_list() == ["compressed"]
     about = open_grid(tmp_path / "grids" / f"{lacking}.zarr").provenance
     assert (about.patch, about.mpp, about.stride) == (

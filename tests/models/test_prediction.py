@@ -10,11 +10,14 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from nic_core import steps
 from nic_core.cli import app
 from nic_core.cohort import Cohort, CohortError
+from nic_core.cohort.index import row_source
 from nic_core.encoders import load_encoder
 from nic_core.grids import Grid, open_grid, write_grid
 from nic_core.models.cross_validation import NETWORK
@@ -33,6 +36,8 @@ from nic_core.models.prediction import (
     predict_slides,
     read_patients,
 )
+from nic_core.models.slide_table import SlideTableError, predict_table, read_slide_table
+from nic_core.slides import SlideSource
 from nic_core.steps.slide_models import PREDICTIONS
 from nic_core.store import GridKey, ModelKey, Store
 
@@ -48,9 +53,13 @@ def study(mean_rgb_study) -> tuple[Cohort, Store]:
     return mean_rgb_study
 
 
-def split(store: Store, name: str) -> dict[str, Path]:
+def split(store: Store, name: str) -> dict[str, SlideSource]:
     rows = steps.read_slide_index(store).filter(split=name).sort("slide")
-    return {slide: Path(path) for slide, path in rows.select("slide", "path").rows()}
+    return {row["slide"]: row_source(row) for row in rows.iter_rows(named=True)}
+
+
+def paths(slides: dict[str, SlideSource]) -> list[Path]:
+    return [source.path for source in slides.values()]
 
 
 def patients(store: Store) -> dict[str, str]:
@@ -173,7 +182,7 @@ def test_survival_probabilities_equal_the_test_split(study):
 
 def test_invalid_times_are_refused(study):
     _, store = study
-    slide = next(iter(split(store, "test").values()))
+    slide = next(iter(split(store, "test").values())).path
     done = predict("--model", f"{ENCODER}/growth", "--times", 365, slide, store=store)
     assert done.exit_code == 2
     assert "is not a survival target" in done.output
@@ -212,7 +221,7 @@ def test_patient_is_the_mean_of_the_usable_slides(study, tmp_path):
     assert pooled["slides"].to_list() == [[first, second]]
     assert pooled["risk"][0] == pytest.approx(alone["risk"].mean(), rel=1e-5, abs=1e-6)
     (tmp_path / "bad.svs").write_text("no slide")
-    with_bad = slides | {"bad": tmp_path / "bad.svs"}
+    with_bad = slides | {"bad": SlideSource(tmp_path / "bad.svs")}
     found = predict_slides(model, encoder, with_bad, tmp_path, patients=one | {"bad": "anna"})
     assert found.predictions["failed"].to_list() == [["bad"]]
     assert found.predictions["risk"][0] == pytest.approx(pooled["risk"][0], rel=1e-6)
@@ -262,7 +271,7 @@ def test_command_continues_after_bad_slides_and_exits_with_1(study, tmp_path):
     good = split(store, "test")
     out = tmp_path / "out"
     model = ["--model", f"{ENCODER}/growth"]
-    done = predict(*model, "--out", out, tmp_path / "bad.svs", *good.values(), store=store)
+    done = predict(*model, "--out", out, tmp_path / "bad.svs", *paths(good), store=store)
     assert done.exit_code == 1, done.output
     assert "not an image of a known format" in done.output
     table = pl.read_csv(out / "predictions-growth.csv")
@@ -275,7 +284,7 @@ def test_command_continues_after_bad_slides_and_exits_with_1(study, tmp_path):
         "failed",
         *["compressed"] * len(good),
     ]
-    again = predict(*model, "--out", out, *good.values(), store=store)
+    again = predict(*model, "--out", out, *paths(good), store=store)
     assert again.exit_code == 0, again.output
     assert set(pl.read_csv(out / "report.csv")["status"]) == {"up to date"}
     assert (
@@ -298,7 +307,7 @@ def test_command_writes_heatmaps_and_pools_by_patient(study, tmp_path):
         ),
         *("--patients", tmp_path / "patients.csv", "--out", tmp_path, "--heatmaps"),
         *("--times", 100, "--times", 12.5),
-        *slides.values(),
+        *paths(slides),
         store=store,
     )
     assert done.exit_code == 0, done.output
@@ -312,7 +321,7 @@ def test_command_writes_heatmaps_and_pools_by_patient(study, tmp_path):
 
 def test_command_names_a_missing_model_and_a_wrong_encoder(study, tmp_path):
     _, store = study
-    slide = next(iter(split(store, "test").values()))
+    slide = next(iter(split(store, "test").values())).path
     done = predict("--model", "none/growth", slide, store=store)
     assert done.exit_code == 2
     assert f"{ENCODER}/growth" in done.output
@@ -337,6 +346,75 @@ def test_invalid_table_of_patients_raises(tmp_path, text, message):
     (tmp_path / "t.csv").write_text(text)
     with pytest.raises(ValueError, match=message):
         read_patients(tmp_path / "t.csv")
+
+
+def test_a_table_of_slides_is_read_by_its_columns():
+    table = pl.DataFrame(
+        {
+            "slide": ["x/a.svs", "b.ome.tif", "c"],
+            "mpp": ["0.5", None, "nan"],
+            "mask": [" ", "m.png", None],
+            "origin": [None, "bounds", ""],
+            "patient": ["007", "7", "007"],
+        }
+    )
+    numbers = pl.Series("mpp", [0.5, None, float("nan")])
+    assert read_slide_table(table) == read_slide_table(table.with_columns(numbers))
+    assert read_slide_table(table) == (
+        {
+            "a": SlideSource(Path("x/a.svs"), 0.5),
+            "b": SlideSource(Path("b.ome.tif"), mask=Path("m.png"), origin="bounds"),
+            "c": SlideSource(Path("c")),
+        },
+        {"a": "007", "b": "7", "c": "007"},
+    )
+    assert read_slide_table(table.select("slide"))[1] is None
+
+
+@given(st.lists(st.text(), unique=True), st.data())
+def test_a_table_of_slides_keeps_its_rows_or_is_refused(paths, data):
+    people = st.one_of(st.none(), st.text())
+    patients = data.draw(st.lists(people, min_size=len(paths), max_size=len(paths)))
+    table = pl.DataFrame({"slide": paths, "patient": patients}, schema_overrides={"patient": str})
+    try:
+        slides, found = read_slide_table(table)
+    except SlideTableError:
+        return
+    assert [source.path for source in slides.values()] == list(map(Path, paths))
+    assert found is None or list(found.values()) == patients
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"path": ["a.svs"]}, "column 'path' is unknown; the columns are slide, mpp, mask"),
+        ({"mpp": [0.5]}, "no column 'slide' with the paths of slides"),
+        ({"slide": ["a.svs", None]}, "row 2: slide '' is not the path of a file"),
+        ({"slide": ["/"]}, "row 1: slide '/' is not the path of a file"),
+        ({"slide": ["a\0b"]}, r"row 1: slide 'a.x00b' contains a null character"),
+        ({"slide": ["x" * 201]}, "has a name of more than 200 bytes"),
+        ({"slide": ["a.svs"], "mask": ["/"]}, "row 1: mask '/' is not the path of a file"),
+        ({"slide": ["a.svs"], "origin": ["corner"]}, "origin 'corner' must be 'level0' or 'bou"),
+        ({"slide": ["a.svs"], "mpp": [float("inf")]}, "row 1, column 'mpp'"),
+        ({"slide": [["a.svs"]]}, r"column 'slide' holds List"),
+        ({"slide": ["a.svs", "a.tif"]}, "row 2: a.tif has the slide id 'a' of a.svs"),
+        ({"slide": ["a", "b"], "patient": ["p", None]}, "row 2 has no patient; give one in every"),
+    ],
+)
+def test_an_invalid_table_of_slides_is_refused(columns, message):
+    with pytest.raises(SlideTableError, match=message):
+        read_slide_table(pl.DataFrame(columns))
+
+
+def test_a_table_of_slides_without_rows_gives_no_predictions(study):
+    _, store = study
+    for target in TARGETS:
+        model = load_model(store.slide_model(ModelKey(encoder=ENCODER, target=target)))
+        encoder, none = load_encoder(store.encoder(ENCODER)), pl.DataFrame({"slide": []})
+        empty = predict_table(model, encoder, none)
+        whole = predict_slides(model, encoder, dict(list(split(store, "test").items())[:1]))
+        assert empty.height == 0
+        assert dict(empty.drop("reasons").schema) == dict(whole.predictions.schema)
 
 
 def test_model_file_with_other_format_or_weights_is_refused(study, tmp_path):

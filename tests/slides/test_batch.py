@@ -10,17 +10,21 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 import pytest
+from PIL import Image
 
 from nic_core.cohort import EncoderSpec
 from nic_core.compression.batch import BATCH_SCHEMA, compress_slides, slides_by_id, write_report
 from nic_core.encoders import train_encoder
 from nic_core.encoders.inference import PreparedEncoder
 from nic_core.grids import grid_hash, open_grid
+from nic_core.slides import SlideSource
 from nic_core.store import exclusive_lock
 from tests.slides import vendors
 from tests.slides.conftest import paint, write_tiff
+from tests.slides.test_slide_images import write_ome
 
 pytestmark = pytest.mark.slow
 
@@ -38,12 +42,18 @@ def mean_rgb(patch: int = 64) -> PreparedEncoder:
 
 
 @pytest.fixture
-def slides(tmp_path) -> dict[str, Path]:
+def slides(tmp_path) -> dict[str, SlideSource]:
     """Three slides of 8 x 8 cells that are all tissue."""
-    return slides_by_id(
-        write_tiff(tmp_path / f"{name}.tif", paint(512, 512, seed), mpp=1.0)
-        for seed, name in enumerate("abc")
+    return by_id(
+        *(
+            write_tiff(tmp_path / f"{name}.tif", paint(512, 512, seed), mpp=1.0)
+            for seed, name in enumerate("abc")
+        )
     )
+
+
+def by_id(*paths: Path) -> dict[str, SlideSource]:
+    return slides_by_id(map(SlideSource, paths))
 
 
 def names(folder: Path) -> list[str]:
@@ -52,7 +62,7 @@ def names(folder: Path) -> list[str]:
 
 def test_a_bad_slide_does_not_stop_the_others(slides, tmp_path):
     (tmp_path / "text.svs").write_text("no slide")
-    bad = slides_by_id([tmp_path / "text.svs", tmp_path, tmp_path / "gone.svs"])
+    bad = by_id(tmp_path / "text.svs", tmp_path, tmp_path / "gone.svs")
     outcomes = []
     out = tmp_path / "grids"
     table = compress_slides(bad | slides, mean_rgb(), out, on_outcome=outcomes.append)
@@ -79,8 +89,9 @@ def test_a_bad_slide_does_not_stop_the_others(slides, tmp_path):
 def test_only_changed_slides_are_compressed_again(slides, tmp_path):
     encoder, out = mean_rgb(), tmp_path / "grids"
 
-    def statuses(encoder=encoder, **options):
-        table = compress_slides(slides, encoder, out, **options)
+    def statuses(encoder=encoder, mpp=None, **options):
+        sources = {slide: replace(source, mpp=mpp) for slide, source in slides.items()}
+        table = compress_slides(sources, encoder, out, **options)
         assert table["cells"].to_list() == [int(open_grid(p).valid.sum()) for p in out.iterdir()]
         return set(table["status"])
 
@@ -100,23 +111,75 @@ def test_only_changed_slides_are_compressed_again(slides, tmp_path):
         assert statuses(**changed) == {"up to date"}
     assert statuses() == {"compressed"}
     assert statuses(resume=False) == {"compressed"}
-    write_tiff(slides["b"], paint(512, 512, 9), mpp=1.0)
+    write_tiff(slides["b"].path, paint(512, 512, 9), mpp=1.0)
     table = compress_slides(slides, encoder, out)
     assert table["status"].to_list() == ["up to date", "compressed", "up to date"]
 
 
+def test_each_slide_is_read_with_its_own_mpp_image_and_mask(tmp_path):
+    scans = [(paint(size, size), f"scan {size}", 1.0) for size in (512, 256)]
+    for name in "abc":
+        write_ome(tmp_path / f"{name}.ome.tif", scans)
+    mask = tmp_path / "mask.png"
+    Image.fromarray(np.eye(8, dtype=np.uint8)).save(mask)
+    slides = slides_by_id(
+        [
+            SlideSource(tmp_path / "a.ome.tif", mpp=0.5),
+            SlideSource(tmp_path / "b.ome.tif", image=1),
+            SlideSource(tmp_path / "c.ome.tif", mask=mask),
+        ]
+    )
+    encoder, out = mean_rgb(), tmp_path / "grids"
+    assert compress_slides(slides, encoder, out)["cells"].to_list() == [16, 16, 8]
+    a, b, c = (open_grid(out / f"{name}.zarr") for name in "abc")
+    assert [grid.provenance.slide_mpp for grid in (a, b, c)] == [0.5, 1.0, 1.0]
+    assert [grid.provenance.slide_image for grid in (a, b, c)] == [0, 1, 0]
+    np.testing.assert_array_equal(c.valid, np.eye(8, dtype=bool))
+    assert set(compress_slides(slides, encoder, out)["status"]) == {"up to date"}
+    Image.fromarray(np.tri(8, dtype=np.uint8)).save(mask)
+    again = compress_slides(slides, encoder, out)
+    assert again["status"].to_list() == ["up to date", "up to date", "compressed"]
+    assert again["cells"].to_list() == [16, 16, 36]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("none.png", None, "mask {}: "),
+        ("none.geojson", None, "mask {}: the annotations cannot be read ("),
+        ("text.png", "no image", "mask {}: "),
+        ("text.geojson", "no mask", "mask {}: the annotations cannot be read ("),
+    ],
+)
+def test_a_mask_that_cannot_be_read_is_the_reason(slides, tmp_path, name, content, reason):
+    mask = tmp_path / name
+    if content is not None:
+        mask.write_text(content)
+    masked = slides | {"b": replace(slides["b"], mask=mask)}
+    table = compress_slides(masked, mean_rgb(), tmp_path / "grids")
+    assert table["status"].to_list() == ["compressed", "failed", "compressed"]
+    assert table["reason"][1].startswith(reason.format(mask))
+    assert table["path"][1] == str(slides["b"].path)
+
+
+def test_sources_of_one_slide_that_differ_are_refused(tmp_path):
+    path = tmp_path / "a.svs"
+    with pytest.raises(ValueError, match=r"a.svs is given twice, with different um/px, image or"):
+        slides_by_id([SlideSource(path), SlideSource(path, mpp=0.5)])
+
+
 def test_files_with_the_same_slide_id_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"x/a.svs and .*y/a.ome.tif have the same slide id 'a'"):
-        slides_by_id([tmp_path / "x" / "a.svs", tmp_path / "y" / "a.ome.tif"])
-    assert list(slides_by_id([tmp_path / "a.svs"] * 2)) == ["a"]
+        by_id(tmp_path / "x" / "a.svs", tmp_path / "y" / "a.ome.tif")
+    assert list(by_id(*[tmp_path / "a.svs"] * 2)) == ["a"]
 
 
 def test_the_files_of_a_dicom_series_are_one_slide(tmp_path, monkeypatch):
     pixels = paint(128, 128)
     level0 = vendors.write_dicom(tmp_path / "P1", [pixels], 0.5, label=pixels)
-    assert slides_by_id(sorted(level0.parent.iterdir())) == {"P1": level0}
+    assert by_id(*sorted(level0.parent.iterdir())) == {"P1": SlideSource(level0)}
     monkeypatch.chdir(level0.parent)
-    assert slides_by_id([Path("label.dcm")]) == {"P1": Path("level0.dcm")}
+    assert by_id(Path("label.dcm")) == {"P1": SlideSource(Path("level0.dcm"))}
 
 
 def test_other_exceptions_are_not_caught(slides, tmp_path):
