@@ -43,6 +43,9 @@ class Network:
         are constant.
     aliases
         Aliases that the version gets.
+    slide_model
+        Folders of the slide model and of its encoder, if the version can also be called with slide
+        files (:mod:`nic_assets.tracking.callable_model`).
     """
 
     name: str
@@ -50,6 +53,7 @@ class Network:
     module: torch.nn.Module
     example: torch.Tensor
     aliases: tuple[str, ...]
+    slide_model: tuple[Path, Path] | None = None
 
 
 @dataclass(frozen=True)
@@ -260,10 +264,17 @@ def model_publication(
         network=Network(
             name=f"model-{key.target}",
             note=f"Models of {key.target} ({card.target.kind}), on the grids of any encoder (tag "
-            "`encoder`): crops of embeddings float32 (B, C, crop, crop) to predictions.",
+            "`encoder`): tables of slide files to predictions, and crops of embeddings float32 "
+            "(B, C, crop, crop) to predictions.",
             module=ensemble_module(result.networks),
             example=torch.zeros((2, card.embedding_size, card.crop, card.crop)),
             aliases=(CANDIDATE, f"{CANDIDATE}-{key.encoder.replace('.', '-')}"),
+            # features of other software cannot be computed for another slide
+            slide_model=(
+                (folder, store.encoder(key.encoder))
+                if encoder is not None and card.grids.precision is not None
+                else None
+            ),
         ),
         figures={
             "predictions": evaluation_figure(result),

@@ -25,6 +25,7 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run,
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.models import infer_signature
 
+from nic_assets.tracking.callable_model import MODEL_NAME, log_slide_predictor
 from nic_assets.tracking.connection import Connection, as_tracking_error
 from nic_assets.tracking.experiments import experiment_id
 from nic_assets.tracking.publications import Network, Publication
@@ -257,13 +258,29 @@ def _result_metrics(publication: Publication, model: str) -> list[Metric]:
 def _log_model(connection: Connection, run: str, network: Network) -> str:
     """Log a network as torch.export archive and verify its files; return the logged model's id.
 
-    The archive loads without this package and without pickle.
+    The archive loads without this package and without pickle. A slide model can also be called with
+    slide files.
 
     Raises
     ------
     ModelFormatError
         The logged files have another format. The run is marked as failed.
     """
+    if network.slide_model is not None:
+        model, encoder = network.slide_model
+        identity = log_slide_predictor(connection, run, model_folder=model, encoder_folder=encoder)
+    else:
+        identity = _log_archive(connection, run, network)
+    try:
+        verify_exported(connection, identity)
+    except ModelFormatError:
+        connection.client.set_terminated(run, "FAILED")
+        raise
+    return identity
+
+
+def _log_archive(connection: Connection, run: str, network: Network) -> str:
+    """Log a network as torch.export archive; return the logged model's id."""
     with torch.no_grad():
         output = network.module(network.example)
     # PyTorch warns of tensors that share memory, although it writes them correctly
@@ -271,17 +288,12 @@ def _log_model(connection: Connection, run: str, network: Network) -> str:
     with connection.active(), mlflow.start_run(run_id=run):
         info = mlflow.pytorch.log_model(
             network.module,
-            name="model",
+            name=MODEL_NAME,
             serialization_format="pt2",
             signature=infer_signature(_array(network.example), _array(output)),
             input_example=_array(network.example),
             pip_requirements=[f"{name}=={_public_version(name)}" for name in ("torch", "numpy")],
         )
-    try:
-        verify_exported(connection, info.model_id)
-    except ModelFormatError:
-        connection.client.set_terminated(run, "FAILED")
-        raise
     identity: str = info.model_id
     return identity
 
