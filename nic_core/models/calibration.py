@@ -49,7 +49,7 @@ def logistic_calibration(event: ArrayLike, probability: ArrayLike) -> dict[str, 
     """
     y = np.asarray(event, bool)
     margin = SMALLEST_PROBABILITY
-    x: Floats = logit(np.clip(np.asarray(probability, np.float64), margin, 1 - margin))
+    x = _log_odds(np.clip(np.asarray(probability, np.float64), margin, 1 - margin))
 
     def in_the_large(w: Floats) -> Floats:
         total, events = w.sum(1), w @ y
@@ -60,13 +60,15 @@ def logistic_calibration(event: ArrayLike, probability: ArrayLike) -> dict[str, 
         counts = w[both]
 
         def surplus(a: Floats) -> Floats:
-            return (counts * (expit(x + a[:, None]) - y)).sum(1)
+            found: Floats = (counts * (_logistic(x + a[:, None]) - y)).sum(1)
+            return found
 
         def derivative(a: Floats) -> Floats:
-            p = expit(x + a[:, None])
-            return (counts * p * (1 - p)).sum(1)
+            p = _logistic(x + a[:, None])
+            found: Floats = (counts * p * (1 - p)).sum(1)
+            return found
 
-        start = logit(events[both] / total[both]) - counts @ x / total[both]
+        start = _log_odds(events[both] / total[both]) - counts @ x / total[both]
         found[both] = _roots(surplus, derivative, start)
         return found
 
@@ -91,7 +93,9 @@ def linear_calibration(truth: ArrayLike, prediction: ArrayLike) -> dict[str, Met
         spread = (w * dp**2).sum(1)
         # differences as small as rounding errors count as equal predictions
         defined = spread > 1e-20 * (w @ p**2)
-        return np.divide((w * dy * dp).sum(1), spread, out=np.full(len(w), np.nan), where=defined)
+        found = np.full(len(w), np.nan)
+        np.divide((w * dy * dp).sum(1), spread, out=found, where=defined)
+        return found
 
     return {IN_THE_LARGE: lambda w: (w @ (y - p)) / w.sum(1), SLOPE: slope}
 
@@ -126,15 +130,27 @@ def survival_calibration(
     steps = np.unique(t[e & (t <= horizon)])
 
     def ratio(w: Floats) -> Floats:
-        at_risk = w @ (t[:, None] >= steps)
-        deaths = w @ ((t[:, None] == steps) & e[:, None])
+        at_risk = w @ (t[:, None] >= steps).astype(np.float64)
+        deaths = w @ ((t[:, None] == steps) & e[:, None]).astype(np.float64)
         falls = np.divide(deaths, at_risk, out=np.zeros_like(deaths), where=at_risk > 0)
         observed = 1 - np.prod(1 - falls, axis=1)
         expected = w @ (1 - s) / w.sum(1)
         followed = (w @ (t >= horizon) > 0) & (expected > 0)
-        return np.divide(observed, expected, out=np.full(len(w), np.nan), where=followed)
+        found = np.full(len(w), np.nan)
+        np.divide(observed, expected, out=found, where=followed)
+        return found
 
     return {OBSERVED_EXPECTED: ratio, SLOPE: lambda w: _cox_slopes(w, t, e, x)}
+
+
+def _logistic(x: Floats) -> Floats:
+    p: Floats = expit(x)
+    return p
+
+
+def _log_odds(p: Floats) -> Floats:
+    x: Floats = logit(p)
+    return x
 
 
 def _logistic_slopes(w: Floats, y: NDArray[np.bool_], x: Floats) -> Floats:
@@ -150,10 +166,10 @@ def _logistic_slopes(w: Floats, y: NDArray[np.bool_], x: Floats) -> Floats:
         return found
     z, counts = (x - x.mean()) / spread, w[both]
     share = counts @ y / counts.sum(1)
-    intercept, slope = logit(share), np.zeros(len(counts))
+    intercept, slope = _log_odds(share), np.zeros(len(counts))
     step = np.full(len(counts), np.inf)
     for _ in range(NEWTON_STEPS):
-        p = expit(intercept[:, None] + slope[:, None] * z)
+        p = _logistic(intercept[:, None] + slope[:, None] * z)
         gradient, weight = counts * (y - p), counts * p * (1 - p)
         g0, g1 = gradient.sum(1), gradient @ z
         h0, h1, h2 = weight.sum(1), weight @ z, weight @ z**2
@@ -195,11 +211,13 @@ def _cox_slopes(w: Floats, time: Floats, event: NDArray[np.bool_], x: Floats) ->
         return first, second
 
     def score(b: Floats) -> Floats:
-        return (deaths * (z[event] - moments(b)[0])).sum(1)
+        found: Floats = (deaths * (z[event] - moments(b)[0])).sum(1)
+        return found
 
     def derivative(b: Floats) -> Floats:
         first, second = moments(b)
-        return -(deaths * (second - first**2)).sum(1)
+        found: Floats = -(deaths * (second - first**2)).sum(1)
+        return found
 
     return _roots(score, derivative, np.zeros(len(w))) / spread
 

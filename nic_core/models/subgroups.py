@@ -44,8 +44,8 @@ def subgroup_metrics(
     ----------
     predictions
         A row per unit: ``patient``, the label columns and prediction columns of the target's kind
-        (:class:`~nic_core.models.kinds.base.TargetKind`); for survival optionally ``survival`` and
-        ``horizons``.
+        (:class:`~nic_core.models.kinds.base.TargetKind`). Survival functions are not scored, since
+        their times would depend on the labels of each subgroup.
     groups
         The subgroup of each row; None: unknown, which counts as subgroup ``(missing)``.
     resamples
@@ -71,15 +71,17 @@ def subgroup_metrics(
     named = pl.Series(
         [MISSING_GROUP if group is None else group for group in groups], dtype=pl.String
     )
-    rows = []
+    predictions = predictions.select("patient", *kind.label_columns, *kind.prediction_columns)
+    names = list(kind.metrics(predictions, prediction_array(kind, predictions)))
+    rows: list[tuple[object, ...]] = []
     for group in named.unique().sort():
         units = predictions.filter(named == group)
-        metrics = kind.metrics(units, prediction_array(kind, units))
         counts = (units.height, units["patient"].n_unique())
         if counts[1] < SMALLEST:
             note = f"too small: {counts[1]} of at least {SMALLEST} patients"
-            rows += [(group, metric, None, None, None, *counts, note) for metric in metrics]
+            rows += [(group, metric, None, None, None, *counts, note) for metric in names]
             continue
+        metrics = kind.metrics(units, prediction_array(kind, units))
         scores = score(metrics, units["patient"].to_list(), resamples=resamples, seed=seed)
         rows += [
             (group, metric, s.value, s.low, s.high, *counts, undefined_note(s.value))
