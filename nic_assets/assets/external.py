@@ -12,6 +12,7 @@ from nic_core.cohort import Cohort, CohortError
 from nic_core.devices import leased_device
 from nic_core.encoders import EncoderError
 from nic_core.models.files import ModelFileError
+from nic_core.models.kinds import kind_of
 from nic_core.models.prediction import ModelMismatchError
 from nic_core.store import ExternalKey, Store
 
@@ -45,13 +46,14 @@ def external_evaluation_assets(partitions: Partitions) -> list[dg.AssetsDefiniti
             made = steps.make_external_evaluation(cohort, store, key, device=device)
             for slide, reason in made.left_out.iter_rows():
                 context.log.warning(f"{key}: slide '{slide}' is left out: {reason}")
+            primary = kind_of(made.card.target).primary_metric
             return Product(
                 version=steps.digest(
                     made.predictions.rows(), made.metrics.rows(), made.subgroups.rows()
                 ),
                 metadata={
                     "metrics": table(made.metrics),
-                    "subgroups": table(made.subgroups),
+                    "subgroups": table(made.subgroups.filter(metric=primary)),
                     **figures(made.figures),
                     "encoder": made.card.encoder,
                     "units": made.predictions.height,

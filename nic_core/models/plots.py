@@ -162,8 +162,7 @@ def interval_figure(
         axes.plot(value, i, "o", color=RED if i else GREY)
     axes.axvline(chance, color="k", lw=0.8, ls=":")
     axes.set_yticks(range(len(rows)), [name for name, *_ in rows], fontsize=8)
-    axes.invert_yaxis()
-    axes.set_xlabel(label)
+    axes.set(ylim=(len(rows) - 0.5, -0.5), xlabel=label)
     hide_frame(axes)
     return figure
 

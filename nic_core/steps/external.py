@@ -112,7 +112,7 @@ class ExternalEvaluation:
     matches
         What became of every row of the label table.
     figures
-        Name to figure: ``evaluation``, as for cross-validation, and ``metrics``, the primary
+        Name to figure: ``evaluation``, as for cross-validation, and ``comparison``, the primary
         metric of training cohort, external cohort and subgroups.
     """
 
@@ -625,7 +625,7 @@ def _figures(
             f"{card.target.name}, {cohort}: {kind.primary_name} {value}",
             median_risk=card.median_risk,
         ),
-        "metrics": interval_figure(
+        "comparison": interval_figure(
             rows, label=f"{kind.primary_name}, 95 % interval", chance=kind.chance_level
         ),
     }
