@@ -52,7 +52,7 @@ LOWEST_TESTS ?= tests/test_cohort.py tests/test_store.py tests/test_tables.py te
 	touch $@
 
 demo: .venv/installed  ## make the demo cohort, materialize every asset, print the results
-	$(BIN)/nic demo data/demo
+	$(BIN)/nic demo data/demo --external 16
 	$(BIN)/nic refresh
 	@echo "Dagster: make ui      MLflow: make mlflow"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dagster as dg
 
 from nic_assets.assets.encoders import encoder_assets
+from nic_assets.assets.external import external_evaluation_assets
 from nic_assets.assets.grids import grid_assets
 from nic_assets.assets.inputs import external_assets
 from nic_assets.assets.models import model_assets
@@ -30,6 +31,7 @@ def build_defs(cohort: Cohort, store: Store) -> dg.Definitions:
         *grid_assets(partitions),
         *model_assets(partitions),
         *registry_assets(partitions),
+        *external_evaluation_assets(partitions),
         *report_assets(partitions),
     ]
     jobs = study_jobs(partitions)

@@ -28,7 +28,7 @@ class Partitions:
     """The partitions definitions of a cohort.
 
     The keys of pairs are those of :mod:`nic_core.store.keys`: ``geometry|slide``,
-    ``geometry|task``, ``encoder|slide``, ``encoder|target`` and ``map|slide``.
+    ``geometry|task``, ``encoder|slide``, ``encoder|target``, ``cohort|target`` and ``map|slide``.
     """
 
     cohort: Cohort
@@ -84,6 +84,21 @@ class Partitions:
     @cached_property
     def models(self) -> dg.MultiPartitionsDefinition:
         return dg.MultiPartitionsDefinition({"encoder": self.encoders, "target": self.targets})
+
+    @cached_property
+    def external(self) -> dg.StaticPartitionsDefinition:
+        return _static(entry.name for entry in self.cohort.external)
+
+    @cached_property
+    def external_evaluations(self) -> dg.MultiPartitionsDefinition:
+        return dg.MultiPartitionsDefinition({"cohort": self.external, "target": self.targets})
+
+    @cached_property
+    def models_of_targets(self) -> dg.MultiPartitionMapping:
+        """Mapping of each slide model (encoder, target) to the evaluations of its target."""
+        return dg.MultiPartitionMapping(
+            {"target": dg.DimensionPartitionMapping("target", dg.IdentityPartitionMapping())}
+        )
 
     @cached_property
     def slide_maps(self) -> dg.MultiPartitionsDefinition:

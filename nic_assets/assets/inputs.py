@@ -1,8 +1,8 @@
 """External assets: the user's files, each with a data version.
 
-Slides, patch-task sources, encoder entries and target entries belong to the user. The asset
-``slide_index`` scans them and reports a new data version for each one that changed, so exactly the
-assets downstream of a changed file become stale.
+Slides, patch-task sources, encoder entries, target entries and external cohorts belong to the user.
+The asset ``slide_index`` scans them and reports a new data version for each one that changed, so
+exactly the assets downstream of a changed file become stale.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ SLIDE_FILE = dg.AssetKey("slide_file")
 PATCH_TASK_SOURCE = dg.AssetKey("patch_task_source")
 ENCODER_ENTRY = dg.AssetKey("encoder_entry")
 TARGET_ENTRY = dg.AssetKey("target_entry")
+EXTERNAL_COHORT = dg.AssetKey("external_cohort")
 
 
 class ScanConfig(dg.Config):
@@ -76,6 +77,16 @@ def external_assets(partitions: Partitions) -> list[dg.AssetSpec]:
                 group_name="models",
                 kinds={"table"},
                 partitions_def=partitions.targets,
+            )
+        )
+    if partitions.cohort.external:
+        specs.append(
+            dg.AssetSpec(
+                EXTERNAL_COHORT,
+                description="Slides and tables of another hospital, which only test the models.",
+                group_name="models",
+                kinds={"file", "table"},
+                partitions_def=partitions.external,
             )
         )
     return specs

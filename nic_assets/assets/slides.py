@@ -8,6 +8,7 @@ import polars as pl
 from nic_assets.assets import checks
 from nic_assets.assets.inputs import (
     ENCODER_ENTRY,
+    EXTERNAL_COHORT,
     PATCH_TASK_SOURCE,
     SLIDE_FILE,
     TARGET_ENTRY,
@@ -86,6 +87,7 @@ def slide_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
                 ENCODER_ENTRY: steps.encoder_versions(cohort, store)
                 | tracking.registered_versions(cohort, context.log.warning, known),
                 TARGET_ENTRY: steps.target_versions(cohort, scan),
+                EXTERNAL_COHORT: steps.external_versions(cohort, scan.snapshot),
             }
             steps.write_slide_index(store, scan)
         for slide, reason in scan.missing.items():

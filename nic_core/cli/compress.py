@@ -151,12 +151,12 @@ def _draw(out: Path, weights_hash: str) -> None:
 
 @contextmanager
 def batch_progress(
-    slides: int,
+    slides: int | None,
 ) -> Iterator[tuple[Callable[[str, int, int], None], Callable[[Outcome], None]]]:
     """Show progress bars for all slides and for the current one, and print each outcome.
 
-    Yields the callbacks ``progress`` and ``on_outcome`` of
-    :func:`nic_core.compression.batch.compress_slides`.
+    ``slides`` is their number, if it is known. Yields the callbacks ``progress`` and
+    ``on_outcome`` of :func:`nic_core.compression.batch.compress_slides`.
     """
     with progress_bars() as bars:
         every = bars.add_task("slides", total=slides)

@@ -18,6 +18,10 @@ def demo(
     patches: Annotated[int, typer.Option(help="patches of each patch task")] = 1500,
     side: Annotated[int, typer.Option(help="side of a slide, px, at least 768")] = 3072,
     seed: Annotated[int, typer.Option(help="seed of slides, patches and labels")] = 0,
+    external: Annotated[
+        int,
+        typer.Option(help="slides of an external cohort of another stain and blur; 0: none"),
+    ] = 0,
     workers: Annotated[
         int | None, typer.Option(min=1, help="number of processes; default: number of cores")
     ] = None,
@@ -42,6 +46,7 @@ def demo(
                 slides=slides,
                 patches_per_task=patches,
                 side=side,
+                external=external,
                 workers=workers,
                 progress=lambda done, total, name: progress.update(
                     bar, completed=done, total=total, description=name

@@ -122,18 +122,28 @@ def predict(
         raise typer.Exit(1)
 
 
-def _model(name: str) -> SlideModel:
-    """Load a slide model by its folder, or by encoder and target in the store."""
-    from nic_core.models.files import ModelFileError, load_model
+def model_folder(name: str) -> Path:
+    """Return the folder of a slide model: itself, or of encoder and target in the store.
 
+    Encoder and target are accepted in either order, if only one of the two models exists.
+    """
+    if Path(name).is_dir():
+        return Path(name)
     store = Store.from_environment()
-    encoder, _, target = name.partition("/")
-    folder = (
-        Path(name)
-        if Path(name).is_dir()
-        else store.slide_model(ModelKey(encoder=encoder, target=target))
-    )
-    if not folder.is_dir() or (not target and folder != Path(name)):
+    first, _, second = name.partition("/")
+    orders = ((first, second), (second, first)) if first and second else ()
+    found = {
+        folder
+        for encoder, target in orders
+        if (folder := store.slide_model(ModelKey(encoder=encoder, target=target))).is_dir()
+    }
+    if len(found) > 1:
+        raise typer.BadParameter(
+            f"'{name}' names two models, {' and '.join(map(str, sorted(found)))}; give the folder "
+            "of one",
+            param_hint="--model",
+        )
+    if not found:
         known = sorted(
             f"{path.parent.name}/{path.name}" for path in store.root.glob("slide_models/*/[!.]*/")
         )
@@ -142,8 +152,15 @@ def _model(name: str) -> SlideModel:
             f"(it has: {', '.join(known) or 'none'})",
             param_hint="--model",
         )
+    return found.pop()
+
+
+def _model(name: str) -> SlideModel:
+    """Load a slide model by its folder, or by encoder and target in the store."""
+    from nic_core.models.files import ModelFileError, load_model
+
     try:
-        return load_model(folder)
+        return load_model(model_folder(name))
     except ModelFileError as error:
         raise typer.BadParameter(str(error), param_hint="--model") from error
 

@@ -16,6 +16,7 @@ from nic_core.cohort.encoders import (
     TimmModel,
     Tokens,
 )
+from nic_core.cohort.external import ExternalCohort
 from nic_core.cohort.fields import CohortError, NetworkName
 from nic_core.cohort.file import COHORT_VARIABLE, DEFAULT_COHORT, Cohort, cohort_path, load_cohort
 from nic_core.cohort.geometry import Geometry
@@ -51,6 +52,7 @@ __all__ = [
     "CompressionSettings",
     "EncoderEntry",
     "EncoderSpec",
+    "ExternalCohort",
     "ExternalNetwork",
     "FeaturesEncoder",
     "FileKind",

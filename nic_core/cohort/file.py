@@ -22,6 +22,7 @@ from nic_core.cohort.encoders import (
     RegisteredEncoder,
     ReusedEncoder,
 )
+from nic_core.cohort.external import ExternalCohort
 from nic_core.cohort.fields import CohortError, Entry, FieldErrors, Location, Name, UserPath, find
 from nic_core.cohort.geometry import Geometry, check_stride
 from nic_core.cohort.patch_tasks import PatchTask
@@ -49,6 +50,9 @@ class Cohort(Entry):
     encoders: tuple[EncoderEntry, ...]
     targets: tuple[Target, ...] = ()
     maps: tuple[ProbabilityMap, ...] = ()
+    external: tuple[ExternalCohort, ...] = Field(
+        default=(), description="cohorts of other hospitals that the slide models are tested on"
+    )
     settings: Settings = Settings()
     automation: Automation | None = Field(
         default=Automation(), description="null: nothing is materialized automatically"
@@ -223,6 +227,10 @@ class Cohort(Entry):
     def target(self, name: str) -> Target:
         """Return the entry of a target; raises CohortError if it does not exist."""
         return find("target", name, self.targets)
+
+    def external_cohort(self, name: str) -> ExternalCohort:
+        """Return the entry of an external cohort; raises CohortError if it does not exist."""
+        return find("external cohort", name, self.external)
 
     def probability_map(self, name: str) -> ProbabilityMap:
         """Return the entry of a probability map; raises CohortError if it does not exist."""

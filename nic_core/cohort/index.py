@@ -12,6 +12,7 @@ from typing import Any, get_args
 
 import polars as pl
 
+from nic_core.cohort.external import ExternalCohort
 from nic_core.cohort.fields import CohortError, normalise
 from nic_core.cohort.file import Cohort
 from nic_core.cohort.slides import SlideFolder
@@ -86,7 +87,7 @@ class FoundSlides:
     left_aside: tuple[LeftAside, ...]
 
 
-def find_slides(cohort: Cohort) -> FoundSlides:
+def find_slides(cohort: Cohort | ExternalCohort) -> FoundSlides:
     """List the slides of a cohort, and what its folders hold beside them.
 
     Raises

@@ -15,7 +15,7 @@ from nic_core.cohort.fields import Location, did_you_mean
 from nic_core.cohort.tables import visible
 
 Found: TypeAlias = Iterator[tuple[Location, str]]
-_LISTS = ("patch_tasks", "encoders", "targets", "maps")
+_LISTS = ("patch_tasks", "encoders", "targets", "maps", "external")
 _NOT_REUSED = ("reused", "features")  # objectives of entries without weights of their own
 _COLUMNS = ("column", "time", "event")  # fields of targets
 
@@ -77,6 +77,8 @@ def wrong_references(data: Mapping[str, Any]) -> Found:
                 yield ("maps", position, "label"), message
     if data.get("targets") and not data.get("labels"):
         yield ("targets",), "give the label table of the targets under 'labels'"
+    if data.get("external") and not data.get("targets"):
+        yield ("external",), "no target's model can be tested on them; give 'targets', or remove it"
 
 
 def wrong_columns(data: Mapping[str, Any], labels: Path, columns: Sequence[str]) -> Found:

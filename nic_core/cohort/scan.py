@@ -17,8 +17,10 @@ from typing import NamedTuple
 
 import polars as pl
 
+from nic_core.cohort.fields import CohortError
 from nic_core.cohort.file import Cohort
 from nic_core.cohort.index import folder_files, table_rows
+from nic_core.cohort.slides import Slides
 from nic_core.slides.errors import SlideError
 from nic_core.slides.identity import content_identity
 
@@ -109,24 +111,38 @@ def scan_files(
 
 
 def watched_files(cohort: Cohort) -> list[Path]:
-    """Return the paths of all scanned files: slides, tissue masks, slide table and label table.
+    """Return the paths of all scanned files: slides, tissue masks, slide tables and label tables.
 
-    No file is opened. In a folder these are all files that may be slides by their names.
+    Those of the external cohorts are among them. No file but the slide tables is opened. In a
+    folder these are all files that may be slides by their names.
 
     Raises
     ------
     CohortError
-        A slide folder does not exist, or the slide table cannot be read.
+        A slide folder of the study does not exist, or its slide table cannot be read.
     """
-    paths = [path for folder in cohort.slides.folders for path in folder_files(folder)]
-    if cohort.slides.table is not None:
-        paths.append(cohort.slides.table)
-        for row in table_rows(cohort.slides.table):
-            paths += [Path(str(row[column])) for column in ("path", "mask") if row.get(column)]
+    paths = _slide_files(cohort.slides)
     if cohort.labels is not None:
         paths.append(cohort.labels)
+    for external in cohort.external:
+        paths.append(external.labels)
+        try:
+            paths += _slide_files(external.slides)
+        except CohortError:  # its evaluation reports it; the study itself does not depend on it
+            if external.slides.table is not None:
+                paths.append(external.slides.table)
     # the time of a MIRAX slide's data folder shows that files were added to it
     return paths + [path.with_suffix("") for path in paths if path.suffix.lower() == ".mrxs"]
+
+
+def _slide_files(slides: Slides) -> list[Path]:
+    """Return the slides and tissue masks of an entry ``slides``, and its slide table."""
+    paths = [path for folder in slides.folders for path in folder_files(folder)]
+    if slides.table is not None:
+        paths.append(slides.table)
+        for row in table_rows(slides.table):
+            paths += [Path(str(row[column])) for column in ("path", "mask") if row.get(column)]
+    return paths
 
 
 def stamps(paths: Iterable[Path]) -> dict[str, Stamp]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +18,13 @@ import yaml
 from nic_core.demo.layout import plant_slide
 from nic_core.demo.painter import paint
 from nic_core.demo.patches import TASKS, DemoTask
-from nic_core.demo.plan import GROWTH, PlannedSlide, plan_cohort
+from nic_core.demo.plan import GROWTH, PlannedSlide, plan_cohort, plan_external
 from nic_core.demo.tissues import Tissue
 from nic_core.parallel import process_pool
 from nic_core.store import atomic_file, atomic_folder
 
 SLIDES = 64
+EXTERNAL = "external"  # folder of the external cohort
 PATCHES_PER_TASK = 1500
 SIDE = 3072
 SMALLEST_SIDE = 768
@@ -40,6 +41,7 @@ class _Recipe:
     slides: int
     patches_per_task: int
     side: int
+    external: int = 0
     version: int = 1  # of the generator; increase it if pixels, labels or files change
 
 
@@ -50,6 +52,7 @@ def make_demo(
     slides: int = SLIDES,
     patches_per_task: int = PATCHES_PER_TASK,
     side: int = SIDE,
+    external: int = 0,
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> Path:
@@ -70,6 +73,9 @@ def make_demo(
         Patches of each of the four tasks, balanced over classes.
     side : int
         Side of a slide, px at 0.5 um/px, at least 768.
+    external : int
+        Number of slides of the external cohort, at least 2; 0: none. They are painted with another
+        seed, stain and blur, and do not change the other slides.
     workers : int, optional
         Number of processes; default: the number of cores.
     progress : callable, optional
@@ -87,7 +93,9 @@ def make_demo(
     FileExistsError
         ``root`` contains files but no demo cohort.
     """
-    recipe = _Recipe(seed, slides, patches_per_task, side)
+    recipe = _Recipe(seed, slides, patches_per_task, side, external)
+    if external == 1 or external < 0:
+        raise ValueError(f"an external cohort needs at least 2 slides; got {external}")
     if slides < 2 or side < SMALLEST_SIDE or patches_per_task < len(TASKS[-1].classes):
         raise ValueError(
             f"a demo cohort needs slides >= 2, side >= {SMALLEST_SIDE} px and patches per task "
@@ -109,6 +117,10 @@ def make_demo(
 
 def _write(folder: Path, recipe: _Recipe, workers: int, progress: Progress | None) -> None:
     planned, labels = plan_cohort(recipe.seed, recipe.slides)
+    foreign: list[PlannedSlide] = []
+    if recipe.external:
+        foreign, foreign_labels = plan_external(recipe.seed, recipe.external)
+        _write_external_tables(folder / EXTERNAL, foreign, foreign_labels)
     patients = int(np.clip(recipe.patches_per_task // 27, 4, 25))
     for name in ("slides", "truth"):
         (folder / name).mkdir()
@@ -117,6 +129,9 @@ def _write(folder: Path, recipe: _Recipe, workers: int, progress: Progress | Non
             (folder / "patch_tasks" / task.name / label).mkdir(parents=True)
     with process_pool(workers) as pool:
         slide_jobs = [pool.submit(_make_slide, folder, s, recipe.side) for s in planned]
+        foreign_jobs = [
+            pool.submit(_make_slide, folder / EXTERNAL, s, recipe.side) for s in foreign
+        ]
         task_jobs = {
             task: [
                 pool.submit(_make_patches, folder, task.name, p, counts, (recipe.seed, 3, t, p))
@@ -127,7 +142,8 @@ def _write(folder: Path, recipe: _Recipe, workers: int, progress: Progress | Non
             for t, task in enumerate(TASKS)
         }
         names: dict[Future[Any], str] = {
-            job: f"slide {s.slide}" for job, s in zip(slide_jobs, planned, strict=True)
+            job: f"slide {s.slide}"
+            for job, s in zip(slide_jobs + foreign_jobs, planned + foreign, strict=True)
         }
         for task, jobs in task_jobs.items():
             names |= dict.fromkeys(jobs, f"patches of {task.name}")
@@ -165,8 +181,30 @@ def _write(folder: Path, recipe: _Recipe, workers: int, progress: Progress | Non
     (folder / "truth" / "codes.csv").write_text(
         "code,tissue\n" + "".join(f"{t.value},{t.name.lower()}\n" for t in Tissue)
     )
-    (folder / "cohort.yaml").write_text(_cohort_yaml())
+    (folder / "cohort.yaml").write_text(_cohort_yaml(external=bool(foreign)))
     (folder / "recipe.json").write_text(json.dumps(vars(recipe)))
+
+
+def _write_external_tables(
+    folder: Path, planned: Sequence[PlannedSlide], labels: pl.DataFrame
+) -> None:
+    """Write slide table and label table of the external cohort, and make folders of its images."""
+    for name in ("slides", "truth"):
+        (folder / name).mkdir(parents=True)
+    patients = sorted({s.patient for s in planned})
+    # every fifth patient is of the small site, which has too few patients for metrics of its own
+    site = {p: "harbour" if i % 5 == 4 else "city" for i, p in enumerate(patients)}
+    pl.DataFrame(
+        {
+            "slide": [s.slide for s in planned],
+            "path": [f"slides/{s.slide}.tif" for s in planned],
+            "patient": [s.patient for s in planned],
+            "site": [site[s.patient] for s in planned],
+        }
+    ).write_csv(folder / "slides.csv")
+    labels.select("slide", "patient", "score", "growth", "time", "event").write_csv(
+        folder / "labels.csv"
+    )
 
 
 def _make_slide(folder: Path, planned: PlannedSlide, side: int) -> list[tuple[float, float]]:
@@ -223,9 +261,9 @@ def _task(name: str) -> DemoTask:
     return next(task for task in TASKS if task.name == name)
 
 
-def _cohort_yaml() -> str:
+def _cohort_yaml(*, external: bool) -> str:
     names = [task.name for task in TASKS]
-    cohort = {
+    cohort: dict[str, Any] = {
         "name": "demo",
         "slides": {"table": "slides.csv"},
         "labels": "labels.csv",
@@ -286,6 +324,15 @@ def _cohort_yaml() -> str:
             }
         },
     }
+    if external:
+        cohort["external"] = [
+            {
+                "name": "harbour-city",
+                "slides": {"table": f"{EXTERNAL}/slides.csv"},
+                "labels": f"{EXTERNAL}/labels.csv",
+                "subgroups": ["site"],
+            }
+        ]
     head = (
         "# A synthetic cohort, see docs/explanation/demo-cohort.md. "
         "Paths are relative to this file.\n"

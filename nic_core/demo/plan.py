@@ -6,7 +6,7 @@ a small cohort is as difficult as designed for every seed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import polars as pl
@@ -110,6 +110,34 @@ def plan_cohort(seed: int, slides: int) -> tuple[list[PlannedSlide], pl.DataFram
         }
     )
     return planned, labels
+
+
+def plan_external(seed: int, slides: int) -> tuple[list[PlannedSlide], pl.DataFrame]:
+    """Draw the slides of another hospital: other patients, stain and blur.
+
+    Haematoxylin is weaker, eosin stronger, the glass yellower and the image less sharp than in the
+    slides of :func:`plan_cohort`. Returns the same as that function.
+    """
+    planned, labels = plan_cohort(seed + 1_000_003, slides)
+    rename = {s.slide: s.slide.replace("demo-", "external-") for s in planned}
+    foreign = [
+        replace(
+            s,
+            slide=rename[s.slide],
+            patient=f"external-{s.patient}",
+            stain=replace(
+                s.stain,
+                haematoxylin=0.8 * s.stain.haematoxylin,
+                eosin=1.25 * s.stain.eosin,
+                white=(s.stain.white - np.array([0, 4, 12])).astype(np.float32),
+                blur=s.stain.blur + 0.6,
+            ),
+        )
+        for s in planned
+    ]
+    return foreign, labels.with_columns(
+        slide=pl.col("slide").replace(rename), patient=pl.format("external-{}", "patient")
+    )
 
 
 def _quantiles(rng: np.random.Generator, n: int) -> Doubles:

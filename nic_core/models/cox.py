@@ -127,6 +127,11 @@ def fit_baseline_hazard(train: pl.DataFrame, risk: Floats, scale: float = 1.0) -
     )
 
 
+def median_event_time(hazards: Sequence[BaselineHazard]) -> float:
+    """Return the median of the distinct times of events in training, in the target's unit."""
+    return float(np.median(np.unique([time for hazard in hazards for time in hazard.times])))
+
+
 def median_survival(hazards: Sequence[BaselineHazard], risk: Floats) -> Floats:
     """Return the time at which the folds' mean survival function falls to one half.
 

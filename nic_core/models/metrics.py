@@ -199,7 +199,7 @@ def score(
         Coverage of the interval.
     """
     drawn = _Resamples.draw(patients, resamples, seed, level)
-    return {name: drawn.interval(metric)[0] for name, metric in metrics.items()}
+    return {name: drawn.interval(metric) for name, metric in metrics.items()}
 
 
 def compare(
@@ -226,18 +226,67 @@ def compare(
     drawn = _Resamples.draw(patients, resamples, seed, level)
     result = {}
     for name, metric in first.items():
-        found, values = drawn.interval(_minus(metric, second[name]))
-        if not len(values) or not np.isfinite(found.value):
-            result[name] = Difference(found.value, np.nan, np.nan, np.nan)
-            continue
-        side = min((values <= 0).sum(), (values >= 0).sum())
-        p = min(1.0, 2 * (side + 1) / (len(values) + 1))
-        result[name] = Difference(found.value, found.low, found.high, float(p))
+        difference = _minus(metric, second[name])
+        result[name] = _difference(
+            float(difference(drawn.once)[0]), difference(drawn.counts), level
+        )
     return result
+
+
+def compare_cohorts(
+    first: Mapping[str, Metric],
+    first_patients: Sequence[str],
+    second: Mapping[str, Metric],
+    second_patients: Sequence[str],
+    *,
+    resamples: int,
+    seed: int,
+    level: float = 0.95,
+) -> dict[str, Difference]:
+    """Compute first minus second of every metric on two separate cohorts, by the bootstrap.
+
+    The cohorts share no patient, so each is resampled by itself. p as in :func:`compare`.
+
+    Parameters
+    ----------
+    first, second
+        Metrics of the two cohorts by name; ``second`` has every name of ``first``.
+    first_patients, second_patients
+        The patient of each unit of the two cohorts.
+    resamples, seed, level
+        As in :func:`score`.
+    """
+    one = _Resamples.draw(first_patients, resamples, seed, level)
+    # another seed: equal numbers of patients would give the same resamples of both
+    other = _Resamples.draw(second_patients, resamples, seed + 1, level)
+    return {
+        name: _difference(
+            float(metric(one.once)[0] - second[name](other.once)[0]),
+            metric(one.counts) - second[name](other.counts),
+            level,
+        )
+        for name, metric in first.items()
+    }
 
 
 def _minus(first: Metric, second: Metric) -> Metric:
     return lambda w: first(w) - second(w)
+
+
+def _difference(value: float, resampled: Floats, level: float) -> Difference:
+    """Interval and p of a difference, from its values (resamples,), of which NaN are left out."""
+    resampled = resampled[np.isfinite(resampled)]
+    if not len(resampled) or not np.isfinite(value):
+        return Difference(value, np.nan, np.nan, np.nan)
+    low, high = _percentiles(resampled, level)
+    side = min((resampled <= 0).sum(), (resampled >= 0).sum())
+    p = min(1.0, 2 * (side + 1) / (len(resampled) + 1))
+    return Difference(value, low, high, float(p))
+
+
+def _percentiles(values: Floats, level: float) -> tuple[float, float]:
+    low, high = np.percentile(values, [50 * (1 - level), 50 * (1 + level)])
+    return float(low), float(high)
 
 
 @dataclass(frozen=True)
@@ -254,13 +303,12 @@ class _Resamples:
         counts = bootstrap_counts(patient, resamples=resamples, seed=seed)
         return cls(counts, np.ones((1, len(patient))), level)
 
-    def interval(self, metric: Metric) -> tuple[Interval, Floats]:
-        """Return the percentile interval, and the finite values that it is computed from."""
+    def interval(self, metric: Metric) -> Interval:
+        """Return the percentile interval of the finite values."""
         values = metric(self.counts)
         values = values[np.isfinite(values)]
-        tails = [50 * (1 - self.level), 50 * (1 + self.level)]
-        low, high = np.percentile(values, tails) if len(values) else (np.nan, np.nan)
-        return Interval(float(metric(self.once)[0]), float(low), float(high)), values
+        low, high = _percentiles(values, self.level) if len(values) else (np.nan, np.nan)
+        return Interval(float(metric(self.once)[0]), low, high)
 
 
 def bootstrap_counts(patient: NDArray[np.int64], *, resamples: int, seed: int) -> Floats:
@@ -279,13 +327,16 @@ def bootstrap_counts(patient: NDArray[np.int64], *, resamples: int, seed: int) -
     return drawn[:, patient].astype(np.float64)
 
 
-def log_rank(time: ArrayLike, event: ArrayLike, risk: ArrayLike) -> float:
-    """Return p of the log-rank test between units above the median risk and the others (paper A).
+def log_rank(
+    time: ArrayLike, event: ArrayLike, risk: ArrayLike, *, threshold: float | None = None
+) -> float:
+    """Return p of the log-rank test between units above a risk and the others (paper A).
 
-    NaN where the test is undefined: all risks are equal, so there is only one group; there is no
-    event; or no event happens while both groups are under observation.
+    ``threshold`` is as in :func:`high_risk`. NaN where the test is undefined: there is only one
+    group, for example if all risks are equal; there is no event; or no event happens while both
+    groups are under observation.
     """
-    group, seen = high_risk(risk), np.asarray(event, bool)
+    group, seen = high_risk(risk, threshold), np.asarray(event, bool)
     if group.all() or not group.any() or not seen.any():
         return float("nan")
     try:
@@ -294,10 +345,10 @@ def log_rank(time: ArrayLike, event: ArrayLike, risk: ArrayLike) -> float:
         return float("nan")
 
 
-def high_risk(risk: ArrayLike) -> NDArray[np.bool_]:
-    """Return which units are above the median risk, bool (n,)."""
+def high_risk(risk: ArrayLike, threshold: float | None = None) -> NDArray[np.bool_]:
+    """Return which units are above ``threshold``, bool (n,); default: above their median risk."""
     r = _numbers(risk)
-    above: NDArray[np.bool_] = r > np.median(r)
+    above: NDArray[np.bool_] = r > (np.median(r) if threshold is None else threshold)
     return above
 
 

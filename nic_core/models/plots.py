@@ -94,10 +94,19 @@ def classification_figure(
 
 
 def kaplan_meier_figure(
-    time: Floats, event: NDArray[np.bool_], risk: Floats, *, unit: str, title: str
+    time: Floats,
+    event: NDArray[np.bool_],
+    risk: Floats,
+    *,
+    unit: str,
+    title: str,
+    threshold: float | None = None,
 ) -> Figure:
-    """Plot Kaplan-Meier curves above and below the median risk, with numbers at risk (paper A)."""
-    high = high_risk(risk)
+    """Plot Kaplan-Meier curves above and below a risk, with numbers at risk (paper A).
+
+    ``threshold`` is as in :func:`nic_core.models.metrics.high_risk`.
+    """
+    high = high_risk(risk, threshold)
     figure = new_figure(5.4, 4.6)
     axes, numbers = figure.subplots(2, 1, height_ratios=[5, 1], sharex=True)
     end = 1.02 * time.max()
@@ -116,7 +125,9 @@ def kaplan_meier_figure(
             numbers.text(tick, 1 - line, str(count), ha="center", va="center", fontsize=8)
     axes.set(ylabel="survival probability", ylim=(0, 1.02), xlim=(0, end))
     axes.legend(frameon=False, fontsize=8)
-    axes.set_title(f"{title}; log-rank p = {log_rank(time, event, risk):.2g}", fontsize=9)
+    axes.set_title(
+        f"{title}; log-rank p = {log_rank(time, event, risk, threshold=threshold):.2g}", fontsize=9
+    )
     numbers.set(ylim=(-0.6, 1.6), xlim=(0, end), xlabel=f"time ({unit})", xticks=ticks)
     numbers.set_yticks([1, 0], [name for name, *_ in groups], fontsize=8)
     numbers.set_title("number at risk", fontsize=8, loc="left", pad=1)
@@ -124,6 +135,35 @@ def kaplan_meier_figure(
     for axis in (axes, numbers):
         hide_frame(axis)
     numbers.spines["left"].set_visible(False)
+    return figure
+
+
+def interval_figure(
+    rows: Sequence[tuple[str, float | None, float | None, float | None]],
+    *,
+    label: str,
+    chance: float,
+) -> Figure:
+    """Plot values with their intervals, one line each; the dotted line marks chance level.
+
+    Parameters
+    ----------
+    rows
+        Name, value and bounds of the interval; a row without value is marked as not scored.
+    """
+    figure = new_figure(5.5, 0.8 + 0.35 * len(rows))
+    axes = figure.subplots()
+    for i, (_, value, low, high) in enumerate(rows):
+        if value is None:
+            axes.text(chance, i, " not scored", va="center", fontsize=8, color=GREY)
+            continue
+        if low is not None and high is not None:
+            axes.plot([low, high], [i, i], color=RED if i else GREY, lw=2)
+        axes.plot(value, i, "o", color=RED if i else GREY)
+    axes.axvline(chance, color="k", lw=0.8, ls=":")
+    axes.set_yticks(range(len(rows)), [name for name, *_ in rows], fontsize=8)
+    axes.set(ylim=(len(rows) - 0.5, -0.5), xlabel=label)
+    hide_frame(axes)
     return figure
 
 

@@ -221,6 +221,63 @@ def predict_grids(
     )
 
 
+def compress_for_model(
+    model: ModelCard,
+    encoder: Encoder,
+    slides: Mapping[str, SlideSource],
+    folder: Path,
+    *,
+    device: str = "auto",
+    progress: Callable[[str, int, int], None] | None = None,
+    on_outcome: Callable[[Outcome], None] | None = None,
+) -> pl.DataFrame:
+    """Compress slides like the training slides of a model, into ``folder/<slide>.zarr``.
+
+    Grids that exist are reused while they are up to date.
+
+    Parameters
+    ----------
+    slides, progress, on_outcome
+        As in :func:`nic_core.compression.batch.compress_slides`.
+    device
+        Device of the encoder: ``auto``, ``cpu`` or ``cuda``.
+
+    Returns
+    -------
+    polars.DataFrame
+        Outcome of each slide, ``nic_core.compression.batch.BATCH_SCHEMA``. A slide without a tissue
+        cell has failed.
+
+    Raises
+    ------
+    ModelMismatchError
+        The encoder does not fit the model, or the model's grids are features of other software.
+    """
+    check_encoder(model, encoder.card)
+    precision, reading, colours = model.grids.precision, model.grids.reading, model.grids.colours
+    if precision is None or reading is None or colours is None:
+        raise ModelMismatchError(
+            f"the model of '{model.target.name}' was trained on features of other software "
+            f"(encoder '{model.encoder}'), which cannot be computed for another slide"
+        )
+    report = compress_slides(
+        slides,
+        encoder.prepare(device, precision, reading),
+        folder,
+        colours=colours,
+        tissue=model.grids.tissue,
+        stride=model.stride,
+        progress=progress,
+        on_outcome=on_outcome,
+    )
+    return _fail(
+        report,
+        report.filter(cells=0)["slide"].to_list(),
+        "no cell has tissue",
+        "check the tissue mask with 'nic tissue'",
+    )
+
+
 def predict_slides(
     model: SlideModel,
     encoder: Encoder,
@@ -270,42 +327,27 @@ def predict_slides(
         ``out`` cannot be written.
     """
     card = model.card
-    check_encoder(card, encoder.card)
-    precision, reading, colours = card.grids.precision, card.grids.reading, card.grids.colours
-    if precision is None or reading is None or colours is None:
-        raise ModelMismatchError(
-            f"the model of '{card.target.name}' was trained on features of other software "
-            f"(encoder '{card.encoder}'), which cannot be computed for another slide"
-        )
     check_times(card, times)
     if heatmaps and out is None:
         raise ValueError("heatmaps are files: give the folder 'out' too")
     units = _units(card, slides, patients)
-    prepared = encoder.prepare(device, precision, reading)
     with ExitStack() as stack:
         folder = out or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        report = compress_slides(
+        report = compress_for_model(
+            card,
+            encoder,
             slides,
-            prepared,
             folder / GRIDS,
-            colours=colours,
-            tissue=card.grids.tissue,
-            stride=card.stride,
+            device=device,
             progress=progress,
             on_outcome=on_outcome,
-        )
-        report = _fail(
-            report,
-            report.filter(cells=0)["slide"].to_list(),
-            "no cell has tissue",
-            "check the tissue mask with 'nic tissue'",
         )
 
         def grid(slide: str) -> Grid:
             return open_grid(folder / GRIDS / f"{slide}.zarr")
 
         if heatmaps and out is not None:
-            for slide in _usable(report):
+            for slide in usable_slides(report):
                 try:
                     _write_explanation(
                         model,
@@ -315,7 +357,7 @@ def predict_slides(
                     )
                 except SlideError as error:
                     report = _fail(report, [slide], error.reason, error.remedy)
-        good = pl.element().is_in(_usable(report).implode())
+        good = pl.element().is_in(usable_slides(report).implode())
         divided = units.with_columns(
             pl.col("slides").list.eval(pl.element().filter(good)),
             pl.col("slides").list.eval(pl.element().filter(~good)).alias("failed"),
@@ -401,7 +443,7 @@ def _write_explanation(model: SlideModel, grid: Grid, path: Path, folder: Path) 
         write_heatmap(folder, heat, grid.provenance, slide, name=card.target.name)
 
 
-def _usable(report: pl.DataFrame) -> pl.Series:
+def usable_slides(report: pl.DataFrame) -> pl.Series:
     """Return the slides that have a grid."""
     return report.filter(pl.col("status").is_in(["compressed", "up to date"]))["slide"]
 

@@ -4,7 +4,8 @@ A step is named ``make_<asset>`` after the asset that it makes. It reads the pro
 steps, calls the package that implements the method, and writes its own product atomically. A
 script calls the steps in this order: slide index, slides, patch tables, quality report, patch
 tasks, encoders, encoder probes, grids, grid manifests, embedding colours, grid previews, target
-folds, slide models, explanations, probability maps, map scores, evaluation report.
+folds, slide models, explanations, external evaluations, probability maps, map scores, evaluation
+report.
 """
 
 from nic_core.steps.encoders import (
@@ -19,6 +20,15 @@ from nic_core.steps.encoders import (
 )
 from nic_core.steps.evaluation_report import draw_slide, make_evaluation_report
 from nic_core.steps.explanations import Explanation, make_explanation
+from nic_core.steps.external import (
+    ExternalEvaluation,
+    evaluate_external,
+    external_versions,
+    frozen_model_folder,
+    make_external_evaluation,
+    study_slides,
+    write_external_evaluation,
+)
 from nic_core.steps.grids import (
     make_embedding_colours,
     make_features_grid,
@@ -59,6 +69,7 @@ from nic_core.steps.slides import SlideRecord, make_patch_table, make_slide, rea
 
 __all__ = [
     "Explanation",
+    "ExternalEvaluation",
     "QualityReport",
     "SlideRecord",
     "SlideScan",
@@ -68,9 +79,12 @@ __all__ = [
     "encoder_bases",
     "encoder_figures",
     "encoder_versions",
+    "evaluate_external",
     "excluded_slides",
+    "external_versions",
     "find_target_folds",
     "find_unmatched_labels",
+    "frozen_model_folder",
     "initial_weight_files",
     "leaked_groups",
     "make_embedding_colours",
@@ -78,6 +92,7 @@ __all__ = [
     "make_encoder_probe",
     "make_evaluation_report",
     "make_explanation",
+    "make_external_evaluation",
     "make_features_encoder",
     "make_features_grid",
     "make_grid",
@@ -104,6 +119,8 @@ __all__ = [
     "read_slide_index",
     "read_slide_model",
     "scan_slides",
+    "study_slides",
     "target_versions",
+    "write_external_evaluation",
     "write_slide_index",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from nic_core.cohort import (
     ReusedEncoder,
     Target,
 )
-from nic_core.cohort.index import INDEX_SCHEMA, find_slides, row_source
+from nic_core.cohort.index import INDEX_SCHEMA, FoundSlides, find_slides, row_source
 from nic_core.cohort.scan import SNAPSHOT_SCHEMA, take_snapshot, watched_files
 from nic_core.encoders import EncoderError, initial_weights_version
 from nic_core.encoders.files import CARD
@@ -118,8 +118,7 @@ def scan_slides(
     found = find_slides(cohort)
     index = found.index
     previous = read_file_snapshot(store)
-    masks = index["mask"].drop_nulls()
-    files = {path: found.parts.get(path, ()) for path in (*index["path"], *masks)}
+    files = _parts(found) | _external_parts(cohort)
     busy = set(ignore_paths)
     waiting = {path for path, parts in files.items() if busy & {path, *parts}}
     # what is wrong with a slide that is still being written is not known yet
@@ -171,6 +170,25 @@ def scan_slides(
     }
     duplicates = same_content(index, snapshot)
     return SlideScan(index, versions, missing, found.left_aside, duplicates, removed, snapshot)
+
+
+def _parts(found: FoundSlides) -> dict[str, tuple[str, ...]]:
+    """Return each slide and mask, and its other files."""
+    paths = (*found.index["path"], *found.index["mask"].drop_nulls())
+    return {path: found.parts.get(path, ()) for path in paths}
+
+
+def _external_parts(cohort: Cohort) -> dict[str, tuple[str, ...]]:
+    """Return each usable slide and mask of the external cohorts, and its other files."""
+    files: dict[str, tuple[str, ...]] = {}
+    for entry in cohort.external:
+        try:
+            found = find_slides(entry)
+        except CohortError:  # in the version of the cohort, and reported by its evaluation
+            continue
+        usable = found.index.filter(~pl.col("slide").is_in(list(found.problems)))
+        files |= _parts(replace(found, index=usable))
+    return files
 
 
 def same_content(index: pl.DataFrame, identities: pl.DataFrame) -> tuple[tuple[str, ...], ...]:

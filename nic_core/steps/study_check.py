@@ -24,7 +24,7 @@ from nic_core.cohort import (
     ImportedEncoder,
     PatchTask,
 )
-from nic_core.cohort.fields import did_you_mean
+from nic_core.cohort.fields import Location, did_you_mean
 from nic_core.cohort.file import cohort_problems, read_cohort_file, valid_part
 from nic_core.cohort.index import (
     FILE_COLUMNS,
@@ -35,16 +35,18 @@ from nic_core.cohort.index import (
 )
 from nic_core.cohort.problems import Source
 from nic_core.cohort.references import wrong_columns
+from nic_core.cohort.slides import Slides
 from nic_core.cohort.tables import Unmatched, read_table, to_text
 from nic_core.encoders.patch_sources import annotated_slide_problems, open_source, source_files
 from nic_core.grids.features import FeaturesError, find_features
 from nic_core.models.fold_columns import FoldColumnError
-from nic_core.models.labels import LabelMatches, read_labels
+from nic_core.models.labels import LabelMatches, read_labels, target_table
 from nic_core.models.networks import crop_cells
 from nic_core.parallel import cores
 from nic_core.slides import SlideError, content_identity, open_slide
 from nic_core.slides.files import SlideFiles
 from nic_core.slides.folders import summarize_left_aside
+from nic_core.steps.external import StudySlides, external_study, refuse_leaks, unit_subgroups
 from nic_core.steps.slide_index import patient_groups, same_content, used_slides
 from nic_core.steps.slide_models import find_target_folds
 from nic_core.tiling.mask_files import check_mask
@@ -98,7 +100,7 @@ def check_study(path: Path | None = None, progress: Progress | None = None) -> l
     cohort = valid_part(source)
     if cohort is None:
         return found
-    index, files, problems = _slides(cohort)
+    index, files, problems = _slides(cohort, cohort.slides, ("slides",))
     found += problems
     identity, problems = _opened(index, files, progress)
     found += problems
@@ -110,37 +112,44 @@ def check_study(path: Path | None = None, progress: Progress | None = None) -> l
     if not any(problem.field.startswith("settings") for problem in invalid):
         found += _crops(cohort)
     found += _targets(source, cohort, index, groups)
+    study = StudySlides(frozenset(index["patient"]), {i: slide for slide, i in identity.items()})
+    found += _external(source, cohort, study)
     return found
 
 
 # --- slides ----------------------------------------------------------------------------------
 
 
-def _slides(cohort: Cohort) -> tuple[pl.DataFrame, dict[str, SlideFiles], list[Finding]]:
-    """The usable rows of the slide index, their files by path, and problems of the others."""
+def _slides(
+    cohort: Cohort, slides: Slides, place: Location
+) -> tuple[pl.DataFrame, dict[str, SlideFiles], list[Finding]]:
+    """The usable rows of the slide index, their files by path, and problems of the others.
+
+    ``place`` is that of the entry ``slides`` in the cohort file.
+    """
     rows: list[dict[str, object]] = []
     files: dict[str, SlideFiles] = {}
     found: list[Finding] = []
-    for number, folder in enumerate(cohort.slides.folders):
+    for number, folder in enumerate(slides.folders):
         try:
-            slides, of_folder, left_aside = folder_slides(folder)
-            rows += slides
+            of_rows, of_folder, left_aside = folder_slides(folder)
+            rows += of_rows
             files |= of_folder
             for line in summarize_left_aside(left_aside):
                 found.append(Finding(str(folder.path), f"no slide: {line}", is_error=False))
         except CohortError as error:
-            found.append(Finding(cohort.place("slides", "folders", number), str(error)))
-    if cohort.slides.table is not None:
+            found.append(Finding(cohort.place(*place, "folders", number), str(error)))
+    if slides.table is not None:
         try:
-            slides, of_table = table_slides(cohort.slides.table)
-            rows += slides
+            of_rows, of_table = table_slides(slides.table)
+            rows += of_rows
             files |= of_table
-            found += _misspelt_columns(cohort.slides.table)
+            found += _misspelt_columns(slides.table)
         except CohortError as error:
-            place = cohort.place("slides", "table")
-            found += [Finding(place, line) for line in str(error).splitlines()]
+            where = cohort.place(*place, "table")
+            found += [Finding(where, line) for line in str(error).splitlines()]
     if not rows and not found:
-        found.append(Finding(cohort.place("slides"), "no slides: correct the folder or the table"))
+        found.append(Finding(cohort.place(*place), "no slides: correct the folder or the table"))
     found += [Finding("slides", problem) for row in rows if (problem := row_problem(row))]
     index = pl.DataFrame(rows, schema=INDEX_SCHEMA).sort("slide")
     for (slide,), same in index.filter(pl.col("slide").is_duplicated()).group_by(
@@ -406,6 +415,48 @@ def _targets(
             yield Finding(cohort.place("targets", number), note, is_error=False)
     # targets of one table mostly have the same rows without a partner, and the same sites
     yield from dict.fromkeys(matched)
+
+
+def _external(source: Source, cohort: Cohort, study: StudySlides) -> Iterator[Finding]:
+    """Yield what is wrong with the external cohorts, and their leaks."""
+    listed = source.data.get("external")
+    for number, data in enumerate(listed if isinstance(listed, list) else []):
+        name = data.get("name") if isinstance(data, dict) else None
+        entry = next((e for e in cohort.external if e.name == name), None)
+        if entry is None:
+            continue
+        index, files, problems = _slides(cohort, entry.slides, ("external", number, "slides"))
+        yield from problems
+        identity, problems = _opened(index, files, None)
+        yield from problems
+        if index.is_empty():
+            continue
+        place = cohort.place("external", number)
+        used = used_slides(index)
+        try:
+            refuse_leaks(
+                used,
+                {slide: identity[slide] for slide in used["slide"] if slide in identity},
+                study,
+            )
+        except CohortError as error:
+            yield Finding(place, str(error))
+        units = used.select("patient", slides=pl.concat_list("slide"))
+        for position, column in enumerate(entry.subgroups):
+            try:
+                unit_subgroups(entry, column, units, index)
+            except CohortError as error:
+                yield Finding(cohort.place("external", number, "subgroups", position), str(error))
+        matched: list[Finding] = []
+        for target in cohort.targets:
+            try:
+                labels = read_labels(external_study(entry, target), target, index)
+                target_table(target, labels, used.with_columns(split=pl.lit("test")))
+            except CohortError as error:
+                yield Finding(cohort.place("external", number, "labels"), str(error))
+            else:
+                matched += _without_partner(entry.labels, labels.matches, index)
+        yield from dict.fromkeys(matched)
 
 
 def _without_partner(table: Path, matches: LabelMatches, index: pl.DataFrame) -> Iterator[Finding]:

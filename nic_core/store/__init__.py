@@ -8,12 +8,13 @@ from nic_core.store.atomic import (
     exclusive_lock,
     remove_product,
 )
-from nic_core.store.keys import GridKey, MapKey, ModelKey, PatchTableKey, PatchTaskKey
+from nic_core.store.keys import ExternalKey, GridKey, MapKey, ModelKey, PatchTableKey, PatchTaskKey
 from nic_core.store.layout import DEFAULT_STORE, STORE_VARIABLE, Leftover, Product, Store
 
 __all__ = [
     "DEFAULT_STORE",
     "STORE_VARIABLE",
+    "ExternalKey",
     "GridKey",
     "Leftover",
     "MapKey",

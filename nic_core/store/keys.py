@@ -68,6 +68,14 @@ class ModelKey(_Key):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExternalKey(_Key):
+    """The evaluation of a target's model on an external cohort."""
+
+    cohort: str
+    target: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class MapKey(_Key):
     """The probability map of a slide."""
 

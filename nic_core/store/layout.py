@@ -18,6 +18,8 @@
       slide_models/<encoder>/<target>/     fold-*.safetensors, card.json, predictions.parquet
       slide_models/<encoder>/.<target>.folds/    finished folds of an unfinished training
       explanations/<encoder>/<target>/     scores.parquet, <slide>/: heat.tif, heat.zarr, ...
+      external_grids/<cohort>/<encoder>/<slide>.zarr
+      external_evaluations/<cohort>/<target>/    metrics.parquet, predictions.parquet, pictures, ...
       probability_maps/<map>/<slide>/      cells.parquet, overlay.jpg
       map_scores/<map>.parquet
       quality_report/           slides.parquet: quality of every slide; outliers.png
@@ -37,12 +39,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nic_core.store.atomic import exclusive_lock, is_locked
-from nic_core.store.keys import GridKey, MapKey, ModelKey, PatchTableKey, PatchTaskKey
+from nic_core.store.keys import ExternalKey, GridKey, MapKey, ModelKey, PatchTableKey, PatchTaskKey
 
 STORE_VARIABLE = "NIC_STORE"
 DEFAULT_STORE = Path("data/store")
 
-Key = str | PatchTableKey | PatchTaskKey | GridKey | ModelKey | MapKey
+Key = str | PatchTableKey | PatchTaskKey | GridKey | ModelKey | MapKey | ExternalKey
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,13 @@ class Store:
 
     def explanation(self, key: ModelKey) -> Path:
         return self.root / "explanations" / key.encoder / key.target
+
+    def external_grids(self, cohort: str, encoder: str) -> Path:
+        """Folder of the grids of an external cohort's slides."""
+        return self.root / "external_grids" / cohort / encoder
+
+    def external_evaluation(self, key: ExternalKey) -> Path:
+        return self.root / "external_evaluations" / key.cohort / key.target
 
     def probability_map(self, key: MapKey) -> Path:
         return self.root / "probability_maps" / key.map / key.slide
@@ -177,6 +186,7 @@ _PLACES: dict[str, tuple[str, Callable[[str], Key], bool]] = {
     "slide_models/*/*/": ("slide_model", ModelKey.parse, True),
     "slide_models/*/.*.folds/": ("slide_model", ModelKey.parse, False),
     "explanations/*/*/": ("explanation", ModelKey.parse, True),
+    "external_evaluations/*/*/": ("external_evaluation", ExternalKey.parse, True),
     "probability_maps/*/*/": ("probability_map", MapKey.parse, True),
     "map_scores/*.parquet": ("map_scores", str, True),
 }

@@ -173,6 +173,27 @@ def test_same_parameters_are_painted_once_and_identically(tmp_path: Path) -> Non
     assert sorted(tmp_path.iterdir()) == [one, two]  # no temporary files
 
 
+def test_an_external_cohort_shares_nothing_with_the_study(root: Path, tmp_path: Path) -> None:
+    path = make_demo(
+        tmp_path / "demo", slides=2, patches_per_task=12, side=768, external=6, workers=1
+    )
+    alone = make_demo(tmp_path / "alone", slides=2, patches_per_task=12, side=768, workers=1)
+    for file in ("slides/demo-01-1.tif", "slides.csv", "labels.csv"):
+        assert (path.parent / file).read_bytes() == (alone.parent / file).read_bytes()
+    (external,) = load_cohort(path).external
+    assert external.slides.table is not None
+    slides, labels = pl.read_csv(external.slides.table), pl.read_csv(external.labels)
+    assert slides["slide"].to_list() == labels["slide"].to_list()
+    assert slides["patient"].to_list() == labels["patient"].to_list()
+    assert set(external.subgroups) <= set(slides.columns)
+    own = pl.read_csv(path.parent / "slides.csv")
+    for column in ("slide", "patient"):
+        assert not set(slides[column]) & set(own[column])
+    for file in slides["path"]:
+        assert (external.slides.table.parent / file).exists()
+    assert not load_cohort(alone).external
+
+
 def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("precious")
     with pytest.raises(FileExistsError, match="no demo cohort"):
@@ -208,6 +229,7 @@ def test_demo_command_has_the_defaults_of_make_demo() -> None:
         ("slides", "slides"),
         ("patches", "patches_per_task"),
         ("side", "side"),
+        ("external", "external"),
         ("seed", "seed"),
         ("workers", "workers"),
     ):

@@ -26,8 +26,10 @@ from nic_core.models.metrics import (
     bootstrap_counts,
     classification_metrics,
     compare,
+    compare_cohorts,
     confusion,
     event_horizons,
+    high_risk,
     log_rank,
     regression_metrics,
     score,
@@ -256,3 +258,30 @@ def test_log_rank_p_is_small_only_for_groups_that_differ():
     t = random.exponential(np.exp(-1.5 * risk))
     assert log_rank(t, np.ones(100, bool), risk) < 1e-3
     assert log_rank(random.permutation(t), np.ones(100, bool), risk) > 0.05
+
+
+def test_cohorts_are_compared_without_pairing():
+    random = np.random.default_rng(0)
+    y = random.normal(size=200)
+    good = regression_metrics(y, y + random.normal(scale=0.5, size=200))
+    poor = regression_metrics(y[:80], random.normal(size=80))
+    patients = [str(i) for i in range(200)]
+    found = compare_cohorts(poor, patients[:80], good, patients, resamples=300, seed=0)["spearman"]
+    once = np.ones((1, 80)), np.ones((1, 200))
+    assert found.value == pytest.approx(poor["spearman"](once[0])[0] - good["spearman"](once[1])[0])
+    assert found.low < found.value < found.high < 0
+    assert found.p < 0.01
+    # the variance of a difference of independent values is the sum of theirs
+    widths = [
+        interval.high - interval.low
+        for metrics, names in ((poor, patients[:80]), (good, patients))
+        for interval in [score(metrics, names, resamples=300, seed=0)["spearman"]]
+    ]
+    assert found.high - found.low == pytest.approx(np.hypot(*widths), rel=0.25)
+
+
+def test_risk_groups_are_divided_at_a_given_threshold():
+    risk = [0.1, 0.2, 0.3, 0.9]
+    assert high_risk(risk).tolist() == [False, False, True, True]
+    assert high_risk(risk, 0.5).tolist() == [False, False, False, True]
+    assert np.isnan(log_rank([1, 2, 3, 4], [True] * 4, risk, threshold=2.0))

@@ -155,8 +155,33 @@ class TargetKind(Protocol):
             (see :attr:`nic_core.models.cross_validation.CrossValidation.predictions`).
         """
 
-    def p_values(self, rows: pl.DataFrame, prediction: Floats) -> dict[str, float]:
-        """Significance tests of the predictions, which have no bootstrap interval."""
+    def p_values(
+        self, rows: pl.DataFrame, prediction: Floats, *, median_risk: float | None = None
+    ) -> dict[str, float]:
+        """Significance tests of the predictions, which have no bootstrap interval.
+
+        ``median_risk`` is as in :meth:`figure`.
+        """
+
+    def calibration_metrics(
+        self,
+        rows: pl.DataFrame,
+        prediction: Floats,
+        folds: Floats,
+        hazards: Sequence[BaselineHazard],
+    ) -> dict[str, Metric]:
+        """Calibration of an ensemble's predictions (:mod:`nic_core.models.calibration`).
+
+        Parameters
+        ----------
+        rows
+            :attr:`label_columns`.
+        prediction : float (units, outputs)
+            Mean of the folds.
+        folds : float (folds, units, outputs)
+        hazards
+            Baseline hazard of each fold; empty for kinds without survival functions.
+        """
 
     # --- linear baseline ---
 
@@ -215,13 +240,22 @@ class TargetKind(Protocol):
 
     # --- display ---
 
-    def figure(self, predictions: Mapping[str, pl.DataFrame], title: str) -> Figure:
+    def figure(
+        self,
+        predictions: Mapping[str, pl.DataFrame],
+        title: str,
+        *,
+        median_risk: float | None = None,
+    ) -> Figure:
         """Draw the evaluation of one split.
 
         Parameters
         ----------
         predictions
             Display name of each model to its rows of predictions; the network comes first.
+        median_risk
+            For survival: the risk at which units are divided into two groups; default: the median
+            of these units.
         """
 
     def conclusion_headings(self, times: Sequence[float]) -> list[str]:
@@ -244,7 +278,9 @@ class WithoutSurvivalFunctions:
 
     has_survival_functions = False
 
-    def p_values(self, rows: pl.DataFrame, prediction: Floats) -> dict[str, float]:
+    def p_values(
+        self, rows: pl.DataFrame, prediction: Floats, *, median_risk: float | None = None
+    ) -> dict[str, float]:
         return {}
 
     def calibrate(

@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from nic_core.cohort import ClassificationTarget
 from nic_core.cohort.tables import MISSING, ROW, suggestion, to_text, visible
+from nic_core.models.calibration import logistic_calibration
 from nic_core.models.cox import BaselineHazard
 from nic_core.models.kinds.base import (
     Floats,
@@ -124,6 +125,23 @@ class Classification(WithoutSurvivalFunctions):
     def metrics(self, rows: pl.DataFrame, prediction: Floats) -> dict[str, Metric]:
         return classification_metrics(rows["y"].to_numpy(), prediction)
 
+    def calibration_metrics(
+        self,
+        rows: pl.DataFrame,
+        prediction: Floats,
+        folds: Floats,
+        hazards: Sequence[BaselineHazard],
+    ) -> dict[str, Metric]:
+        """Of two classes those of the second; of more, those of each against the rest."""
+        y, classes = rows["y"].to_numpy(), self.target.classes
+        if len(classes) == 2:
+            return logistic_calibration(y == 1, prediction[:, 1])
+        return {
+            f"{metric}_{name}": value
+            for i, name in enumerate(classes)
+            for metric, value in logistic_calibration(y == i, prediction[:, i]).items()
+        }
+
     def linear_model(self, penalty: float) -> LogisticRegression:
         return LogisticRegression(C=1 / penalty, max_iter=1000)
 
@@ -145,7 +163,13 @@ class Classification(WithoutSurvivalFunctions):
         names = [self.target.classes[i] for i in folds.mean(0).argmax(1)]
         return [pl.Series("class", names, pl.String)]
 
-    def figure(self, predictions: Mapping[str, pl.DataFrame], title: str) -> Figure:
+    def figure(
+        self,
+        predictions: Mapping[str, pl.DataFrame],
+        title: str,
+        *,
+        median_risk: float | None = None,
+    ) -> Figure:
         return classification_figure(
             {
                 name: (rows["y"].to_numpy(), prediction_array(self, rows))

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from nic_core.cohort import RegressionTarget
 from nic_core.cohort.tables import ROW
+from nic_core.models.calibration import linear_calibration
 from nic_core.models.cox import BaselineHazard
 from nic_core.models.kinds.base import (
     Floats,
@@ -90,6 +91,15 @@ class Regression(WithoutSurvivalFunctions):
     def metrics(self, rows: pl.DataFrame, prediction: Floats) -> dict[str, Metric]:
         return regression_metrics(rows["y"].to_numpy(), prediction[:, 0])
 
+    def calibration_metrics(
+        self,
+        rows: pl.DataFrame,
+        prediction: Floats,
+        folds: Floats,
+        hazards: Sequence[BaselineHazard],
+    ) -> dict[str, Metric]:
+        return linear_calibration(rows["y"].to_numpy(), prediction[:, 0])
+
     def linear_model(self, penalty: float) -> Ridge:
         return Ridge(alpha=penalty)
 
@@ -108,7 +118,13 @@ class Regression(WithoutSurvivalFunctions):
     ) -> list[pl.Series]:
         return []
 
-    def figure(self, predictions: Mapping[str, pl.DataFrame], title: str) -> Figure:
+    def figure(
+        self,
+        predictions: Mapping[str, pl.DataFrame],
+        title: str,
+        *,
+        median_risk: float | None = None,
+    ) -> Figure:
         rows = next(iter(predictions.values()))
         return scatter_figure(
             rows["y"].to_numpy(),

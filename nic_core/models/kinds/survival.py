@@ -19,7 +19,14 @@ from torch import Tensor
 
 from nic_core.cohort import SurvivalTarget
 from nic_core.cohort.tables import ROW
-from nic_core.models.cox import BaselineHazard, cox_loss, fit_baseline_hazard, median_survival
+from nic_core.models.calibration import survival_calibration
+from nic_core.models.cox import (
+    BaselineHazard,
+    cox_loss,
+    fit_baseline_hazard,
+    median_event_time,
+    median_survival,
+)
 from nic_core.models.kinds.base import (
     Calibration,
     Floats,
@@ -131,10 +138,31 @@ class Survival:
         survival = np.array(rows["survival"].to_list()).reshape(rows.height, len(horizons))
         return survival_metrics(time, event, prediction[:, 0], survival, horizons)
 
-    def p_values(self, rows: pl.DataFrame, prediction: Floats) -> dict[str, float]:
+    def p_values(
+        self, rows: pl.DataFrame, prediction: Floats, *, median_risk: float | None = None
+    ) -> dict[str, float]:
         """``log_rank_p``: between units above the median risk and the others (paper A)."""
         time, event = (rows[column].to_numpy() for column in self.label_columns)
-        return {"log_rank_p": log_rank(time, event, prediction[:, 0])}
+        return {"log_rank_p": log_rank(time, event, prediction[:, 0], threshold=median_risk)}
+
+    def calibration_metrics(
+        self,
+        rows: pl.DataFrame,
+        prediction: Floats,
+        folds: Floats,
+        hazards: Sequence[BaselineHazard],
+    ) -> dict[str, Metric]:
+        """Events are counted up to the median time of the events in training [choice]."""
+        time, event = (rows[column].to_numpy() for column in self.label_columns)
+        horizon = median_event_time(hazards)
+        risks = list(zip(hazards, folds[..., 0], strict=True))
+        return survival_calibration(
+            time,
+            event,
+            np.mean([hazard.scale * risk for hazard, risk in risks], axis=0),
+            np.mean([h.survival(risk, np.array([horizon]))[:, 0] for h, risk in risks], axis=0),
+            horizon,
+        )
 
     def linear_model(self, penalty: float) -> CoxPHSurvivalAnalysis:
         return CoxPHSurvivalAnalysis(alpha=penalty)
@@ -187,7 +215,13 @@ class Survival:
             pl.Series("median_survival", median, pl.Float64).fill_nan(None),
         ]
 
-    def figure(self, predictions: Mapping[str, pl.DataFrame], title: str) -> Figure:
+    def figure(
+        self,
+        predictions: Mapping[str, pl.DataFrame],
+        title: str,
+        *,
+        median_risk: float | None = None,
+    ) -> Figure:
         rows = next(iter(predictions.values()))
         return kaplan_meier_figure(
             rows["time"].to_numpy(),
@@ -195,6 +229,7 @@ class Survival:
             prediction_array(self, rows)[:, 0],
             unit=self.target.unit,
             title=title,
+            threshold=median_risk,
         )
 
     def conclusion_headings(self, times: Sequence[float]) -> list[str]:
