@@ -246,8 +246,8 @@ def _result_metrics(publication: Publication, model: str) -> list[Metric]:
         linked = (
             {"dataset_name": dataset, "dataset_digest": digest[:DIGEST_LENGTH]} if digest else {}
         )
-        for end, column in (("", "value"), ("_low", "low"), ("_high", "high")):
-            value = row[column]
+        for column in ("value", "low", "high", "folds_mean", "folds_deviation"):
+            value, end = row[column], "" if column == "value" else f"_{column}"
             if value is not None and math.isfinite(value):
                 metrics.append(
                     Metric(f"{name}{end}", value, now, 0, model_id=model or None, **linked)

@@ -597,7 +597,8 @@ def test_experiments_are_of_model_training_and_described(registry):
 
 @pytest.mark.slow
 def test_results_are_metrics_with_bounds_and_the_card_is_an_artifact(registry):
-    row = ("target", "t", "mtl-4", "small grid CNN", "cross-validated", "AUC", 0.7, 0.6, 0.8, 40)
+    row = ("target", "t", "mtl-4", "small grid CNN", "cross-validated", "AUC")
+    row += (0.7, 0.6, 0.8, 40, 0.65, 0.1, 0)
     results = pl.DataFrame([row], schema=RESULT_SCHEMA, orient="row")
     long = "# a card\n\n" + "a line of the card\n" * 500
     published = publish(
@@ -609,7 +610,14 @@ def test_results_are_metrics_with_bounds_and_the_card_is_an_artifact(registry):
     assert run.info.run_name == "t"
     assert run.data.params == {"epochs": "2"}
     name = "cross-validated/small_grid_CNN/AUC"
-    assert run.data.metrics == {"loss": 1.0, name: 0.7, f"{name}_low": 0.6, f"{name}_high": 0.8}
+    assert run.data.metrics == {
+        "loss": 1.0,
+        name: 0.7,
+        f"{name}_low": 0.6,
+        f"{name}_high": 0.8,
+        f"{name}_folds_mean": 0.65,
+        f"{name}_folds_deviation": 0.1,
+    }
     description = registry.client.get_model_version("model-t", "1").description
     assert len(description) < 4100
     assert description.endswith("The run's artifact `model-card.md` has the whole card.")
