@@ -1,7 +1,7 @@
 """Test and measure what runs on a GPU, with one command.
 
-    python benchmarks/gpu.py data/gpu          # with a CUDA device: some minutes
-    python benchmarks/gpu.py data/gpu --tiny   # tiny sizes, as on a machine without one
+    python -m benchmarks.gpu data/gpu          # with a CUDA device: about five minutes
+    python -m benchmarks.gpu data/gpu --tiny   # tiny sizes, as on a machine without one
 
 It runs the tests marked ``gpu``, trains encoders, compares embeddings with the CPU's, compresses
 slides, trains the published grid CNN on large grids, and leases the GPU to several processes. All
@@ -100,7 +100,7 @@ class Sizes:
     side: int = 30_000  # px a side of the slide that is compressed alone
     rounds: int = 3
     slides: int = 8  # that are compressed by several processes
-    sides: int = 20_000  # px a side of each
+    sides: int = 12_000  # px a side of each
     processes: tuple[int, ...] = (1, 2, 4, 8)
     grids: int = 64
     crops: int = 16  # per training step
@@ -602,6 +602,7 @@ def run_part(name: str, sizes: Sizes) -> Report:
             if not isinstance(message, Figure):
                 failed = message
                 break
+            print(f"    {message.what}: {_shown(message)}", flush=True)
             figures.append(message)
         else:
             failed = f"it took more than {LIMIT:.0f} s"
@@ -697,11 +698,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     reports = []
     for name in options.part or PARTS:
+        print(name, flush=True)
         report = run_part(name, sizes)
         reports.append(report)
-        print(f"{name}: {report.failed or 'passed'} ({report.seconds:.0f} s)", flush=True)
-        for figure in report.figures:
-            print(f"    {figure.what}: {_shown(figure)}", flush=True)
+        print(f"  {report.failed or 'passed'} ({report.seconds:.0f} s)", flush=True)
         # after each part, so that an interruption loses nothing
         found = {**about, "parts": [asdict(report) for report in reports]}
         (options.out / "gpu.json").write_text(json.dumps(found, indent=1) + "\n")
