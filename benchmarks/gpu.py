@@ -110,7 +110,7 @@ class Sizes:
 
 TINY = Sizes(
     patches=160,
-    budget=96,
+    budget=48,
     batches=(16,),
     accuracy=0.0,
     compared=64,
@@ -258,7 +258,7 @@ def compression(sizes: Sizes) -> Iterator[Figure]:
         encoder = published_encoder()
         prepared = {name: encoder.prepare(device, name) for name in PRECISIONS}
         for name in PRECISIONS:
-            yield from _encoding_alone(prepared[name], sizes.repeats)
+            yield from _encoding_alone(prepared[name], sizes)
         for number, stored in enumerate((SINGLE_LEVEL, PYRAMID)):
             path = Path(folder) / f"{number}.tif"
             paint_slide(path, sizes.side, pyramid=stored == PYRAMID)
@@ -490,9 +490,10 @@ def _embed(encoder: PreparedEncoder, pixels: NDArray[np.uint8]) -> NDArray[np.fl
     return torch.cat(found).numpy()
 
 
-def _encoding_alone(encoder: PreparedEncoder, repeats: int) -> Iterator[Figure]:
+def _encoding_alone(encoder: PreparedEncoder, sizes: Sizes) -> Iterator[Figure]:
     """Encode one block again and again: from the GPU's memory, and from the host's."""
-    pixels = torch.from_numpy(_textured_patches(GPU_BLOCK**2))
+    count = min(GPU_BLOCK**2, sizes.compared)
+    pixels = torch.from_numpy(_textured_patches(count))
     there = pixels.to(encoder.device).permute(0, 3, 1, 2)
 
     @torch.inference_mode()
@@ -505,7 +506,7 @@ def _encoding_alone(encoder: PreparedEncoder, repeats: int) -> Iterator[Figure]:
         encoder.module(held.to(encoder.device).permute(0, 3, 1, 2)).half().cpu()
 
     for what, work in (("encoding alone", encode), ("copying and encoding alone", copy_and_encode)):
-        rate = len(pixels) / _duration(work, repeats)
+        rate = len(pixels) / _duration(work, sizes.repeats)
         yield Figure(f"{encoder.precision}: {what}, one block at a time", rate, "patches/s")
 
 
