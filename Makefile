@@ -20,7 +20,8 @@ LOWEST_TESTS ?= tests/test_cohort.py tests/test_store.py tests/test_tables.py te
 	tests/encoders/test_networks.py tests/assets/test_dependencies.py \
 	tests/assets/test_staleness.py
 
-.PHONY: demo refresh ui mlflow test test-fast test-core test-lowest lint docs lock
+.PHONY: demo refresh ui mlflow test test-fast test-core test-lowest gpu-check lint docs \
+	lock
 
 # everything but torch with its hashes checked; then torch and this project (requirements/lock.py)
 .venv/installed: pyproject.toml requirements/platform.txt requirements/constraints.txt
@@ -86,6 +87,9 @@ test-core: .venv-core/installed  ## the library where Dagster and MLflow are not
 
 test-lowest: .venv-lowest/installed  ## some tests with the lowest versions
 	.venv-lowest/bin/pytest --numprocesses $(WORKERS) -m "not gpu" $(LOWEST_TESTS)
+
+gpu-check: .venv/installed-tests  ## tests and measurements on a GPU: data/gpu/gpu.json, gpu.md
+	$(BIN)/python -m benchmarks.gpu data/gpu
 
 lint: .venv/installed-tests
 	$(BIN)/ruff check .

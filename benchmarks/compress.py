@@ -43,19 +43,25 @@ from nic_core.slides.engines import EngineName
 from nic_core.tiling.blocks import Block, map_in_order, plan_blocks, read_block
 from nic_core.tiling.patches import patch_table
 from nic_core.tiling.tissue import TissueMask
+from nic_core.types import Pixels
 
 PATCH, MPP, STORED = 128, 0.5, 0.25
 SINGLE_LEVEL, PYRAMID = "0.25 um/px only", "pyramid"
 
 
-def paint_slide(path: Path, side: int, *, pyramid: bool) -> None:
-    """Write a slide of ``side`` px a side, of repeated texture, which is fast for any size."""
+def texture() -> Pixels:
+    """Return texture in the colours of H&E, uint8 (2048, 2048, 3), that can be repeated."""
     noise = np.random.default_rng(0).random((2, 2048, 2048))
     field = ndimage.gaussian_filter(noise[0], 1.5, mode="wrap")
     field = field + 5 * ndimage.gaussian_filter(noise[1], 12, mode="wrap")
     field = (field - field.min()) / np.ptp(field)
     pixels = np.array([238, 175, 208]) + field[..., None] * np.array([-150, -120, -80])
-    image = pyvips.Image.new_from_array(pixels.astype(np.uint8), interpretation="srgb")
+    return pixels.astype(np.uint8)
+
+
+def paint_slide(path: Path, side: int, *, pyramid: bool) -> None:
+    """Write a slide of ``side`` px a side, of repeated texture, which is fast for any size."""
+    image = pyvips.Image.new_from_array(texture(), interpretation="srgb")
     times = -(-side // 2048)
     image.replicate(times, times).crop(0, 0, side, side).tiffsave(
         str(path),

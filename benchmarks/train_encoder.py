@@ -13,9 +13,10 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -38,14 +39,19 @@ from nic_core.encoders.patch_tasks import (
     save_patch_task,
 )
 from nic_core.encoders.training import OBJECTIVES
+from nic_core.types import Precision
 
 PATCH, MPP, EMBEDDING_SIZE = 128, 0.5, 128
 CLASSES = ("one", "other")
 
 
 def noise_task(folder: Path, name: str, patches: int, seed: int) -> PatchDataset:
-    """Write a patch task of noise: images of 2 x 2 patches, four images per patient."""
+    """Write a patch task of noise: images of 2 x 2 patches, four images per patient.
+
+    Patches of the second class are half as bright, so that there is something to learn.
+    """
     pixels = np.random.default_rng(seed).integers(0, 256, (patches, PATCH, PATCH, 3), np.uint8)
+    pixels[np.arange(patches) // 4 % 2 == 1] //= 2
     rows = []
     for index in range(patches):
         label = index // 4 % 2
@@ -57,6 +63,35 @@ def noise_task(folder: Path, name: str, patches: int, seed: int) -> PatchDataset
     table = pl.DataFrame(rows, schema=TABLE_SCHEMA, orient="row")
     save_patch_task(folder / name, PatchDataset(name, "none", CLASSES, MPP, pixels, table))
     return load_patch_task(folder / name)
+
+
+def build_objective(spec: EncoderSpec, tasks: Sequence[PatchDataset], device: torch.device) -> Any:
+    """Return the objective of an encoder with its networks, as at the start of a training."""
+    torch.manual_seed(0)
+    encoder = build_encoder(spec.architecture, patch=PATCH, embedding_size=EMBEDDING_SIZE).to(
+        device
+    )
+    objective = OBJECTIVES[spec.objective](encoder, tasks, batch=spec.batch, validation=64, seed=0)
+    channels_last(objective.networks)
+    objective.networks.train()
+    return objective
+
+
+def learner(objective: Any, precision: Precision) -> Callable[[object], float]:
+    """Return a function that trains on one batch: forward, backward, optimiser; the loss."""
+    optimizer = torch.optim.Adam(
+        objective.networks.parameters(), lr=objective.learning_rate, fused=True
+    )
+
+    def learn(batch: object) -> float:
+        with torch.autocast(objective.device.type, torch.bfloat16, precision == "bfloat16"):
+            loss = objective.losses(batch)["loss"]
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    return learn
 
 
 def alternate(
@@ -98,29 +133,10 @@ def main() -> None:
     precision = resolve_precision(spec.precision, device)
     with tempfile.TemporaryDirectory() as folder:
         tasks = [noise_task(Path(folder), name, 800, k) for k, name in enumerate(names)]
-        torch.manual_seed(0)
-        encoder = build_encoder(spec.architecture, patch=PATCH, embedding_size=EMBEDDING_SIZE).to(
-            device
-        )
-        objective = OBJECTIVES[spec.objective](
-            encoder, tasks, batch=spec.batch, validation=64, seed=0
-        )
-        channels_last(objective.networks)
-        objective.networks.train()
-        optimizer = torch.optim.Adam(
-            objective.networks.parameters(), lr=objective.learning_rate, fused=True
-        )
+        objective = build_objective(spec, tasks, device)
+        learn = learner(objective, precision)
         generator = torch.Generator(device).manual_seed(0)
         loaded = objective.batch(generator)
-
-        def learn(batch: object) -> float:
-            with torch.autocast(device.type, torch.bfloat16, precision == "bfloat16"):
-                loss = objective.losses(batch)["loss"]  # type: ignore[arg-type]
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            return loss.item()
-
         functions: dict[str, Callable[[], object]] = {
             "forward, backward, optimiser": lambda: learn(loaded),
             "loading and augmentation": lambda: objective.batch(generator),

@@ -83,20 +83,35 @@ def _sampling_grid(patches: Tensor, generator: torch.Generator, strength: Streng
     grid = functional.affine_grid(affine, [size, 1, side, side], align_corners=False)
     count = strength.elastic_nodes
     nodes = torch.randn(size, 2, count, count, generator=generator, device=device)
-    between = _interpolation(count, side).to(device)
+    between = _interpolation(count, side, device)
     field = between @ nodes @ between.T
     return grid.add_(field.permute(0, 2, 3, 1), alpha=strength.elastic * 2)
 
 
 @lru_cache(maxsize=8)
-def _interpolation(nodes: int, side: int) -> Tensor:
+def _interpolation(nodes: int, side: int, device: torch.device) -> Tensor:
     """Return bicubic interpolation from ``nodes`` to ``side`` values as a matrix (side, nodes).
 
     Two products with it take a twentieth of the time of ``interpolate`` on each field.
     """
     unit = torch.eye(nodes)[None, None]
     size = (side, nodes)
-    return functional.interpolate(unit, size=size, mode="bicubic", align_corners=True)[0, 0]
+    between = functional.interpolate(unit, size=size, mode="bicubic", align_corners=True)[0, 0]
+    return between.to(device)
+
+
+@lru_cache(maxsize=8)
+def _colour_constants(device: torch.device) -> tuple[Tensor, ...]:
+    """Return the stain matrix, the inverse of its transpose, luma weights, and a cross product.
+
+    (3, 3), (3, 3), (1, 1, 3), and (3, 3): the matrix of the cross product with the grey axis. They
+    are made once for each device, because copying to a GPU waits for it, and so does an inverse.
+    """
+    matrix = functional.normalize(torch.tensor(STAINS), dim=1)
+    axis = 1 / math.sqrt(3)
+    cross = torch.tensor([[0, -axis, axis], [axis, 0, -axis], [-axis, axis, 0]])
+    luma = torch.tensor(LUMA).view(1, 1, 3)
+    return tuple(each.to(device) for each in (matrix, matrix.T.inverse(), luma, cross))
 
 
 def _jitter_colour(pixels: Tensor, generator: torch.Generator, strength: Strength) -> Tensor:
@@ -109,17 +124,16 @@ def _jitter_colour(pixels: Tensor, generator: torch.Generator, strength: Strengt
         )
 
     # optical density = matrix.T @ stains; only haematoxylin and eosin change
-    matrix = functional.normalize(torch.tensor(STAINS, device=device), dim=1)
+    matrix, inverse, luma, _ = _colour_constants(device)
     amounts = torch.ones(size, 3, device=device)
     amounts[:, :2] += uniform(strength.stain, 2)
     shifts = torch.zeros(size, 3, 1, device=device)
     shifts[:, :2, 0] = uniform(strength.stain_shift, 2)
-    stain = (matrix.T * amounts[:, None, :]) @ matrix.T.inverse()
+    stain = (matrix.T * amounts[:, None, :]) @ inverse
     flat = pixels.flatten(2)
     density = flat.clamp(min=1 / 255).log_().neg_()
     flat = torch.baddbmm(matrix.T @ shifts, stain, density).neg_().exp_()
 
-    luma = torch.tensor(LUMA, device=device).view(1, 1, 3)
     amount = 1 + uniform(strength.saturation, 1, 1)
     saturate = amount * torch.eye(3, device=device) + (1 - amount) * luma
     gain = 1 + uniform(strength.contrast, 1, 1)
@@ -132,9 +146,7 @@ def _jitter_colour(pixels: Tensor, generator: torch.Generator, strength: Strengt
 
 def _hue_rotation(angle: Tensor) -> Tensor:
     """Return rotations (B, 3, 3) of RGB about the grey axis by angles (B,) in rad (Rodrigues)."""
-    axis = 1 / math.sqrt(3)
-    cross = torch.tensor([[0, -axis, axis], [axis, 0, -axis], [-axis, axis, 0]])
-    cross = cross.to(angle.device)
+    *_, cross = _colour_constants(angle.device)
     along = torch.full((3, 3), 1 / 3, device=angle.device)
     cos, sin = torch.cos(angle).view(-1, 1, 1), torch.sin(angle).view(-1, 1, 1)
     return cos * torch.eye(3, device=angle.device) + (1 - cos) * along + sin * cross

@@ -251,7 +251,8 @@ class _Run:
             torch.autograd.backward(losses["loss"])
             self.optimizer.step()
             self.done += 1
-            values = {name: loss.item() for name, loss in losses.items()}
+            # one copy from the device, because each waits for it
+            values = dict(zip(losses, torch.stack(list(losses.values())).tolist(), strict=True))
             self._check_finite(values)
             for name, value in values.items():
                 sums[name] = sums.get(name, 0.0) + value

@@ -19,8 +19,11 @@ from nic_core.types import Pixels
 # means that number.
 _SCALE_ROUNDING = 1e-5
 _START_ROUNDING = 1e-2
-# Output rows computed at a time, so that their data stay in a core's cache.
+# Rows computed at a time, so that their data stay in a core's cache: output rows of weighted means,
+# bytes of source rows of block means. Smaller bands of the latter are slower where many threads
+# read, because they take turns with Python's lock once for each operation.
 _BAND = 32
+_BAND_BYTES = 3 << 19
 
 
 def coverage(
@@ -160,8 +163,9 @@ def block_means(pixels: Pixels, step: int) -> Pixels:
     pixels = pixels.reshape(height * step, -1)
     result = np.empty((height, width * 3), np.uint8)
     dtype = np.dtype(np.uint16 if 256 * step**2 <= 1 << 16 else np.uint32)
-    for top in range(0, height, _BAND):
-        rows = pixels[top * step : (top + _BAND) * step]
+    band = max(1, _BAND_BYTES // (step * max(1, pixels.shape[1])))
+    for top in range(0, height, band):
+        rows = pixels[top * step : (top + band) * step]
         down: NDArray[np.unsignedinteger[Any]] = rows[::step].astype(dtype)
         for i in range(1, step):
             down += rows[i::step]
@@ -172,7 +176,7 @@ def block_means(pixels: Pixels, step: int) -> Pixels:
                 sums += down[:, channel + 3 * i :: 3 * step]
             sums += step**2 // 2
             sums //= step**2
-            result[top : top + _BAND, channel::3] = sums
+            result[top : top + band, channel::3] = sums
     return result.reshape(height, width, 3)
 
 

@@ -82,7 +82,7 @@ def test_each_kind_of_augmentation_changes_the_patch(name: str):
 @pytest.mark.parametrize(("nodes", "side"), [(6, 64), (4, 31)])
 def test_elastic_field_interpolates_its_nodes_bicubically(nodes: int, side: int):
     values = torch.randn(3, 2, nodes, nodes, generator=generator())
-    between = augmentation._interpolation(nodes, side)
+    between = augmentation._interpolation(nodes, side, torch.device("cpu"))
     expected = functional.interpolate(values, (side, side), mode="bicubic", align_corners=True)
     assert torch.allclose(between @ values @ between.T, expected, atol=1e-5)
 

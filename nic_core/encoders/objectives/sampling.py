@@ -42,14 +42,16 @@ class Sampler:
 
     def draw(self, generator: torch.Generator) -> list[NDArray[np.int64]]:
         """Return the drawn rows of each task."""
-        drawn = []
-        for rows, cumulative in zip(self.rows, self.cumulative, strict=True):
+        places = []
+        for cumulative in self.cumulative:
             chance = torch.rand(
                 self.share, generator=generator, device=self.device, dtype=torch.float64
             )
-            places = torch.searchsorted(cumulative, chance * cumulative[-1], right=True)
-            drawn.append(rows[places.clamp(max=len(rows) - 1).cpu().numpy()])
-        return drawn
+            found = torch.searchsorted(cumulative, chance * cumulative[-1], right=True)
+            places.append(found.clamp(max=len(cumulative) - 1))
+        # one copy from the device, because each waits for it
+        drawn = torch.stack(places).cpu().numpy()
+        return [rows[at] for rows, at in zip(self.rows, drawn, strict=True)]
 
 
 def class_balance(task: PatchDataset, rows: NDArray[np.int64]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -80,15 +81,10 @@ class TiffEngine:
         with self._lock:
             if (cached := self._cached_tile(key)) is not None:
                 return cached
-            page = self._pages[level]
-            planes = page.samplesperpixel if page.planarconfig == SEPARATE else 1
-            count = len(page.dataoffsets) // planes
-            numbers = [index + plane * count for plane in range(planes)]
-            data = [self._read_tile(page, number) for number in numbers]
             # threads that need the same huge tile must not decode it at the same time
-            if math.prod(tile_size(page)) > _HUGE_TILE:
-                return self._keep(key, self._decode(level, numbers, data, shrink))
-        tile = self._decode(level, numbers, data, shrink)
+            if math.prod(tile_size(self._pages[level])) > _HUGE_TILE:
+                return self._keep(key, self._decode(level, index, shrink))
+        tile = self._decode(level, index, shrink)
         with self._lock:
             return self._keep(key, tile)
 
@@ -107,19 +103,23 @@ class TiffEngine:
         return tile
 
     def _read_tile(self, page: tifffile.TiffPage, number: int) -> bytes:
-        handle, length = page.parent.filehandle, page.databytecounts[number]
+        """Read the bytes of a tile; threads read at the same time, without a shared position."""
+        length = page.databytecounts[number]
         try:
-            handle.seek(page.dataoffsets[number])
-            data = bytes(handle.read(length))
+            data = os.pread(page.parent.filehandle.fileno(), length, page.dataoffsets[number])
         except OSError as error:
             raise ReadError(f"tile {number}: {error}") from error
         if len(data) != length:  # the file was truncated while open
             raise ReadError(f"tile {number}: {len(data)} of {length} bytes")
         return data
 
-    def _decode(self, level: int, numbers: list[int], data: list[bytes], shrink: int) -> Pixels:
-        """Decode a tile; separate colour planes are stored as one tile each."""
+    def _decode(self, level: int, index: int, shrink: int) -> Pixels:
+        """Read and decode a tile; separate colour planes are stored as one tile each."""
         page, header = self._pages[level], self._jpeg[level]
+        separate = page.samplesperpixel if page.planarconfig == SEPARATE else 1
+        count = len(page.dataoffsets) // separate
+        numbers = [index + plane * count for plane in range(separate)]
+        data = [self._read_tile(page, number) for number in numbers]
         width, height = (side // shrink for side in tile_size(page))
         if not all(data):  # not scanned
             return np.full((height, width, 3), 255, np.uint8)
