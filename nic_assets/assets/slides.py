@@ -142,7 +142,7 @@ def slide_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         group_name="slides",
         kinds={"image"},
         op_tags=CPU_TAGS,
-        code_version=code_version(3),
+        code_version=code_version(4),
     )
     def slide(
         context: dg.AssetExecutionContext,
@@ -160,6 +160,7 @@ def slide_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
                     "width": record.width,
                     "height": record.height,
                     "mpp": record.mpp,
+                    "scanner": record.scanner or "not stated",
                     "levels": len(record.levels),
                     "image": record.image,
                     "images_left": [str(i) for i in record.images if i.number != record.image],
