@@ -28,7 +28,7 @@ class Partitions:
     """The partitions definitions of a cohort.
 
     The keys of pairs are those of :mod:`nic_core.store.keys`: ``geometry|slide``,
-    ``geometry|task``, ``encoder|slide``, ``encoder|target`` and ``map|slide``.
+    ``geometry|task``, ``encoder|slide``, ``encoder|target``, ``champion|slide`` and ``map|slide``.
     """
 
     cohort: Cohort
@@ -84,6 +84,10 @@ class Partitions:
     @cached_property
     def models(self) -> dg.MultiPartitionsDefinition:
         return dg.MultiPartitionsDefinition({"encoder": self.encoders, "target": self.targets})
+
+    @cached_property
+    def predictions(self) -> dg.MultiPartitionsDefinition:
+        return dg.MultiPartitionsDefinition({"champion": self.targets, "slide": self.slides})
 
     @cached_property
     def slide_maps(self) -> dg.MultiPartitionsDefinition:

@@ -106,6 +106,21 @@ def read_record(store: Store, slide: str) -> SlideRecord:
         ) from error
 
 
+def slide_scanner(store: Store, slide: str) -> str | None:
+    """Return the scanner that a slide's file states; None if it states none.
+
+    None also for a slide without a record: features of other software need none.
+
+    Raises
+    ------
+    CohortError
+        Another version of this project wrote the record.
+    """
+    if not (store.slide(slide) / RECORD).exists():
+        return None
+    return read_record(store, slide).scanner
+
+
 def make_patch_table(cohort: Cohort, store: Store, key: PatchTableKey) -> pl.DataFrame:
     """Divide a slide into cells and measure their quality; write and return the patch table.
 

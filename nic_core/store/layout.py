@@ -18,6 +18,10 @@
       slide_models/<encoder>/<target>/     fold-*.safetensors, card.json, predictions.parquet
       slide_models/<encoder>/.<target>.folds/    finished folds of an unfinished training
       explanations/<encoder>/<target>/     scores.parquet, <slide>/: heat.tif, heat.zarr, ...
+      champions/<target>/       the registered model that predicts, version.json
+      prediction_plans/<target>.parquet    what each slide is predicted from, or why it is not
+      predictions/<target>/<slide>/        prediction.parquet, heat.tif, heat.zarr, patches.jpg, ...
+      reports/                  predictions.parquet, predictions.csv: all predictions
       probability_maps/<map>/<slide>/      cells.parquet, overlay.jpg
       map_scores/<map>.parquet
       quality_report/           slides.parquet: quality of every slide; outliers.png
@@ -37,12 +41,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nic_core.store.atomic import exclusive_lock, is_locked
-from nic_core.store.keys import GridKey, MapKey, ModelKey, PatchTableKey, PatchTaskKey
+from nic_core.store.keys import (
+    GridKey,
+    MapKey,
+    ModelKey,
+    PatchTableKey,
+    PatchTaskKey,
+    PredictionKey,
+)
 
 STORE_VARIABLE = "NIC_STORE"
 DEFAULT_STORE = Path("data/store")
 
-Key = str | PatchTableKey | PatchTaskKey | GridKey | ModelKey | MapKey
+Key = str | PatchTableKey | PatchTaskKey | GridKey | ModelKey | MapKey | PredictionKey
 
 
 @dataclass(frozen=True)
@@ -109,6 +120,21 @@ class Store:
 
     def explanation(self, key: ModelKey) -> Path:
         return self.root / "explanations" / key.encoder / key.target
+
+    def champion(self, target: str) -> Path:
+        """The registered model that predicts a target."""
+        return self.root / "champions" / target
+
+    def prediction_plan(self, target: str) -> Path:
+        return self.root / "prediction_plans" / f"{target}.parquet"
+
+    def prediction(self, key: PredictionKey) -> Path:
+        return self.root / "predictions" / key.champion / key.slide
+
+    @property
+    def predictions_report(self) -> Path:
+        """The table of all predictions; the same as CSV is beside it."""
+        return self.root / "reports" / "predictions.parquet"
 
     def probability_map(self, key: MapKey) -> Path:
         return self.root / "probability_maps" / key.map / key.slide
@@ -177,6 +203,9 @@ _PLACES: dict[str, tuple[str, Callable[[str], Key], bool]] = {
     "slide_models/*/*/": ("slide_model", ModelKey.parse, True),
     "slide_models/*/.*.folds/": ("slide_model", ModelKey.parse, False),
     "explanations/*/*/": ("explanation", ModelKey.parse, True),
+    "champions/*/": ("champion", str, True),
+    "prediction_plans/*.parquet": ("prediction_plan", str, True),
+    "predictions/*/*/": ("prediction", PredictionKey.parse, True),
     "probability_maps/*/*/": ("probability_map", MapKey.parse, True),
     "map_scores/*.parquet": ("map_scores", str, True),
 }
