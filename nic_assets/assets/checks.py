@@ -263,7 +263,7 @@ def near_training_cohort(
     return (
         f"distance {distance:.3g} is beyond {reference.limit:.3g}, the {FAR_PERCENTILE:g}th "
         f"percentile by {len(reference.held_out)} held-out training slides (the farthest: "
-        f"{reference.held_out[-1]:.3g}); the prediction may be wrong"
+        f"{reference.held_out.max():.3g}); the prediction may be wrong"
     )
 
 

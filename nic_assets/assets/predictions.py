@@ -97,7 +97,7 @@ def prediction_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
                     "training_scanners": list(card.training.scanners),
                     "training_mpp": list(card.training.mpp),
                     "distance_limit": stored.model.reference.limit,
-                    "held_out_distances": list(map(float, stored.model.reference.held_out)),
+                    "held_out_distances": sorted(map(float, stored.model.reference.held_out)),
                     "mlflow_model": dg.MetadataValue.url(
                         tracking.page(registered.name, registered.version)
                     ),
@@ -116,7 +116,13 @@ def prediction_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
 
     @batch_asset(
         partitions_def=partitions.targets,
-        deps=[champion, "grid_manifest", "quality_report", "slide_index"],
+        deps=[
+            champion,
+            # which encoder's grids are used depends on the champion
+            dg.AssetDep("grid_manifest", partition_mapping=dg.AllPartitionMapping()),
+            "quality_report",
+            "slide_index",
+        ],
         group_name="predictions",
         kinds={"polars", "parquet"},
         tags={REFRESH_TAG: "eager", **PARTIAL_INPUTS},

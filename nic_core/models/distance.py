@@ -17,6 +17,8 @@ in the prediction itself. The distance shows such a shift of the whole slide. It
    from a log-normal distribution of these distances (Student's t of the logarithm, with as many
    degrees of freedom as slides minus one).
 
+A slide that the model was trained on has the distance that it had when it was held out.
+
 What the percentile can resolve: n held-out slides can show directly only that a slide is farther
 than all of them, and one slide in n + 1 of the same kind is. For fewer than about 200 slides the
 99th percentile therefore rests on the log-normal distribution. With few slides Student's t puts it
@@ -67,7 +69,8 @@ class TrainingReference:
     rest : float64 (1,)
         Variance in every other direction.
     held_out : float64 (slides,)
-        Distance of each training slide to a reference without its fold, ascending.
+        Distance of each training slide to a reference without its fold, in the order of
+        :attr:`nic_core.models.files.TrainingCohort.slides`.
     """
 
     mean: Floats
@@ -116,11 +119,11 @@ def fit_reference(moments: Sequence[GridMoments], folds: Sequence[int]) -> Train
         Fold in which each slide was held out, at least two different ones.
     """
     slides = list(zip(moments, folds, strict=True))
-    held_out = []
-    for fold in sorted(set(folds)):
-        others = _fit([found for found, other in slides if other != fold])
-        held_out += [others.distance(found.mean) for found, own in slides if own == fold]
-    return replace(_fit(moments), held_out=np.sort(np.maximum(held_out, _SMALLEST)))
+    without = {
+        fold: _fit([found for found, other in slides if other != fold]) for fold in set(folds)
+    }
+    held_out = [without[fold].distance(found.mean) for found, fold in slides]
+    return replace(_fit(moments), held_out=np.maximum(held_out, _SMALLEST))
 
 
 def _fit(moments: Sequence[GridMoments]) -> TrainingReference:

@@ -178,7 +178,8 @@ def predict_grids(
     """
     card, kind = model.card, kind_of(model.card.target)
     check_times(card, times)
-    trained_on, in_training = set(card.training.slides), []
+    trained_on = dict(zip(card.training.slides, model.reference.held_out, strict=True))
+    in_training: list[bool] = []
     distances: list[float] = []
     for slides in units["slides"]:
         opened = [grids(slide) for slide in slides]
@@ -191,7 +192,9 @@ def predict_grids(
         in_training.append(any(grid.provenance.slide_identity in trained_on for grid in opened))
         distances.append(
             max(
-                model.reference.distance(grid_moments(slide, grid.embeddings, grid.valid).mean)
+                float(trained_on[grid.provenance.slide_identity])
+                if grid.provenance.slide_identity in trained_on
+                else model.reference.distance(grid_moments(slide, grid.embeddings, grid.valid).mean)
                 for slide, grid in zip(slides, opened, strict=True)
             )
         )

@@ -265,7 +265,7 @@ def make_slide_model(
         card = save_model(
             new,
             result,
-            _training_reference(store, encoder, result),
+            _training_reference(store, encoder, result, origins),
             encoder=encoder,
             weights_hash=weights,
             patch=geometry.patch,
@@ -290,15 +290,19 @@ def make_slide_model(
     return result, card
 
 
-def _training_reference(store: Store, encoder: str, result: CrossValidation) -> TrainingReference:
+def _training_reference(
+    store: Store, encoder: str, result: CrossValidation, origins: Mapping[str, GridProvenance]
+) -> TrainingReference:
     """Return the reference of the cross-validated slides, with the folds that held them out."""
     rows = result.predictions.filter(model=NETWORK, split="cv").select("slides", "fold")
-    slides = rows.explode("slides").unique("slides").sort("slides")
+    folds = dict(rows.explode("slides").iter_rows())
+    # as in the card, equal contents count once, in the order of their identities
+    slides = {origins[slide].slide_identity: slide for slide in sorted(folds)}
     moments = []
-    for slide in slides["slides"]:
+    for _, slide in sorted(slides.items()):
         grid = open_grid(store.grid(GridKey(encoder=encoder, slide=slide)))
         moments.append(grid_moments(slide, grid.embeddings, grid.valid))
-    return fit_reference(moments, slides["fold"].to_list())
+    return fit_reference(moments, [folds[slide] for _, slide in sorted(slides.items())])
 
 
 def _units_with_grids(key: ModelKey, folds: pl.DataFrame, manifest: pl.DataFrame) -> pl.DataFrame:
