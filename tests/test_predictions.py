@@ -50,12 +50,12 @@ def predict(cohort: Cohort, store: Store, target: str, slide: str = SLIDE) -> st
     return steps.make_prediction(cohort, store, champion, key(target, slide))
 
 
-def edited(cohort: Cohort, tmp_path: Path, targets: dict[str, dict[str, object]]) -> Cohort:
+def edited(cohort: Path, tmp_path: Path, targets: dict[str, dict[str, object]]) -> Cohort:
     """The cohort with fields of its targets changed."""
-    data = yaml.safe_load(cohort.path.read_text())
+    data = yaml.safe_load(cohort.read_text())
     for entry in data["targets"]:
         entry |= targets.get(entry["name"], {})
-    folder = cohort.path.parent
+    folder = cohort.parent
     data["labels"] = str(folder / data["labels"])
     data["slides"] = {"table": str(folder / "slides.csv")}
     for task in data["patch_tasks"]:
@@ -134,19 +134,19 @@ def test_contributing_patches_are_the_extremes_of_the_heat(study):
     assert (patches["x"] == patches["column"] * cell).all()
 
 
-def test_survival_is_predicted_at_the_times_of_the_target(study, tmp_path):
+def test_survival_is_predicted_at_the_times_of_the_target(study, tiny_cohort, tmp_path):
     cohort, store = study
     before = steps.make_prediction_plan(cohort, store, "survival").table
-    cohort = edited(cohort, tmp_path, {"survival": {"times": [365, 730]}})
+    cohort = edited(tiny_cohort, tmp_path, {"survival": {"times": [365, 730]}})
     after = steps.make_prediction_plan(cohort, store, "survival").table
     assert set(before["version"]).isdisjoint(after["version"])
     row = predict(cohort, store, "survival").row
     assert {"survival_365", "survival_730", "fold_0_survival_365"} <= set(row.columns)
 
 
-def test_repeated_times_are_refused(study, tmp_path):
+def test_repeated_times_are_refused(tiny_cohort, tmp_path):
     with pytest.raises(CohortError, match="times"):
-        edited(study[0], tmp_path, {"survival": {"times": [365, 365.0]}})
+        edited(tiny_cohort, tmp_path, {"survival": {"times": [365, 365.0]}})
 
 
 def test_excluded_slides_are_not_predicted(study):
@@ -200,9 +200,9 @@ def test_a_target_without_champion_is_planned_with_the_reason(study):
     assert set(before["version"]).isdisjoint(plan.table["version"])
 
 
-def test_a_champion_of_another_definition_of_the_target_is_refused(study, tmp_path):
+def test_a_champion_of_another_definition_of_the_target_is_refused(study, tiny_cohort, tmp_path):
     cohort, store = study
-    cohort = edited(cohort, tmp_path, {"growth": {"level": "patient"}})
+    cohort = edited(tiny_cohort, tmp_path, {"growth": {"level": "patient"}})
     problem = steps.make_prediction_plan(cohort, store, "growth").problem
     assert problem is not None
     assert "another definition" in problem
