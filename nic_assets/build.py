@@ -8,8 +8,8 @@ from nic_assets.assets.encoders import encoder_assets
 from nic_assets.assets.grids import grid_assets
 from nic_assets.assets.inputs import external_assets
 from nic_assets.assets.models import model_assets
-from nic_assets.assets.registry import registry_assets
 from nic_assets.assets.predictions import prediction_assets
+from nic_assets.assets.registry import registry_assets
 from nic_assets.assets.reports import report_assets
 from nic_assets.assets.slides import slide_assets
 from nic_assets.automation import automate, study_sensors

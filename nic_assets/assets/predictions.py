@@ -44,7 +44,7 @@ def prediction_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
     @batch_asset(
         checks=[checks.champion_exists],
         partitions_def=partitions.targets,
-        deps=["slide_model", REGISTERED_CHAMPION],
+        deps=["registered_model", REGISTERED_CHAMPION],
         group_name="predictions",
         kinds={"pytorch", "mlflow"},
         tags=PARTIAL_INPUTS,

@@ -347,7 +347,7 @@ def read_model_card(folder: Path) -> ModelCard:
 
 def model_files(card: ModelCard) -> tuple[str, ...]:
     """Return the names of the files that :func:`load_model` reads."""
-    return CARD, *(_fold_file(k) for k in range(len(card.networks)))
+    return CARD, REFERENCE, *(_fold_file(k) for k in range(len(card.networks)))
 
 
 def load_model(folder: Path) -> SlideModel:
