@@ -9,6 +9,7 @@ from nic_assets.assets.external import external_evaluation_assets
 from nic_assets.assets.grids import grid_assets
 from nic_assets.assets.inputs import external_assets
 from nic_assets.assets.models import model_assets
+from nic_assets.assets.predictions import prediction_assets
 from nic_assets.assets.registry import registry_assets
 from nic_assets.assets.reports import report_assets
 from nic_assets.assets.slides import slide_assets
@@ -31,6 +32,7 @@ def build_defs(cohort: Cohort, store: Store) -> dg.Definitions:
         *grid_assets(partitions),
         *model_assets(partitions),
         *registry_assets(partitions),
+        *prediction_assets(partitions),
         *external_evaluation_assets(partitions),
         *report_assets(partitions),
     ]

@@ -31,6 +31,11 @@ def study_jobs(partitions: Partitions) -> Mapping[str, AssetJob]:
         "grid_preview",
         *(["target_folds", "slide_model"] if cohort.targets else []),
         *(["registered_model", "explanation"] if cohort.targets else []),
+        *(
+            ["champion", "prediction_plan", "prediction", "predictions_report"]
+            if cohort.targets
+            else []
+        ),
         *(["external_evaluation"] if cohort.external else []),
         *(["probability_map", "map_scores"] if cohort.maps else []),
         "evaluation_report",

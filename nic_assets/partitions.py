@@ -28,7 +28,8 @@ class Partitions:
     """The partitions definitions of a cohort.
 
     The keys of pairs are those of :mod:`nic_core.store.keys`: ``geometry|slide``,
-    ``geometry|task``, ``encoder|slide``, ``encoder|target``, ``cohort|target`` and ``map|slide``.
+    ``geometry|task``, ``encoder|slide``, ``encoder|target``, ``champion|slide``, ``cohort|target``
+    and ``map|slide``.
     """
 
     cohort: Cohort
@@ -99,6 +100,10 @@ class Partitions:
         return dg.MultiPartitionMapping(
             {"target": dg.DimensionPartitionMapping("target", dg.IdentityPartitionMapping())}
         )
+
+    @cached_property
+    def predictions(self) -> dg.MultiPartitionsDefinition:
+        return dg.MultiPartitionsDefinition({"champion": self.targets, "slide": self.slides})
 
     @cached_property
     def slide_maps(self) -> dg.MultiPartitionsDefinition:

@@ -22,6 +22,7 @@ from nic_core.store import (
     ModelKey,
     PatchTableKey,
     PatchTaskKey,
+    PredictionKey,
     Product,
     Store,
     StoreBusyError,
@@ -313,6 +314,9 @@ EVERY: dict[str, Key] = {
     "target_folds": "growth",
     "slide_model": ModelKey(encoder="mtl", target="growth"),
     "explanation": ModelKey(encoder="mtl", target="growth"),
+    "champion": "growth",
+    "prediction_plan": "growth",
+    "prediction": PredictionKey(champion="growth", slide="s1"),
     "probability_map": MapKey(map="tumour", slide="s1"),
     "map_scores": "tumour",
 }

@@ -103,7 +103,7 @@ def test_changed_weights_and_missing_folds_are_detected(store):
         "slide_model mean-rgb|survival",
     }
     assert "hash differs" in found["encoder mean-rgb"]
-    assert "hash of the weights differs" in found["slide_model mean-rgb|survival"]
+    assert "hash of its numbers differs" in found["slide_model mean-rgb|survival"]
     assert "fold-1.safetensors" in found["slide_model mean-rgb|growth"]
 
 

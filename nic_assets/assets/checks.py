@@ -15,10 +15,13 @@ import numpy as np
 import polars as pl
 
 from nic_assets.orchestration.partition_checks import Check
+from nic_core.cohort import Target
 from nic_core.encoders import EncoderCard, PatchDataset
 from nic_core.grids import Grid
 from nic_core.grids.chunks import tissue_blocks
 from nic_core.models.comparison import PermutationControl, Verdict
+from nic_core.models.distance import FAR_PERCENTILE, TrainingReference
+from nic_core.models.files import TrainingCohort
 from nic_core.steps import QualityReport, SlideRecord, SlideScan, TargetFolds
 from nic_core.store import PatchTableKey, Store
 from nic_core.tiling.patches import PatchTableError, read_patch_table
@@ -27,6 +30,9 @@ from nic_core.tiling.slide_quality import MAX_INK, MAX_UNREADABLE
 
 # a slide may be slightly coarser than the study: 0.5021 um/px serves 0.5 [choice]
 RESOLUTION_TOLERANCE = 1.02
+# largest relative difference of two um/px at level 0 that count as equal: scanners of one model
+# differ by 1 % or 2 %, those of two makers by 9 % (0.2526 and 0.2302) [choice]
+MPP_TOLERANCE = 0.05
 # largest share of a slide's cells that may have the same embedding [choice]
 MAX_COLLAPSED = 0.5
 
@@ -247,10 +253,55 @@ def embeddings_not_collapsed(grid: Grid) -> str | None:
     return f"{share:.0%} of the cells have the same embedding" if share > MAX_COLLAPSED else None
 
 
+@Check
+def near_training_cohort(
+    distance: float, percentile: float, reference: TrainingReference
+) -> str | None:
+    """The slide's distance to the champion's training cohort is below the 99th percentile."""
+    if percentile <= FAR_PERCENTILE:
+        return None
+    return (
+        f"distance {distance:.3g} is beyond {reference.limit:.3g}, the {FAR_PERCENTILE:g}th "
+        f"percentile by {len(reference.held_out)} held-out training slides (the farthest: "
+        f"{reference.held_out.max():.3g}); the prediction may be wrong"
+    )
+
+
+@Check
+def mpp_as_in_training(mpp: float, training: TrainingCohort) -> str | None:
+    """The slide's um/px at level 0 is within 5 % of that of a training slide."""
+    if any(abs(mpp / known - 1) <= MPP_TOLERANCE for known in training.mpp):
+        return None
+    shown = ", ".join(f"{known:g}" for known in training.mpp)
+    return f"{mpp:g} um/px at level 0; the training slides have {shown}"
+
+
+@Check
+def scanner_as_in_training(scanner: str | None, training: TrainingCohort) -> str | None:
+    """The slide's scanner is one of the training slides', as far as both are known."""
+    if scanner is None or not training.scanners or scanner in training.scanners:
+        return None
+    unknown = training.without_scanner
+    rest = f" ({unknown} of their files state none)" if unknown else ""
+    return f"scanner '{scanner}'; the training slides have {', '.join(training.scanners)}{rest}"
+
+
+@Check
+def quality_as_in_cohort(problems: str) -> str | None:
+    """The quality report lists no problem of the slide."""
+    return problems or None
+
+
 OF_SLIDES: dict[str, tuple[Check[Any], ...]] = {
     "slide": (resolution_suffices, tissue_found, free_of_ink),
     "patch_table": (schema_valid, cells_decodable),
     "grid": (covers_patch_table, embeddings_finite, embeddings_not_collapsed),
+    "prediction": (
+        near_training_cohort,
+        mpp_as_in_training,
+        scanner_as_in_training,
+        quality_as_in_cohort,
+    ),
 }
 """Checks of each asset that is partitioned by slide; their results change with the slides."""
 
@@ -282,3 +333,17 @@ def compared_with_champion(verdict: Verdict) -> str | None:
     hand. The metadata `champion` of each model has the result.
     """
     return None if verdict.compared else verdict.explanation
+
+
+@Check
+def champion_exists(target: Target, version: str | None) -> str | None:
+    """The target has a registered model that predicts it."""
+    if version is not None:
+        return None
+    name = f"model-{target.name}"
+    if target.predict_with != "champion":
+        return f"{name} has no version {target.predict_with}; correct 'predict_with' of the target"
+    return (
+        f"no version of {name} has the alias 'champion', so no slide is predicted; set it on one "
+        "in MLflow, or train a model that passes its permutation control"
+    )

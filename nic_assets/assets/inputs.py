@@ -2,7 +2,8 @@
 
 Slides, patch-task sources, encoder entries, target entries and external cohorts belong to the user.
 The asset ``slide_index`` scans them and reports a new data version for each one that changed, so
-exactly the assets downstream of a changed file become stale.
+exactly the assets downstream of a changed file become stale. It does the same for the champion of
+each target in the registry. The asset ``prediction_plan`` reports the inputs of each prediction.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ PATCH_TASK_SOURCE = dg.AssetKey("patch_task_source")
 ENCODER_ENTRY = dg.AssetKey("encoder_entry")
 TARGET_ENTRY = dg.AssetKey("target_entry")
 EXTERNAL_COHORT = dg.AssetKey("external_cohort")
+REGISTERED_CHAMPION = dg.AssetKey("registered_champion")
+PREDICTION_INPUTS = dg.AssetKey("prediction_inputs")
 
 
 class ScanConfig(dg.Config):
@@ -79,6 +82,23 @@ def external_assets(partitions: Partitions) -> list[dg.AssetSpec]:
                 partitions_def=partitions.targets,
             )
         )
+        specs += [
+            dg.AssetSpec(
+                REGISTERED_CHAMPION,
+                description="The registered version that predicts a target: its champion, or the "
+                "one that the target's entry names.",
+                group_name="predictions",
+                kinds={"mlflow"},
+                partitions_def=partitions.targets,
+            ),
+            dg.AssetSpec(
+                PREDICTION_INPUTS,
+                deps=["prediction_plan"],
+                description="The champion, and the grids of the slide's unit that it predicts.",
+                group_name="predictions",
+                partitions_def=partitions.predictions,
+            ),
+        ]
     if partitions.cohort.external:
         specs.append(
             dg.AssetSpec(

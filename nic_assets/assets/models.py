@@ -143,7 +143,7 @@ def model_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         group_name="models",
         kinds={"pytorch", "zarr", "image"},
         op_tags=CPU_TAGS,
-        code_version=code_version(2, partitions.cohort.maps),
+        code_version=code_version(3, partitions.cohort.maps),
     )
     def explanation(
         context: dg.AssetExecutionContext,

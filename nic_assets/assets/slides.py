@@ -10,6 +10,7 @@ from nic_assets.assets.inputs import (
     ENCODER_ENTRY,
     EXTERNAL_COHORT,
     PATCH_TASK_SOURCE,
+    REGISTERED_CHAMPION,
     SLIDE_FILE,
     TARGET_ENTRY,
     ScanConfig,
@@ -38,6 +39,7 @@ from nic_assets.orchestration.retries import retried_asset, retry_transient_erro
 from nic_assets.partitions import Partitions
 from nic_assets.tags import PARTIAL_INPUTS, REFRESH_TAG
 from nic_assets.tracking import Tracking
+from nic_assets.tracking.champions import champion_versions
 from nic_core import steps
 from nic_core.cohort import Cohort
 from nic_core.slides import SlideError
@@ -81,6 +83,8 @@ def slide_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
             scan = steps.scan_slides(cohort, store, **config.model_dump())
             encoders = [encoder.name for encoder in cohort.encoders]
             known = known_versions(context.instance, ENCODER_ENTRY, encoders)
+            targets = [target.name for target in cohort.targets]
+            champions = known_versions(context.instance, REGISTERED_CHAMPION, targets)
             versions = {
                 SLIDE_FILE: scan.versions,
                 PATCH_TASK_SOURCE: steps.patch_task_versions(cohort),
@@ -88,6 +92,9 @@ def slide_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
                 | tracking.registered_versions(cohort, context.log.warning, known),
                 TARGET_ENTRY: steps.target_versions(cohort, scan),
                 EXTERNAL_COHORT: steps.external_versions(cohort, scan.snapshot),
+                REGISTERED_CHAMPION: champion_versions(
+                    tracking, cohort, context.log.warning, champions
+                ),
             }
             steps.write_slide_index(store, scan)
         for slide, reason in scan.missing.items():
@@ -105,9 +112,12 @@ def slide_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
                 "slide": partitions.slides,
                 "patch_table": partitions.patch_tables,
                 "grid": partitions.grids,
+                **({"prediction": partitions.predictions} if cohort.targets else {}),
             }
-            for asset, declared in checks.OF_SLIDES.items():
-                republish_checks(context.instance, dg.AssetKey(asset), keys[asset], declared)
+            for asset, declared in keys.items():
+                republish_checks(
+                    context.instance, dg.AssetKey(asset), declared, checks.OF_SLIDES[asset]
+                )
         changed = {
             key.to_user_string(): report_versions(context.instance, key, found)
             for key, found in versions.items()
@@ -144,7 +154,7 @@ def slide_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         group_name="slides",
         kinds={"image"},
         op_tags=CPU_TAGS,
-        code_version=code_version(3),
+        code_version=code_version(4),
     )
     def slide(
         context: dg.AssetExecutionContext,
@@ -162,6 +172,7 @@ def slide_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
                     "width": record.width,
                     "height": record.height,
                     "mpp": record.mpp,
+                    "scanner": record.scanner or "not stated",
                     "levels": len(record.levels),
                     "image": record.image,
                     "images_left": [str(i) for i in record.images if i.number != record.image],

@@ -64,6 +64,7 @@ def predict(
     # imports torch, which is slow
     from nic_core.compression.batch import REPORT, slides_by_id, write_report
     from nic_core.devices import resolve_device
+    from nic_core.models.distance import FAR_PERCENTILE
     from nic_core.models.prediction import (
         PatientsError,
         check_encoder,
@@ -110,6 +111,16 @@ def predict(
             "* part of the training cohort: this prediction does not show how good the model is",
             style="yellow",
             soft_wrap=True,
+        )
+    rows = predicted.predictions
+    far = rows.filter(rows["distance_percentile"] > FAR_PERCENTILE)["unit"]
+    if len(far):
+        console.print(
+            f"far from the training cohort (beyond percentile {FAR_PERCENTILE:g}), so the "
+            f"prediction may be wrong: {', '.join(far)}",
+            style="yellow",
+            soft_wrap=True,
+            markup=False,
         )
     report = advise_mpp_option(predicted.slides)
     print_failed(report)
@@ -177,6 +188,7 @@ def _table(card: ModelCard, predictions: pl.DataFrame, times: Sequence[float]) -
         *about,
         *(escape(name.replace("_", " ")) for name in columns),
         *(escape(heading) for heading in kind.conclusion_headings(times)),
+        "distance",
         title=f"{card.target.name} ({card.target.kind}), encoder {card.encoder}",
     )
     for row in predictions.rows(named=True):
@@ -188,6 +200,9 @@ def _table(card: ModelCard, predictions: pl.DataFrame, times: Sequence[float]) -
             *(_value(row, column, len(card.networks)) for column in columns),
             *(escape(cell) for cell in kind.conclusion_cells(row)),
             *(_value(row, f"survival_{time:g}", len(card.networks), ".2f") for time in times),
+            ""
+            if row["distance"] is None
+            else f"{row['distance']:.3g} ({row['distance_percentile']:.0f} %)",
         )
     return table
 
@@ -202,6 +217,9 @@ def _value(row: dict[str, Any], column: str, folds: int, form: str = ".3g") -> s
 def _legend(card: ModelCard) -> str:
     from nic_core.models.kinds import kind_of
 
-    text = f"mean of {len(card.networks)} folds [lowest, highest]"
-    legend = kind_of(card.target).legend(card.median_risk)
-    return f"{text}; {legend}" if legend else text
+    parts = [
+        f"mean of {len(card.networks)} folds [lowest, highest]",
+        kind_of(card.target).legend(card.median_risk),
+        "distance: to the training cohort, with its percentile among held-out training slides",
+    ]
+    return "; ".join(part for part in parts if part)

@@ -65,6 +65,7 @@ def inspect(slide: SlidePath, mpp: Mpp = None, image: ImageNumber = None) -> Non
         table.add_row(
             "ICC profile", f"{profile.description} ({profile.sha256[:12]})" if profile else "none"
         )
+        table.add_row("scanner", opened.scanner or "not stated")
         table.add_row("identity", content_identity(slide))
         console.print(table)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
 
 from nic_core.cohort.fields import Entry, Label, Name, check_unique
 
@@ -23,6 +23,11 @@ class _TargetBase(Entry):
     name: Name
     level: Literal["slide", "patient"] = Field(
         default="slide", description="whether a label belongs to a slide or to a patient"
+    )
+    predict_with: Literal["champion"] | PositiveInt = Field(
+        default="champion",
+        description="registered model that predicts the slides: the champion, or the number of a "
+        "version of `model-<target>`",
     )
 
 
@@ -59,6 +64,15 @@ class SurvivalTarget(_TargetBase):
         description="column of the label table: 1 or true event, 0 or false censored"
     )
     unit: Literal["days", "weeks", "months", "years"] = Field(description="unit of `time`")
+    times: tuple[PositiveFloat, ...] = Field(
+        default=(),
+        description="times, in `unit`, at which predictions state the probability of survival",
+    )
+
+    @model_validator(mode="after")
+    def _times_are_distinct(self) -> Self:
+        check_unique(f"target '{self.name}': times", [f"{time:g}" for time in self.times])
+        return self
 
 
 Target = Annotated[

@@ -9,7 +9,8 @@ A heatmap has a value ("heat") for each cell of a slide's grid. Its folder conta
 - ``heat.geojson``: the areas of highest heat as QuPath annotations, px of level 0 that count from
   the corner of the slide's scanned area (``origin``: ``bounds``), as QuPath's do [choice];
 - ``overlay.png``: the heat over a thumbnail, with a scale bar;
-- ``patches.jpg``: the patches of highest heat (upper row) and of lowest heat (lower row).
+- ``patches.jpg``: the patches of highest heat (upper row) and of lowest heat (lower row);
+- ``patches.parquet``: their places and heat (:data:`EXTREME_SCHEMA`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 import numpy.typing as npt
+import polars as pl
 import pyvips
 import zarr
 import zarr.codecs
@@ -41,7 +43,18 @@ from nic_core.tiling.annotations import ORIGIN_MEMBER
 from nic_core.types import Pixels
 
 TIFF, ZARR, GEOJSON = "heat.tif", "heat.zarr", "heat.geojson"
-OVERLAY, PATCHES = "overlay.png", "patches.jpg"
+OVERLAY, PATCHES, EXTREMES = "overlay.png", "patches.jpg", "patches.parquet"
+EXTREME_SCHEMA = pl.Schema(
+    {
+        "heat": pl.Float64(),
+        "end": pl.String(),  # highest or lowest heat
+        "rank": pl.Int64(),  # 1: the most extreme of its end
+        "row": pl.Int64(),  # cell of the grid
+        "column": pl.Int64(),
+        "x": pl.Float64(),  # top-left corner of the patch, level-0 px
+        "y": pl.Float64(),
+    }
+)
 QUANTILES = (0.5, 0.75, 0.9)  # of the heat of a slide's cells; each outlines an area
 _THUMBNAIL, _PATCHES_PER_ROW, _GAP = 1024, 8, 4  # px, patches, px
 _RANGE = (2, 98)  # percentiles drawn in pure blue and pure red
@@ -113,7 +126,9 @@ def write_heatmap(
             # the fastest level: higher ones hardly make a thumbnail of tissue smaller
             fast = {"compress_level": 1}
             imsave(new / OVERLAY, heat_overlay(slide, heat, provenance), pil_kwargs=fast)
-            sheet = patch_sheet(slide, heat, provenance)
+            extremes = extreme_patches(heat, provenance)
+            extremes.write_parquet(new / EXTREMES)
+            sheet = patch_sheet(slide, extremes, provenance)
             imsave(new / PATCHES, sheet, pil_kwargs={"quality": 90})
 
 
@@ -285,12 +300,47 @@ def heat_overlay(slide: Slide, heat: Heat, provenance: GridProvenance) -> Pixels
     return _with_scale_bar(picture, slide.width * slide.mpp / thumbnail.shape[1])
 
 
-def patch_sheet(slide: Slide, heat: Heat, provenance: GridProvenance) -> Pixels:
+def extreme_patches(heat: Heat, provenance: GridProvenance) -> pl.DataFrame:
+    """Return the patches of highest and of lowest heat.
+
+    Each end has 8 patches, or half of the slide's patches if there are fewer.
+
+    Returns
+    -------
+    polars.DataFrame
+        :data:`EXTREME_SCHEMA`: the highest first, each end from its most extreme patch on.
+    """
+    rows, columns = np.nonzero(np.isfinite(heat))
+    order = np.argsort(-heat[rows, columns], kind="stable")
+    shown = min(_PATCHES_PER_ROW, -(-len(order) // 2))
+    margin = (provenance.patch - provenance.stride) / 2 * provenance.mpp / provenance.slide_mpp
+    left_most, top_most = (corner - margin for corner in provenance.origin)
+    found = [
+        {
+            "heat": float(heat[rows[i], columns[i]]),
+            "end": end,
+            "rank": rank,
+            "row": rows[i],
+            "column": columns[i],
+            "x": left_most + columns[i] * provenance.cell,
+            "y": top_most + rows[i] * provenance.cell,
+        }
+        for end, cells in (("highest", order[:shown]), ("lowest", order[::-1][:shown]))
+        for rank, i in enumerate(cells, start=1)
+    ]
+    return pl.DataFrame(found, schema=EXTREME_SCHEMA)
+
+
+def patch_sheet(slide: Slide, extremes: pl.DataFrame, provenance: GridProvenance) -> Pixels:
     """Draw the patches of highest heat in a row and those of lowest heat in a row below.
 
-    The most extreme patch is on the left. A row has 8 patches, or half of the slide's patches if
-    there are fewer. Patches are shown at the um/px of the encoder; they overlap in the slide if the
-    stride is smaller than the patch.
+    The most extreme patch is on the left. Patches are shown at the um/px of the encoder; they
+    overlap in the slide if the stride is smaller than the patch.
+
+    Parameters
+    ----------
+    extremes
+        Output of :func:`extreme_patches`.
 
     Returns
     -------
@@ -301,19 +351,12 @@ def patch_sheet(slide: Slide, heat: Heat, provenance: GridProvenance) -> Pixels:
     SlideError
         A patch cannot be decoded.
     """
-    side, (rows, columns) = provenance.patch, np.nonzero(np.isfinite(heat))
-    order = np.argsort(-heat[rows, columns], kind="stable")
-    shown = min(_PATCHES_PER_ROW, -(-len(order) // 2))
-    sheet = np.full((2 * side + _GAP, shown * (side + _GAP) - _GAP, 3), 255, np.uint8)
-    margin = (side - provenance.stride) / 2 * provenance.mpp / provenance.slide_mpp  # level-0 px
-    left_most, top_most = (corner - margin for corner in provenance.origin)
-    for line, cells in enumerate((order[:shown], order[::-1][:shown])):
-        for i, index in enumerate(cells):
-            x = left_most + columns[index] * provenance.cell
-            y = top_most + rows[index] * provenance.cell
-            pixels = slide.read(x, y, side, side, provenance.mpp)
-            top, left = line * (side + _GAP), i * (side + _GAP)
-            sheet[top : top + side, left : left + side] = pixels
+    side, columns = provenance.patch, extremes["rank"].max()
+    assert isinstance(columns, int)
+    sheet = np.full((2 * side + _GAP, columns * (side + _GAP) - _GAP, 3), 255, np.uint8)
+    for end, rank, x, y in extremes.select("end", "rank", "x", "y").iter_rows():
+        top, left = (end == "lowest") * (side + _GAP), (rank - 1) * (side + _GAP)
+        sheet[top : top + side, left : left + side] = slide.read(x, y, side, side, provenance.mpp)
     return sheet
 
 

@@ -1,6 +1,7 @@
-"""The model file: a folder with ``fold-<k>.safetensors`` and ``card.json``.
+"""The model file: a folder with the networks, the reference of the training cohort and the card.
 
-It contains no pickled object, and none is ever loaded.
+They are ``fold-<k>.safetensors``, ``distance.safetensors`` and ``card.json``. The folder
+contains no pickled object, and none is ever loaded.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     ValidationError,
@@ -30,6 +32,7 @@ from nic_core.cohort import ModelSettings, Target
 from nic_core.encoders.encoder import weights_hash as tensors_hash
 from nic_core.models.cox import BaselineHazard
 from nic_core.models.cross_validation import NETWORK, CrossValidation
+from nic_core.models.distance import REFERENCE, TrainingReference, load_reference, save_reference
 from nic_core.models.kinds import kind_of
 from nic_core.models.networks import Ensemble, FoldModel, empty_fold_model
 from nic_core.types import Colours, Precision, Reading
@@ -95,6 +98,12 @@ class TrainingCohort(BaseModel):
     digest
         SHA-256 of units, patients, folds, labels and slide contents; equal digests mean equal
         training data.
+    mpp
+        The different um/px at level 0 of the slides, to four digits, ascending.
+    scanners
+        The different scanners that the slides' files state, in alphabetical order.
+    without_scanner
+        Number of slides whose files state none.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -104,6 +113,9 @@ class TrainingCohort(BaseModel):
     units: int
     slides: tuple[str, ...]
     digest: str
+    mpp: tuple[PositiveFloat, ...]
+    scanners: tuple[str, ...]
+    without_scanner: NonNegativeInt
 
 
 class ModelCard(BaseModel):
@@ -129,6 +141,9 @@ class ModelCard(BaseModel):
         Table that the training read (``asset/partition``) -> digest of its rows.
     networks
         Hash of each fold's tensors.
+    reference
+        Hash of the reference of the training cohort, ``distance.safetensors``
+        (:mod:`nic_core.models.distance`).
     best_epochs
         Kept epoch of each fold.
     median_risk
@@ -158,6 +173,7 @@ class ModelCard(BaseModel):
     training: TrainingCohort
     data: dict[str, str]
     networks: tuple[str, ...] = Field(min_length=1)
+    reference: str
     best_epochs: tuple[int, ...]
     median_risk: float | None
     baseline_hazards: tuple[BaselineHazard, ...]
@@ -198,16 +214,23 @@ def metrics_frame(card: ModelCard) -> pl.DataFrame:
 
 @dataclass(frozen=True)
 class SlideModel:
-    """A model that was loaded from its folder: the card, and one network per fold."""
+    """A model that was loaded from its folder: the card, one network per fold, and the reference
+    of the training cohort that slides are compared with."""
 
     card: ModelCard
     networks: tuple[FoldModel, ...]
+    reference: TrainingReference
 
 
 def training_cohort(
-    name: str, table: pl.DataFrame, identities: Mapping[str, str]
+    name: str,
+    table: pl.DataFrame,
+    identities: Mapping[str, str],
+    *,
+    mpp: Mapping[str, float],
+    scanners: Mapping[str, str | None],
 ) -> TrainingCohort:
-    """Return the identity of a model's training data.
+    """Return the identity of a model's training data, and how its slides were scanned.
 
     Parameters
     ----------
@@ -217,9 +240,14 @@ def training_cohort(
         Target table (:func:`nic_core.models.labels.target_table`) with the column ``fold``.
     identities
         Slide id to content identity.
+    mpp
+        Slide id to um/px at level 0.
+    scanners
+        Slide id to the scanner that its file states, or None.
     """
     trained = table.filter(pl.col("split") == "cv").sort("unit")
-    slides = sorted({identities[slide] for slide in trained["slides"].explode()})
+    ids = trained["slides"].explode().unique().to_list()
+    slides = sorted({identities[slide] for slide in ids})
     rows = [
         {**row, "slides": [(slide, identities[slide]) for slide in row["slides"]]}
         for row in trained.select(sorted(trained.columns)).to_dicts()
@@ -230,12 +258,16 @@ def training_cohort(
         units=trained.height,
         slides=tuple(slides),
         digest=hashlib.sha256(json.dumps(rows).encode()).hexdigest(),
+        mpp=tuple(sorted({round(mpp[slide], 4) for slide in ids})),
+        scanners=tuple(sorted({scanners[slide] or "" for slide in ids} - {""})),
+        without_scanner=sum(scanners[slide] is None for slide in ids),
     )
 
 
 def save_model(
     folder: Path,
     result: CrossValidation,
+    reference: TrainingReference,
     *,
     encoder: str,
     weights_hash: str,
@@ -246,7 +278,7 @@ def save_model(
     training: TrainingCohort,
     data: Mapping[str, str],
 ) -> ModelCard:
-    """Write the folds' networks and the card into ``folder``, which is created if missing.
+    """Write networks, reference and card into ``folder``, which is created if missing.
 
     Parameters
     ----------
@@ -254,6 +286,8 @@ def save_model(
         Folder of the model.
     result
         The cross-validation whose networks are saved.
+    reference
+        Of the slides of split ``cv``.
     encoder, weights_hash, patch, mpp, stride, grids, training, data
         See :class:`ModelCard`.
     """
@@ -279,6 +313,7 @@ def save_model(
         training=training,
         data=dict(data),
         networks=tuple(hashes),
+        reference=save_reference(folder, reference),
         best_epochs=result.best_epochs,
         median_risk=kind_of(result.target).median_risk(held_out),
         baseline_hazards=result.baseline_hazards,
@@ -312,7 +347,7 @@ def read_model_card(folder: Path) -> ModelCard:
 
 def model_files(card: ModelCard) -> tuple[str, ...]:
     """Return the names of the files that :func:`load_model` reads."""
-    return CARD, *(_fold_file(k) for k in range(len(card.networks)))
+    return CARD, REFERENCE, *(_fold_file(k) for k in range(len(card.networks)))
 
 
 def load_model(folder: Path) -> SlideModel:
@@ -329,13 +364,16 @@ def load_model(folder: Path) -> SlideModel:
         networks = tuple(
             _load_fold(card, folder / _fold_file(k), hash_) for k, hash_ in enumerate(card.networks)
         )
+        reference, found = load_reference(folder)
     except OSError as error:
         raise _no_model(folder, error) from error
-    except (SafetensorError, RuntimeError) as error:
+    except (SafetensorError, RuntimeError, KeyError) as error:
         raise ModelFileError(
             f"{folder}: not a model file: {error}; restore the folder, or train the model again"
         ) from error
-    return SlideModel(card, networks)
+    if found != card.reference:
+        raise _other_hash(folder / REFERENCE)
+    return SlideModel(card, networks, reference)
 
 
 def ensemble_module(networks: Sequence[FoldModel]) -> Ensemble:
@@ -359,14 +397,18 @@ def _no_model(folder: Path, error: OSError) -> ModelFileError:
     )
 
 
+def _other_hash(path: Path) -> ModelFileError:
+    return ModelFileError(
+        f"{path}: the hash of its numbers differs from the card's; "
+        "restore all files from one copy, or train the model again"
+    )
+
+
 def _load_fold(card: ModelCard, path: Path, expected: str) -> FoldModel:
     """Load one fold's network; check its hash."""
     tensors = load_file(path)
     if tensors_hash(card.settings.network, tensors) != expected:
-        raise ModelFileError(
-            f"{path}: the hash of the weights differs from the card's; "
-            "restore all files from one copy, or train the model again"
-        )
+        raise _other_hash(path)
     model = empty_fold_model(
         card.settings.network,
         kind_of(card.target),

@@ -24,6 +24,7 @@ from nic_core.compression.batch import Outcome, compress_slides
 from nic_core.encoders.encoder import Encoder
 from nic_core.encoders.inference import Card
 from nic_core.grids import Grid, open_grid
+from nic_core.grids.moments import grid_moments
 from nic_core.maps.heatmaps import write_heatmap
 from nic_core.models.crops import Crops
 from nic_core.models.explanation import explain
@@ -155,6 +156,9 @@ def predict_grids(
         - ``unit``, ``patient``, ``slides``;
         - ``in_training``: the model was trained on one of the slides, so the prediction does not
           show how accurate the model is;
+        - ``distance``: distance of the slides to the training cohort
+          (:mod:`nic_core.models.distance`), of several slides the largest, and
+          ``distance_percentile``, its percentile among held-out training slides;
         - the ensemble's predictions (:attr:`TargetKind.prediction_columns`);
         - classification: ``class``, the most probable class;
         - survival: ``risk_group``, ``high`` above the training cohort's median risk, else
@@ -174,7 +178,9 @@ def predict_grids(
     """
     card, kind = model.card, kind_of(model.card.target)
     check_times(card, times)
-    trained_on, in_training = set(card.training.slides), []
+    trained_on = dict(zip(card.training.slides, model.reference.held_out, strict=True))
+    in_training: list[bool] = []
+    distances: list[float] = []
     for slides in units["slides"]:
         opened = [grids(slide) for slide in slides]
         for slide, grid in zip(slides, opened, strict=True):
@@ -184,6 +190,14 @@ def predict_grids(
                     f"slide '{slide}': its grid has no tissue cell; leave the slide out"
                 )
         in_training.append(any(grid.provenance.slide_identity in trained_on for grid in opened))
+        distances.append(
+            max(
+                float(trained_on[grid.provenance.slide_identity])
+                if grid.provenance.slide_identity in trained_on
+                else model.reference.distance(grid_moments(slide, grid.embeddings, grid.valid).mean)
+                for slide, grid in zip(slides, opened, strict=True)
+            )
+        )
     columns = kind.prediction_columns
     if units.is_empty():
         folds = np.empty((len(model.networks), 0, len(columns)))
@@ -209,6 +223,8 @@ def predict_grids(
     mean_survival = np.mean(survival, axis=0) if survival else np.empty((units.height, 0))
     return units.select("unit", "patient", "slides").with_columns(
         pl.Series("in_training", in_training, pl.Boolean),
+        pl.Series("distance", distances, pl.Float64),
+        pl.Series("distance_percentile", map(model.reference.percentile, distances), pl.Float64),
         *named_series(columns, folds.mean(0)),
         *kind.conclusions(folds, card.median_risk, card.baseline_hazards),
         *named_series(time_columns, mean_survival),

@@ -36,6 +36,17 @@ _IMAGEJ_UNITS = {
     "inch": 25_400.0,
 }
 _NDPI_FILTER_SET, _ICC_PROFILE = 65434, 34675
+_MAKE, _MODEL = 271, 272
+# OpenSlide's property with the model or number of the scanner -> its maker
+_SCANNERS_OF_VENDORS = {
+    "aperio.ScanScope ID": "Aperio",
+    "leica.device-model": "Leica",
+    "ventana.ScannerModel": "Ventana",
+    "philips.DICOM_DEVICE_SERIAL_NUMBER": "Philips",
+}
+# OpenSlide's properties with the maker and with the model
+_SCANNERS = (("dicom.Manufacturer", "dicom.ManufacturerModelName"), ("tiff.Make", "tiff.Model"))
+_MIRAX_SCANNER = ".SCANNER_HARDWARE_ID"  # in a section whose number differs between files
 
 
 @dataclass(frozen=True)
@@ -55,6 +66,9 @@ class FileMetadata:
         Names of the label, macro and thumbnail images in the file.
     icc_profile : bytes or None
         ICC profile of the pixels, as stored in the file.
+    scanner : str or None
+        Maker and model or number of the scanner (:func:`scanner_name`); None if the file does not
+        state them.
     """
 
     mpp: tuple[float, float] | None = None
@@ -63,6 +77,7 @@ class FileMetadata:
     bounds: tuple[int, int, int, int] | None = None
     associated: tuple[str, ...] = ()
     icc_profile: bytes | None = None
+    scanner: str | None = None
 
 
 def resolve_mpp(path: Path, given: float | None, metadata: FileMetadata) -> tuple[float, str]:
@@ -135,10 +150,11 @@ def page_metadata(page: tifffile.TiffPage) -> FileMetadata:
     um/px is taken from the first of: the Aperio tag, the TIFF resolution (with ImageJ's unit, where
     ImageJ wrote the file), the objective power (10 / power).
     """
-    power = _aperio_field(page.description, "AppMag")
-    stated = _aperio_field(page.description, "MPP")
+    power = _aperio_number(page.description, "AppMag")
+    stated = _aperio_number(page.description, "MPP")
     mpp = (stated, stated) if stated is not None else None
-    return _with_resolution(page, mpp, "Aperio tag", power)
+    scanner = scanner_name("Aperio", _aperio_text(page.description, "ScanScope ID"))
+    return _with_resolution(page, mpp, "Aperio tag", power, scanner)
 
 
 def ome_metadata(
@@ -163,7 +179,8 @@ def ome_metadata(
         power = powers.get(settings[0].get("ID", ""))
     else:  # a file with one objective rarely says that the image was taken with it
         power = next(iter(powers.values())) if len(powers) == 1 else None
-    return _with_resolution(page, _ome_pixel_size(children(image, "Pixels")[0]), "OME-XML", power)
+    size = _ome_pixel_size(children(image, "Pixels")[0])
+    return _with_resolution(page, size, "OME-XML", power, _ome_scanner(root, image))
 
 
 def children(element: ElementTree.Element, name: str) -> list[ElementTree.Element]:
@@ -176,15 +193,26 @@ def _with_resolution(
     mpp: tuple[float, float] | None,
     source: str,
     power: float | None,
+    scanner: str | None,
 ) -> FileMetadata:
-    """Metadata of a page; without um/px, by its resolution, else by the objective power."""
+    """Metadata of a page; without um/px, by its resolution, else by the objective power.
+
+    Without a scanner, it is that of the TIFF tags Make and Model.
+    """
     if mpp is None:
         mpp, source = _resolution_mpp(page)
     mpp, source = _mpp_or_from_power(mpp, source, power)
     profile = page.tags.valueof(_ICC_PROFILE)
     # numbers instead of bytes: a tag of a wrong type, which is not a profile
     icc_profile = profile if isinstance(profile, bytes) else None
-    return FileMetadata(mpp, source, power, icc_profile=icc_profile)
+    tags = (page.tags.valueof(_MAKE), page.tags.valueof(_MODEL))
+    return FileMetadata(
+        mpp,
+        source,
+        power,
+        icc_profile=icc_profile,
+        scanner=scanner or scanner_name(*(tag if isinstance(tag, str) else None for tag in tags)),
+    )
 
 
 def openslide_metadata(
@@ -207,7 +235,51 @@ def openslide_metadata(
     if all(value is not None and math.isfinite(value) for value in box):
         left, top, width, height = (int(value or 0) for value in box)
         bounds = left, top, width, height
-    return FileMetadata(mpp, source, power, bounds, tuple(associated), icc_profile)
+    scanner = _openslide_scanner(properties)
+    return FileMetadata(mpp, source, power, bounds, tuple(associated), icc_profile, scanner)
+
+
+def scanner_name(maker: str | None, model: str | None) -> str | None:
+    """Return the name of a scanner: its maker, and its model or number.
+
+    Spaces are reduced to one. A model that begins with its maker is not preceded by it again, and
+    a model without a maker is a name of its own.
+
+    Returns
+    -------
+    str or None
+        For example ``Hamamatsu C9600-12`` or ``Aperio SS1302``; None without a model: a maker
+        alone does not distinguish scanners.
+    """
+    first, second = (" ".join((part or "").split()) for part in (maker, model))
+    if not second:
+        return None
+    return second if second.lower().startswith(first.lower()) else f"{first} {second}"
+
+
+def _openslide_scanner(properties: Mapping[str, str]) -> str | None:
+    """Name of the scanner in OpenSlide's properties; None if there is none."""
+    stated = [(maker, properties.get(model)) for model, maker in _SCANNERS_OF_VENDORS.items()]
+    stated += [
+        ("3DHISTECH", properties[key]) for key in sorted(properties) if key.endswith(_MIRAX_SCANNER)
+    ]
+    stated += [(properties.get(maker, ""), properties.get(model)) for maker, model in _SCANNERS]
+    names = [name for maker, model in stated if (name := scanner_name(maker, model))]
+    return names[0] if names else None
+
+
+def _ome_scanner(root: ElementTree.Element, image: ElementTree.Element) -> str | None:
+    """Name of the microscope of an image in OME-XML; None if it is not stated."""
+    instruments = {item.get("ID", ""): item for item in children(root, "Instrument")}
+    references = children(image, "InstrumentRef")
+    if references:
+        instrument = instruments.get(references[0].get("ID", ""))
+    else:  # a file with one instrument rarely says that the image was taken with it
+        instrument = next(iter(instruments.values())) if len(instruments) == 1 else None
+    microscopes = [] if instrument is None else children(instrument, "Microscope")
+    if not microscopes:
+        return None
+    return scanner_name(microscopes[0].get("Manufacturer"), microscopes[0].get("Model"))
 
 
 def _mpp_or_from_power(
@@ -239,10 +311,15 @@ def fluorescence_evidence(first: tifffile.TiffPage) -> str | None:
     return None
 
 
-def _aperio_field(description: str, key: str) -> float | None:
-    match = re.search(rf"\|\s*{key}\s*=\s*([^|\s]+)", description)
+def _aperio_number(description: str, key: str) -> float | None:
+    text = _aperio_text(description, key)
     # some programs write a decimal comma
-    return _number(match[1].replace(",", ".")) if match else None
+    return _number(text.replace(",", ".")) if text else None
+
+
+def _aperio_text(description: str, key: str) -> str | None:
+    match = re.search(rf"\|\s*{key}\s*=\s*([^|\s]+)", description)
+    return match[1] if match else None
 
 
 def _number(text: str | None) -> float | None:

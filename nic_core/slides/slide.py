@@ -59,6 +59,8 @@ class Slide:
         All images of a TIFF whose tags describe them; empty for other formats.
     icc_profile : IccProfile or None
         ICC profile that the file states.
+    scanner : str or None
+        Maker and model or number of the scanner; None if the file does not state them.
     colours : {"stored", "srgb"}
         Whether pixels are as stored, or converted to sRGB by this profile.
     levels : tuple of Level
@@ -80,6 +82,7 @@ class Slide:
         self.associated = engine.metadata.associated
         stored = engine.metadata.icc_profile
         self.icc_profile = describe_profile(stored) if stored else None
+        self.scanner = engine.metadata.scanner
         self.colours = colours
         self._convert = srgb_conversion(path, stored) if stored and colours == "srgb" else None
         self._engine = engine

@@ -4,8 +4,8 @@ A step is named ``make_<asset>`` after the asset that it makes. It reads the pro
 steps, calls the package that implements the method, and writes its own product atomically. A
 script calls the steps in this order: slide index, slides, patch tables, quality report, patch
 tasks, encoders, encoder probes, grids, grid manifests, embedding colours, grid previews, target
-folds, slide models, explanations, external evaluations, probability maps, map scores, evaluation
-report.
+folds, slide models, explanations, champions, prediction plans, predictions, predictions report,
+external evaluations, probability maps, map scores, evaluation report.
 """
 
 from nic_core.steps.encoders import (
@@ -39,6 +39,22 @@ from nic_core.steps.grids import (
     read_cells,
     read_grid_manifest,
 )
+from nic_core.steps.predictions import (
+    ChampionVersion,
+    Prediction,
+    PredictionPlan,
+    StoredChampion,
+    load_champion,
+    make_champion,
+    make_prediction,
+    make_prediction_plan,
+    make_predictions_report,
+    planned,
+    prediction_times,
+    read_champion_version,
+    remove_champion,
+    remove_prediction,
+)
 from nic_core.steps.probability_maps import make_map_scores, make_probability_map
 from nic_core.steps.quality_report import QualityReport, make_quality_report
 from nic_core.steps.slide_index import (
@@ -68,11 +84,15 @@ from nic_core.steps.slide_models import (
 from nic_core.steps.slides import SlideRecord, make_patch_table, make_slide, read_record
 
 __all__ = [
+    "ChampionVersion",
     "Explanation",
     "ExternalEvaluation",
+    "Prediction",
+    "PredictionPlan",
     "QualityReport",
     "SlideRecord",
     "SlideScan",
+    "StoredChampion",
     "TargetFolds",
     "digest",
     "draw_slide",
@@ -87,6 +107,8 @@ __all__ = [
     "frozen_model_folder",
     "initial_weight_files",
     "leaked_groups",
+    "load_champion",
+    "make_champion",
     "make_embedding_colours",
     "make_encoder",
     "make_encoder_probe",
@@ -101,6 +123,9 @@ __all__ = [
     "make_map_scores",
     "make_patch_table",
     "make_patch_task",
+    "make_prediction",
+    "make_prediction_plan",
+    "make_predictions_report",
     "make_probability_map",
     "make_quality_report",
     "make_slide",
@@ -110,14 +135,19 @@ __all__ = [
     "patch_task_is_current",
     "patch_task_keys",
     "patch_task_versions",
+    "planned",
+    "prediction_times",
     "prepare_encoder",
     "read_cells",
+    "read_champion_version",
     "read_file_snapshot",
     "read_grid_manifest",
     "read_patient_groups",
     "read_record",
     "read_slide_index",
     "read_slide_model",
+    "remove_champion",
+    "remove_prediction",
     "scan_slides",
     "study_slides",
     "target_versions",

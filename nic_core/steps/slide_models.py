@@ -14,8 +14,10 @@ from nic_core.cohort import Cohort, CohortError, FeaturesEncoder, Geometry, Site
 from nic_core.devices import resolve_device
 from nic_core.encoders.files import read_card
 from nic_core.grids import GridProvenance, open_grid, recorded_hash
+from nic_core.grids.moments import grid_moments
 from nic_core.models.checkpoints import FoldCheckpoints
-from nic_core.models.cross_validation import CrossValidation, cross_validate
+from nic_core.models.cross_validation import NETWORK, CrossValidation, cross_validate
+from nic_core.models.distance import TrainingReference, fit_reference
 from nic_core.models.files import (
     GridSettings,
     ModelCard,
@@ -42,6 +44,7 @@ from nic_core.steps.slide_index import (
     read_slide_index,
     used_slides,
 )
+from nic_core.steps.slides import slide_scanner
 from nic_core.store import GridKey, ModelKey, Store, atomic_file, atomic_folder, remove_product
 from nic_core.tracker import Tracker
 
@@ -262,6 +265,7 @@ def make_slide_model(
         card = save_model(
             new,
             result,
+            _training_reference(store, encoder, result, origins),
             encoder=encoder,
             weights_hash=weights,
             patch=geometry.patch,
@@ -269,7 +273,11 @@ def make_slide_model(
             stride=geometry.stride,
             grids=grids,
             training=training_cohort(
-                cohort.name, table, {slide: o.slide_identity for slide, o in origins.items()}
+                cohort.name,
+                table,
+                {slide: o.slide_identity for slide, o in origins.items()},
+                mpp={slide: o.slide_mpp for slide, o in origins.items()},
+                scanners={slide: slide_scanner(store, slide) for slide in origins},
             ),
             data=data,
         )
@@ -280,6 +288,21 @@ def make_slide_model(
     if store.slide_model_checkpoint(key).exists():
         remove_product(store.slide_model_checkpoint(key))
     return result, card
+
+
+def _training_reference(
+    store: Store, encoder: str, result: CrossValidation, origins: Mapping[str, GridProvenance]
+) -> TrainingReference:
+    """Return the reference of the cross-validated slides, with the folds that held them out."""
+    rows = result.predictions.filter(model=NETWORK, split="cv").select("slides", "fold")
+    folds = dict(rows.explode("slides").iter_rows())
+    # as in the card, equal contents count once, in the order of their identities
+    slides = {origins[slide].slide_identity: slide for slide in sorted(folds)}
+    moments = []
+    for _, slide in sorted(slides.items()):
+        grid = open_grid(store.grid(GridKey(encoder=encoder, slide=slide)))
+        moments.append(grid_moments(slide, grid.embeddings, grid.valid))
+    return fit_reference(moments, [folds[slide] for _, slide in sorted(slides.items())])
 
 
 def _units_with_grids(key: ModelKey, folds: pl.DataFrame, manifest: pl.DataFrame) -> pl.DataFrame:

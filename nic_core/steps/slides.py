@@ -39,6 +39,7 @@ class SlideRecord(BaseModel):
     image: int  # number of the image that is read
     images: tuple[ImageInfo, ...]  # all images of a TIFF; empty for other formats
     icc_profile: IccProfile | None  # of the file
+    scanner: str | None  # maker and model or number; null: the file does not state them
     tissue_mpp: float  # um/px of tissue.png
     tissue_mm2: float  # area of the tissue
     ink_share: float  # fraction of the slide's area: pen ink and black areas
@@ -76,6 +77,7 @@ def make_slide(store: Store, slide: str) -> tuple[SlideRecord, Pixels]:
             image=opened.image,
             images=opened.images,
             icc_profile=opened.icc_profile,
+            scanner=opened.scanner,
             tissue_mpp=mask.mpp,
             tissue_mm2=float(mask.array.sum()) * (mask.mpp / 1000) ** 2,
             ink_share=float(ink.mean()),
@@ -102,6 +104,21 @@ def read_record(store: Store, slide: str) -> SlideRecord:
         raise CohortError(
             f"{path}: another version wrote it; materialize 'slide' of '{slide}' again"
         ) from error
+
+
+def slide_scanner(store: Store, slide: str) -> str | None:
+    """Return the scanner that a slide's file states; None if it states none.
+
+    None also for a slide without a record: features of other software need none.
+
+    Raises
+    ------
+    CohortError
+        Another version of this project wrote the record.
+    """
+    if not (store.slide(slide) / RECORD).exists():
+        return None
+    return read_record(store, slide).scanner
 
 
 def make_patch_table(cohort: Cohort, store: Store, key: PatchTableKey) -> pl.DataFrame:

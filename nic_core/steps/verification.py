@@ -20,6 +20,7 @@ from nic_core.encoders.files import verify_encoder
 from nic_core.grids import GridError, read_colours, verify_grid, verify_preview
 from nic_core.maps.heatmaps import read_heatmap
 from nic_core.models.files import ModelFileError, load_model
+from nic_core.steps.predictions import HEATMAP
 from nic_core.steps.slide_models import FOLD_METRICS, METRICS, PREDICTIONS
 from nic_core.steps.slides import RECORD, THUMBNAIL, TISSUE, SlideRecord
 from nic_core.store import Product, Store
@@ -136,6 +137,13 @@ def _explanation(path: Path) -> bool:
     return False
 
 
+def _prediction(path: Path) -> bool:
+    _tables(path)
+    if (path / HEATMAP).exists():  # not for a slide without tissue
+        read_heatmap(path / HEATMAP)
+    return False
+
+
 # asset -> function that reads a product and returns whether it compared a hash
 _CHECKS: dict[str, Callable[[Path], bool]] = {
     "slide": _slide,
@@ -150,6 +158,9 @@ _CHECKS: dict[str, Callable[[Path], bool]] = {
     "target_folds": _tables,
     "slide_model": _slide_model,
     "explanation": _explanation,
+    "champion": _slide_model,
+    "prediction_plan": _tables,
+    "prediction": _prediction,
     "probability_map": _tables,
     "map_scores": _tables,
 }

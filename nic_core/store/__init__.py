@@ -8,7 +8,15 @@ from nic_core.store.atomic import (
     exclusive_lock,
     remove_product,
 )
-from nic_core.store.keys import ExternalKey, GridKey, MapKey, ModelKey, PatchTableKey, PatchTaskKey
+from nic_core.store.keys import (
+    ExternalKey,
+    GridKey,
+    MapKey,
+    ModelKey,
+    PatchTableKey,
+    PatchTaskKey,
+    PredictionKey,
+)
 from nic_core.store.layout import DEFAULT_STORE, STORE_VARIABLE, Leftover, Product, Store
 
 __all__ = [
@@ -21,6 +29,7 @@ __all__ = [
     "ModelKey",
     "PatchTableKey",
     "PatchTaskKey",
+    "PredictionKey",
     "Product",
     "Store",
     "StoreBusyError",

@@ -81,3 +81,11 @@ class MapKey(_Key):
 
     map: str
     slide: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictionKey(_Key):
+    """The prediction of a slide by the champion of a target, whose name is the target's."""
+
+    champion: str
+    slide: str

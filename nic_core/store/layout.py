@@ -18,6 +18,10 @@
       slide_models/<encoder>/<target>/     fold-*.safetensors, card.json, predictions.parquet
       slide_models/<encoder>/.<target>.folds/    finished folds of an unfinished training
       explanations/<encoder>/<target>/     scores.parquet, <slide>/: heat.tif, heat.zarr, ...
+      champions/<target>/       the registered model that predicts, version.json
+      prediction_plans/<target>.parquet    what each slide is predicted from, or why it is not
+      predictions/<target>/<slide>/        prediction.parquet, heatmap/: heat.tif, heat.zarr, ...
+      reports/                  predictions.parquet, predictions.csv: all predictions
       external_grids/<cohort>/<encoder>/<slide>.zarr
       external_evaluations/<cohort>/<target>/    metrics.parquet, predictions.parquet, pictures, ...
       probability_maps/<map>/<slide>/      cells.parquet, overlay.jpg
@@ -39,12 +43,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nic_core.store.atomic import exclusive_lock, is_locked
-from nic_core.store.keys import ExternalKey, GridKey, MapKey, ModelKey, PatchTableKey, PatchTaskKey
+from nic_core.store.keys import (
+    ExternalKey,
+    GridKey,
+    MapKey,
+    ModelKey,
+    PatchTableKey,
+    PatchTaskKey,
+    PredictionKey,
+)
 
 STORE_VARIABLE = "NIC_STORE"
 DEFAULT_STORE = Path("data/store")
 
-Key = str | PatchTableKey | PatchTaskKey | GridKey | ModelKey | MapKey | ExternalKey
+Key = str | PatchTableKey | PatchTaskKey | GridKey | ModelKey | MapKey | PredictionKey | ExternalKey
 
 
 @dataclass(frozen=True)
@@ -111,6 +123,21 @@ class Store:
 
     def explanation(self, key: ModelKey) -> Path:
         return self.root / "explanations" / key.encoder / key.target
+
+    def champion(self, target: str) -> Path:
+        """The registered model that predicts a target."""
+        return self.root / "champions" / target
+
+    def prediction_plan(self, target: str) -> Path:
+        return self.root / "prediction_plans" / f"{target}.parquet"
+
+    def prediction(self, key: PredictionKey) -> Path:
+        return self.root / "predictions" / key.champion / key.slide
+
+    @property
+    def predictions_report(self) -> Path:
+        """The table of all predictions; the same as CSV is beside it."""
+        return self.root / "reports" / "predictions.parquet"
 
     def external_grids(self, cohort: str, encoder: str) -> Path:
         """Folder of the grids of an external cohort's slides."""
@@ -186,6 +213,9 @@ _PLACES: dict[str, tuple[str, Callable[[str], Key], bool]] = {
     "slide_models/*/*/": ("slide_model", ModelKey.parse, True),
     "slide_models/*/.*.folds/": ("slide_model", ModelKey.parse, False),
     "explanations/*/*/": ("explanation", ModelKey.parse, True),
+    "champions/*/": ("champion", str, True),
+    "prediction_plans/*.parquet": ("prediction_plan", str, True),
+    "predictions/*/*/": ("prediction", PredictionKey.parse, True),
     "external_evaluations/*/*/": ("external_evaluation", ExternalKey.parse, True),
     "probability_maps/*/*/": ("probability_map", MapKey.parse, True),
     "map_scores/*.parquet": ("map_scores", str, True),

@@ -49,6 +49,14 @@ LAYERS = {
     "grids": {"grid", "grid_manifest", "embedding_colours", "grid_preview"},
     "models": {"target_entry", "target_folds", "slide_model", "explanation"},
     "registry": {"registered_encoder", "registered_model"},
+    "predictions": {
+        "registered_champion",
+        "champion",
+        "prediction_plan",
+        "prediction_inputs",
+        "prediction",
+        "predictions_report",
+    },
     "reports": {"probability_map", "map_scores", "evaluation_report"},
     "slides": {"slide_file", "slide_index", "slide", "patch_table", "quality_report"},
 }

@@ -19,6 +19,7 @@ from nic_core.models.checkpoints import FoldCheckpoints
 from nic_core.models.comparison import COMPARISON_SCHEMA, compare_models, comparison_notes
 from nic_core.models.crops import Crops, cohort_moments, normalise_for
 from nic_core.models.cross_validation import NETWORK, cross_validate
+from nic_core.models.distance import TrainingReference
 from nic_core.models.explanation import explain
 from nic_core.models.figures import evaluation_figure, metrics_figure, training_figure
 from nic_core.models.files import (
@@ -58,7 +59,24 @@ CARD = {
     "mpp": 0.5,
     "stride": 128,
     "grids": GridSettings(precision="float32", reading="patch", colours="stored", tissue=0.6),
-    "training": TrainingCohort(name="c", patients=1, units=1, slides=("a",), digest="d"),
+    "training": TrainingCohort(
+        name="c",
+        patients=1,
+        units=1,
+        slides=("a",),
+        digest="d",
+        mpp=(0.25,),
+        scanners=(),
+        without_scanner=1,
+    ),
+    "reference": TrainingReference(
+        mean=np.zeros(16),
+        scale=np.ones(16),
+        axes=np.eye(2, 16),
+        variances=np.ones(2),
+        rest=np.ones(1),
+        held_out=np.array([1.0, 2.0]),
+    ),
 }
 
 

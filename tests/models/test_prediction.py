@@ -452,7 +452,8 @@ def test_training_digest_depends_on_labels_and_slides_only(study):
     names = {slide: slide for slide in table["slides"].explode()}
 
     def digest(table=table, names=names):
-        return training_cohort("c", table, names).digest
+        mpp, scanners = dict.fromkeys(names, 0.25), dict.fromkeys(names)
+        return training_cohort("c", table, names, mpp=mpp, scanners=scanners).digest
 
     first = table.filter(split="cv")["unit"][0]
     assert digest() == digest(table.reverse())

@@ -19,11 +19,13 @@ from ome_zarr_models.v05.image import Image
 
 from nic_core.grids import GridError
 from nic_core.maps.heatmaps import (
+    EXTREMES,
     GEOJSON,
     OVERLAY,
     PATCHES,
     TIFF,
     ZARR,
+    extreme_patches,
     heat_overlay,
     hot_areas,
     outlines,
@@ -69,7 +71,7 @@ def folder(tmp_path, heat, about, slide):
 
 
 def test_a_heatmap_is_written_atomically_and_read_back(folder, heat, about, slide):
-    names = {TIFF, ZARR, GEOJSON, OVERLAY, PATCHES}
+    names = {TIFF, ZARR, GEOJSON, OVERLAY, PATCHES, EXTREMES}
     assert {path.name for path in folder.iterdir()} == names
     np.testing.assert_array_equal(read_heatmap(folder), heat)
     with pytest.raises(ValueError, match="slide 's1': no cell has heat"):
@@ -240,7 +242,7 @@ def test_heat_of_any_grid_lies_at_its_place_on_the_slide(tmp_path, slide, pixels
     rows, columns = np.nonzero(coloured)
     assert (rows.min(), rows.max(), columns.min(), columns.max()) == (200, 399, 300, 499)
 
-    sheet = patch_sheet(slide, only, grid)
+    sheet = patch_sheet(slide, extreme_patches(only, grid), grid)
     row, column = np.argwhere(hot)[0]
     side = grid.patch * grid.mpp / grid.slide_mpp
     first = slide.read(x[column] - side / 2, y[row] - side / 2, grid.patch, grid.patch, grid.mpp)
@@ -348,7 +350,7 @@ def test_the_scale_bar_has_the_length_of_its_label(slide, about):
 
 
 def test_the_sheet_shows_the_hottest_and_coldest_patches(slide, about, heat):
-    sheet = patch_sheet(slide, heat, about)
+    sheet = patch_sheet(slide, extreme_patches(heat, about), about)
     rows, columns = np.nonzero(np.isfinite(heat))
     order = np.argsort(-heat[rows, columns])
     assert sheet.shape == (104, 8 * 54 - 4, 3)

@@ -8,7 +8,7 @@ import pytest
 import tifffile
 
 from nic_core.slides import SlideError, open_slide
-from nic_core.slides.metadata import openslide_metadata
+from nic_core.slides.metadata import openslide_metadata, scanner_name
 from tests.slides.conftest import paint
 
 
@@ -150,3 +150,63 @@ def test_openslide_properties_are_parsed():
     }
     assert openslide_metadata(box, []).bounds == (1, 2, 3, 4)
     assert openslide_metadata(box | {"openslide.bounds-x": "nan"}, []).bounds is None
+
+
+@pytest.mark.parametrize(
+    ("properties", "name"),
+    [
+        ({"aperio.ScanScope ID": "SS1302"}, "Aperio SS1302"),
+        ({"leica.device-model": "Leica SCN400"}, "Leica SCN400"),
+        ({"ventana.ScannerModel": "VENTANA DP 200"}, "VENTANA DP 200"),
+        ({"tiff.Make": "Hamamatsu", "tiff.Model": "C9600-12"}, "Hamamatsu C9600-12"),
+        ({"mirax.NONHIERLAYER_1_SECTION.SCANNER_HARDWARE_ID": "P1000"}, "3DHISTECH P1000"),
+        ({"dicom.Manufacturer": "A", "dicom.ManufacturerModelName": "B  2"}, "A B 2"),
+        ({"dicom.Manufacturer": "GOOGLE"}, None),  # a maker alone distinguishes no scanners
+        ({"openslide.vendor": "generic-tiff", "tiff.Model": " "}, None),
+    ],
+)
+def test_scanner_is_read_from_openslide_properties(properties, name):
+    assert openslide_metadata(properties, []).scanner == name
+
+
+def test_scanner_is_read_from_the_aperio_tag(tmp_path):
+    with open_slide(aperio(tmp_path, "AppMag = 40|ScanScope ID = SS1302|MPP = 0.25")) as slide:
+        assert slide.scanner == "Aperio SS1302"
+    with open_slide(aperio(tmp_path, "AppMag = 40|MPP = 0.25")) as slide:
+        assert slide.scanner is None
+
+
+def test_scanner_is_read_from_the_tiff_tags(tmp_path):
+    path = tmp_path / "slide.tif"
+    tags = [(271, "s", 0, "3DHISTECH", True), (272, "s", 0, "Pannoramic 1000", True)]
+    tifffile.imwrite(
+        path,
+        paint(80, 80),
+        photometric="rgb",
+        resolution=(20_000, 20_000),
+        resolutionunit="CENTIMETER",
+        extratags=tags,
+    )
+    with open_slide(path) as slide:
+        assert slide.scanner == "3DHISTECH Pannoramic 1000"
+
+
+def test_scanner_is_the_microscope_of_the_ome_instrument(tmp_path):
+    path = tmp_path / "slide.ome.tif"
+    xml = (
+        '<OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06">'
+        '<Instrument ID="Instrument:0"><Microscope Manufacturer="Zeiss" Model="Axioscan"/>'
+        '</Instrument><Image ID="Image:0"><Pixels ID="Pixels:0" Type="uint8" '
+        'DimensionOrder="XYCZT" SizeX="80" SizeY="80" SizeC="3" SizeZ="1" SizeT="1" '
+        'PhysicalSizeX="0.5" PhysicalSizeY="0.5"><Channel ID="Channel:0" SamplesPerPixel="3"/>'
+        '<TiffData IFD="0" PlaneCount="1"/></Pixels></Image></OME>'
+    )
+    tifffile.imwrite(path, paint(80, 80), photometric="rgb", description=xml, metadata=None)
+    with open_slide(path) as slide:
+        assert slide.scanner == "Zeiss Axioscan"
+
+
+def test_scanner_name_states_the_maker_once():
+    assert scanner_name("Leica", "Leica  SCN400") == "Leica SCN400"
+    assert scanner_name(None, "NanoZoomer S360") == "NanoZoomer S360"
+    assert scanner_name("Hamamatsu", None) is None
