@@ -455,15 +455,11 @@ def unit_subgroups(
         )
     value_of = dict(values.iter_rows())
     patient_of = dict(index.select("slide", "patient").iter_rows())
-    return [
-        " + ".join(
-            sorted(
-                {v for s in slides if (v := value_of.get(s if key == "slide" else patient_of[s]))}
-            )
-        )
-        or None
-        for slides in units["slides"]
-    ]
+    groups: list[str | None] = []
+    for slides in units["slides"]:
+        keys = {slide if key == "slide" else patient_of[slide] for slide in slides}
+        groups.append(" + ".join(sorted({value_of[k] for k in keys & value_of.keys()})) or None)
+    return groups
 
 
 def _identities(index: pl.DataFrame) -> tuple[dict[str, str], dict[str, str]]:
