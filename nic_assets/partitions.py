@@ -95,13 +95,6 @@ class Partitions:
         return dg.MultiPartitionsDefinition({"cohort": self.external, "target": self.targets})
 
     @cached_property
-    def models_of_targets(self) -> dg.MultiPartitionMapping:
-        """Mapping of each slide model (encoder, target) to the evaluations of its target."""
-        return dg.MultiPartitionMapping(
-            {"target": dg.DimensionPartitionMapping("target", dg.IdentityPartitionMapping())}
-        )
-
-    @cached_property
     def predictions(self) -> dg.MultiPartitionsDefinition:
         return dg.MultiPartitionsDefinition({"champion": self.targets, "slide": self.slides})
 

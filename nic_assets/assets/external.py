@@ -25,8 +25,13 @@ def external_evaluation_assets(partitions: Partitions) -> list[dg.AssetsDefiniti
     @batch_asset(
         partitions_def=partitions.external_evaluations,
         deps=[
-            EXTERNAL_COHORT,
-            dg.AssetDep("slide_model", partition_mapping=partitions.models_of_targets),
+            dg.AssetDep(
+                EXTERNAL_COHORT,
+                partition_mapping=dg.MultiToSingleDimensionPartitionMapping("cohort"),
+            ),
+            dg.AssetDep(
+                "champion", partition_mapping=dg.MultiToSingleDimensionPartitionMapping("target")
+            ),
         ],
         group_name="models",
         kinds={"pytorch", "parquet"},

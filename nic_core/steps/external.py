@@ -31,7 +31,6 @@ from nic_core.models.files import (
     SlideModel,
     load_model,
     metrics_frame,
-    read_model_card,
 )
 from nic_core.models.kinds import TargetKind, kind_of, prediction_array
 from nic_core.models.kinds.base import Floats
@@ -41,6 +40,7 @@ from nic_core.models.plots import interval_figure
 from nic_core.models.prediction import compress_for_model, predict_grids, usable_slides
 from nic_core.models.subgroups import SUBGROUP_SCHEMA, subgroup_metrics, undefined_note
 from nic_core.slides import SlideError, content_identity
+from nic_core.steps.predictions import encoder_of_champion, load_champion
 from nic_core.steps.slide_index import (
     digest,
     excluded_slides,
@@ -50,7 +50,7 @@ from nic_core.steps.slide_index import (
     used_slides,
 )
 from nic_core.steps.slide_models import METRICS, PREDICTIONS
-from nic_core.store import ExternalKey, ModelKey, Store, atomic_folder
+from nic_core.store import ExternalKey, Store, atomic_folder
 
 log = logging.getLogger(__name__)
 
@@ -128,51 +128,30 @@ class ExternalEvaluation:
 def make_external_evaluation(
     cohort: Cohort, store: Store, key: ExternalKey, *, device: str = "auto"
 ) -> ExternalEvaluation:
-    """Evaluate a target's model on an external cohort; write and return the evaluation.
+    """Evaluate a target's champion on an external cohort; write and return the evaluation.
 
     Raises
     ------
     CohortError
-        The target has no model yet, or see :func:`evaluate_external`.
+        The target has no champion, the study has no encoder that fits it, or see
+        :func:`evaluate_external`.
     EncoderError, ModelFileError, ModelMismatchError
         The model or its encoder cannot be used.
     """
-    folder = frozen_model_folder(store, cohort, key.target)
-    card = read_model_card(folder)
+    champion = load_champion(cohort, store, key.target)
+    problem, encoder = encoder_of_champion(cohort, store, cohort.target(key.target), champion)
+    if encoder is None:
+        raise CohortError(f"external cohort '{key.cohort}' cannot be evaluated: {problem}")
     made = evaluate_external(
-        folder,
-        load_encoder(store.encoder(card.encoder)),
+        store.champion(key.target),
+        load_encoder(store.encoder(encoder)),
         cohort.external_cohort(key.cohort),
-        grids=store.external_grids(key.cohort, card.encoder),
+        grids=store.external_grids(key.cohort, encoder),
         study=study_slides(store),
         device=device,
     )
     write_external_evaluation(store.external_evaluation(key), made)
     return made
-
-
-def frozen_model_folder(store: Store, cohort: Cohort, target: str) -> Path:
-    """Return the folder of the model that external cohorts are evaluated with.
-
-    It is the slide model of the encoder with the best cross-validated primary metric: a choice that
-    only the study's own slides decide.
-
-    Raises
-    ------
-    CohortError
-        The target has no model yet.
-    """
-    primary = kind_of(cohort.target(target)).primary_metric
-    found: list[tuple[float, Path]] = []
-    for encoder in cohort.networks:
-        folder = store.slide_model(ModelKey(encoder=encoder.name, target=target))
-        if folder.is_dir():
-            metrics = metrics_frame(read_model_card(folder))
-            value = metrics.filter(model=NETWORK, split="cv", metric=primary)["value"][0]
-            found.append((-np.inf if value is None else value, folder))
-    if not found:
-        raise CohortError(f"target '{target}' has no model yet; materialize 'slide_model' first")
-    return max(found)[1]
 
 
 def study_slides(store: Store) -> StudySlides:

@@ -221,7 +221,7 @@ def make_prediction_plan(cohort: Cohort, store: Store, target: str) -> Predictio
     """
     index, entry = read_slide_index(store), cohort.target(target)
     champion = load_champion(cohort, store, target)
-    problem, encoder = _encoder_for(cohort, store, entry, champion)
+    problem, encoder = encoder_of_champion(cohort, store, entry, champion)
     hashes: dict[str, tuple[str | None, int]] = {}
     if encoder is not None:
         manifest = read_grid_manifest(store, encoder)
@@ -417,10 +417,13 @@ _REPORT_START = pl.Schema(
 )
 
 
-def _encoder_for(
+def encoder_of_champion(
     cohort: Cohort, store: Store, target: Target, champion: StoredChampion | None
 ) -> tuple[str | None, str | None]:
-    """Return why a champion cannot predict the study's slides, and the encoder of their grids."""
+    """Return why a champion cannot predict slides, and the study's encoder that it needs.
+
+    One of the two is None.
+    """
     if champion is None:
         wanted = target.predict_with
         version = "no version" if wanted == "champion" else f"no version {wanted}"
