@@ -32,7 +32,10 @@ from nic_core.cohort.settings import (
 )
 from nic_core.cohort.slides import SlideFolder, Slides
 from nic_core.cohort.targets import (
+    CategoricalCovariate,
     ClassificationTarget,
+    Covariate,
+    NumericCovariate,
     ProbabilityMap,
     RegressionTarget,
     SurvivalTarget,
@@ -46,10 +49,12 @@ __all__ = [
     "LEAST_FOLDS",
     "AnnotatedSlides",
     "Automation",
+    "CategoricalCovariate",
     "ClassificationTarget",
     "Cohort",
     "CohortError",
     "CompressionSettings",
+    "Covariate",
     "EncoderEntry",
     "EncoderSpec",
     "ExternalCohort",
@@ -63,6 +68,7 @@ __all__ = [
     "InitialWeights",
     "ModelSettings",
     "NetworkName",
+    "NumericCovariate",
     "PatchTask",
     "Preprocess",
     "PresetName",

@@ -116,17 +116,17 @@ class Cohort(Entry):
         """
         assert self.labels is not None  # its columns are given
         wrong = [
-            f"{self._target_place(target, field)}: {message}"
+            f"{self._target_place(target, *field)}: {message}"
             for field, message in missing_columns(target.model_dump(), self.labels, columns)
         ]
         if wrong:
             raise CohortError("\n".join(wrong))
 
-    def _target_place(self, target: Target, field: str) -> str:
+    def _target_place(self, target: Target, *field: str | int) -> str:
         for position, entry in enumerate(self.targets):
             if entry.name == target.name:
-                return self.place("targets", position, field)
-        return f"target '{target.name}': {field}"
+                return self.place("targets", position, *field)
+        return f"target '{target.name}': {'.'.join(map(str, field))}"
 
     def encoder(
         self, name: str

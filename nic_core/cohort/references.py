@@ -93,15 +93,19 @@ def wrong_columns(data: Mapping[str, Any], labels: Path, columns: Sequence[str])
     """
     for position, target in _entries(data, "targets"):
         for field, message in missing_columns(target, labels, columns):
-            yield ("targets", position, field), message
+            yield ("targets", position, *field), message
 
 
 def missing_columns(
     target: Mapping[str, Any], labels: Path, columns: Sequence[str]
-) -> Iterator[tuple[str, str]]:
+) -> Found:
     """Yield the field and the message of every column of one target that ``labels`` lacks."""
-    for field in _COLUMNS:
-        name = target.get(field)
+    named: list[tuple[Location, object]] = [((field,), target.get(field)) for field in _COLUMNS]
+    named += [
+        (("covariates", position, "column"), covariate.get("column"))
+        for position, covariate in _entries(target, "covariates")
+    ]
+    for field, name in named:
         if isinstance(name, str) and name not in columns:
             yield (
                 field,

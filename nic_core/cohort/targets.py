@@ -19,6 +19,33 @@ def _check_quoted(value: object) -> object:
 ClassName = Annotated[Label, BeforeValidator(_check_quoted)]
 
 
+class NumericCovariate(Entry):
+    """A clinical number, such as age."""
+
+    kind: Literal["numeric"]
+    column: Label = Field(description="column of the label table with the number")
+
+
+class CategoricalCovariate(Entry):
+    """A clinical category, such as stage or sex."""
+
+    kind: Literal["categorical"]
+    column: Label = Field(description="column of the label table with the category")
+    categories: tuple[ClassName, ...] = Field(
+        min_length=2, description="names of the categories; the first is the reference"
+    )
+
+    @model_validator(mode="after")
+    def _categories_are_distinct(self) -> Self:
+        check_unique(f"covariate '{self.column}': categories", self.categories)
+        if "" in self.categories:
+            raise ValueError(f"covariate '{self.column}': a category has no name; write its name")
+        return self
+
+
+Covariate = Annotated[NumericCovariate | CategoricalCovariate, Field(discriminator="kind")]
+
+
 class _TargetBase(Entry):
     name: Name
     level: Literal["slide", "patient"] = Field(
@@ -29,6 +56,23 @@ class _TargetBase(Entry):
         description="registered model that predicts the slides: the champion, or the number of a "
         "version of `model-<target>`",
     )
+    covariates: tuple[Covariate, ...] = Field(
+        default=(),
+        description="clinical columns of the label table for the clinical baseline; networks do "
+        "not use them",
+    )
+
+    @model_validator(mode="after")
+    def _covariates_are_distinct_and_no_labels(self) -> Self:
+        columns = [covariate.column for covariate in self.covariates]
+        check_unique(f"target '{self.name}': covariates", columns)
+        labels = {getattr(self, field, None) for field in ("column", "time", "event")}
+        if both := [column for column in columns if column in labels]:
+            raise ValueError(
+                f"target '{self.name}': column '{both[0]}' holds its labels, so it cannot be a "
+                "covariate; remove it from 'covariates'"
+            )
+        return self
 
 
 class RegressionTarget(_TargetBase):

@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 import polars as pl
 
-from nic_core.cohort import Cohort, CohortError, Target
+from nic_core.cohort import Cohort, CohortError, NumericCovariate, Target
 from nic_core.cohort.tables import (
     MISSING,
     ROW,
@@ -26,9 +26,10 @@ from nic_core.cohort.tables import (
     visible,
 )
 from nic_core.models.kinds import kind_of
-from nic_core.models.kinds.base import label_error
+from nic_core.models.kinds.base import label_error, named_labels, numeric_labels
 
 _UNIT_COLUMNS = ("unit", "patient", "slides", "split")
+COVARIATE = "covariate_"  # prefix of the columns of covariates in the target table
 _Key = Literal["slide", "patient"]
 
 
@@ -83,10 +84,14 @@ class Labels:
         ``matches.key`` and the columns of :attr:`TargetKind.label_columns`.
     matches
         What became of every row of the label table.
+    covariates
+        One row per slide or patient of the label table: ``matches.key`` and
+        ``covariate_<column>`` of each covariate, float64 or text, null where it is missing.
     """
 
     rows: pl.DataFrame
     matches: LabelMatches
+    covariates: pl.DataFrame
 
 
 def read_labels(cohort: Cohort, target: Target, index: pl.DataFrame) -> Labels:
@@ -104,8 +109,9 @@ def read_labels(cohort: Cohort, target: Target, index: pl.DataFrame) -> Labels:
     ------
     CohortError
         The table or a column is missing; a slide has another patient than in the index; a label is
-        not a finite number, not a known class, a negative time, or an event other than 0 and 1; or
-        two rows of one id have different labels.
+        not a finite number, not a known class, a negative time, or an event other than 0 and 1; a
+        covariate is not a finite number or not a known category; or two rows of one id have
+        different labels or covariates.
     """
     path = cohort.labels
     if path is None:
@@ -118,6 +124,7 @@ def read_labels(cohort: Cohort, target: Target, index: pl.DataFrame) -> Labels:
     cohort.check_label_columns(target, table.drop(ROW).columns)
     if key == "slide" and "patient" in table.columns:
         _check_patients(path, table, index)
+    covariates = _read_covariates(target, table, key)
     table = table.select(list(dict.fromkeys((ROW, key, *kind.source_columns))))
 
     decoded = kind.decode(table, key)
@@ -148,6 +155,7 @@ def read_labels(cohort: Cohort, target: Target, index: pl.DataFrame) -> Labels:
                 for slide, name in zip(unlabelled["slide"], unlabelled[key], strict=True)
             ],
         ),
+        covariates=covariates,
     )
 
 
@@ -206,13 +214,15 @@ def target_table(target: Target, labels: Labels, index: pl.DataFrame) -> pl.Data
 
         - regression: ``y`` float64;
         - classification: ``y`` int64, the position in ``target.classes``;
-        - survival: ``time`` float64 in ``target.unit``, ``event`` bool (true: observed).
+        - survival: ``time`` float64 in ``target.unit``, ``event`` bool (true: observed);
+
+        and ``covariate_<column>`` of each covariate, float64 or text, null where it is missing.
 
     Raises
     ------
     CohortError
         No label belongs to a slide of the index; or slides of a patient have different labels or
-        are in both splits.
+        covariates, or are in both splits.
     """
     kind, matches = kind_of(target), labels.matches
     if not matches.used:
@@ -235,14 +245,22 @@ def target_table(target: Target, labels: Labels, index: pl.DataFrame) -> pl.Data
         table = table.join(all_slides, on="patient").with_columns(unit="patient")
     else:
         table = slides.with_columns(unit="slide", slides=pl.concat_list("slide"))
-    return table.select(*_UNIT_COLUMNS, *kind.label_columns).sort("unit")
+    table = table.select(*_UNIT_COLUMNS, *kind.label_columns)
+    if target.covariates:
+        covariates, key = labels.covariates, matches.key
+        if key == "slide" and target.level == "patient":
+            patients = index.select("slide", "patient").join(covariates, on="slide").drop("slide")
+            covariates, key = _one_row_each(target, patients, "patient"), "patient"
+        own = "patient" if key == "patient" else "unit"
+        table = table.join(covariates, left_on=own, right_on=key, how="left")
+    return table.sort("unit")
 
 
 def shuffle_labels(table: pl.DataFrame, *, seed: int) -> pl.DataFrame:
     """Exchange labels between patients, within each split: the permutation control.
 
-    Each patient gets the labels of another patient. If the two have different numbers of units,
-    the labels are repeated in order or cut off.
+    Each patient gets the labels of another patient and keeps its covariates. If the two have
+    different numbers of units, the labels are repeated in order or cut off.
 
     Parameters
     ----------
@@ -256,7 +274,9 @@ def shuffle_labels(table: pl.DataFrame, *, seed: int) -> pl.DataFrame:
     The table with other labels, sorted by ``unit``.
     """
     random = np.random.default_rng(seed)
-    values = [c for c in table.columns if c not in _UNIT_COLUMNS]
+    values = [
+        c for c in table.columns if c not in _UNIT_COLUMNS and not c.startswith(COVARIATE)
+    ]
     table = table.sort("unit")
     patient_of_row = table["patient"].to_numpy()
     donor_row = np.arange(table.height)
@@ -291,6 +311,50 @@ def _check_patients(path: Path, table: pl.DataFrame, index: pl.DataFrame) -> Non
             f"'{visible(known)}'; correct the patients of the slide table, which decide the "
             "folds, or remove the column 'patient' of the label table"
         )
+
+
+def _read_covariates(target: Target, table: pl.DataFrame, key: _Key) -> pl.DataFrame:
+    """Return :attr:`Labels.covariates`."""
+    columns = {}
+    for covariate in target.covariates:
+        if isinstance(covariate, NumericCovariate):
+            values = numeric_labels(table, target, covariate.column, key)
+        else:
+            values = named_labels(
+                table,
+                target,
+                covariate.column,
+                key,
+                covariate.categories,
+                what="category",
+                remedy="correct it, leave the cell empty, or add it to 'categories'",
+            )
+        columns[COVARIATE + covariate.column] = values
+    return _one_row_each(target, table.select(key, **columns).drop_nulls(key), key)
+
+
+def _one_row_each(target: Target, covariates: pl.DataFrame, key: str) -> pl.DataFrame:
+    """Merge rows of one id; a missing value does not contradict a known one.
+
+    Raises
+    ------
+    CohortError
+        An id has two different values of a covariate.
+    """
+    merged = covariates.group_by(key, maintain_order=True).agg(
+        pl.exclude(key).drop_nulls().unique(maintain_order=True)
+    )
+    for column in merged.columns[1:]:
+        different = merged.filter(pl.col(column).list.len() > 1)
+        if different.height:
+            values = " and ".join(map(str, different[column][0][:2]))
+            raise label_error(
+                target,
+                column.removeprefix(COVARIATE),
+                f"{key} '{visible(different[key][0])}' has different values in the label table: "
+                f"{values}; correct one of them",
+            )
+    return merged.with_columns(pl.exclude(key).list.first())
 
 
 def _refuse_conflicts(decoded: pl.DataFrame, target: Target, key: _Key) -> None:

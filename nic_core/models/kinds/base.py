@@ -17,7 +17,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nic_core.cohort import CohortError, Target
-from nic_core.cohort.tables import ROW, NumberError, to_numbers, visible
+from nic_core.cohort.tables import (
+    MISSING,
+    ROW,
+    NumberError,
+    suggestion,
+    to_numbers,
+    to_text,
+    visible,
+)
 from nic_core.models.cox import BaselineHazard
 from nic_core.models.metrics import Metric
 
@@ -349,3 +357,42 @@ def numeric_labels(
     except NumberError as error:
         where = row_name(labels, error.index, key)
         raise label_error(target, column, f"{where}: {error}; {remedy}") from error
+
+
+def named_labels(
+    labels: pl.DataFrame,
+    target: Target,
+    column: str,
+    key: str,
+    names: Sequence[str],
+    *,
+    what: str = "class",
+    remedy: str = "correct the label or add the class to the target",
+) -> pl.Series:
+    """Return a column of classes or categories as text; null where the label is missing.
+
+    A word that means 'no value' is a label if it is one of ``names``.
+
+    Raises
+    ------
+    CohortError
+        A label is not one of ``names``.
+    """
+    # a class may be called None or NA; a spelling of it in other case is an error, not missing
+    named = {name.casefold() for name in names}
+    missing = [text for text in MISSING if text.casefold() not in named]
+    try:
+        text = to_text(labels[column])
+    except TypeError as error:
+        raise label_error(target, column, str(error)) from error
+    values = [None if value in missing else value for value in text]
+    for index, value in enumerate(values):
+        if value is not None and value not in names:
+            near = suggestion(value, names)
+            raise label_error(
+                target,
+                column,
+                f"{row_name(labels, index, key)} has {what} '{visible(value)}', which is not "
+                f"one of {', '.join(names)}" + (f" (is it {near}?)" if near else "") + f"; {remedy}",
+            )
+    return pl.Series(column, values, pl.String)

@@ -17,15 +17,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from nic_core.cohort import ClassificationTarget
-from nic_core.cohort.tables import MISSING, ROW, suggestion, to_text, visible
+from nic_core.cohort.tables import ROW
 from nic_core.models.calibration import logistic_calibration
 from nic_core.models.cox import BaselineHazard
 from nic_core.models.kinds.base import (
     Floats,
     WithoutSurvivalFunctions,
-    label_error,
+    named_labels,
     prediction_array,
-    row_name,
 )
 from nic_core.models.metrics import Metric, classification_metrics
 from nic_core.models.plots import classification_figure
@@ -52,30 +51,10 @@ class Classification(WithoutSurvivalFunctions):
 
     def decode(self, labels: pl.DataFrame, key: str) -> pl.DataFrame:
         column, classes = self.target.column, self.target.classes
-        # a class may be called None or NA; a spelling of it in other case is an error, not missing
-        named = {name.casefold() for name in classes}
-        missing = [text for text in MISSING if text.casefold() not in named]
-        try:
-            text = to_text(labels[column])
-        except TypeError as error:
-            raise label_error(self.target, column, str(error)) from error
         index = {name: i for i, name in enumerate(classes)}
-        labelled = labels.select(
-            ROW, key, text=pl.when(~text.is_in(missing)).then(text)
-        ).drop_nulls("text")
-        for number, value in enumerate(labelled["text"]):
-            if value not in index:
-                near = suggestion(value, classes)
-                raise label_error(
-                    self.target,
-                    column,
-                    f"{row_name(labelled, number, key)} has class '{visible(value)}', which is not "
-                    f"one of {', '.join(classes)}"
-                    + (f" (is it {near}?)" if near else "")
-                    + "; correct the label or add the class to the target",
-                )
-        y = pl.col("text").replace_strict(index, return_dtype=pl.Int64)
-        return labelled.select(ROW, key, y=y)
+        names = named_labels(labels, self.target, column, key, classes)
+        y = names.replace_strict(index, return_dtype=pl.Int64)
+        return labels.select(ROW, key, y=y).drop_nulls("y")
 
     def strata(self, units: pl.DataFrame) -> pl.DataFrame:
         """The classes of a patient's units; the one that the fewest patients have is in front."""
