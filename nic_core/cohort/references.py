@@ -96,9 +96,7 @@ def wrong_columns(data: Mapping[str, Any], labels: Path, columns: Sequence[str])
             yield ("targets", position, *field), message
 
 
-def missing_columns(
-    target: Mapping[str, Any], labels: Path, columns: Sequence[str]
-) -> Found:
+def missing_columns(target: Mapping[str, Any], labels: Path, columns: Sequence[str]) -> Found:
     """Yield the field and the message of every column of one target that ``labels`` lacks."""
     named: list[tuple[Location, object]] = [((field,), target.get(field)) for field in _COLUMNS]
     named += [

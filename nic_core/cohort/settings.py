@@ -101,6 +101,11 @@ class ModelSettings(Entry):
     bootstrap: PositiveInt = Field(
         default=1000, description="bootstrap samples for confidence intervals"
     )
+    recalibration: Literal["none", "temperature", "isotonic"] = Field(
+        default="none",
+        description="of class and survival probabilities, on the validation fold of each network; "
+        "isotonic is for class probabilities: survival functions get a temperature there too",
+    )
     seed: int = 0
     permute_labels: int | None = Field(
         default=None,

@@ -25,10 +25,11 @@ from nic_core.cohort import NetworkName
 from nic_core.models.cox import BaselineHazard
 from nic_core.models.kinds import TargetKind
 from nic_core.models.networks import empty_fold_model
+from nic_core.models.recalibration import Recalibration
 from nic_core.models.training import FittedFold, TrainingError
 from nic_core.store import atomic_folder
 
-FORMAT = 1
+FORMAT = 2
 STATE, NETWORK_FILE, HISTORY = "fold.json", "network.safetensors", "history.parquet"
 HELD_OUT, EXTERNAL = "held_out.parquet", "external.safetensors"
 
@@ -52,12 +53,15 @@ class FoldResult:
         Model to the rows of its predictions of the test fold.
     external
         Model to its predictions of split ``test``; empty without that split.
+    recalibration
+        Of the network of the first initialisation; None without one.
     """
 
     fitted: FittedFold
     hazard: BaselineHazard | None
     held_out: dict[str, pl.DataFrame]
     external: dict[str, Predictions]
+    recalibration: Recalibration | None = None
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,7 @@ class FoldCheckpoints:
             "best_epoch": result.fitted.best_epoch,
             "embedding_size": len(model.normalise.mean),
             "hazard": None if result.hazard is None else result.hazard.model_dump(mode="json"),
+            "recalibration": result.recalibration and result.recalibration.model_dump(mode="json"),
             "models": list(result.held_out),
         }
         with atomic_folder(self._path(fold)) as new:
@@ -152,7 +157,7 @@ def _read(
     model.eval().requires_grad_(False)
     rows = pl.read_parquet(folder / HELD_OUT, glob=False)
     arrays = safetensors.numpy.load_file(folder / EXTERNAL)
-    hazard = state["hazard"]
+    hazard, recalibration = state["hazard"], state["recalibration"]
     return FoldResult(
         FittedFold(model, state["best_epoch"], pl.read_parquet(folder / HISTORY, glob=False)),
         None if hazard is None else BaselineHazard.model_validate(hazard),
@@ -162,4 +167,5 @@ def _read(
             for name in state["models"]
             if f"{name}/values" in arrays
         },
+        None if recalibration is None else Recalibration.model_validate(recalibration),
     )

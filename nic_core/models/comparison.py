@@ -17,8 +17,9 @@ import numpy as np
 import polars as pl
 
 from nic_core.cohort import Target
-from nic_core.models.baselines import BASELINE_NAMES, BASELINES
-from nic_core.models.cross_validation import NETWORK, CrossValidation
+from nic_core.models.baselines import BASELINES
+from nic_core.models.clinical import CLINICAL, CLINICAL_IMAGE, IMAGE_SCORE
+from nic_core.models.cross_validation import MODEL_NAMES, NETWORK, UNCALIBRATED, CrossValidation
 from nic_core.models.files import ModelCard
 from nic_core.models.kinds import kind_of, metric_name, prediction_array, primary_value
 from nic_core.models.labels import shuffle_labels
@@ -43,17 +44,25 @@ COMPARISON_SCHEMA = pl.Schema(
     }
 )
 CROSS_VALIDATED = "cross-validated"
+LIKELIHOOD_RATIO = "likelihood ratio"  # metric whose difference is the statistic of the test
 PERMUTATIONS = 200
 
 
 def compare_models(
     target: Target,
     predictions: Mapping[str, pl.DataFrame],
+    clinical: Mapping[str, pl.DataFrame] | None = None,
     *,
     resamples: int,
     seed: int,
 ) -> pl.DataFrame:
     """Compare the networks of every two encoders, and each network with its baselines.
+
+    A recalibrated network is compared with itself before recalibration. With covariates, each
+    network is also compared with the clinical baseline, and 'clinical + image' with 'clinical'.
+    The latter pair has a row of metric :data:`LIKELIHOOD_RATIO` too: its difference is the
+    statistic of the likelihood-ratio test, twice the difference of the log likelihoods, without an
+    interval.
 
     Units are paired by their id, whatever the cells of the encoders' grids. Each pair of models is
     compared on the units that both predict, by :func:`nic_core.models.metrics.compare`. A patient
@@ -64,6 +73,8 @@ def compare_models(
     ----------
     predictions
         Encoder to :attr:`nic_core.models.cross_validation.CrossValidation.predictions`.
+    clinical
+        Encoder to :attr:`nic_core.models.cross_validation.CrossValidation.clinical`.
     resamples
         Number of bootstrap resamples.
     seed
@@ -76,8 +87,15 @@ def compare_models(
     """
     kind = kind_of(target)
     pairs = [((a, NETWORK), (b, NETWORK)) for a, b in combinations(predictions, 2)]
-    pairs += [((name, NETWORK), (name, model)) for name in predictions for model in BASELINES]
-    rows = []
+    pairs += [
+        ((name, first), (name, second))
+        for name in predictions
+        for first, second in (
+            *((NETWORK, model) for model in (UNCALIBRATED, *BASELINES, CLINICAL)),
+            (CLINICAL_IMAGE, CLINICAL),
+        )
+    ]
+    rows: list[tuple[object, ...]] = []
     for split, part in (("cv", CROSS_VALIDATED), ("test", "test")):
         for pair in pairs:
             all_first, all_second = (
@@ -92,7 +110,7 @@ def compare_models(
                 all_second.height - one.height,
                 int((one["slides"].list.sort() != other["slides"].list.sort()).sum()),
             )
-            first, second = (f"{name}: {BASELINE_NAMES.get(m, m)}" for name, m in pair)
+            first, second = (f"{name}: {MODEL_NAMES[m]}" for name, m in pair)
             differences = compare(
                 kind.metrics(one, prediction_array(kind, one)),
                 kind.metrics(other, prediction_array(kind, other)),
@@ -105,6 +123,16 @@ def compare_models(
                 + (d.value, d.low, d.high, d.p, None, *units)
                 for metric, d in differences.items()
             ]
+    for name, table in (clinical or {}).items():
+        tests = table.filter(model=CLINICAL_IMAGE, covariate=IMAGE_SCORE)
+        for statistic, p, units in (
+            tests[:1].select("likelihood_ratio", "likelihood_ratio_p", "units").iter_rows()
+        ):
+            first, second = (f"{name}: {MODEL_NAMES[m]}" for m in (CLINICAL_IMAGE, CLINICAL))
+            rows.append(
+                (target.name, CROSS_VALIDATED, first, second, LIKELIHOOD_RATIO)
+                + (statistic, None, None, p, None, units, 0, 0, 0)
+            )
     found = pl.DataFrame(rows, schema=COMPARISON_SCHEMA, orient="row").fill_nan(None)
     corrected = pl.col("p").map_batches(holm, pl.Float64).over("part", "metric")
     return found.with_columns(p_holm=corrected)

@@ -15,8 +15,8 @@ of the baseline hazard on each fold's training units.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,22 +24,45 @@ import polars as pl
 
 from nic_core.cohort import CohortError, ModelSettings, Target
 from nic_core.grids.moments import GridMoments
-from nic_core.models.baselines import BASELINES, baseline_features, fit_linear
+from nic_core.models.baselines import (
+    BASELINE_NAMES,
+    BASELINES,
+    baseline_features,
+    fit_linear,
+)
 from nic_core.models.checkpoints import Floats, FoldCheckpoints, FoldResult, Predictions
+from nic_core.models.clinical import (
+    CLINICAL,
+    CLINICAL_IMAGE,
+    CLINICAL_NAMES,
+    CLINICAL_SCHEMA,
+    clinical_table,
+    fit_clinical,
+    fit_clinical_image,
+)
 from nic_core.models.cox import BaselineHazard
 from nic_core.models.crops import CohortMoments, Crops, GridSource, cohort_moments, normalise_for
 from nic_core.models.fold_metrics import FOLD_METRIC_SCHEMA, fold_summary, fold_values
 from nic_core.models.folds import check_folds, check_trainable, make_folds, split_fold
 from nic_core.models.kinds import TargetKind, kind_of, prediction_array
+from nic_core.models.kinds.base import RecalibrationMethod, named_series, survival_columns
 from nic_core.models.labels import shuffle_labels
 from nic_core.models.metrics import score
 from nic_core.models.networks import FoldModel, component_count
+from nic_core.models.recalibration import Recalibration
 from nic_core.models.training import FittedFold, fit_fold, fitting_threads, predict_units
 
 if TYPE_CHECKING:
     from nic_core.tracker import Tracker
 
-NETWORK = "network"  # value of the column `model`; the others are BASELINES
+NETWORK = "network"
+UNCALIBRATED = "network_uncalibrated"
+# value of the column `model` to its name in tables and figures
+MODEL_NAMES = (
+    {NETWORK: NETWORK, UNCALIBRATED: "network, before recalibration"}
+    | BASELINE_NAMES
+    | CLINICAL_NAMES
+)
 
 Progress = Callable[[int, int], None]  # epochs done, number of epochs of all networks
 
@@ -53,12 +76,15 @@ class CrossValidation:
     crop
         Side of the networks' crops in cells.
     predictions
-        One row per unit and model: ``model`` (``network`` or a baseline), ``split``, ``unit``,
-        ``patient``, ``slides`` (those that the unit is predicted from), ``fold`` and ``fold_name``
-        (the fold in which the unit was held out; null in split ``test``), the labels
+        One row per unit and model: ``model`` (``network``, a baseline, with covariates
+        ``clinical`` and ``clinical_image``, with recalibration ``network_uncalibrated``),
+        ``split``, ``unit``, ``patient``, ``slides`` (those that the unit is predicted from),
+        ``fold`` and ``fold_name`` (the fold in which the unit was held out; null in split
+        ``test``), the labels
         (:attr:`TargetKind.label_columns`) and the predictions
         (:attr:`TargetKind.prediction_columns`). For survival also ``survival``, the survival
-        probabilities at ``horizons`` (list columns; the horizons are equal within a split).
+        probabilities at ``horizons`` (list columns; the horizons are equal within a split), and
+        ``survival_<time>`` for each of :meth:`TargetKind.times`.
     metrics
         ``model``, ``split``, ``metric``, ``value``, ``low``, ``high`` (95 % percentile bootstrap
         over patients; null for ``log_rank_p``), ``units``, ``patients``; ``folds_mean``,
@@ -75,6 +101,13 @@ class CrossValidation:
         One per fold.
     baseline_hazards
         For survival: the baseline hazard of each of ``networks``; else empty.
+    clinical
+        Coefficients and tests of the covariates (:data:`nic_core.models.clinical.CLINICAL_SCHEMA`);
+        empty for a target without covariates.
+    notes
+        Models that could not be fitted, and why.
+    recalibrations
+        One for each of ``networks``; empty without recalibration.
     """
 
     target: Target
@@ -86,6 +119,9 @@ class CrossValidation:
     history: pl.DataFrame
     best_epochs: tuple[int, ...]
     baseline_hazards: tuple[BaselineHazard, ...] = ()
+    clinical: pl.DataFrame = field(default_factory=CLINICAL_SCHEMA.to_frame)
+    notes: tuple[str, ...] = ()
+    recalibrations: tuple[Recalibration, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -178,10 +214,31 @@ def cross_validate(
         raise CohortError(f"target '{target.name}': {error}") from error
 
     seeds = _seed_names(settings)
-    held_out: dict[str, list[pl.DataFrame]] = {name: [] for name in (*seeds, *BASELINES)}
+    parts_of_folds = [split_fold(cv, fold, count) for fold in range(count)]
+    problem = validation_problem(kind, [validation for _, validation, _ in parts_of_folds])
+    notes = []
+    clinical: tuple[str, ...] = (CLINICAL, CLINICAL_IMAGE) if target.covariates else ()
+    if target.covariates and problem is not None:
+        clinical = (CLINICAL,)
+        notes.append(
+            f"target '{target.name}': clinical + image is not predicted, since it is fitted on "
+            f"validation folds: {problem}; label more patients, or use fewer folds"
+        )
+    recalibrated: tuple[str, ...] = ()
+    if settings.recalibration != "none" and kind.recalibrates:
+        if problem is not None:
+            raise CohortError(
+                f"target '{target.name}': settings.models.recalibration cannot be fitted on "
+                f"validation folds: {problem}; label more patients, use fewer folds, or set it to "
+                "none"
+            )
+        recalibrated = (UNCALIBRATED,)
+    models = (NETWORK, *recalibrated, *BASELINES, *clinical)
+    held_out: dict[str, list[pl.DataFrame]] = {name: [] for name in (*seeds, *models[1:])}
     external: dict[str, list[Predictions]] = {name: [] for name in held_out}
     horizons = {part["split"][0]: kind.horizons(part) for part in (cv, test) if part.height}
-    fits, hazards = [], []
+    times = kind.times(cv)
+    fits, hazards, recalibrations = [], [], []
     epochs, done = count * settings.seeds * settings.epochs, 0
 
     def count_epochs(number: int = 1) -> None:
@@ -190,8 +247,7 @@ def cross_validate(
         if progress is not None:
             progress(done, epochs)
 
-    for fold in range(count):
-        train, validation, test_fold = split_fold(cv, fold, count)
+    for fold, (train, validation, test_fold) in enumerate(parts_of_folds):
         result = None
         if checkpoints is not None:
             result = checkpoints.load(fold, kind, settings.network, positions=settings.positions)
@@ -201,9 +257,11 @@ def cross_validate(
                 fold,
                 (train, validation, test_fold, test),
                 horizons,
+                times,
                 grids,
                 moments,
                 settings,
+                models,
                 crop=crop,
                 device=device,
                 tracker=tracker,
@@ -217,6 +275,7 @@ def cross_validate(
                 _report_history(tracker, fold, result.fitted.history)
         fits.append(result.fitted)
         hazards += [] if result.hazard is None else [result.hazard]
+        recalibrations += [] if result.recalibration is None else [result.recalibration]
         for name in held_out:
             held_out[name].append(result.held_out[name])
             if test.height:
@@ -231,18 +290,19 @@ def cross_validate(
             without_fold = test.with_columns(
                 fold=pl.lit(None, pl.Int64), fold_name=pl.lit(None, pl.String)
             )
-            parts.append(_rows(kind, without_fold, mean, horizons["test"]))
+            parts.append(_rows(kind, without_fold, mean, horizons["test"], times))
         for part in parts:
-            if name in (NETWORK, *BASELINES):
+            if name in models:
                 predictions.append(part.select(pl.lit(name).alias("model"), pl.all()))
                 metrics.append(_metrics_with_intervals(kind, name, part, settings))
             if name in seeds and len(seeds) > 1:
                 repeats += _metrics_of_seed(kind, part)
+    every = pl.concat(predictions)
     return CrossValidation(
         target=target,
         settings=settings,
         crop=crop,
-        predictions=pl.concat(predictions),
+        predictions=every,
         metrics=_with_seeds(pl.concat(metrics), repeats),
         networks=tuple(fit.model for fit in fits),
         history=pl.concat(
@@ -251,7 +311,26 @@ def cross_validate(
         ),
         best_epochs=tuple(fit.best_epoch for fit in fits),
         baseline_hazards=tuple(hazards),
+        clinical=_clinical_table(kind, cv, every),
+        notes=tuple(notes),
+        recalibrations=tuple(recalibrations),
     )
+
+
+def validation_problem(kind: TargetKind, folds: Sequence[pl.DataFrame]) -> str | None:
+    """Say why no model can be fitted on the units of a validation fold; None: one can be."""
+    for units in folds:
+        if problem := kind.training_problem(units, units):
+            return f"fold {units['fold'][0]}: {problem}"
+    return None
+
+
+def _clinical_table(kind: TargetKind, cv: pl.DataFrame, predictions: pl.DataFrame) -> pl.DataFrame:
+    """Return :attr:`CrossValidation.clinical`."""
+    if not kind.target.covariates:
+        return CLINICAL_SCHEMA.to_frame()
+    scores = predictions.filter(model=NETWORK, split="cv").select("unit", *kind.prediction_columns)
+    return clinical_table(kind, kind.target.covariates, cv.join(scores, on="unit"))
 
 
 def _report_history(tracker: Tracker, fold: int, history: pl.DataFrame) -> None:
@@ -277,9 +356,11 @@ def _fit_fold(
     fold: int,
     parts: tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame, pl.DataFrame],
     horizons: Mapping[str, Floats],
+    times: Floats,
     grids: GridSource,
     moments: CohortMoments,
     settings: ModelSettings,
+    models: Sequence[str],
     *,
     crop: int,
     device: str,
@@ -288,49 +369,98 @@ def _fit_fold(
 ) -> FoldResult:
     """Train the networks and baselines of one fold and predict its test fold and split ``test``.
 
-    ``parts`` are the units that train, validate, are held out, and those of split ``test``.
+    ``parts`` are the units that train, validate, are held out, and those of split ``test``;
+    ``models`` are the values of column ``model``.
     """
     kind = kind_of(target)
     train, validation, test_fold, test = parts
     held_out: dict[str, pl.DataFrame] = {}
     external: dict[str, Predictions] = {}
-    first: FittedFold | None = None
-    hazard = None
+    first: tuple[FittedFold, BaselineHazard | None, Recalibration | None] | None = None
+
+    def predict(name: str, predictor: _Predictor) -> None:
+        at = horizons["cv"]
+        predicted = predictor(test_fold, np.concatenate([at, times]))
+        held_out[name] = _rows(kind, test_fold, predicted, at, times)
+        if test.height:
+            external[name] = predictor(test, np.concatenate([horizons["test"], times]))
+
+    uses_validation = not {UNCALIBRATED, CLINICAL_IMAGE}.isdisjoint(models)
     training_folds = sorted(set(train["fold"]))
     normalise = normalise_for(settings.network, [moments.groups[f] for f in training_folds])
     with fitting_threads(crop):
-        for seed, name in enumerate((*_seed_names(settings), *BASELINES)):
-            # one predictor at a time: each holds a cache of features
-            if name in BASELINES:
-                predictor = _linear_predictor(kind, name, train, validation, moments.slides)
-            else:
-                entropy = [settings.seed, fold, *([seed] if seed else [])]
-                fitted = fit_fold(
-                    target,
-                    train,
-                    validation,
-                    grids,
-                    normalise,
-                    settings,
-                    crop=crop,
-                    seed=int(np.random.SeedSequence(entropy).generate_state(1)[0]),
-                    device=device,
-                    tracker=None if seed else tracker,
-                    name=f"fold_{fold}_",
-                    progress=progress,
+        for seed, name in enumerate(_seed_names(settings)):
+            entropy = [settings.seed, fold, *([seed] if seed else [])]
+            fitted = fit_fold(
+                target,
+                train,
+                validation,
+                grids,
+                normalise,
+                settings,
+                crop=crop,
+                seed=int(np.random.SeedSequence(entropy).generate_state(1)[0]),
+                device=device,
+                tracker=None if seed else tracker,
+                name=f"fold_{fold}_",
+                progress=progress,
+            )
+            # one network's cache of crops at a time: all that is needed of it is predicted now
+            network = _predicted(
+                _network_predictor(kind, fitted.model, train, grids, settings, crop=crop),
+                [test_fold, test, *([validation] if uses_validation else [])],
+            )
+            predictor, recalibration = network, None
+            if settings.recalibration != "none":
+                predictor, recalibration = _recalibrated(
+                    kind, network, validation, settings.recalibration
                 )
-                predictor = _network_predictor(
-                    kind, fitted.model, train, grids, settings, crop=crop
-                )
-                if first is None:
-                    first, hazard = fitted, predictor.hazard
-            predicted = predictor(test_fold, horizons["cv"])
-            held_out[name] = _rows(kind, test_fold, predicted, horizons["cv"])
-            if test.height:
-                external[name] = predictor(test, horizons["test"])
+            predict(name, predictor)
+            if first is None:
+                first, image = (fitted, predictor.hazard, recalibration), network
+        if UNCALIBRATED in models:
+            predict(UNCALIBRATED, image)
+        for name in BASELINES:
+            predict(name, _linear_predictor(kind, name, train, validation, moments.slides))
+        if CLINICAL in models:
+            clinical = fit_clinical(kind, target.covariates, train)
+            predict(CLINICAL, _with_hazard(kind, train, clinical))
+        if CLINICAL_IMAGE in models:
+            joined = fit_clinical_image(
+                kind, validation, clinical(validation), image.predict(validation)
+            )
+            both = _with_hazard(
+                kind, validation, lambda units: joined(clinical(units), image.predict(units))
+            )
+            predict(CLINICAL_IMAGE, both)
     assert first is not None  # at least one initialisation
-    first.model.cpu()
-    return FoldResult(first, hazard, held_out, external)
+    fitted, hazard, recalibration = first
+    fitted.model.cpu()
+    return FoldResult(fitted, hazard, held_out, external, recalibration)
+
+
+def _predicted(predictor: _Predictor, parts: Sequence[pl.DataFrame]) -> _Predictor:
+    """Predict units once, and return a predictor of these units alone."""
+    known: dict[str, Floats] = {}
+    for units in parts:
+        if units.height:
+            known |= zip(units["unit"], predictor.predict(units), strict=True)
+    return _Predictor(lambda units: np.stack([known[u] for u in units["unit"]]), predictor.hazard)
+
+
+def _recalibrated(
+    kind: TargetKind, network: _Predictor, validation: pl.DataFrame, method: RecalibrationMethod
+) -> tuple[_Predictor, Recalibration | None]:
+    """Recalibrate a network on its validation units; None: its kind has no probabilities."""
+    if not kind.recalibrates:
+        return network, None
+    recalibration, hazard = kind.recalibrate(
+        validation, network.predict(validation), network.hazard, method
+    )
+    return (
+        _Predictor(lambda units: kind.recalibrated(network.predict(units), recalibration), hazard),
+        recalibration,
+    )
 
 
 def _network_predictor(
@@ -377,7 +507,14 @@ def _linear_predictor(
     def predict(units: pl.DataFrame) -> Floats:
         return kind.linear_prediction(linear, baseline_features(name, units, moments))
 
-    calibration = kind.calibrate(train, predict)
+    return _with_hazard(kind, train, predict)
+
+
+def _with_hazard(
+    kind: TargetKind, fitted: pl.DataFrame, predict: Callable[[pl.DataFrame], Floats]
+) -> _Predictor:
+    """Standardise risks on the units that a model was fitted on; estimate their baseline hazard."""
+    calibration = kind.calibrate(fitted, predict)
     if calibration is None:
         return _Predictor(predict, None)
     mean, deviation, hazard = calibration
@@ -385,12 +522,19 @@ def _linear_predictor(
 
 
 def _rows(
-    kind: TargetKind, units: pl.DataFrame, predicted: Predictions, horizons: Floats
+    kind: TargetKind, units: pl.DataFrame, predicted: Predictions, horizons: Floats, times: Floats
 ) -> pl.DataFrame:
-    """Return one model's rows of :attr:`CrossValidation.predictions`, without ``model``."""
+    """Return one model's rows of :attr:`CrossValidation.predictions`, without ``model``.
+
+    The survival probabilities in ``predicted`` are those at ``horizons``, then those at ``times``.
+    """
+    prediction, survival = predicted
     return units.select(
         "split", "unit", "patient", "slides", "fold", "fold_name", *kind.label_columns
-    ).with_columns(kind.prediction_series(*predicted, horizons))
+    ).with_columns(
+        *kind.prediction_series(prediction, survival[:, : len(horizons)], horizons),
+        *named_series(survival_columns(times), survival[:, len(horizons) :]),
+    )
 
 
 def _metrics_of_seed(kind: TargetKind, rows: pl.DataFrame) -> list[dict[str, Any]]:

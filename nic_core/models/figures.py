@@ -5,12 +5,9 @@ from __future__ import annotations
 import polars as pl
 from matplotlib.figure import Figure
 
-from nic_core.models.baselines import BASELINE_NAMES
-from nic_core.models.cross_validation import NETWORK, CrossValidation
+from nic_core.models.cross_validation import MODEL_NAMES, NETWORK, CrossValidation
 from nic_core.models.kinds import kind_of
 from nic_core.models.plots import BLUE, GREY, RED, hide_frame, new_figure
-
-_MODEL_NAMES = {NETWORK: NETWORK} | BASELINE_NAMES
 
 
 def evaluation_figure(result: CrossValidation, *, split: str = "cv") -> Figure:
@@ -24,7 +21,11 @@ def evaluation_figure(result: CrossValidation, *, split: str = "cv") -> Figure:
     rows = result.predictions.filter(split=split)
     score = _primary_metrics(result).filter(model=NETWORK, split=split).row(0, named=True)
     return kind.figure(
-        {name: rows.filter(model=model) for model, name in _MODEL_NAMES.items()},
+        {
+            name: of_model
+            for model, name in MODEL_NAMES.items()
+            if (of_model := rows.filter(model=model)).height
+        },
         f"{result.target.name} ({split}): {kind.primary_name} "
         f"{score['value']:.2f} [{score['low']:.2f}, {score['high']:.2f}]",
     )
@@ -76,7 +77,7 @@ def metrics_figure(result: CrossValidation) -> Figure:
         colour = RED if row["model"] == NETWORK else GREY
         axes.plot([row["low"], row["high"]], [i, i], color=colour, lw=2)
         axes.plot(row["value"], i, "o", color=colour)
-        names.append(f"{_MODEL_NAMES[row['model']]} ({row['split']}, n = {row['units']})")
+        names.append(f"{MODEL_NAMES[row['model']]} ({row['split']}, n = {row['units']})")
     axes.axvline(kind.chance_level, color="k", lw=0.8, ls=":")
     axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.invert_yaxis()

@@ -35,6 +35,7 @@ from nic_core.models.cross_validation import NETWORK, CrossValidation
 from nic_core.models.distance import REFERENCE, TrainingReference, load_reference, save_reference
 from nic_core.models.kinds import kind_of
 from nic_core.models.networks import Ensemble, FoldModel, empty_fold_model
+from nic_core.models.recalibration import Recalibration
 from nic_core.types import Colours, Precision, Reading
 from nic_core.version import __version__
 
@@ -153,6 +154,10 @@ class ModelCard(BaseModel):
         For survival, else empty: the baseline hazard of each fold's training units.
     metrics
         Cross-validated and test metrics of the network and the baselines.
+    notes
+        Models that could not be fitted, and why.
+    recalibrations
+        How the predictions of each fold's network are recalibrated; empty: they are not.
     software
         Versions of this project and PyTorch.
     """
@@ -178,6 +183,8 @@ class ModelCard(BaseModel):
     median_risk: float | None
     baseline_hazards: tuple[BaselineHazard, ...]
     metrics: tuple[ModelMetric, ...]
+    notes: tuple[str, ...]
+    recalibrations: tuple[Recalibration, ...]
     software: dict[str, str]
 
     @property
@@ -186,13 +193,18 @@ class ModelCard(BaseModel):
         return self.crop * self.stride * self.mpp
 
     @model_validator(mode="after")
-    def _survival_fields_fit(self) -> Self:
+    def _fields_of_folds_fit(self) -> Self:
         survival = kind_of(self.target).has_survival_functions
         if survival != (self.median_risk is not None):
             raise ValueError("median_risk: required for survival, null for other targets")
         if len(self.baseline_hazards) != (len(self.networks) if survival else 0):
             raise ValueError(
                 "baseline_hazards: one per network for survival, none for other targets"
+            )
+        wanted = self.settings.recalibration != "none" and kind_of(self.target).recalibrates
+        if len(self.recalibrations) != (len(self.networks) if wanted else 0):
+            raise ValueError(
+                "recalibrations: one per network with settings.recalibration, none without it"
             )
         return self
 
@@ -318,6 +330,8 @@ def save_model(
         median_risk=kind_of(result.target).median_risk(held_out),
         baseline_hazards=result.baseline_hazards,
         metrics=tuple(ModelMetric(**row) for row in rows),
+        notes=result.notes,
+        recalibrations=result.recalibrations,
         software={"nic": __version__, "torch": torch.__version__},
     )
     (folder / CARD).write_text(json.dumps(card.model_dump(mode="json"), indent=2) + "\n")

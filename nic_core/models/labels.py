@@ -274,9 +274,7 @@ def shuffle_labels(table: pl.DataFrame, *, seed: int) -> pl.DataFrame:
     The table with other labels, sorted by ``unit``.
     """
     random = np.random.default_rng(seed)
-    values = [
-        c for c in table.columns if c not in _UNIT_COLUMNS and not c.startswith(COVARIATE)
-    ]
+    values = [c for c in table.columns if c not in _UNIT_COLUMNS and not c.startswith(COVARIATE)]
     table = table.sort("unit")
     patient_of_row = table["patient"].to_numpy()
     donor_row = np.arange(table.height)

@@ -67,13 +67,18 @@ def regression_metrics(truth: ArrayLike, prediction: ArrayLike) -> dict[str, Met
 
 
 def classification_metrics(truth: ArrayLike, probability: ArrayLike) -> dict[str, Metric]:
-    """Return ``auc``, ``average_precision``, ``balanced_accuracy`` and ``calibration_error``.
+    """Return AUC, average precision, balanced accuracy and measures of calibration.
+
+    Names: ``auc``, ``average_precision``, ``balanced_accuracy``, ``calibration_error``, ``brier``
+    and ``log_loss``.
 
     Of two classes the second is the positive one. For more classes, ``auc`` and
     ``average_precision`` are the unweighted means over classes, each against the rest.
     ``calibration_error`` is the expected calibration error of the most probable class: the mean
     difference between its probability and its accuracy over 10 bins of equal width, weighted by
-    the number of units. With few units it is large by chance.
+    the number of units. With few units it is large by chance. ``brier`` is the squared error of
+    the probability, for two classes of the second one, for more summed over classes. ``log_loss``
+    is the mean negative log probability of the true class, which counts as at least 1e-15.
 
     Parameters
     ----------
@@ -89,6 +94,9 @@ def classification_metrics(truth: ArrayLike, probability: ArrayLike) -> dict[str
     precisions = [_average_precision(y == c, p[:, c]) for c in scored]
     hit = p.argmax(1) == y
     bins = np.minimum((p.max(1) * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
+    square = (p - np.eye(classes)[y]) ** 2
+    brier = square[:, 1] if classes == 2 else square.sum(1)
+    surprise = -np.log(np.maximum(p[np.arange(len(y)), y], 1e-15))
     surplus = np.eye(CALIBRATION_BINS)[bins] * (hit - p.max(1))[:, None]
 
     def balanced_accuracy(w: Floats) -> Floats:
@@ -102,6 +110,8 @@ def classification_metrics(truth: ArrayLike, probability: ArrayLike) -> dict[str
         "average_precision": lambda w: np.mean([ap(w) for ap in precisions], 0),
         "balanced_accuracy": balanced_accuracy,
         "calibration_error": lambda w: _ratio(np.abs(w @ surplus).sum(1), w.sum(1)),
+        "brier": lambda w: _ratio(w @ brier, w.sum(1)),
+        "log_loss": lambda w: _ratio(w @ surprise, w.sum(1)),
     }
 
 

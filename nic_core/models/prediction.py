@@ -215,6 +215,8 @@ def predict_grids(
                     for network in model.networks
                 ]
             )
+        for fold, recalibration in enumerate(card.recalibrations):
+            folds[fold] = kind.recalibrated(folds[fold], recalibration)
     time_columns = [f"survival_{time:g}" for time in times]
     survival = [
         hazard.survival(risk[:, 0], np.asarray(times, np.float64))

@@ -16,6 +16,7 @@ from nic_core.cohort import ProbabilityMap
 from nic_core.encoders import EncoderCard
 from nic_core.encoders.probes import KNN
 from nic_core.models.baselines import BASELINE_NAMES
+from nic_core.models.clinical import CLINICAL, CLINICAL_NAMES
 from nic_core.models.comparison import CROSS_VALIDATED
 from nic_core.models.cross_validation import NETWORK
 from nic_core.models.files import ModelCard
@@ -79,14 +80,15 @@ def results_table(results: pl.DataFrame) -> Table:
 
     Only the first metric of each model is shown, with mean and standard deviation over the folds
     beside the value of all folds together; baselines only cross-validated, and of the probes
-    only the linear one. The tissue area is shown once if it has the same value for all encoders,
-    which is so if their grids have the same cells.
+    only the linear one. The tissue area and the clinical baseline are shown once if they have the
+    same value for all encoders: grids with the same cells, or of the same slides.
     """
     results = results.filter(pl.col("model") != KNN)
-    baseline = pl.col("model").is_in(list(BASELINE_NAMES.values()))
+    baseline = pl.col("model").is_in([*BASELINE_NAMES.values(), *CLINICAL_NAMES.values()])
     results = results.filter(~baseline | (pl.col("part") == CROSS_VALIDATED))
     same = pl.struct("value", "n").n_unique().over("kind", "about", "model", "part", "metric") == 1
-    without_encoder = (pl.col("model") == BASELINE_NAMES["tissue_area"]) & same
+    shared = [BASELINE_NAMES["tissue_area"], CLINICAL_NAMES[CLINICAL]]
+    without_encoder = pl.col("model").is_in(shared) & same
     results = results.with_columns(
         encoder=pl.when(without_encoder).then(pl.lit("")).otherwise("encoder")
     ).unique(["kind", "about", "encoder", "model", "part"], keep="first", maintain_order=True)
@@ -247,7 +249,7 @@ def model_results(card: ModelCard) -> pl.DataFrame:
 def _model_name(card: ModelCard, model: str) -> str:
     """Return the name of a model of the predictions in tables."""
     if model != NETWORK:
-        return BASELINE_NAMES[model]
+        return MODEL_NAMES[model]
     exchanged = "" if card.settings.permute_labels is None else EXCHANGED
     return NETWORK_NAMES[card.settings.network] + exchanged
 

@@ -24,7 +24,7 @@ from nic_core.reports import (
 from nic_core.reports.slide_figure import compressed_slide
 from nic_core.steps.probability_maps import OVERLAY
 from nic_core.steps.slide_index import open_indexed, read_patient_groups, read_slide_index
-from nic_core.steps.slide_models import FOLD_METRICS, METRICS, PREDICTIONS
+from nic_core.steps.slide_models import CLINICAL, FOLD_METRICS, METRICS, PREDICTIONS
 from nic_core.steps.slides import TISSUE, read_record
 from nic_core.store import GridKey, MapKey, ModelKey, Store, atomic_folder
 from nic_core.tiling.tissue import TissueMask
@@ -89,10 +89,13 @@ def make_evaluation_report(cohort: Cohort, store: Store) -> Report:
             *(
                 compare_models(
                     target,
-                    {
-                        encoder: pl.read_parquet(folder / PREDICTIONS, glob=False)
-                        for encoder, folder in models[target.name].items()
-                    },
+                    *(
+                        {
+                            encoder: pl.read_parquet(folder / file, glob=False)
+                            for encoder, folder in models[target.name].items()
+                        }
+                        for file in (PREDICTIONS, CLINICAL)
+                    ),
                     resamples=settings.bootstrap,
                     seed=settings.seed,
                 )
@@ -118,6 +121,7 @@ def make_evaluation_report(cohort: Cohort, store: Store) -> Report:
     ]
     for target, of_target in cards.items():
         notes += comparison_notes(target, of_target, comparisons.filter(target=target))
+        notes += dict.fromkeys(note for card in of_target.values() for note in card.notes)
     folds_of_models = pl.concat([FOLD_SCHEMA.to_frame(), *folds])
     with atomic_folder(store.evaluation_report) as folder:
         (folder / NOTES).write_text("".join(f"{note}\n" for note in notes))

@@ -52,6 +52,7 @@ log = logging.getLogger(__name__)
 
 FOLD_METRICS = "fold_metrics.parquet"
 PREDICTIONS, METRICS, HISTORY = "predictions.parquet", "metrics.parquet", "history.parquet"
+CLINICAL = "clinical.parquet"
 
 
 @dataclass(frozen=True)
@@ -284,6 +285,7 @@ def make_slide_model(
         result.predictions.write_parquet(new / PREDICTIONS)
         result.history.write_parquet(new / HISTORY)
         fold_results(card, result.predictions).write_parquet(new / FOLD_METRICS)
+        result.clinical.write_parquet(new / CLINICAL)
         model_results(card).write_parquet(new / METRICS)
     if store.slide_model_checkpoint(key).exists():
         remove_product(store.slide_model_checkpoint(key))
@@ -395,6 +397,9 @@ def read_slide_model(folder: Path) -> tuple[CrossValidation, ModelCard]:
         history=pl.read_parquet(folder / HISTORY, glob=False),
         best_epochs=model.card.best_epochs,
         baseline_hazards=model.card.baseline_hazards,
+        clinical=pl.read_parquet(folder / CLINICAL, glob=False),
+        notes=model.card.notes,
+        recalibrations=model.card.recalibrations,
     )
     return result, model.card
 

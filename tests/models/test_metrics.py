@@ -10,6 +10,8 @@ from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import (
     average_precision_score,
     balanced_accuracy_score,
+    brier_score_loss,
+    log_loss,
     mean_absolute_error,
     r2_score,
     roc_auc_score,
@@ -67,7 +69,8 @@ def test_binary_metrics_equal_sklearn(seed):
     p = np.round(random.random(40), 1)
     w, i = resample(random, 40)
     ours = {k: m(w)[0] for k, m in classification_metrics(y, np.stack([0.99 - p, p], 1)).items()}
-    del ours["calibration_error"]
+    for name in ("calibration_error", "brier", "log_loss"):  # of probabilities with sum 1, below
+        del ours[name]
     assert ours == pytest.approx(
         {
             "auc": roc_auc_score(y[i], p[i]),
@@ -76,6 +79,21 @@ def test_binary_metrics_equal_sklearn(seed):
         },
         abs=1e-12,
     )
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_brier_score_and_log_loss_equal_sklearn(seed):
+    random = np.random.default_rng(seed)
+    for classes in (2, 3):
+        y, p = random.integers(0, classes, 60), random.dirichlet(np.ones(classes), 60)
+        w, i = resample(random, 60)
+        ours = classification_metrics(y, p)
+        labels = range(classes)
+        expected = log_loss(y[i], p[i], labels=labels)
+        assert ours["log_loss"](w)[0] == pytest.approx(expected, abs=1e-12)
+        truth, stated = (y[i], p[i, 1]) if classes == 2 else (y[i], p[i])
+        expected = brier_score_loss(truth, stated, labels=labels)
+        assert ours["brier"](w)[0] == pytest.approx(expected, abs=1e-12)
 
 
 def reference_calibration_error(y, p):

@@ -8,7 +8,7 @@ network returns, float (B, outputs); *predictions* are outputs in the target's o
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import polars as pl
@@ -27,9 +27,12 @@ from nic_core.cohort.tables import (
     visible,
 )
 from nic_core.models.cox import BaselineHazard
+from nic_core.models.likelihood import MaximumLikelihood
 from nic_core.models.metrics import Metric
+from nic_core.models.recalibration import Recalibration
 
 Floats = NDArray[np.float64]
+RecalibrationMethod = Literal["temperature", "isotonic"]
 
 
 class Calibration(NamedTuple):
@@ -202,6 +205,30 @@ class TargetKind(Protocol):
     def linear_prediction(self, model: Any, features: Floats) -> Floats:
         """Predictions (units, outputs) of a fitted linear model, in the terms of networks."""
 
+    # --- inference on covariates ---
+
+    @property
+    def outcomes(self) -> tuple[str | None, ...]:
+        """What each row of coefficients is about: every class but the first; None: the target."""
+
+    @property
+    def ratio_name(self) -> str | None:
+        """What the exponential of a coefficient is; None: it has no meaning."""
+
+    def image_scores(self, prediction: Floats) -> Floats:
+        """Predictions (units, outputs) as terms of a linear model, (units, outcomes)."""
+
+    def maximum_likelihood(self, rows: pl.DataFrame, x: Floats) -> MaximumLikelihood:
+        """Fit the linear model of this kind without a penalty.
+
+        Parameters
+        ----------
+        rows
+            :attr:`label_columns`.
+        x : float (units, terms)
+            Linearly independent (:func:`nic_core.models.likelihood.independent_terms`).
+        """
+
     # --- cross-validation ---
 
     def calibrate(
@@ -209,8 +236,43 @@ class TargetKind(Protocol):
     ) -> Calibration | None:
         """Estimate the scale of a fold's risks on its training units; None: none is needed."""
 
+    @property
+    def recalibrates(self) -> bool:
+        """Whether predictions of this kind state probabilities, which can be recalibrated."""
+
+    def recalibrate(
+        self,
+        validation: pl.DataFrame,
+        prediction: Floats,
+        hazard: BaselineHazard | None,
+        method: RecalibrationMethod,
+    ) -> tuple[Recalibration, BaselineHazard | None]:
+        """Fit a recalibration of a network, and the baseline hazard that goes with it.
+
+        Parameters
+        ----------
+        validation, prediction
+            Units that the network was not fitted on, and its predictions (units, outputs).
+        hazard
+            The network's baseline hazard; None for kinds without one.
+
+        Raises
+        ------
+        NotImplementedError
+            This kind states no probabilities: :attr:`recalibrates` is false.
+        """
+
+    def recalibrated(self, prediction: Floats, recalibration: Recalibration) -> Floats:
+        """Return recalibrated predictions (units, outputs)."""
+
     def horizons(self, units: pl.DataFrame) -> Floats:
         """Times at which survival functions are evaluated, (times,); empty for other kinds."""
+
+    def times(self, units: pl.DataFrame) -> Floats:
+        """Times of calibration and decision curves, (times,); empty for other kinds.
+
+        Those of the target, else the median time of the units' events [choice].
+        """
 
     # --- tables of predictions ---
 
@@ -299,6 +361,9 @@ class WithoutSurvivalFunctions:
     def horizons(self, units: pl.DataFrame) -> Floats:
         return np.empty(0)
 
+    def times(self, units: pl.DataFrame) -> Floats:
+        return np.empty(0)
+
     def prediction_series(
         self: TargetKind, prediction: Floats, survival: Floats, horizons: Floats
     ) -> list[pl.Series]:
@@ -325,6 +390,11 @@ def metric_name(kind: TargetKind, metric: str) -> str:
 def named_series(columns: Sequence[str], values: Floats, prefix: str = "") -> list[pl.Series]:
     """Return the columns of an array (units, columns) as named series."""
     return [pl.Series(prefix + name, values[:, i], pl.Float64) for i, name in enumerate(columns)]
+
+
+def survival_columns(times: Sequence[float] | Floats) -> list[str]:
+    """Return the names of the columns of survival probabilities at times."""
+    return [f"survival_{time:g}" for time in times]
 
 
 def label_error(target: Target, column: str, problem: str) -> CohortError:
@@ -393,6 +463,8 @@ def named_labels(
                 target,
                 column,
                 f"{row_name(labels, index, key)} has {what} '{visible(value)}', which is not "
-                f"one of {', '.join(names)}" + (f" (is it {near}?)" if near else "") + f"; {remedy}",
+                f"one of {', '.join(names)}"
+                + (f" (is it {near}?)" if near else "")
+                + f"; {remedy}",
             )
     return pl.Series(column, values, pl.String)

@@ -22,12 +22,17 @@ from nic_core.models.calibration import logistic_calibration
 from nic_core.models.cox import BaselineHazard
 from nic_core.models.kinds.base import (
     Floats,
+    RecalibrationMethod,
     WithoutSurvivalFunctions,
     named_labels,
     prediction_array,
 )
+from nic_core.models.likelihood import MaximumLikelihood, fit_logistic
 from nic_core.models.metrics import Metric, classification_metrics
 from nic_core.models.plots import classification_figure
+from nic_core.models.recalibration import Recalibration, fit_class_temperature, fit_isotonic
+
+LEAST_PROBABILITY = 1e-3  # in log odds [choice]
 
 
 @dataclass(frozen=True)
@@ -130,6 +135,38 @@ class Classification(WithoutSurvivalFunctions):
     def linear_prediction(self, model: Any, features: Floats) -> Floats:
         probability: Floats = model.predict_proba(features)
         return probability
+
+    ratio_name = "odds ratio"
+    recalibrates = True
+
+    @property
+    def outcomes(self) -> tuple[str, ...]:
+        return self.target.classes[1:]
+
+    def image_scores(self, prediction: Floats) -> Floats:
+        """Log odds of each class against the first one.
+
+        Probabilities are kept above :data:`LEAST_PROBABILITY`, so that no unit is an outlier.
+        """
+        logs = np.log(np.maximum(prediction, LEAST_PROBABILITY))
+        scores: Floats = logs[:, 1:] - logs[:, :1]
+        return scores
+
+    def maximum_likelihood(self, rows: pl.DataFrame, x: Floats) -> MaximumLikelihood:
+        return fit_logistic(x, rows["y"].to_numpy(), len(self.target.classes))
+
+    def recalibrate(
+        self,
+        validation: pl.DataFrame,
+        prediction: Floats,
+        hazard: BaselineHazard | None,
+        method: RecalibrationMethod,
+    ) -> tuple[Recalibration, None]:
+        fit = fit_isotonic if method == "isotonic" else fit_class_temperature
+        return fit(prediction, validation["y"].to_numpy()), None
+
+    def recalibrated(self, prediction: Floats, recalibration: Recalibration) -> Floats:
+        return recalibration.probabilities(prediction)
 
     @property
     def prediction_columns(self) -> list[str]:

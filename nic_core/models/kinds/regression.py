@@ -20,12 +20,15 @@ from nic_core.models.calibration import linear_calibration
 from nic_core.models.cox import BaselineHazard
 from nic_core.models.kinds.base import (
     Floats,
+    RecalibrationMethod,
     WithoutSurvivalFunctions,
     numeric_labels,
     prediction_array,
 )
+from nic_core.models.likelihood import MaximumLikelihood, fit_normal
 from nic_core.models.metrics import Metric, regression_metrics
 from nic_core.models.plots import scatter_figure
+from nic_core.models.recalibration import Recalibration
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,28 @@ class Regression(WithoutSurvivalFunctions):
 
     def linear_prediction(self, model: Any, features: Floats) -> Floats:
         return np.asarray(model.predict(features), np.float64)[:, None]
+
+    outcomes = (None,)
+    ratio_name = None
+    recalibrates = False
+
+    def image_scores(self, prediction: Floats) -> Floats:
+        return prediction
+
+    def maximum_likelihood(self, rows: pl.DataFrame, x: Floats) -> MaximumLikelihood:
+        return fit_normal(x, rows["y"].to_numpy())
+
+    def recalibrate(
+        self,
+        validation: pl.DataFrame,
+        prediction: Floats,
+        hazard: BaselineHazard | None,
+        method: RecalibrationMethod,
+    ) -> tuple[Recalibration, BaselineHazard | None]:
+        raise NotImplementedError("regression states no probabilities")
+
+    def recalibrated(self, prediction: Floats, recalibration: Recalibration) -> Floats:
+        return prediction
 
     @property
     def prediction_columns(self) -> list[str]:

@@ -30,14 +30,17 @@ from nic_core.models.cox import (
 from nic_core.models.kinds.base import (
     Calibration,
     Floats,
+    RecalibrationMethod,
     label_error,
     named_series,
     numeric_labels,
     prediction_array,
     row_name,
 )
+from nic_core.models.likelihood import MaximumLikelihood, fit_cox
 from nic_core.models.metrics import Metric, event_horizons, log_rank, survival_metrics
 from nic_core.models.plots import kaplan_meier_figure
+from nic_core.models.recalibration import Recalibration, fit_temperature
 
 
 @dataclass(frozen=True)
@@ -173,6 +176,16 @@ class Survival:
     def linear_prediction(self, model: Any, features: Floats) -> Floats:
         return np.asarray(model.predict(features), np.float64)[:, None]
 
+    outcomes = (None,)
+    ratio_name = "hazard ratio"
+    recalibrates = True
+
+    def image_scores(self, prediction: Floats) -> Floats:
+        return prediction
+
+    def maximum_likelihood(self, rows: pl.DataFrame, x: Floats) -> MaximumLikelihood:
+        return fit_cox(x, rows["time"].to_numpy(), rows["event"].to_numpy())
+
     def calibrate(
         self, train: pl.DataFrame, predict: Callable[[pl.DataFrame], Floats]
     ) -> Calibration | None:
@@ -183,8 +196,41 @@ class Survival:
         hazard = fit_baseline_hazard(train, (risk[:, 0] - mean) / deviation, deviation)
         return Calibration(mean, deviation, hazard)
 
+    def recalibrate(
+        self,
+        validation: pl.DataFrame,
+        prediction: Floats,
+        hazard: BaselineHazard | None,
+        method: RecalibrationMethod,
+    ) -> tuple[Recalibration, BaselineHazard]:
+        """Divide log hazard ratios by a temperature; estimate the baseline hazard anew.
+
+        The inverse of the temperature is the calibration slope on the validation units. Risks, and
+        so their order, stay as they are.
+        """
+        assert hazard is not None  # a survival model has one
+        risk = prediction[:, 0] * hazard.scale
+        time, event = (torch.tensor(validation[name].to_numpy()) for name in self.label_columns)
+        deaths = int(event.sum())
+
+        def loss(temperature: float) -> float:
+            return deaths * cox_loss(torch.tensor(risk / temperature), time, event).item()
+
+        temperature = fit_temperature(loss)
+        scale = hazard.scale / temperature
+        return (
+            Recalibration(temperature=temperature),
+            fit_baseline_hazard(validation, prediction[:, 0], scale),
+        )
+
+    def recalibrated(self, prediction: Floats, recalibration: Recalibration) -> Floats:
+        return prediction
+
     def horizons(self, units: pl.DataFrame) -> Floats:
         return event_horizons(units["time"].to_numpy(), units["event"].to_numpy())
+
+    def times(self, units: pl.DataFrame) -> Floats:
+        return np.asarray(self.target.times or [units.filter("event")["time"].median()], np.float64)
 
     @property
     def prediction_columns(self) -> list[str]:
