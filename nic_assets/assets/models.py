@@ -46,7 +46,7 @@ def model_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         group_name="models",
         kinds={"polars", "parquet"},
         op_tags=CPU_TAGS,
-        code_version=code_version(4, settings.folds, settings.seed),
+        code_version=code_version(5, settings.folds, settings.seed),
     )
     def target_folds(
         context: dg.AssetExecutionContext,
@@ -90,7 +90,7 @@ def model_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         kinds={"pytorch"},
         pool=GPU_POOL,
         op_tags=GPU_TAGS,
-        code_version=code_version(6, settings),
+        code_version=code_version(7, settings),
     )
     def slide_model(
         context: dg.AssetExecutionContext,
@@ -120,6 +120,11 @@ def model_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
                     **primary_scores(evaluated),
                     "folds": table(primary_folds(evaluated)),
                     "metrics": table(evaluated.metrics),
+                    **(
+                        {"clinical": table(evaluated.clinical)}
+                        if evaluated.target.covariates
+                        else {}
+                    ),
                     "predictions": figure(evaluation_figure(evaluated), str(key)),
                     "intervals": figure(metrics_figure(evaluated), str(key)),
                     "training_curves": figure(training_figure(evaluated), str(key)),

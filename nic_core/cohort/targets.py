@@ -118,11 +118,6 @@ class SurvivalTarget(_TargetBase):
         check_unique(f"target '{self.name}': times", [f"{time:g}" for time in self.times])
         return self
 
-    @model_validator(mode="after")
-    def _times_are_distinct(self) -> Self:
-        check_unique(f"target '{self.name}': times", [f"{time:g}" for time in self.times])
-        return self
-
 
 Target = Annotated[
     RegressionTarget | ClassificationTarget | SurvivalTarget, Field(discriminator="kind")

@@ -18,7 +18,7 @@ from nic_core.encoders.probes import KNN
 from nic_core.models.baselines import BASELINE_NAMES
 from nic_core.models.clinical import CLINICAL, CLINICAL_NAMES
 from nic_core.models.comparison import CROSS_VALIDATED
-from nic_core.models.cross_validation import NETWORK
+from nic_core.models.cross_validation import MODEL_NAMES, NETWORK
 from nic_core.models.files import ModelCard
 from nic_core.models.fold_metrics import fold_metrics
 from nic_core.models.kinds import kind_of, metric_name

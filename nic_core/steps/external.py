@@ -363,6 +363,7 @@ def _labelled_units(
     found = find_slides(entry)
     # all slides test the model, whatever the table says about splits
     index = found.index.with_columns(split=pl.lit("test"))
+    target = without_covariates(target)
     labels = read_labels(external_study(entry, target), target, index)
     units = target_table(target, labels, used_slides(index))
     left_out = {slide: f"excluded: {reason}" for slide, reason in excluded_slides(index).items()}
@@ -371,6 +372,11 @@ def _labelled_units(
         for unlabelled in labels.matches.slides_without_label
     }
     return index, labels.matches, units, left_out | found.problems
+
+
+def without_covariates(target: Target) -> Target:
+    """Return a target without its covariates, which a network does not need."""
+    return target.model_copy(update={"covariates": ()})
 
 
 def external_study(entry: ExternalCohort, target: Target) -> Cohort:

@@ -46,7 +46,13 @@ from nic_core.parallel import cores
 from nic_core.slides import SlideError, content_identity, open_slide
 from nic_core.slides.files import SlideFiles
 from nic_core.slides.folders import summarize_left_aside
-from nic_core.steps.external import StudySlides, external_study, refuse_leaks, unit_subgroups
+from nic_core.steps.external import (
+    StudySlides,
+    external_study,
+    refuse_leaks,
+    unit_subgroups,
+    without_covariates,
+)
 from nic_core.steps.slide_index import patient_groups, same_content, used_slides
 from nic_core.steps.slide_models import find_target_folds
 from nic_core.tiling.mask_files import check_mask
@@ -448,7 +454,7 @@ def _external(source: Source, cohort: Cohort, study: StudySlides) -> Iterator[Fi
             except CohortError as error:
                 yield Finding(cohort.place("external", number, "subgroups", position), str(error))
         matched: list[Finding] = []
-        for target in cohort.targets:
+        for target in map(without_covariates, cohort.targets):
             try:
                 labels = read_labels(external_study(entry, target), target, index)
                 target_table(target, labels, used.with_columns(split=pl.lit("test")))

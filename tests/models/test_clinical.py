@@ -353,8 +353,8 @@ def test_validation_fold_without_a_class_leaves_clinical_image_out(few):
     table = with_covariates(few, RIM)
     patients = sorted(table["patient"].unique())
     of_fold = [3 if name in ("p00", "p02") else i % 3 for i, name in enumerate(patients)]
-    folds = pl.DataFrame(
-        {"patient": patients, "fold": of_fold}, schema_overrides={"fold": pl.Int64}
+    folds = pl.DataFrame({"patient": patients, "fold": of_fold}).with_columns(
+        fold_name=pl.lit(None, pl.String)
     )
     result = evaluate(few, RIM, table, folds)
     assert set(result.predictions["model"]) == {"network", *BASELINES, CLINICAL}

@@ -103,8 +103,8 @@ def test_recalibration_without_a_class_to_validate_on_is_refused(few):
     table = labelled(few, RIM)
     patients = sorted(table["patient"].unique())
     of_fold = [3 if name in ("p00", "p02") else i % 3 for i, name in enumerate(patients)]
-    folds = pl.DataFrame(
-        {"patient": patients, "fold": of_fold}, schema_overrides={"fold": pl.Int64}
+    folds = pl.DataFrame({"patient": patients, "fold": of_fold}).with_columns(
+        fold_name=pl.lit(None, pl.String)
     )
     settings = ModelSettings(network="small", epochs=1, crops_at_test=1, recalibration="isotonic")
     with pytest.raises(CohortError, match=r"recalibration cannot be fitted.*fold 3: .*class 'rim'"):
