@@ -68,6 +68,7 @@ def run(cohort: Cohort, store: Store) -> list[dict[str, object]]:
         primary = kind_of(target).primary_metric
         for encoder in cohort.encoders:
             key = ModelKey(encoder=encoder.name, target=target.name)
+            steps.make_target_grids(store, key)
             result, _ = steps.make_slide_model(cohort, store, key)
             rows += [
                 {"target": target.name, "primary": primary, "encoder": encoder.name, **row}

@@ -29,7 +29,7 @@ def study_jobs(partitions: Partitions) -> Mapping[str, AssetJob]:
         "grid_manifest",
         "embedding_colours",
         "grid_preview",
-        *(["target_folds", "slide_model"] if cohort.targets else []),
+        *(["target_folds", "target_grids", "slide_model"] if cohort.targets else []),
         *(["registered_model", "explanation"] if cohort.targets else []),
         *(
             ["champion", "prediction_plan", "prediction", "predictions_report"]

@@ -68,6 +68,7 @@ def mean_rgb_study(
     for target in cohort.targets:
         steps.make_target_folds(cohort, store, target.name)
         key = ModelKey(encoder="mean-rgb", target=target.name)
+        steps.make_target_grids(store, key)
         steps.make_slide_model(cohort, store, key)
     return cohort, store
 

@@ -312,6 +312,7 @@ EVERY: dict[str, Key] = {
     "embedding_colours": "mtl",
     "grid_preview": GridKey(encoder="mtl", slide="s1"),
     "target_folds": "growth",
+    "target_grids": ModelKey(encoder="mtl", target="growth"),
     "slide_model": ModelKey(encoder="mtl", target="growth"),
     "explanation": ModelKey(encoder="mtl", target="growth"),
     "champion": "growth",

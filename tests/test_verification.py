@@ -57,6 +57,7 @@ def test_an_unchanged_store_has_no_problems(store):
         "grid_manifest",
         "embedding_colours",
         "target_folds",
+        "target_grids",
     }
     assert calls[-1] == (len(results), len(results))
 

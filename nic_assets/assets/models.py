@@ -11,6 +11,7 @@ from nic_assets.orchestration.batches import Events, Product, batch_asset, mater
 from nic_assets.orchestration.executors import CPU_TAGS, GPU_POOL, GPU_TAGS
 from nic_assets.orchestration.metadata import code_version, figure, log_progress, picture, table
 from nic_assets.partitions import Partitions
+from nic_assets.tags import REFRESH_TAG
 from nic_assets.tracking import Tracking
 from nic_assets.tracking.experiments import target_experiment
 from nic_assets.tracking.publications import model_run_name
@@ -86,6 +87,38 @@ def model_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
     @batch_asset(
         partitions_def=partitions.models,
         deps=["grid_manifest", target_folds],
+        group_name="models",
+        kinds={"polars", "parquet"},
+        tags={REFRESH_TAG: "eager"},
+        op_tags=CPU_TAGS,
+        code_version=code_version(1),
+    )
+    def target_grids(context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]) -> Events:
+        """The grids of a target's labelled slides, by encoder: a slide without a label changes
+        none."""
+
+        def make(key: ModelKey) -> Product:
+            grids = steps.make_target_grids(store, key)
+            return Product(
+                version=steps.digest(grids.rows()),
+                metadata={
+                    "dagster/row_count": grids.height,
+                    "without_grid": grids.filter(pl.col("hash").is_null())["slide"].to_list(),
+                    "file": dg.MetadataValue.path(store.target_grids(key)),
+                },
+            )
+
+        yield from materialize_each(
+            context,
+            make,
+            parse=ModelKey.parse,
+            path=store.target_grids,
+            expected=(CohortError,),
+        )
+
+    @batch_asset(
+        partitions_def=partitions.models,
+        deps=[target_grids, target_folds],
         group_name="models",
         kinds={"pytorch"},
         pool=GPU_POOL,
@@ -180,7 +213,7 @@ def model_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
             expected=(CohortError, SlideError),
         )
 
-    return [target_folds, slide_model, explanation]
+    return [target_folds, target_grids, slide_model, explanation]
 
 
 def primary_folds(evaluated: CrossValidation) -> pl.DataFrame:

@@ -228,7 +228,7 @@ def model_publication(
     encoder = _encoder_of(store, card)
     origin = _slide_origin(steps.read_slide_index(store), result)
     paths = {
-        f"grid_manifest/{key.encoder}": store.grid_manifest(key.encoder),
+        f"target_grids/{key.encoder}/{key.target}": store.target_grids(key),
         f"target_folds/{key.target}": store.target_folds(key.target),
     }
     return Publication(

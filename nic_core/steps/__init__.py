@@ -4,8 +4,8 @@ A step is named ``make_<asset>`` after the asset that it makes. It reads the pro
 steps, calls the package that implements the method, and writes its own product atomically. A
 script calls the steps in this order: slide index, slides, patch tables, quality report, patch
 tasks, encoders, encoder probes, grids, grid manifests, embedding colours, grid previews, target
-folds, slide models, explanations, champions, prediction plans, predictions, predictions report,
-external evaluations, probability maps, map scores, evaluation report.
+folds, target grids, slide models, explanations, champions, prediction plans, predictions,
+predictions report, external evaluations, probability maps, map scores, evaluation report.
 """
 
 from nic_core.steps.encoders import (
@@ -78,7 +78,9 @@ from nic_core.steps.slide_models import (
     find_unmatched_labels,
     make_slide_model,
     make_target_folds,
+    make_target_grids,
     read_slide_model,
+    read_target_grids,
 )
 from nic_core.steps.slides import SlideRecord, make_patch_table, make_slide, read_record
 
@@ -130,6 +132,7 @@ __all__ = [
     "make_slide_index",
     "make_slide_model",
     "make_target_folds",
+    "make_target_grids",
     "patch_task_is_current",
     "patch_task_keys",
     "patch_task_versions",
@@ -144,6 +147,7 @@ __all__ = [
     "read_record",
     "read_slide_index",
     "read_slide_model",
+    "read_target_grids",
     "remove_champion",
     "remove_prediction",
     "scan_slides",

@@ -181,6 +181,47 @@ def find_unmatched_labels(cohort: Cohort, store: Store, target: str) -> LabelMat
     return read_labels(cohort, cohort.target(target), read_slide_index(store)).matches
 
 
+def make_target_grids(store: Store, key: ModelKey) -> pl.DataFrame:
+    """List the grids of a target's labelled slides; write and return the list.
+
+    A slide model is trained and tested on these grids alone. A new slide without a label does not
+    change the list, so it makes no model stale.
+
+    Returns
+    -------
+    polars.DataFrame
+        Rows of the encoder's grid manifest (:data:`nic_core.steps.grids.MANIFEST_SCHEMA`).
+
+    Raises
+    ------
+    CohortError
+        The grid manifest does not exist yet.
+    """
+    folds = pl.read_parquet(store.target_folds(key.target), glob=False)
+    labelled = folds["slides"].explode().implode()
+    found = read_grid_manifest(store, key.encoder).filter(pl.col("slide").is_in(labelled))
+    with atomic_file(store.target_grids(key)) as path:
+        found.write_parquet(path)
+    return found
+
+
+def read_target_grids(store: Store, key: ModelKey) -> pl.DataFrame:
+    """Read the list that :func:`make_target_grids` wrote.
+
+    Raises
+    ------
+    CohortError
+        The list does not exist yet.
+    """
+    path = store.target_grids(key)
+    if not path.exists():
+        raise CohortError(
+            f"target '{key.target}' has no list of its grids of encoder '{key.encoder}'; "
+            "materialize 'target_grids' first"
+        )
+    return pl.read_parquet(path, glob=False)
+
+
 def make_slide_model(
     cohort: Cohort,
     store: Store,
@@ -209,8 +250,8 @@ def make_slide_model(
     Raises
     ------
     CohortError
-        The grids were compressed with different settings or geometries, changed after their
-        manifest was made, or cannot be used with ``settings.models``; see
+        The grids were compressed with different settings or geometries, changed after they were
+        listed (:func:`make_target_grids`), or cannot be used with ``settings.models``; see
         :func:`~nic_core.models.networks.crop_cells` and
         :func:`~nic_core.models.cross_validation.cross_validate`.
     TrainingError
@@ -221,18 +262,18 @@ def make_slide_model(
     settings = cohort.settings
     encoder, target = key.encoder, key.target
     folder = store.slide_model(key)
-    manifest = read_grid_manifest(store, encoder)
+    listed = read_target_grids(store, key)
     folds = pl.read_parquet(store.target_folds(target), glob=False)
-    table = _units_with_grids(key, folds, manifest)
+    table = _units_with_grids(key, folds, listed)
     weights = read_card(store.encoder(encoder)).weights_hash
     data = {
-        f"grid_manifest/{encoder}": digest(manifest.rows()),
+        f"target_grids/{encoder}/{target}": digest(listed.rows()),
         f"target_folds/{target}": digest(folds.to_dicts()),
     }
     recipe = digest(
-        cohort.target(target), settings, table.rows(), manifest.rows(), weights, torch.__version__
+        cohort.target(target), settings, table.rows(), listed.rows(), weights, torch.__version__
     )
-    _check_manifest(store, encoder, manifest)
+    _check_unchanged(store, encoder, listed)
     origins = {
         slide: open_grid(store.grid(GridKey(encoder=encoder, slide=slide))).provenance
         for slide in table["slides"].explode().unique()
@@ -319,14 +360,14 @@ def _units_with_grids(key: ModelKey, folds: pl.DataFrame, manifest: pl.DataFrame
     return units
 
 
-def _check_manifest(store: Store, encoder: str, manifest: pl.DataFrame) -> None:
-    """Refuse grids other than those of the manifest, by which the model's inputs are recorded."""
-    for slide, listed in manifest.drop_nulls("hash").select("slide", "hash").rows():
+def _check_unchanged(store: Store, encoder: str, listed: pl.DataFrame) -> None:
+    """Refuse grids other than those that were listed, by which the model's inputs are recorded."""
+    for slide, expected in listed.drop_nulls("hash").select("slide", "hash").rows():
         path = store.grid(GridKey(encoder=encoder, slide=slide))
-        if not path.exists() or recorded_hash(path) != listed:
+        if not path.exists() or recorded_hash(path) != expected:
             raise CohortError(
-                f"encoder '{encoder}': the grid of slide '{slide}' changed after the grid manifest "
-                "was made; materialize 'grid_manifest' again"
+                f"encoder '{encoder}': the grid of slide '{slide}' changed after it was listed; "
+                "materialize 'grid_manifest' and 'target_grids' again"
             )
 
 

@@ -156,6 +156,7 @@ _CHECKS: dict[str, Callable[[Path], bool]] = {
     "embedding_colours": _embedding_colours,
     "grid_preview": _grid_preview,
     "target_folds": _tables,
+    "target_grids": _tables,
     "slide_model": _slide_model,
     "explanation": _explanation,
     "champion": _slide_model,

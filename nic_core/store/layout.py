@@ -15,6 +15,7 @@
       embedding_colours/<encoder>.json     principal components of the embeddings of its grids
       grid_previews/<encoder>/<slide>.zarr     the grid as an RGB image, in these colours
       target_folds/<target>.parquet
+      target_grids/<encoder>/<target>.parquet    the part of the grid manifest with labels
       slide_models/<encoder>/<target>/     fold-*.safetensors, card.json, predictions.parquet
       slide_models/<encoder>/.<target>.folds/    finished folds of an unfinished training
       explanations/<encoder>/<target>/     scores.parquet, <slide>/: heat.tif, heat.zarr, ...
@@ -114,6 +115,9 @@ class Store:
     def target_folds(self, target: str) -> Path:
         return self.root / "target_folds" / f"{target}.parquet"
 
+    def target_grids(self, key: ModelKey) -> Path:
+        return self.root / "target_grids" / key.encoder / f"{key.target}.parquet"
+
     def slide_model(self, key: ModelKey) -> Path:
         return self.root / "slide_models" / key.encoder / key.target
 
@@ -210,6 +214,7 @@ _PLACES: dict[str, tuple[str, Callable[[str], Key], bool]] = {
     "embedding_colours/*.json": ("embedding_colours", str, True),
     "grid_previews/*/*.zarr": ("grid_preview", GridKey.parse, True),
     "target_folds/*.parquet": ("target_folds", str, True),
+    "target_grids/*/*.parquet": ("target_grids", ModelKey.parse, True),
     "slide_models/*/*/": ("slide_model", ModelKey.parse, True),
     "slide_models/*/.*.folds/": ("slide_model", ModelKey.parse, False),
     "explanations/*/*/": ("explanation", ModelKey.parse, True),

@@ -138,7 +138,9 @@ def test_models_take_features_of_scanners_with_other_um_px(study_file, tmp_path)
         assert made.provenance.mpp == (0.47 if slide == first else 0.5)
     steps.make_grid_manifest(store, "exported")
     steps.make_target_folds(cohort, store, "growth")
-    _, card = steps.make_slide_model(cohort, store, ModelKey(encoder="exported", target="growth"))
+    key = ModelKey(encoder="exported", target="growth")
+    steps.make_target_grids(store, key)
+    _, card = steps.make_slide_model(cohort, store, key)
     assert (card.patch, card.mpp, card.stride) == (128, 0.5, 128)
 
 

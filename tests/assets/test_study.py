@@ -47,7 +47,7 @@ pytestmark = pytest.mark.slow
 LAYERS = {
     "encoders": {"patch_task_source", "encoder_entry", "patch_task", "encoder", "encoder_probe"},
     "grids": {"grid", "grid_manifest", "embedding_colours", "grid_preview"},
-    "models": {"target_entry", "target_folds", "slide_model", "explanation"},
+    "models": {"target_entry", "target_folds", "target_grids", "slide_model", "explanation"},
     "registry": {"registered_encoder", "registered_model"},
     "predictions": {
         "registered_champion",
@@ -296,11 +296,12 @@ def test_a_registered_model_has_its_grids_folds_and_scores(study):
         dg.AssetRecordsFilter(dg.AssetKey("target_folds"), asset_partitions=["growth"]), limit=1
     ).records[0]
     grids = study.instance.fetch_materializations(
-        dg.AssetRecordsFilter(dg.AssetKey("grid_manifest"), asset_partitions=["mtl-4"]), limit=1
+        dg.AssetRecordsFilter(dg.AssetKey("target_grids"), asset_partitions=["mtl-4|growth"]),
+        limit=1,
     ).records[0]
     assert datasets(client, version.run_id) == {
         name: event.asset_materialization.tags["dagster/data_version"]
-        for name, event in (("target_folds/growth", folds), ("grid_manifest/mtl-4", grids))
+        for name, event in (("target_folds/growth", folds), ("target_grids/mtl-4/growth", grids))
     }
     card = load_model(study.store.slide_model(ModelKey(encoder="mtl-4", target="growth"))).card
     auc = next(m for m in card.metrics if (m.model, m.split, m.metric) == ("network", "cv", "auc"))

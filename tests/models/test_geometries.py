@@ -60,6 +60,7 @@ def study(mean_rgb_study, tmp_path_factory) -> tuple[Cohort, Store, str]:
                 steps.make_patch_table(cohort, store, table)
                 steps.make_grid(cohort, store, encoder, slide)
         steps.make_grid_manifest(store, key.encoder)
+        steps.make_target_grids(store, key)
         steps.make_slide_model(cohort, store, key)
     return cohort, store, lacking
 
@@ -163,6 +164,7 @@ def test_grids_of_several_geometries_are_refused(study, tmp_path):
     other = grid.provenance.model_copy(update={"mpp": 0.25})
     write_grid(path, replace(grid, embeddings=np.asarray(grid.embeddings[:]), provenance=other))
     steps.make_grid_manifest(store, FINE.encoder)
+    steps.make_target_grids(store, FINE)
     with pytest.raises(CohortError, match="more than one geometry .*128px-0.25um-stride64 for"):
         steps.make_slide_model(cohort, store, FINE)
 

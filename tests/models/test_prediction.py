@@ -485,7 +485,9 @@ def test_the_card_names_the_tables_that_the_training_read(study):
     _, store = study
     card = read_model_card(store.slide_model(ModelKey(encoder=ENCODER, target=TARGETS[0])))
     assert card.data == {
-        f"grid_manifest/{ENCODER}": steps.digest(steps.read_grid_manifest(store, ENCODER).rows()),
+        f"target_grids/{ENCODER}/{TARGETS[0]}": steps.digest(
+            steps.read_target_grids(store, ModelKey(encoder=ENCODER, target=TARGETS[0])).rows()
+        ),
         f"target_folds/{TARGETS[0]}": steps.digest(
             pl.read_parquet(store.target_folds(TARGETS[0])).to_dicts()
         ),
@@ -506,7 +508,8 @@ def test_grids_that_differ_from_their_manifest_are_refused(study, tmp_path, chan
         embeddings = np.array(grid.embeddings[:])
         embeddings[:, grid.valid] += 1
         write_grid(path, Grid(embeddings, grid.valid, grid.provenance))
-    with pytest.raises(CohortError, match=f"'{slide}' changed after the grid manifest"):
+    with pytest.raises(CohortError, match=f"'{slide}' changed after it was listed"):
         steps.make_slide_model(cohort, store, key)
     steps.make_grid_manifest(store, ENCODER)
+    steps.make_target_grids(store, key)
     steps.make_slide_model(cohort, store, key)
