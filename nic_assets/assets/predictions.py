@@ -233,7 +233,7 @@ def prediction_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
                     ),
                     checks.mpp_as_in_training: checks.mpp_as_in_training(record.mpp, card.training),
                     checks.scanner_as_in_training: checks.scanner_as_in_training(
-                        record.scanner, card.training
+                        steps.slide_scanner(store, key.slide), card.training
                     ),
                     checks.quality_as_in_cohort: checks.quality_as_in_cohort(made.problems),
                 },

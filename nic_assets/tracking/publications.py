@@ -209,7 +209,6 @@ def model_publication(
     key: ModelKey,
     tags: Mapping[str, str],
     read: tuple[CrossValidation, ModelCard],
-    subgroups: pl.DataFrame | None = None,
 ) -> Publication:
     """Return what MLflow receives of a slide model in the store.
 
@@ -219,8 +218,6 @@ def model_publication(
         As in :func:`encoder_publication`.
     read
         Output of :func:`nic_core.steps.read_slide_model` for the model's folder.
-    subgroups
-        As in :func:`nic_core.reports.slide_model_card`.
     """
     result, card = read
     folder = store.slide_model(key)
@@ -259,7 +256,9 @@ def model_publication(
         results=model_results(card),
         data={name: (paths[name], digest) for name, digest in card.data.items()},
         card=card.model_dump(mode="json"),
-        model_card=slide_model_card(card, encoder, origin=origin, subgroups=subgroups),
+        model_card=slide_model_card(
+            card, encoder, origin=origin, subgroups=steps.model_subgroups(store, result)
+        ),
         files=folder,
         network=Network(
             name=f"model-{key.target}",

@@ -80,7 +80,7 @@ def slide_model_card(
     encoder: EncoderCard | None,
     *,
     origin: Mapping[str, str],
-    subgroups: pl.DataFrame | None = None,
+    subgroups: pl.DataFrame,
 ) -> str:
     """Return the model card of a slide model.
 
@@ -92,15 +92,15 @@ def slide_model_card(
         Origin of the training slides, such as ``scanner``, ``stain`` and ``organ``, as far as it is
         known.
     subgroups
-        Metrics by subgroup (:data:`~nic_core.reports.RESULT_SCHEMA`, with the subgroup as
-        ``part``); None if none were computed.
+        Metrics by subgroup: ``column`` and
+        :data:`~nic_core.models.subgroups.SUBGROUP_SCHEMA`; no rows if there are none.
     """
     target, training = card.target, card.training
     results = model_results(card)
     network = results.filter(model=results["model"][0])
     metrics = results_markdown(network)
-    if subgroups is not None:
-        metrics += f"\n\nBy subgroup:\n\n{results_markdown(subgroups)}"
+    if subgroups.height:
+        metrics += f"\n\nCross-validated, by subgroup:\n\n{_subgroups_markdown(subgroups)}"
     return _card(
         f"Model of {target.name} on {card.encoder}",
         f"Predicts {target.name} ({target.kind}) of a {target.level} from the grids of encoder "
@@ -125,6 +125,18 @@ def slide_model_card(
         metrics,
         NOT_RECORDED if encoder is None else starting_weights(encoder),
     )
+
+
+def _subgroups_markdown(subgroups: pl.DataFrame) -> str:
+    headings = ("column", "subgroup", "metric", "value", "units", "patients")
+    lines = [f"| {' | '.join(headings)} |", "|" + "---|" * len(headings)]
+    for row in subgroups.iter_rows(named=True):
+        value = row["note"]
+        if row["value"] is not None:
+            value = f"{row['value']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
+        cells = (row["column"], row["group"], row["metric"], value, row["units"], row["patients"])
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
 
 
 def _card(

@@ -79,10 +79,17 @@ from nic_core.steps.slide_models import (
     make_slide_model,
     make_target_folds,
     make_target_grids,
+    model_subgroups,
     read_slide_model,
     read_target_grids,
 )
-from nic_core.steps.slides import SlideRecord, make_patch_table, make_slide, read_record
+from nic_core.steps.slides import (
+    SlideRecord,
+    make_patch_table,
+    make_slide,
+    read_record,
+    slide_scanner,
+)
 
 __all__ = [
     "ChampionVersion",
@@ -133,6 +140,7 @@ __all__ = [
     "make_slide_model",
     "make_target_folds",
     "make_target_grids",
+    "model_subgroups",
     "patch_task_is_current",
     "patch_task_keys",
     "patch_task_versions",
@@ -151,6 +159,7 @@ __all__ = [
     "remove_champion",
     "remove_prediction",
     "scan_slides",
+    "slide_scanner",
     "study_slides",
     "target_versions",
     "write_external_evaluation",

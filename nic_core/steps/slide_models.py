@@ -34,8 +34,10 @@ from nic_core.models.folds import (
     make_site_folds,
     named_folds,
 )
+from nic_core.models.kinds import kind_of
 from nic_core.models.labels import LabelMatches, read_labels, target_table
 from nic_core.models.networks import crop_cells
+from nic_core.models.subgroups import SUBGROUP_SCHEMA, subgroup_metrics
 from nic_core.reports import fold_results, model_results
 from nic_core.steps.grids import read_grid_manifest
 from nic_core.steps.slide_index import (
@@ -53,6 +55,8 @@ log = logging.getLogger(__name__)
 FOLD_METRICS = "fold_metrics.parquet"
 PREDICTIONS, METRICS, HISTORY = "predictions.parquet", "metrics.parquet", "history.parquet"
 CLINICAL = "clinical.parquet"
+SUBGROUP_COLUMNS = ("site", "scanner", "stain", "organ")
+"""Columns of the slide table whose values are subgroups of a model's card."""
 
 
 @dataclass(frozen=True)
@@ -443,6 +447,42 @@ def read_slide_model(folder: Path) -> tuple[CrossValidation, ModelCard]:
         recalibrations=model.card.recalibrations,
     )
     return result, model.card
+
+
+def model_subgroups(store: Store, result: CrossValidation) -> pl.DataFrame:
+    """Score a model on the slides of each site, scanner, stain and organ of the slide table.
+
+    Columns with fewer than two values are left out. A unit whose slides have several values has
+    the subgroup ``A + B``.
+
+    Returns
+    -------
+    polars.DataFrame
+        ``column`` and :data:`~nic_core.models.subgroups.SUBGROUP_SCHEMA`, of the network's
+        cross-validated predictions; the primary metric alone.
+    """
+    index = read_slide_index(store)
+    units = result.predictions.filter(model=NETWORK, split="cv")
+    primary = kind_of(result.target).primary_metric
+    found = [pl.DataFrame(schema={"column": pl.String(), **SUBGROUP_SCHEMA})]
+    for column in SUBGROUP_COLUMNS:
+        value_of = dict(index.drop_nulls(column).select("slide", column).iter_rows())
+        groups = [
+            " + ".join(sorted({value_of[slide] for slide in slides if slide in value_of})) or None
+            for slides in units["slides"]
+        ]
+        if len(set(groups)) < 2:
+            continue
+        scores = subgroup_metrics(
+            result.target,
+            units,
+            groups,
+            resamples=result.settings.bootstrap,
+            seed=result.settings.seed,
+        )
+        named = pl.lit(column).alias("column")
+        found.append(scores.filter(metric=primary).select(named, pl.all()))
+    return pl.concat(found)
 
 
 def with_grids(table: pl.DataFrame, manifest: pl.DataFrame) -> pl.DataFrame:

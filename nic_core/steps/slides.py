@@ -107,15 +107,19 @@ def read_record(store: Store, slide: str) -> SlideRecord:
 
 
 def slide_scanner(store: Store, slide: str) -> str | None:
-    """Return the scanner that a slide's file states; None if it states none.
+    """Return the scanner of a slide: that of the slide table, else that which its file states.
 
-    None also for a slide without a record: features of other software need none.
+    None if neither states one, also for a slide without a record: features of other software need
+    none.
 
     Raises
     ------
     CohortError
         Another version of this project wrote the record.
     """
+    stated = index_row(store, slide)["scanner"]
+    if stated is not None:
+        return str(stated)
     if not (store.slide(slide) / RECORD).exists():
         return None
     return read_record(store, slide).scanner

@@ -115,6 +115,7 @@ def test_a_new_slide_without_label_is_predicted_and_no_other(study):
     study.client.set_registered_model_alias("model-growth", "champion", "1")
     assert study.refresh() == []
     demo, before = study.root / "demo", study.records("prediction")
+    models = study.records("slide_model")
     table = pl.read_csv(demo / "slides.csv", infer_schema=False)
     first = table.row(0, named=True)
     pixels = tifffile.imread(demo / first["path"])
@@ -131,6 +132,7 @@ def test_a_new_slide_without_label_is_predicted_and_no_other(study):
     pl.concat([table, added]).write_csv(demo / "slides.csv")
     assert study.refresh() == []
     assert study.made_since(before, "prediction") == {"growth|new", "survival|new"}
+    assert study.made_since(models, "slide_model") == set()
     metadata = study.records("prediction")["growth|new"].asset_materialization.metadata
     assert metadata["in_training"].value is False
     assert metadata["model"].value == "version 1 of model-growth"

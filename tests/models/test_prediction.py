@@ -37,6 +37,7 @@ from nic_core.models.prediction import (
     read_patients,
 )
 from nic_core.models.slide_table import SlideTableError, predict_table, read_slide_table
+from nic_core.reports import slide_model_card
 from nic_core.slides import SlideSource
 from nic_core.steps.slide_models import PREDICTIONS
 from nic_core.store import GridKey, ModelKey, Store
@@ -423,7 +424,7 @@ def test_model_file_with_other_format_or_weights_is_refused(study, tmp_path):
         load_model(store.encoder(ENCODER))
     shutil.copytree(store.slide_model(ModelKey(encoder=ENCODER, target="growth")), tmp_path / "m")
     shutil.copy(tmp_path / "m" / "fold-0.safetensors", tmp_path / "m" / "fold-1.safetensors")
-    with pytest.raises(ModelFileError, match=r"fold-1.*hash of the weights differs"):
+    with pytest.raises(ModelFileError, match=r"fold-1.*hash of its numbers differs"):
         load_model(tmp_path / "m")
     card = json.loads((tmp_path / "m" / "card.json").read_text())
     (tmp_path / "m" / "card.json").write_text(json.dumps(card | {"format": 3}))
@@ -492,6 +493,25 @@ def test_the_card_names_the_tables_that_the_training_read(study):
             pl.read_parquet(store.target_folds(TARGETS[0])).to_dicts()
         ),
     }
+
+
+def test_the_model_card_has_the_metrics_of_each_site(study, tmp_path):
+    shutil.copytree(study[1].root, tmp_path / "store")
+    store, key = Store(tmp_path / "store"), ModelKey(encoder=ENCODER, target=TARGETS[0])
+    result, card = steps.read_slide_model(store.slide_model(key))
+    assert steps.model_subgroups(store, result).is_empty()
+    index = steps.read_slide_index(store)
+    sites = [None if row == 0 else "city" for row in range(index.height)]
+    index = index.with_columns(site=pl.Series(sites, dtype=pl.String))
+    index.write_parquet(store.slide_index)
+    found = steps.model_subgroups(store, result)
+    assert set(found["column"]) == {"site"}
+    assert set(found["group"]) == {"city", "(missing)"}
+    units = result.predictions.filter(model="network", split="cv").height
+    assert found["units"].sum() == units
+    text = slide_model_card(card, None, origin={}, subgroups=found)
+    assert "Cross-validated, by subgroup:" in text
+    assert "| site | city |" in text
 
 
 @pytest.mark.parametrize("change", ["rewritten", "removed"])
