@@ -6,8 +6,8 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import dagster as dg
 import numpy as np
 import polars as pl
 import pytest
@@ -18,8 +18,6 @@ from sksurv.compare import compare_survival
 from sksurv.util import Surv
 from typer.testing import CliRunner
 
-from nic_assets.assets.inputs import EXTERNAL_COHORT, known_versions
-from nic_assets.build import build_defs
 from nic_core import steps
 from nic_core.cli import app
 from nic_core.cohort import Cohort, CohortError, ExternalCohort, SlideFolder, Slides, load_cohort
@@ -467,12 +465,16 @@ def test_the_command_reports_mistakes_in_one_line(
 def test_the_asset_evaluates_and_becomes_stale_with_the_labels(
     mean_rgb_study, study_file, tmp_path
 ):
+    dg = pytest.importorskip("dagster", reason="Dagster is not installed: the library alone")
+    from nic_assets.assets.inputs import EXTERNAL_COHORT, known_versions
+    from nic_assets.build import build_defs
+
     store = Store(shutil.copytree(mean_rgb_study[1].root, tmp_path / "store"))
     defs = build_defs(load_cohort(study_file), store)
     instance = dg.DagsterInstance.ephemeral()
     job = defs.resolve_implicit_global_asset_job_def()
 
-    def make(asset: str, partition: str | None = None) -> dg.ExecuteInProcessResult:
+    def make(asset: str, partition: str | None = None) -> Any:
         return job.execute_in_process(
             instance=instance,
             asset_selection=[dg.AssetKey(asset)],
