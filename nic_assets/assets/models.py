@@ -123,7 +123,7 @@ def model_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         kinds={"pytorch"},
         pool=GPU_POOL,
         op_tags=GPU_TAGS,
-        code_version=code_version(7, settings),
+        code_version=code_version(8, settings),
     )
     def slide_model(
         context: dg.AssetExecutionContext,

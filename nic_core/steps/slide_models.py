@@ -10,13 +10,22 @@ from pathlib import Path
 import polars as pl
 import torch
 
-from nic_core.cohort import Cohort, CohortError, FeaturesEncoder, Geometry, SiteFolds, Target
+from nic_core.cohort import (
+    Cohort,
+    CohortError,
+    FeaturesEncoder,
+    Geometry,
+    RegressionTarget,
+    SiteFolds,
+    Target,
+)
 from nic_core.devices import resolve_device
 from nic_core.encoders.files import read_card
 from nic_core.grids import GridProvenance, open_grid, recorded_hash
 from nic_core.grids.moments import grid_moments
 from nic_core.models.checkpoints import FoldCheckpoints
 from nic_core.models.cross_validation import NETWORK, CrossValidation, cross_validate
+from nic_core.models.decision_curves import decision_curve
 from nic_core.models.distance import TrainingReference, fit_reference
 from nic_core.models.files import (
     GridSettings,
@@ -37,6 +46,7 @@ from nic_core.models.folds import (
 from nic_core.models.kinds import kind_of
 from nic_core.models.labels import LabelMatches, read_labels, target_table
 from nic_core.models.networks import crop_cells
+from nic_core.models.reliability import reliability
 from nic_core.models.subgroups import SUBGROUP_SCHEMA, subgroup_metrics
 from nic_core.reports import fold_results, model_results
 from nic_core.steps.grids import read_grid_manifest
@@ -55,6 +65,7 @@ log = logging.getLogger(__name__)
 FOLD_METRICS = "fold_metrics.parquet"
 PREDICTIONS, METRICS, HISTORY = "predictions.parquet", "metrics.parquet", "history.parquet"
 CLINICAL = "clinical.parquet"
+RELIABILITY, DECISION_CURVE = "reliability.parquet", "decision_curve.parquet"
 SUBGROUP_COLUMNS = ("site", "scanner", "stain", "organ")
 """Columns of the slide table whose values are subgroups of a model's card."""
 
@@ -331,10 +342,20 @@ def make_slide_model(
         result.history.write_parquet(new / HISTORY)
         fold_results(card, result.predictions).write_parquet(new / FOLD_METRICS)
         result.clinical.write_parquet(new / CLINICAL)
+        _write_curves(new, result)
         model_results(card).write_parquet(new / METRICS)
     if store.slide_model_checkpoint(key).exists():
         remove_product(store.slide_model_checkpoint(key))
     return result, card
+
+
+def _write_curves(folder: Path, result: CrossValidation) -> None:
+    """Write reliability and, except for regression, decision curves of cross-validated units."""
+    target, rows = result.target, result.predictions.filter(split="cv")
+    times = kind_of(target).times(rows.filter(model=NETWORK))
+    reliability(target, rows, times).write_parquet(folder / RELIABILITY)
+    if not isinstance(target, RegressionTarget):
+        decision_curve(target, rows, times).write_parquet(folder / DECISION_CURVE)
 
 
 def _training_reference(
