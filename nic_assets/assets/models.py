@@ -20,7 +20,12 @@ from nic_core import steps
 from nic_core.cohort import Cohort, CohortError
 from nic_core.devices import leased_device
 from nic_core.models.cross_validation import NETWORK, CrossValidation
-from nic_core.models.figures import evaluation_figure, metrics_figure, training_figure
+from nic_core.models.figures import (
+    evaluation_figure,
+    metrics_figure,
+    reliability_figure,
+    training_figure,
+)
 from nic_core.models.fold_metrics import fold_metrics
 from nic_core.models.kinds import kind_of
 from nic_core.models.labels import LabelMatches
@@ -159,6 +164,7 @@ def model_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
                         else {}
                     ),
                     "predictions": figure(evaluation_figure(evaluated), str(key)),
+                    "reliability": figure(reliability_figure(evaluated), str(key)),
                     "intervals": figure(metrics_figure(evaluated), str(key)),
                     "training_curves": figure(training_figure(evaluated), str(key)),
                     "folder": dg.MetadataValue.path(store.slide_model(key)),

@@ -18,7 +18,12 @@ from nic_core.cohort import Cohort, Geometry
 from nic_core.encoders import EncoderCard, load_encoder
 from nic_core.encoders.files import PROGRAMS, read_card
 from nic_core.models.cross_validation import CrossValidation, curves
-from nic_core.models.figures import evaluation_figure, metrics_figure, training_figure
+from nic_core.models.figures import (
+    evaluation_figure,
+    metrics_figure,
+    reliability_figure,
+    training_figure,
+)
 from nic_core.models.files import ModelCard, ensemble_module
 from nic_core.reports import encoder_model_card, encoder_results, model_results, slide_model_card
 from nic_core.steps.encoders import AUGMENTED_PATCHES, CONFUSION, HISTORY
@@ -277,6 +282,7 @@ def model_publication(
         ),
         figures={
             "predictions": evaluation_figure(result),
+            "reliability": reliability_figure(result),
             "metrics": metrics_figure(result),
             "training_curves": training_figure(result),
         },

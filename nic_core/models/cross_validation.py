@@ -123,6 +123,12 @@ class CrossValidation:
     notes: tuple[str, ...] = ()
     recalibrations: tuple[Recalibration, ...] = ()
 
+    @property
+    def times(self) -> Floats:
+        """The times of the columns ``survival_<time>``; empty unless the target is survival."""
+        held_out = self.predictions.filter(model=NETWORK, split="cv")
+        return kind_of(self.target).times(held_out)
+
 
 @dataclass(frozen=True)
 class _Predictor:

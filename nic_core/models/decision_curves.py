@@ -1,4 +1,4 @@
-"""Decision curves: the net benefit of treating the units above a threshold of predicted probability.
+"""Decision curves: the net benefit of treating units above a threshold of predicted probability.
 
 Net benefit is the share of true positives less the share of false positives, weighted by the odds
 of the threshold (Vickers & Elkin, Medical Decision Making 26:565, 2006). Of survival targets the

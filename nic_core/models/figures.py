@@ -5,9 +5,12 @@ from __future__ import annotations
 import polars as pl
 from matplotlib.figure import Figure
 
+from nic_core.cohort import RegressionTarget, SurvivalTarget, Target
 from nic_core.models.cross_validation import MODEL_NAMES, NETWORK, CrossValidation
+from nic_core.models.decision_curves import decision_curve
 from nic_core.models.kinds import kind_of
 from nic_core.models.plots import BLUE, GREY, RED, hide_frame, new_figure
+from nic_core.models.reliability import reliability
 
 
 def evaluation_figure(result: CrossValidation, *, split: str = "cv") -> Figure:
@@ -61,6 +64,52 @@ def training_figure(result: CrossValidation) -> Figure:
         axes.legend(frameon=False, fontsize=8)
     figure.suptitle(result.target.name, fontsize=10)
     return figure
+
+
+def reliability_figure(result: CrossValidation) -> Figure:
+    """Plot the network's reliability, cross-validated; beside it its decision curve if it has one.
+
+    One colour for each class or time; the dotted lines mark perfect predictions and treating none,
+    the dashed lines treating all.
+    """
+    target = result.target
+    rows = result.predictions.filter(model=NETWORK, split="cv")
+    groups = reliability(target, rows, result.times)
+    has_curve = not isinstance(target, RegressionTarget)
+    figure = new_figure(9 if has_curve else 4.5, 3.6)
+    panels = figure.subplots(1, 2 if has_curve else 1, squeeze=False)[0]
+    for i, ((outcome, time), part) in enumerate(
+        groups.group_by("outcome", "time", maintain_order=True)
+    ):
+        label = _curve_name(target, outcome, time)
+        panels[0].plot(part["predicted"], part["observed"], "o-", color=f"C{i}", ms=4, label=label)
+        panels[0].vlines(part["predicted"], part["low"], part["high"], color=f"C{i}", lw=1)
+    ends = groups.select("predicted", "observed").unpivot()["value"].drop_nulls()
+    panels[0].plot([ends.min(), ends.max()], [ends.min(), ends.max()], color=GREY, lw=0.8, ls=":")
+    panels[0].set(xlabel="mean predicted", ylabel="observed, 95 % interval")
+    if not isinstance(target, RegressionTarget):
+        curve = decision_curve(target, rows, result.times)
+        for i, ((outcome, time), part) in enumerate(
+            curve.group_by("outcome", "time", maintain_order=True)
+        ):
+            label = _curve_name(target, outcome, time)
+            panels[1].plot(part["threshold"], part["net_benefit"], color=f"C{i}", label=label)
+            panels[1].plot(part["threshold"], part["treat_all"], color=f"C{i}", lw=0.8, ls="--")
+        panels[1].axhline(0, color=GREY, lw=0.8, ls=":")
+        panels[1].set(xlabel="threshold probability", ylabel="net benefit")
+        benefits = curve.select("net_benefit", "treat_all").unpivot()["value"].drop_nulls()
+        panels[1].set_ylim(-0.1, max([0.1, *benefits]) + 0.05)
+    for axes in panels:
+        hide_frame(axes)
+        if has_curve:
+            axes.legend(frameon=False, fontsize=8)
+    figure.suptitle(target.name, fontsize=10)
+    return figure
+
+
+def _curve_name(target: Target, outcome: str | None, time: float | None) -> str | None:
+    """Return the class, or the time in the target's unit; None for regression."""
+    return f"{time:g} {target.unit}" if isinstance(target, SurvivalTarget) else outcome
 
 
 def metrics_figure(result: CrossValidation) -> Figure:

@@ -352,10 +352,9 @@ def make_slide_model(
 def _write_curves(folder: Path, result: CrossValidation) -> None:
     """Write reliability and, except for regression, decision curves of cross-validated units."""
     target, rows = result.target, result.predictions.filter(split="cv")
-    times = kind_of(target).times(rows.filter(model=NETWORK))
-    reliability(target, rows, times).write_parquet(folder / RELIABILITY)
+    reliability(target, rows, result.times).write_parquet(folder / RELIABILITY)
     if not isinstance(target, RegressionTarget):
-        decision_curve(target, rows, times).write_parquet(folder / DECISION_CURVE)
+        decision_curve(target, rows, result.times).write_parquet(folder / DECISION_CURVE)
 
 
 def _training_reference(

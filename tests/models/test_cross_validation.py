@@ -21,7 +21,12 @@ from nic_core.models.crops import Crops, cohort_moments, normalise_for
 from nic_core.models.cross_validation import NETWORK, cross_validate
 from nic_core.models.distance import TrainingReference
 from nic_core.models.explanation import explain
-from nic_core.models.figures import evaluation_figure, metrics_figure, training_figure
+from nic_core.models.figures import (
+    evaluation_figure,
+    metrics_figure,
+    reliability_figure,
+    training_figure,
+)
 from nic_core.models.files import (
     GridSettings,
     ModelFileError,
@@ -448,7 +453,9 @@ def test_figures_of_every_target_kind(few, target):
     for figure in (
         evaluation_figure(result),
         training_figure(result),
+        reliability_figure(result),
         metrics_figure(result),
+        reliability_figure(result),
     ):
         figure.canvas.draw()
         assert figure.axes

@@ -20,6 +20,7 @@ from nic_core.models.reliability import (
     reliability,
     survival_at,
 )
+from nic_core.store import ModelKey
 
 RIM = ClassificationTarget(name="rim", kind="classification", column="rim", classes=("none", "rim"))
 SCORE = RegressionTarget(name="score", kind="regression", column="score")
@@ -135,3 +136,19 @@ def test_kaplan_meier_interval_equals_the_closed_form():
     assert survival_at(time, event, 2.0) == pytest.approx(expected)
     assert np.isnan(survival_at(time, event, 7.0)).all()
     assert survival_at(time, event, 0.5)[0] == 1
+
+
+def test_model_folders_hold_the_curves_of_every_model(mean_rgb_study):
+    cohort, store = mean_rgb_study
+    for target in cohort.targets:
+        folder = store.slide_model(ModelKey(encoder="mean-rgb", target=target.name))
+        held_out = pl.read_parquet(folder / "predictions.parquet").filter(split="cv")
+        units = dict(held_out.group_by("model").len().iter_rows())
+        table = pl.read_parquet(folder / "reliability.parquet")
+        for (model, _, _), rows in table.group_by("model", "outcome", "time"):
+            assert rows["units"].sum() == units[model]
+        assert set(table["model"]) == set(units)
+        curve = folder / "decision_curve.parquet"
+        assert curve.exists() == (target.kind != "regression")
+        if curve.exists():
+            assert set(pl.read_parquet(curve)["model"]) == set(units)
