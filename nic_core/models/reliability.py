@@ -65,7 +65,7 @@ def reliability(
     for (model,), units in predictions.group_by("model", maintain_order=True):
         for outcome, time, predicted in _predicted(target, units, times):
             group = quantile_groups(predicted, groups)
-            for number in range(group.max(initial=-1) + 1):
+            for number in range(group.max() + 1):
                 inside = group == number
                 observed, low, high = _observed(target, units.filter(inside), outcome, time)
                 rows.append(
@@ -88,7 +88,7 @@ def reliability(
 
 def quantile_groups(values: Floats, groups: int) -> NDArray[np.int64]:
     """Number the group of each value (n,) between quantiles; equal values share a group."""
-    inner = np.quantile(values, np.arange(1, groups) / groups) if len(values) else []
+    inner = np.quantile(values, np.arange(1, groups) / groups)
     return np.unique(np.searchsorted(inner, values, side="left"), return_inverse=True)[1]
 
 

@@ -453,7 +453,6 @@ def test_figures_of_every_target_kind(few, target):
     for figure in (
         evaluation_figure(result),
         training_figure(result),
-        reliability_figure(result),
         metrics_figure(result),
         reliability_figure(result),
     ):
