@@ -229,12 +229,13 @@ def batches(
 ) -> Iterator[NDArray[np.int64]]:
     """Yield the row numbers of one epoch in random batches of nearly equal size.
 
-    A batch has at most ``size`` rows. If the table has the column ``event``, every batch gets at
+    A batch has at most ``size`` rows, and at least two, which batch normalization needs: three rows
+    are one batch even if ``size`` is 2. If the table has the column ``event``, every batch gets at
     least one event [choice], because a batch without one has no Cox gradient. If there are fewer
     events than batches, there are fewer and larger batches.
     """
     rows = random.permutation(table.height)
-    count = math.ceil(len(rows) / size)
+    count = min(math.ceil(len(rows) / size), max(1, len(rows) // 2))
     if "event" in table.columns:
         event = table["event"].to_numpy()[rows]
         rows = np.concatenate([rows[event], rows[~event]])

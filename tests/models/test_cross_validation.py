@@ -394,6 +394,15 @@ def test_grid_without_tissue_raises_with_target_and_slide(few):
         cross_validate(RIM, table, folds, grids.__getitem__, QUICK, crop=CROP)
 
 
+@pytest.mark.parametrize("rows", [2, 3, 5, 8])
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_no_batch_has_a_single_row(rows, size):
+    table = pl.DataFrame({"value": range(rows)})
+    found = list(batches(table, size, np.random.default_rng(0)))
+    assert min(map(len, found)) >= 2
+    assert sorted(np.concatenate(found)) == list(range(rows))
+
+
 @pytest.mark.parametrize("deaths", [1, 2, 7, 20])
 def test_every_survival_batch_has_an_event(deaths):
     table = pl.DataFrame({"event": [True] * deaths + [False] * (40 - deaths)})
