@@ -33,7 +33,7 @@ def external_evaluation_assets(partitions: Partitions) -> list[dg.AssetsDefiniti
                 "champion", partition_mapping=dg.MultiToSingleDimensionPartitionMapping("target")
             ),
         ],
-        group_name="models",
+        group_name="predictions",
         kinds={"pytorch", "parquet"},
         pool=GPU_POOL,
         op_tags=GPU_TAGS,
@@ -48,6 +48,10 @@ def external_evaluation_assets(partitions: Partitions) -> list[dg.AssetsDefiniti
         subgroups."""
 
         def make(key: ExternalKey) -> Product:
+            problem = steps.external_problem(cohort, store, key)
+            if problem is not None:
+                steps.remove_external_evaluation(store, key)
+                return Product(version=steps.digest(problem), metadata={"not_evaluated": problem})
             made = steps.make_external_evaluation(cohort, store, key, device=device)
             for slide, reason in made.left_out.iter_rows():
                 context.log.warning(f"{key}: slide '{slide}' is left out: {reason}")

@@ -104,7 +104,7 @@ def external_assets(partitions: Partitions) -> list[dg.AssetSpec]:
             dg.AssetSpec(
                 EXTERNAL_COHORT,
                 description="Slides and tables of another hospital, which only test the models.",
-                group_name="models",
+                group_name="predictions",
                 kinds={"file", "table"},
                 partitions_def=partitions.external,
             )

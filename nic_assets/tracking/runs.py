@@ -45,7 +45,7 @@ DIGEST_LENGTH = 36  # characters that MLflow stores of a data set's digest
 METRICS_PER_CALL = 1000  # limit of a request
 DESCRIPTION_LENGTH = 4000  # characters; databases store 5000, and the comparison is added
 MODEL_CARD = "model-card.md"
-SECTION = "\n\n## Comparison with the champion\n\n"  # of a version's description
+SECTION = "\n\n## Comparison with the champion when registered\n\n"  # of a version's description
 CONTENT_HASH = "content_hash"  # tag of a run and of a version
 LOGGED_MODEL = "logged_model"  # tag of a run: id of the model that is registered
 

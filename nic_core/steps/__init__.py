@@ -23,8 +23,10 @@ from nic_core.steps.explanations import Explanation, make_explanation
 from nic_core.steps.external import (
     ExternalEvaluation,
     evaluate_external,
+    external_problem,
     external_versions,
     make_external_evaluation,
+    remove_external_evaluation,
     study_slides,
     write_external_evaluation,
 )
@@ -109,6 +111,7 @@ __all__ = [
     "encoder_versions",
     "evaluate_external",
     "excluded_slides",
+    "external_problem",
     "external_versions",
     "find_target_folds",
     "find_unmatched_labels",
@@ -157,6 +160,7 @@ __all__ = [
     "read_slide_model",
     "read_target_grids",
     "remove_champion",
+    "remove_external_evaluation",
     "remove_prediction",
     "scan_slides",
     "slide_scanner",

@@ -50,7 +50,7 @@ from nic_core.steps.slide_index import (
     used_slides,
 )
 from nic_core.steps.slide_models import METRICS, PREDICTIONS
-from nic_core.store import ExternalKey, Store, atomic_folder
+from nic_core.store import ExternalKey, Store, atomic_folder, remove_product
 
 log = logging.getLogger(__name__)
 
@@ -123,6 +123,19 @@ class ExternalEvaluation:
     left_out: pl.DataFrame
     matches: LabelMatches
     figures: dict[str, Figure]
+
+
+def external_problem(cohort: Cohort, store: Store, key: ExternalKey) -> str | None:
+    """Return why a target's champion cannot be evaluated now, with the remedy; None: it can."""
+    champion = load_champion(cohort, store, key.target)
+    problem, _ = encoder_of_champion(cohort, store, cohort.target(key.target), champion)
+    return problem
+
+
+def remove_external_evaluation(store: Store, key: ExternalKey) -> None:
+    """Remove the evaluation of a champion that cannot be evaluated any more."""
+    if store.external_evaluation(key).exists():
+        remove_product(store.external_evaluation(key))
 
 
 def make_external_evaluation(

@@ -116,6 +116,7 @@ def test_the_logged_files_contain_no_pickle(logged):
         "artifacts/encoder/card.json",
         "artifacts/encoder/weights.safetensors",
         "artifacts/model/card.json",
+        "artifacts/model/distance.safetensors",
         *(f"artifacts/model/fold-{k}.safetensors" for k in range(4)),
         "conda.yaml",
         "data/model.pt2",

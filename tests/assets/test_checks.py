@@ -38,6 +38,7 @@ def record(**changes: object) -> SlideRecord:
         "image": 0,
         "images": (),
         "icc_profile": None,
+        "scanner": None,
         "tissue_mpp": 8.0,
         "tissue_mm2": 1.0,
         "ink_share": 0.0,

@@ -463,7 +463,7 @@ def test_the_champion_is_the_first_then_a_better_or_chosen_version(registry):
 def test_the_description_of_a_version_has_the_comparison(registry):
     version = registry.register(predictions(error=10))
     reason = version.tags["champion"]
-    card = "# a linear model\n\n## Comparison with the champion\n\n"
+    card = "# a linear model\n\n## Comparison with the champion when registered\n\n"
     assert version.description == f"{card}{reason}."
     registry.client.set_registered_model_alias("model-t", "champion", "1")
     again = registry.register(predictions(error=10))
