@@ -276,7 +276,7 @@ def model_publication(
             # features of other software cannot be computed for another slide
             slide_model=(
                 (folder, store.encoder(key.encoder))
-                if encoder is not None and card.grids.precision is not None
+                if encoder is not None and encoder.objective != "features"
                 else None
             ),
         ),
