@@ -47,7 +47,8 @@ def study(mean_rgb_study: tuple[Cohort, Store], tmp_path: Path) -> tuple[Cohort,
 def predict(cohort: Cohort, store: Store, target: str, slide: str = SLIDE) -> steps.Prediction:
     champion = steps.load_champion(cohort, store, target)
     assert champion is not None
-    return steps.make_prediction(cohort, store, champion, key(target, slide))
+    planned = steps.planned(store, key(target, slide))
+    return steps.make_prediction(cohort, store, champion, key(target, slide), planned)
 
 
 def edited(cohort: Path, tmp_path: Path, targets: dict[str, dict[str, object]]) -> Cohort:

@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
-import numpy as np
-from PIL import Image
 
 from nic_assets.assets import checks
 from nic_assets.assets.inputs import ENCODER_ENTRY, PATCH_TASK_SOURCE, report_versions
@@ -39,6 +37,7 @@ from nic_core.devices import leased_device
 from nic_core.encoders import EncoderCard, EncoderError
 from nic_core.encoders.figures import patch_examples
 from nic_core.grids.features import FeaturesError
+from nic_core.pictures import read_picture
 from nic_core.reports import encoder_results
 from nic_core.steps.encoders import AUGMENTED_PATCHES
 from nic_core.store import PatchTaskKey, Store
@@ -259,8 +258,7 @@ def augmented_patches(path: Path) -> dict[str, dg.MarkdownMetadataValue]:
     """Return the picture of augmented patches, if the encoder was trained on patches."""
     if not path.exists():
         return {}
-    with Image.open(path) as image:
-        return {"augmented_patches": picture(np.asarray(image.convert("RGB")), path.stem)}
+    return {"augmented_patches": picture(read_picture(path), path.stem)}
 
 
 @contextmanager

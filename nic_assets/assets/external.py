@@ -48,11 +48,12 @@ def external_evaluation_assets(partitions: Partitions) -> list[dg.AssetsDefiniti
         subgroups."""
 
         def make(key: ExternalKey) -> Product:
-            problem = steps.external_problem(cohort, store, key)
-            if problem is not None:
+            try:
+                made = steps.make_external_evaluation(cohort, store, key, device=device)
+            except steps.NoChampionError as error:
                 steps.remove_external_evaluation(store, key)
+                problem = str(error)
                 return Product(version=steps.digest(problem), metadata={"not_evaluated": problem})
-            made = steps.make_external_evaluation(cohort, store, key, device=device)
             for slide, reason in made.left_out.iter_rows():
                 context.log.warning(f"{key}: slide '{slide}' is left out: {reason}")
             primary = kind_of(made.card.target).primary_metric

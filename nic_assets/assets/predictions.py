@@ -18,6 +18,7 @@ from nic_assets.partitions import Partitions
 from nic_assets.tags import PARTIAL_INPUTS, REFRESH_TAG
 from nic_assets.tracking import Tracking, TrackingError
 from nic_assets.tracking.champions import (
+    NO_CHAMPION,
     champion_version,
     download_model,
     find_predicting_version,
@@ -75,7 +76,7 @@ def prediction_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
             if registered is None:
                 steps.remove_champion(store, target)
                 problem = checks.champion_exists(cohort.target(target), None)
-                return Product(version="none", checks={checks.champion_exists: problem})
+                return Product(version=NO_CHAMPION, checks={checks.champion_exists: problem})
             version = steps.ChampionVersion(
                 name=registered.name,
                 version=int(registered.version),
@@ -190,10 +191,12 @@ def prediction_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         """The champion's prediction of a slide or its patient, with the heatmap of the slide and
         its distance to the training cohort."""
 
-        load = cache(lambda target: steps.load_champion(cohort, store, target))
+        # the version is a part of the key: the champion may be replaced during a long run
+        load = cache(lambda target, version: steps.load_champion(cohort, store, target))
 
         def make(key: PredictionKey) -> Product:
-            reason = steps.planned(store, key)["reason"]
+            row = steps.planned(store, key)
+            reason = row["reason"]
             if reason is not None:
                 steps.remove_prediction(store, key)
                 return Product(
@@ -201,24 +204,24 @@ def prediction_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
                     metadata={"not_predicted": str(reason)},
                     checks=dict.fromkeys(checks.OF_SLIDES["prediction"]),
                 )
-            stored = load(key.champion)
+            stored = load(key.champion, steps.read_champion_version(store, key.champion))
             if stored is None:
                 raise CohortError(
                     f"target '{key.champion}' has no champion; materialize 'prediction_plan' again"
                 )
-            made = steps.make_prediction(cohort, store, stored, key)
-            row, card = made.row.row(0, named=True), stored.model.card
+            made = steps.make_prediction(cohort, store, stored, key, row)
+            found, card = made.row.row(0, named=True), stored.model.card
             record = steps.read_record(store, key.slide)
             return Product(
                 version=made.version,
                 metadata={
                     "prediction": table(prediction_table(made.row, card)),
-                    "distance": row["distance"],
-                    "distance_percentile": row["distance_percentile"],
+                    "distance": found["distance"],
+                    "distance_percentile": found["distance_percentile"],
                     "distance_limit": stored.model.reference.limit,
-                    "in_training": row["in_training"],
-                    "slides": row["slides"],
-                    "failed": row["failed"],
+                    "in_training": found["in_training"],
+                    "slides": found["slides"],
+                    "failed": found["failed"],
                     "model": str(stored.version),
                     "encoder": card.encoder,
                     "heatmap_of": "all networks"
@@ -229,7 +232,7 @@ def prediction_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
                 },
                 checks={
                     checks.near_training_cohort: checks.near_training_cohort(
-                        row["distance"], row["distance_percentile"], stored.model.reference
+                        found["distance"], found["distance_percentile"], stored.model.reference
                     ),
                     checks.mpp_as_in_training: checks.mpp_as_in_training(record.mpp, card.training),
                     checks.scanner_as_in_training: checks.scanner_as_in_training(

@@ -12,7 +12,6 @@ from __future__ import annotations
 import shutil
 import sys
 import tempfile
-import warnings
 from importlib.metadata import version
 from pathlib import Path
 
@@ -20,10 +19,11 @@ import mlflow
 import pandas as pd  # mlflow depends on it
 import polars as pl
 import torch
-from mlflow.models import Model, ModelSignature, infer_signature
+from mlflow.models import Model, ModelSignature
 from mlflow.models.model import MLMODEL_FILE_NAME
 from mlflow.types.schema import Array, ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
+from nic_assets.tracking.archives import archive_of, requirements_of
 from nic_assets.tracking.connection import Connection
 from nic_core.encoders import load_encoder
 from nic_core.encoders.encoder import Encoder
@@ -149,19 +149,13 @@ def _export(model: SlideModel, folder: Path, requirements: list[str]) -> Model:
     """Write the mean of the folds' networks as a torch.export archive (pt2)."""
     card, network, exported = model.card, ensemble_module(model.networks), Model()
     crops = torch.zeros((2, card.embedding_size, card.crop, card.crop))
-    with torch.no_grad():
-        signature = infer_signature(crops.numpy(), network(crops).numpy())
-    with warnings.catch_warnings():
-        # PyTorch warns of tensors that share memory, although it writes them correctly
-        warnings.filterwarnings("ignore", message="No complete tensor found in the group")
+    with archive_of(network, crops) as arguments:
         mlflow.pytorch.save_model(
             network,
             str(folder),
             mlflow_model=exported,
-            serialization_format="pt2",
-            signature=signature,
-            input_example=crops.numpy(),
             pip_requirements=requirements,
+            **arguments,
         )
     return exported
 
@@ -171,6 +165,5 @@ def _requirements(encoder: Encoder) -> list[str]:
     extra = "[timm]" if encoder.card.architecture == "timm" else ""
     return [
         f"{DISTRIBUTION}{extra}=={version(DISTRIBUTION)}",
-        # without a local part such as +cpu, which no index has
-        *(f"{name}=={version(name).partition('+')[0]}" for name in ("mlflow", "torch", "numpy")),
+        *requirements_of("mlflow", "torch", "numpy"),
     ]

@@ -15,6 +15,7 @@ from nic_assets.tracking.experiments import ENCODERS, target_experiment
 from nic_assets.tracking.registry import CANDIDATE
 from nic_core import steps
 from nic_core.cohort import Cohort, Geometry
+from nic_core.cohort.index import DESCRIPTIVE_COLUMNS
 from nic_core.encoders import EncoderCard, load_encoder
 from nic_core.encoders.files import PROGRAMS, read_card
 from nic_core.models.cross_validation import CrossValidation, curves
@@ -28,9 +29,6 @@ from nic_core.models.files import ModelCard, ensemble_module
 from nic_core.reports import encoder_model_card, encoder_results, model_results, slide_model_card
 from nic_core.steps.encoders import AUGMENTED_PATCHES, CONFUSION, HISTORY
 from nic_core.store import ModelKey, PatchTaskKey, Store
-
-DESCRIPTIVE_COLUMNS = ("scanner", "stain", "organ")
-"""Columns of the slide table that describe slides; tags of a model if they are given."""
 
 
 @dataclass(frozen=True)
@@ -308,12 +306,11 @@ def _encoder_of(store: Store, card: ModelCard) -> EncoderCard | None:
 
 
 def _slide_origin(index: pl.DataFrame, result: CrossValidation) -> dict[str, str]:
-    """Return what the slide table says of the model's slides, as far as it has these columns."""
+    """Return what the slide table says of the model's slides, as far as it does."""
     slides = index.filter(pl.col("slide").is_in(result.predictions["slides"].explode().implode()))
     found = {
         column: slides[column].drop_nulls().unique().sort().to_list()
         for column in DESCRIPTIVE_COLUMNS
-        if column in slides.columns
     }
     return {column: ", ".join(values) for column, values in found.items() if values}
 

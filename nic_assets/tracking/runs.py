@@ -11,20 +11,15 @@ import json
 import math
 import re
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import version as installed_version
 from pathlib import Path
-from typing import Any
 
 import mlflow
-import numpy as np
-import torch
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
 from mlflow.entities.model_registry import ModelVersion
-from mlflow.models import infer_signature
 
+from nic_assets.tracking.archives import archive_of, requirements_of
 from nic_assets.tracking.callable_model import MODEL_NAME, log_slide_predictor
 from nic_assets.tracking.connection import Connection, as_tracking_error
 from nic_assets.tracking.experiments import experiment_id
@@ -281,18 +276,16 @@ def _log_model(connection: Connection, run: str, network: Network) -> str:
 
 def _log_archive(connection: Connection, run: str, network: Network) -> str:
     """Log a network as torch.export archive; return the logged model's id."""
-    with torch.no_grad():
-        output = network.module(network.example)
-    # PyTorch warns of tensors that share memory, although it writes them correctly
-    warnings.filterwarnings("ignore", message="No complete tensor found in the group")
-    with connection.active(), mlflow.start_run(run_id=run):
+    with (
+        archive_of(network.module, network.example) as arguments,
+        connection.active(),
+        mlflow.start_run(run_id=run),
+    ):
         info = mlflow.pytorch.log_model(
             network.module,
             name=MODEL_NAME,
-            serialization_format="pt2",
-            signature=infer_signature(_array(network.example), _array(output)),
-            input_example=_array(network.example),
-            pip_requirements=[f"{name}=={_public_version(name)}" for name in ("torch", "numpy")],
+            pip_requirements=requirements_of("torch", "numpy"),
+            **arguments,
         )
     identity: str = info.model_id
     return identity
@@ -335,15 +328,6 @@ def _milliseconds() -> int:
     return int(time.time() * 1000)
 
 
-def _array(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
-    return tensor.detach().cpu().numpy()
-
-
 def _metric_name(text: str) -> str:
     """Replace the characters that MLflow does not accept in a part of a metric's name."""
     return re.sub(r"[^\w.-]+", "_", text)
-
-
-def _public_version(package: str) -> str:
-    """Return the installed version without a local part such as ``+cpu``, unknown to an index."""
-    return installed_version(package).partition("+")[0]

@@ -47,11 +47,13 @@ INDEX_SCHEMA: dict[str, pl.DataType] = {
     "exclude": pl.String(),  # reason why no model uses the slide; null: it is used
     "fold": pl.String(),  # fold of the patient, for settings.models.folds: given
     "site": pl.String(),  # where the slide is from, for settings.models.folds: site
-    "scanner": pl.String(),  # the last three describe the slide and change no computation
+    "scanner": pl.String(),
     "stain": pl.String(),
     "organ": pl.String(),
 }
 _REQUIRED = ("slide", "path", "patient")
+DESCRIPTIVE_COLUMNS = ("scanner", "stain", "organ")
+"""Columns of the slide index that describe a slide and change no computation."""
 FILE_COLUMNS = ("path", "mask", "truth")
 """Columns of the slide index with paths of files."""
 _SPLITS = ("cv", "test")

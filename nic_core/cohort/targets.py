@@ -16,6 +16,13 @@ def _check_quoted(value: object) -> object:
     return value
 
 
+def _check_names(owner: str, one: str, several: str, names: tuple[str, ...]) -> None:
+    """Raise ``ValueError`` if a class or category has no name, or that of another one."""
+    check_unique(f"{owner}: {several}", names)
+    if "" in names:
+        raise ValueError(f"{owner}: a {one} has no name; write its name")
+
+
 ClassName = Annotated[Label, BeforeValidator(_check_quoted)]
 
 
@@ -37,9 +44,7 @@ class CategoricalCovariate(Entry):
 
     @model_validator(mode="after")
     def _categories_are_distinct(self) -> Self:
-        check_unique(f"covariate '{self.column}': categories", self.categories)
-        if "" in self.categories:
-            raise ValueError(f"covariate '{self.column}': a category has no name; write its name")
+        _check_names(f"covariate '{self.column}'", "category", "categories", self.categories)
         return self
 
 
@@ -93,9 +98,7 @@ class ClassificationTarget(_TargetBase):
 
     @model_validator(mode="after")
     def _classes_are_distinct(self) -> Self:
-        check_unique(f"target '{self.name}': classes", self.classes)
-        if "" in self.classes:
-            raise ValueError(f"target '{self.name}': a class has no name; write its name")
+        _check_names(f"target '{self.name}'", "class", "classes", self.classes)
         return self
 
 

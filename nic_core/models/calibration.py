@@ -24,8 +24,6 @@ Floats = NDArray[np.float64]
 IN_THE_LARGE = "calibration_in_the_large"
 SLOPE = "calibration_slope"
 OBSERVED_EXPECTED = "observed_expected_ratio"
-PERFECT = {IN_THE_LARGE: 0.0, SLOPE: 1.0, OBSERVED_EXPECTED: 1.0}
-"""The value of each metric for calibrated predictions."""
 NEWTON_STEPS, TOLERANCE, SINGULAR = 30, 1e-8, 1e-10
 SMALLEST_PROBABILITY = 1e-6
 """Probabilities closer to 0 and 1 are set to this distance, so that their log odds are finite

@@ -8,6 +8,8 @@ shares are estimated by Kaplan-Meier (Vickers et al., BMC Medical Informatics an
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import polars as pl
 from numpy.typing import ArrayLike, NDArray
@@ -54,44 +56,46 @@ def decision_curve(
         if the units above the threshold are not followed up to the time, ``treat_all`` if no unit
         is.
     """
-    parts = []
+    parts = [DECISION_SCHEMA.to_frame()]
     for (model,), units in predictions.group_by("model", maintain_order=True):
-        if isinstance(target, ClassificationTarget):
-            name = target.classes[-1]
-            event = units["y"].to_numpy() == len(target.classes) - 1
-            probability = units[f"probability_{name}"].to_numpy()
-            benefits = [net_benefit(event, probability, THRESHOLDS)]
-            everyone = [net_benefit(event, np.ones(len(event)), THRESHOLDS)]
-            keys: list[tuple[str | None, float | None]] = [(name, None)]
-        else:
-            at = np.asarray(times, np.float64)
-            time, event = units["time"].to_numpy(), units["event"].to_numpy()
-            keys = [(None, value) for value in at.tolist()]
-            benefits, everyone = (
-                [
-                    survival_net_benefit(time, event, risk, THRESHOLDS, value)
-                    for value, risk in zip(at.tolist(), risks, strict=True)
-                ]
-                for risks in (
-                    [1 - units[column].to_numpy() for column in survival_columns(at)],
-                    np.ones((len(at), units.height)),
-                )
-            )
-        for (outcome, value), benefit, treat_all in zip(keys, benefits, everyone, strict=True):
-            part = pl.DataFrame(
-                {"threshold": THRESHOLDS, "net_benefit": benefit, "treat_all": treat_all}
-            )
+        for outcome, time, benefit, treat_all in _curves(target, units, times):
+            curve = {"threshold": THRESHOLDS, "net_benefit": benefit, "treat_all": treat_all}
             parts.append(
-                part.with_columns(
+                pl.DataFrame(curve)
+                .with_columns(
                     model=pl.lit(model, pl.String),
                     outcome=pl.lit(outcome, pl.String),
-                    time=pl.lit(value, pl.Float64),
+                    time=pl.lit(time, pl.Float64),
                     treat_none=pl.lit(0.0),
-                ).select(DECISION_SCHEMA.names())
+                )
+                .select(DECISION_SCHEMA.names())
             )
-    return pl.concat([DECISION_SCHEMA.to_frame(), *parts]).with_columns(
-        pl.col("net_benefit", "treat_all").fill_nan(None)
-    )
+    return pl.concat(parts).with_columns(pl.col("net_benefit", "treat_all").fill_nan(None))
+
+
+def _curves(
+    target: ClassificationTarget | SurvivalTarget, units: pl.DataFrame, times: ArrayLike
+) -> Iterator[tuple[str | None, float | None, Floats, Floats]]:
+    """Yield class, time, and the net benefit of a model and of treating all (thresholds,)."""
+    if isinstance(target, ClassificationTarget):
+        name = target.classes[-1]
+        event = units["y"].to_numpy() == len(target.classes) - 1
+        benefit = net_benefit(event, units[f"probability_{name}"].to_numpy(), THRESHOLDS)
+        yield name, None, benefit, _net_benefit(event.mean(), (~event).mean(), THRESHOLDS)
+        return
+    at = np.asarray(times, np.float64)
+    followed, event = units["time"].to_numpy(), units["event"].to_numpy()
+    for time, column in zip(at.tolist(), survival_columns(at), strict=True):
+        risk = 1 - units[column].to_numpy()
+        benefit = survival_net_benefit(followed, event, risk, THRESHOLDS, time)
+        survival = survival_at(followed, event, time)[0]
+        yield None, time, benefit, _net_benefit(1 - survival, survival, THRESHOLDS)
+
+
+def _net_benefit(true: ArrayLike, false: ArrayLike, thresholds: Floats) -> Floats:
+    """Return the net benefit of shares of true and false positives, (thresholds,) or a number."""
+    benefit: Floats = np.asarray(true) - np.asarray(false) * thresholds / (1 - thresholds)
+    return benefit
 
 
 def net_benefit(event: ArrayLike, probability: ArrayLike, thresholds: ArrayLike) -> Floats:
@@ -109,8 +113,7 @@ def net_benefit(event: ArrayLike, probability: ArrayLike, thresholds: ArrayLike)
     y, at = np.asarray(event, bool), np.asarray(thresholds, np.float64)
     treated = np.asarray(probability, np.float64)[None] >= at[:, None]
     true, false = (treated & y).mean(1), (treated & ~y).mean(1)
-    benefit: Floats = true - false * at / (1 - at)
-    return benefit
+    return _net_benefit(true, false, at)
 
 
 def survival_net_benefit(
@@ -127,10 +130,10 @@ def survival_net_benefit(
     thresholds
         Threshold probabilities (thresholds,), from 0 to below 1.
     """
-    benefit = np.zeros(len(thresholds))
+    true, false = np.zeros((2, len(thresholds)))
     for i, threshold in enumerate(thresholds):
         treated = risk >= threshold
         if treated.any():
             share, survival = treated.mean(), survival_at(time[treated], event[treated], at)[0]
-            benefit[i] = share * (1 - survival - survival * threshold / (1 - threshold))
-    return benefit
+            true[i], false[i] = share * (1 - survival), share * survival
+    return _net_benefit(true, false, thresholds)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import polars as pl
 
@@ -26,6 +26,26 @@ SUBGROUP_SCHEMA = pl.Schema(
         "note": pl.String(),  # why a value is missing; null if it is not
     }
 )
+
+
+def groups_of_units(
+    units: Iterable[Iterable[str]], value_of: Mapping[str, str]
+) -> list[str | None]:
+    """Return the subgroup of each unit, from the values of its parts.
+
+    A unit whose parts have several values has the subgroup ``A + B``; one without a value, None.
+
+    Parameters
+    ----------
+    units
+        The parts of each unit, such as the ids of its slides.
+    value_of
+        Part to its value.
+    """
+    return [
+        " + ".join(sorted({value_of[part] for part in parts if part in value_of})) or None
+        for parts in units
+    ]
 
 
 def subgroup_metrics(

@@ -14,7 +14,12 @@ from nic_core.encoders import EncoderCard
 from nic_core.encoders.keras_import import LICENCE, RELEASED
 from nic_core.models.files import ModelCard
 from nic_core.models.kinds import kind_of
-from nic_core.reports.results import encoder_results, model_results, results_markdown
+from nic_core.reports.results import (
+    encoder_results,
+    markdown_table,
+    model_results,
+    results_markdown,
+)
 
 NOT_RECORDED = "not recorded; ask the source of the weights"
 
@@ -128,15 +133,14 @@ def slide_model_card(
 
 
 def _subgroups_markdown(subgroups: pl.DataFrame) -> str:
-    headings = ("column", "subgroup", "metric", "value", "units", "patients")
-    lines = [f"| {' | '.join(headings)} |", "|" + "---|" * len(headings)]
+    rows = []
     for row in subgroups.iter_rows(named=True):
         value = row["note"]
         if row["value"] is not None:
             value = f"{row['value']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
-        cells = (row["column"], row["group"], row["metric"], value, row["units"], row["patients"])
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines)
+        of_group = (row[name] for name in ("column", "group", "metric"))
+        rows.append([*of_group, value, row["units"], row["patients"]])
+    return markdown_table(("column", "subgroup", "metric", "value", "units", "patients"), rows)
 
 
 def _card(

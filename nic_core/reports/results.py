@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,14 +124,19 @@ def _spread(row: Mapping[str, Any]) -> str:
 
 def results_markdown(results: pl.DataFrame) -> str:
     """Format the results (:data:`RESULT_SCHEMA`) as Markdown, for a registered model's page."""
-    headings = ("about", "model", "scored on", "metric", "value", "folds", "n")
-    lines = [f"| {' | '.join(headings)} |", "|" + "---|" * len(headings)]
+    rows = []
     for row in results.iter_rows(named=True):
         bounds = "" if row["low"] is None else f" [{row['low']:.3f}, {row['high']:.3f}]"
         value = "undefined" if row["value"] is None else f"{row['value']:.3f}{bounds}"
         cells = [row[name] for name in ("about", "model", "part", "metric")]
-        lines.append(f"| {' | '.join([*cells, value, _spread(row), str(row['n'])])} |")
-    return "\n".join(lines)
+        rows.append([*cells, value, _spread(row), row["n"]])
+    return markdown_table(("about", "model", "scored on", "metric", "value", "folds", "n"), rows)
+
+
+def markdown_table(headings: Sequence[str], rows: Iterable[Iterable[object]]) -> str:
+    """Return a table in Markdown."""
+    first, *others = (f"| {' | '.join(map(str, cells))} |" for cells in (headings, *rows))
+    return "\n".join([first, "|" + "---|" * len(headings), *others])
 
 
 def comparisons_table(comparisons: pl.DataFrame) -> Table:

@@ -22,8 +22,8 @@ from nic_core.steps.evaluation_report import draw_slide, make_evaluation_report
 from nic_core.steps.explanations import Explanation, make_explanation
 from nic_core.steps.external import (
     ExternalEvaluation,
+    NoChampionError,
     evaluate_external,
-    external_problem,
     external_versions,
     make_external_evaluation,
     remove_external_evaluation,
@@ -97,6 +97,7 @@ __all__ = [
     "ChampionVersion",
     "Explanation",
     "ExternalEvaluation",
+    "NoChampionError",
     "Prediction",
     "PredictionPlan",
     "QualityReport",
@@ -111,7 +112,6 @@ __all__ = [
     "encoder_versions",
     "evaluate_external",
     "excluded_slides",
-    "external_problem",
     "external_versions",
     "find_target_folds",
     "find_unmatched_labels",

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import polars as pl
-from matplotlib.image import imread
 
 from nic_core.cohort import Cohort, CohortError
 from nic_core.grids import open_grid
@@ -16,6 +14,7 @@ from nic_core.models.cross_validation import NETWORK
 from nic_core.models.explanation import explain, held_out_networks
 from nic_core.models.files import load_model
 from nic_core.models.kinds import kind_of
+from nic_core.pictures import read_picture
 from nic_core.steps.grids import read_grid_manifest
 from nic_core.steps.probability_maps import slide_truth
 from nic_core.steps.slide_index import digest, open_indexed
@@ -120,6 +119,6 @@ def make_explanation(
         scored.write_parquet(folder / SCORES)
     overlays = {}
     for end, slide in (("highest", units["slides"][0]), ("lowest", units["slides"][-1])):
-        drawn = imread(store.explanation(key) / slide / OVERLAY)
-        overlays[f"{end} prediction: {slide}"] = (255 * drawn[..., :3]).astype(np.uint8)
+        drawn = read_picture(store.explanation(key) / slide / OVERLAY)
+        overlays[f"{end} prediction: {slide}"] = drawn
     return Explanation(scored, overlays, versions)

@@ -38,7 +38,12 @@ from nic_core.models.labels import LabelMatches, read_labels, target_table
 from nic_core.models.metrics import Metric, compare_cohorts, score
 from nic_core.models.plots import interval_figure
 from nic_core.models.prediction import compress_for_model, predict_grids, usable_slides
-from nic_core.models.subgroups import SUBGROUP_SCHEMA, subgroup_metrics, undefined_note
+from nic_core.models.subgroups import (
+    SUBGROUP_SCHEMA,
+    groups_of_units,
+    subgroup_metrics,
+    undefined_note,
+)
 from nic_core.slides import SlideError, content_identity
 from nic_core.steps.predictions import encoder_of_champion, load_champion
 from nic_core.steps.slide_index import (
@@ -70,6 +75,10 @@ EXTERNAL_METRIC_SCHEMA = pl.Schema(
 )
 _LEFT_OUT_SCHEMA = pl.Schema({"slide": pl.String(), "reason": pl.String()})
 _SHOWN = 3  # names in a message
+
+
+class NoChampionError(CohortError):
+    """A target has no champion that the study's encoders can be used with."""
 
 
 class LeakError(CohortError):
@@ -125,13 +134,6 @@ class ExternalEvaluation:
     figures: dict[str, Figure]
 
 
-def external_problem(cohort: Cohort, store: Store, key: ExternalKey) -> str | None:
-    """Return why a target's champion cannot be evaluated now, with the remedy; None: it can."""
-    champion = load_champion(cohort, store, key.target)
-    problem, _ = encoder_of_champion(cohort, store, cohort.target(key.target), champion)
-    return problem
-
-
 def remove_external_evaluation(store: Store, key: ExternalKey) -> None:
     """Remove the evaluation of a champion that cannot be evaluated any more."""
     if store.external_evaluation(key).exists():
@@ -145,16 +147,17 @@ def make_external_evaluation(
 
     Raises
     ------
+    NoChampionError
+        The target has no champion, or the study has no encoder that fits it.
     CohortError
-        The target has no champion, the study has no encoder that fits it, or see
-        :func:`evaluate_external`.
+        See :func:`evaluate_external`.
     EncoderError, ModelFileError, ModelMismatchError
         The model or its encoder cannot be used.
     """
     champion = load_champion(cohort, store, key.target)
     problem, encoder = encoder_of_champion(cohort, store, cohort.target(key.target), champion)
     if encoder is None:
-        raise CohortError(f"external cohort '{key.cohort}' cannot be evaluated: {problem}")
+        raise NoChampionError(f"external cohort '{key.cohort}' cannot be evaluated: {problem}")
     made = evaluate_external(
         store.champion(key.target),
         load_encoder(store.encoder(encoder)),
@@ -453,11 +456,11 @@ def unit_subgroups(
         )
     value_of = dict(values.iter_rows())
     patient_of = dict(index.select("slide", "patient").iter_rows())
-    groups: list[str | None] = []
-    for slides in units["slides"]:
-        keys = {slide if key == "slide" else patient_of[slide] for slide in slides}
-        groups.append(" + ".join(sorted({value_of[k] for k in keys & value_of.keys()})) or None)
-    return groups
+    keys = (
+        slides if key == "slide" else [patient_of[slide] for slide in slides]
+        for slides in units["slides"]
+    )
+    return groups_of_units(keys, value_of)
 
 
 def _identities(index: pl.DataFrame) -> tuple[dict[str, str], dict[str, str]]:

@@ -25,7 +25,12 @@ from nic_core.grids import (
 from nic_core.grids.features import find_features, read_features
 from nic_core.grids.lattice import SlideFacts, features_grid
 from nic_core.slides import content_identity
-from nic_core.steps.slide_index import open_indexed, read_slide_index, used_slides
+from nic_core.steps.slide_index import (
+    open_indexed,
+    read_slide_index,
+    read_table_of,
+    used_slides,
+)
 from nic_core.store import GridKey, PatchTableKey, Store, atomic_file
 from nic_core.tiling.patches import read_patch_table
 from nic_core.types import Pixels
@@ -182,12 +187,10 @@ def read_grid_manifest(store: Store, encoder: str) -> pl.DataFrame:
     CohortError
         The manifest does not exist yet.
     """
-    path = store.grid_manifest(encoder)
-    if not path.exists():
-        raise CohortError(
-            f"encoder '{encoder}' has no grid manifest; materialize 'grid_manifest' first"
-        )
-    return pl.read_parquet(path, glob=False)
+    return read_table_of(
+        store.grid_manifest(encoder),
+        f"encoder '{encoder}' has no grid manifest; materialize 'grid_manifest' first",
+    )
 
 
 def make_embedding_colours(store: Store, encoder: str) -> EmbeddingColours:

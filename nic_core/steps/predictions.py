@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
-from matplotlib.image import imread
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from nic_core.cohort import Cohort, CohortError, Geometry, SurvivalTarget, Target
@@ -23,6 +22,7 @@ from nic_core.models.explanation import explain, held_out_networks
 from nic_core.models.files import ModelCard, ModelFileError, SlideModel, load_model
 from nic_core.models.prediction import predict_grids
 from nic_core.models.training import fitting_threads
+from nic_core.pictures import read_picture
 from nic_core.steps.grids import read_grid_manifest
 from nic_core.steps.quality_report import SLIDES as QUALITY
 from nic_core.steps.slide_index import digest, open_indexed, read_slide_index, used_slides
@@ -297,12 +297,21 @@ def planned(store: Store, key: PredictionKey) -> dict[str, object]:
 
 
 def make_prediction(
-    cohort: Cohort, store: Store, champion: StoredChampion, key: PredictionKey
+    cohort: Cohort,
+    store: Store,
+    champion: StoredChampion,
+    key: PredictionKey,
+    row: Mapping[str, object],
 ) -> Prediction:
     """Predict the unit of a slide and compute the heatmap of the slide; write both.
 
     The heatmap is that of all networks, or, for a patient that the model was trained on, that of
     the network that was not trained on them.
+
+    Parameters
+    ----------
+    row
+        Row of the slide in the plan (:func:`planned`).
 
     Raises
     ------
@@ -313,7 +322,7 @@ def make_prediction(
     GridError, SlideError
         A grid or the slide cannot be read.
     """
-    row, target = planned(store, key), cohort.target(key.champion)
+    target = cohort.target(key.champion)
     if row["reason"] is not None:
         raise CohortError(f"slide '{key.slide}': {row['reason']}")
 
@@ -349,7 +358,9 @@ def make_prediction(
                 heat = explain(networks, own, card.target, crop=card.crop)
             with open_indexed(store, key.slide) as opened:
                 write_heatmap(folder / HEATMAP, heat, own.provenance, opened, name=key.champion)
-            overlay, patches = (_picture(folder / HEATMAP / name) for name in (OVERLAY, PATCHES))
+            overlay, patches = (
+                read_picture(folder / HEATMAP / name) for name in (OVERLAY, PATCHES)
+            )
             extremes = pl.read_parquet(folder / HEATMAP / EXTREMES, glob=False)
     return Prediction(
         row=found,
@@ -474,9 +485,3 @@ def _quality_problems(store: Store) -> dict[str, str]:
         return {}
     slides = pl.read_parquet(path, glob=False).filter(pl.col("problems") != "")
     return dict(slides.select("slide", "problems").iter_rows())
-
-
-def _picture(path: Path) -> Pixels:
-    """Read a picture as uint8 (H, W, 3)."""
-    pixels = imread(path)[..., :3]
-    return pixels if pixels.dtype == np.uint8 else (255 * pixels).astype(np.uint8)

@@ -270,6 +270,19 @@ def write_slide_index(store: Store, scan: SlideScan) -> None:
         scan.snapshot.write_parquet(path)
 
 
+def read_table_of(path: Path, missing: str) -> pl.DataFrame:
+    """Read a table of the store.
+
+    Raises
+    ------
+    CohortError
+        It does not exist yet; ``missing`` is the message.
+    """
+    if not path.exists():
+        raise CohortError(missing)
+    return pl.read_parquet(path, glob=False)
+
+
 def read_slide_index(store: Store) -> pl.DataFrame:
     """Read the slide index that :func:`write_slide_index` wrote.
 
@@ -283,9 +296,9 @@ def read_slide_index(store: Store) -> pl.DataFrame:
     CohortError
         The slide index does not exist yet, or has the columns of another version.
     """
-    if not store.slide_index.exists():
-        raise CohortError(f"{store.slide_index} does not exist; materialize 'slide_index' first")
-    index = pl.read_parquet(store.slide_index, glob=False)
+    index = read_table_of(
+        store.slide_index, f"{store.slide_index} does not exist; materialize 'slide_index' first"
+    )
     if index.schema != pl.Schema(INDEX_SCHEMA):
         raise CohortError(
             f"{store.slide_index} has the columns of another version; "

@@ -19,6 +19,7 @@ from nic_core.cohort import (
     SiteFolds,
     Target,
 )
+from nic_core.cohort.index import DESCRIPTIVE_COLUMNS
 from nic_core.devices import resolve_device
 from nic_core.encoders.files import read_card
 from nic_core.grids import GridProvenance, open_grid, recorded_hash
@@ -47,13 +48,14 @@ from nic_core.models.kinds import kind_of
 from nic_core.models.labels import LabelMatches, read_labels, target_table
 from nic_core.models.networks import crop_cells
 from nic_core.models.reliability import reliability
-from nic_core.models.subgroups import SUBGROUP_SCHEMA, subgroup_metrics
+from nic_core.models.subgroups import SUBGROUP_SCHEMA, groups_of_units, subgroup_metrics
 from nic_core.reports import fold_results, model_results
 from nic_core.steps.grids import read_grid_manifest
 from nic_core.steps.slide_index import (
     digest,
     read_patient_groups,
     read_slide_index,
+    read_table_of,
     used_slides,
 )
 from nic_core.steps.slides import slide_scanner
@@ -66,7 +68,7 @@ FOLD_METRICS = "fold_metrics.parquet"
 PREDICTIONS, METRICS, HISTORY = "predictions.parquet", "metrics.parquet", "history.parquet"
 CLINICAL = "clinical.parquet"
 RELIABILITY, DECISION_CURVE = "reliability.parquet", "decision_curve.parquet"
-SUBGROUP_COLUMNS = ("site", "scanner", "stain", "organ")
+SUBGROUP_COLUMNS = ("site", *DESCRIPTIVE_COLUMNS)
 """Columns of the slide table whose values are subgroups of a model's card."""
 
 
@@ -228,13 +230,11 @@ def read_target_grids(store: Store, key: ModelKey) -> pl.DataFrame:
     CohortError
         The list does not exist yet.
     """
-    path = store.target_grids(key)
-    if not path.exists():
-        raise CohortError(
-            f"target '{key.target}' has no list of its grids of encoder '{key.encoder}'; "
-            "materialize 'target_grids' first"
-        )
-    return pl.read_parquet(path, glob=False)
+    return read_table_of(
+        store.target_grids(key),
+        f"target '{key.target}' has no list of its grids of encoder '{key.encoder}'; materialize "
+        "'target_grids' first",
+    )
 
 
 def make_slide_model(
@@ -487,10 +487,7 @@ def model_subgroups(store: Store, result: CrossValidation) -> pl.DataFrame:
     found = [pl.DataFrame(schema={"column": pl.String(), **SUBGROUP_SCHEMA})]
     for column in SUBGROUP_COLUMNS:
         value_of = dict(index.drop_nulls(column).select("slide", column).iter_rows())
-        groups = [
-            " + ".join(sorted({value_of[slide] for slide in slides if slide in value_of})) or None
-            for slides in units["slides"]
-        ]
+        groups = groups_of_units(units["slides"], value_of)
         if len(set(groups)) < 2:
             continue
         scores = subgroup_metrics(
