@@ -298,10 +298,8 @@ def _read_labels(path: Path, width: int, height: int, mpp: float) -> Cells:
         stored = open_stored_image(path)
         across, down = level0_px_per_px(stored, width, height, mpp)
         image = stored.image
-        if image.bands > 1 and any(
-            (image.extract_band(0) != image.extract_band(band)).max()
-            for band in range(1, image.bands)
-        ):
+        first = image.extract_band(0)
+        if any((image.extract_band(band) != first).max() for band in range(1, image.bands)):
             raise CohortError("the label image has several bands; give an image of one band")
         step = max(1, math.ceil(max(image.width, image.height) / LABEL_SIDE))
         columns, rows = math.ceil(image.width / step), math.ceil(image.height / step)
