@@ -25,33 +25,40 @@ class FileCache:
         self._values: OrderedDict[Hashable, tuple[object, Any]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, path: Path, read: Callable[[Path], Value], *, of: Path | None = None) -> Value:
-        """Return ``read(path)``.
-
-        Parameters
-        ----------
-        of : Path, optional
-            File whose size and time show a change, where ``path`` is a folder.
+    def get(self, file: Path, read: Callable[[], Value], *key: Hashable) -> Value:
+        """Return ``read()``, which reads a file; values of one file differ in ``key``.
 
         Raises
         ------
-        FileNotFoundError
+        OSError
             The file does not exist. Errors of ``read`` are passed on and not kept.
         """
-        stat = (path if of is None else of).stat()
-        key, version = (path, read), (stat.st_mtime_ns, stat.st_size, stat.st_ino)
+        version = file_version(file)
+        place = (file, *key)
         with self._lock:
-            if key in self._values and self._values[key][0] == version:
-                self._values.move_to_end(key)
-                value: Value = self._values[key][1]
+            if place in self._values and self._values[place][0] == version:
+                self._values.move_to_end(place)
+                value: Value = self._values[place][1]
                 return value
-        value = read(path)
+        value = read()
         with self._lock:
-            self._values[key] = version, value
-            self._values.move_to_end(key)
+            self._values[place] = version, value
+            self._values.move_to_end(place)
             while len(self._values) > self._entries:
                 self._values.popitem(last=False)
         return value
+
+
+def file_version(file: Path) -> tuple[int, ...]:
+    """Return numbers that differ when a file was replaced or changed: time, size, inode.
+
+    Raises
+    ------
+    OSError
+        The file does not exist.
+    """
+    stat = file.stat()
+    return stat.st_mtime_ns, stat.st_size, stat.st_ino
 
 
 class AnswerCache:

@@ -7,6 +7,7 @@ path, and label and macro images are never read.
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
@@ -27,10 +28,15 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nic_core.parallel import cores
+from nic_core.steps.slide_index import digest
+from nic_core.steps.slides import THUMBNAIL
+from nic_core.view.cache import AnswerCache, file_version
 from nic_core.view.errors import ViewError
-from nic_core.view.layers import find_layer, layers_of
+from nic_core.view.layers import draw_layer, find_layer, layer_json, layers_of
+from nic_core.view.slides import OpenSlides
 from nic_core.view.study import ViewedStudy, as_json, slide_list, study_summary
-from nic_core.view.tiles import TILE, Tiles, min_zoom
+from nic_core.view.tiles import TILE, min_zoom, read_thumbnail, read_tile
+from nic_core.view.values import values_at
 
 STATIC = Path(__file__).parent / "static"
 PAGES = {
@@ -41,11 +47,13 @@ PAGES = {
 }
 COOKIE = "nic_view"
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
+CACHE_BYTES = 128 << 20  # of encoded tiles and layers
 MAX_WAITING = 512  # requests that wait for a thread; more are refused
 CONTENT_SECURITY = (
     "default-src 'self'; img-src 'self' data: blob:; style-src 'self' 'unsafe-inline'; "
     "object-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
+MAX_COORDINATE = 1e8  # level-0 px, as in annotations
 _HEADERS = {
     "content-security-policy": CONTENT_SECURITY,
     "x-content-type-options": "nosniff",
@@ -63,11 +71,20 @@ class Work:
     def __init__(self) -> None:
         self._threads = CapacityLimiter(max(2, 2 * cores()))
 
-    async def __call__(self, function: Callable[[], Result]) -> Result:
-        """Return ``function()``; raise ViewError 503 if too many calls wait."""
+    async def __call__(self, function: Callable[[], Result], request: Request) -> Result:
+        """Return ``function()``, unless the browser left while the request waited.
+
+        Raises
+        ------
+        ViewError
+            503: too many requests wait, or the browser left.
+        """
         if self._threads.statistics().tasks_waiting >= MAX_WAITING:
             raise ViewError(503, "too many requests at once", "try again in a moment")
-        return await to_thread.run_sync(function, limiter=self._threads)
+        async with self._threads:
+            if await request.is_disconnected():
+                raise ViewError(503, "the browser left", "ask again")
+            return await to_thread.run_sync(function)
 
 
 def application(
@@ -84,41 +101,56 @@ def application(
     annotate : Path, optional
         Folder for regions that are drawn in the browser; None: nothing can be written.
     """
-    work, tiles = Work(), Tiles(study)
+    work, pictures = Work(), Work()
+    json = partial(_json, work)
+    slides, answers = OpenSlides(study), AnswerCache(CACHE_BYTES)
 
     async def summary(request: Request) -> Response:
-        return await _json(work, partial(study_summary, study, annotate=annotate is not None))
+        return await json(request, study_summary, study, annotate=annotate is not None)
 
-    async def slides(request: Request) -> Response:
-        return await _json(work, partial(slide_list, study))
+    async def cohort(request: Request) -> Response:
+        return await json(request, slide_list, study)
 
     async def slide(request: Request) -> Response:
-        return await _json(work, partial(_slide, study, tiles, request.path_params["slide"]))
+        return await json(request, _slide, study, slides, request.path_params["slide"])
+
+    async def at(request: Request) -> Response:
+        x, y = (number(request.query_params.get(name, ""), name) for name in ("x", "y"))
+        return await json(request, _at, study, slides, request.path_params["slide"], x, y)
 
     async def tile(request: Request) -> Response:
-        at = request.path_params
-        zoom, column, row = (whole(at[name], name) for name in ("zoom", "column", "row"))
-        jpeg = await work(partial(tiles.tile, at["slide"], zoom, column, row))
+        place = request.path_params
+        zoom, column, row = (whole(place[name], name) for name in ("zoom", "column", "row"))
+
+        def read() -> bytes:
+            with slides.get(place["slide"]) as opened:
+                return read_tile(answers, study.store, opened, zoom, column, row)
+
+        jpeg = await pictures(read, request)
         return Response(jpeg, media_type="image/jpeg", headers=_CACHED)
 
     async def thumbnail(request: Request) -> Response:
         side = whole(request.query_params.get("side", "256"), "side", 16, 1024)
-        jpeg = await work(partial(tiles.thumbnail, request.path_params["slide"], side))
+
+        def read() -> bytes:
+            name = study.row(request.path_params["slide"])["slide"]
+            return read_thumbnail(answers, study.store, name, side)
+
+        jpeg = await pictures(read, request)
         return Response(jpeg, media_type="image/jpeg", headers=_CACHED)
 
     async def layer(request: Request) -> Response:
-        at = request.path_params
-        content, kind = await work(partial(_layer, study, at["slide"], at["layer"]))
-        return Response(content, media_type=kind, headers=_CACHED)
+        return await work(partial(_layer, study, slides, answers, request), request)
 
     one = "/api/slides/{slide}"
     routes: list[BaseRoute] = [
         Route("/api/study", summary),
-        Route("/api/slides", slides),
+        Route("/api/slides", cohort),
         Route(one, slide),
         Route(one + "/tiles/{zoom}/{column}/{row}.jpg", tile),
         Route(one + "/thumbnail.jpg", thumbnail),
         Route(one + "/layers/{layer}", layer),
+        Route(one + "/at", at),
         *(Route(path, _page(STATIC / file)) for path, file in PAGES.items()),
         *_library("leaflet", "xstatic.pkg.leaflet", "data"),
         *_library("bokeh", "bokeh", "server/static"),
@@ -136,9 +168,14 @@ def application(
     )
 
 
-async def _json(work: Work, function: Callable[[], Any]) -> Response:
+async def _json(
+    work: Work, request: Request, function: Callable[..., Any], *arguments: Any, **options: Any
+) -> Response:
     """Compute and encode an answer in a thread."""
-    return await work(lambda: JSONResponse(function(), headers={"cache-control": "no-store"}))
+    headers = {"cache-control": "no-store"}
+    return await work(
+        lambda: JSONResponse(function(*arguments, **options), headers=headers), request
+    )
 
 
 def whole(text: str, name: str, low: int = -(2**31), high: int = 2**31) -> int:
@@ -151,28 +188,63 @@ def whole(text: str, name: str, low: int = -(2**31), high: int = 2**31) -> int:
     return value
 
 
-def _slide(study: ViewedStudy, tiles: Tiles, slide: str) -> dict[str, Any]:
+def number(text: str, name: str) -> float:
+    """Return a parameter of a request as a number of px; raise ViewError 400 if it is none."""
+    try:
+        value = float(text) if len(text) <= 32 else math.nan
+    except ValueError:
+        value = math.nan
+    if not abs(value) <= MAX_COORDINATE:
+        raise ViewError(400, f"'{name}' is not a number of px", "give level-0 px")
+    return value
+
+
+def _at(study: ViewedStudy, slides: OpenSlides, slide: str, x: float, y: float) -> dict[str, Any]:
+    with slides.get(slide) as opened:
+        return values_at(study, slide, opened.slide, x, y)
+
+
+def _slide(study: ViewedStudy, slides: OpenSlides, slide: str) -> dict[str, Any]:
     failed = study.failed(slide)
-    found: dict[str, Any] = {
-        "slide": slide,
-        "thumbnail": f"/api/slides/{slide}/thumbnail.jpg?side=1024",
-        "tile_size": TILE,
-        "max_zoom": 0,
-        "layers": [layer.as_json(slide) for layer in layers_of(study, slide)],
-        "failed": as_json(failed),
-    }
-    with tiles.opened(slide) as (opened, _):
-        return found | {
+    thumbnail = (study.store.slide(slide) / THUMBNAIL).exists()
+    with slides.get(slide) as entry:
+        opened = entry.slide
+        return {
+            "slide": slide,
             "width": opened.width,
             "height": opened.height,
             "mpp": opened.mpp,
+            "tile_size": TILE,
             "min_zoom": min_zoom(opened.width, opened.height),
+            "max_zoom": 0,
+            "thumbnail": f"/api/slides/{slide}/thumbnail.jpg?side=1024" if thumbnail else None,
+            "layers": [layer_json(slide, layer) for layer in layers_of(study, slide, opened)],
+            "failed": as_json(failed),
         }
 
 
-def _layer(study: ViewedStudy, slide: str, name: str) -> tuple[bytes, str]:
-    found = find_layer(study, slide, name)
-    return found.draw(), "image/png" if found.kind == "image" else "application/geo+json"
+def _layer(
+    study: ViewedStudy, slides: OpenSlides, answers: AnswerCache, request: Request
+) -> Response:
+    """Answer with the content of a layer; 304 if the browser has it already."""
+    slide, name = request.path_params["slide"], request.path_params["layer"]
+    with slides.get(slide) as opened:
+        found = find_layer(study, slide, opened.slide, name)
+        try:
+            state = file_version(found.file)
+        except OSError as error:
+            raise ViewError(404, f"{found.title} vanished", "load the page again") from error
+        key = (opened.version, name, state)
+        tag = f'"{digest(key)}"'
+        cached = {"cache-control": "private, no-cache", "etag": tag}
+        if request.headers.get("if-none-match") == tag:
+            return Response(status_code=304, headers=cached)
+        content = answers.get(key)
+        if content is None:
+            content = draw_layer(found)
+            answers.put(key, content)
+    kind = "image/png" if found.kind == "image" else "application/geo+json"
+    return Response(content, media_type=kind, headers=cached)
 
 
 def _page(file: Path) -> Callable[[Request], Awaitable[Response]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ class ViewedStudy:
             It does not exist any more.
         """
         try:
-            return self.files.get(self.store.slide_index, _index_rows)
+            return self.files.get(self.store.slide_index, partial(_index_rows, self.store))
         except (OSError, CohortError, pl.exceptions.PolarsError) as error:
             raise ViewError(404, "the slide index cannot be read", _MAKE_INDEX) from error
 
@@ -136,7 +137,7 @@ def open_study(cohort: Cohort, store: Store) -> ViewedStudy:
 
 def study_summary(study: ViewedStudy, *, annotate: bool) -> dict[str, Any]:
     """Return what ``/api/study`` answers: the encoders, targets and maps of the study."""
-    cohort, store = study.cohort, study.store
+    cohort = study.cohort
     encoders = []
     for entry in cohort.encoders:
         geometry = cohort.geometry(entry.name)
@@ -229,9 +230,8 @@ def as_json(failed: Failed | None) -> dict[str, str] | None:
     return None if failed is None else {"reason": failed.reason, "remedy": failed.remedy}
 
 
-def _index_rows(path: Path) -> dict[str, dict[str, Any]]:
-    index = read_slide_index(Store(path.parents[1]))
-    return {row["slide"]: row for row in index.iter_rows(named=True)}
+def _index_rows(store: Store) -> dict[str, dict[str, Any]]:
+    return {row["slide"]: row for row in read_slide_index(store).iter_rows(named=True)}
 
 
 def _opening_problem(row: Mapping[str, Any]) -> Failed:
@@ -244,8 +244,9 @@ def _opening_problem(row: Mapping[str, Any]) -> Failed:
 
 
 def _qualities(study: ViewedStudy) -> dict[str, dict[str, Any]]:
+    path = study.store.quality_report / QUALITY
     try:
-        return study.files.get(study.store.quality_report / QUALITY, _read_qualities)
+        return study.files.get(path, partial(_read_qualities, path))
     except FileNotFoundError:  # before the first report
         return {}
 
@@ -290,7 +291,7 @@ def _predictions(study: ViewedStudy, target: Target) -> dict[str, dict[str, Any]
     found: dict[str, dict[str, Any]] = {}
     encoders = encoders_of(study, target.name)
     try:
-        report = study.files.get(store.predictions_report, _report_rows)
+        report = study.files.get(store.predictions_report, partial(_report_rows, store))
     except FileNotFoundError:  # before the first prediction
         report = {}
     for row in report.get(target.name, ()):
@@ -300,7 +301,7 @@ def _predictions(study: ViewedStudy, target: Target) -> dict[str, dict[str, Any]
             found[slide] = _prediction_of(target, row, row["encoder"], seen=row["in_training"])
     for encoder in encoders[:1]:
         path = store.slide_model(ModelKey(encoder=encoder, target=target.name)) / PREDICTIONS
-        for row in study.files.get(path, _network_rows):
+        for row in study.files.get(path, partial(_network_rows, path)):
             for slide in row["slides"]:
                 found[slide] = _prediction_of(target, row, encoder, seen=False)
     return found
@@ -324,9 +325,9 @@ def _prediction_of(
     return result
 
 
-def _report_rows(path: Path) -> dict[str, list[dict[str, Any]]]:
+def _report_rows(store: Store) -> dict[str, list[dict[str, Any]]]:
     rows: dict[str, list[dict[str, Any]]] = {}
-    for row in pl.read_parquet(path, glob=False).iter_rows(named=True):
+    for row in pl.read_parquet(store.predictions_report, glob=False).iter_rows(named=True):
         rows.setdefault(row["target"], []).append(row)
     return rows
 
