@@ -21,6 +21,10 @@ try {
       element("a", { href: `/target/${encodeURIComponent(name)}` }, `${name} plots`),
     ),
   );
+  byId("notice").textContent = study.targets
+    .filter(({ problem }) => problem)
+    .map(({ name, problem }) => `No labels of ${name}: ${problem}`)
+    .join(" ");
   cohort(study, slides);
 } catch (error) {
   showError(frame, error);
