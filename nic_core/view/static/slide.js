@@ -43,7 +43,7 @@ function open(slide, study) {
 
   const follow = (hash) => {
     const { view, layers: wanted } = readHash(hash);
-    if (view) show(map, slide, view);
+    if (view) show(map, view);
     else fit(map, slide);
     const unknown = layers.set(wanted ?? firstLayers(slide));
     const notices = [];
