@@ -112,10 +112,10 @@ function pointer(map, slide, study, layers) {
     }
   });
   const follow = (point) => {
+    byId("pointer").hidden = !inside(slide, point);
     if (inside(slide, point)) {
       place.textContent = `x ${length(point.lng * slide.mpp)}, y ${length(point.lat * slide.mpp)}`;
     } else {
-      place.textContent = "outside the slide";
       found = null;
       showValues();
     }
@@ -154,7 +154,9 @@ function pointer(map, slide, study, layers) {
   let last = null;
   const searchLast = (point) => {
     last = point;
-    if (study.encoders.length) searchAt(point);
+    if (study.encoders.length === 0) return;
+    byId("similar-title").scrollIntoView({ block: "nearest" });
+    searchAt(point);
   };
   map.on("click", (event) => searchLast(event.latlng));
   map.on("keypress", (event) => {
