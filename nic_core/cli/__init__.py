@@ -17,6 +17,7 @@ from nic_core.cli.grid import grid_app
 from nic_core.cli.predict import predict
 from nic_core.cli.slides import inspect, tissue
 from nic_core.cli.study import check, init
+from nic_core.cli.view import view
 from nic_core.version import __version__
 
 PLUGINS = "nic.commands"
@@ -31,6 +32,7 @@ app.command()(tissue)
 app.command()(compress)
 app.command()(predict)
 app.command()(evaluate)
+app.command()(view)
 app.add_typer(grid_app, name="grid")
 app.add_typer(encoder_app, name="encoder")
 

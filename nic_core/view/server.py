@@ -1,0 +1,260 @@
+"""The web application of ``nic view``: pages, and what they ask for.
+
+Coordinates are px at level 0 of :mod:`nic_core.slides`, x to the right, y down. A zoom is log2 of
+screen px per level-0 px. Only slides of the slide index are read, by id; no answer contains a
+path, and label and macro images are never read.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, TypeVar
+
+from anyio import CapacityLimiter, to_thread
+from starlette.applications import Starlette
+from starlette.datastructures import MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import Request
+from starlette.responses import FileResponse, JSONResponse, RedirectResponse, Response
+from starlette.routing import BaseRoute, Mount, Route
+from starlette.staticfiles import StaticFiles
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from nic_core.parallel import cores
+from nic_core.view.errors import ViewError
+from nic_core.view.layers import find_layer, layers_of
+from nic_core.view.study import ViewedStudy, as_json, slide_list, study_summary
+from nic_core.view.tiles import TILE, Tiles, min_zoom
+
+STATIC = Path(__file__).parent / "static"
+PAGES = {
+    "/": "cohort.html",
+    "/slide/{slide}": "slide.html",
+    "/target/{target}": "target.html",
+    "/compare/{slide}": "compare.html",
+}
+COOKIE = "nic_view"
+LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
+MAX_WAITING = 512  # requests that wait for a thread; more are refused
+CONTENT_SECURITY = (
+    "default-src 'self'; img-src 'self' data: blob:; style-src 'self' 'unsafe-inline'; "
+    "object-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+_HEADERS = {
+    "content-security-policy": CONTENT_SECURITY,
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cross-origin-resource-policy": "same-origin",
+}
+_CACHED = {"cache-control": "private, max-age=300"}  # of pictures
+
+Result = TypeVar("Result")
+
+
+class Work:
+    """Runs blocking functions in a few threads; refuses them when too many wait."""
+
+    def __init__(self) -> None:
+        self._threads = CapacityLimiter(max(2, 2 * cores()))
+
+    async def __call__(self, function: Callable[[], Result]) -> Result:
+        """Return ``function()``; raise ViewError 503 if too many calls wait."""
+        if self._threads.statistics().tasks_waiting >= MAX_WAITING:
+            raise ViewError(503, "too many requests at once", "try again in a moment")
+        return await to_thread.run_sync(function, limiter=self._threads)
+
+
+def application(
+    study: ViewedStudy, *, token: str | None = None, annotate: Path | None = None
+) -> Starlette:
+    """Return the web application of a study.
+
+    Parameters
+    ----------
+    study : ViewedStudy
+    token : str, optional
+        Secret that a browser must give once as ``?token=``; a cookie keeps it. Without one, only
+        requests to a loopback address are answered.
+    annotate : Path, optional
+        Folder for regions that are drawn in the browser; None: nothing can be written.
+    """
+    work, tiles = Work(), Tiles(study)
+
+    async def summary(request: Request) -> Response:
+        return await _json(work, partial(study_summary, study, annotate=annotate is not None))
+
+    async def slides(request: Request) -> Response:
+        return await _json(work, partial(slide_list, study))
+
+    async def slide(request: Request) -> Response:
+        return await _json(work, partial(_slide, study, tiles, request.path_params["slide"]))
+
+    async def tile(request: Request) -> Response:
+        at = request.path_params
+        zoom, column, row = (whole(at[name], name) for name in ("zoom", "column", "row"))
+        jpeg = await work(partial(tiles.tile, at["slide"], zoom, column, row))
+        return Response(jpeg, media_type="image/jpeg", headers=_CACHED)
+
+    async def thumbnail(request: Request) -> Response:
+        side = whole(request.query_params.get("side", "256"), "side", 16, 1024)
+        jpeg = await work(partial(tiles.thumbnail, request.path_params["slide"], side))
+        return Response(jpeg, media_type="image/jpeg", headers=_CACHED)
+
+    async def layer(request: Request) -> Response:
+        at = request.path_params
+        content, kind = await work(partial(_layer, study, at["slide"], at["layer"]))
+        return Response(content, media_type=kind, headers=_CACHED)
+
+    one = "/api/slides/{slide}"
+    routes: list[BaseRoute] = [
+        Route("/api/study", summary),
+        Route("/api/slides", slides),
+        Route(one, slide),
+        Route(one + "/tiles/{zoom}/{column}/{row}.jpg", tile),
+        Route(one + "/thumbnail.jpg", thumbnail),
+        Route(one + "/layers/{layer}", layer),
+        *(Route(path, _page(STATIC / file)) for path, file in PAGES.items()),
+        *_library("leaflet", "xstatic.pkg.leaflet", "data"),
+        *_library("bokeh", "bokeh", "server/static"),
+        Mount("/static", StaticFiles(directory=STATIC, check_dir=False)),
+    ]
+    middleware = [Middleware(SecureHeaders)]
+    if token is None:
+        middleware.append(Middleware(TrustedHostMiddleware, allowed_hosts=list(LOOPBACK)))
+    else:
+        middleware.append(Middleware(TokenRequired, token=token))
+    return Starlette(
+        routes=routes,
+        middleware=middleware,
+        exception_handlers={ViewError: _refused, HTTPException: _http_error},
+    )
+
+
+async def _json(work: Work, function: Callable[[], Any]) -> Response:
+    """Compute and encode an answer in a thread."""
+    return await work(lambda: JSONResponse(function(), headers={"cache-control": "no-store"}))
+
+
+def whole(text: str, name: str, low: int = -(2**31), high: int = 2**31) -> int:
+    """Return a parameter of a request as a whole number; raise ViewError 400 if it is none."""
+    if len(text) > 12 or not text.removeprefix("-").isascii() or not text.lstrip("-").isdigit():
+        raise ViewError(400, f"'{name}' is not a whole number", "give a whole number")
+    value = int(text)
+    if not low <= value <= high:
+        raise ViewError(400, f"'{name}' is out of range", f"give {low} to {high}")
+    return value
+
+
+def _slide(study: ViewedStudy, tiles: Tiles, slide: str) -> dict[str, Any]:
+    failed = study.failed(slide)
+    found: dict[str, Any] = {
+        "slide": slide,
+        "thumbnail": f"/api/slides/{slide}/thumbnail.jpg?side=1024",
+        "tile_size": TILE,
+        "max_zoom": 0,
+        "layers": [layer.as_json(slide) for layer in layers_of(study, slide)],
+        "failed": as_json(failed),
+    }
+    with tiles.opened(slide) as (opened, _):
+        return found | {
+            "width": opened.width,
+            "height": opened.height,
+            "mpp": opened.mpp,
+            "min_zoom": min_zoom(opened.width, opened.height),
+        }
+
+
+def _layer(study: ViewedStudy, slide: str, name: str) -> tuple[bytes, str]:
+    found = find_layer(study, slide, name)
+    return found.draw(), "image/png" if found.kind == "image" else "application/geo+json"
+
+
+def _page(file: Path) -> Callable[[Request], Awaitable[Response]]:
+    async def page(request: Request) -> Response:
+        return FileResponse(file, headers={"cache-control": "no-cache"})
+
+    return page
+
+
+def _library(name: str, package: str, folder: str) -> list[BaseRoute]:
+    """Serve the browser files of an installed package; none if it is not installed."""
+    try:
+        found = find_spec(package)
+    except ModuleNotFoundError:
+        return []
+    if found is None or found.submodule_search_locations is None:
+        return []
+    files = Path(found.submodule_search_locations[0]) / folder
+    return [Mount(f"/static/{name}", StaticFiles(directory=files))]
+
+
+def _error(
+    status: int, reason: str, remedy: str, headers: Mapping[str, str] | None = None
+) -> Response:
+    return JSONResponse({"error": reason, "remedy": remedy}, status, headers)
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ViewError)
+    return _error(error.status, error.reason, error.remedy)
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    reasons = {404: "no such page", 405: "the page cannot be changed"}
+    return _error(
+        error.status_code,
+        reasons.get(error.status_code, error.detail.lower()),
+        "follow the links of the cohort's page",
+        error.headers,
+    )
+
+
+class SecureHeaders:
+    """Adds the headers that limit what a page may load, to every answer."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(_HEADERS)
+            await send(message)
+
+        await self._app(scope, receive, send_with_headers)
+
+
+class TokenRequired:
+    """Answers only requests with the token: once as ``?token=``, then in a cookie."""
+
+    def __init__(self, app: ASGIApp, token: str) -> None:
+        self._app, self._token = app, token
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request = Request(scope)
+        given = request.query_params.get("token")
+        if given is not None and self._is_token(given):
+            address = request.url.remove_query_params("token")
+            response: Response = RedirectResponse(address, 303)
+            response.set_cookie(COOKIE, self._token, httponly=True, samesite="strict")
+            await response(scope, receive, send)
+        elif self._is_token(request.cookies.get(COOKIE, "")):
+            await self._app(scope, receive, send)
+        else:
+            refused = _error(
+                401, "the token is missing or wrong", "open the address that 'nic view' printed"
+            )
+            await refused(scope, receive, send)
+
+    def _is_token(self, given: str) -> bool:
+        return secrets.compare_digest(given.encode(), self._token.encode())
