@@ -1,0 +1,245 @@
+/** The page of the cohort: a table of slides that is sorted, filtered and searched in the browser. */
+
+import { labelText } from "./similar.js";
+import { debounced, element, errorMessage, get, number, slideAddress } from "./view.js";
+
+const ROW = 56; // px; the height of every row in view.css
+const MARGIN = 8; // rows drawn beyond each end of the window
+
+const byId = (id) => document.getElementById(id);
+const frame = byId("frame");
+const table = byId("slides");
+const body = table.tBodies[0];
+
+try {
+  const [study, slides] = await Promise.all([get("/api/study"), get("/api/slides")]);
+  byId("study").textContent = study.name;
+  document.title = `${study.name} · NIC`;
+  byId("targets").append(
+    ...study.targets.map(({ name }) =>
+      element("a", { href: `/target/${encodeURIComponent(name)}` }, `${name} plots`),
+    ),
+  );
+  cohort(study, slides);
+} catch (error) {
+  frame.replaceChildren(errorMessage(error));
+}
+
+function cohort(study, slides) {
+  const columns = columnsOf(study, slides);
+  const texts = new Map(slides.map((slide) => [slide, searchText(slide)]));
+  for (const split of [...new Set(slides.map((slide) => slide.split))].filter(Boolean).sort()) {
+    byId("split").append(element("option", {}, split));
+  }
+  const state = readState(columns);
+  let shown = [];
+  const headers = columns.map((column) => header(column, () => sortBy(column)));
+  table.tHead.append(element("tr", {}, ...headers));
+
+  const draw = () => {
+    const first = Math.max(0, Math.floor(frame.scrollTop / ROW) - MARGIN);
+    const last = Math.min(shown.length, Math.ceil((frame.scrollTop + frame.clientHeight) / ROW) + MARGIN);
+    const rows = shown.slice(first, last).map((slide, index) => row(slide, columns, first + index + 2));
+    body.replaceChildren(space(first), ...rows, space(shown.length - last));
+  };
+  const update = () => {
+    const words = state.search.toLowerCase().split(/\s+/).filter(Boolean);
+    shown = slides.filter(
+      (slide) =>
+        (!state.split || slide.split === state.split) &&
+        (!state.state || stateOf(slide) === state.state) &&
+        words.every((word) => texts.get(slide).includes(word)),
+    );
+    const column = columns.find(({ id }) => id === state.sort);
+    if (column) shown.sort(by(column.value, state.descending));
+    columns.forEach(({ id }, index) => {
+      const order = state.descending ? "descending" : "ascending";
+      headers[index].setAttribute("aria-sort", id === state.sort ? order : "none");
+    });
+    table.setAttribute("aria-rowcount", shown.length + 1);
+    byId("count").textContent = countText(shown, slides);
+    frame.scrollTop = 0;
+    draw();
+    history.replaceState(null, "", writeState(state));
+  };
+  const sortBy = (column) => {
+    state.descending = state.sort === column.id && !state.descending;
+    state.sort = column.id;
+    update();
+  };
+  for (const id of ["search", "split", "state"]) {
+    byId(id).value = state[id];
+    byId(id).addEventListener(
+      "input",
+      debounced(id === "search" ? 80 : 0, () => {
+        state[id] = byId(id).value;
+        update();
+      }),
+    );
+  }
+  byId("filters").addEventListener("submit", (event) => event.preventDefault());
+  frame.addEventListener("scroll", () => requestAnimationFrame(draw), { passive: true });
+  window.addEventListener("resize", debounced(100, draw));
+  update();
+}
+
+/** The columns: id, title, value to sort by, cell to show, class of its cells. */
+function columnsOf(study, slides) {
+  const text = (id, title) => ({ id, title, value: (slide) => slide[id], cell: (slide) => slide[id] ?? "–" });
+  const columns = [
+    { id: "thumbnail", title: "", cell: thumbnail, kind: "thumbnail" },
+    { id: "slide", title: "Slide", value: (slide) => slide.slide, cell: slideLink, kind: "name" },
+    text("patient", "Patient"),
+    text("split", "Split"),
+  ];
+  if (slides.some((slide) => slide.organ)) columns.push(text("organ", "Organ"));
+  columns.push({
+    id: "quality",
+    title: "Quality",
+    value: (slide) => (slide.quality?.flags ?? []).length,
+    cell: quality,
+    kind: "quality",
+  });
+  for (const { name, kind } of study.targets) {
+    const prediction = (slide) => slide.predictions?.[name];
+    columns.push(
+      {
+        id: `label.${name}`,
+        title: name,
+        value: (slide) => labelValue(slide.labels?.[name]),
+        cell: (slide) => labelText(slide.labels?.[name]),
+        kind: kind === "classification" ? "" : "number",
+      },
+      {
+        id: `prediction.${name}`,
+        title: "predicted",
+        label: `${name}, predicted`,
+        value: (slide) => prediction(slide)?.value,
+        cell: (slide) => predictionCell(prediction(slide)),
+        kind: "number",
+      },
+    );
+    if (slides.some((slide) => typeof prediction(slide)?.error === "number")) {
+      columns.push({
+        id: `error.${name}`,
+        title: "error",
+        label: `${name}, error`,
+        value: (slide) => prediction(slide)?.error,
+        cell: (slide) => errorCell(prediction(slide)),
+        kind: "number",
+      });
+    }
+  }
+  return columns;
+}
+
+function header(column, sort) {
+  if (!column.value) return element("th", { scope: "col", class: column.kind });
+  const button = element("button", { type: "button", "aria-label": `Sort by ${column.label ?? column.title}` }, column.title);
+  button.addEventListener("click", sort);
+  return element("th", { scope: "col", class: column.kind || null }, button);
+}
+
+function row(slide, columns, index) {
+  const line = element("tr", { "aria-rowindex": index, class: slide.failed ? "failed" : null });
+  const shown = slide.failed ? columns.slice(0, columns.findIndex(({ id }) => id === "quality")) : columns;
+  line.append(...shown.map((column) => element("td", { class: column.kind || null }, column.cell(slide))));
+  if (slide.failed) {
+    const { reason, remedy } = slide.failed;
+    const cell = element("td", { colspan: columns.length - shown.length, class: "reason", title: `${reason}\n${remedy}` });
+    cell.append(element("strong", {}, reason), element("span", {}, remedy));
+    line.append(cell);
+  }
+  return line;
+}
+
+/** A row as high as so many rows that are not drawn. */
+function space(rows) {
+  const line = element("tr", { "aria-hidden": "true", class: "space" });
+  line.style.height = `${rows * ROW}px`;
+  return line;
+}
+
+function thumbnail(slide) {
+  if (!slide.thumbnail) return element("span", { class: "no-thumbnail" }, "–");
+  return element("img", { src: slide.thumbnail, alt: "", loading: "lazy", decoding: "async" });
+}
+
+function slideLink(slide) {
+  return element("a", { href: slideAddress(slide.slide) }, slide.slide);
+}
+
+function quality(slide) {
+  const flags = slide.quality?.flags ?? [];
+  if (flags.length === 0) return "–";
+  return element("span", { class: "flags", title: flags.join("\n") }, flags.join(", "));
+}
+
+function predictionCell(prediction) {
+  if (!prediction) return "–";
+  const { value, encoder, seen } = prediction;
+  const text = prediction.class === undefined ? number(value) : `${prediction.class} ${number(value)}`;
+  const origin = seen ? "This slide was in the training of the model." : "The model did not see this slide.";
+  return element("span", { title: `Encoder ${encoder}. ${origin}` }, text, seen ? " *" : "");
+}
+
+function errorCell(prediction) {
+  return prediction ? number(prediction.error) : "–";
+}
+
+function labelValue(label) {
+  return label !== null && typeof label === "object" ? label.time : label;
+}
+
+function stateOf(slide) {
+  if (slide.failed) return "failed";
+  return (slide.quality?.flags ?? []).length ? "flagged" : "plain";
+}
+
+function countText(shown, slides) {
+  const failed = shown.filter((slide) => slide.failed).length;
+  const total = shown.length === slides.length ? "" : ` of ${number(slides.length)}`;
+  return `${number(shown.length)}${total} slides${failed ? `, ${failed} failed` : ""}`;
+}
+
+function searchText(slide) {
+  const labels = Object.values(slide.labels ?? {}).map(labelText);
+  const flags = slide.quality?.flags ?? [];
+  const parts = [slide.slide, slide.patient, slide.split, slide.organ, slide.failed?.reason, ...labels, ...flags];
+  return parts.filter(Boolean).join(" ").toLowerCase();
+}
+
+const collator = new Intl.Collator("en", { numeric: true });
+
+/** An order by a value, in which rows without a value come last. */
+function by(value, descending) {
+  const sign = descending ? -1 : 1;
+  const missing = (entry) => entry === null || entry === undefined || Number.isNaN(entry);
+  return (one, two) => {
+    const [first, second] = [value(one), value(two)];
+    if (missing(first) || missing(second)) return Number(missing(first)) - Number(missing(second));
+    if (typeof first === "number" && typeof second === "number") return sign * (first - second);
+    return sign * collator.compare(first, second);
+  };
+}
+
+/** Search, filters and order, as the hash of the address holds them. */
+function readState(columns) {
+  const values = new URLSearchParams(location.hash.slice(1));
+  const sort = values.get("sort") ?? "";
+  const known = (id) => [...byId(id).options].some((option) => option.value === values.get(id));
+  return {
+    search: values.get("search") ?? "",
+    split: known("split") ? values.get("split") : "",
+    state: known("state") ? values.get("state") : "",
+    sort: columns.some(({ id, value }) => value && id === sort.replace(/^-/, "")) ? sort.replace(/^-/, "") : "",
+    descending: sort.startsWith("-"),
+  };
+}
+
+function writeState({ search, split, state, sort, descending }) {
+  const values = new URLSearchParams();
+  for (const [name, value] of Object.entries({ search, split, state })) if (value) values.set(name, value);
+  if (sort) values.set("sort", `${descending ? "-" : ""}${sort}`);
+  return `#${values}`;
+}
