@@ -453,6 +453,60 @@ def annotated_slide_problems(task: PatchTask, absent: Collection[Path]) -> Itera
             yield str(error)
 
 
+def annotated_rows(task: PatchTask) -> dict[Path, dict[str, str | None]]:
+    """Return the rows of a task's table of annotated slides by the path of the slide.
+
+    Rows without annotations are left out, and tasks of other sources have none.
+
+    Raises
+    ------
+    CohortError
+        The table cannot be read, or lacks a column.
+    """
+    if task.slides is None:
+        return {}
+    table = task.slides.table
+    columns = (task.path_column, "annotations", task.group_column)
+    return {
+        existing_path(table.parent / str(row[task.path_column])).resolve(): row
+        for row in _read_table(task, table, columns).iter_rows(named=True)
+        if row["annotations"]
+    }
+
+
+def row_regions(task: PatchTask, row: dict[str, str | None], slide: Slide) -> tuple[Region, ...]:
+    """Return the regions of a row of :func:`annotated_rows` on its slide, level-0 px.
+
+    Raises
+    ------
+    SlideError
+        The annotations cannot be read, or it is not known what their coordinates count from.
+    ValueError
+        The column ``origin`` has another value than ``level0`` and ``bounds``.
+    """
+    assert task.slides is not None
+    return placed(
+        _read_renamed(task.slides, str(row["annotations"])),
+        slide,
+        tuple,
+        lambda one, other: False,  # they have an area, so another origin is another place
+        origin=_origin(row),
+        default=task.slides.origin,
+    )
+
+
+def _read_renamed(about: AnnotatedSlides, drawn: str) -> Annotations:
+    """Read the annotations of a row, with the labels that the entry gives them."""
+    annotations = read_annotations(existing_path(about.table.parent / drawn))
+    return replace(
+        annotations,
+        regions=tuple(
+            replace(region, label=about.rename.get(region.label, region.label))
+            for region in annotations.regions
+        ),
+    )
+
+
 def _open_row(path: Path, row: dict[str, str | None]) -> Slide:
     """Open the slide of a row; raises SlideError, or ValueError for a wrong number."""
     numbers: dict[str, float | None] = {}
@@ -509,14 +563,7 @@ def _labelled_cells(
 
     if not drawn:
         return label([])[0], pl.DataFrame(schema=ANNOTATION_FINDINGS_SCHEMA)
-    annotations = read_annotations(existing_path(base / drawn))
-    renamed = replace(
-        annotations,
-        regions=tuple(
-            replace(region, label=about.rename.get(region.label, region.label))
-            for region in annotations.regions
-        ),
-    )
+    renamed = _read_renamed(about, drawn)
     labelled, regions = placed(
         renamed,
         slide,

@@ -7,6 +7,7 @@ path, and label and macro images are never read.
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
@@ -27,10 +28,14 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nic_core.parallel import cores
+from nic_core.steps.slide_index import digest
+from nic_core.steps.slides import THUMBNAIL
+from nic_core.view.cache import file_version
 from nic_core.view.errors import ViewError
-from nic_core.view.layers import find_layer, layers_of
+from nic_core.view.layers import draw_layer, find_layer, layer_json, layers_of
 from nic_core.view.study import ViewedStudy, as_json, slide_list, study_summary
 from nic_core.view.tiles import TILE, Tiles, min_zoom
+from nic_core.view.values import values_at
 
 STATIC = Path(__file__).parent / "static"
 PAGES = {
@@ -46,6 +51,7 @@ CONTENT_SECURITY = (
     "default-src 'self'; img-src 'self' data: blob:; style-src 'self' 'unsafe-inline'; "
     "object-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
+MAX_COORDINATE = 1e8  # level-0 px, as in annotations
 _HEADERS = {
     "content-security-policy": CONTENT_SECURITY,
     "x-content-type-options": "nosniff",
@@ -108,8 +114,11 @@ def application(
 
     async def layer(request: Request) -> Response:
         at = request.path_params
-        content, kind = await work(partial(_layer, study, at["slide"], at["layer"]))
-        return Response(content, media_type=kind, headers=_CACHED)
+        return await work(partial(_layer, study, tiles, at["slide"], at["layer"], request.headers))
+
+    async def at(request: Request) -> Response:
+        x, y = (number(request.query_params.get(name, ""), name) for name in ("x", "y"))
+        return await _json(work, partial(_at, study, tiles, request.path_params["slide"], x, y))
 
     one = "/api/slides/{slide}"
     routes: list[BaseRoute] = [
@@ -119,6 +128,7 @@ def application(
         Route(one + "/tiles/{zoom}/{column}/{row}.jpg", tile),
         Route(one + "/thumbnail.jpg", thumbnail),
         Route(one + "/layers/{layer}", layer),
+        Route(one + "/at", at),
         *(Route(path, _page(STATIC / file)) for path, file in PAGES.items()),
         *_library("leaflet", "xstatic.pkg.leaflet", "data"),
         *_library("bokeh", "bokeh", "server/static"),
@@ -151,28 +161,61 @@ def whole(text: str, name: str, low: int = -(2**31), high: int = 2**31) -> int:
     return value
 
 
+def number(text: str, name: str) -> float:
+    """Return a parameter of a request as a number of px; raise ViewError 400 if it is none."""
+    try:
+        value = float(text) if len(text) <= 32 else math.nan
+    except ValueError:
+        value = math.nan
+    if not abs(value) <= MAX_COORDINATE:
+        raise ViewError(400, f"'{name}' is not a number of px", "give level-0 px")
+    return value
+
+
+def _at(study: ViewedStudy, tiles: Tiles, slide: str, x: float, y: float) -> dict[str, Any]:
+    with tiles.opened(slide) as (opened, _):
+        return values_at(study, slide, opened, x, y)
+
+
 def _slide(study: ViewedStudy, tiles: Tiles, slide: str) -> dict[str, Any]:
     failed = study.failed(slide)
-    found: dict[str, Any] = {
-        "slide": slide,
-        "thumbnail": f"/api/slides/{slide}/thumbnail.jpg?side=1024",
-        "tile_size": TILE,
-        "max_zoom": 0,
-        "layers": [layer.as_json(slide) for layer in layers_of(study, slide)],
-        "failed": as_json(failed),
-    }
+    thumbnail = (study.store.slide(slide) / THUMBNAIL).exists()
     with tiles.opened(slide) as (opened, _):
-        return found | {
+        return {
+            "slide": slide,
             "width": opened.width,
             "height": opened.height,
             "mpp": opened.mpp,
+            "tile_size": TILE,
             "min_zoom": min_zoom(opened.width, opened.height),
+            "max_zoom": 0,
+            "thumbnail": f"/api/slides/{slide}/thumbnail.jpg?side=1024" if thumbnail else None,
+            "layers": [layer_json(slide, layer) for layer in layers_of(study, slide, opened)],
+            "failed": as_json(failed),
         }
 
 
-def _layer(study: ViewedStudy, slide: str, name: str) -> tuple[bytes, str]:
-    found = find_layer(study, slide, name)
-    return found.draw(), "image/png" if found.kind == "image" else "application/geo+json"
+def _layer(
+    study: ViewedStudy, tiles: Tiles, slide: str, name: str, headers: Mapping[str, str]
+) -> Response:
+    """Answer with the content of a layer; 304 if the browser has it already."""
+    with tiles.opened(slide) as (opened, version):
+        found = find_layer(study, slide, opened, name)
+        try:
+            state = file_version(found.file)
+        except OSError as error:
+            raise ViewError(404, f"{found.title} vanished", "load the page again") from error
+        key = (version, name, state)
+        tag = f'"{digest(key)}"'
+        cached = {"cache-control": "private, no-cache", "etag": tag}
+        if headers.get("if-none-match") == tag:
+            return Response(status_code=304, headers=cached)
+        content = tiles.answers.get(key)
+        if content is None:
+            content = draw_layer(found)
+            tiles.answers.put(key, content)
+    kind = "image/png" if found.kind == "image" else "application/geo+json"
+    return Response(content, media_type=kind, headers=cached)
 
 
 def _page(file: Path) -> Callable[[Request], Awaitable[Response]]:

@@ -41,7 +41,7 @@ class Tiles:
 
     def __init__(self, study: ViewedStudy) -> None:
         self._study = study
-        self._cache = AnswerCache(_CACHE_BYTES)
+        self.answers = AnswerCache(_CACHE_BYTES)
         self._open: OrderedDict[tuple[object, ...], _Opened] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -63,7 +63,7 @@ class Tiles:
         """
         with self.opened(slide) as (opened, version):
             key = (version, zoom, column, row)
-            found = self._cache.get(key)
+            found = self.answers.get(key)
             if found is not None:
                 return found
             lowest = min_zoom(opened.width, opened.height)
@@ -78,7 +78,7 @@ class Tiles:
             except SlideError as error:
                 raise _unreadable(slide, error) from error
         jpeg = encode_jpeg(pixels)
-        self._cache.put(key, jpeg)
+        self.answers.put(key, jpeg)
         return jpeg
 
     @contextmanager
@@ -128,7 +128,7 @@ class Tiles:
         try:
             stat = path.stat()
             key = ("thumbnail", slide, side, stat.st_mtime_ns)
-            found = self._cache.get(key)
+            found = self.answers.get(key)
             if found is not None:
                 return found
             image = Image.fromarray(read_picture(path))
@@ -138,7 +138,7 @@ class Tiles:
             ) from error
         image.thumbnail((side, side), Image.Resampling.BOX)
         jpeg = encode_jpeg(np.ascontiguousarray(image))
-        self._cache.put(key, jpeg)
+        self.answers.put(key, jpeg)
         return jpeg
 
 
