@@ -184,7 +184,7 @@ def slide_list(study: ViewedStudy) -> list[dict[str, Any]]:
     """Return what ``/api/slides`` answers: a row for each slide of the cohort, by slide id."""
     store, index = study.store, study.index()
     qualities = _qualities(study)
-    labels = {target.name: _labels(study, target) for target in study.cohort.targets}
+    labels = {target.name: labels_of_slides(study, target) for target in study.cohort.targets}
     predictions = {target.name: _predictions(study, target) for target in study.cohort.targets}
     rows = []
     for slide, row in index.items():
@@ -263,7 +263,7 @@ def _read_qualities(path: Path) -> dict[str, dict[str, Any]]:
     }
 
 
-def _labels(study: ViewedStudy, target: Target) -> dict[str, Any]:
+def labels_of_slides(study: ViewedStudy, target: Target) -> dict[str, Any]:
     """Return the label of each slide: a number, a class, or time and event."""
     index = pl.DataFrame(list(study.index().values()))
     table = target_table(target, read_labels(study.cohort, target, index), index)
