@@ -21,7 +21,9 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import polars as pl
@@ -43,9 +45,11 @@ from nic_core.slides.engines import EngineName
 from nic_core.tiling.blocks import Block, map_in_order, plan_blocks, read_block
 from nic_core.tiling.patches import patch_table
 from nic_core.tiling.tissue import TissueMask
-from nic_core.types import Pixels
+from nic_core.types import Pixels, Precision
 
 PATCH, MPP, STORED = 128, 0.5, 0.25
+PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16")
+READINGS: tuple[Literal["patch", "input"], ...] = ("patch", "input")
 SINGLE_LEVEL, PYRAMID = "0.25 um/px only", "pyramid"
 
 
@@ -55,8 +59,9 @@ def texture() -> Pixels:
     field = ndimage.gaussian_filter(noise[0], 1.5, mode="wrap")
     field = field + 5 * ndimage.gaussian_filter(noise[1], 12, mode="wrap")
     field = (field - field.min()) / np.ptp(field)
-    pixels = np.array([238, 175, 208]) + field[..., None] * np.array([-150, -120, -80])
-    return pixels.astype(np.uint8)
+    coloured = np.array([238, 175, 208]) + field[..., None] * np.array([-150, -120, -80])
+    pixels: Pixels = coloured.astype(np.uint8)
+    return pixels
 
 
 def paint_slide(path: Path, side: int, *, pyramid: bool) -> None:
@@ -171,12 +176,12 @@ def measure_speed(side: int, threads: int, peers: dict[str, str], console: Conso
         plain = encode_rate(encoder.module, PATCH, threads)
         table.add_row("as published, float32", str(PATCH), f"{plain:,.0f}")
         alone: dict[tuple[str, str], float] = {}
-        for precision in ("float32", "bfloat16"):
-            for reading in ("patch", "input"):
+        for precision in PRECISIONS:
+            for reading in READINGS:
                 prepared = encoder.prepare("cpu", precision, reading)
                 alone[precision, reading] = encode_rate(prepared.module, prepared.side, threads)
-                rates = f"{alone[precision, reading]:,.0f}"
-                table.add_row(f"prepared, {precision}", str(prepared.side), rates)
+                rate_alone = f"{alone[precision, reading]:,.0f}"
+                table.add_row(f"prepared, {precision}", str(prepared.side), rate_alone)
         console.print(table)
 
         table = Table(
@@ -184,11 +189,11 @@ def measure_speed(side: int, threads: int, peers: dict[str, str], console: Conso
         )
         whole: dict[tuple[str, str, str], float] = {}
         for name, path in slides.items():
-            for reading in ("patch", "input"):
+            for reading in READINGS:
                 read = read_rate(path, threads, reading=reading)
-                for precision in ("float32", "bfloat16"):
+                for precision in PRECISIONS:
                     prepared = encoder.prepare("cpu", precision, reading)
-                    compressed = rate(lambda p=path, e=prepared: compress(p, e, threads))
+                    compressed = rate(partial(compress, path, prepared, threads))
                     whole[name, precision, reading] = compressed
                     encode = alone[precision, reading]
                     # decoding and encoding share the cores, so their times add up
@@ -208,10 +213,18 @@ def measure_speed(side: int, threads: int, peers: dict[str, str], console: Conso
             for name, path in slides.items():
                 read = read_rate(path, threads)
                 for peer, python in peers.items():
-                    command = [python, "-W", "ignore", peer_script, peer, path, script]
+                    command = [
+                        python,
+                        "-W",
+                        "ignore",
+                        str(peer_script),
+                        peer,
+                        str(path),
+                        str(script),
+                    ]
                     out = subprocess.run(command, check=True, capture_output=True, text=True)
                     rates_of_peer = json.loads(out.stdout.splitlines()[-1])
-                    ratios = [
+                    times_faster = [
                         f"{whole[name, *settings] / rates_of_peer['compress']:.1f}x"
                         for settings in (
                             ("bfloat16", "patch"),
@@ -224,7 +237,7 @@ def measure_speed(side: int, threads: int, peers: dict[str, str], console: Conso
                         f"{read / rates_of_peer['read']:.1f}x",
                     )
                     compress_rate = f"{rates_of_peer['compress']:,.0f}"
-                    table.add_row(peer, name, *reading_rates, compress_rate, *ratios)
+                    table.add_row(peer, name, *reading_rates, compress_rate, *times_faster)
             console.print(table)
 
 

@@ -20,6 +20,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -244,9 +245,7 @@ def pages(folder: Path, slides: int) -> None:
             timed("asset graph with staleness", lambda: ask(GRAPH_QUERY, {}))
         for asset in ("slide", "grid"):
             for _ in range(2):
-                timed(
-                    f"partitions of {asset}", lambda asset=asset: ask(PAGE_QUERY, {"key": [asset]})
-                )
+                timed(f"partitions of {asset}", partial(ask, PAGE_QUERY, {"key": [asset]}))
 
 
 @contextmanager

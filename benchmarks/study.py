@@ -23,6 +23,7 @@ import time
 from collections.abc import Iterator
 from itertools import combinations, product
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import polars as pl
@@ -66,7 +67,9 @@ from nic_core.steps import (
 from nic_core.store import PatchTableKey, Store, atomic_file, atomic_folder
 from nic_core.tiling.patches import read_patch_table
 
-UNSUPERVISED = ("vae", "contrastive", "bigan")
+Learned = Literal["mtl", "vae", "contrastive", "bigan"]
+
+UNSUPERVISED: tuple[Learned, ...] = ("vae", "contrastive", "bigan")
 # instead of the published 1e-2, which is too high for so few steps [choice]
 RATES = {"mtl": 2e-3, "contrastive": 2e-3}
 PROBE = "probe"  # balanced accuracy of the linear probe on a patch task
@@ -136,7 +139,7 @@ def run(options: argparse.Namespace) -> None:
             if kind in UNSUPERVISED and isinstance(spec, EncoderSpec):
                 used = dict.fromkeys(spec.tasks, "pixels")
             about = (cohort.name, seed, name, kind, "+".join(labels), len(labels))
-            rows = [
+            rows: list[tuple[object, ...]] = [
                 (*about, PROBE, "linear probe", task.name, used.get(task.name, "nothing"), value)
                 for task in (*tasks, *unseen)
                 for value in [
@@ -209,13 +212,15 @@ def _encoders(
         yield kind, kind, (), None
     for path in options.published:
         yield path.stem, f"published {path.stem.removeprefix('encoder_')}", (), path
-    chosen = [
+    chosen: list[tuple[tuple[str, ...], Learned]] = [
         (subset, "mtl")
         for size in (len(names), *range(1, len(names)))  # all tasks first: the main result
         for subset in _subsets(names, size, options.subsets, seed)
     ]
     paired = tuple(options.pairs or names)
-    unsupervised = [(paired if o == "contrastive" else names, o) for o in UNSUPERVISED]
+    unsupervised: list[tuple[tuple[str, ...], Learned]] = [
+        (paired if o == "contrastive" else names, o) for o in UNSUPERVISED
+    ]
     for tasks, objective in (*chosen, *unsupervised):
         labels = tasks if objective == "mtl" else ()
         name = ".".join(labels) or objective

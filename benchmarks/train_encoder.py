@@ -89,7 +89,7 @@ def learner(objective: Any, precision: Precision) -> Callable[[object], float]:
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        return loss.item()
+        return float(loss)
 
     return learn
 

@@ -2,7 +2,8 @@
 
 A product is needed if its partition is among the current partitions of the definitions, or if a
 version in MLflow's registry refers to it. A registered encoder needs its own folder. A registered
-model needs its own folder, its folds, explanations and encoder, and the grids it was trained on.
+model needs its own folder, its folds, explanations and encoder, and the grids it was trained on
+with their table.
 """
 
 from __future__ import annotations
@@ -150,7 +151,7 @@ class _RegisteredVersions:
                 return (origin.weights_hash, origin.slide_identity) in self.training_grids
             case "target_folds", str(target):
                 return any(target == key.target for key, _ in self.models)
-            case (("slide_model" | "explanation"), ModelKey() as key):
+            case (("slide_model" | "explanation" | "target_grids"), ModelKey() as key):
                 return self._is_registered(key)
             case _:
                 return False

@@ -28,8 +28,8 @@ from nic_core.slides import SlideError
 from nic_core.store import StoreError, atomic_file, exclusive_lock
 from nic_core.tiling.annotations import ORIGIN_MEMBER, read_annotations
 from nic_core.view.errors import ViewError
+from nic_core.view.slides import OpenSlides
 from nic_core.view.study import ViewedStudy
-from nic_core.view.tiles import Tiles
 
 TABLE, SAVED, VERSIONS = "annotated.csv", "saved.json", "versions"
 MAX_BODY = 4 << 20  # bytes of a request
@@ -88,7 +88,7 @@ def read_regions(study: ViewedStudy, folder: Path, slide: str) -> dict[str, Any]
 
 
 def save_regions(
-    study: ViewedStudy, tiles: Tiles, folder: Path, slide: str, body: bytes
+    study: ViewedStudy, slides: OpenSlides, folder: Path, slide: str, body: bytes
 ) -> dict[str, Any]:
     """Save all regions of a slide; return what :func:`read_regions` returns.
 
@@ -102,13 +102,13 @@ def save_regions(
     ------
     ViewError
         400: the request is not valid, or a region is not a simple polygon on the slide. 404, 410,
-        422: see :meth:`~nic_core.view.tiles.Tiles.opened`. 409: the regions changed since they were
+        422: see :meth:`~nic_core.view.slides.OpenSlides.get`. 409: the regions changed since they were
         read, or a file in the way was not saved by this viewer. 507: the folder cannot be written.
     """
     sent = _parsed(body)
-    with tiles.opened(slide) as (opened, _):
+    with slides.get(slide) as entry:
         features = [
-            _checked(number, feature, opened.width, opened.height)
+            _checked(number, feature, entry.slide.width, entry.slide.height)
             for number, feature in enumerate(sent.features, start=1)
         ]
     collection = {"type": "FeatureCollection", ORIGIN_MEMBER: "level0", "features": features}

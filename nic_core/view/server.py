@@ -31,13 +31,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from nic_core.parallel import cores
 from nic_core.steps.slide_index import digest
 from nic_core.steps.slides import THUMBNAIL
-from nic_core.view.cache import file_version
+from nic_core.view.cache import AnswerCache, file_version
 from nic_core.view.errors import ViewError
 from nic_core.view.layers import draw_layer, find_layer, layer_json, layers_of
 from nic_core.view.regions import MAX_BODY, read_regions, save_regions
 from nic_core.view.similarity import MAX_CELLS, PICTURE_SIDES, patch_jpeg, similar_answer
+from nic_core.view.slides import OpenSlides
 from nic_core.view.study import ViewedStudy, as_json, slide_list, study_summary
-from nic_core.view.tiles import TILE, Tiles, min_zoom
+from nic_core.view.tiles import TILE, min_zoom, read_thumbnail, read_tile
 from nic_core.view.values import values_at
 
 STATIC = Path(__file__).parent / "static"
@@ -49,6 +50,7 @@ PAGES = {
 }
 COOKIE = "nic_view"
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
+CACHE_BYTES = 128 << 20  # of encoded tiles and layers
 MAX_WAITING = 512  # requests that wait for a thread; more are refused
 CONTENT_SECURITY = (
     "default-src 'self'; img-src 'self' data: blob:; style-src 'self' 'unsafe-inline'; "
@@ -72,11 +74,20 @@ class Work:
     def __init__(self) -> None:
         self._threads = CapacityLimiter(max(2, 2 * cores()))
 
-    async def __call__(self, function: Callable[[], Result]) -> Result:
-        """Return ``function()``; raise ViewError 503 if too many calls wait."""
+    async def __call__(self, function: Callable[[], Result], request: Request) -> Result:
+        """Return ``function()``, unless the browser left while the request waited.
+
+        Raises
+        ------
+        ViewError
+            503: too many requests wait, or the browser left.
+        """
         if self._threads.statistics().tasks_waiting >= MAX_WAITING:
             raise ViewError(503, "too many requests at once", "try again in a moment")
-        return await to_thread.run_sync(function, limiter=self._threads)
+        async with self._threads:
+            if await request.is_disconnected():
+                raise ViewError(503, "the browser left", "ask again")
+            return await to_thread.run_sync(function)
 
 
 def application(
@@ -93,77 +104,93 @@ def application(
     annotate : Path, optional
         Folder for regions that are drawn in the browser; None: nothing can be written.
     """
-    work, tiles = Work(), Tiles(study)
+    work, pictures = Work(), Work()
+    json = partial(_json, work)
+    slides, answers = OpenSlides(study), AnswerCache(CACHE_BYTES)
 
     async def summary(request: Request) -> Response:
-        return await _json(work, partial(study_summary, study, annotate=annotate is not None))
+        return await json(request, study_summary, study, annotate=annotate is not None)
 
-    async def slides(request: Request) -> Response:
-        return await _json(work, partial(slide_list, study))
+    async def cohort(request: Request) -> Response:
+        return await json(request, slide_list, study)
 
     async def slide(request: Request) -> Response:
-        return await _json(work, partial(_slide, study, tiles, request.path_params["slide"]))
+        return await json(request, _slide, study, slides, request.path_params["slide"])
+
+    async def at(request: Request) -> Response:
+        x, y = (number(request.query_params.get(name, ""), name) for name in ("x", "y"))
+        return await json(request, _at, study, slides, request.path_params["slide"], x, y)
 
     async def tile(request: Request) -> Response:
-        at = request.path_params
-        zoom, column, row = (whole(at[name], name) for name in ("zoom", "column", "row"))
-        jpeg = await work(partial(tiles.tile, at["slide"], zoom, column, row))
+        place = request.path_params
+        zoom, column, row = (whole(place[name], name) for name in ("zoom", "column", "row"))
+
+        def read() -> bytes:
+            with slides.get(place["slide"]) as opened:
+                return read_tile(answers, study.store, opened, zoom, column, row)
+
+        jpeg = await pictures(read, request)
         return Response(jpeg, media_type="image/jpeg", headers=_CACHED)
 
     async def thumbnail(request: Request) -> Response:
         side = whole(request.query_params.get("side", "256"), "side", 16, 1024)
-        jpeg = await work(partial(tiles.thumbnail, request.path_params["slide"], side))
+
+        def read() -> bytes:
+            name = study.row(request.path_params["slide"])["slide"]
+            return read_thumbnail(answers, study.store, name, side)
+
+        jpeg = await pictures(read, request)
         return Response(jpeg, media_type="image/jpeg", headers=_CACHED)
 
     async def layer(request: Request) -> Response:
-        at = request.path_params
-        return await work(partial(_layer, study, tiles, at["slide"], at["layer"], request.headers))
-
-    async def at(request: Request) -> Response:
-        x, y = (number(request.query_params.get(name, ""), name) for name in ("x", "y"))
-        return await _json(work, partial(_at, study, tiles, request.path_params["slide"], x, y))
+        return await work(partial(_layer, study, slides, answers, request), request)
 
     async def similar(request: Request) -> Response:
         asked, slide = request.query_params, request.path_params["slide"]
-        encoder = asked.get("encoder", "")
         row, column = (whole(asked.get(name, ""), name, 0) for name in ("row", "column"))
         count = whole(asked.get("count", "12"), "count", 1, MAX_CELLS)
-        return await _json(work, partial(similar_answer, study, slide, encoder, row, column, count))
+        encoder = asked.get("encoder", "")
+        return await json(request, similar_answer, study, slide, encoder, row, column, count)
 
     async def patch(request: Request) -> Response:
         asked, slide = request.query_params, request.path_params["slide"]
         x, y, size = (number(asked.get(name, ""), name) for name in ("x", "y", "size"))
         side = whole(asked.get("px", "128"), "px", *PICTURE_SIDES)
-        jpeg = await work(partial(patch_jpeg, tiles, slide, x, y, size, side))
+
+        def read() -> bytes:
+            with slides.get(slide) as opened:
+                return patch_jpeg(answers, opened, x, y, size, side)
+
+        jpeg = await pictures(read, request)
         return Response(jpeg, media_type="image/jpeg", headers=_CACHED)
 
     async def target(request: Request) -> Response:
         # imports Bokeh, which is slow
         from nic_core.view.targets import target_answer
 
-        return await _json(work, partial(target_answer, study, request.path_params["target"]))
+        return await json(request, target_answer, study, request.path_params["target"])
 
     async def hottest(request: Request) -> Response:
         from nic_core.view.targets import hottest_cell
 
         encoder, unit = (request.query_params.get(name, "") for name in ("encoder", "unit"))
         name = request.path_params["target"]
-        return await _json(work, partial(hottest_cell, study, name, encoder, unit))
+        return await json(request, hottest_cell, study, name, encoder, unit)
 
     async def regions(request: Request) -> Response:
         slide = request.path_params["slide"]
         if annotate is None:
             raise ViewError(404, "regions cannot be drawn", "start 'nic view --annotate FOLDER'")
         if request.method != "POST":
-            return await _json(work, partial(read_regions, study, annotate, slide))
+            return await json(request, read_regions, study, annotate, slide)
         check_same_origin(request.headers)
         body = await _body(request, MAX_BODY)
-        return await _json(work, partial(save_regions, study, tiles, annotate, slide, body))
+        return await json(request, save_regions, study, slides, annotate, slide, body)
 
     one = "/api/slides/{slide}"
     routes: list[BaseRoute] = [
         Route("/api/study", summary),
-        Route("/api/slides", slides),
+        Route("/api/slides", cohort),
         Route(one, slide),
         Route(one + "/tiles/{zoom}/{column}/{row}.jpg", tile),
         Route(one + "/thumbnail.jpg", thumbnail),
@@ -191,9 +218,14 @@ def application(
     )
 
 
-async def _json(work: Work, function: Callable[[], Any]) -> Response:
+async def _json(
+    work: Work, request: Request, function: Callable[..., Any], *arguments: Any, **options: Any
+) -> Response:
     """Compute and encode an answer in a thread."""
-    return await work(lambda: JSONResponse(function(), headers={"cache-control": "no-store"}))
+    headers = {"cache-control": "no-store"}
+    return await work(
+        lambda: JSONResponse(function(*arguments, **options), headers=headers), request
+    )
 
 
 def whole(text: str, name: str, low: int = -(2**31), high: int = 2**31) -> int:
@@ -240,15 +272,16 @@ async def _body(request: Request, most: int) -> bytes:
     return b"".join(parts)
 
 
-def _at(study: ViewedStudy, tiles: Tiles, slide: str, x: float, y: float) -> dict[str, Any]:
-    with tiles.opened(slide) as (opened, _):
-        return values_at(study, slide, opened, x, y)
+def _at(study: ViewedStudy, slides: OpenSlides, slide: str, x: float, y: float) -> dict[str, Any]:
+    with slides.get(slide) as opened:
+        return values_at(study, slide, opened.slide, x, y)
 
 
-def _slide(study: ViewedStudy, tiles: Tiles, slide: str) -> dict[str, Any]:
+def _slide(study: ViewedStudy, slides: OpenSlides, slide: str) -> dict[str, Any]:
     failed = study.failed(slide)
     thumbnail = (study.store.slide(slide) / THUMBNAIL).exists()
-    with tiles.opened(slide) as (opened, _):
+    with slides.get(slide) as entry:
+        opened = entry.slide
         return {
             "slide": slide,
             "width": opened.width,
@@ -264,24 +297,25 @@ def _slide(study: ViewedStudy, tiles: Tiles, slide: str) -> dict[str, Any]:
 
 
 def _layer(
-    study: ViewedStudy, tiles: Tiles, slide: str, name: str, headers: Mapping[str, str]
+    study: ViewedStudy, slides: OpenSlides, answers: AnswerCache, request: Request
 ) -> Response:
     """Answer with the content of a layer; 304 if the browser has it already."""
-    with tiles.opened(slide) as (opened, version):
-        found = find_layer(study, slide, opened, name)
+    slide, name = request.path_params["slide"], request.path_params["layer"]
+    with slides.get(slide) as opened:
+        found = find_layer(study, slide, opened.slide, name)
         try:
             state = file_version(found.file)
         except OSError as error:
             raise ViewError(404, f"{found.title} vanished", "load the page again") from error
-        key = (version, name, state)
+        key = (opened.version, name, state)
         tag = f'"{digest(key)}"'
         cached = {"cache-control": "private, no-cache", "etag": tag}
-        if headers.get("if-none-match") == tag:
+        if request.headers.get("if-none-match") == tag:
             return Response(status_code=304, headers=cached)
-        content = tiles.answers.get(key)
+        content = answers.get(key)
         if content is None:
             content = draw_layer(found)
-            tiles.answers.put(key, content)
+            answers.put(key, content)
     kind = "image/png" if found.kind == "image" else "application/geo+json"
     return Response(content, media_type=kind, headers=cached)
 

@@ -11,12 +11,13 @@ from nic_core.cohort import CohortError
 from nic_core.grids import GridError
 from nic_core.grids.chunks import ChunkError
 from nic_core.grids.similar import CellIndex, similar_cells
-from nic_core.slides import SlideError
 from nic_core.steps.grids import open_cell_index
 from nic_core.store import StoreError
+from nic_core.view.cache import AnswerCache
 from nic_core.view.errors import ViewError, without_paths
+from nic_core.view.slides import OpenedSlide
 from nic_core.view.study import ViewedStudy, labels_of_slides
-from nic_core.view.tiles import Tiles, encode_jpeg
+from nic_core.view.tiles import encode_jpeg
 
 MAX_CELLS = 100  # of an answer
 LARGEST_PATCH = 8192  # level-0 px a side
@@ -67,13 +68,17 @@ def similar_answer(
     }
 
 
-def patch_jpeg(tiles: Tiles, slide: str, x: float, y: float, size: float, side: int) -> bytes:
+def patch_jpeg(
+    answers: AnswerCache, opened: OpenedSlide, x: float, y: float, size: float, side: int
+) -> bytes:
     """Return a square of a slide as JPEG.
 
     Parameters
     ----------
+    answers : AnswerCache
+        Holds the pictures that were read last.
     x, y : float
-        Its centre, level-0 px.
+        Centre of the square, level-0 px.
     size : float
         Its side, level-0 px, at most :data:`LARGEST_PATCH`.
     side : int
@@ -82,26 +87,23 @@ def patch_jpeg(tiles: Tiles, slide: str, x: float, y: float, size: float, side: 
     Raises
     ------
     ViewError
-        400: the size is out of range. 404, 410, 422: see
-        :meth:`~nic_core.view.tiles.Tiles.opened`, and 422 if the square cannot be decoded.
+        400: the size is out of range. 404: the slide has no such place.
+    SlideError
+        It cannot be decoded.
     """
     if not 1 <= size <= LARGEST_PATCH:
         raise ViewError(400, "'size' is out of range", f"give 1 to {LARGEST_PATCH} level-0 px")
-    with tiles.opened(slide) as (opened, version):
-        key = (version, "patch", x, y, size, side)
-        if (found := tiles.answers.get(key)) is not None:
-            return found
-        if not (-size < x < opened.width + size and -size < y < opened.height + size):
-            raise ViewError(404, f"slide '{slide}' has no such place", "give level-0 px inside it")
-        mpp = opened.mpp * size / side
-        try:
-            pixels = opened.read(x - size / 2, y - size / 2, side, side, mpp, scaled=True)
-        except SlideError as error:
-            reason = without_paths(error.reason, [error.slide])
-            raise ViewError(422, f"slide '{slide}': {reason}", error.remedy) from error
-    jpeg = encode_jpeg(pixels)
-    tiles.answers.put(key, jpeg)
-    return jpeg
+    slide = opened.slide
+    if not (-size < x < slide.width + size and -size < y < slide.height + size):
+        raise ViewError(404, f"slide '{opened.id}' has no such place", "give level-0 px inside it")
+    key = (opened.version, "patch", x, y, size, side)
+    found = answers.get(key)
+    if found is None:
+        mpp = slide.mpp * size / side
+        corner = x - size / 2, y - size / 2
+        found = encode_jpeg(slide.read(*corner, side, side, mpp, scaled=True))
+        answers.put(key, found)
+    return found
 
 
 def _cell_index(study: ViewedStudy, encoder: str) -> CellIndex:

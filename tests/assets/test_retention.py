@@ -85,6 +85,7 @@ def everything_of_the_encoder(world: World) -> set[str]:
     return {
         f"encoder {ENCODER}",
         *(f"grid {ENCODER}|{slide}" for slide in world.slides),
+        *(f"target_grids {ENCODER}|{target.name}" for target in world.cohort.targets),
         *(f"slide_model {ENCODER}|{target.name}" for target in world.cohort.targets),
         f"grid_manifest {ENCODER}",
         f"embedding_colours {ENCODER}",
@@ -108,6 +109,7 @@ def test_the_encoder_and_training_grids_of_a_registered_model_are_needed(world):
     tags = {"target": "growth", "encoder": ENCODER, "weights_hash": world.weights}
     left = no_encoder(world).unneeded(tags)
     assert f"slide_model {ENCODER}|growth" not in left
+    assert f"target_grids {ENCODER}|growth" not in left
     assert f"slide_model {ENCODER}|survival" in left
     assert f"encoder {ENCODER}" not in left
     table = pl.read_parquet(world.store.target_folds("growth"))
@@ -120,7 +122,11 @@ def test_the_encoder_and_training_grids_of_a_registered_model_are_needed(world):
 def test_folds_and_models_of_a_removed_target_are_not_needed(world):
     kept = tuple(target for target in world.cohort.targets if target.name != "growth")
     smaller = world.with_entries(targets=kept)
-    assert smaller.unneeded() == {"target_folds growth", f"slide_model {ENCODER}|growth"}
+    assert smaller.unneeded() == {
+        "target_folds growth",
+        f"target_grids {ENCODER}|growth",
+        f"slide_model {ENCODER}|growth",
+    }
     tags = {"target": "growth", "encoder": ENCODER, "weights_hash": world.weights}
     assert smaller.unneeded(tags) == set()
 
