@@ -33,13 +33,17 @@ function cohort(study, slides) {
   }
   const state = readState(columns);
   let shown = [];
-  const headers = columns.map((column) => header(column, () => sortBy(column)));
-  table.tHead.append(element("tr", {}, ...headers));
+  const head = heads(columns, (column) => {
+    state.descending = state.sort === column.id && !state.descending;
+    state.sort = column.id;
+    update();
+  });
+  table.tHead.append(...head.rows);
 
   const draw = () => {
     const first = Math.max(0, Math.floor(frame.scrollTop / ROW) - MARGIN);
     const last = Math.min(shown.length, Math.ceil((frame.scrollTop + frame.clientHeight) / ROW) + MARGIN);
-    const rows = shown.slice(first, last).map((slide, index) => row(slide, columns, first + index + 2));
+    const rows = shown.slice(first, last).map((slide, index) => row(slide, columns, first + index + 3));
     body.replaceChildren(space(first), ...rows, space(shown.length - last));
   };
   const update = () => {
@@ -54,18 +58,13 @@ function cohort(study, slides) {
     if (column) shown.sort(by(column.value, state.descending));
     columns.forEach(({ id }, index) => {
       const order = state.descending ? "descending" : "ascending";
-      headers[index].setAttribute("aria-sort", id === state.sort ? order : "none");
+      head.cells[index].setAttribute("aria-sort", id === state.sort ? order : "none");
     });
-    table.setAttribute("aria-rowcount", shown.length + 1);
+    table.setAttribute("aria-rowcount", shown.length + 2);
     byId("count").textContent = countText(shown, slides);
     frame.scrollTop = 0;
     draw();
-    history.replaceState(null, "", writeState(state));
-  };
-  const sortBy = (column) => {
-    state.descending = state.sort === column.id && !state.descending;
-    state.sort = column.id;
-    update();
+    history.replaceState(null, "", writeState(state) || location.pathname);
   };
   for (const id of ["search", "split", "state"]) {
     byId(id).value = state[id];
@@ -83,61 +82,95 @@ function cohort(study, slides) {
   update();
 }
 
-/** The columns: id, title, value to sort by, cell to show, class of its cells. */
+/**
+ * The columns: id, title, value to sort by, cell to show, class of its cells.
+ *
+ * The columns of a target have its name as group, and a full name for screen readers.
+ */
 function columnsOf(study, slides) {
   const text = (id, title) => ({ id, title, value: (slide) => slide[id], cell: (slide) => slide[id] ?? "–" });
   const columns = [
     { id: "thumbnail", title: "", cell: thumbnail, kind: "thumbnail" },
     { id: "slide", title: "Slide", value: (slide) => slide.slide, cell: slideLink, kind: "name" },
     text("patient", "Patient"),
-    text("split", "Split"),
+    { id: "split", title: "Split", value: (slide) => slide.split, cell: splitCell },
   ];
   if (slides.some((slide) => slide.organ)) columns.push(text("organ", "Organ"));
   columns.push({
     id: "quality",
     title: "Quality",
-    value: (slide) => (slide.quality?.flags ?? []).length,
+    value: (slide) => flagsOf(slide).length,
     cell: quality,
     kind: "quality",
   });
-  for (const { name, kind } of study.targets) {
-    const prediction = (slide) => slide.predictions?.[name];
-    columns.push(
-      {
-        id: `label.${name}`,
-        title: name,
-        value: (slide) => labelValue(slide.labels?.[name]),
-        cell: (slide) => labelText(slide.labels?.[name]),
-        kind: kind === "classification" ? "" : "number",
-      },
-      {
-        id: `prediction.${name}`,
-        title: "predicted",
-        label: `${name}, predicted`,
-        value: (slide) => prediction(slide)?.value,
-        cell: (slide) => predictionCell(prediction(slide)),
-        kind: "number",
-      },
-    );
-    if (slides.some((slide) => typeof prediction(slide)?.error === "number")) {
-      columns.push({
-        id: `error.${name}`,
-        title: "error",
-        label: `${name}, error`,
-        value: (slide) => prediction(slide)?.error,
-        cell: (slide) => errorCell(prediction(slide)),
-        kind: "number",
-      });
-    }
-  }
+  for (const target of study.targets) columns.push(...targetColumns(target, slides));
   return columns;
 }
 
-function header(column, sort) {
-  if (!column.value) return element("th", { scope: "col", class: column.kind });
-  const button = element("button", { type: "button", "aria-label": `Sort by ${column.label ?? column.title}` }, column.title);
-  button.addEventListener("click", sort);
-  return element("th", { scope: "col", class: column.kind || null }, button);
+function targetColumns({ name, kind, unit }, slides) {
+  const group = unit ? `${name} (${unit})` : name;
+  const prediction = (slide) => slide.predictions?.[name];
+  const label = (slide) => labelValue(slide.labels?.[name]);
+  const value = (slide) => prediction(slide)?.value;
+  const error = (slide) => prediction(slide)?.error;
+  const written = { label: decimals(slides, label), value: decimals(slides, value), error: decimals(slides, error) };
+  const columns = [
+    {
+      id: `label.${name}`,
+      title: "label",
+      value: label,
+      cell: (slide) => labelCell(slide.labels?.[name], written.label),
+      kind: kind === "classification" ? "first" : "first number",
+    },
+    {
+      id: `prediction.${name}`,
+      title: kind === "survival" ? "log hazard" : "predicted",
+      value,
+      cell: (slide) => predictionCell(prediction(slide), slide.labels?.[name], written.value),
+      kind: "number",
+    },
+  ];
+  if (slides.some((slide) => typeof error(slide) === "number")) {
+    columns.push({
+      id: `error.${name}`,
+      title: "error",
+      value: error,
+      cell: (slide) => written.error(error(slide)),
+      kind: "number",
+    });
+  }
+  return columns.map((column) => ({ ...column, group, full: `${name}, ${column.title}` }));
+}
+
+/** The two rows of the head: the groups, and a button for each column that sorts. */
+function heads(columns, sort) {
+  const groups = [];
+  for (const { group } of columns) {
+    if (groups.length && groups.at(-1).group === group) groups.at(-1).columns += 1;
+    else groups.push({ group, columns: 1 });
+  }
+  const cells = columns.map((column) => {
+    if (!column.value) return element("th", { scope: "col", class: column.kind });
+    const button = element("button", { type: "button", "aria-label": `Sort by ${column.full ?? column.title}` }, column.title);
+    button.addEventListener("click", () => sort(column));
+    return element("th", { scope: "col", class: column.kind }, button);
+  });
+  const above = groups.map(({ group, columns: count }) =>
+    element("th", { colspan: count, scope: "colgroup", class: group ? "first group" : "group" }, group ?? ""),
+  );
+  return { rows: [element("tr", {}, ...above), element("tr", {}, ...cells)], cells };
+}
+
+/** A function that writes the numbers of a column alike: three digits of the largest one. */
+function decimals(slides, value) {
+  let largest = 0;
+  for (const slide of slides) {
+    const found = value(slide);
+    if (typeof found === "number" && Math.abs(found) > largest) largest = Math.abs(found);
+  }
+  const digits = largest > 0 ? Math.min(Math.max(2 - Math.floor(Math.log10(largest)), 0), 9) : 0;
+  const format = new Intl.NumberFormat("en", { minimumFractionDigits: digits, maximumFractionDigits: digits });
+  return (found) => (typeof found === "number" ? format.format(found) : "–");
 }
 
 function row(slide, columns, index) {
@@ -169,22 +202,41 @@ function slideLink(slide) {
   return element("a", { href: slideAddress(slide.slide) }, slide.slide);
 }
 
-function quality(slide) {
-  const flags = slide.quality?.flags ?? [];
-  if (flags.length === 0) return "–";
-  return element("span", { class: "flags", title: flags.join("\n") }, flags.join(", "));
+function splitCell(slide) {
+  if (!slide.exclude) return slide.split ?? "–";
+  return element("span", { title: `Excluded: ${slide.exclude}` }, "excluded");
 }
 
-function predictionCell(prediction) {
+function flagsOf(slide) {
+  return slide.quality?.flags ?? [];
+}
+
+function quality(slide) {
+  const flags = flagsOf(slide);
+  const { tissue_share: tissue, focus, cells } = slide.quality ?? {};
+  const measured = `tissue ${number(100 * tissue)} %, focus ${number(focus)}, ${number(cells)} cells`;
+  const title = [...flags, measured].join("\n");
+  if (flags.length === 0) return element("span", { class: "muted", title }, cells === undefined ? "–" : "no flag");
+  return element("span", { class: "flags", title }, flags.join(", "));
+}
+
+function labelCell(label, written) {
+  if (label !== null && typeof label === "object") return written(label.time) + (label.event ? "" : "+");
+  return typeof label === "number" ? written(label) : labelText(label);
+}
+
+function predictionCell(prediction, label, written) {
   if (!prediction) return "–";
   const { value, encoder, seen } = prediction;
-  const text = prediction.class === undefined ? number(value) : `${prediction.class} ${number(value)}`;
   const origin = seen ? "This slide was in the training of the model." : "The model did not see this slide.";
-  return element("span", { title: `Encoder ${encoder}. ${origin}` }, text, seen ? " *" : "");
-}
-
-function errorCell(prediction) {
-  return prediction ? number(prediction.error) : "–";
+  const cell = element("span", { title: `Encoder ${encoder}. ${origin}` });
+  if (prediction.class === undefined) cell.append(written(value));
+  else {
+    const wrong = label !== undefined && label !== prediction.class;
+    cell.append(element("span", { class: wrong ? "wrong" : null }, prediction.class), ` ${written(value)}`);
+  }
+  if (seen) cell.append(" *");
+  return cell;
 }
 
 function labelValue(label) {
@@ -193,7 +245,7 @@ function labelValue(label) {
 
 function stateOf(slide) {
   if (slide.failed) return "failed";
-  return (slide.quality?.flags ?? []).length ? "flagged" : "plain";
+  return flagsOf(slide).length ? "flagged" : "plain";
 }
 
 function countText(shown, slides) {
@@ -204,8 +256,8 @@ function countText(shown, slides) {
 
 function searchText(slide) {
   const labels = Object.values(slide.labels ?? {}).map(labelText);
-  const flags = slide.quality?.flags ?? [];
-  const parts = [slide.slide, slide.patient, slide.split, slide.organ, slide.failed?.reason, ...labels, ...flags];
+  const parts = [slide.slide, slide.patient, slide.split, slide.organ, slide.exclude, slide.failed?.reason];
+  parts.push(...labels, ...flagsOf(slide));
   return parts.filter(Boolean).join(" ").toLowerCase();
 }
 
@@ -241,5 +293,5 @@ function writeState({ search, split, state, sort, descending }) {
   const values = new URLSearchParams();
   for (const [name, value] of Object.entries({ search, split, state })) if (value) values.set(name, value);
   if (sort) values.set("sort", `${descending ? "-" : ""}${sort}`);
-  return `#${values}`;
+  return values.size ? `#${values}` : "";
 }

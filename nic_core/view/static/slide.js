@@ -22,11 +22,7 @@ byId("help-button").addEventListener("click", () => help.showModal());
 try {
   const [slide, study] = await Promise.all([get(slideApi(name)), get("/api/study")]);
   byId("study").textContent = study.name;
-  if (slide.failed) {
-    fail({ message: slide.failed.reason, remedy: slide.failed.remedy });
-  } else {
-    open(slide, study);
-  }
+  open(slide, study);
 } catch (error) {
   fail(error);
 }
@@ -47,9 +43,10 @@ function open(slide, study) {
     if (view) show(map, view);
     else fit(map, slide);
     const unknown = layers.set(wanted ?? firstLayers(slide));
-    byId("notice").textContent = unknown.length
-      ? `The address names layers that this slide does not have: ${unknown.join(", ")}.`
-      : "";
+    const notices = [];
+    if (slide.failed) notices.push(`The slide ${slide.failed.reason}: ${slide.failed.remedy}.`);
+    if (unknown.length) notices.push(`This slide has no layer ${unknown.join(", ")}, which the address names.`);
+    byId("notice").textContent = notices.join(" ");
   };
   const keepLink = debounced(100, () => {
     const hash = writeHash(viewOf(map), layers.shown());
@@ -213,10 +210,10 @@ async function describe() {
   const slides = await get("/api/slides").catch(() => []);
   const position = slides.findIndex((entry) => entry.slide === name);
   if (position < 0) return;
-  const { patient, split, labels } = slides[position];
-  const facts = [`patient ${patient}`, split];
-  for (const [target, label] of Object.entries(labels ?? {})) facts.push(`${target} ${labelText(label)}`);
-  byId("facts").textContent = facts.filter(Boolean).join(" · ");
+  const { patient, split, exclude, labels } = slides[position];
+  const facts = Object.entries({ patient, split, excluded: exclude }).filter(([, value]) => value);
+  for (const [target, label] of Object.entries(labels)) facts.push([target, labelText(label)]);
+  byId("facts").textContent = facts.map(([title, value]) => `${title}: ${value}`).join(" · ");
   for (const [id, step] of [["previous", -1], ["next", 1]]) {
     const neighbour = slides[position + step];
     const link = byId(id);

@@ -43,7 +43,7 @@ export function slideMap(container, slide) {
   // below the tiles (z-index 200): the whole slide is seen before they arrive
   map.createPane("thumbnail").style.zIndex = "150";
   if (slide.thumbnail) L.imageOverlay(slide.thumbnail, extent, { pane: "thumbnail" }).addTo(map);
-  L.tileLayer(slideApi(slide.slide, "/tiles/{z}/{x}/{y}.jpg"), {
+  const tiles = L.tileLayer(slideApi(slide.slide, "/tiles/{z}/{x}/{y}.jpg"), {
     tileSize: slide.tile_size,
     minZoom: slide.min_zoom - 1,
     maxZoom: slide.max_zoom + MAGNIFIED,
@@ -53,9 +53,18 @@ export function slideMap(container, slide) {
     noWrap: true,
     keepBuffer: 3,
     updateWhenZooming: false,
-  }).addTo(map);
+  });
+  tiles.on("tileloadstart", ({ tile, coords }) => clip(tile, coords, slide));
+  tiles.addTo(map);
   L.rectangle(extent, { color: "#8a929c", weight: 1, fill: false, interactive: false }).addTo(map);
   return map;
+}
+
+/** Hide what a tile shows beyond the right and the lower edge of the slide. */
+function clip(tile, { x, y, z }, slide) {
+  const side = slide.tile_size * 2 ** -z;
+  const beyond = (index, end) => Math.max(0, 100 * (index + 1 - end / side));
+  tile.style.clipPath = `inset(0 ${beyond(x, slide.width)}% ${beyond(y, slide.height)}% 0)`;
 }
 
 /** Show the whole slide. */
@@ -102,7 +111,8 @@ export function addScaleBar(map, mpp) {
 /** The whole slide, small, with a frame around what is seen; a click or a drag moves the map. */
 export function addMinimap(map, slide) {
   if (!slide.thumbnail) return;
-  const scale = Math.min(180 / slide.width, 140 / slide.height);
+  const side = Math.min(160, map.getSize().x / 5);
+  const scale = side / Math.max(slide.width, slide.height);
   const control = L.control({ position: "bottomright" });
   control.onAdd = () => {
     const box = L.DomUtil.create("div", "minimap");
@@ -115,10 +125,10 @@ export function addMinimap(map, slide) {
     box.style.height = `${slide.height * scale}px`;
     const update = () => {
       const seen = map.getBounds();
-      const clip = (value, end) => Math.min(Math.max(value, 0), end) * scale;
-      const [left, right] = [seen.getWest(), seen.getEast()].map((x) => clip(x, slide.width));
+      const inside = (value, end) => Math.min(Math.max(value, 0), end) * scale;
+      const [left, right] = [seen.getWest(), seen.getEast()].map((x) => inside(x, slide.width));
       // south is the smaller latitude, here the upper edge
-      const [top, bottom] = [seen.getSouth(), seen.getNorth()].map((y) => clip(y, slide.height));
+      const [top, bottom] = [seen.getSouth(), seen.getNorth()].map((y) => inside(y, slide.height));
       Object.assign(frame.style, {
         left: `${left}px`,
         top: `${top}px`,
