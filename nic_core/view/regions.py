@@ -101,9 +101,9 @@ def save_regions(
     Raises
     ------
     ViewError
-        400: the request is not valid, or a region is not a simple polygon on the slide. 404, 410,
-        422: see :meth:`~nic_core.view.slides.OpenSlides.get`. 409: the regions changed since they were
-        read, or a file in the way was not saved by this viewer. 507: the folder cannot be written.
+        400: the request is not valid, or a region is not a simple polygon on the slide. 409: the
+        regions changed since they were read, or a file in the way was not saved by this viewer.
+        507: the folder cannot be written. Others: :meth:`~nic_core.view.slides.OpenSlides.get`.
     """
     sent = _parsed(body)
     with slides.get(slide) as entry:
