@@ -42,7 +42,7 @@ Figure = Any  # Bokeh has no types for its figures' methods
 UNITS = "units"
 """Name of the data source of the points: the page opens the unit that is tapped."""
 _SPLITS = {"cv": "cross-validated", "test": "test split"}
-_WIDTH, _HEIGHT = 430, 380  # px
+_WIDTH, _HEIGHT = 390, 400  # px
 _COLOURS = (RED, BLUE, "#5a8f4e", "#b0782f", "#7a5aa6", "#4f9aa8", "#8a8a3a", "#a6567f")
 
 
@@ -190,6 +190,16 @@ def _dotted_line(plot: Figure, ends: list[Any], label: str) -> None:
     plot.line(ends, ends, color=GREY, line_dash="dotted", line_width=2, legend_label=label)
 
 
+def _with_legend_above(plot: Figure) -> Figure:
+    """Move the legend out of the plot, where it hides no point."""
+    if plot.legend:
+        legend = plot.legend[0]
+        legend.border_line_color = None
+        legend.padding, legend.spacing, legend.margin = 0, 0, 4
+        plot.add_layout(legend, "above")
+    return plot
+
+
 def _source(table: pl.DataFrame) -> ColumnDataSource:
     return ColumnDataSource(table.to_dict(as_series=False))
 
@@ -201,15 +211,20 @@ def _points(
     x: NDArray[np.float64],
     y: NDArray[np.float64],
     colours: list[str],
+    groups: list[str] | None,
     values: Mapping[str, list[str]],
 ) -> None:
-    """Draw a point per unit that can be tapped, with values under the pointer."""
+    """Draw a point per unit that can be tapped, with values under the pointer.
+
+    ``groups`` name the units of each colour in the legend; None: the curves name them.
+    """
     labels = [label_of(target, row) for row in rows.iter_rows(named=True)]
     source = ColumnDataSource(
         {
             "x": x,
             "y": y,
             "colour": colours,
+            "group": groups or [""] * len(colours),
             "unit": rows["unit"].to_list(),
             "slides": [", ".join(slides) for slides in rows["slides"]],
             "label": [_label_text(label) for label in labels],
@@ -217,8 +232,16 @@ def _points(
         },
         name=UNITS,
     )
+    legend = {"legend_group": "group"} if groups else {}
     points: GlyphRenderer = plot.scatter(
-        "x", "y", source=source, color="colour", size=9, fill_alpha=0.7, line_color="white"
+        "x",
+        "y",
+        source=source,
+        color="colour",
+        size=9,
+        fill_alpha=0.7,
+        line_color="white",
+        **legend,
     )
     shown = [(target.level, "@unit"), ("label", "@label"), *((n, f"@{{{n}}}") for n in values)]
     if target.level == "patient":
@@ -262,9 +285,9 @@ def _roc_plot(target: ClassificationTarget, rows: pl.DataFrame) -> Figure:
         f"probability of {name}": [f"{p:.3f}" for p in rows[f"probability_{name}"]]
         for name in target.classes
     }
-    _points(plot, target, rows, x_of, y_of, colours, values)
-    plot.legend.location = "bottom_right"
-    return plot
+    groups = [f"{target.level} with {target.classes[k]}" for k in y.tolist()]
+    _points(plot, target, rows, x_of, y_of, colours, groups, values)
+    return _with_legend_above(plot)
 
 
 def _scatter_plot(target: RegressionTarget, rows: pl.DataFrame) -> Figure:
@@ -281,10 +304,10 @@ def _scatter_plot(target: RegressionTarget, rows: pl.DataFrame) -> Figure:
         y,
         predicted,
         [BLUE] * len(y),
+        [target.level] * len(y),
         {"prediction": [f"{p:.3g}" for p in predicted]},
     )
-    plot.legend.location = "top_left"
-    return plot
+    return _with_legend_above(plot)
 
 
 def _kaplan_meier_plot(target: SurvivalTarget, rows: pl.DataFrame) -> Figure:
@@ -314,9 +337,10 @@ def _kaplan_meier_plot(target: SurvivalTarget, rows: pl.DataFrame) -> Figure:
         time,
         survival,
         [RED if h else BLUE for h in high],
+        None,
         {"risk": [f"{r:.3g}" for r in risk]},
     )
-    return plot
+    return _with_legend_above(plot)
 
 
 def _calibration_plot(target: Target, path: Path) -> Figure:
@@ -324,8 +348,9 @@ def _calibration_plot(target: Target, path: Path) -> Figure:
     table = pl.read_parquet(path, glob=False).filter(pl.col("model") == NETWORK)
     table = table.drop_nulls("observed")
     plot = _new("mean predicted", "observed, 95 % interval")
-    ends = table.select("predicted", "observed").unpivot()["value"]
+    ends = table.select("predicted", "observed", "low", "high").unpivot()["value"].drop_nulls()
     if len(ends):
+        # the ends of the diagonal are those of the intervals, so that the plot holds them all
         _dotted_line(plot, [ends.min(), ends.max()], "observed = predicted")
     curves = table.group_by("outcome", "time", maintain_order=True)
     for number, ((outcome, time), part) in enumerate(curves):
@@ -356,9 +381,7 @@ def _calibration_plot(target: Target, path: Path) -> Figure:
                 source=with_interval, base="predicted", lower="low", upper="high", line_color=colour
             )
         )
-    if plot.legend:
-        plot.legend.location = "top_left"
-    return plot
+    return _with_legend_above(plot)
 
 
 def _curve_name(target: Target, outcome: Any, time: Any) -> str:
