@@ -4,10 +4,10 @@
     python benchmarks/similar.py --cells 1000000
 
 Random unit vectors stand for the embeddings of slides of 10,000 cells: the time does not depend on
-their values. First the whole search in an index of 128 numbers a cell, as ``nic view`` does it, from
-an index that is in the page cache. Then one multiplication of all vectors with one, for float32 as
-in the index and for smaller types, which would need a second, exact pass over candidates. The
-largest index takes 5 GB of disk, and of memory while it is searched.
+their values. First the whole search in an index of 128 numbers a cell, as ``nic view`` does it,
+while the index is in the page cache. Then one multiplication of all vectors with one, for float32
+as in the index and for smaller types, which would need a second, exact pass over candidates. The
+largest index takes 5 GB of disk, and as much memory while it is searched.
 """
 
 from __future__ import annotations

@@ -14,7 +14,10 @@ from typing import Any
 import numpy as np
 import polars as pl
 from bokeh.embed import json_item
-from bokeh.models import ColumnDataSource, GlyphRenderer, HoverTool, TapTool, Whisker
+from bokeh.models.annotations import Whisker
+from bokeh.models.renderers import GlyphRenderer
+from bokeh.models.sources import ColumnDataSource
+from bokeh.models.tools import HoverTool, TapTool
 from bokeh.plotting import figure
 from numpy.typing import NDArray
 from sklearn.metrics import roc_curve
@@ -285,7 +288,7 @@ def _roc_plot(target: ClassificationTarget, rows: pl.DataFrame) -> Figure:
         f"probability of {name}": [f"{p:.3f}" for p in rows[f"probability_{name}"]]
         for name in target.classes
     }
-    groups = [f"{target.level} with {target.classes[k]}" for k in y.tolist()]
+    groups = [f"{target.level}: {target.classes[k]}" for k in y.tolist()]
     _points(plot, target, rows, x_of, y_of, colours, groups, values)
     return _with_legend_above(plot)
 
