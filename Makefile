@@ -20,7 +20,7 @@ LOWEST_TESTS ?= tests/test_cohort.py tests/test_store.py tests/test_tables.py te
 	tests/encoders/test_networks.py tests/assets/test_dependencies.py \
 	tests/assets/test_staleness.py
 
-.PHONY: demo refresh ui mlflow test test-fast test-core test-lowest gpu-check lint docs \
+.PHONY: demo refresh ui view mlflow test test-fast test-core test-lowest gpu-check lint docs \
 	lock
 
 # everything but torch with its hashes checked; then torch and this project (requirements/lock.py)
@@ -28,7 +28,7 @@ LOWEST_TESTS ?= tests/test_cohort.py tests/test_store.py tests/test_tables.py te
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade "pip>=25.3"
 	$(BIN)/pip install --quiet $(HASHED) --requirement requirements/platform.txt
-	$(BIN)/pip install --quiet $(LOCK) --editable '.[platform]'
+	$(BIN)/pip install --quiet $(LOCK) --editable '.[platform,view]'
 	touch $@
 
 .venv/installed-tests: .venv/installed requirements/dev.txt
@@ -64,6 +64,10 @@ ui: PORT ?= 3000
 ui: .venv/installed  ## Dagster on http://127.0.0.1:3000, or make ui PORT=...
 	@$(BIN)/python -m nic_assets.operations.port $(PORT)
 	$(BIN)/dagster dev --host 127.0.0.1 --port $(PORT)
+
+view: PORT ?= 8765
+view: .venv/installed  ## the slides and products on http://127.0.0.1:8765, or make view PORT=...
+	$(BIN)/nic view --port $(PORT)
 
 MLFLOW_ADDRESS := "from nic_assets.tracking.database import database_uri; \
 	from nic_core.store import Store; print(database_uri(Store.from_environment()))"
