@@ -20,8 +20,10 @@ nothing is rounded (`benchmarks/similar.py`).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 from pathlib import Path
 
 import numpy as np
@@ -149,12 +151,14 @@ def write_index(folder: Path, key: str, grids: Mapping[str, Path]) -> None:
     key : str
         States what the index is made of; :func:`open_index` compares it.
     grids : mapping of str to Path
-        Slide id to grid store, at least one. All grids are of one encoder.
+        Slide id to grid store, at least one. All grids are of one encoder and have cells.
 
     Raises
     ------
     GridError
         A grid cannot be opened, or grids are of different weights, patches or strides.
+    ValueError
+        A grid has no cell.
     ChunkError
         A grid is damaged.
     StoreError
@@ -169,7 +173,7 @@ def write_index(folder: Path, key: str, grids: Mapping[str, Path]) -> None:
                 f"'{first.provenance.slide}'; compress both slides with one encoder"
             )
     counts = {slide: int(grid.valid.sum()) for slide, grid in opened.items()}
-    mean = _mean([grid for slide, grid in opened.items() if counts[slide]], first.shape[0])
+    mean = _mean(opened)
     total = sum(counts.values())
     with atomic_folder(folder) as new:
         vectors = np.lib.format.open_memmap(
@@ -264,20 +268,24 @@ def similar_cells(
     similarity = index.vectors @ query
     similarity[cell] = -np.inf
     _leave_out_near(index, similarity, cell, apart)
+    # only the slide of the cell that was taken is searched again
+    best = np.maximum.reduceat(similarity, index.starts[:-1])
     found: list[SimilarCell] = []
     taken: Counter[int] = Counter()
     for _ in range(count):
-        best = int(similarity.argmax())
-        if similarity[best] == -np.inf:
+        number = int(best.argmax())
+        if best[number] == -np.inf:
             break
-        number = index.slide_of(best)
-        found.append(_found(index, best, number, float(similarity[best])))
+        of_slide = similarity[index.starts[number] : index.starts[number + 1]]
+        nearest = int(index.starts[number]) + int(of_slide.argmax())
+        found.append(_found(index, nearest, number, float(best[number])))
         taken[number] += 1
-        similarity[best] = -np.inf
         if taken[number] == per_slide:
-            similarity[index.starts[number] : index.starts[number + 1]] = -np.inf
-        else:
-            _leave_out_near(index, similarity, best, apart)
+            best[number] = -np.inf
+            continue
+        similarity[nearest] = -np.inf
+        _leave_out_near(index, similarity, nearest, apart)
+        best[number] = of_slide.max()
     return found
 
 
@@ -286,11 +294,10 @@ def _made_by(grid: Grid) -> tuple[object, ...]:
     return about.weights_hash, about.patch, about.stride, about.mpp, grid.shape[0]
 
 
-def _mean(grids: Sequence[Grid], size: int) -> NDArray[np.float64]:
-    """Mean embedding (C,) of all cells of grids that have cells."""
-    moments = [grid_moments(g.provenance.slide, g.embeddings, g.valid) for g in grids]
-    cells = sum(part.cells for part in moments)
-    return sum((part.total for part in moments), np.zeros(size)) / max(cells, 1)
+def _mean(grids: Mapping[str, Grid]) -> NDArray[np.float64]:
+    """Mean embedding (C,) of all cells."""
+    moments = [grid_moments(slide, g.embeddings, g.valid) for slide, g in grids.items()]
+    return reduce(add, moments).mean
 
 
 def _unit_vectors(
