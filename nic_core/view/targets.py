@@ -224,8 +224,8 @@ def _points(
     labels = [label_of(target, row) for row in rows.iter_rows(named=True)]
     source = ColumnDataSource(
         {
-            "x": x,
-            "y": y,
+            "x": x.tolist(),
+            "y": y.tolist(),
             "colour": colours,
             "group": groups or [""] * len(colours),
             "unit": rows["unit"].to_list(),

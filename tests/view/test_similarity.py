@@ -16,6 +16,7 @@ from nic_core.grids import open_grid
 from nic_core.maps.heatmaps import read_heatmap
 from nic_core.models.cross_validation import NETWORK
 from nic_core.models.metrics import high_risk
+from nic_core.models.plots import RED
 from nic_core.slides import open_slide
 from nic_core.steps.slide_models import PREDICTIONS
 from nic_core.store import GridKey, ModelKey
@@ -61,7 +62,6 @@ def test_similar_cells_are_those_of_the_most_alike_colours(client, viewed_study,
         other = np.asarray(grids[cell["slide"]].embeddings[:, cell["row"], cell["column"]]) - mean
         cosine = asked @ other / np.linalg.norm(asked) / np.linalg.norm(other)
         assert cell["similarity"] == pytest.approx(cosine, abs=1e-4)
-    # none of all cells but the left-out neighbours can be above the best by more than rounding
     similarities = [cell["similarity"] for cell in found["cells"]]
     assert similarities == sorted(similarities, reverse=True)
     assert set(found["cells"][0]["labels"]) == {"proliferation", "growth", "survival"}
@@ -136,19 +136,6 @@ def points_of(item):
     return dict(data["entries"])
 
 
-def numbers(column):
-    """The values of a column of numbers, which Bokeh encodes as bytes."""
-    if isinstance(column, dict) and column["type"] == "ndarray":
-        array = column["array"]
-        values = array["data"] if isinstance(array, dict) else array
-        if isinstance(values, str):
-            import base64
-
-            return np.frombuffer(base64.b64decode(values), column["dtype"])
-        return np.asarray(values)
-    return np.asarray(column)
-
-
 def held_out(study, target):
     path = study.store.slide_model(ModelKey(encoder=ENCODER, target=target)) / PREDICTIONS
     return pl.read_parquet(path).filter(model=NETWORK, split="cv")
@@ -165,10 +152,10 @@ def test_points_of_the_roc_curve_enclose_its_auc(client, viewed_study):
     rows = held_out(viewed_study, "growth")
     points = points_of(entry["item"])
     assert points["unit"] == rows["unit"].to_list()
-    x, y = numbers(points["x"]), numbers(points["y"])
+    x, y = np.array(points["x"]), np.array(points["y"])
     order = np.lexsort((y, x))
     area = np.trapezoid(np.r_[0, y[order], 1], np.r_[0, x[order], 1])
-    auc = roc_auc_score(rows["y"], rows[f"probability_{'desmoplastic'}"])
+    auc = roc_auc_score(rows["y"], rows["probability_desmoplastic"])
     assert area == pytest.approx(auc)
     assert f"AUC {auc:.2f}" in entry["title"]
 
@@ -176,15 +163,15 @@ def test_points_of_the_roc_curve_enclose_its_auc(client, viewed_study):
 def test_points_of_a_scatter_plot_are_label_and_prediction(client, viewed_study):
     rows = held_out(viewed_study, "proliferation")
     points = points_of(plot(client, "proliferation", "cross-validated")["item"])
-    assert numbers(points["x"]) == pytest.approx(rows["y"].to_numpy())
-    assert numbers(points["y"]) == pytest.approx(rows["prediction"].to_numpy())
+    assert points["x"] == pytest.approx(rows["y"].to_numpy())
+    assert points["y"] == pytest.approx(rows["prediction"].to_numpy())
 
 
 def test_points_of_survival_are_coloured_by_risk_group(client, viewed_study):
     rows = held_out(viewed_study, "survival")
     points = points_of(plot(client, "survival", "cross-validated")["item"])
-    assert numbers(points["x"]) == pytest.approx(rows["time"].to_numpy())
-    red = [colour == max(points["colour"]) for colour in points["colour"]]
+    assert points["x"] == pytest.approx(rows["time"].to_numpy())
+    red = [colour == RED for colour in points["colour"]]
     assert red == high_risk(rows["risk"].to_numpy()).tolist()
 
 
