@@ -17,6 +17,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -92,23 +93,27 @@ def main() -> None:
     for cells in sizes:
         with tempfile.TemporaryDirectory() as folder:
             index = random_index(Path(folder), cells)
-            report("search, 12 cells", cells, lambda i=index: similar_cells(i, 5, count=12))
+            report("search, 12 cells", cells, partial(similar_cells, index, 5, count=12))
             query = np.array(index.vectors[5])
-            report("float32 product", cells, lambda i=index, q=query: i.vectors @ q)
+            report("float32 product", cells, partial(np.matmul, index.vectors, query))
             half = torch.empty((cells, NUMBERS), dtype=torch.float16)
             small = torch.empty((cells, NUMBERS), dtype=torch.int8)
             for start in range(0, cells, _BLOCK):
                 block = torch.from_numpy(np.array(index.vectors[start : start + _BLOCK]))
                 half[start : start + _BLOCK] = block.half()
-                small[start : start + _BLOCK] = (block * 254).round().clamp(-127, 127).char()
-            del index
+                small[start : start + _BLOCK] = as_int8(block)
+            one = torch.from_numpy(query)
+            report("float16 product, not exact", cells, partial(torch.mv, half, one.half()))
             report(
-                "float16 product, not exact",
+                "int8 product, not exact",
                 cells,
-                lambda h=half, q=query: h @ torch.from_numpy(q).half(),
+                partial(torch._int_mm, small, as_int8(one)[:, None]),
             )
-            one = (torch.from_numpy(query) * 254).round().clamp(-127, 127).char()[:, None]
-            report("int8 product, not exact", cells, lambda s=small, o=one: torch._int_mm(s, o))
+
+
+def as_int8(values: torch.Tensor) -> torch.Tensor:
+    """Numbers from -1/2 to 1/2 as whole ones."""
+    return (values * 254).round().clamp(-127, 127).char()
 
 
 if __name__ == "__main__":

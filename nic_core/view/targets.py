@@ -236,7 +236,7 @@ def _points(
         name=UNITS,
     )
     legend = {"legend_group": "group"} if groups else {}
-    points: GlyphRenderer = plot.scatter(
+    points: GlyphRenderer[Any] = plot.scatter(
         "x",
         "y",
         source=source,
