@@ -2,7 +2,7 @@
 
 =================  ==========  ================================================================
 constraints.txt    no hashes   one version of every package that any extra or group can bring
-platform.txt       hashes      what ``nic-pathology[platform]`` needs
+platform.txt       hashes      what ``nic-pathology[platform,view]`` needs
 image.txt          hashes      what the extras ``kubernetes`` and ``postgres`` add to that
 dev.txt            hashes      what the groups ``test``, ``lint`` and ``docs`` add to that
 lowest.txt         no hashes   the lowest version of every direct dependency
@@ -13,7 +13,7 @@ is a setting of the machine. pip asks for a hash of every package or of none. So
 its CUDA builds need are in ``constraints.txt`` alone, and an installation has two steps::
 
     pip install --require-hashes --no-deps -r requirements/platform.txt
-    pip install -c requirements/constraints.txt -e '.[platform]'
+    pip install -c requirements/constraints.txt -e '.[platform,view]'
 
 The first installs everything but torch and checks the hashes. The second adds torch in the locked
 version, from whatever build the machine offers, and this project.
@@ -40,13 +40,13 @@ LOWEST_TORCH = "torch==2.13.0"
 
 EXTRAS_AND_GROUPS = ("--all-extras", "--group=dev", "--group=lock")
 HASHED = {
-    "platform.txt": ("--extra=platform",),
+    "platform.txt": ("--extra=platform", "--extra=view"),
     "image.txt": ("--extra=kubernetes", "--extra=postgres"),
-    "dev.txt": ("--extra=platform", "--group=dev"),
+    "dev.txt": ("--extra=platform", "--extra=view", "--group=dev"),
 }
 HEADERS = {
     "constraints.txt": "One version of every package that any extra or group can bring.",
-    "platform.txt": "What nic-pathology[platform] needs, but torch.",
+    "platform.txt": "What nic-pathology[platform,view] needs, but torch.",
     "image.txt": "What the extras kubernetes and postgres add to platform.txt.",
     "dev.txt": "What the groups test, lint and docs add to platform.txt.",
     "lowest.txt": "The lowest versions of the direct dependencies; of torch the lowest tested.",

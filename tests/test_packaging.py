@@ -79,6 +79,7 @@ def module(distribution: str) -> str:
 
 CORE = required(PROJECT["dependencies"])
 PLATFORM = required(PROJECT["optional-dependencies"]["platform"])
+VIEW = required(PROJECT["optional-dependencies"]["view"])
 
 
 def test_the_library_needs_neither_dagster_nor_mlflow():
@@ -97,6 +98,7 @@ def test_every_dependency_is_used(package, needs):
 def test_everything_imported_is_a_dependency():
     # the error without it names the extra; anndata brings pandas, spatialdata geopandas
     optional = {"timm", "pylibCZIrw", "anndata", "pandas", "spatialdata", "geopandas"}
+    optional |= {module(name) for name in VIEW}
     engines = {"dagster_celery", "dagster_k8s", "dagster_postgres", "dagster_ray", "psycopg2"}
     known = set(sys.stdlib_module_names) | {"nic_core", *map(module, CORE)}
     # what a dependency is made of, in the same version
@@ -158,7 +160,7 @@ def test_packages_of_dagster_are_of_one_release():
 def test_both_packages_are_typed():
     for package in ("nic_core", "nic_assets"):
         assert (ROOT / package / "py.typed").read_bytes() == b""
-        assert PYPROJECT["tool"]["setuptools"]["package-data"][package] == ["py.typed"]
+        assert PYPROJECT["tool"]["setuptools"]["package-data"][package][0] == "py.typed"
 
 
 def test_the_version_is_stated_in_one_place():
@@ -189,7 +191,7 @@ def test_the_lock_admits_what_the_project_asks_for():
 @pytest.mark.parametrize(
     ("file", "needs"),
     [
-        ("platform.txt", [*CORE.values(), *PLATFORM.values()]),
+        ("platform.txt", [*CORE.values(), *PLATFORM.values(), *VIEW.values()]),
         ("dev.txt", list(required(group("dev")).values())),
     ],
 )

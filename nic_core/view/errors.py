@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-# two names joined by a separator, or a separator in front: a path, not a quotient such as um/px
-_PATH = re.compile(r"(?:~|\.{1,2})?(?:/[^\s/:;,'\"()]+){2,}/?|[A-Za-z]:\\[^\s:;,'\"()]+")
+# two separators or more, or a drive: a path, and not a quotient such as um/px
+_NAME = r"[^\s/\\:;,'\"()]"
+_PATH = re.compile(rf"{_NAME}*(?:/{_NAME}+){{2,}}/?|[A-Za-z]:(?:\\{_NAME}+)+")
 
 
 class ViewError(Exception):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +21,7 @@ import numpy.typing as npt
 import shapely
 from matplotlib.colors import to_hex
 from PIL import Image
+from skimage.measure import block_reduce
 
 from nic_core.cohort import ClassificationTarget, CohortError, PatchTask, ProbabilityMap, Target
 from nic_core.encoders.patch_sources import annotated_rows, row_regions
@@ -59,7 +61,8 @@ TRUTH_COLOURS = {"negative": "#1c7ed6", "positive": "#e03131"}
 _STOPS = 9  # colours of a ramp in its key
 _RANGE = 98  # percentile of absolute heat that is drawn in pure colour [choice]
 _FOCUS_RANGE = (2, 98)  # percentiles of focus that are drawn in pure colours [choice]
-_SIMPLIFIED = 0.5  # px of the tissue mask by which its outline may be off [choice]
+_OUTLINE_SIDE = 2048  # px: longest side of the mask that is outlined, of a larger one reduced
+_SIMPLIFIED = 0.5  # px of this mask by which the outline may be off [choice]
 _AREA_COLOURS = "tab10"
 _LABEL_COLOURS = "tab20"
 
@@ -195,16 +198,28 @@ def _tissue(study: ViewedStudy, slide: str) -> Iterator[Layer]:
 
     def draw() -> bytes:
         record = read_record(study.store, slide)
-        mask = TissueMask.load(path, record.tissue_mpp)
-        px = mask.mpp / record.mpp
-        shapes = [shapely.Polygon(p[0], p[1:]) for p in outlines(mask.array, px)]
-        simple = shapely.simplify(shapely.MultiPolygon(shapes), px * _SIMPLIFIED)
-        return _geojson([("tissue", TISSUE_COLOUR, simple)])
+        mask = TissueMask.load(path, record.tissue_mpp).array
+        step = math.ceil(max(mask.shape) / _OUTLINE_SIDE)
+        reduced = block_reduce(mask, step, np.mean) > 0.5 if step > 1 else mask
+        px = record.tissue_mpp / record.mpp * step
+        polygons = [
+            shapely.Polygon(*_simplified([*map(shapely.LinearRing, rings)], px * _SIMPLIFIED))
+            for rings in outlines(reduced, px)
+        ]
+        return _geojson([("tissue", TISSUE_COLOUR, shapely.MultiPolygon(polygons))])
 
     legend = _classes(["tissue"], [TISSUE_COLOUR], "Outline of the tissue mask.")
     yield Layer(
         "tissue", "Tissue outline", "tissue", "polygons", path, lambda: Described(legend), draw, 1.0
     )
+
+
+def _simplified(
+    rings: Sequence[shapely.LinearRing], tolerance: float
+) -> tuple[shapely.LinearRing, list[shapely.LinearRing]]:
+    """Simplify the outer ring and the holes of a polygon each by itself, which is fast."""
+    outer, *holes = shapely.simplify(rings, tolerance)
+    return outer, holes
 
 
 def _patch_tables(study: ViewedStudy, slide: str) -> Iterator[Layer]:

@@ -16,7 +16,7 @@ from nic_core.store import StoreError
 from nic_core.view.cache import AnswerCache
 from nic_core.view.errors import ViewError, without_paths
 from nic_core.view.slides import OpenedSlide
-from nic_core.view.study import ViewedStudy, labels_of_slides
+from nic_core.view.study import ViewedStudy, labels_of
 from nic_core.view.tiles import encode_jpeg
 
 MAX_CELLS = 100  # of an answer
@@ -50,7 +50,7 @@ def similar_answer(
     except ValueError as error:
         raise ViewError(422, "nothing is similar to this cell", str(error)) from error
     seconds = time.perf_counter() - started
-    labels = {target.name: labels_of_slides(study, target) for target in study.cohort.targets}
+    labels = {target.name: labels_of(study, target)[0] for target in study.cohort.targets}
     return {
         "seconds": seconds,
         "cells_searched": len(index.vectors),

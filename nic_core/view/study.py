@@ -12,7 +12,7 @@ from typing import Any
 import polars as pl
 
 from nic_core.cohort import ClassificationTarget, Cohort, CohortError, SurvivalTarget, Target
-from nic_core.cohort.index import find_slides, row_source
+from nic_core.cohort.index import INDEX_SCHEMA, find_slides, row_source
 from nic_core.models.cross_validation import NETWORK
 from nic_core.models.kinds import kind_of
 from nic_core.models.labels import read_labels, target_table
@@ -23,7 +23,7 @@ from nic_core.steps.slide_models import PREDICTIONS
 from nic_core.steps.slides import RECORD, THUMBNAIL
 from nic_core.store import ModelKey, Store
 from nic_core.version import __version__
-from nic_core.view.cache import FileCache
+from nic_core.view.cache import FileCache, file_version
 from nic_core.view.errors import ViewError, without_paths
 
 _FILES = 256  # tables and arrays in memory
@@ -56,7 +56,7 @@ class ViewedStudy:
     store: Store
     unusable: Mapping[str, Failed]
     files: FileCache = field(default_factory=lambda: FileCache(_FILES))
-    _opened: dict[tuple[object, ...], Failed] = field(default_factory=dict)
+    _opened: dict[tuple[str, tuple[int, ...]], Failed] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def index(self) -> dict[str, dict[str, Any]]:
@@ -94,9 +94,8 @@ class ViewedStudy:
         A slide without a record is opened once for each state of its file.
         """
         row = self.row(slide)
-        path = Path(row["path"])
         try:
-            stat = path.stat()
+            version = file_version(Path(row["path"]))
         except OSError:
             return Failed(
                 "has no file any more: it was moved or removed after the slide index was made",
@@ -104,11 +103,10 @@ class ViewedStudy:
             )
         if (self.store.slide(slide) / RECORD).exists():
             return None
-        key = (slide, stat.st_mtime_ns, stat.st_size)
         with self._lock:
-            if key not in self._opened:
-                self._opened[key] = _opening_problem(row)
-            return self._opened[key]
+            if (slide, version) not in self._opened:
+                self._opened[slide, version] = _opening_problem(row)
+            return self._opened[slide, version]
 
 
 def open_study(cohort: Cohort, store: Store) -> ViewedStudy:
@@ -162,6 +160,7 @@ def study_summary(study: ViewedStudy, *, annotate: bool) -> dict[str, Any]:
                 "classes": list(target.classes) if isinstance(target, ClassificationTarget) else [],
                 "unit": target.unit if isinstance(target, SurvivalTarget) else None,
                 "encoders": encoders_of(study, target.name),
+                "problem": labels_of(study, target)[1],
             }
             for target in cohort.targets
         ],
@@ -184,7 +183,7 @@ def slide_list(study: ViewedStudy) -> list[dict[str, Any]]:
     """Return what ``/api/slides`` answers: a row for each slide of the cohort, by slide id."""
     store, index = study.store, study.index()
     qualities = _qualities(study)
-    labels = {target.name: labels_of_slides(study, target) for target in study.cohort.targets}
+    labels = {target.name: labels_of(study, target)[0] for target in study.cohort.targets}
     predictions = {target.name: _predictions(study, target) for target in study.cohort.targets}
     rows = []
     for slide, row in index.items():
@@ -263,9 +262,24 @@ def _read_qualities(path: Path) -> dict[str, dict[str, Any]]:
     }
 
 
-def labels_of_slides(study: ViewedStudy, target: Target) -> dict[str, Any]:
-    """Return the label of each slide: a number, a class, or time and event."""
-    index = pl.DataFrame(list(study.index().values()))
+def labels_of(study: ViewedStudy, target: Target) -> tuple[dict[str, Any], str | None]:
+    """Return the label of each slide, and why there are none; None: they could be read.
+
+    A label is a number, a class, or time and event.
+    """
+    path = study.cohort.labels
+    read = partial(_read_labels, study, target)
+    try:
+        if path is None or not path.exists():
+            return read(), None
+        key = (target.name, file_version(study.store.slide_index))
+        return study.files.get(path, read, *key), None
+    except CohortError as error:
+        return {}, without_paths(str(error), [str(path)])
+
+
+def _read_labels(study: ViewedStudy, target: Target) -> dict[str, Any]:
+    index = pl.DataFrame(list(study.index().values()), schema=INDEX_SCHEMA)
     table = target_table(target, read_labels(study.cohort, target, index), index)
     return {
         slide: label_of(target, row)
