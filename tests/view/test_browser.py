@@ -50,7 +50,7 @@ FLAGS = (
     "--force-color-profile=srgb",
 )
 SIZE = {"width": 1280, "height": 800}
-WAIT_MS = 30_000
+WAIT_MS = 8_000
 SLIDES = ("bounded", "odd")
 
 
@@ -175,16 +175,28 @@ def page(seen: Seen, address: str) -> Iterator[Any]:
     assert [url for url in seen.requests if not url.startswith((address, "data:"))] == []
 
 
+def settle(page: Any) -> None:
+    """Wait until every tile is there and has faded in, which takes 200 ms."""
+    page.wait_for_timeout(300)
+    page.wait_for_load_state("networkidle")
+    page.wait_for_timeout(300)
+
+
 def open_view(page: Any, slide: str, x: float, y: float, zoom: float, layers: str) -> np.ndarray:
     """Open a view of a slide and return its map, uint8 (rows, columns, 3)."""
     page.goto("about:blank")
     page.goto(f"/slide/{quote(slide)}#x={x}&y={y}&zoom={zoom}&layers={layers}")
     page.wait_for_selector("#layers fieldset")
-    page.wait_for_load_state("networkidle")
-    page.wait_for_timeout(400)  # tiles fade in for 200 ms
+    settle(page)
+    return map_of(page)
+
+
+def map_of(page: Any) -> np.ndarray:
+    """Return the map without its controls, uint8 (rows, columns, 3)."""
     page.evaluate("document.querySelector('.leaflet-control-container').hidden = true")
-    page.evaluate("document.activeElement.blur()")
-    return picture(page.locator("#map").screenshot())
+    shown = picture(page.locator("#map").screenshot())
+    page.evaluate("document.querySelector('.leaflet-control-container').hidden = false")
+    return shown
 
 
 def picture(png: bytes) -> np.ndarray:
@@ -294,9 +306,12 @@ def test_the_tissue_outline_lies_on_the_mask(page, study, slide):
             pen.line([((u - x) * 2**zoom, (v - y) * 2**zoom) for u, v in ring], fill=1)
     expected = np.asarray(reference)
     assert expected.sum() > 500
+    # the outline is simplified by less than a px of the mask
+    limit = 2 + mask.mpp / record.mpp * 2**zoom
     for one, other in ((drawn, expected), (expected, drawn)):
         distance = ndimage.distance_transform_edt(~other)
-        assert distance[one].max() <= 3
+        assert distance[one].max() <= limit
+        assert np.median(distance[one]) <= 1.5
 
 
 def test_opacity_fades_a_layer(page):
@@ -317,14 +332,18 @@ def test_the_permalink_keeps_place_zoom_and_layers(page):
     page.wait_for_url(re.compile("grid.colour:0.35$"))
     link = page.evaluate("location.hash")
     assert link == "#x=700&y=800&zoom=0&layers=tissue:1,grid.colour:0.35"
-    before = picture(page.locator("#map").screenshot())
+    settle(page)
+    before = map_of(page)
     page.goto("about:blank")
     page.goto(f"/slide/odd{link}")
     page.wait_for_selector("#layers fieldset")
-    page.wait_for_load_state("networkidle")
-    page.wait_for_timeout(400)
-    after = picture(page.locator("#map").screenshot())
-    assert np.abs(middle(after).astype(int) - middle(before)).mean() < 1
+    settle(page)
+    after = map_of(page)
+    # the address holds whole px of the slide, the corner of a view lies on whole px of the screen
+    shift = best_shift(middle(after), middle(before))
+    assert max(map(abs, shift)) <= 1
+    moved = np.roll(middle(after), shift, (0, 1))
+    assert np.abs(moved.astype(int) - middle(before)).mean() < 1
     # an address that is typed into the open page is followed as well
     page.evaluate("location.hash = '#x=300&y=200&zoom=-2&layers='")
     expect(page.get_by_role("checkbox", name="Grid of colour")).not_to_be_checked()
@@ -347,19 +366,19 @@ def test_any_hash_gives_a_view_of_the_slide(page, hash):
     x, y, zoom = (
         float(re.search(rf"{name}=([0-9.-]+)", page.url)[1]) for name in ("x", "y", "zoom")
     )
-    assert -1000 <= x <= 2900
-    assert -1000 <= y <= 2400
+    assert 0 <= x <= 1901
+    assert 0 <= y <= 1403
     assert -5 <= zoom <= 2
 
 
 def test_keys_move_zoom_and_switch_layers(page):
     open_view(page, "odd", 700, 800, 0, "")
     for key, expected in (
-        ("ArrowRight", r"x=7[1-9]\d&y=800&zoom=0&layers=$"),
+        ("ArrowRight", r"x=7[1-9]\d&y=80[01]&zoom=0&layers=$"),
         ("-", r"zoom=-1&layers=$"),
         ("1", r"layers=tissue:1$"),
         ("1", r"layers=$"),
-        ("f", r"x=951&y=702&zoom=-"),
+        ("f", r"x=95[01]&y=70[12]&zoom=-"),
     ):
         page.keyboard.press(key)
         page.wait_for_url(re.compile(expected))
@@ -372,7 +391,6 @@ def test_keys_move_zoom_and_switch_layers(page):
 @pytest.mark.parametrize(("slide", "mpp"), [("bounded", 0.5), ("odd", 0.3)])
 def test_the_scale_bar_is_as_long_as_it_says(page, slide, mpp):
     open_view(page, slide, 700, 800, 0, "")
-    page.evaluate("document.querySelector('.leaflet-control-container').hidden = false")
     for zoom in (0, -1, -2):
         bar = page.locator(".scale-bar")
         um = float(bar.inner_text().removesuffix(" µm"))
@@ -383,7 +401,6 @@ def test_the_scale_bar_is_as_long_as_it_says(page, slide, mpp):
 
 def test_the_minimap_frames_the_view_and_moves_it(page):
     open_view(page, "odd", 700, 800, 0, "")
-    page.evaluate("document.querySelector('.leaflet-control-container').hidden = false")
     box = page.locator(".minimap").bounding_box()
     frame = page.locator(".minimap .frame").bounding_box()
     scale = box["width"] / 1901
@@ -426,7 +443,7 @@ def test_the_cohort_is_searched_and_filtered(page):
     assert rows(page) == ["odd"]
     assert page.locator("#count").inner_text() == "1 of 4 slides"
     page.get_by_label("Search").fill("")
-    page.get_by_label("Split").select_option("test")
+    page.get_by_role("combobox", name="Split").select_option("test")
     expect(page.locator("#slides td.name")).to_have_count(1)
     assert rows(page) == ["empty"]
 

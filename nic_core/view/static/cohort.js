@@ -1,10 +1,11 @@
 /** The page of the cohort: a table of slides that is sorted, filtered and searched in the browser. */
 
 import { labelText } from "./similar.js";
-import { debounced, element, errorMessage, get, number, slideAddress } from "./view.js";
+import { debounced, element, get, number, showError, slideAddress } from "./view.js";
 
 const ROW = 56; // px; the height of every row in view.css
 const MARGIN = 8; // rows drawn beyond each end of the window
+const collator = new Intl.Collator("en", { numeric: true });
 
 const byId = (id) => document.getElementById(id);
 const frame = byId("frame");
@@ -20,9 +21,13 @@ try {
       element("a", { href: `/target/${encodeURIComponent(name)}` }, `${name} plots`),
     ),
   );
+  byId("notice").textContent = study.targets
+    .filter(({ problem }) => problem)
+    .map(({ name, problem }) => `No labels of ${name}: ${problem}`)
+    .join(" ");
   cohort(study, slides);
 } catch (error) {
-  frame.replaceChildren(errorMessage(error));
+  showError(frame, error);
 }
 
 function cohort(study, slides) {
@@ -255,13 +260,12 @@ function countText(shown, slides) {
 }
 
 function searchText(slide) {
-  const labels = Object.values(slide.labels ?? {}).map(labelText);
+  // unrounded, as the label table has them
+  const labels = Object.values(slide.labels ?? {}).map((label) => String(labelValue(label)));
   const parts = [slide.slide, slide.patient, slide.split, slide.organ, slide.exclude, slide.failed?.reason];
   parts.push(...labels, ...flagsOf(slide));
   return parts.filter(Boolean).join(" ").toLowerCase();
 }
-
-const collator = new Intl.Collator("en", { numeric: true });
 
 /** An order by a value, in which rows without a value come last. */
 function by(value, descending) {

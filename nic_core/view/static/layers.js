@@ -4,7 +4,7 @@
 
 import { colourKey } from "./colour_key.js";
 import { at, bounds } from "./slide_map.js";
-import { element, errorMessage, get } from "./view.js";
+import { element, get, showError } from "./view.js";
 
 const GROUPS = {
   tissue: "Tissue",
@@ -83,7 +83,7 @@ export class Layers {
   }
 
   failed(entry, error) {
-    if (entry.row !== null) entry.row.fault.replaceChildren(errorMessage(error));
+    if (entry.row !== null) showError(entry.row.fault, error);
   }
 
   /** The list: a group for each kind of layer, a switch, a slider and the colour key for each layer. */

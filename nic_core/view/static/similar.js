@@ -1,7 +1,7 @@
 /** The panel "like this one": the cells of the cohort whose embeddings are most similar to one cell's. */
 
 import { writeHash } from "./permalink.js";
-import { element, errorMessage, get, number, slideAddress, slideApi } from "./view.js";
+import { element, get, number, showError, slideAddress, slideApi } from "./view.js";
 
 const COUNT = 12;
 const PICTURE = 96; // px
@@ -23,7 +23,7 @@ export async function showSimilar(panel, slide, encoder, { row, column }, signal
       element("ol", { class: "similar" }, ...found.cells.map(similarCell)),
     );
   } catch (error) {
-    if (error.name !== "AbortError") panel.replaceChildren(errorMessage(error));
+    showError(panel, error);
   }
 }
 

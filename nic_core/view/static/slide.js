@@ -7,7 +7,7 @@ import { Layers } from "./layers.js";
 import { readHash, writeHash } from "./permalink.js";
 import { labelText, showSimilar } from "./similar.js";
 import { addMinimap, addScaleBar, at, fit, show, slideMap, viewOf } from "./slide_map.js";
-import { debounced, element, errorMessage, get, length, number, slideAddress, slideApi, subject } from "./view.js";
+import { debounced, element, get, length, number, showError, slideAddress, slideApi, subject } from "./view.js";
 
 const HOVER_PAUSE = 60; // ms without a movement until the values under the pointer are asked for
 
@@ -30,18 +30,21 @@ try {
 describe();
 
 function fail(error) {
-  byId("map").replaceChildren(errorMessage(error));
   byId("panel").hidden = true;
+  showError(byId("map"), error);
 }
 
 function open(slide, study) {
   const map = slideMap(byId("map"), slide);
-  const layers = new Layers(map, slide.layers, () => keepLink());
+  const layers = new Layers(map, slide.layers, () => {
+    keepLink();
+    showValues();
+  });
   byId("layers").append(layers.list());
 
   const follow = (hash) => {
     const { view, layers: wanted } = readHash(hash);
-    if (view) show(map, view);
+    if (view) show(map, slide, view);
     else fit(map, slide);
     const unknown = layers.set(wanted ?? firstLayers(slide));
     const notices = [];
@@ -62,7 +65,7 @@ function open(slide, study) {
   addScaleBar(map, slide.mpp);
   addMinimap(map, slide);
   showSize(slide);
-  pointer(map, slide, study);
+  const showValues = pointer(map, slide, study, layers);
   keys(map, slide, layers);
   if (study.annotate) addAnnotating(map, slide, byId("panel"));
   byId("compare").hidden = study.encoders.length < 2;
@@ -82,11 +85,19 @@ function showSize(slide) {
   byId("size").textContent = `${size}, ${um} at ${number(slide.mpp)} µm/px`;
 }
 
-/** Values under the pointer; a click searches cells like the one under it. */
-function pointer(map, slide, study) {
+/**
+ * Values under the pointer; a click searches cells like the one under it.
+ *
+ * Returns a function that shows the last values again, with those of the layers that are on.
+ */
+function pointer(map, slide, study, layers) {
   const values = byId("values");
   const place = byId("place");
   let request = new AbortController();
+  let found = null;
+  const showValues = () => {
+    values.replaceChildren(...(found ? valueTable(found, slide, layers.shown()) : []));
+  };
   const ask = async ({ lng: x, lat: y }) => {
     request.abort();
     request = new AbortController();
@@ -96,9 +107,10 @@ function pointer(map, slide, study) {
   const describePlace = debounced(HOVER_PAUSE, async (point) => {
     if (!inside(slide, point)) return;
     try {
-      values.replaceChildren(valueTable(await ask(point)));
+      found = await ask(point);
+      showValues();
     } catch (error) {
-      if (error.name !== "AbortError") values.replaceChildren(errorMessage(error));
+      showError(values, error);
     }
   });
   const follow = (point) => {
@@ -106,7 +118,8 @@ function pointer(map, slide, study) {
       place.textContent = `x ${length(point.lng * slide.mpp)}, y ${length(point.lat * slide.mpp)}`;
     } else {
       place.textContent = "outside the slide";
-      values.replaceChildren();
+      found = null;
+      showValues();
     }
     describePlace(point);
   };
@@ -137,7 +150,7 @@ function pointer(map, slide, study) {
       frame = cellFrame(cell, encoder, slide).addTo(map);
       await showSimilar(panel, name, encoder.name, cell, search.signal);
     } catch (error) {
-      if (error.name !== "AbortError") panel.replaceChildren(errorMessage(error));
+      showError(panel, error);
     }
   };
   let last = null;
@@ -152,6 +165,7 @@ function pointer(map, slide, study) {
   encoders.addEventListener("change", () => {
     if (last) searchAt(last);
   });
+  return showValues;
 }
 
 function inside(slide, { lng: x, lat: y }) {
@@ -168,26 +182,33 @@ function cellFrame({ row, column }, encoder, slide) {
   return L.rectangle(square, { color: "#111827", weight: 2, fill: false, interactive: false });
 }
 
-function valueTable(found) {
+/** Values of a place: a table, and a hint where heatmaps are off. */
+function valueTable(found, slide, shown) {
   const rows = [];
-  for (const [geometry, patch] of Object.entries(found.patch ?? {})) {
+  for (const [geometry, patch] of Object.entries(found.patch)) {
     rows.push([`patch ${geometry}`, patch.kept ? "kept" : `left out: ${patch.reason}`]);
     rows.push(["tissue", percent(patch.tissue)], ["focus", number(patch.focus)]);
   }
-  for (const [encoder, cell] of Object.entries(found.grids ?? {})) {
+  for (const [encoder, cell] of Object.entries(found.grids)) {
     rows.push([`cell of ${encoder}`, cell ? `row ${cell.row}, column ${cell.column}` : "none"]);
   }
-  for (const [map, classes] of Object.entries(found.maps ?? {})) {
-    for (const [label, probability] of Object.entries(classes ?? {})) {
+  for (const [map, classes] of Object.entries(found.maps)) {
+    for (const [label, probability] of Object.entries(classes)) {
       rows.push([`${map}: ${label}`, percent(probability)]);
     }
   }
-  for (const [heat, value] of Object.entries(found.heat ?? {})) rows.push([heat, number(value)]);
-  if (rows.length === 0) return element("p", { class: "muted" }, "No cell here.");
+  if (typeof found.label === "number") rows.push(["label image", number(found.label)]);
+  const heat = slide.layers.filter(({ id }) => id in found.heat);
+  for (const { id, title } of heat) {
+    if (shown.has(id)) rows.push([title, number(found.heat[id])]);
+  }
+  if (rows.length === 0) return [element("p", { class: "muted" }, "No cell here.")];
   const lines = rows.map(([title, value]) =>
     element("tr", {}, element("th", { scope: "row" }, title), element("td", {}, value)),
   );
-  return element("table", { class: "values" }, element("tbody", {}, ...lines));
+  const table = element("table", { class: "values" }, element("tbody", {}, ...lines));
+  if (heat.every(({ id }) => shown.has(id))) return [table];
+  return [table, element("p", { class: "muted" }, "A heatmap's value is listed while its layer is on.")];
 }
 
 function percent(fraction) {

@@ -34,7 +34,8 @@ export function slideMap(container, slide) {
     zoomSnap: 0.25,
     zoomDelta: 1,
     wheelPxPerZoomLevel: 90,
-    maxBounds: extent.pad(0.5),
+    // far enough that every place of the slide can be the centre of every zoom
+    maxBounds: extent.pad(4),
     attributionControl: false,
     zoomControl: false,
     boxZoom: true,
@@ -78,9 +79,10 @@ export function viewOf(map) {
   return { x: centre.lng, y: centre.lat, zoom: map.getZoom() };
 }
 
-/** Move the map to a place of the permalink. */
-export function show(map, { x, y, zoom }) {
-  map.setView(at(x, y), zoom, { animate: false });
+/** Move the map to a place of the permalink, or to the edge of the slide that is closest to it. */
+export function show(map, slide, { x, y, zoom }) {
+  const inside = (value, end) => Math.min(Math.max(value, 0), end);
+  map.setView(at(inside(x, slide.width), inside(y, slide.height)), zoom, { animate: false });
 }
 
 /** The longest round length that is at most so many um, and its text. */

@@ -11,7 +11,10 @@ export class RequestError extends Error {
 
 /** The JSON of an address of this server; throws a RequestError. */
 export async function get(url, signal) {
-  const response = await fetch(url, { signal });
+  const response = await fetch(url, { signal }).catch((error) => {
+    if (error.name === "AbortError") throw error;
+    throw new RequestError(0, "The server does not answer.", "Start 'nic view' again and reload this page.");
+  });
   const text = await response.text();
   if (response.ok) return JSON.parse(text);
   let answer;
@@ -36,9 +39,20 @@ export function element(tag, attributes = {}, ...children) {
 }
 
 /** The error and its remedy as a message that screen readers announce. */
-export function errorMessage(error) {
+function errorMessage(error) {
   const remedy = error.remedy ? element("p", {}, error.remedy) : null;
   return element("div", { class: "fault", role: "alert" }, element("p", {}, error.message), remedy);
+}
+
+/**
+ * Show in a place that its content cannot be had.
+ *
+ * A request that was aborted is no error; an error of these pages is thrown on, to be seen in the console.
+ */
+export function showError(place, error) {
+  if (error.name === "AbortError") return;
+  place.replaceChildren(errorMessage(error));
+  if (!(error instanceof RequestError)) throw error;
 }
 
 /** Three significant digits; whole numbers as they are. */
