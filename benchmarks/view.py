@@ -168,7 +168,9 @@ def main() -> None:
                 connection = http.client.HTTPConnection("127.0.0.1", options.port)
                 about = json.loads(fetch(connection, f"/api/slides/{slide}"))
                 width, height, lowest = about["width"], about["height"], about["min_zoom"]
-                fits = [z for z in range(lowest, 1) if max(width / 1280, height / 800) * 2.0**z <= 1]
+                fits = [
+                    z for z in range(lowest, 1) if max(width / 1280, height / 800) * 2.0**z <= 1
+                ]
                 whole = fits[-1]
                 urls = screens(slide, width, height, whole, 1)
                 fetch_all(options.port, urls)

@@ -21,7 +21,6 @@ import numpy.typing as npt
 import shapely
 from matplotlib.colors import to_hex
 from PIL import Image
-from skimage.measure import block_reduce
 
 from nic_core.cohort import ClassificationTarget, CohortError, PatchTask, ProbabilityMap, Target
 from nic_core.encoders.patch_sources import annotated_rows, row_regions
@@ -200,7 +199,7 @@ def _tissue(study: ViewedStudy, slide: str) -> Iterator[Layer]:
         record = read_record(study.store, slide)
         mask = TissueMask.load(path, record.tissue_mpp).array
         step = math.ceil(max(mask.shape) / _OUTLINE_SIDE)
-        reduced = block_reduce(mask, step, np.mean) > 0.5 if step > 1 else mask
+        reduced = _halves(mask, step) if step > 1 else mask
         px = record.tissue_mpp / record.mpp * step
         polygons = [
             shapely.Polygon(*_simplified([*map(shapely.LinearRing, rings)], px * _SIMPLIFIED))
@@ -212,6 +211,14 @@ def _tissue(study: ViewedStudy, slide: str) -> Iterator[Layer]:
     yield Layer(
         "tissue", "Tissue outline", "tissue", "polygons", path, lambda: Described(legend), draw, 1.0
     )
+
+
+def _halves(mask: npt.NDArray[np.bool_], step: int) -> npt.NDArray[np.bool_]:
+    """Reduce a mask: True where more than half of a block of ``step`` px a side is True."""
+    height, width = (-(-length // step) * step for length in mask.shape)
+    padded = np.pad(mask, ((0, height - mask.shape[0]), (0, width - mask.shape[1])))
+    blocks = padded.reshape(height // step, step, width // step, step)
+    return np.asarray(blocks.mean(axis=(1, 3)) > 0.5)
 
 
 def _simplified(

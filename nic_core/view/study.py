@@ -28,6 +28,8 @@ from nic_core.view.errors import ViewError, without_paths
 
 _FILES = 256  # tables and arrays in memory
 _MAKE_INDEX = "materialize 'slide_index' again"
+# what messages call the files of a slide
+_FILE_NAMES = {"path": "its slide file", "mask": "its tissue mask", "truth": "its label image"}
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ class ViewedStudy:
         if slide not in rows:
             failed = self.unusable.get(slide)
             if failed is not None:
-                raise ViewError(404, f"slide '{slide}' {failed.reason}", failed.remedy)
+                raise ViewError(404, f"slide '{slide}': {failed.reason}", failed.remedy)
             raise ViewError(404, "the study has no such slide", "choose one of the cohort's page")
         return rows[slide]
 
@@ -98,7 +100,7 @@ class ViewedStudy:
             version = file_version(Path(row["path"]))
         except OSError:
             return Failed(
-                "has no file any more: it was moved or removed after the slide index was made",
+                "its file was moved or removed after the slide index was made",
                 f"restore the file, or {_MAKE_INDEX}",
             )
         if (self.store.slide(slide) / RECORD).exists():
@@ -119,17 +121,17 @@ def open_study(cohort: Cohort, store: Store) -> ViewedStudy:
     """
     indexed = set(read_slide_index(store)["slide"])
     found = find_slides(cohort)
-    paths = [str(path) for column in ("path", "mask", "truth") for path in found.index[column]]
-    unusable = {
-        slide: Failed(
-            without_paths(found.problems[slide], paths)
-            if slide in found.problems
-            else "is not in the slide index: it is new, or could not be read when that was made",
-            _MAKE_INDEX,
+    unusable = {}
+    for row in found.index.iter_rows(named=True):
+        if row["slide"] in indexed:
+            continue
+        reason = found.problems.get(
+            row["slide"], "it is new, or could not be read when the slide index was made"
         )
-        for slide in found.index["slide"]
-        if slide not in indexed
-    }
+        for column, name in _FILE_NAMES.items():
+            reason = reason.replace(f"{column} {row[column]}", name)
+        paths = [row[column] for column in _FILE_NAMES if row[column]]
+        unusable[row["slide"]] = Failed(without_paths(reason, paths), _MAKE_INDEX)
     return ViewedStudy(cohort, store, unusable)
 
 
@@ -239,7 +241,7 @@ def _opening_problem(row: Mapping[str, Any]) -> Failed:
             pass
     except SlideError as error:
         return Failed(without_paths(error.reason, [row["path"]]), without_paths(error.remedy))
-    return Failed("has no products yet", "materialize 'slide' and what depends on it")
+    return Failed("it has no products yet", "materialize 'slide' and what depends on it")
 
 
 def _qualities(study: ViewedStudy) -> dict[str, dict[str, Any]]:

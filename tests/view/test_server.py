@@ -119,8 +119,8 @@ def test_a_slide_that_cannot_be_opened_is_listed_with_reason_and_remedy(tmp_path
     failed = {row["slide"]: row["failed"] for row in answer.json()}
     assert set(failed) == {"bad", "gone", "good", "new"}
     assert failed["good"]["remedy"].startswith("materialize 'slide'")
-    assert "no file any more" in failed["gone"]["reason"]
-    assert "does not exist" in failed["new"]["reason"]
+    assert failed["gone"]["reason"].startswith("its file was moved or removed")
+    assert failed["new"]["reason"] == "its slide file does not exist"
     assert failed["bad"]["reason"]
     assert all(found["remedy"] for found in failed.values())
     assert str(tmp_path) not in answer.text
