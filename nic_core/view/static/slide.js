@@ -44,7 +44,7 @@ function open(slide, study) {
 
   const follow = (hash) => {
     const { view, layers: wanted } = readHash(hash);
-    if (view) show(map, slide, view);
+    if (view) show(map, view);
     else fit(map, slide);
     const unknown = layers.set(wanted ?? firstLayers(slide));
     const notices = [];
@@ -114,10 +114,10 @@ function pointer(map, slide, study, layers) {
     }
   });
   const follow = (point) => {
+    byId("pointer").hidden = !inside(slide, point);
     if (inside(slide, point)) {
       place.textContent = `x ${length(point.lng * slide.mpp)}, y ${length(point.lat * slide.mpp)}`;
     } else {
-      place.textContent = "outside the slide";
       found = null;
       showValues();
     }
@@ -156,7 +156,9 @@ function pointer(map, slide, study, layers) {
   let last = null;
   const searchLast = (point) => {
     last = point;
-    if (study.encoders.length) searchAt(point);
+    if (study.encoders.length === 0) return;
+    byId("similar-title").scrollIntoView({ block: "nearest" });
+    searchAt(point);
   };
   map.on("click", (event) => searchLast(event.latlng));
   map.on("keypress", (event) => {

@@ -34,6 +34,7 @@ export function slideMap(container, slide) {
     zoomSnap: 0.25,
     zoomDelta: 1,
     wheelPxPerZoomLevel: 90,
+    extent, // for show
     // far enough that every place of the slide can be the centre of every zoom
     maxBounds: extent.pad(4),
     attributionControl: false,
@@ -80,9 +81,10 @@ export function viewOf(map) {
 }
 
 /** Move the map to a place of the permalink, or to the edge of the slide that is closest to it. */
-export function show(map, slide, { x, y, zoom }) {
+export function show(map, { x, y, zoom }) {
+  const { lng: width, lat: height } = map.options.extent.getNorthEast();
   const inside = (value, end) => Math.min(Math.max(value, 0), end);
-  map.setView(at(inside(x, slide.width), inside(y, slide.height)), zoom, { animate: false });
+  map.setView(at(inside(x, width), inside(y, height)), zoom, { animate: false });
 }
 
 /** The longest round length that is at most so many um, and its text. */

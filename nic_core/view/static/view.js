@@ -39,7 +39,7 @@ export function element(tag, attributes = {}, ...children) {
 }
 
 /** The error and its remedy as a message that screen readers announce. */
-function errorMessage(error) {
+export function errorMessage(error) {
   const remedy = error.remedy ? element("p", {}, error.remedy) : null;
   return element("div", { class: "fault", role: "alert" }, element("p", {}, error.message), remedy);
 }
