@@ -14,24 +14,28 @@ from nic_core.encoders.inference import PreparedEncoder
 from nic_core.grids import (
     EmbeddingColours,
     Grid,
+    GridError,
     embedding_colours,
     grid_hash,
     open_grid,
     read_colours,
+    recorded_hash,
     write_colours,
     write_grid,
     write_preview,
 )
 from nic_core.grids.features import find_features, read_features
 from nic_core.grids.lattice import SlideFacts, features_grid
+from nic_core.grids.similar import CellIndex, open_index, write_index
 from nic_core.slides import content_identity
 from nic_core.steps.slide_index import (
+    digest,
     open_indexed,
     read_slide_index,
     read_table_of,
     used_slides,
 )
-from nic_core.store import GridKey, PatchTableKey, Store, atomic_file
+from nic_core.store import GridKey, PatchTableKey, Store, atomic_file, exclusive_lock
 from nic_core.tiling.patches import read_patch_table
 from nic_core.types import Pixels
 
@@ -211,6 +215,44 @@ def make_embedding_colours(store: Store, encoder: str) -> EmbeddingColours:
     )
     write_colours(store.embedding_colours(encoder), colours)
     return colours
+
+
+def open_cell_index(store: Store, encoder: str) -> CellIndex:
+    """Open the index of all cells of an encoder's grids; write it first if it is not of the present
+    grid manifest.
+
+    Raises
+    ------
+    CohortError
+        The manifest does not exist yet, or no grid has a cell.
+    GridError
+        A grid cannot be read, or changed after the manifest was made.
+    ChunkError
+        A grid is damaged.
+    StoreError
+        The index cannot be written.
+    """
+    with_cells = read_grid_manifest(store, encoder).filter(pl.col("cells") > 0)
+    if with_cells.is_empty():
+        raise CohortError(f"encoder '{encoder}': no slide has a grid; materialize 'grid' first")
+    folder, key = store.cell_index(encoder), digest(with_cells.rows())
+    if (index := open_index(folder, key)) is not None:
+        return index
+    with exclusive_lock(folder):
+        # another thread or process may have written it meanwhile
+        if (index := open_index(folder, key)) is not None:
+            return index
+        grids = {s: store.grid(GridKey(encoder=encoder, slide=s)) for s in with_cells["slide"]}
+        for slide, stated in with_cells.select("slide", "hash").iter_rows():
+            if recorded_hash(grids[slide]) != stated:
+                raise GridError(
+                    f"{grids[slide]}: changed after the grid manifest was made; materialize "
+                    "'grid_manifest' again"
+                )
+        write_index(folder, key, grids)
+        index = open_index(folder, key)
+    assert index is not None
+    return index
 
 
 def make_grid_preview(store: Store, key: GridKey) -> Pixels:

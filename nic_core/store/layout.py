@@ -13,6 +13,7 @@
       grids/<encoder>/<slide>.zarr
       grid_manifests/<encoder>.parquet     slide, content hash and cells of every grid
       embedding_colours/<encoder>.json     principal components of the embeddings of its grids
+      cell_indexes/<encoder>/   unit vectors of all cells, for the search of similar ones
       grid_previews/<encoder>/<slide>.zarr     the grid as an RGB image, in these colours
       target_folds/<target>.parquet
       target_grids/<encoder>/<target>.parquet    the part of the grid manifest with labels
@@ -108,6 +109,11 @@ class Store:
 
     def embedding_colours(self, encoder: str) -> Path:
         return self.root / "embedding_colours" / f"{encoder}.json"
+
+    def cell_index(self, encoder: str) -> Path:
+        """Index of all cells of an encoder's grids. It belongs to no asset: it is made when it is
+        first searched, and again if the grid manifest changed."""
+        return self.root / "cell_indexes" / encoder
 
     def grid_preview(self, key: GridKey) -> Path:
         return self.root / "grid_previews" / key.encoder / f"{key.slide}.zarr"

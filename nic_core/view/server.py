@@ -14,6 +14,7 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from anyio import CapacityLimiter, to_thread
 from starlette.applications import Starlette
@@ -33,6 +34,8 @@ from nic_core.steps.slides import THUMBNAIL
 from nic_core.view.cache import AnswerCache, file_version
 from nic_core.view.errors import ViewError
 from nic_core.view.layers import draw_layer, find_layer, layer_json, layers_of
+from nic_core.view.regions import MAX_BODY, read_regions, save_regions
+from nic_core.view.similarity import MAX_CELLS, PICTURE_SIDES, patch_jpeg, similar_answer
 from nic_core.view.slides import OpenSlides
 from nic_core.view.study import ViewedStudy, as_json, slide_list, study_summary
 from nic_core.view.tiles import TILE, min_zoom, read_thumbnail, read_tile
@@ -142,6 +145,48 @@ def application(
     async def layer(request: Request) -> Response:
         return await work(partial(_layer, study, slides, answers, request), request)
 
+    async def similar(request: Request) -> Response:
+        asked, slide = request.query_params, request.path_params["slide"]
+        row, column = (whole(asked.get(name, ""), name, 0) for name in ("row", "column"))
+        count = whole(asked.get("count", "12"), "count", 1, MAX_CELLS)
+        encoder = asked.get("encoder", "")
+        return await json(request, similar_answer, study, slide, encoder, row, column, count)
+
+    async def patch(request: Request) -> Response:
+        asked, slide = request.query_params, request.path_params["slide"]
+        x, y, size = (number(asked.get(name, ""), name) for name in ("x", "y", "size"))
+        side = whole(asked.get("px", "128"), "px", *PICTURE_SIDES)
+
+        def read() -> bytes:
+            with slides.get(slide) as opened:
+                return patch_jpeg(answers, opened, x, y, size, side)
+
+        jpeg = await pictures(read, request)
+        return Response(jpeg, media_type="image/jpeg", headers=_CACHED)
+
+    async def target(request: Request) -> Response:
+        # imports Bokeh, which is slow
+        from nic_core.view.targets import target_answer
+
+        return await json(request, target_answer, study, request.path_params["target"])
+
+    async def hottest(request: Request) -> Response:
+        from nic_core.view.targets import hottest_cell
+
+        encoder, unit = (request.query_params.get(name, "") for name in ("encoder", "unit"))
+        name = request.path_params["target"]
+        return await json(request, hottest_cell, study, name, encoder, unit)
+
+    async def regions(request: Request) -> Response:
+        slide = request.path_params["slide"]
+        if annotate is None:
+            raise ViewError(404, "regions cannot be drawn", "start 'nic view --annotate FOLDER'")
+        if request.method != "POST":
+            return await json(request, read_regions, study, annotate, slide)
+        check_same_origin(request.headers)
+        body = await _body(request, MAX_BODY)
+        return await json(request, save_regions, study, slides, annotate, slide, body)
+
     one = "/api/slides/{slide}"
     routes: list[BaseRoute] = [
         Route("/api/study", summary),
@@ -151,6 +196,11 @@ def application(
         Route(one + "/thumbnail.jpg", thumbnail),
         Route(one + "/layers/{layer}", layer),
         Route(one + "/at", at),
+        Route(one + "/similar", similar),
+        Route(one + "/patch", patch),
+        Route(one + "/regions", regions, methods=["GET", "POST"]),
+        Route("/api/targets/{target}", target),
+        Route("/api/targets/{target}/hottest", hottest),
         *(Route(path, _page(STATIC / file)) for path, file in PAGES.items()),
         *_library("leaflet", "xstatic.pkg.leaflet", "data"),
         *_library("bokeh", "bokeh", "server/static"),
@@ -197,6 +247,29 @@ def number(text: str, name: str) -> float:
     if not abs(value) <= MAX_COORDINATE:
         raise ViewError(400, f"'{name}' is not a number of px", "give level-0 px")
     return value
+
+
+def check_same_origin(headers: Mapping[str, str]) -> None:
+    """Refuse a request that a page of another site may have sent; raise ViewError.
+
+    Browsers state the origin of every POST, and send JSON to another site only after asking it.
+    """
+    host = headers.get("host", "")
+    if urlsplit(headers.get("origin", "")).netloc != host or not host:
+        raise ViewError(403, "the request is not from a page of this server", "use its own pages")
+    if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise ViewError(415, "the body is not JSON", "send it as application/json")
+
+
+async def _body(request: Request, most: int) -> bytes:
+    """Return the body of a request; raise ViewError 413 as soon as it is too long."""
+    parts, length = [], 0
+    async for part in request.stream():
+        length += len(part)
+        if length > most:
+            raise ViewError(413, "the request is too long", f"send at most {most >> 20} MiB")
+        parts.append(part)
+    return b"".join(parts)
 
 
 def _at(study: ViewedStudy, slides: OpenSlides, slide: str, x: float, y: float) -> dict[str, Any]:

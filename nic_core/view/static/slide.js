@@ -2,6 +2,7 @@
 
 /* global L */
 
+import { addAnnotating } from "./annotate.js";
 import { Layers } from "./layers.js";
 import { readHash, writeHash } from "./permalink.js";
 import { labelText, showSimilar } from "./similar.js";
@@ -66,6 +67,7 @@ function open(slide, study) {
   showSize(slide);
   const showValues = pointer(map, slide, study, layers);
   keys(map, slide, layers);
+  if (study.annotate) addAnnotating(map, slide, byId("panel"));
   byId("compare").hidden = study.encoders.length < 2;
   byId("compare").href = `/compare/${encodeURIComponent(name)}`;
   map.getContainer().focus({ preventScroll: true });
