@@ -25,13 +25,12 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 import pyvips
+import shapely
 import zarr
 import zarr.codecs
 import zarr.errors
 from matplotlib.image import imsave
 from PIL import Image, ImageDraw, ImageFont
-from scipy import ndimage
-from skimage.measure import find_contours
 from sklearn.metrics import roc_auc_score
 
 from nic_core.grids import GridError, GridProvenance
@@ -189,9 +188,7 @@ def hot_areas(
 ) -> dict[str, Any]:
     """Return the areas of highest heat as QuPath GeoJSON, one annotation per quantile.
 
-    An area contains the centres of exactly those cells whose heat reaches the quantile. Its outline
-    runs half way between the centres of neighbouring cells. Cells that share only a corner belong
-    to different polygons.
+    An area consists of exactly those cells whose heat reaches the quantile (:func:`outlines`).
 
     Parameters
     ----------
@@ -231,7 +228,10 @@ def hot_areas(
 def outlines(
     mask: npt.NDArray[np.bool_], cell: float, origin: tuple[float, float] = (0, 0)
 ) -> list[list[list[list[float]]]]:
-    """Return the outlines of a mask of cells as GeoJSON polygons.
+    """Return the area of a mask of cells as GeoJSON polygons.
+
+    Their sides are those of the cells. Cells that share only a corner belong to different polygons,
+    unless others connect them.
 
     Parameters
     ----------
@@ -248,22 +248,20 @@ def outlines(
         [x, y], level-0 px, whose last point repeats the first. Outer rings run counter-clockwise
         and holes clockwise with y upwards, as GeoJSON requires.
     """
-    regions, _ = ndimage.label(mask)
-    polygons = []
-    for number, box in enumerate(ndimage.find_objects(regions), start=1):
-        region = np.pad(regions[box] == number, 1).astype(np.float64)
-        # contours are relative to the padded box, and (0, 0) is the centre of its first cell
-        start = np.array([box[0].start - 0.5, box[1].start - 0.5])
-        contours = find_contours(region, 0.5)  # type: ignore[no-untyped-call]
-        rings = [(ring + start)[:, ::-1] * cell + origin for ring in contours]
-        rings.sort(key=lambda ring: -abs(_area(ring)))  # the outer ring is the largest
-        polygons.append(
-            [
-                (ring if (_area(ring) > 0) == (i == 0) else ring[::-1]).tolist()
-                for i, ring in enumerate(rings)
-            ]
-        )
-    return polygons
+    # the squares of neighbouring cells in a row are one rectangle
+    ends = np.diff(np.pad(mask, ((0, 0), (1, 1))).astype(np.int8), axis=1)
+    rows, first = np.nonzero(ends == 1)
+    _, beyond = np.nonzero(ends == -1)
+    area = shapely.union_all(shapely.box(first, rows, beyond, rows + 1))
+    area = shapely.orient_polygons(shapely.simplify(area, 0))  # without points on straight sides
+    return [
+        [
+            (shapely.get_coordinates(ring) * cell + origin).tolist()
+            for ring in (polygon.exterior, *polygon.interiors)
+        ]
+        for polygon in shapely.get_parts(area)
+        if not polygon.is_empty
+    ]
 
 
 def heat_overlay(slide: Slide, heat: Heat, provenance: GridProvenance) -> Pixels:
@@ -391,12 +389,6 @@ def _write_zarr(path: Path, heat: Heat, provenance: GridProvenance) -> None:
         fill_value=np.nan,
         dimension_names=("y", "x"),
     )
-
-
-def _area(ring: npt.NDArray[np.float64]) -> float:
-    """Signed area of a closed ring (n, 2); positive if counter-clockwise with y upwards."""
-    x, y = ring.T
-    return float(np.sum(x[:-1] * y[1:] - x[1:] * y[:-1]) / 2)
 
 
 def _with_scale_bar(picture: Pixels, mpp: float) -> Pixels:
