@@ -99,12 +99,7 @@ def write_heatmap(
     StoreError
         The folder cannot be written.
     """
-    if content_identity(slide.path) != provenance.slide_identity:
-        raise SlideError(
-            slide.path,
-            f"is not the slide '{provenance.slide}' of the grid",
-            "give the slide that the grid was made from",
-        )
+    check_slide_of_grid(slide, provenance)
     if np.isnan(heat).all():
         raise ValueError(f"slide '{provenance.slide}': no cell has heat")
     x, y = provenance.origin
@@ -131,6 +126,22 @@ def write_heatmap(
             imsave(new / PATCHES, sheet, pil_kwargs={"quality": 90})
 
 
+def check_slide_of_grid(slide: Slide, provenance: GridProvenance) -> None:
+    """Compare the content identity of a slide with that of the slide of a grid.
+
+    Raises
+    ------
+    SlideError
+        The slide is not that of the grid.
+    """
+    if content_identity(slide.path) != provenance.slide_identity:
+        raise SlideError(
+            slide.path,
+            f"is not the slide '{provenance.slide}' of the grid",
+            "give the slide that the grid was made from",
+        )
+
+
 def read_heatmap(folder: Path) -> Heat:
     """Read the heat that :func:`write_heatmap` wrote.
 
@@ -148,6 +159,21 @@ def read_heatmap(folder: Path) -> Heat:
             zarr.open_array(folder / ZARR / EMBEDDINGS_ARRAY, mode="r")[:], np.float32
         )
     except (OSError, ValueError, zarr.errors.BaseZarrError) as error:
+        raise GridError(f"{folder}: the heatmap cannot be read ({error}); make it again") from error
+
+
+def heatmap_provenance(folder: Path) -> GridProvenance:
+    """Read the provenance of the grid whose heat :func:`write_heatmap` wrote.
+
+    Raises
+    ------
+    GridError
+        The heatmap does not exist or cannot be read.
+    """
+    try:
+        stated = zarr.open_group(folder / ZARR, mode="r").attrs[PROVENANCE_ATTRIBUTE]
+        return GridProvenance.model_validate(stated)
+    except (OSError, KeyError, ValueError, zarr.errors.BaseZarrError) as error:
         raise GridError(f"{folder}: the heatmap cannot be read ({error}); make it again") from error
 
 

@@ -86,22 +86,19 @@ def heat_classes(heat: Heat, target: Target, *, attention: bool) -> list[CellCla
         Whether heat is the attention of the network, which has no direction.
     """
     known = np.isfinite(heat)
-    highest = _share(heat, known)
-    lowest = _share(-heat, known)
+    highest, lowest = _share(heat, known), _share(-heat, known)
     top, following = highest <= TOP, (highest > TOP) & (highest <= NEXT)
-    shares = f"top {TOP:.0%}".replace("%", " %"), f"top {TOP:.0%} to {NEXT:.0%}".replace("%", " %")
+    shares = f"top {100 * TOP:g} %", f"top {100 * TOP:g} to {100 * NEXT:g} %"
     if attention:
         return [
             CellClass(f"{target.name}: attention, {shares[0]}", _RED, top),
             CellClass(f"{target.name}: attention, {shares[1]}", _ORANGE, following),
         ]
     high, low = _directions(target)
-    with np.errstate(invalid="ignore"):
-        above, below = heat > 0, heat < 0
     return [
-        CellClass(f"{target.name}: {high}, {shares[0]}", _RED, top & above),
-        CellClass(f"{target.name}: {high}, {shares[1]}", _ORANGE, following & above),
-        CellClass(f"{target.name}: {low}, {shares[0]}", _BLUE, (lowest <= TOP) & below),
+        CellClass(f"{target.name}: {high}, {shares[0]}", _RED, top & (heat > 0)),
+        CellClass(f"{target.name}: {high}, {shares[1]}", _ORANGE, following & (heat > 0)),
+        CellClass(f"{target.name}: {low}, {shares[0]}", _BLUE, (lowest <= TOP) & (heat < 0)),
     ]
 
 
@@ -115,8 +112,7 @@ def map_class(name: str, label: str, probability: Heat) -> CellClass:
     probability : float32 (rows, columns)
         NaN where it is unknown.
     """
-    with np.errstate(invalid="ignore"):
-        return CellClass(f"{name}: {label}, probability 0.5 or more", _PURPLE, probability >= 0.5)
+    return CellClass(f"{name}: {label}, probability 0.5 or more", _PURPLE, probability >= 0.5)
 
 
 def cell_objects(
@@ -148,6 +144,7 @@ def cell_objects(
     number = np.full(cells.shape, -1)
     for index in reversed(range(len(classes))):
         number[classes[index].cells] = index
+    named = [_classification(of_class.name, of_class.colour) for of_class in classes]
     rows, columns = np.nonzero(cells)
     x, y = (
         np.round(
@@ -170,7 +167,7 @@ def cell_objects(
             {"type": "Polygon", "coordinates": [square]},
             "tile",
             f"row {row}, column {column}",
-            classes[number[row, column]] if number[row, column] >= 0 else None,
+            named[number[row, column]] if number[row, column] >= 0 else {},
             {"measurements": measured},
         )
 
@@ -195,7 +192,7 @@ def class_area(
         _identifier(provenance, "area", of_class.name),
         shapely.MultiPolygon([(rings[0], rings[1:]) for rings in polygons]),
         f"{of_class.name} ({int(of_class.cells.sum())} cells)",
-        of_class,
+        _classification(of_class.name, of_class.colour),
     )
 
 
@@ -222,7 +219,7 @@ def tissue_area(
         _identifier(provenance, "tissue"),
         shapely.simplify(shape, px),
         "tissue",
-        CellClass("Tissue", _GREEN, np.empty((0, 0), bool)),
+        _classification("Tissue", _GREEN),
     )
 
 
@@ -294,13 +291,18 @@ def _directions(target: Target) -> tuple[str, str]:
     return f"speaks for a high {what}", f"speaks for a low {what}"
 
 
+def _classification(name: str, colour: tuple[int, int, int]) -> dict[str, Any]:
+    """The property that is the class of an object."""
+    return {"classification": {"name": name, "color": list(colour)}}
+
+
 def _annotation(
-    identifier: str, shape: shapely.Geometry, name: str, of_class: CellClass
+    identifier: str, shape: shapely.Geometry, name: str, classification: dict[str, Any]
 ) -> Feature:
     rounded = shapely.set_precision(shape, 0.01)  # valid after rounding, too
     geometry = json.loads(shapely.to_geojson(shapely.orient_polygons(rounded)))
     # locked, so that it is not moved by mistake
-    return _feature(identifier, geometry, "annotation", name, of_class, {"isLocked": True})
+    return _feature(identifier, geometry, "annotation", name, classification, {"isLocked": True})
 
 
 def _feature(
@@ -308,17 +310,14 @@ def _feature(
     geometry: dict[str, Any],
     kind: str,
     name: str,
-    of_class: CellClass | None,
+    classification: dict[str, Any],
     properties: dict[str, Any],
 ) -> Feature:
-    described: dict[str, Any] = {"objectType": kind, "name": name}
-    if of_class is not None:
-        described["classification"] = {"name": of_class.name, "color": list(of_class.colour)}
     return {
         "type": "Feature",
         "id": identifier,
         "geometry": geometry,
-        "properties": described | properties,
+        "properties": {"objectType": kind, "name": name} | classification | properties,
     }
 
 
