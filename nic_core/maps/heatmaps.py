@@ -106,7 +106,7 @@ def write_heatmap(
     corner = slide.bounds[:2]
     with atomic_folder(folder) as new:
         _write_tiff(new / TIFF, heat, provenance)
-        _write_zarr(new / ZARR, heat, provenance)
+        write_cell_image(new / ZARR, heat, provenance)
         areas = hot_areas(
             heat,
             provenance.cell,
@@ -154,12 +154,25 @@ def read_heatmap(folder: Path) -> Heat:
     GridError
         The heatmap does not exist or cannot be read.
     """
+    return read_cell_image(folder / ZARR)
+
+
+def read_cell_image(path: Path) -> Heat:
+    """Read the values that :func:`write_cell_image` wrote.
+
+    Returns
+    -------
+    float32 (rows, columns)
+
+    Raises
+    ------
+    GridError
+        The image does not exist or cannot be read.
+    """
     try:
-        return np.asarray(
-            zarr.open_array(folder / ZARR / EMBEDDINGS_ARRAY, mode="r")[:], np.float32
-        )
+        return np.asarray(zarr.open_array(path / EMBEDDINGS_ARRAY, mode="r")[:], np.float32)
     except (OSError, ValueError, zarr.errors.BaseZarrError) as error:
-        raise GridError(f"{folder}: the heatmap cannot be read ({error}); make it again") from error
+        raise GridError(f"{path}: cannot be read ({error}); make it again") from error
 
 
 def heatmap_provenance(folder: Path) -> GridProvenance:
@@ -174,7 +187,7 @@ def heatmap_provenance(folder: Path) -> GridProvenance:
         stated = zarr.open_group(folder / ZARR, mode="r").attrs[PROVENANCE_ATTRIBUTE]
         return GridProvenance.model_validate(stated)
     except (OSError, KeyError, ValueError, zarr.errors.BaseZarrError) as error:
-        raise GridError(f"{folder}: the heatmap cannot be read ({error}); make it again") from error
+        raise GridError(f"{folder / ZARR}: cannot be read ({error}); make it again") from error
 
 
 def score_heat(heat: Heat, truth: npt.NDArray[np.int8]) -> tuple[float, bool] | None:
@@ -399,7 +412,18 @@ def _write_tiff(path: Path, heat: Heat, provenance: GridProvenance) -> None:
     )
 
 
-def _write_zarr(path: Path, heat: Heat, provenance: GridProvenance) -> None:
+def write_cell_image(path: Path, values: Heat, provenance: GridProvenance) -> None:
+    """Write values of the cells of a grid as an OME-Zarr 0.5 image (y, x) at the grid's place.
+
+    Parameters
+    ----------
+    path : Path
+        Folder of the image; not written atomically.
+    values : float32 (rows, columns)
+        NaN where there is none.
+    provenance : GridProvenance
+        Provenance of the grid.
+    """
     group = zarr.open_group(path, mode="w", zarr_format=3)
     group.attrs.update(
         {
@@ -409,8 +433,8 @@ def _write_zarr(path: Path, heat: Heat, provenance: GridProvenance) -> None:
     )
     group.create_array(
         EMBEDDINGS_ARRAY,
-        data=np.ascontiguousarray(heat, np.float32),
-        chunks=tuple(min(512, length) for length in heat.shape),
+        data=np.ascontiguousarray(values, np.float32),
+        chunks=tuple(min(512, length) for length in values.shape),
         compressors=zarr.codecs.BloscCodec(cname="zstd", clevel=5, shuffle="shuffle"),
         fill_value=np.nan,
         dimension_names=("y", "x"),

@@ -36,7 +36,7 @@ from nic_core.maps.qupath import (
 )
 from nic_core.models.files import read_model_card
 from nic_core.steps.predictions import HEATMAP, PREDICTION
-from nic_core.steps.probability_maps import CELLS
+from nic_core.steps.probability_maps import CELLS, probabilities
 from nic_core.steps.slide_index import index_row, open_indexed
 from nic_core.steps.slides import TISSUE, read_record
 from nic_core.store import GridKey, MapKey, ModelKey, PatchTableKey, PredictionKey, Store
@@ -246,9 +246,7 @@ def _probability(store: Store, grid: Grid, entry: ProbabilityMap) -> npt.NDArray
     rows, columns = cells["row"].to_numpy(), cells["column"].to_numpy()
     if not np.array_equal(np.argwhere(grid.valid), np.stack([rows, columns], axis=1)):
         raise _of_another_grid(path, grid, "probability_map")
-    probability = np.full(grid.valid.shape, np.nan, np.float32)
-    probability[rows, columns] = cells["probability"].to_numpy()
-    return probability
+    return probabilities(cells, grid)
 
 
 def _of_another_grid(path: Path, grid: Grid, asset: str) -> GridError:
