@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
+import ome_zarr.io
+import ome_zarr.reader
 import openslide
 import polars as pl
 import pytest
@@ -35,6 +38,7 @@ from nic_core.grids import (
 from nic_core.maps.heatmaps import (
     hot_areas,
     outlines,
+    read_cell_image,
     read_heatmap,
     write_cell_image,
     write_heatmap,
@@ -49,12 +53,13 @@ from nic_core.maps.qupath import (
     write_objects,
 )
 from nic_core.slides import SlideError, open_slide
-from nic_core.steps import qupath
-from nic_core.steps.probability_maps import CELLS
+from nic_core.steps import probability_maps, qupath
+from nic_core.steps.probability_maps import CELLS, PROBABILITY
 from nic_core.steps.qupath import encoders_with_grid, export_qupath
 from nic_core.steps.slide_index import open_indexed
 from nic_core.store import GridKey, MapKey, ModelKey, PatchTableKey, Store
 from nic_core.tiling.tissue import TissueMask
+from nic_core.types import Origin
 from tests.provenance import provenance
 from tests.qupath_files import read_qupath
 from tests.slides.conftest import paint
@@ -227,6 +232,10 @@ def test_equal_heat_has_no_class():
             ("speaks for c", "speaks against c"),
         ),
         (
+            GROWTH.model_copy(update={"classes": ("Tumor: Negative", "Tumor: Positive")}),
+            ("speaks for Tumor - Positive", "speaks for Tumor - Negative"),
+        ),
+        (
             RegressionTarget(name="growth", kind="regression", column="g"),
             ("speaks for a high value", "speaks for a low value"),
         ),
@@ -235,7 +244,7 @@ def test_equal_heat_has_no_class():
             ("speaks for a high risk", "speaks for a low risk"),
         ),
     ],
-    ids=["three classes", "regression", "survival"],
+    ids=["three classes", "derived classes", "regression", "survival"],
 )
 def test_classes_name_what_heat_speaks_for(target, names):
     heat = np.linspace(-1, 1, 40, dtype=np.float32).reshape(5, 8)
@@ -367,6 +376,27 @@ def test_products_of_another_grid_are_refused(study, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_probability_map_is_an_image_at_the_place_of_its_grid(study, tmp_path, monkeypatch):
+    cohort, original = study
+    shutil.copytree(original.root, tmp_path / "store")
+    store, key = Store(tmp_path / "store"), MapKey(map="tumour", slide=SLIDE)
+    cells = pl.read_parquet(store.probability_map(key) / CELLS)
+    monkeypatch.setattr(probability_maps, "load_encoder", lambda folder: None)
+    monkeypatch.setattr(probability_maps, "probability_map", lambda *arguments: cells)
+    steps.make_probability_map(cohort, store, key)
+    image = store.probability_map(key) / PROBABILITY
+    grid = open_grid(store.grid(GridKey(encoder=ENCODER, slide=SLIDE)))
+    values = read_cell_image(image)
+    np.testing.assert_array_equal(np.isfinite(values), grid.valid)
+    np.testing.assert_array_equal(values[grid.valid], cells["probability"])
+    (node,) = list(ome_zarr.reader.Reader(ome_zarr.io.parse_url(image))())
+    ((scale, translation),) = node.metadata["coordinateTransformations"]
+    # a cell is 64 um; the centre of the slide's first pixel, which has 0.5 um, is at 0
+    assert scale["scale"] == [64, 64]
+    assert translation["translation"] == [31.75, 31.75]
+
+
+@pytest.mark.slow
 def test_what_cannot_be_exported_is_refused(study, tmp_path, monkeypatch):
     cohort, store = study
     with pytest.raises(CohortError, match="slide 'nope' is not in the cohort"):
@@ -398,8 +428,7 @@ def test_the_command_exports_slides_and_names_those_that_failed(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("origin", ["bounds", "level0"])
-def test_tiles_lie_where_qupath_shows_their_cells(tmp_path, origin):
+def test_tiles_lie_where_qupath_shows_their_cells(tmp_path):
     levels = [paint(1024 // 2**n, 1024 // 2**n) for n in range(3)]
     missing = [i for i in range(64) if i < 8 or i % 8 == 0]
     path = write_mirax(tmp_path / "s.mrxs", levels, 0.25, picture=levels[2], missing=missing)
@@ -415,26 +444,26 @@ def test_tiles_lie_where_qupath_shows_their_cells(tmp_path, origin):
     steps.make_patch_table(cohort, store, PatchTableKey(geometry=geometry, slide="s"))
     steps.make_encoder(cohort, store, ENCODER)
     steps.make_grid(cohort, store, steps.prepare_encoder(cohort, store, ENCODER), "s")
-    made = export_qupath(cohort, store, "s", ENCODER, tmp_path, origin=origin)
-    tiles = [item for item in read_qupath(made.path) if item.kind == "tile"]
-    assert len(tiles) > 100
+    tiles = {}
+    for origin in get_args(Origin):
+        made = export_qupath(cohort, store, "s", ENCODER, tmp_path / origin, origin=origin)
+        tiles[origin] = [item for item in read_qupath(made.path) if item.kind == "tile"]
+    compared = 0
     with openslide.OpenSlide(path) as opened, open_slide(path) as slide:
         # QuPath adds OpenSlide's bounds to the coordinates of what it reads
         bounds = [int(opened.properties[f"openslide.bounds-{axis}"]) for axis in "xy"]
         assert bounds == [128, 128]
-        moved = bounds if origin == "bounds" else [0, 0]
-        compared = 0
-        for item in tiles[:: len(tiles) // 20]:
-            left, top, right, bottom = item.shape.bounds
+        for item, uncropped in zip(tiles["bounds"], tiles["level0"], strict=True):
+            left, top, right, bottom = (int(value) for value in item.shape.bounds)
             assert (right - left, bottom - top) == (40, 40)
-            corner = int(left) + moved[0], int(top) + moved[1]
-            shown = np.asarray(opened.read_region(corner, 0, (40, 40)))
+            assert uncropped.shape.bounds[:2] == (left + bounds[0], top + bounds[1])
+            shown = np.asarray(opened.read_region((left + bounds[0], top + bounds[1]), 0, (40, 40)))
             row, column = (int(part.split()[1]) for part in item.name.split(", "))
             if (shown[..., 3] == 255).all():  # elsewhere the file has no image
                 cell = slide.read(column * 40, row * 40, 40, 40, 0.25)
                 np.testing.assert_array_equal(shown[..., :3], cell)
                 compared += 1
-        assert compared > 5
+    assert compared > 100
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ The format is the GeoJSON that QuPath 0.4 and later read and write (``PathIO.rea
 from __future__ import annotations
 
 import json
+import re
 import uuid
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -112,7 +113,8 @@ def map_class(name: str, label: str, probability: Heat) -> CellClass:
     probability : float32 (rows, columns)
         NaN where it is unknown.
     """
-    return CellClass(f"{name}: {label}, probability 0.5 or more", _PURPLE, probability >= 0.5)
+    shown = _without_colon(label)
+    return CellClass(f"{name}: {shown}, probability 0.5 or more", _PURPLE, probability >= 0.5)
 
 
 def cell_objects(
@@ -280,15 +282,16 @@ def _share(values: Heat, known: Cells) -> npt.NDArray[np.float64]:
 def _directions(target: Target) -> tuple[str, str]:
     """What high and low heat of a target speak for."""
     if isinstance(target, ClassificationTarget):
-        last = target.classes[-1]
-        other = (
-            f"speaks for {target.classes[0]}"
-            if len(target.classes) == 2
-            else f"speaks against {last}"
-        )
-        return f"speaks for {last}", other
+        first, *_, last = map(_without_colon, target.classes)
+        two = len(target.classes) == 2
+        return f"speaks for {last}", f"speaks for {first}" if two else f"speaks against {last}"
     what = "risk" if isinstance(target, SurvivalTarget) else "value"
     return f"speaks for a high {what}", f"speaks for a low {what}"
+
+
+def _without_colon(label: str) -> str:
+    """A class as a part of a name, which a colon would divide into derived classes."""
+    return re.sub(r"\s*:\s*", " - ", label)
 
 
 def _classification(name: str, colour: tuple[int, int, int]) -> dict[str, Any]:
