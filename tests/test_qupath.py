@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_args
 
 import numpy as np
@@ -54,10 +55,11 @@ from nic_core.maps.qupath import (
 )
 from nic_core.slides import SlideError, open_slide
 from nic_core.steps import probability_maps, qupath
+from nic_core.steps.predictions import HEATMAP, PREDICTION
 from nic_core.steps.probability_maps import CELLS, PROBABILITY
 from nic_core.steps.qupath import encoders_with_grid, export_qupath
 from nic_core.steps.slide_index import open_indexed
-from nic_core.store import GridKey, MapKey, ModelKey, PatchTableKey, Store
+from nic_core.store import GridKey, MapKey, ModelKey, PatchTableKey, PredictionKey, Store
 from nic_core.tiling.tissue import TissueMask
 from nic_core.types import Origin
 from tests.provenance import provenance
@@ -338,6 +340,29 @@ def test_a_map_classifies_cells_and_the_others_are_left_out(study, tmp_path):
     none = export_qupath(cohort, store, SLIDE, ENCODER, tmp_path, cells="none", zipped=True)
     assert none.cells == 0
     assert {item.kind for item in read_qupath(none.path)} == {"annotation"}
+
+
+@pytest.mark.slow
+def test_heat_without_an_explanation_is_that_of_the_prediction(study, tmp_path, monkeypatch):
+    cohort, original = study
+    shutil.copytree(original.root, tmp_path / "store")
+    store = Store(tmp_path / "store")
+    explained = store.explanation(ModelKey(encoder=ENCODER, target="growth")) / SLIDE
+    folder = store.prediction(PredictionKey(champion="growth", slide=SLIDE))
+    shutil.copytree(explained, folder / HEATMAP)
+    expected = read_heatmap(explained)
+    shutil.rmtree(explained)
+    card = SimpleNamespace(settings=SimpleNamespace(network="mil"))
+    monkeypatch.setattr(qupath, "read_model_card", lambda model: card)
+    for encoder in (ENCODER, "another"):
+        pl.DataFrame({"encoder": [encoder]}).write_parquet(folder / PREDICTION)
+        made = export_qupath(cohort, store, SLIDE, ENCODER, tmp_path)
+        if encoder == ENCODER:
+            tiles = [item for item in read_qupath(made.path) if item.kind == "tile"]
+            found = [item.measurements["growth: attention"] for item in tiles]
+            np.testing.assert_allclose(found, expected[np.isfinite(expected)], rtol=1e-5)
+        else:
+            assert "heat of target 'growth'" in made.missing
 
 
 @pytest.mark.slow

@@ -18,11 +18,6 @@ export_app = typer.Typer(
 )
 
 
-@export_app.callback()
-def export() -> None:
-    """Write what the store has of slides, for other programs."""
-
-
 @export_app.command()
 def qupath(
     slides: Annotated[list[str], typer.Argument(help="ids of slides of the cohort")],

@@ -169,6 +169,8 @@ def export_qupath(
     # of each target and map the class of the highest values
     highest = [found[0] for found in (*of_targets.values(), *of_maps.values())]
     areas = [_tissue(store, about, corner)]
+    if not (store.slide(slide) / TISSUE).exists():
+        missing.append("tissue outline")
     areas += [class_area(about, of_class, corner=corner) for of_class in highest]
     annotations = [area for area in areas if area is not None]
 
@@ -302,7 +304,7 @@ def _check_number(slide: str, cells: int) -> None:
 
 
 def _tissue(store: Store, about: GridProvenance, corner: tuple[float, float]) -> Feature | None:
-    """The tissue outline; None for a slide without tissue, or without a record (features)."""
+    """The tissue outline; None for a slide without tissue, or without a mask (features)."""
     path = store.slide(about.slide) / TISSUE
     if not path.exists():
         return None
