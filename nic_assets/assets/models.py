@@ -32,6 +32,7 @@ from nic_core.models.labels import LabelMatches
 from nic_core.models.training import TrainingError
 from nic_core.slides import SlideError
 from nic_core.store import ModelKey, Store
+from nic_core.view.addresses import slide_page, target_page
 
 # split of the predictions -> how metadata names it
 PARTS = {"cv": "cross_validated", "test": "test"}
@@ -167,6 +168,7 @@ def model_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
                     "reliability": figure(reliability_figure(evaluated), str(key)),
                     "intervals": figure(metrics_figure(evaluated), str(key)),
                     "training_curves": figure(training_figure(evaluated), str(key)),
+                    "look": dg.MetadataValue.url(target_page(key.target)),
                     "folder": dg.MetadataValue.path(store.slide_model(key)),
                     **({} if commit is None else {"commit": commit}),
                 },
@@ -201,12 +203,23 @@ def model_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
             return Product(
                 version=steps.digest(sorted(explained.versions.items())),
                 metadata={
-                    **{name: picture(drawn, name) for name, drawn in explained.overlays.items()},
+                    **{
+                        f"{end} prediction: {slide}": picture(
+                            explained.overlays[slide], f"{end} prediction: {slide}"
+                        )
+                        for end, slide in explained.extremes.items()
+                    },
                     "scores": table(
                         explained.scores.group_by("map", "split")
                         .agg(slides=pl.len(), auc=pl.col("auc").mean(), hit=pl.col("hit").mean())
                         .sort("map", "split")
                     ),
+                    **{
+                        f"look at the {end}": dg.MetadataValue.url(
+                            slide_page(slide, f"heat.{key.target}.{key.encoder}")
+                        )
+                        for end, slide in explained.extremes.items()
+                    },
                     "folder": dg.MetadataValue.path(store.explanation(key)),
                 },
             )

@@ -33,6 +33,7 @@ from nic_core.models.prediction import ModelMismatchError
 from nic_core.slides import SlideError
 from nic_core.store import PredictionKey, Store
 from nic_core.types import Pixels
+from nic_core.view.addresses import slide_page
 
 PICTURE_WIDTH = 600  # px of a picture in the UI
 
@@ -228,6 +229,7 @@ def prediction_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
                     if made.fold is None
                     else f"the network of fold {made.fold}, which was not trained on the patient",
                     **_pictures(key, made),
+                    "look": dg.MetadataValue.url(slide_page(key.slide, f"champion.{key.champion}")),
                     "folder": dg.MetadataValue.path(store.prediction(key)),
                 },
                 checks={

@@ -29,6 +29,7 @@ from nic_core.models.files import ModelCard, ensemble_module
 from nic_core.reports import encoder_model_card, encoder_results, model_results, slide_model_card
 from nic_core.steps.encoders import AUGMENTED_PATCHES, CONFUSION, HISTORY
 from nic_core.store import ModelKey, PatchTaskKey, Store
+from nic_core.view.addresses import cohort_page, target_page
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,8 @@ class Publication:
         Final results (:data:`nic_core.reports.RESULT_SCHEMA`).
     tables, figures, pictures
         Logged as JSON and PNG, by name; pictures are files of the product.
+    page
+        Address of the viewer's page that shows it.
     data
         Tables that the training read: ``asset/partition`` to path and digest.
     card, model_card
@@ -99,6 +102,7 @@ class Publication:
     params: Mapping[str, object]
     metrics: list[tuple[int, dict[str, float]]]
     results: pl.DataFrame
+    page: str
     data: Mapping[str, tuple[Path, str]]
     card: Mapping[str, Any]
     model_card: str
@@ -187,6 +191,7 @@ def encoder_publication(
             for row in history.iter_rows(named=True)
         ],
         results=encoder_results(card),
+        page=cohort_page(),
         data={
             f"patch_task/{task}": (store.patch_task(_trained_on(card, task)), identity)
             for task, identity in card.data.items()
@@ -257,6 +262,7 @@ def model_publication(
         },
         metrics=list(curves(result.history)),
         results=model_results(card),
+        page=target_page(key.target),
         data={name: (paths[name], digest) for name, digest in card.data.items()},
         card=card.model_dump(mode="json"),
         model_card=slide_model_card(

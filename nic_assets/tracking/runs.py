@@ -306,9 +306,7 @@ def _registered(
                 f"models:/{run.data.tags[LOGGED_MODEL]}", name, tags=tags
             )
     if not version.description:
-        client.update_model_version(
-            name, version.version, description=_description(publication.model_card)
-        )
+        client.update_model_version(name, version.version, description=_description(publication))
     if not client.get_registered_model(name).description:
         client.update_registered_model(name, network.note)
     for alias in network.aliases:
@@ -316,12 +314,14 @@ def _registered(
     return version
 
 
-def _description(model_card: str) -> str:
-    """Return the model card, or its first lines if a description cannot hold it."""
-    if len(model_card) <= DESCRIPTION_LENGTH:
-        return model_card
-    shown = model_card[:DESCRIPTION_LENGTH].rpartition("\n")[0]
-    return f"{shown}\n\nThe run's artifact `{MODEL_CARD}` has the whole card."
+def _description(publication: Publication) -> str:
+    """Return a link to the viewer and the model card, or its first lines if it is too long."""
+    link = f"[Slides and predictions]({publication.page}), where `nic view` serves them.\n\n"
+    card = publication.model_card
+    if len(link + card) <= DESCRIPTION_LENGTH:
+        return link + card
+    shown = card[: DESCRIPTION_LENGTH - len(link)].rpartition("\n")[0]
+    return f"{link}{shown}\n\nThe run's artifact `{MODEL_CARD}` has the whole card."
 
 
 def _milliseconds() -> int:

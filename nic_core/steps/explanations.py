@@ -44,14 +44,16 @@ class Explanation:
     scores
         One row per slide and map whose truth image has positive and negative cells,
         :data:`EXPLANATION_SCHEMA`.
+    extremes
+        ``highest`` and ``lowest`` to the slide with that prediction.
     overlays
-        Heatmaps drawn over the slides with the highest and the lowest prediction, by their
-        captions, uint8 (H, W, 3).
+        Their heatmaps drawn over them, by slide, uint8 (H, W, 3).
     versions
         Slide id to digest of its heatmap.
     """
 
     scores: pl.DataFrame
+    extremes: dict[str, str]
     overlays: dict[str, Pixels]
     versions: dict[str, str]
 
@@ -117,8 +119,8 @@ def make_explanation(
                 progress(place + 1, units.height)
         scored = pl.DataFrame(rows, schema=EXPLANATION_SCHEMA, orient="row").sort("slide", "map")
         scored.write_parquet(folder / SCORES)
-    overlays = {}
-    for end, slide in (("highest", units["slides"][0]), ("lowest", units["slides"][-1])):
-        drawn = read_picture(store.explanation(key) / slide / OVERLAY)
-        overlays[f"{end} prediction: {slide}"] = drawn
-    return Explanation(scored, overlays, versions)
+    extremes = {"highest": units["slides"][0], "lowest": units["slides"][-1]}
+    overlays = {
+        slide: read_picture(store.explanation(key) / slide / OVERLAY) for slide in extremes.values()
+    }
+    return Explanation(scored, extremes, overlays, versions)

@@ -102,6 +102,8 @@ def test_a_champion_predicts_every_slide_and_nothing_is_repeated(study):
     metadata = study.records("prediction")[f"growth|{slides[0]}"].asset_materialization.metadata
     assert {"prediction", "heat", "patches", "patch_places", "distance"} <= metadata.keys()
     assert metadata["model"].value == "version 1 of model-growth"
+    page = f"http://127.0.0.1:8765/slide/{slides[0]}#layers=champion.growth:0.6"
+    assert metadata["look"].value == page
     assert set(metadata["checks"].value) == {c.name for c in checks.OF_SLIDES["prediction"]}
     report = pl.read_parquet(study.store.predictions_report)
     assert report["unit"].to_list() == slides

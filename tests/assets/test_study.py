@@ -158,6 +158,21 @@ def colours_of_previews(study: Study, encoder: str) -> set[str]:
     return {str(group.attrs[COLOURS_ATTRIBUTE]) for group in previews}
 
 
+def test_pages_link_to_the_viewer(study):
+    viewer = "http://127.0.0.1:8765"
+    [slide, *_] = study.instance.get_dynamic_partitions("slides")
+    expected = {
+        ("slide", slide): f"{viewer}/slide/{slide}#layers=tissue:0.6",
+        ("grid", f"mtl-4|{slide}"): f"{viewer}/slide/{slide}#layers=grid.mtl-4:0.6",
+        ("slide_model", "mtl-4|growth"): f"{viewer}/target/growth",
+    }
+    found = {key: event(study, *key).metadata["look"].value for key in expected}
+    assert found == expected
+    explained = event(study, "explanation", "mtl-4|growth").metadata
+    for end in ("highest", "lowest"):
+        assert explained[f"look at the {end}"].value.endswith("#layers=heat.growth.mtl-4:0.6")
+
+
 def test_all_previews_of_an_encoder_have_the_same_colours(study):
     hashes = set()
     for encoder in study.cohort.encoders:

@@ -405,6 +405,7 @@ class Registry:
             "params": {"epochs": 2},
             "metrics": [(0, {"loss": 2.0}), (1, {"loss": 1.0})],
             "results": pl.DataFrame(schema=RESULT_SCHEMA),
+            "page": "http://127.0.0.1:8765/target/t",
             "data": {},
             "card": {"name": "t"},
             "model_card": "# a linear model",
@@ -463,8 +464,9 @@ def test_the_champion_is_the_first_then_a_better_or_chosen_version(registry):
 def test_the_description_of_a_version_has_the_comparison(registry):
     version = registry.register(predictions(error=10))
     reason = version.tags["champion"]
+    link = "[Slides and predictions](http://127.0.0.1:8765/target/t), where `nic view` serves them."
     card = "# a linear model\n\n## Comparison with the champion when registered\n\n"
-    assert version.description == f"{card}{reason}."
+    assert version.description == f"{link}\n\n{card}{reason}."
     registry.client.set_registered_model_alias("model-t", "champion", "1")
     again = registry.register(predictions(error=10))
     assert (again.version, again.description) == (version.version, version.description)
