@@ -414,6 +414,18 @@ def test_the_minimap_frames_the_view_and_moves_it(page):
     page.wait_for_url(re.compile(r"x=1(29|30|31)\d&y=(49|50|51)\d&"))
 
 
+def test_values_under_the_pointer_are_those_of_its_cell(page):
+    shown = open_view(page, "odd", 700, 800, 0, "")
+    x, y = corner(shown, 700, 800, 0)
+    box = page.locator("#map").bounding_box()
+    page.mouse.move(box["x"] + 500 - x, box["y"] + 900 - y)
+    values = page.locator("#pointer")
+    cell = 128 * 0.5 / 0.3  # level-0 px
+    place = f"row {int(900 // cell)}, column {int(500 // cell)}"
+    expect(values).to_contain_text(place)
+    expect(values).to_contain_text("x 150 µm, y 270 µm")
+
+
 def rows(page: Any) -> list[str]:
     return page.locator("#slides tbody tr:not(.space) td.name").all_inner_texts()
 
