@@ -17,6 +17,7 @@ import http.client
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 import tempfile
@@ -75,6 +76,13 @@ def write_study(folder: Path, slides: dict[str, Path]) -> tuple[Path, Path]:
     for name in slides:
         steps.make_slide(store, name)
     return path, store.root
+
+
+def free_port() -> int:
+    """Return a port of this machine that no program listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 @contextmanager
@@ -150,7 +158,6 @@ def memory(process: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--slides", type=Path, nargs="*", default=[], help="other slides")
-    parser.add_argument("--port", type=int, default=8799)
     options = parser.parse_args()
     console = Console(width=100)
     table = Table("slide", "zoom", "tiles", "cold, tiles/s", "warm, tiles/s")
@@ -161,11 +168,12 @@ def main() -> None:
         for kind in ("pyramid", "flat"):
             slides[f"painted-{kind}"] = folder / f"{kind}.tif"
             paint(slides[f"painted-{kind}"], pyramid=kind == "pyramid")
-        with serving(*write_study(folder, slides), options.port) as process:
+        port = free_port()
+        with serving(*write_study(folder, slides), port) as process:
             console.print(f"{cores()} cores; started: {memory(process):.0f} MB")
             for slide in slides:
                 start = time.perf_counter()
-                connection = http.client.HTTPConnection("127.0.0.1", options.port)
+                connection = http.client.HTTPConnection("127.0.0.1", port)
                 about = json.loads(fetch(connection, f"/api/slides/{slide}"))
                 width, height, lowest = about["width"], about["height"], about["min_zoom"]
                 fits = [
@@ -173,12 +181,12 @@ def main() -> None:
                 ]
                 whole = fits[-1]
                 urls = screens(slide, width, height, whole, 1)
-                fetch_all(options.port, urls)
+                fetch_all(port, urls)
                 seconds = time.perf_counter() - start
                 first.add_row(slide, f"{seconds:.2f} s", str(len(urls)), f"{memory(process):.0f}")
                 for zoom in sorted({0, -1, -2, -3, -4, -5} & set(range(lowest, 1)), reverse=True):
                     urls = screens(slide, width, height, zoom, SCREENS)
-                    cold, warm = (fetch_all(options.port, urls) for _ in range(2))
+                    cold, warm = (fetch_all(port, urls) for _ in range(2))
                     rates = (f"{len(urls) / taken:.0f}" for taken in (cold, warm))
                     table.add_row(slide, str(zoom), str(len(urls)), *rates)
             console.print(f"at the end: {memory(process):.0f} MB")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import socket
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +13,9 @@ import typer
 from nic_core.cli.shared import console, one_line
 from nic_core.cohort import COHORT_VARIABLE, CohortError, load_cohort
 from nic_core.store import STORE_VARIABLE, Store
+from nic_core.view.addresses import DEFAULT_ADDRESS
 
+DEFAULT_PORT = int(DEFAULT_ADDRESS.rpartition(":")[2])
 _NEEDED = ("starlette", "uvicorn", "xstatic", "bokeh")
 
 
@@ -25,7 +28,7 @@ def view(
         Path | None, typer.Option(help=f"store; default: ${STORE_VARIABLE}, or data/store")
     ] = None,
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="port to listen on")] = 8765,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="port to listen on")] = DEFAULT_PORT,
     token: Annotated[
         str | None,
         typer.Option(
@@ -66,11 +69,20 @@ def view(
         study = open_study(
             load_cohort(cohort), Store(store.resolve()) if store else Store.from_environment()
         )
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listener = socket.create_server((host, port), family=family)
+    except OSError as error:
+        raise typer.BadParameter(
+            f"cannot listen on {host}, port {port} ({error.strerror}); choose another port",
+            param_hint="--port",
+        ) from error
     served = application(study, token=token, annotate=annotate)
     shown = f"[{host}]" if ":" in host else host
     secret = f"?token={token}" if token else ""
     console.print(f"http://{shown}:{port}/{secret}", soft_wrap=True, markup=False)
-    uvicorn.run(served, host=host, port=port, log_level="warning", server_header=False)
+    config = uvicorn.Config(served, log_level="warning", server_header=False)
+    uvicorn.Server(config).run(sockets=[listener])
 
 
 def _is_loopback(host: str) -> bool:

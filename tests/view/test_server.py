@@ -7,6 +7,7 @@ import json
 import math
 import re
 import shutil
+import socket
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -40,6 +41,7 @@ from tests.slides.conftest import paint, write_tiff
 from tests.slides.vendors import write_mirax
 from tests.view.conftest import plain_study
 
+view_command = sys.modules["nic_core.cli.view"]  # the package has the function under this name
 SLIDE = "demo-01-1"
 JPEG_ERROR = 12  # grey levels; mean error of a tile by its compression, and more is another place
 
@@ -507,8 +509,18 @@ def test_another_host_needs_a_token():
     assert "--token" in done.output
 
 
+def test_a_port_in_use_is_refused_in_one_line(viewed_study, monkeypatch):
+    monkeypatch.setattr(view_command, "load_cohort", lambda path: viewed_study.cohort)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        store = str(viewed_study.store.root)
+        done = CliRunner().invoke(app, ["view", "--store", store, "--port", port])
+    assert done.exit_code == 2
+    assert "choose another port" in done.output
+
+
 def test_the_command_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(sys.modules["nic_core.cli.view"], "find_spec", lambda name: None)
+    monkeypatch.setattr(view_command, "find_spec", lambda name: None)
     done = CliRunner().invoke(app, ["view"])
     assert done.exit_code == 1
     assert "pip install 'nic-pathology[view]'" in re.sub(r"\s+", " ", done.output)

@@ -63,8 +63,10 @@ def point_of_first_unit(page: Any) -> tuple[float, float]:
 def test_a_click_on_a_point_opens_the_hottest_cell(page, address):
     page.goto("/target/growth")
     expect(page.locator("figcaption").first).to_contain_text("AUC")
-    page.wait_for_function("globalThis.Bokeh?.documents.length >= 2")
-    page.wait_for_function("Bokeh.index.find_one(Bokeh.documents[0].roots()[0])?.frame?.x_scale")
+    page.wait_for_function("() => globalThis.Bokeh?.documents.length >= 2")
+    page.wait_for_function(
+        "() => Bokeh.index.find_one(Bokeh.documents[0].roots()[0])?.frame?.x_scale"
+    )
     page.wait_for_load_state("networkidle")
     unit = page.evaluate("Bokeh.documents[0].get_model_by_name('units').data.unit[0]")
     hottest = page.request.get(
@@ -90,7 +92,7 @@ def test_both_encoders_keep_one_place_and_zoom(page):
     page.mouse.move(centre[0] - 60, centre[1] - 30, steps=4)
     page.mouse.up()
     left.get_by_title("Zoom in").click()
-    page.wait_for_function("location.hash.includes('zoom=0&')")
+    page.wait_for_function("() => location.hash.includes('zoom=0&')")
     page.wait_for_timeout(500)  # the animation of the zoom
     corners = [
         (image.bounding_box()["x"] - side.bounding_box()["x"], image.bounding_box()["y"])
@@ -107,7 +109,7 @@ def test_an_encoder_without_a_picture_is_named(page):
 def test_a_drawn_rectangle_is_saved_where_it_was_drawn(page, folder):
     # centre of the map at 512, 512, and two screen px for a px of the slide
     page.goto(f"/slide/{SLIDE}#x=512&y=512&zoom=1&layers=tissue:1")
-    page.get_by_role("textbox", name="Label").fill("tumour")
+    page.locator("#region-label").fill("tumour")
     page.get_by_role("button", name="Rectangle").click()
     box = page.locator("#map").bounding_box()
     x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
@@ -128,7 +130,7 @@ def test_a_drawn_rectangle_is_saved_where_it_was_drawn(page, folder):
 
 def test_a_polygon_that_crosses_itself_is_refused(page, folder):
     page.goto(f"/slide/{SLIDE}#x=512&y=512&zoom=0&layers=")
-    page.get_by_role("textbox", name="Label").fill("knot")
+    page.locator("#region-label").fill("knot")
     page.get_by_role("button", name="Polygon").click()
     box = page.locator("#map").bounding_box()
     x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
