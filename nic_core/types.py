@@ -25,6 +25,9 @@ Reading = Literal["patch", "input"]
 Origin = Literal["level0", "bounds"]
 """What coordinates of annotations count from: the corner of level 0, or of the scanned area."""
 
+ExportedCells = Literal["all", "classified", "none"]
+"""Cells with an object in an export for QuPath: all with an embedding, those with a class, none."""
+
 Colours = Literal["stored", "srgb"]
 """Pixels as stored in the file, or converted to sRGB by the file's ICC profile, if it has one."""
 

@@ -183,6 +183,19 @@ def regions_clear(dataset: PatchDataset) -> str | None:
     return "; ".join(problems[:5]) or None
 
 
+@Check
+def neighbours_unlike(dataset: PatchDataset) -> str | None:
+    """Where the patients are unknown, images that follow each other are not alike."""
+    found = dataset.found("ordered")
+    if found.is_empty():
+        return None
+    return (
+        f"{found['detail'][0]}: the images are probably ordered by patient or batch, so "
+        "that scores may be too high in spite of splits by blocks; state the patients if they can "
+        "be known"
+    )
+
+
 PATCH_TASK_CHECKS = (
     splits_disjoint_by_group,
     classes_present,
@@ -190,6 +203,7 @@ PATCH_TASK_CHECKS = (
     no_near_duplicates_across_splits,
     images_readable,
     regions_clear,
+    neighbours_unlike,
 )
 
 

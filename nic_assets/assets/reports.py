@@ -72,7 +72,7 @@ def _map_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         group_name="reports",
         kinds={"pytorch", "image"},
         op_tags=CPU_TAGS,
-        code_version=code_version(2, partitions.cohort.maps),
+        code_version=code_version(3, partitions.cohort.maps),
     )
     def probability_map(
         context: dg.AssetExecutionContext,

@@ -13,6 +13,7 @@ from nic_core.cli.demo import demo
 from nic_core.cli.encoder import encoder_app
 from nic_core.cli.environment import read_environment
 from nic_core.cli.evaluate import evaluate
+from nic_core.cli.export import export_app
 from nic_core.cli.grid import grid_app
 from nic_core.cli.predict import predict
 from nic_core.cli.slides import inspect, tissue
@@ -35,6 +36,7 @@ app.command()(evaluate)
 app.command()(view)
 app.add_typer(grid_app, name="grid")
 app.add_typer(encoder_app, name="encoder")
+app.add_typer(export_app, name="export")
 
 
 def _print_version(asked: bool) -> None:

@@ -94,12 +94,14 @@ class PatchTask(Entry):
     label_column: str = Field(default="label", description="column of the table with labels")
     group_column: str | None = Field(
         default="group",
-        description="column with the patient; a row without a value is a separate group",
+        description="column with the patient; a row without a value is a separate group; null: the "
+        "patients are unknown, and blocks of consecutive images are the groups",
     )
     group_pattern: str | None = Field(
         default=None,
         description="for a folder: regular expression that is searched in an image's file name; "
-        "its group 'group' is the patient. Default: each image is a separate group",
+        "its group 'group' is the patient. Default: the patients are unknown, and blocks of "
+        "consecutive images are the groups",
     )
     where: dict[str, Label] = Field(
         default={}, description="column to value: keep only rows of the table with these values"

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from nic_core.cohort import PatchTask
 from nic_core.encoders.errors import EncoderError
 from nic_core.encoders.near_duplicates import near_duplicates
+from nic_core.encoders.order import blocks_of_order, order_test
 from nic_core.encoders.patch_sources import (
     ImageError,
     PatchSource,
@@ -72,6 +73,8 @@ FINDING_KINDS = {
     "near_duplicate": "patch that is almost identical to a patch of another split",
     "one_group": "class that only one group has, so it is in one split only",
     "absent": "class without a patch in this split",
+    "unknown_groups": "patients unknown; splits consist of blocks of consecutive images",
+    "ordered": "patients unknown, and images that follow each other are alike",
     "unknown_mpp": "resolution declared unknown; images are not resampled",
     "unclassified": "regions without a class; the cells that they touch are not background",
     "unused": "features of an annotation file that are no regions",
@@ -174,8 +177,9 @@ def build_patch_task(
     than a patch after resampling is mirrored at its edges to the size of one patch [choice].
     Splits consist of complete groups, 60/20/20 and stratified by class [choice], unless the source
     has splits; if it lacks a validation split, a quarter of the train groups is used. An image
-    without a group is a separate group. Images are read twice: once to compare pixels, once to cut
-    patches.
+    without a group is a separate group. If no image has a group, blocks of consecutive images are
+    the groups (:mod:`nic_core.encoders.order`). Images are read twice: once to compare pixels, once
+    to cut patches.
 
     Parameters
     ----------
@@ -211,6 +215,8 @@ def build_patch_task(
         listing = _hash_images(source, listing, progress)
         kept, findings = _distinct_images(listing)
         _check_classes(task, kept["label"], classes)
+        if unknown := task.slides is None and bool((kept["group"] == kept["source"]).all()):
+            kept = kept.with_columns(group=pl.Series(_blocks(kept)))
         kept = kept.with_columns(split=pl.Series(_splits(task, kept, classes, seed)))
         images, table = _patch_table(task, kept, source.scale, classes, patch)
         shape = (len(table), patch, patch, 3)
@@ -228,6 +234,7 @@ def build_patch_task(
             _near_duplicates(table, patches),
             _class_findings(task, table, classes),
             source_findings,
+            *([_order_findings(table, patches)] if unknown else []),
         ]
     )
     dataset = PatchDataset(task.name, task.organ, classes, mpp, patches, table, findings)
@@ -527,6 +534,50 @@ def _class_findings(task: PatchTask, table: pl.DataFrame, classes: tuple[str, ..
     )
 
 
+def _blocks(kept: pl.DataFrame) -> list[str]:
+    """Return blocks of consecutive images of a class, and of a split if the source has splits."""
+    published = kept["split"].fill_null("")
+    labels = [
+        f"{label} {split}".strip() for label, split in zip(kept["label"], published, strict=True)
+    ]
+    return blocks_of_order(labels, kept["source"].to_list())
+
+
+def _order_findings(table: pl.DataFrame, patches: Pixels) -> pl.DataFrame:
+    """Report that the patients are unknown, and an order in which neighbours are alike."""
+    colours = np.concatenate(
+        [
+            patches[start : start + _BLOCK].mean((1, 2), dtype=np.float64)
+            for start in range(0, len(patches), _BLOCK)
+        ]
+    )
+    images = (
+        table.select("source", "label", *(pl.Series(f"c{i}", colours[:, i]) for i in range(3)))
+        .group_by("source", maintain_order=True)
+        .agg(pl.col("label").first(), pl.col("c0", "c1", "c2").mean())
+    )
+    found = order_test(
+        images.select("c0", "c1", "c2").to_numpy(),
+        images["label"].to_list(),
+        images["source"].to_list(),
+    )
+    blocks = f"{table['group'].n_unique()} blocks of {len(images)} images"
+    ordered = (
+        [
+            f"mean colour correlates by {found.correlation:.2f} with that of the next image "
+            f"(p {found.p:.3f})"
+        ]
+        if found is not None and found.ordered
+        else []
+    )
+    return pl.concat(
+        [
+            _findings("unknown_groups", pl.DataFrame({"detail": [blocks]})),
+            _findings("ordered", pl.DataFrame({"detail": ordered}, {"detail": pl.String})),
+        ]
+    )
+
+
 def _splits(task: PatchTask, kept: pl.DataFrame, classes: tuple[str, ...], seed: int) -> list[str]:
     """Return the split of each image: the published one, or one assigned by group and seed."""
     if kept["split"].is_null().all():
@@ -570,6 +621,6 @@ def _split_groups(
     except ValueError as error:
         raise task_error(
             task,
-            f"{error}; add groups, or set 'group_column: null' to split by image (scores are then "
-            "not valid for new patients)",
+            f"{error}; add groups, or set 'group_column: null' to split by blocks of consecutive "
+            "images (scores are then not valid for new patients)",
         ) from error

@@ -258,23 +258,40 @@ def colour_cells(grid: Grid, colours: EmbeddingColours) -> Pixels:
     GridError
         The colours are of another encoder, or of other weights of it.
     """
+    values = embedding_components(grid, colours)
+    low, high = np.asarray(colours.low), np.asarray(colours.high)
+    picture = np.full(values.shape, BACKGROUND, np.uint8)
+    shown = (values[grid.valid] - low) / np.where(high > low, high - low, 1)
+    shown = np.where(high > low, np.clip(shown, 0, 1), 0.5)
+    picture[grid.valid] = np.round(shown * _BRIGHTEST)
+    return picture
+
+
+def embedding_components(grid: Grid, colours: EmbeddingColours) -> npt.NDArray[np.float64]:
+    """Return the principal components of the embedding of every cell.
+
+    Returns
+    -------
+    float64 (rows, columns, 3)
+        NaN in cells without an embedding. 0 for components that embeddings of fewer than three
+        numbers do not have.
+
+    Raises
+    ------
+    GridError
+        The colours are of another encoder, or of other weights of it.
+    """
     about = grid.provenance
     if about.weights_hash != colours.weights_hash or grid.shape[0] != len(colours.mean):
         raise GridError(
             f"the grid of slide '{about.slide}' by encoder '{about.encoder}' is of other weights "
             f"than the colours of encoder '{colours.encoder}'; make both with the same encoder"
         )
-    mean, components, low, high = (
-        np.asarray(values)
-        for values in (colours.mean, colours.components, colours.low, colours.high)
-    )
-    picture = np.full((*grid.valid.shape, 3), BACKGROUND, np.uint8)
-    spread = np.where(high > low, high - low, 1)
+    mean, components = np.asarray(colours.mean), np.asarray(colours.components)
+    values = np.full((*grid.valid.shape, 3), np.nan)
     for cells, embeddings in _embeddings(grid, grid.valid):
-        values = (_projected(embeddings, mean, components) - low) / spread
-        shown = np.where(high > low, np.clip(values, 0, 1), 0.5)
-        picture[cells] = np.round(shown * _BRIGHTEST)
-    return picture
+        values[cells] = _projected(embeddings, mean, components)
+    return values
 
 
 def draw_grid(grid: Grid, *, cell: int = 4) -> Pixels:

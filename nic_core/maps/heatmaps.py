@@ -25,13 +25,12 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 import pyvips
+import shapely
 import zarr
 import zarr.codecs
 import zarr.errors
 from matplotlib.image import imsave
 from PIL import Image, ImageDraw, ImageFont
-from scipy import ndimage
-from skimage.measure import find_contours
 from sklearn.metrics import roc_auc_score
 
 from nic_core.grids import GridError, GridProvenance
@@ -100,19 +99,14 @@ def write_heatmap(
     StoreError
         The folder cannot be written.
     """
-    if content_identity(slide.path) != provenance.slide_identity:
-        raise SlideError(
-            slide.path,
-            f"is not the slide '{provenance.slide}' of the grid",
-            "give the slide that the grid was made from",
-        )
+    check_slide_of_grid(slide, provenance)
     if np.isnan(heat).all():
         raise ValueError(f"slide '{provenance.slide}': no cell has heat")
     x, y = provenance.origin
     corner = slide.bounds[:2]
     with atomic_folder(folder) as new:
         _write_tiff(new / TIFF, heat, provenance)
-        _write_zarr(new / ZARR, heat, provenance)
+        write_cell_image(new / ZARR, heat, provenance)
         areas = hot_areas(
             heat,
             provenance.cell,
@@ -132,6 +126,22 @@ def write_heatmap(
             imsave(new / PATCHES, sheet, pil_kwargs={"quality": 90})
 
 
+def check_slide_of_grid(slide: Slide, provenance: GridProvenance) -> None:
+    """Compare the content identity of a slide with that of the slide of a grid.
+
+    Raises
+    ------
+    SlideError
+        The slide is not that of the grid.
+    """
+    if content_identity(slide.path) != provenance.slide_identity:
+        raise SlideError(
+            slide.path,
+            f"is not the slide '{provenance.slide}' of the grid",
+            "give the slide that the grid was made from",
+        )
+
+
 def read_heatmap(folder: Path) -> Heat:
     """Read the heat that :func:`write_heatmap` wrote.
 
@@ -144,12 +154,40 @@ def read_heatmap(folder: Path) -> Heat:
     GridError
         The heatmap does not exist or cannot be read.
     """
+    return read_cell_image(folder / ZARR)
+
+
+def read_cell_image(path: Path) -> Heat:
+    """Read the values that :func:`write_cell_image` wrote.
+
+    Returns
+    -------
+    float32 (rows, columns)
+
+    Raises
+    ------
+    GridError
+        The image does not exist or cannot be read.
+    """
     try:
-        return np.asarray(
-            zarr.open_array(folder / ZARR / EMBEDDINGS_ARRAY, mode="r")[:], np.float32
-        )
+        return np.asarray(zarr.open_array(path / EMBEDDINGS_ARRAY, mode="r")[:], np.float32)
     except (OSError, ValueError, zarr.errors.BaseZarrError) as error:
-        raise GridError(f"{folder}: the heatmap cannot be read ({error}); make it again") from error
+        raise GridError(f"{path}: cannot be read ({error}); make it again") from error
+
+
+def heatmap_provenance(folder: Path) -> GridProvenance:
+    """Read the provenance of the grid whose heat :func:`write_heatmap` wrote.
+
+    Raises
+    ------
+    GridError
+        The heatmap does not exist or cannot be read.
+    """
+    try:
+        stated = zarr.open_group(folder / ZARR, mode="r").attrs[PROVENANCE_ATTRIBUTE]
+        return GridProvenance.model_validate(stated)
+    except (OSError, KeyError, ValueError, zarr.errors.BaseZarrError) as error:
+        raise GridError(f"{folder / ZARR}: cannot be read ({error}); make it again") from error
 
 
 def score_heat(heat: Heat, truth: npt.NDArray[np.int8]) -> tuple[float, bool] | None:
@@ -189,9 +227,7 @@ def hot_areas(
 ) -> dict[str, Any]:
     """Return the areas of highest heat as QuPath GeoJSON, one annotation per quantile.
 
-    An area contains the centres of exactly those cells whose heat reaches the quantile. Its outline
-    runs half way between the centres of neighbouring cells. Cells that share only a corner belong
-    to different polygons.
+    An area consists of exactly those cells whose heat reaches the quantile (:func:`outlines`).
 
     Parameters
     ----------
@@ -231,7 +267,10 @@ def hot_areas(
 def outlines(
     mask: npt.NDArray[np.bool_], cell: float, origin: tuple[float, float] = (0, 0)
 ) -> list[list[list[list[float]]]]:
-    """Return the outlines of a mask of cells as GeoJSON polygons.
+    """Return the area of a mask of cells as GeoJSON polygons.
+
+    Their sides are those of the cells. Cells that share only a corner belong to different polygons,
+    unless others connect them.
 
     Parameters
     ----------
@@ -248,22 +287,20 @@ def outlines(
         [x, y], level-0 px, whose last point repeats the first. Outer rings run counter-clockwise
         and holes clockwise with y upwards, as GeoJSON requires.
     """
-    regions, _ = ndimage.label(mask)
-    polygons = []
-    for number, box in enumerate(ndimage.find_objects(regions), start=1):
-        region = np.pad(regions[box] == number, 1).astype(np.float64)
-        # contours are relative to the padded box, and (0, 0) is the centre of its first cell
-        start = np.array([box[0].start - 0.5, box[1].start - 0.5])
-        contours = find_contours(region, 0.5)  # type: ignore[no-untyped-call]
-        rings = [(ring + start)[:, ::-1] * cell + origin for ring in contours]
-        rings.sort(key=lambda ring: -abs(_area(ring)))  # the outer ring is the largest
-        polygons.append(
-            [
-                (ring if (_area(ring) > 0) == (i == 0) else ring[::-1]).tolist()
-                for i, ring in enumerate(rings)
-            ]
-        )
-    return polygons
+    # the squares of neighbouring cells in a row are one rectangle
+    ends = np.diff(np.pad(mask, ((0, 0), (1, 1))).astype(np.int8), axis=1)
+    rows, first = np.nonzero(ends == 1)
+    _, beyond = np.nonzero(ends == -1)
+    area = shapely.union_all(shapely.box(first, rows, beyond, rows + 1))
+    area = shapely.orient_polygons(shapely.simplify(area, 0))  # without points on straight sides
+    return [
+        [
+            (shapely.get_coordinates(ring) * cell + origin).tolist()
+            for ring in (polygon.exterior, *polygon.interiors)
+        ]
+        for polygon in shapely.get_parts(area)
+        if not polygon.is_empty
+    ]
 
 
 def heat_overlay(slide: Slide, heat: Heat, provenance: GridProvenance) -> Pixels:
@@ -375,7 +412,18 @@ def _write_tiff(path: Path, heat: Heat, provenance: GridProvenance) -> None:
     )
 
 
-def _write_zarr(path: Path, heat: Heat, provenance: GridProvenance) -> None:
+def write_cell_image(path: Path, values: Heat, provenance: GridProvenance) -> None:
+    """Write values of the cells of a grid as an OME-Zarr 0.5 image (y, x) at the grid's place.
+
+    Parameters
+    ----------
+    path : Path
+        Folder of the image; not written atomically.
+    values : float32 (rows, columns)
+        NaN where there is none.
+    provenance : GridProvenance
+        Provenance of the grid.
+    """
     group = zarr.open_group(path, mode="w", zarr_format=3)
     group.attrs.update(
         {
@@ -385,18 +433,12 @@ def _write_zarr(path: Path, heat: Heat, provenance: GridProvenance) -> None:
     )
     group.create_array(
         EMBEDDINGS_ARRAY,
-        data=np.ascontiguousarray(heat, np.float32),
-        chunks=tuple(min(512, length) for length in heat.shape),
+        data=np.ascontiguousarray(values, np.float32),
+        chunks=tuple(min(512, length) for length in values.shape),
         compressors=zarr.codecs.BloscCodec(cname="zstd", clevel=5, shuffle="shuffle"),
         fill_value=np.nan,
         dimension_names=("y", "x"),
     )
-
-
-def _area(ring: npt.NDArray[np.float64]) -> float:
-    """Signed area of a closed ring (n, 2); positive if counter-clockwise with y upwards."""
-    x, y = ring.T
-    return float(np.sum(x[:-1] * y[1:] - x[1:] * y[:-1]) / 2)
 
 
 def _with_scale_bar(picture: Pixels, mpp: float) -> Pixels:

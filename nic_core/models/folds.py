@@ -8,7 +8,6 @@ of the site or of the published fold, else the number as text), sorted by patien
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping
 from typing import Literal
@@ -21,6 +20,7 @@ from nic_core.cohort import LEAST_FOLDS, CohortError, FoldSetting, SiteFolds, Ta
 from nic_core.cohort.tables import visible
 from nic_core.models.kinds import TargetKind, kind_of
 from nic_core.models.kinds.base import label_error
+from nic_core.natural_order import natural_key
 
 FOLD_COLUMNS = ("fold", "fold_name", "site")
 """Columns of the product ``target_folds`` that a target table has not."""
@@ -143,7 +143,7 @@ def make_site_folds(
     _check_groups(table, groups or {})
     _check_groups_in_one(sites, groups or {}, "site")
     kind, cv = kind_of(target), table.filter(pl.col("split") == "cv")
-    names = sorted(set(sites.values()), key=_natural)
+    names = sorted(set(sites.values()), key=natural_key)
     if len(names) < LEAST_FOLDS:
         raise _too_few("site", names)
     strata = _patient_strata(kind, cv)
@@ -203,7 +203,7 @@ def named_folds(
     _check_groups(table, groups or {})
     _check_groups_in_one(names, groups or {}, column)
     kind, cv = kind_of(target), table.filter(pl.col("split") == "cv")
-    ordered = sorted(set(names.values()), key=_natural)
+    ordered = sorted(set(names.values()), key=natural_key)
     if len(ordered) < LEAST_FOLDS:
         raise _too_few(column, ordered)
     patients = cv["patient"].unique().sort().to_list()
@@ -227,12 +227,6 @@ def _too_few(column: Literal["fold", "site"], names: list[str]) -> CohortError:
         f"{'s' if len(names) > 1 else ''} ({listed}); cross-validation needs at least "
         f"{LEAST_FOLDS}; set settings.models.folds to a number"
     )
-
-
-def _natural(name: str) -> list[tuple[int, int, str]]:
-    """Key to sort names by: digits count as numbers."""
-    parts = re.findall(r"([0-9]+)|([^0-9]+)", name)
-    return [(0, int(digits), "") if digits else (1, 0, text) for digits, text in parts]
 
 
 def _check_groups_in_one(

@@ -13,17 +13,18 @@ from nic_core.cohort import Cohort, ProbabilityMap
 from nic_core.encoders import load_encoder, load_patch_task
 from nic_core.grids import Grid, open_grid
 from nic_core.maps import overlay, probability_map, score_maps, truth_of_cells
+from nic_core.maps.heatmaps import write_cell_image
 from nic_core.steps.encoders import patch_task_keys
 from nic_core.steps.slide_index import index_row, read_slide_index
 from nic_core.steps.slides import THUMBNAIL, read_record
 from nic_core.store import GridKey, MapKey, Store, atomic_file, atomic_folder
 from nic_core.types import Pixels
 
-CELLS, OVERLAY = "cells.parquet", "overlay.jpg"
+CELLS, OVERLAY, PROBABILITY = "cells.parquet", "overlay.jpg", "probability.zarr"
 
 
 def make_probability_map(cohort: Cohort, store: Store, key: MapKey) -> tuple[pl.DataFrame, Pixels]:
-    """Compute the probability map of a slide; write and return its cells and an overlay.
+    """Compute the probability map of a slide; write its cells, an overlay and an OME-Zarr image.
 
     Returns
     -------
@@ -56,7 +57,25 @@ def make_probability_map(cohort: Cohort, store: Store, key: MapKey) -> tuple[pl.
     with atomic_folder(store.probability_map(key)) as folder:
         cells.write_parquet(folder / CELLS)
         imsave(folder / OVERLAY, picture)
+        write_cell_image(folder / PROBABILITY, probabilities(cells, grid), grid.provenance)
     return cells, picture
+
+
+def probabilities(cells: pl.DataFrame, grid: Grid) -> npt.NDArray[np.float32]:
+    """Return a probability map as an array; NaN where the grid has no embedding.
+
+    Parameters
+    ----------
+    cells : polars.DataFrame
+        :data:`nic_core.maps.MAP_SCHEMA`, of this grid.
+
+    Returns
+    -------
+    float32 (rows, columns)
+    """
+    values = np.full(grid.valid.shape, np.nan, np.float32)
+    values[cells["row"].to_numpy(), cells["column"].to_numpy()] = cells["probability"].to_numpy()
+    return values
 
 
 def make_map_scores(cohort: Cohort, store: Store, name: str) -> pl.DataFrame:

@@ -18,9 +18,10 @@ import pyvips
 from nic_core.encoders import EncoderError, load_patch_task
 from nic_core.encoders.files import verify_encoder
 from nic_core.grids import GridError, read_colours, verify_grid, verify_preview
-from nic_core.maps.heatmaps import read_heatmap
+from nic_core.maps.heatmaps import read_cell_image, read_heatmap
 from nic_core.models.files import ModelFileError, load_model
 from nic_core.steps.predictions import HEATMAP
+from nic_core.steps.probability_maps import PROBABILITY
 from nic_core.steps.slide_models import FOLD_METRICS, METRICS, PREDICTIONS
 from nic_core.steps.slides import RECORD, THUMBNAIL, TISSUE, SlideRecord
 from nic_core.store import Product, Store
@@ -144,6 +145,12 @@ def _prediction(path: Path) -> bool:
     return False
 
 
+def _probability_map(path: Path) -> bool:
+    _tables(path)
+    read_cell_image(path / PROBABILITY)
+    return False
+
+
 # asset -> function that reads a product and returns whether it compared a hash
 _CHECKS: dict[str, Callable[[Path], bool]] = {
     "slide": _slide,
@@ -162,6 +169,6 @@ _CHECKS: dict[str, Callable[[Path], bool]] = {
     "champion": _slide_model,
     "prediction_plan": _tables,
     "prediction": _prediction,
-    "probability_map": _tables,
+    "probability_map": _probability_map,
     "map_scores": _tables,
 }

@@ -25,7 +25,7 @@
       reports/                  predictions.parquet, predictions.csv: all predictions
       external_grids/<cohort>/<encoder>/<slide>.zarr
       external_evaluations/<cohort>/<target>/    metrics.parquet, predictions.parquet, pictures, ...
-      probability_maps/<map>/<slide>/      cells.parquet, overlay.jpg
+      probability_maps/<map>/<slide>/      cells.parquet, overlay.jpg, probability.zarr
       map_scores/<map>.parquet
       quality_report/           slides.parquet: quality of every slide; outliers.png
       evaluation_report/        results.parquet, encoders.parquet, comparisons.parquet, pictures

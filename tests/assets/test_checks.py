@@ -139,6 +139,7 @@ def test_findings_of_a_patch_task_are_reported():
         (checks.classes_present, {"kind": "absent", "label": "a", "split": "test"}, "a in test"),
         (checks.images_readable, {"kind": "unreadable", "source": "i", "detail": "cut"}, "i (cut)"),
         (checks.regions_clear, {"kind": "unclassified", "source": "i", "detail": "1"}, "i: 1"),
+        (checks.neighbours_unlike, {"kind": "ordered", "detail": "r = 0.7"}, "r = 0.7"),
         (checks.regions_clear, {"kind": "outside_tissue", "source": "i", "detail": "1"}, "i: 1"),
     ):
         assert check(dataset()) is None

@@ -86,7 +86,7 @@ def test_a_heatmap_is_written_atomically_and_read_back(folder, heat, about, slid
 
 
 def test_a_missing_heatmap_is_an_error(tmp_path):
-    with pytest.raises(GridError, match="the heatmap cannot be read"):
+    with pytest.raises(GridError, match="cannot be read"):
         read_heatmap(tmp_path / "gone")
 
 
