@@ -16,6 +16,7 @@ from nic_core.cli.evaluate import evaluate
 from nic_core.cli.export import export_app
 from nic_core.cli.grid import grid_app
 from nic_core.cli.predict import predict
+from nic_core.cli.report import report
 from nic_core.cli.slides import inspect, tissue
 from nic_core.cli.study import check, init
 from nic_core.cli.view import view
@@ -34,6 +35,7 @@ app.command()(compress)
 app.command()(predict)
 app.command()(evaluate)
 app.command()(view)
+app.command()(report)
 app.add_typer(grid_app, name="grid")
 app.add_typer(encoder_app, name="encoder")
 app.add_typer(export_app, name="export")

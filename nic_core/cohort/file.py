@@ -95,6 +95,11 @@ class Cohort(Entry):
                     f"'objective: reused', 'encoder: {base}' and 'mpp: {seen:g}', and name it here",
                 )
 
+    @property
+    def file(self) -> Path | None:
+        """The cohort file; None for a cohort that was not read from one."""
+        return None if self._source is None else self._source.file
+
     def place(self, *location: str | int) -> str:
         """Return ``file:line: field`` of a field, to begin a message; without a file, the field."""
         if self._source is None:

@@ -18,7 +18,11 @@ from nic_core.steps.encoders import (
     patch_task_is_current,
     patch_task_keys,
 )
-from nic_core.steps.evaluation_report import draw_slide, make_evaluation_report
+from nic_core.steps.evaluation_report import (
+    collect_report,
+    draw_slide,
+    make_evaluation_report,
+)
 from nic_core.steps.explanations import Explanation, make_explanation
 from nic_core.steps.external import (
     ExternalEvaluation,
@@ -58,6 +62,7 @@ from nic_core.steps.predictions import (
 )
 from nic_core.steps.probability_maps import make_map_scores, make_probability_map
 from nic_core.steps.quality_report import QualityReport, make_quality_report
+from nic_core.steps.report_sections import FailedCheck, report_document
 from nic_core.steps.slide_index import (
     SlideScan,
     digest,
@@ -97,6 +102,7 @@ __all__ = [
     "ChampionVersion",
     "Explanation",
     "ExternalEvaluation",
+    "FailedCheck",
     "NoChampionError",
     "Prediction",
     "PredictionPlan",
@@ -105,6 +111,7 @@ __all__ = [
     "SlideScan",
     "StoredChampion",
     "TargetFolds",
+    "collect_report",
     "digest",
     "draw_slide",
     "encoder_bases",
@@ -162,6 +169,7 @@ __all__ = [
     "remove_champion",
     "remove_external_evaluation",
     "remove_prediction",
+    "report_document",
     "scan_slides",
     "slide_scanner",
     "study_slides",

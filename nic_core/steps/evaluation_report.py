@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import polars as pl
 from matplotlib.figure import Figure
 from matplotlib.image import imread
@@ -21,8 +23,10 @@ from nic_core.reports import (
     probe_results,
     results_figure,
 )
+from nic_core.reports.html import render_html
 from nic_core.reports.slide_figure import compressed_slide
 from nic_core.steps.probability_maps import OVERLAY
+from nic_core.steps.report_sections import FailedCheck, report_document
 from nic_core.steps.slide_index import open_indexed, read_patient_groups, read_slide_index
 from nic_core.steps.slide_models import CLINICAL, FOLD_METRICS, METRICS, PREDICTIONS
 from nic_core.steps.slides import TISSUE, read_record
@@ -30,19 +34,53 @@ from nic_core.store import GridKey, MapKey, ModelKey, Store, atomic_folder
 from nic_core.tiling.tissue import TissueMask
 
 RESULTS, ENCODERS = "results.parquet", "encoders.parquet"
-COMPARISONS, NOTES = "comparisons.parquet", "notes.txt"
+COMPARISONS, NOTES, HTML = "comparisons.parquet", "notes.txt", "report.html"
 
 
-def make_evaluation_report(cohort: Cohort, store: Store) -> Report:
+def make_evaluation_report(
+    cohort: Cohort, store: Store, checks: Sequence[FailedCheck] | None = None
+) -> Report:
     """Collect all scores of a study; write and return the report.
 
     The folder gets ``results.parquet``, ``fold_metrics.parquet``, ``encoders.parquet``,
-    ``comparisons.parquet``, ``notes.txt`` (a line each; empty without notes), ``results.png`` and,
-    if every encoder has compressed the same slide, ``compressed_slide.png``. Models, encoders and
-    maps that do not exist yet are left out.
+    ``comparisons.parquet``, ``notes.txt`` (a line each; empty without notes), ``results.png``,
+    ``report.html`` (:func:`~nic_core.steps.report_sections.report_document`) and, if every encoder
+    has compressed the same slide, ``compressed_slide.png``. Models, encoders and maps that do not
+    exist yet are left out.
+
+    Parameters
+    ----------
+    checks
+        See :func:`~nic_core.steps.report_sections.report_document`.
 
     Raises
     ------
+    CohortError
+        The slide index does not exist yet, or a slide record is of another version.
+    ModelFileError
+        A model is of an older format.
+    """
+    report = collect_report(cohort, store)
+    html = render_html(report_document(cohort, store, report, checks))
+    with atomic_folder(store.evaluation_report) as folder:
+        (folder / NOTES).write_text("".join(f"{note}\n" for note in report.notes))
+        report.results.write_parquet(folder / RESULTS)
+        report.folds.write_parquet(folder / FOLD_METRICS)
+        report.encoders.write_parquet(folder / ENCODERS)
+        report.comparisons.write_parquet(folder / COMPARISONS)
+        for name, figure in report.figures.items():
+            figure.savefig(folder / f"{name}.png", dpi=110)
+        (folder / HTML).write_text(html)
+    return report
+
+
+def collect_report(cohort: Cohort, store: Store) -> Report:
+    """Collect all scores of a study without writing anything.
+
+    Raises
+    ------
+    CohortError
+        The slide index does not exist yet.
     ModelFileError
         A model is of an older format.
     """
@@ -123,14 +161,6 @@ def make_evaluation_report(cohort: Cohort, store: Store) -> Report:
         notes += comparison_notes(target, of_target, comparisons.filter(target=target))
         notes += dict.fromkeys(note for card in of_target.values() for note in card.notes)
     folds_of_models = pl.concat([FOLD_SCHEMA.to_frame(), *folds])
-    with atomic_folder(store.evaluation_report) as folder:
-        (folder / NOTES).write_text("".join(f"{note}\n" for note in notes))
-        results.write_parquet(folder / RESULTS)
-        folds_of_models.write_parquet(folder / FOLD_METRICS)
-        encoders.write_parquet(folder / ENCODERS)
-        comparisons.write_parquet(folder / COMPARISONS)
-        for name, figure in figures.items():
-            figure.savefig(folder / f"{name}.png", dpi=110)
     return Report(results, folds_of_models, encoders, comparisons, figures, notes)
 
 
