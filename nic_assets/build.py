@@ -34,8 +34,8 @@ def build_defs(cohort: Cohort, store: Store) -> dg.Definitions:
         *registry_assets(partitions),
         *prediction_assets(partitions),
         *external_evaluation_assets(partitions),
-        *report_assets(partitions),
     ]
+    made += report_assets(partitions, [spec for asset in made for spec in asset.check_specs])
     jobs = study_jobs(partitions)
     return dg.Definitions(
         assets=[*external_assets(partitions), *automate(made, cohort.automation)],

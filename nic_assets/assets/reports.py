@@ -1,10 +1,13 @@
 """Probability maps with their scores, and the evaluation report."""
 
+from collections.abc import Sequence
+
 import dagster as dg
 
 from nic_assets.orchestration.batches import Events, Product, batch_asset, materialize_each
 from nic_assets.orchestration.executors import CPU_TAGS
 from nic_assets.orchestration.metadata import OWNERS, code_version, figure, picture, table
+from nic_assets.orchestration.partition_checks import failed_checks
 from nic_assets.orchestration.retries import retried_asset, retry_transient_errors
 from nic_assets.partitions import Partitions
 from nic_assets.tags import PARTIAL_INPUTS, REFRESH_TAG
@@ -12,11 +15,20 @@ from nic_core import steps
 from nic_core.cohort import Cohort, CohortError
 from nic_core.reports import primary_folds
 from nic_core.slides import SlideError
+from nic_core.steps.evaluation_report import HTML
 from nic_core.store import MapKey, Store
 
 
-def report_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
-    """Return the assets of group ``reports``."""
+def report_assets(
+    partitions: Partitions, check_specs: Sequence[dg.AssetCheckSpec]
+) -> list[dg.AssetsDefinition]:
+    """Return the assets of group ``reports``.
+
+    Parameters
+    ----------
+    check_specs
+        The checks of all other assets, whose failures the evaluation report lists.
+    """
     cohort = partitions.cohort
     maps = _map_assets(partitions) if cohort.maps else []
 
@@ -32,14 +44,17 @@ def report_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         owners=OWNERS,
         tags=PARTIAL_INPUTS,
         op_tags=CPU_TAGS,
-        code_version=code_version(6, cohort.name),
+        code_version=code_version(7, cohort.name),
     )
     def evaluation_report(
-        cohort: dg.ResourceParam[Cohort], store: dg.ResourceParam[Store]
+        context: dg.AssetExecutionContext,
+        cohort: dg.ResourceParam[Cohort],
+        store: dg.ResourceParam[Store],
     ) -> Events:
-        """All scores of the study, with intervals, in one table."""
+        """All scores of the study with intervals, and the report as one HTML file."""
+        checks = failed_checks(context.instance, check_specs)
         with retry_transient_errors():
-            report = steps.make_evaluation_report(cohort, store)
+            report = steps.make_evaluation_report(cohort, store, checks)
         yield dg.MaterializeResult(
             data_version=dg.DataVersion(
                 steps.digest(
@@ -57,6 +72,7 @@ def report_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
                 "comparisons": table(report.comparisons),
                 "notes": report.notes,
                 **{name: figure(drawing, name) for name, drawing in report.figures.items()},
+                "report": dg.MetadataValue.path(store.evaluation_report / HTML),
                 "folder": dg.MetadataValue.path(store.evaluation_report),
                 "dagster/row_count": report.results.height,
             },

@@ -15,7 +15,7 @@ where it grows with the square of their number.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, ParamSpec
 
@@ -23,6 +23,7 @@ import dagster as dg
 
 from nic_assets.orchestration.internals import AssetCheckEvaluationTargetMaterializationData
 from nic_assets.tags import RUN_OUTPUT_TAG
+from nic_core.steps import FailedCheck
 
 Arguments = ParamSpec("Arguments")
 
@@ -156,6 +157,27 @@ def republish_checks(
     for name, result in _evaluations(instance, asset, partitions, published).items():
         if result != published[name]:
             instance.report_runless_asset_event(result)
+
+
+def failed_checks(
+    instance: dg.DagsterInstance, specs: Iterable[dg.AssetCheckSpec]
+) -> list[FailedCheck]:
+    """Return the checks whose latest result is a failure, with the number of products concerned."""
+    declared = {spec.key: spec for spec in specs}
+    shown = instance.event_log_storage.get_latest_asset_check_execution_by_key([*declared])
+    found = []
+    for key, spec in declared.items():
+        result = shown[key].evaluation if key in shown else None
+        # a check that is only planned has no result
+        if not isinstance(result, dg.AssetCheckEvaluation) or result.passed:
+            continue
+        failed, products = (
+            int(str(result.metadata[name].value)) if name in result.metadata else 1
+            for name in ("failed", "partitions")
+        )
+        asset = key.asset_key.to_user_string()
+        found.append(FailedCheck(asset, key.name, spec.description or "", failed, products))
+    return found
 
 
 def _evaluations(

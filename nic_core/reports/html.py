@@ -13,6 +13,7 @@ import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import ClassVar, TypeAlias
 
 import matplotlib as mpl
@@ -24,6 +25,7 @@ from nic_core.types import Pixels
 
 MAX_SVG = 400_000  # bytes; a drawing with more (thousands of points) becomes PNG [choice]
 PNG_DPI = 150
+LONG_WORD = 32  # letters
 
 
 class PdfError(RuntimeError):
@@ -65,8 +67,8 @@ class DataTable:
     rows
         Cells, as many in each row as there are headings.
     texts
-        Number of leading columns that contain text; the others contain numbers and are aligned to
-        the right.
+        Number of leading columns that contain text, at least one; the others contain numbers and
+        are aligned to the right. Their cells are broken at line feeds only.
     """
 
     kind: ClassVar[str] = "table"
@@ -169,6 +171,11 @@ def photograph(pixels: Pixels, *, side: int) -> str:
     return _uri("image/jpeg", buffer.getvalue())
 
 
+def stored_png(path: Path) -> str:
+    """Return a PNG file as ``data:`` URI."""
+    return _uri("image/png", path.read_bytes())
+
+
 def _uri(media_type: str, content: bytes) -> str:
     return f"data:{media_type};base64,{base64.b64encode(content).decode()}"
 
@@ -182,9 +189,15 @@ def render_html(document: Document) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.tests["unbroken"] = _has_long_word
     return environment.get_template("report.html.jinja").render(
         document=document, anchors=_anchors(document)
     )
+
+
+def _has_long_word(text: str) -> bool:
+    """Return whether a word is so long, as a hash is, that it may be broken between letters."""
+    return any(len(word) > LONG_WORD for word in text.split())
 
 
 def _anchors(document: Document) -> list[list[str]]:

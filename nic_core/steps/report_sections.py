@@ -20,7 +20,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
+from matplotlib.figure import Figure
 
 from nic_core.cohort import (
     ClassificationTarget,
@@ -56,6 +58,7 @@ from nic_core.reports.html import (
     Text,
     drawn_figure,
     photograph,
+    stored_png,
 )
 from nic_core.reports.methods import REFERENCES, content_hashes, methods
 from nic_core.steps.encoders import leaked_groups
@@ -69,6 +72,7 @@ from nic_core.store import ExternalKey, ModelKey, Store
 
 WITHHELD = "reason withheld, since it contains an id or a path"
 PICTURE_SIDE = 900  # px, of heatmaps
+NARROW = 6.0  # inches
 _PACKAGES = (
     *("nic-pathology", "torch", "numpy", "scipy", "scikit-learn", "scikit-survival", "polars"),
     *("scikit-image", "tifffile", "openslide-python", "pyvips", "zarr", "dagster", "mlflow"),
@@ -231,7 +235,7 @@ def _cohort_blocks(
     ]
     if of_used:
         mpp = sorted({round(record.mpp, 4) for record in of_used})
-        area = pl.Series([record.tissue_mm2 for record in of_used])
+        area = [record.tissue_mm2 for record in of_used]
         facts += [
             ("um/px at level 0", _listed(f"{value:g}" for value in mpp)),
             ("tissue area, mm2: median (range)", _range(area)),
@@ -343,8 +347,8 @@ def _label_blocks(cohort: Cohort, store: Store, used: pl.DataFrame) -> list[Bloc
         )
         blocks.append(DataTable("Labels", columns, tuple(rows), texts=3))
     if grids:
-        columns = ("target", "encoder", "slides with a grid", "slides without one", "cells")
-        blocks.append(DataTable("Grids of labelled slides", columns, tuple(grids), texts=2))
+        of_grids = ("target", "encoder", "slides with a grid", "slides without one", "cells")
+        blocks.append(DataTable("Grids of labelled slides", of_grids, tuple(grids), texts=2))
     return blocks
 
 
@@ -369,7 +373,6 @@ def _split_blocks(cohort: Cohort, store: Store, index: pl.DataFrame) -> tuple[Bl
         if not store.target_folds(target.name).exists():
             continue
         folds = pl.read_parquet(store.target_folds(target.name), glob=False)
-        headings = _label_columns(target)
         rows = []
         for (split, fold, name), part in folds.sort("split", "fold").group_by(
             "split", "fold", "fold_name", maintain_order=True
@@ -382,21 +385,17 @@ def _split_blocks(cohort: Cohort, store: Store, index: pl.DataFrame) -> tuple[Bl
             rows.append(
                 (
                     part_name,
+                    *([_counts_of(sites)] if site_of else []),
                     f"{part['patient'].n_unique():,}",
                     f"{slides.n_unique():,}",
                     f"{part.height:,}",
                     *_label_summary(target, part),
-                    *([_counts_of(sites)] if site_of else []),
                 )
             )
-        columns = ("part", "patients", "slides", "units", *headings)
-        blocks.append(
-            DataTable(
-                f"{target.name}: a unit is a {target.level}",
-                (*columns, "slides of each site") if site_of else columns,
-                tuple(rows),
-            )
-        )
+        texts = ("part", "slides of each site") if site_of else ("part",)
+        columns = (*texts, "patients", "slides", "units", *_label_columns(target))
+        caption = f"{target.name}: a unit is a {target.level}"
+        blocks.append(DataTable(caption, columns, tuple(rows), len(texts)))
     return tuple(blocks)
 
 
@@ -416,7 +415,7 @@ def _label_summary(target: Target, units: pl.DataFrame) -> tuple[str, ...]:
         case ClassificationTarget():
             return tuple(str(units.filter(y=i).height) for i in range(len(target.classes)))
         case SurvivalTarget():
-            return str(units["event"].sum()), f"{units['time'].median():,.1f}"
+            return str(units["event"].sum()), f"{float(np.median(units['time'])):,.1f}"
         case RegressionTarget():
             return _number(units["y"].mean()), _number(units["y"].std())
 
@@ -459,7 +458,7 @@ def _encoder_blocks(
             "A slide of the cohort with its tissue outlined, its grids coloured by the first "
             "three principal components of their embeddings, and its probability maps."
         )
-        blocks.append(Picture(drawn_figure(picture), caption, caption))
+        blocks.append(_figure(picture, caption))
     return tuple(blocks)
 
 
@@ -475,7 +474,7 @@ def _result_blocks(
             "First metric of each target, with its 95 % interval, for each encoder and model; "
             "the tables below hold the numbers."
         )
-        blocks.append(Picture(drawn_figure(report.figures["results"]), caption, caption))
+        blocks.append(_figure(report.figures["results"], caption))
     if report.notes:
         blocks.append(Items(tuple(report.notes)))
     for target in cohort.targets:
@@ -519,8 +518,8 @@ def _model_pictures(store: Store, key: ModelKey, result: CrossValidation) -> lis
     reliable = f"{name}: reliability of the cross-validated predictions"
     reliable += "." if isinstance(result.target, RegressionTarget) else ", and decision curve."
     blocks: list[Block] = [
-        Picture(drawn_figure(evaluation_figure(result)), evaluated, evaluated),
-        Picture(drawn_figure(reliability_figure(result)), reliable, reliable),
+        _figure(evaluation_figure(result), evaluated),
+        _figure(reliability_figure(result), reliable),
     ]
     units = result.predictions.filter(model=NETWORK).sort(
         kind_of(result.target).prediction_columns[-1], descending=True
@@ -529,10 +528,30 @@ def _model_pictures(store: Store, key: ModelKey, result: CrossValidation) -> lis
     for end, slide in (("highest", slides[0]), ("lowest", slides[-1])):
         path = store.explanation(key) / slide / OVERLAY
         if path.exists():
-            caption = f"{name}: heatmap of a slide with the {end} prediction."
+            caption = (
+                f"{name}: heatmap of a slide with the {end} prediction. Red speaks for "
+                f"{_higher(result.target)}, blue against it."
+            )
             picture = photograph(read_picture(path), side=PICTURE_SIDE)
             blocks.append(Picture(picture, caption, caption, small=True))
     return blocks
+
+
+def _figure(figure: Figure, caption: str) -> Picture:
+    """Return a figure as a picture, which has half the width of the page if it is narrow."""
+    small = figure.get_figwidth() <= NARROW
+    return Picture(drawn_figure(figure), caption, caption, small=small)
+
+
+def _higher(target: Target) -> str:
+    """Say what a high output of a model of the target means."""
+    match target:
+        case ClassificationTarget():
+            return target.classes[-1]
+        case SurvivalTarget():
+            return "a higher risk"
+        case RegressionTarget():
+            return "a higher value"
 
 
 def _comparison_blocks(cohort: Cohort, report: Report) -> tuple[Block, ...]:
@@ -576,6 +595,8 @@ def _external_blocks(cohort: Cohort, store: Store) -> tuple[Block, ...]:
         for target in cohort.targets:
             folder = store.external_evaluation(ExternalKey(cohort=entry.name, target=target.name))
             if not folder.exists():
+                text = f"{target.name} in {entry.name}: not evaluated when this report was written."
+                blocks.append(Text(text))
                 continue
             about = json.loads((folder / ABOUT).read_text())
             metrics = pl.read_parquet(folder / METRICS, glob=False)
@@ -602,31 +623,29 @@ def _external_blocks(cohort: Cohort, store: Store) -> tuple[Block, ...]:
                 Heading(f"{target.name} in {entry.name}"),
                 DataTable(caption, columns, rows),
             ]
-            subgroups = pl.read_parquet(folder / SUBGROUPS, glob=False)
-            first = subgroups.unique(["column", "group"], keep="first", maintain_order=True)
-            if first.height:
-                rows = tuple(
-                    (
-                        row["column"],
-                        row["group"],
-                        row["metric"],
-                        _number(row["value"]),
-                        _interval(row["low"], row["high"]),
-                        str(row["patients"]),
-                        str(row["units"]),
-                    )
-                    for row in first.iter_rows(named=True)
-                )
-                columns = (
-                    *("column", "subgroup", "metric", "value", "95 % interval"),
-                    *("patients", "units"),
-                )
-                blocks.append(DataTable("Subgroups", columns, rows, texts=3))
+            blocks += _subgroup_blocks(pl.read_parquet(folder / SUBGROUPS, glob=False))
             if (drawn := folder / "evaluation.png").exists():
                 caption = f"{target.name}: predictions in the external cohort {entry.name}."
-                picture = photograph(read_picture(drawn), side=1800)
-                blocks.append(Picture(picture, caption, caption))
+                blocks.append(Picture(stored_png(drawn), caption, caption))
     return tuple(blocks)
+
+
+def _subgroup_blocks(subgroups: pl.DataFrame) -> list[Block]:
+    """Return the table of the first metric of each subgroup; none without subgroups."""
+    rows = tuple(
+        (
+            *(row[name] for name in ("column", "group", "metric")),
+            _number(row["value"]),
+            _interval(row["low"], row["high"]),
+            f"{row['patients']:,}",
+            f"{row['units']:,}",
+        )
+        for row in subgroups.unique(
+            ["column", "group"], keep="first", maintain_order=True
+        ).iter_rows(named=True)
+    )
+    columns = ("column", "subgroup", "metric", "value", "95 % interval", "patients", "units")
+    return [DataTable("Subgroups", columns, rows, texts=3)] if rows else []
 
 
 def _prediction_blocks(cohort: Cohort, store: Store) -> tuple[Block, ...]:
@@ -732,9 +751,9 @@ def _limits(
         )
     if any(card.settings.permute_labels is not None for card in cards):
         limits.append("Labels were exchanged before training: the results are a control.")
-    below = report.results.filter(
-        kind="target", part=CROSS_VALIDATED
-    ).unique(["about", "encoder", "model"], keep="first", maintain_order=True)
+    below = report.results.filter(kind="target", part=CROSS_VALIDATED).unique(
+        ["about", "encoder", "model"], keep="first", maintain_order=True
+    )
     if any(
         row["value"] is not None
         and row["value"] < kind_of(cohort.target(row["about"])).chance_level
@@ -805,7 +824,7 @@ def _software_blocks(
 
 
 def _value(row: dict[str, Any]) -> str:
-    interval = "" if row["low"] is None else f" [{row['low']:.3f}, {row['high']:.3f}]"
+    interval = "" if row["low"] is None else f"\n[{row['low']:.3f}, {row['high']:.3f}]"
     return f"{_number(row['value'])}{interval}"
 
 
@@ -834,8 +853,8 @@ def _p(value: float | None) -> str:
     return "" if value is None else f"{value:.2g}"
 
 
-def _range(values: pl.Series) -> str:
-    return f"{values.median():.1f} ({values.min():.1f} to {values.max():.1f})"
+def _range(values: Sequence[float]) -> str:
+    return f"{np.median(values):.1f} ({min(values):.1f} to {max(values):.1f})"
 
 
 def _listed(values: Iterable[str], most: int = 8) -> str:
