@@ -205,7 +205,8 @@ def _anchors(document: Document) -> list[list[str]]:
     used: set[str] = set()
 
     def anchor(texts: Sequence[str]) -> str:
-        base = "-".join(re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") for text in texts)
+        words = re.findall(r"[a-z0-9]+", " ".join(texts).lower())
+        base = "-".join(words) or "section"  # a text of another script has no such word
         number, name = 1, base
         while name in used:
             number += 1

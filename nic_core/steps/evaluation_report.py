@@ -17,6 +17,7 @@ from nic_core.models.folds import folds_note
 from nic_core.reports import (
     ENCODER_SCHEMA,
     FOLD_SCHEMA,
+    RESULT_SCHEMA,
     Report,
     encoder_results,
     map_results,
@@ -120,7 +121,7 @@ def collect_report(cohort: Cohort, store: Store) -> Report:
         if store.map_scores(item.name).exists():
             scores = pl.read_parquet(store.map_scores(item.name), glob=False)
             parts.append(map_results(item, scores, resamples=settings.bootstrap))
-    results = pl.concat(parts)
+    results = pl.concat([RESULT_SCHEMA.to_frame(), *parts])
     comparisons = pl.concat(
         [
             COMPARISON_SCHEMA.to_frame(),

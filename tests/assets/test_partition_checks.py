@@ -13,8 +13,9 @@ from nic_assets.assets import checks
 from nic_assets.assets.inputs import add_slides, drop_slides
 from nic_assets.orchestration import partition_checks
 from nic_assets.orchestration.batches import Events, Product, batch_asset, materialize_each
-from nic_assets.orchestration.partition_checks import Check, republish_checks
+from nic_assets.orchestration.partition_checks import Check, failed_checks, republish_checks
 from nic_assets.partitions import SLIDES
+from nic_core.steps import FailedCheck
 from nic_core.store import ModelKey
 
 pytestmark = pytest.mark.slow
@@ -136,6 +137,22 @@ def test_a_check_fails_until_every_partition_passes(world):
     assert world.run("mask", "s2").success
     assert world.problems_shown() == {}
     assert world.shown().description == "2 of 2 partitions passed"
+
+
+def test_failed_checks_are_counted_for_the_report(world):
+    specs = [spec for asset in world.defs.assets for spec in asset.check_specs]
+    assert failed_checks(world.instance, specs) == []
+    world.problems = {"s2": "a pen mark", "growth": "0.1 is within chance"}
+    assert world.run("mask", "s1", "s3").success
+    assert world.run("slide_model", "mtl|growth").success
+    control = checks.above_permutation_control
+    assert failed_checks(world.instance, specs) == [
+        FailedCheck("mask", "tidy", tidy.description, 1, 3),
+        FailedCheck("slide_model", control.name, control.description, 1, 1),
+    ]
+    world.problems = {}
+    assert world.run("mask", "s2").success
+    assert [check.asset for check in failed_checks(world.instance, specs)] == ["slide_model"]
 
 
 def test_models_that_fail_their_permutation_control_stay_failed(world):
