@@ -29,7 +29,7 @@
       probability_maps/<map>/<slide>/      cells.parquet, overlay.jpg, probability.zarr
       map_scores/<map>.parquet
       quality_report/           slides.parquet: quality of every slide; outliers.png
-      evaluation_report/        results.parquet, encoders.parquet, comparisons.parquet, pictures
+      evaluation_report/        report.html, results.parquet, comparisons.parquet, pictures, ...
       mlflow/                   database and artifacts of the experiment tracker
       dagster/                  storage of the orchestrator
 
