@@ -13,7 +13,7 @@ from nic_core.store import Store, StoreError, atomic_file
 
 
 def report(
-    out: Annotated[Path, typer.Option(help="file to write")] = Path("report.html"),
+    out: Annotated[Path, typer.Option(help="file to write", dir_okay=False)] = Path("report.html"),
     pdf: Annotated[
         bool, typer.Option("--pdf", help="also write the report as PDF, beside the file")
     ] = False,

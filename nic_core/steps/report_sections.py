@@ -529,8 +529,7 @@ def _model_pictures(store: Store, key: ModelKey, result: CrossValidation) -> lis
         path = store.explanation(key) / slide / OVERLAY
         if path.exists():
             caption = (
-                f"{name}: heatmap of a slide with the {end} prediction. Red speaks for "
-                f"{_higher(result.target)}, blue against it."
+                f"{name}: heatmap of a slide with the {end} prediction. {_heat_colours(result)}"
             )
             picture = photograph(read_picture(path), side=PICTURE_SIDE)
             blocks.append(Picture(picture, caption, caption, small=True))
@@ -543,15 +542,18 @@ def _figure(figure: Figure, caption: str) -> Picture:
     return Picture(drawn_figure(figure), caption, caption, small=small)
 
 
-def _higher(target: Target) -> str:
-    """Say what a high output of a model of the target means."""
-    match target:
-        case ClassificationTarget():
-            return target.classes[-1]
+def _heat_colours(result: CrossValidation) -> str:
+    """Say what the colours of a model's heatmaps mean."""
+    if result.settings.network == "mil":
+        return "Red cells have a high attention, blue cells a low one."
+    match result.target:
+        case ClassificationTarget(classes=classes):
+            higher = classes[-1]
         case SurvivalTarget():
-            return "a higher risk"
+            higher = "a higher risk"
         case RegressionTarget():
-            return "a higher value"
+            higher = "a higher value"
+    return f"Red speaks for {higher}, blue against it."
 
 
 def _comparison_blocks(cohort: Cohort, report: Report) -> tuple[Block, ...]:
