@@ -28,6 +28,10 @@ def report(
     comparisons, failed checks, methods, limits, software and hashes, and no id of a slide or
     patient. The store is not changed.
     """
+    if out.suffix == ".pdf":
+        raise typer.BadParameter(
+            "name the HTML file; --pdf writes a PDF beside it", param_hint="--out"
+        )
     # imports torch, which is slow
     from nic_core import steps
     from nic_core.encoders import EncoderError
