@@ -85,6 +85,8 @@ def test_models_of_folds_by_site_are_reported_by_site(tiny_cohort, mean_rgb_stud
     report = study.make("evaluation_report")
     assert {row.data["fold_name"] for row in report["folds"].records} == set("ABCD")
     folder = study.store.evaluation_report
+    assert Path(report["report"]) == folder / "report.html"
+    assert "each site was a fold" in Path(report["report"]).read_text()
     folds = pl.read_parquet(folder / "fold_metrics.parquet")
     network = folds.filter(~pl.col("model").str.contains("linear"), about="growth", metric="AUC")
     results = pl.read_parquet(folder / "results.parquet").filter(
