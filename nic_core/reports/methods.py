@@ -36,10 +36,10 @@ _OBJECTIVES = {
 _NETWORKS = {
     "published": "the published CNN of eight depthwise-separable convolutions [B]",
     "small": (
-        "a small CNN of three convolutions on 48 principal components of the embeddings, centred "
+        "a small CNN of three convolutions on up to 48 principal components of the embeddings, centred "
         "by slide [choice]"
     ),
-    "mil": "gated-attention pooling of 48 principal components of the embeddings [choice]",
+    "mil": "gated-attention pooling of up to 48 principal components of the embeddings [choice]",
 }
 _LOSSES = {
     "regression": "the squared error",
@@ -74,15 +74,20 @@ def methods(
 
 
 def _tissue(cohort: Cohort, masks: int) -> str:
+    text = (
+        "Slides were compressed by neural image compression [B]: the slide is divided into square "
+        "cells, a network maps the patch of each cell to a short vector (its embedding), and the "
+        "embeddings, at the places of their cells, are the grid from which slide models are "
+        "trained."
+    )
+    if not cohort.networks:
+        return f"{text} Cells and embeddings are those that other software computed."
     given = f" {masks:,} slides had a tissue mask of their own." if masks else ""
     threshold = cohort.settings.tissue
     source = "[code]" if threshold == Settings().tissue else "[choice]"
     return (
-        "Slides were compressed by neural image compression [B]: the slide is divided into square "
-        "cells, a network maps the patch of each cell to a short vector (its embedding), and the "
-        "embeddings, at the places of their cells, are the grid from which slide models are "
-        "trained. Tissue was found at 8 um/px by its colour in optical density [choice]."
-        f"{given} A cell was kept if more than {threshold:.0%} of its patch was tissue {source}."
+        f"{text} Tissue was found at 8 um/px by its colour in optical density [choice].{given} A cell"
+        f" was kept if more than {threshold:.0%} of its patch was tissue {source}."
     )
 
 
@@ -127,7 +132,8 @@ def _networks(models: Sequence[ModelCard]) -> str:
         f"fold.{noise} Training: {settings.epochs} epochs in batches of {settings.batch} crops, "
         f"highest learning rate {settings.learning_rate:g}, seed {settings.seed}; the epoch with "
         "the best validation metric was kept [choice]. A prediction is the mean over "
-        f"{settings.crops_at_test} crops in 8 orientations [B]."
+        f"{settings.crops_at_test} crop{'s' if settings.crops_at_test > 1 else ''} in 8 "
+        "orientations [B]."
     )
 
 

@@ -29,6 +29,7 @@ from nic_core.cohort import (
     Cohort,
     CohortError,
     RegressionTarget,
+    SiteFolds,
     SurvivalTarget,
     Target,
 )
@@ -736,15 +737,18 @@ def _limits(
         else "No external cohort was tested: other hospitals, scanners and stains may give other "
         "results."
     )
-    if index["site"].null_count() == index.height:
+    by_site = cohort.settings.models.folds == "site" or isinstance(
+        cohort.settings.models.folds, SiteFolds
+    )
+    if index["site"].null_count() == index.height and not by_site:
         limits.append(
-            "The slide table states no sites, so a site that is in several folds cannot be seen."
+            "The slide table states no sites: whether a site is in several folds is not known."
         )
     networks = len({card.encoder for card in cards})
     if networks > 1:
         limits.append(
-            f"{networks} encoders were compared on the same held-out units; the best of them is "
-            "better by chance than it would be on new patients."
+            f"{networks} encoders were compared on the same held-out units; the score of "
+            "the best of them is expected to be lower on new patients."
         )
     if any(card.settings.seeds == 1 for card in cards):
         limits.append(
