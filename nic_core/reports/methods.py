@@ -36,8 +36,8 @@ _OBJECTIVES = {
 _NETWORKS = {
     "published": "the published CNN of eight depthwise-separable convolutions [B]",
     "small": (
-        "a small CNN of three convolutions on up to 48 principal components of the embeddings, centred "
-        "by slide [choice]"
+        "a small CNN of three convolutions on up to 48 principal components of the embeddings, "
+        "centred by slide [choice]"
     ),
     "mil": "gated-attention pooling of up to 48 principal components of the embeddings [choice]",
 }
@@ -86,8 +86,8 @@ def _tissue(cohort: Cohort, masks: int) -> str:
     threshold = cohort.settings.tissue
     source = "[code]" if threshold == Settings().tissue else "[choice]"
     return (
-        f"{text} Tissue was found at 8 um/px by its colour in optical density [choice].{given} A cell"
-        f" was kept if more than {threshold:.0%} of its patch was tissue {source}."
+        f"{text} Tissue was found at 8 um/px by its colour in optical density [choice].{given} A "
+        f"cell was kept if more than {threshold:.0%} of its patch was tissue {source}."
     )
 
 
