@@ -55,7 +55,8 @@ LOWEST_TESTS ?= tests/test_cohort.py tests/test_store.py tests/test_tables.py te
 demo: .venv/installed  ## make the demo cohort, materialize every asset, print the results
 	$(BIN)/nic demo data/demo --external 16
 	$(BIN)/nic refresh
-	@echo "Dagster: make ui      MLflow: make mlflow"
+	$(BIN)/nic report --out data/report.html
+	@echo "Slides: make view      Dagster: make ui      MLflow: make mlflow"
 
 refresh: .venv/installed  ## materialize what is missing or stale
 	$(BIN)/nic refresh
