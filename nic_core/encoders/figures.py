@@ -7,9 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import polars as pl
 import torch
-from matplotlib import colormaps
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter
 from numpy.typing import NDArray
 
@@ -18,29 +17,41 @@ from nic_core.encoders.networks import pool_patches
 from nic_core.encoders.patch_tasks import PatchDataset
 from nic_core.encoders.probes import TaskEmbeddings, nearest_patches, principal_components
 from nic_core.encoders.scores import TaskScores
+from nic_core.pictures import (
+    BLUE,
+    RED,
+    WIDTH,
+    draw_shares,
+    hide_frame,
+    new_figure,
+    series_styles,
+)
+
+VALUE_NAMES = {"auc": "AUC", "balanced_accuracy": "balanced accuracy"}
 
 
 def training_curves(history: pl.DataFrame) -> Figure:
     """Plot losses and validation values against patches seen.
 
-    Grey lines mark reductions of the learning rate.
+    Vertical lines mark reductions of the learning rate, a dotted line an AUC of chance.
     """
-    figure = _figure(12, 3.6)
-    losses, values = figure.subplots(1, 2)
+    figure = new_figure(WIDTH, 7.2)
+    losses, values = figure.subplots(2, 1)
     patches = history["patches"].to_numpy()
     parts = [name.split("/") for name in history.columns]
     tasks = list(dict.fromkeys(p[1] for p in parts if len(p) == 3))
-    colours = {task: f"C{number}" for number, task in enumerate(tasks)}
+    styles = series_styles(len(tasks))
+    colours = {task: style.colour for task, style in zip(tasks, styles, strict=True)}
     for column, (place, *rest) in zip(history.columns, parts, strict=True):
         task = rest[0] if rest and rest[0] in colours else None
         if place == "loss":
-            label = "/".join(rest) or "total"
+            label = "/".join(rest) or "all tasks"
             axes, line = losses, "-"
         elif place == "validation":
             if rest[-1] == "f1":
                 continue  # close to balanced accuracy; the tracker has it
-            label = " ".join(rest).replace("_", " ")
-            axes, line = values, ":" if rest[-1] == "auc" else "-"
+            label = f"{': '.join(rest[:-1]) or 'all tasks'}, {VALUE_NAMES.get(rest[-1], rest[-1])}"
+            axes, line = values, "--" if rest[-1] == "auc" else "-"
         else:
             continue
         axes.plot(
@@ -52,34 +63,31 @@ def training_curves(history: pl.DataFrame) -> Figure:
             lw=1 if task else 2.5,
         )
     drops = np.flatnonzero(np.diff(history["learning_rate"].to_numpy()))
-    for axes, title in ((losses, "training loss"), (values, "validation")):
-        for drop in drops:
-            axes.axvline(patches[drop], color="0.85", lw=1, zorder=0)
-        axes.set(title=title, xlabel="patches seen")
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n / 1000:g}k"))
-        axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-        axes.spines[["top", "right"]].set_visible(False)
+    if any(parts_of[-1] == "auc" for parts_of in parts):
+        values.axhline(0.5, color="black", lw=0.8, ls=":", label="AUC of chance (0.5)")
+    for axes, title in ((losses, "loss on training patches"), (values, "validation patches")):
+        for i, drop in enumerate(drops):
+            label = "learning rate reduced" if i == 0 else None
+            axes.axvline(patches[drop], color="0.7", lw=1, zorder=0, label=label)
+        axes.set_title(title, fontsize=10)
+        axes.set(xlabel="patches seen", ylabel="loss" if axes is losses else "value (1: best)")
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n:,.0f}"))
+        axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+        hide_frame(axes)
     return figure
 
 
 def confusion_matrix(task: str, classes: Sequence[str], scores: TaskScores) -> Figure:
     """Draw a confusion matrix: colour is the share of the true class, numbers are patches."""
-    counts = np.array(scores.confusion)
-    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    side = 2.2 + 0.5 * len(classes)
-    figure = _figure(side + 0.6, side)
+    side = 3.4 + 0.45 * len(classes)
+    figure = new_figure(min(WIDTH, side + 1.4), min(WIDTH, side))
     axes = figure.subplots()
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    for (row, column), count in np.ndenumerate(counts):
-        colour = "white" if shares[row, column] > 0.6 else "black"
-        axes.text(column, row, f"{count}", ha="center", va="center", color=colour, fontsize=8)
-    ticks = range(len(classes))
-    axes.set_xticks(ticks, classes, rotation=45, ha="right", fontsize=8)
-    axes.set_yticks(ticks, classes, fontsize=8)
+    draw_shares(axes, np.array(scores.confusion), classes, unit="patches")
     auc = "undefined" if scores.auc is None else f"{scores.auc:.3f}"
-    axes.set(xlabel="predicted", ylabel="true")
-    axes.set_title(
-        f"{task}, test split: balanced accuracy {scores.balanced_accuracy:.3f}, AUC {auc}",
+    figure.suptitle(
+        f"{task}, patches of test patients:\n"
+        f"balanced accuracy {scores.balanced_accuracy:.3f} (chance {1 / len(classes):.2g}), "
+        f"AUC {auc} (chance 0.5)",
         fontsize=9,
     )
     return figure
@@ -100,7 +108,7 @@ def augmentation_sheet(
         for rows in [task.rows("train")]
         for label in np.resize(rng.permutation(np.unique(task.labels[rows])), patches)
     ]
-    figure = _figure(1.1 * (variants + 1), 1.15 * len(chosen))
+    figure = new_figure(1.1 * (variants + 1), 1.15 * len(chosen) + 0.4)
     axes = figure.subplots(len(chosen), variants + 1, squeeze=False)
     for line, (task, row) in zip(axes, chosen, strict=True):
         pixels = torch.from_numpy(np.array(task.patches[row])).permute(2, 0, 1)[None]
@@ -109,14 +117,18 @@ def augmentation_sheet(
         for place, image in zip(line, images, strict=True):
             place.imshow(image.permute(1, 2, 0).numpy())
             place.set_axis_off()
-        line[0].set_title(f"{task.name}: {task.classes[task.labels[row]]}", fontsize=7, loc="left")
+        line[0].set_title(f"{task.name}: {task.classes[task.labels[row]]}", fontsize=8, loc="left")
+    figure.suptitle(
+        "first column: a training patch, at the um/px of the network's input; others: augmented",
+        fontsize=9,
+    )
     return figure
 
 
 def patch_examples(task: PatchDataset, *, seed: int = 0, patches: int = 6) -> Figure:
     """Show random patches of a task, one row per class."""
     rng = np.random.default_rng(seed)
-    figure = _figure(0.9 * patches, 1.0 * len(task.classes))
+    figure = new_figure(1.1 * patches, 1.25 * len(task.classes) + 0.3)
     axes = figure.subplots(len(task.classes), patches, squeeze=False)
     for line, number in zip(axes, range(len(task.classes)), strict=True):
         members = np.flatnonzero(task.labels == number)
@@ -124,35 +136,40 @@ def patch_examples(task: PatchDataset, *, seed: int = 0, patches: int = 6) -> Fi
             place.imshow(task.patches[row])
         for place in line:
             place.set_axis_off()
-        line[0].set_title(task.classes[number], fontsize=7, loc="left")
+        title = f"{task.classes[number]} ({len(members):,} patches)"
+        line[0].set_title(title, fontsize=8, loc="left")
+    figure.suptitle(f"{task.name}: random patches of each class", fontsize=9)
     return figure
 
 
 def embedding_map(tasks: Sequence[TaskEmbeddings]) -> Figure:
-    """Plot the test embeddings of each task on two principal axes, coloured by class."""
+    """Plot the test embeddings of each task on two principal axes, with a mark for each class."""
     columns = min(2, len(tasks))
     rows = -(-len(tasks) // columns)
-    figure = _figure(4.6 * columns, 3.2 * rows)
+    figure = new_figure(4.8 * columns, 3.4 * rows)
     places = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes in places[len(tasks) :]:
         axes.set_axis_off()
     for axes, embeddings in zip(places, tasks, strict=False):
         points, shares = principal_components(embeddings)
-        palette = colormaps["tab10" if len(embeddings.task.classes) <= 10 else "tab20"]
-        colours = palette(np.arange(palette.N))
-        # in random order, so that no class covers the others
-        order = np.random.default_rng(0).permutation(len(points))
-        labels = embeddings.test_labels
-        shades = colours[labels[order] % len(colours)]
-        axes.scatter(*points[order].T, s=8, c=shades, alpha=0.7, lw=0)
-        for number in np.unique(labels):
-            colour = colours[number % len(colours)]
-            axes.scatter([], [], s=16, color=colour, label=embeddings.task.classes[number])
-        axes.set(xlabel=f"axis 1 ({shares[0]:.0%})", ylabel=f"axis 2 ({shares[1]:.0%})")
+        labels, classes = embeddings.test_labels, embeddings.task.classes
+        for number, style in enumerate(series_styles(len(classes))):
+            of_class = points[labels == number]
+            axes.scatter(
+                *of_class.T,
+                s=10,
+                color=style.colour,
+                marker=style.marker,
+                alpha=0.7,
+                lw=0,
+                label=classes[number],
+            )
+        axes.set_xlabel(f"principal axis 1 ({shares[0]:.0%} of the variance)", fontsize=8)
+        axes.set_ylabel(f"principal axis 2 ({shares[1]:.0%})", fontsize=8)
         axes.set_title(f"{embeddings.task.name}: {len(points)} test patches", fontsize=9)
         axes.set(xticks=[], yticks=[])
-        axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+        hide_frame(axes)
     return figure
 
 
@@ -161,8 +178,8 @@ def neighbour_sheet(
 ) -> Figure:
     """Show test patches (first column) and the training patches with the nearest embeddings.
 
-    The test patches are random, of different classes. A green frame marks neighbours of the same
-    class, a red frame neighbours of another class.
+    The test patches are random, of different classes. A blue frame marks neighbours of the same
+    class, a dashed red frame neighbours of another class.
     """
     rng = np.random.default_rng(seed)
     lines: list[tuple[TaskEmbeddings, int, NDArray[np.int64]]] = []
@@ -175,24 +192,29 @@ def neighbour_sheet(
         lines += [
             (embeddings, int(query), found) for query, found in zip(chosen, nearest, strict=True)
         ]
-    figure = _figure(1.05 * (neighbours + 1), 1.2 * len(lines))
+    figure = new_figure(1.05 * (neighbours + 1), 1.2 * len(lines) + 0.4)
     axes = figure.subplots(len(lines), neighbours + 1, squeeze=False)
     for line, (embeddings, query, found) in zip(axes, lines, strict=True):
         task, label = embeddings.task, embeddings.test_labels[query]
         line[0].imshow(task.patches[embeddings.test_rows[query]])
-        line[0].set_title(f"{task.name}: {task.classes[label]}", fontsize=7, loc="left")
+        line[0].set_title(f"{task.name}: {task.classes[label]}", fontsize=8, loc="left")
         for place, number in zip(line[1:], found, strict=False):
             place.imshow(task.patches[embeddings.train_rows[number]])
             same = embeddings.train_labels[number] == label
             for spine in place.spines.values():
-                spine.set(color="C2" if same else "C3", linewidth=2.5)
+                spine.set(color=BLUE if same else RED, linewidth=3, ls="-" if same else "--")
         for place in line:
             place.set(xticks=[], yticks=[])
         line[0].set_frame_on(False)
-    return figure
-
-
-def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
+    frames = {"same class": (BLUE, "-"), "other class": (RED, "--")}
+    figure.legend(
+        [Patch(fill=False, edgecolor=colour, ls=line, lw=2) for colour, line in frames.values()],
+        frames,
+        title="first column: a test patch; others: the training patches of nearest embedding",
+        title_fontsize=9,
+        fontsize=8,
+        frameon=False,
+        ncols=2,
+        loc="outside upper center",
+    )
     return figure

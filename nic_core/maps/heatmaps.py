@@ -8,8 +8,9 @@ A heatmap has a value ("heat") for each cell of a slide's grid. Its folder conta
 - ``heat.zarr``: the same values as an OME-Zarr 0.5 image, with the coordinates of the grid;
 - ``heat.geojson``: the areas of highest heat as QuPath annotations, px of level 0 that count from
   the corner of the slide's scanned area (``origin``: ``bounds``), as QuPath's do [choice];
-- ``overlay.png``: the heat over a thumbnail, with a scale bar;
-- ``patches.jpg``: the patches of highest heat (upper row) and of lowest heat (lower row);
+- ``overlay.png``: the heat over a thumbnail with a scale bar; below, a colour key and a caption;
+- ``patches.jpg``: the patches of highest heat and, below, those of lowest heat, each row with its
+  range of heat;
 - ``patches.parquet``: their places and heat (:data:`EXTREME_SCHEMA`).
 """
 
@@ -30,12 +31,13 @@ import zarr
 import zarr.codecs
 import zarr.errors
 from matplotlib.image import imsave
-from PIL import Image, ImageDraw, ImageFont
 from sklearn.metrics import roc_auc_score
 
 from nic_core.grids import GridError, GridProvenance
 from nic_core.grids.store import EMBEDDINGS_ARRAY, PROVENANCE_ATTRIBUTE, ome_image
 from nic_core.maps import tint
+from nic_core.numbers import format_number
+from nic_core.pictures import with_caption, with_colour_key, with_scale_bar
 from nic_core.slides import Slide, SlideError, content_identity
 from nic_core.store import atomic_folder
 from nic_core.tiling.annotations import ORIGIN_MEMBER
@@ -68,6 +70,7 @@ def write_heatmap(
     slide: Slide,
     *,
     name: str,
+    caption: str,
     quantiles: Sequence[float] = QUANTILES,
     pictures: bool = True,
 ) -> None:
@@ -85,6 +88,9 @@ def write_heatmap(
         The slide of the grid.
     name : str
         Target or class that the heat explains; part of the names of the areas in QuPath.
+    caption : str
+        Text below the pictures: what is explained, and what a high value means
+        (:func:`nic_core.models.explanation.heat_caption`).
     quantiles : sequence of float
         Quantiles whose areas are written.
     pictures : bool
@@ -119,10 +125,17 @@ def write_heatmap(
         if pictures:
             # the fastest level: higher ones hardly make a thumbnail of tissue smaller
             fast = {"compress_level": 1}
-            imsave(new / OVERLAY, heat_overlay(slide, heat, provenance), pil_kwargs=fast)
+            low, high = colour_limits(heat)
+            overlay = with_colour_key(
+                heat_overlay(slide, heat, provenance),
+                low=format_number(low),
+                high=format_number(high),
+                caption=caption,
+            )
+            imsave(new / OVERLAY, overlay, pil_kwargs=fast)
             extremes = extreme_patches(heat, provenance)
             extremes.write_parquet(new / EXTREMES)
-            sheet = patch_sheet(slide, extremes, provenance)
+            sheet = _labelled(patch_sheet(slide, extremes, provenance), extremes, caption)
             imsave(new / PATCHES, sheet, pil_kwargs={"quality": 90})
 
 
@@ -323,7 +336,7 @@ def heat_overlay(slide: Slide, heat: Heat, provenance: GridProvenance) -> Pixels
     SlideError
         A part of the slide cannot be decoded.
     """
-    low, high = np.nanpercentile(heat, _RANGE)
+    low, high = colour_limits(heat)
     values = np.clip((heat - low) / max(high - low, np.finfo(np.float32).tiny), 0, 1)
     thumbnail = slide.thumbnail(_THUMBNAIL)
     picture = tint(
@@ -334,7 +347,13 @@ def heat_overlay(slide: Slide, heat: Heat, provenance: GridProvenance) -> Pixels
         cell=provenance.cell,
         origin=provenance.origin,
     )
-    return _with_scale_bar(picture, slide.width * slide.mpp / thumbnail.shape[1])
+    return with_scale_bar(picture, slide.width * slide.mpp / thumbnail.shape[1])
+
+
+def colour_limits(heat: Heat) -> tuple[float, float]:
+    """Return the heat that is drawn in pure blue and that in pure red: 2nd and 98th percentile."""
+    low, high = np.nanpercentile(heat, _RANGE)
+    return float(low), float(high)
 
 
 def extreme_patches(heat: Heat, provenance: GridProvenance) -> pl.DataFrame:
@@ -397,6 +416,17 @@ def patch_sheet(slide: Slide, extremes: pl.DataFrame, provenance: GridProvenance
     return sheet
 
 
+def _labelled(sheet: Pixels, extremes: pl.DataFrame, caption: str) -> Pixels:
+    """Add the range of heat below each row of :func:`patch_sheet`, and the caption at the end."""
+    side = (sheet.shape[0] - _GAP) // 2
+    rows = []
+    for end, row in (("highest", sheet[:side]), ("lowest", sheet[side + _GAP :])):
+        heat = extremes.filter(end=end)["heat"]
+        text = f"{end} heat, {format_number(heat[0])} (left) to {format_number(heat[-1])}"
+        rows.append(with_caption(row, text))
+    return with_caption(np.concatenate(rows), caption)
+
+
 def _write_tiff(path: Path, heat: Heat, provenance: GridProvenance) -> None:
     """Write a tiled pyramid."""
     pyvips.Image.new_from_array(np.ascontiguousarray(heat, np.float32)).tiffsave(
@@ -439,27 +469,3 @@ def write_cell_image(path: Path, values: Heat, provenance: GridProvenance) -> No
         fill_value=np.nan,
         dimension_names=("y", "x"),
     )
-
-
-def _with_scale_bar(picture: Pixels, mpp: float) -> Pixels:
-    """Draw the longest bar of 1, 2 or 5 times a power of ten um within a fifth of the width."""
-    longest = picture.shape[1] / 5 * mpp  # um
-    power = 10.0 ** np.floor(np.log10(longest))
-    length = power * max(step for step in (1, 2, 5) if step * power <= longest)
-    # Pillow's default font has no Greek letters
-    text = f"{length / 1000:g} mm" if length >= 1000 else f"{length:g} um"
-    image = Image.fromarray(picture)
-    draw = ImageDraw.Draw(image)
-    pixels, margin, thick = round(length / mpp), 12, 5
-    bottom = picture.shape[0] - margin
-    draw.rectangle((margin, bottom - thick, margin + pixels - 1, bottom), "black", "black")
-    draw.text(
-        (margin + pixels / 2, bottom - thick - 4),
-        text,
-        "black",
-        ImageFont.load_default(16),
-        anchor="mb",
-        stroke_width=2,
-        stroke_fill="white",
-    )
-    return np.asarray(image)

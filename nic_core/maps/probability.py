@@ -20,6 +20,7 @@ from nic_core.cohort import CohortError, ProbabilityMap
 from nic_core.encoders import Encoder, task_probabilities
 from nic_core.grids import Grid
 from nic_core.grids.chunks import tissue_blocks
+from nic_core.pictures import HEAT_COLOURS, HEAT_OPACITY
 from nic_core.tiling.mask_files import MaskFileError, level0_px_per_px, open_stored_image
 from nic_core.types import Pixels
 
@@ -258,8 +259,9 @@ def tint(
     )
     per_pixel = np.full(thumbnail.shape[:2], np.nan)
     per_pixel[np.ix_(down, across)] = values[np.ix_(rows, columns)]
-    colours = matplotlib.colormaps["coolwarm"](np.nan_to_num(per_pixel))[..., :3] * 255
-    mixed = np.where(np.isnan(per_pixel)[..., None], thumbnail, 0.45 * thumbnail + 0.55 * colours)
+    colours = matplotlib.colormaps[HEAT_COLOURS](np.nan_to_num(per_pixel))[..., :3] * 255
+    tinted = (1 - HEAT_OPACITY) * thumbnail + HEAT_OPACITY * colours
+    mixed = np.where(np.isnan(per_pixel)[..., None], thumbnail, tinted)
     return mixed.round().astype(np.uint8)
 
 

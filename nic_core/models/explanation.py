@@ -95,6 +95,19 @@ def explain(
     return np.where(valid & (count > 0), total / np.maximum(count, 1), np.nan).astype(np.float32)
 
 
+def heat_caption(networks: Sequence[FoldModel], target: Target, *, label: str | None = None) -> str:
+    """Return what the heat of :func:`explain` is, and what high and low values mean."""
+    if all(isinstance(model.network, HasAttention) for model in networks):
+        return (
+            f"{target.name}: attention, the weight of each cell in the prediction, whatever its "
+            "direction; 1: the mean of the slide; red: highest"
+        )
+    return (
+        f"{target.name}: evidence of each cell for {kind_of(target).explained_name(label)}; "
+        "red: most; above 0 it raises the prediction, below 0 it lowers it"
+    )
+
+
 def held_out_networks(networks: Sequence[FoldModel], fold: int | None) -> Sequence[FoldModel]:
     """Return the networks that were trained without a patient.
 

@@ -9,9 +9,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import roc_curve
@@ -24,37 +23,51 @@ from nic_core.models.metrics import (
     high_risk,
     log_rank,
 )
+from nic_core.numbers import format_number
+from nic_core.pictures import (
+    BLUE,
+    GREY,
+    RED,
+    SERIES,
+    WIDTH,
+    draw_shares,
+    hide_frame,
+    new_figure,
+    series_styles,
+)
 
 Floats = NDArray[np.float64]
-BLUE, RED, GREY = "#3b6ea8", "#b8433f", "#9a9a9a"
-
-
-def new_figure(width: float, height: float) -> Figure:
-    """Return an empty figure, width and height in inches, without an interactive window."""
-    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def hide_frame(axes: Axes) -> None:
-    """Hide the top and right borders of a plot."""
-    axes.spines[["top", "right"]].set_visible(False)
+CHANCE_STYLE = {"color": "black", "lw": 0.8, "ls": ":"}
 
 
 def scatter_figure(
     y: Floats, prediction: Floats, *, fold: NDArray[np.int64] | None, label: str, title: str
 ) -> Figure:
-    """Plot predictions (units,) against labels (units,), coloured by fold if there is one."""
-    figure = new_figure(4.2, 4)
+    """Plot predictions (units,) against labels (units,), with a mark for each fold if it is known.
+
+    The dotted line marks exact predictions.
+    """
+    figure = new_figure(6, 4.8)
     axes = figure.subplots()
     if fold is None:
-        axes.scatter(y, prediction, color=BLUE, s=22)
+        axes.scatter(y, prediction, color=BLUE, s=22, label="unit")
     else:
-        axes.scatter(y, prediction, c=fold, cmap="tab10", vmin=0, vmax=9, s=22)
+        folds = np.unique(fold)
+        for k, style in zip(folds, series_styles(len(folds)), strict=True):
+            of_fold = fold == k
+            axes.scatter(
+                y[of_fold],
+                prediction[of_fold],
+                color=style.colour,
+                marker=style.marker,
+                s=22,
+                label=f"held out in fold {k}",
+            )
     ends = [min(y.min(), prediction.min()), max(y.max(), prediction.max())]
-    axes.plot(ends, ends, color=GREY, lw=0.8, ls=":")
-    axes.set(xlabel=label, ylabel=f"predicted {label}")
-    axes.set_title(title, fontsize=9)
+    axes.plot(ends, ends, **CHANCE_STYLE, label="prediction equals label")
+    axes.set(xlabel=f"true {label}", ylabel=f"predicted {label}")
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    axes.set_title(title, fontsize=10)
     hide_frame(axes)
     return figure
 
@@ -62,7 +75,7 @@ def scatter_figure(
 def classification_figure(
     models: Mapping[str, tuple[NDArray[np.int64], Floats]], *, classes: Sequence[str], title: str
 ) -> Figure:
-    """Plot ROC curves, and the first model's reliability curve and confusion matrix.
+    """Plot ROC curves, and the first model's calibration and confusion matrix.
 
     Parameters
     ----------
@@ -71,25 +84,34 @@ def classification_figure(
         the ROC curves of all models are drawn; of more, those of the first model, one class
         against the rest.
     """
-    figure = new_figure(12, 4.4)
-    roc, reliability, matrix = figure.subplots(1, 3)
-    y, p = next(iter(models.values()))
+    figure = new_figure(WIDTH, 8.4)
+    ((roc, key), (calibration, matrix)) = figure.subplots(2, 2)
+    first, (y, p) = next(iter(models.items()))
     if len(classes) == 2:
-        for i, (name, (labels, probability)) in enumerate(models.items()):
+        styles = zip(series_styles(len(models)), ("-", "--", "-."), strict=False)
+        for (name, (labels, probability)), (style, line) in zip(
+            models.items(), styles, strict=True
+        ):
             fpr, tpr, _ = roc_curve(labels, probability[:, 1])
-            style = ("-", "--", ":")[min(i, 2)]
-            roc.plot(fpr, tpr, color=GREY if i else RED, ls=style, lw=1 if i else 1.8, label=name)
+            width = 2 if name == first else 1.2
+            roc.plot(fpr, tpr, color=style.colour, ls=line, lw=width, label=name)
+        positive = f" ({classes[1]})"
     else:
-        for i, name in enumerate(classes):
+        for i, (name, style) in enumerate(zip(classes, series_styles(len(classes)), strict=True)):
             fpr, tpr, _ = roc_curve(y == i, p[:, i])
-            roc.plot(fpr, tpr, label=f"{name} against the rest")
-    roc.plot([0, 1], [0, 1], color=GREY, lw=0.5)
-    roc.set(xlabel="false positive rate", ylabel="true positive rate", aspect="equal")
-    roc.legend(frameon=False, fontsize=8, loc="lower right")
-    roc.set_title(title, fontsize=9)
+            line = "-" if i < len(SERIES) else "--"
+            roc.plot(fpr, tpr, color=style.colour, ls=line, label=f"{name} against the rest")
+        positive = ""
+    roc.plot([0, 1], [0, 1], **CHANCE_STYLE, label="chance")
+    roc.set(xlabel="false positive rate", ylabel=f"true positive rate{positive}", aspect="equal")
+    roc.set_title("ROC curve", fontsize=9)
     hide_frame(roc)
-    _plot_reliability(reliability, y, p)
-    _plot_confusion(matrix, confusion(y, p), classes)
+    key.set_axis_off()
+    key.legend(*roc.get_legend_handles_labels(), frameon=False, fontsize=9, loc="center left")
+    _plot_calibration(calibration, y, p, first)
+    draw_shares(matrix, confusion(y, p), classes, unit="units")
+    matrix.set_title(f"confusion matrix of the {first}", fontsize=9)
+    figure.suptitle(title, fontsize=10)
     return figure
 
 
@@ -104,10 +126,11 @@ def kaplan_meier_figure(
 ) -> Figure:
     """Plot Kaplan-Meier curves above and below a risk, with numbers at risk (paper A).
 
-    ``threshold`` is as in :func:`nic_core.models.metrics.high_risk`.
+    A vertical tick marks a censored unit. ``threshold`` is as in
+    :func:`nic_core.models.metrics.high_risk`.
     """
     high = high_risk(risk, threshold)
-    figure = new_figure(5.4, 4.6)
+    figure = new_figure(7.2, 5.4)
     axes, numbers = figure.subplots(2, 1, height_ratios=[5, 1], sharex=True)
     end = 1.02 * time.max()
     ticks = [t for t in MaxNLocator(7).tick_values(0, end) if t <= end]
@@ -123,11 +146,14 @@ def kaplan_meier_figure(
         for tick in ticks:
             count = int((time[group] >= tick).sum())
             numbers.text(tick, 1 - line, str(count), ha="center", va="center", fontsize=8)
-    axes.set(ylabel="survival probability", ylim=(0, 1.02), xlim=(0, end))
-    axes.legend(frameon=False, fontsize=8)
-    axes.set_title(
-        f"{title}; log-rank p = {log_rank(time, event, risk, threshold=threshold):.2g}", fontsize=9
-    )
+    axes.plot([], [], "|", color="black", ms=6, label="censored")
+    axes.set(ylabel="share alive (Kaplan-Meier)", ylim=(0, 1.02), xlim=(0, end))
+    axes.legend(frameon=False, fontsize=9)
+    divided = "the median risk" if threshold is None else f"a risk of {format_number(threshold)}"
+    p_value = log_rank(time, event, risk, threshold=threshold)
+    axes.set_title(f"{title}\ngroups divided at {divided}; log-rank p = {p_value:.2g}", fontsize=10)
+    # a plain number even beyond 10,000 days
+    numbers.xaxis.set_major_formatter(FuncFormatter(lambda t, _: format_number(t)))
     numbers.set(ylim=(-0.6, 1.6), xlim=(0, end), xlabel=f"time ({unit})", xticks=ticks)
     numbers.set_yticks([1, 0], [name for name, *_ in groups], fontsize=8)
     numbers.set_title("number at risk", fontsize=8, loc="left", pad=1)
@@ -149,9 +175,10 @@ def interval_figure(
     Parameters
     ----------
     rows
-        Name, value and bounds of the interval; a row without value is marked as not scored.
+        Name, value and bounds of the interval; a row without value is marked as not scored. The
+        first row is drawn in grey, as the reference of the others.
     """
-    figure = new_figure(5.5, 0.8 + 0.35 * len(rows))
+    figure = new_figure(7.2, 1.1 + 0.35 * len(rows))
     axes = figure.subplots()
     for i, (_, value, low, high) in enumerate(rows):
         if value is None:
@@ -160,14 +187,15 @@ def interval_figure(
         if low is not None and high is not None:
             axes.plot([low, high], [i, i], color=RED if i else GREY, lw=2)
         axes.plot(value, i, "o", color=RED if i else GREY)
-    axes.axvline(chance, color="k", lw=0.8, ls=":")
+    axes.axvline(chance, **CHANCE_STYLE, label=f"chance ({chance:g})")
     axes.set_yticks(range(len(rows)), [name for name, *_ in rows], fontsize=8)
     axes.set(ylim=(len(rows) - 0.5, -0.5), xlabel=label)
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     hide_frame(axes)
     return figure
 
 
-def _plot_reliability(axes: Axes, y: NDArray[np.int64], p: Floats) -> None:
+def _plot_calibration(axes: Axes, y: NDArray[np.int64], p: Floats, name: str) -> None:
     """Plot the accuracy of the most probable class by its probability, and the share of units."""
     correct, confidence = p.argmax(1) == y, p.max(1)
     error = classification_metrics(y, p)["calibration_error"](np.ones((1, len(y))))[0]
@@ -176,26 +204,14 @@ def _plot_reliability(axes: Axes, y: NDArray[np.int64], p: Floats) -> None:
         CALIBRATION_BINS,
         range=(0, 1),
         weights=np.full(len(y), 1 / len(y)),
-        color="0.88",
-        label="fraction of units",
+        color="0.85",
+        label="share of units",
     )
     accuracy, mean = calibration_curve(correct, confidence, n_bins=CALIBRATION_BINS)
-    axes.plot(mean, accuracy, "o-", color=RED, ms=4)
-    axes.plot([0, 1], [0, 1], color=GREY, lw=0.5)
-    axes.set(xlabel="probability of the predicted class", ylabel="accuracy", aspect="equal")
+    axes.plot(mean, accuracy, "o-", color=BLUE, ms=4, label="share of units predicted right")
+    axes.plot([0, 1], [0, 1], **CHANCE_STYLE, label="perfect calibration")
+    axes.set(xlabel="probability of the predicted class", ylabel="share of units", aspect="equal")
     axes.set(xlim=(0, 1), ylim=(0, 1.02))
-    axes.set_title(f"expected calibration error {error:.2f}", fontsize=9)
+    axes.set_title(f"{name}: expected calibration error {error:.2f}", fontsize=9)
     axes.legend(frameon=False, fontsize=8, loc="upper left")
     hide_frame(axes)
-
-
-def _plot_confusion(axes: Axes, counts: NDArray[np.int64], classes: Sequence[str]) -> None:
-    fraction = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    axes.imshow(fraction, cmap="Blues", vmin=0, vmax=1)
-    for i, j in np.ndindex(*counts.shape):
-        colour = "w" if fraction[i, j] > 0.6 else "k"
-        axes.text(j, i, str(counts[i, j]), ha="center", va="center", color=colour)
-    ticks = range(len(classes))
-    axes.set_xticks(ticks, classes, fontsize=8)
-    axes.set_yticks(ticks, classes, fontsize=8)
-    axes.set(xlabel="predicted", ylabel="true")

@@ -27,7 +27,7 @@ from nic_core.grids import Grid, open_grid
 from nic_core.grids.moments import grid_moments
 from nic_core.maps.heatmaps import write_heatmap
 from nic_core.models.crops import Crops
-from nic_core.models.explanation import explain
+from nic_core.models.explanation import explain, heat_caption
 from nic_core.models.files import ModelCard, SlideModel
 from nic_core.models.kinds import kind_of
 from nic_core.models.kinds.base import named_series
@@ -458,7 +458,14 @@ def _write_explanation(model: SlideModel, grid: Grid, path: Path, folder: Path) 
     heat = explain(model.networks, grid, card.target, crop=card.crop)
     about = grid.provenance
     with open_slide(path, mpp=about.slide_mpp, image=about.slide_image) as slide:
-        write_heatmap(folder, heat, grid.provenance, slide, name=card.target.name)
+        write_heatmap(
+            folder,
+            heat,
+            grid.provenance,
+            slide,
+            name=card.target.name,
+            caption=heat_caption(model.networks, card.target),
+        )
 
 
 def usable_slides(report: pl.DataFrame) -> pl.Series:

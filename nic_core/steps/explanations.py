@@ -11,7 +11,7 @@ from nic_core.cohort import Cohort, CohortError
 from nic_core.grids import open_grid
 from nic_core.maps.heatmaps import OVERLAY, score_heat, write_heatmap
 from nic_core.models.cross_validation import NETWORK
-from nic_core.models.explanation import explain, held_out_networks
+from nic_core.models.explanation import explain, heat_caption, held_out_networks
 from nic_core.models.files import load_model
 from nic_core.models.kinds import kind_of
 from nic_core.pictures import read_picture
@@ -95,11 +95,10 @@ def make_explanation(
         raise CohortError(f"no slide of target '{key.target}' has a grid; materialize 'grid' again")
     rows, versions = [], {}
     with atomic_folder(store.explanation(key)) as folder:
-        for place, (slide, fold, split) in enumerate(
-            units.select("slides", "fold", "split").rows()
-        ):
+        for place, row in enumerate(units.iter_rows(named=True)):
+            slide, split = row["slides"], row["split"]
             grid = open_grid(store.grid(GridKey(encoder=key.encoder, slide=slide)))
-            networks = held_out_networks(model.networks, fold)
+            networks = held_out_networks(model.networks, row["fold"])
             heat = explain(networks, grid, model.card.target, crop=model.card.crop)
             versions[slide] = digest(heat.shape, heat.tobytes())
             with open_indexed(store, slide) as opened:
@@ -109,6 +108,8 @@ def make_explanation(
                     grid.provenance,
                     opened,
                     name=key.target,
+                    caption=f"{slide}, {kind_of(model.card.target).prediction_text(row)}\n"
+                    f"{heat_caption(networks, model.card.target)}",
                     pictures=min(place, units.height - 1 - place) < PICTURED,
                 )
             for item in cohort.maps:

@@ -18,8 +18,9 @@ from nic_core.encoders.files import read_card
 from nic_core.grids import Grid, open_grid
 from nic_core.maps.heatmaps import EXTREMES, OVERLAY, PATCHES, write_heatmap
 from nic_core.models.cross_validation import NETWORK
-from nic_core.models.explanation import explain, held_out_networks
+from nic_core.models.explanation import explain, heat_caption, held_out_networks
 from nic_core.models.files import ModelCard, ModelFileError, SlideModel, load_model
+from nic_core.models.kinds import kind_of
 from nic_core.models.prediction import predict_grids
 from nic_core.models.training import fitting_threads
 from nic_core.pictures import read_picture
@@ -357,7 +358,15 @@ def make_prediction(
             with fitting_threads(card.crop):
                 heat = explain(networks, own, card.target, crop=card.crop)
             with open_indexed(store, key.slide) as opened:
-                write_heatmap(folder / HEATMAP, heat, own.provenance, opened, name=key.champion)
+                predicted = kind_of(card.target).prediction_text(found.row(0, named=True))
+                write_heatmap(
+                    folder / HEATMAP,
+                    heat,
+                    own.provenance,
+                    opened,
+                    name=key.champion,
+                    caption=f"{key.slide}, {predicted}\n{heat_caption(networks, card.target)}",
+                )
             overlay, patches = (
                 read_picture(folder / HEATMAP / name) for name in (OVERLAY, PATCHES)
             )

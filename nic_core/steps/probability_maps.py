@@ -14,6 +14,7 @@ from nic_core.encoders import load_encoder, load_patch_task
 from nic_core.grids import Grid, open_grid
 from nic_core.maps import overlay, probability_map, score_maps, truth_of_cells
 from nic_core.maps.heatmaps import write_cell_image
+from nic_core.pictures import with_colour_key, with_scale_bar
 from nic_core.steps.encoders import patch_task_keys
 from nic_core.steps.slide_index import index_row, read_slide_index
 from nic_core.steps.slides import THUMBNAIL, read_record
@@ -31,7 +32,7 @@ def make_probability_map(cohort: Cohort, store: Store, key: MapKey) -> tuple[pl.
     cells : polars.DataFrame
         :data:`nic_core.maps.MAP_SCHEMA`.
     overlay : uint8 (H, W, 3)
-        The map over a thumbnail.
+        The map over a thumbnail, with scale bar, colour key and caption.
 
     Raises
     ------
@@ -53,6 +54,14 @@ def make_probability_map(cohort: Cohort, store: Store, key: MapKey) -> tuple[pl.
         height=record.height,
         cell=grid.provenance.cell,
         origin=grid.provenance.origin,
+    )
+    mpp = record.width * record.mpp / picture.shape[1]
+    picture = with_colour_key(
+        with_scale_bar(picture, mpp),
+        low="0",
+        high="1",
+        caption=f"{key.slide}, {key.map}: probability of class '{entry.label}' in each cell, by "
+        f"the head of task '{entry.task}' of encoder '{entry.encoder}'",
     )
     with atomic_folder(store.probability_map(key)) as folder:
         cells.write_parquet(folder / CELLS)

@@ -66,7 +66,7 @@ def heat():
 
 @pytest.fixture
 def folder(tmp_path, heat, about, slide):
-    write_heatmap(tmp_path / "s1", heat, about, slide, name="growth")
+    write_heatmap(tmp_path / "s1", heat, about, slide, name="growth", caption="growth")
     return tmp_path / "s1"
 
 
@@ -75,13 +75,13 @@ def test_a_heatmap_is_written_atomically_and_read_back(folder, heat, about, slid
     assert {path.name for path in folder.iterdir()} == names
     np.testing.assert_array_equal(read_heatmap(folder), heat)
     with pytest.raises(ValueError, match="slide 's1': no cell has heat"):
-        write_heatmap(folder, heat * np.nan, about, slide, name="growth")
+        write_heatmap(folder, heat * np.nan, about, slide, name="growth", caption="growth")
     beyond = about.model_copy(update={"patch": 10**6})  # a picture larger than memory
     with pytest.raises(MemoryError):
-        write_heatmap(folder, heat, beyond, slide, name="growth")
+        write_heatmap(folder, heat, beyond, slide, name="growth", caption="growth")
     np.testing.assert_array_equal(read_heatmap(folder), heat)
     assert list(folder.parent.iterdir()) == [folder]
-    write_heatmap(folder, heat, about, slide, name="growth", pictures=False)
+    write_heatmap(folder, heat, about, slide, name="growth", caption="growth", pictures=False)
     assert {path.name for path in folder.iterdir()} == {TIFF, ZARR, GEOJSON}
 
 
@@ -92,7 +92,7 @@ def test_a_missing_heatmap_is_an_error(tmp_path):
 
 def test_a_heatmap_of_another_slide_is_refused(tmp_path, heat, about, files):
     with open_slide(files["svs"]) as other, pytest.raises(SlideError, match="not the slide 's1'"):
-        write_heatmap(tmp_path / "s1", heat, about, other, name="growth")
+        write_heatmap(tmp_path / "s1", heat, about, other, name="growth", caption="growth")
     assert not list(tmp_path.iterdir())
 
 
@@ -110,7 +110,7 @@ def test_the_tiff_is_tiled_and_states_its_resolution(folder, heat):
 
 def test_the_tiff_of_a_large_slide_is_a_pyramid(tmp_path, slide, about):
     heat = np.hypot(*np.mgrid[-300:300, -350:350]).astype(np.float32)
-    write_heatmap(tmp_path / "s1", heat, about, slide, name="growth")
+    write_heatmap(tmp_path / "s1", heat, about, slide, name="growth", caption="growth")
     assert pyvips.Image.new_from_file(str(tmp_path / "s1" / TIFF)).get("n-pages") == 3
     with tifffile.TiffFile(tmp_path / "s1" / TIFF) as file:
         half = heat.reshape(300, 2, 350, 2).mean((1, 3))
@@ -119,7 +119,9 @@ def test_the_tiff_of_a_large_slide_is_a_pyramid(tmp_path, slide, about):
 
 def test_openslide_and_libvips_read_levels_and_resolution(tmp_path, slide, about):
     heat = np.hypot(*np.mgrid[-300:300, -350:350]).astype(np.float32)
-    write_heatmap(tmp_path / "s1", heat, about, slide, name="growth", pictures=False)
+    write_heatmap(
+        tmp_path / "s1", heat, about, slide, name="growth", caption="growth", pictures=False
+    )
     path = tmp_path / "s1" / TIFF
     with openslide.OpenSlide(path) as opened:
         assert opened.properties["openslide.vendor"] == "generic-tiff"
@@ -219,7 +221,13 @@ def test_heat_of_any_grid_lies_at_its_place_on_the_slide(tmp_path, slide, pixels
     x, y = ((np.arange(24) + 0.5) * grid.cell + corner for corner in grid.origin)
     hot = ((y > 200) & (y < 400))[:, None] & ((x > 300) & (x < 500))
     write_heatmap(
-        tmp_path / "heat", hot.astype(np.float32), grid, slide, name="g", quantiles=[0.998]
+        tmp_path / "heat",
+        hot.astype(np.float32),
+        grid,
+        slide,
+        name="g",
+        caption="g",
+        quantiles=[0.998],
     )
 
     (area,) = read_annotations(tmp_path / "heat" / GEOJSON).regions
@@ -303,7 +311,9 @@ def test_areas_of_a_scanned_area_return_to_their_cells(tmp_path, about):
     of_slide = about.model_copy(update={"slide_identity": content_identity(path)})
     with open_slide(path) as scanned:
         assert scanned.bounds[:2] == (128, 128)
-        write_heatmap(tmp_path / "heat", heat, of_slide, scanned, name="g", pictures=False)
+        write_heatmap(
+            tmp_path / "heat", heat, of_slide, scanned, name="g", caption="g", pictures=False
+        )
         annotations = read_annotations(tmp_path / "heat" / GEOJSON)
         # QuPath shows the scanned area alone: the first cell is up and left of it
         assert min(ring.min() for area in annotations.regions for ring in area.rings) < 0

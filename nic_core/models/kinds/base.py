@@ -328,6 +328,15 @@ class TargetKind(Protocol):
             of these units.
         """
 
+    def explained_name(self, label: str | None) -> str:
+        """Name of what a positive value of a heatmap speaks for.
+
+        ``label`` is as in :meth:`explained_output`.
+        """
+
+    def prediction_text(self, row: Mapping[str, Any]) -> str:
+        """Prediction of a unit in words, for a caption; ``row`` has the prediction columns."""
+
     def conclusion_headings(self, times: Sequence[float]) -> list[str]:
         """Headings of the terminal's columns after the predictions: conclusions, then times."""
 

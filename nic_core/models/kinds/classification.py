@@ -195,6 +195,13 @@ class Classification(WithoutSurvivalFunctions):
             title=title,
         )
 
+    def explained_name(self, label: str | None) -> str:
+        return self.target.classes[-1] if label is None else label
+
+    def prediction_text(self, row: Mapping[str, Any]) -> str:
+        probability, name = max((row[f"probability_{c}"], c) for c in self.target.classes)
+        return f"predicted class: {name} (probability {probability:.2f})"
+
     def conclusion_headings(self, times: Sequence[float]) -> list[str]:
         return ["class"]
 

@@ -29,6 +29,7 @@ from nic_core.models.likelihood import MaximumLikelihood, fit_normal
 from nic_core.models.metrics import Metric, regression_metrics
 from nic_core.models.plots import scatter_figure
 from nic_core.models.recalibration import Recalibration
+from nic_core.numbers import format_number
 
 
 @dataclass(frozen=True)
@@ -158,6 +159,12 @@ class Regression(WithoutSurvivalFunctions):
             label=self.target.column,
             title=title,
         )
+
+    def explained_name(self, label: str | None) -> str:
+        return f"a higher {self.target.column}"
+
+    def prediction_text(self, row: Mapping[str, Any]) -> str:
+        return f"predicted {self.target.column}: {format_number(row['prediction'])}"
 
     def conclusion_headings(self, times: Sequence[float]) -> list[str]:
         return []

@@ -41,6 +41,7 @@ from nic_core.models.likelihood import MaximumLikelihood, fit_cox
 from nic_core.models.metrics import Metric, event_horizons, log_rank, survival_metrics
 from nic_core.models.plots import kaplan_meier_figure
 from nic_core.models.recalibration import Recalibration, fit_temperature
+from nic_core.numbers import format_number
 
 
 @dataclass(frozen=True)
@@ -278,6 +279,12 @@ class Survival:
             threshold=median_risk,
         )
 
+    def explained_name(self, label: str | None) -> str:
+        return "a higher risk"
+
+    def prediction_text(self, row: Mapping[str, Any]) -> str:
+        return f"predicted risk: {format_number(row['risk'])}"
+
     def conclusion_headings(self, times: Sequence[float]) -> list[str]:
         unit = self.target.unit
         return [
@@ -290,13 +297,13 @@ class Survival:
         if row["risk"] is None:
             return ["", "none"]
         median = row["median_survival"]
-        return [row["risk_group"], "not reached" if median is None else f"{median:.3g}"]
+        return [row["risk_group"], "not reached" if median is None else format_number(median)]
 
     def legend(self, median_risk: float | None) -> str:
         assert median_risk is not None  # the card of a survival model has one
         return (
             "a higher risk means an earlier event; risk group high: above the training cohort's "
-            f"median risk of {median_risk:.3g}; median survival: the time at which the folds' mean "
+            f"median risk of {format_number(median_risk)}; median survival: the time at which the folds' mean "
             "survival probability falls to one half"
         )
 
