@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 
 from nic_core.cli.encoder import MORE_ENCODERS, ListedEncoder, Listing
 from nic_core.cli.shared import console, one_line, progress_bars
 from nic_core.cohort import CohortError
 from nic_core.store import Store, StoreError, remove_product
+from nic_core.tables import terminal_table
 from nic_core.version import DISTRIBUTION
 
 if TYPE_CHECKING:
@@ -62,7 +61,7 @@ def doctor(
     with _study() as (_, instance):
         from nic_assets.operations.doctor import examine
 
-        table = Table("problem", "where", "consequence", "remedy", box=SIMPLE_HEAD)
+        rows = []
         for finding in examine(instance, Store.from_environment()):
             remedy = finding.remedy
             if finding.fix is None:
@@ -70,12 +69,13 @@ def doctor(
             elif fix:
                 with one_line(StoreError):
                     finding.fix()
-                remedy = f"[green]fixed:[/green] {remedy}"
+                remedy = f"fixed: {remedy}"
             else:
                 remaining += 1
                 remedy = f"nic doctor --fix: {remedy}"
-            table.add_row(finding.what, finding.where, finding.meaning, remedy)
-    console.print(table if table.row_count else "no problem found")
+            rows.append((finding.what, finding.where, finding.meaning, remedy))
+    headings = ("problem", "where", "consequence", "remedy")
+    console.print(terminal_table(headings, (), rows) if rows else "no problem found")
     if remaining:
         raise typer.Exit(1)
 
@@ -94,17 +94,16 @@ def verify() -> None:
         found = verify_store(
             store, lambda done, total: bars.update(bar, completed=done, total=total)
         )
-    summary = Table(
-        "asset", "products", "hash matches", "readable, no hash", "damaged", box=SIMPLE_HEAD
-    )
+    rows = []
     for asset in dict.fromkeys(item.product.asset for item in found):
         of_asset = [item for item in found if item.product.asset == asset]
         wrong = sum(item.problem is not None for item in of_asset)
         hashed = sum(item.problem is None and item.hashed for item in of_asset)
-        summary.add_row(
-            asset, f"{len(of_asset)}", f"{hashed}", f"{len(of_asset) - hashed - wrong}", f"{wrong}"
+        rows.append(
+            (asset, *map(str, (len(of_asset), hashed, len(of_asset) - hashed - wrong, wrong)))
         )
-    console.print(summary)
+    headings = ("products", "hash matches", "readable, no hash", "damaged")
+    console.print(terminal_table(("asset",), headings, rows))
     problems = [item.problem for item in found if item.problem is not None]
     for problem in problems:
         console.print(problem, style="red", soft_wrap=True, markup=False)
@@ -128,17 +127,16 @@ def gc(
 
         with one_line(RetentionError):
             products = unneeded(store, defs, instance, registered_tags(Tracking.in_store(store)))
-    table = Table("asset", "partition", "MB", box=SIMPLE_HEAD)
-    table.columns[2].justify = "right"
+    rows = []
     total = 0.0
     for product in products:
         megabytes = size(product) / 1e6
         total += megabytes
-        table.add_row(product.asset, str(product.key), f"{megabytes:.2f}")
+        rows.append((product.asset, str(product.key), f"{megabytes:.2f}"))
     if not products:
         console.print("every product is needed")
         return
-    console.print(table)
+    console.print(terminal_table(("asset", "partition"), ("MB",), rows))
     summary = f"{len(products)} products, {total:.2f} MB"
     if not delete:
         console.print(f"{summary}; nothing was removed; to remove them: nic store gc --delete")

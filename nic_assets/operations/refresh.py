@@ -229,7 +229,7 @@ def main() -> int:
         if (reports / name).exists() and (
             rows := pl.read_parquet(reports / name, glob=False)
         ).height:
-            Console(width=max(140, console.width)).print(table(rows))
+            Console().print(table(rows))
     if (notes := reports / NOTES).exists():
         console.print(notes.read_text(), style="yellow", markup=False, end="")
     for problem in problems:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import polars as pl
 import typer
 from rich.progress import TaskID
-from rich.table import Table
 from rich.text import Text
 
 from nic_core.cli.shared import (
@@ -25,6 +24,7 @@ from nic_core.cohort import CompressionSettings, Geometry
 from nic_core.cohort.geometry import check_stride
 from nic_core.slides.metadata import MPP_REMEDY
 from nic_core.store import Store, StoreError
+from nic_core.tables import terminal_table
 from nic_core.types import Colours, Reading, RequestedPrecision
 
 if TYPE_CHECKING:
@@ -185,11 +185,12 @@ def advise_mpp_option(report: pl.DataFrame) -> pl.DataFrame:
 
 def print_failed(report: pl.DataFrame) -> None:
     """Print the failed slides of a report with reason and remedy."""
-    failed = Table("failed", "reason", "what to do")
-    for row in report.filter(status="failed").rows(named=True):
-        failed.add_row(Path(row["path"]).name, row["reason"], row["remedy"])
-    if failed.row_count:
-        console.print(failed)
+    rows = [
+        (Path(row["path"]).name, row["reason"], row["remedy"])
+        for row in report.filter(status="failed").rows(named=True)
+    ]
+    if rows:
+        console.print(terminal_table(("failed", "reason", "what to do"), (), rows))
 
 
 def _line(outcome: Outcome) -> Text:

@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
 
 from nic_core.cli.shared import console, facts, one_line, progress_bars
 from nic_core.cohort import CohortError, load_cohort
 from nic_core.store import Store, StoreError
+from nic_core.tables import terminal_table
 
 # torch is imported inside the commands: it takes a second
 
@@ -128,16 +126,13 @@ def list_() -> None:
         found, unreadable = list_more(store)
         listed += found
         problems += unreadable
-    table = Table(
-        "name", "from", "file", "patch px", "um/px", "embedding", "licence", box=SIMPLE_HEAD
-    )
-    table.columns[0].overflow = "fold"
+    rows = []
     for encoder in listed:
         numbers = (encoder.patch, encoder.mpp, encoder.embedding_size)
         shown = ("" if number is None else f"{number:g}" for number in numbers)
-        table.add_row(encoder.name, encoder.origin, encoder.file, *shown, encoder.licence)
-    # in a narrow terminal the lines are folded, instead of the licences cut
-    Console(width=max(120, console.width)).print(table)
+        rows.append((encoder.name, encoder.origin, encoder.file, encoder.licence, *shown))
+    texts = ("name", "from", "file", "licence")
+    console.print(terminal_table(texts, ("patch, px", "um/px", "embedding"), rows))
     console.print(f"store: {store.root}", soft_wrap=True, markup=False)
     for problem in problems:
         console.print(problem, style="red", soft_wrap=True, markup=False)
@@ -154,11 +149,13 @@ def info(folder: Folder) -> None:
         card = read_card(folder)
         _show(card.model_dump(exclude={"scores"}))
         if card.scores:
-            table = Table("task", "test patches", "balanced accuracy", "AUC", "F1", box=SIMPLE_HEAD)
+            rows = []
             for task, s in card.scores.items():
                 auc = "" if s.auc is None else f"{s.auc:.3f}"
-                table.add_row(task, str(s.n), f"{s.balanced_accuracy:.3f}", auc, f"{s.f1:.3f}")
-            console.print(table)
+                values = (f"{s.balanced_accuracy:.3f}", auc, f"{s.f1:.3f}")
+                rows.append((task, str(s.n), *values))
+            headings = ("test\npatches", "balanced\naccuracy", "AUC", "F1")
+            console.print(terminal_table(("task",), headings, rows))
 
 
 @encoder_app.command()
@@ -179,6 +176,7 @@ def probe(
     from nic_core.encoders.files import load_encoder
     from nic_core.encoders.patch_tasks import load_patch_task
     from nic_core.encoders.probes import check_scale, probe_table, task_embeddings
+    from nic_core.pictures import save_figure
 
     with _one_line():
         encoder = load_encoder(folder)
@@ -191,23 +189,15 @@ def probe(
         scores = probe_table(encoder, embeddings)
         out.mkdir(parents=True, exist_ok=True)
         scores.write_parquet(out / "probes.parquet")
-        embedding_map(embeddings).savefig(out / "embeddings.png", dpi=110)
-        neighbour_sheet(embeddings, seed=seed).savefig(out / "nearest_patches.png", dpi=110)
-        table = Table(
-            "task",
-            "um/px",
-            "probe",
-            "balanced accuracy",
-            "AUC",
-            "F1",
-            "test patches",
-            box=SIMPLE_HEAD,
-        )
+        save_figure(embedding_map(embeddings), out / "embeddings.png")
+        save_figure(neighbour_sheet(embeddings, seed=seed), out / "nearest_patches.png")
+        rows = []
         for row in scores.iter_rows(named=True):
             auc = "" if row["auc"] is None else f"{row['auc']:.3f}"
-            figures = (f"{row['balanced_accuracy']:.3f}", auc, f"{row['f1']:.3f}")
-            table.add_row(row["task"], f"{row['mpp']:g}", row["probe"], *figures, str(row["test"]))
-        console.print(table)
+            values = (f"{row['balanced_accuracy']:.3f}", auc, f"{row['f1']:.3f}", str(row["test"]))
+            rows.append((row["task"], row["probe"], f"{row['mpp']:g}", *values))
+        headings = ("um/px", "balanced\naccuracy", "AUC", "F1", "test\npatches")
+        console.print(terminal_table(("task", "probe"), headings, rows))
 
 
 def _published() -> list[ListedEncoder]:

@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.markup import escape
 from rich.table import Table
 
 from nic_core.cli.compress import batch_progress, find_encoder
 from nic_core.cli.predict import model_folder
 from nic_core.cli.shared import console, one_line
 from nic_core.store import Store, StoreError
+from nic_core.tables import interval, terminal_table
 
 if TYPE_CHECKING:
     import polars as pl
@@ -120,50 +119,42 @@ def _print(made: ExternalEvaluation) -> None:
 
 
 def _table(metrics: pl.DataFrame, title: str) -> Table:
-    table = Table(title=escape(title), box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("metric", no_wrap=True)
-    for column in ("external", "95 % interval", "cross-validated", "difference", "95 % interval"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for row in metrics.iter_rows(named=True):
-        table.add_row(
-            escape(row["metric"]),
+    rows = [
+        (
+            row["metric"],
             _number(row["value"]) or "undefined",
-            _interval(row["low"], row["high"]),
+            interval(row["low"], row["high"]),
             _number(row["cross_validated"]),
             _number(row["difference"]),
-            _interval(row["difference_low"], row["difference_high"]),
+            interval(row["difference_low"], row["difference_high"]),
         )
-    return table
+        for row in metrics.iter_rows(named=True)
+    ]
+    headings = ("external", "95 % interval", "cross-\nvalidated", "difference", "95 % interval")
+    return terminal_table(("metric",), headings, rows, title=title)
 
 
 def _subgroup_table(subgroups: pl.DataFrame, column: str) -> Table:
-    table = Table(
-        title=f"subgroups by {escape(column)}",
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-    )
-    table.add_column("group")
-    for name in ("patients", "units", "metric", "value", "95 % interval"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("note")
     first = subgroups.unique("group", keep="first", maintain_order=True)
-    for row in first.iter_rows(named=True):
-        table.add_row(
-            escape(row["group"]),
+    rows = [
+        (
+            row["group"],
+            row["note"] or "",
+            row["metric"],
             str(row["patients"]),
             str(row["units"]),
-            escape(row["metric"]),
             _number(row["value"]),
-            _interval(row["low"], row["high"]),
-            row["note"] or "",
+            interval(row["low"], row["high"]),
         )
-    return table
+        for row in first.iter_rows(named=True)
+    ]
+    return terminal_table(
+        ("group", "note", "metric"),
+        ("patients", "units", "value", "95 % interval"),
+        rows,
+        title=f"subgroups by {column}",
+    )
 
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
-
-
-def _interval(low: float | None, high: float | None) -> str:
-    return "" if low is None or high is None else f"{low:.3f} to {high:.3f}"

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from nic_core.cli.compress import (
@@ -18,6 +17,7 @@ from nic_core.cli.compress import (
 )
 from nic_core.cli.shared import ImageNumber, Mpp, console, one_line
 from nic_core.store import ModelKey, Store, StoreError
+from nic_core.tables import terminal_table
 
 if TYPE_CHECKING:
     import polars as pl
@@ -177,48 +177,60 @@ def _model(name: str) -> SlideModel:
 
 
 def _table(card: ModelCard, predictions: pl.DataFrame, times: Sequence[float]) -> Table:
-    """One row a unit: mean of the folds, lowest and highest fold in brackets, conclusion."""
-    from nic_core.models.kinds import kind_of
-
-    kind = kind_of(card.target)
-    columns = kind.prediction_columns
+    """Some rows a unit: each quantity, its mean, lowest and highest over the folds."""
     by_patient = card.target.level == "patient"
-    about = ["patient", "slides"] if by_patient else ["slide", "patient"]
-    table = Table(
-        *about,
-        *(escape(name.replace("_", " ")) for name in columns),
-        *(escape(heading) for heading in kind.conclusion_headings(times)),
-        "distance",
-        title=f"{card.target.name} ({card.target.kind}), encoder {card.encoder}",
-    )
+    rows = []
     for row in predictions.rows(named=True):
         other = ", ".join(row["slides"]) if by_patient else row["patient"] or ""
-        name = f"{row['unit']}{' *' if row['in_training'] else ''}"
-        table.add_row(
-            escape(name),
-            escape(other),
-            *(_value(row, column, len(card.networks)) for column in columns),
-            *(escape(cell) for cell in kind.conclusion_cells(row)),
-            *(_value(row, f"survival_{time:g}", len(card.networks), ".2f") for time in times),
-            ""
-            if row["distance"] is None
-            else f"{row['distance']:.3g} ({row['distance_percentile']:.0f} %)",
+        names = [f"{row['unit']}{' *' if row['in_training'] else ''}", other]
+        for quantity in _quantities(card, row, times):
+            rows.append((*names, *quantity))
+            names = ["", ""]
+    return terminal_table(
+        ("patient", "slides", "quantity") if by_patient else ("slide", "patient", "quantity"),
+        ("value", "folds"),
+        rows,
+        title=f"{card.target.name} ({card.target.kind}), encoder {card.encoder}",
+    )
+
+
+def _quantities(
+    card: ModelCard, row: dict[str, Any], times: Sequence[float]
+) -> Iterator[tuple[str, str, str]]:
+    """Yield name, value and range over the folds of everything predicted for a unit."""
+    from nic_core.models.kinds import kind_of
+    from nic_core.numbers import format_number
+
+    kind, folds = kind_of(card.target), range(len(card.networks))
+    conclusions = kind.conclusion_cells(row)
+    headings = kind.conclusion_headings(times)
+    at_times = zip(headings[len(headings) - len(times) :], times, strict=True)
+    for name, column in (
+        *((name.replace("_", " "), name) for name in kind.prediction_columns),
+        *((heading, f"survival_{time:g}") for heading, time in at_times),
+    ):
+        if row[column] is None:
+            yield name, "none", ""
+            continue
+        each = [row[f"fold_{k}_{column}"] for k in folds]
+        yield (
+            name,
+            format_number(row[column]),
+            f"{format_number(min(each))} to {format_number(max(each))}",
         )
-    return table
-
-
-def _value(row: dict[str, Any], column: str, folds: int, form: str = ".3g") -> str:
-    if row[column] is None:
-        return "none"
-    each = [row[f"fold_{k}_{column}"] for k in range(folds)]
-    return escape(f"{row[column]:{form}} [{min(each):{form}}, {max(each):{form}}]")
+    for heading, cell in zip(headings, conclusions, strict=False):
+        if cell:
+            yield heading, cell, ""
+    if row["distance"] is not None:
+        percentile = f"percentile {row['distance_percentile']:.0f}"
+        yield "distance", format_number(row["distance"]), percentile
 
 
 def _legend(card: ModelCard) -> str:
     from nic_core.models.kinds import kind_of
 
     parts = [
-        f"mean of {len(card.networks)} folds [lowest, highest]",
+        f"value: mean of {len(card.networks)} folds; folds: lowest to highest",
         kind_of(card.target).legend(card.median_risk),
         "distance: to the training cohort, with its percentile among held-out training slides",
     ]

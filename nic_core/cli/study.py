@@ -7,15 +7,13 @@ from typing import Annotated
 
 import polars as pl
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from nic_core.cli.shared import console, one_line, progress_bars
 from nic_core.cohort import COHORT_VARIABLE, CohortError
 from nic_core.cohort.draft import write_study
 from nic_core.store import StoreError
+from nic_core.tables import terminal_table
 
 SHOWN = 6  # rows to decide that are printed
 
@@ -48,10 +46,8 @@ def init(
         _print(f"left aside: {line}")
     undecided = slides.filter(pl.col("decide").is_not_null())
     if undecided.height:
-        table = Table("slide", "to decide", box=SIMPLE_HEAD)
-        for row in undecided.head(SHOWN).iter_rows(named=True):
-            table.add_row(Text(row["slide"], overflow="fold"), Text(row["decide"]))
-        console.print(table)
+        rows = undecided.head(SHOWN).select("slide", "decide").rows()
+        console.print(terminal_table(("slide", "to decide"), (), rows))
     if undecided.height > SHOWN:
         _print(f"and {undecided.height - SHOWN:,} more: column decide of {study.table}")
     _print(
@@ -84,13 +80,15 @@ def check(
     if not found:
         console.print("no mistake found")
         return
-    table = Table("", "where", "what is wrong, and what to do", box=SIMPLE_HEAD)
-    for item in sorted(found, key=lambda item: not item.is_error):
-        kind = Text("error", "red") if item.is_error else Text("note", "yellow")
-        table.add_row(kind, Text(item.where, overflow="fold"), Text(item.problem, overflow="fold"))
-    # a wide table if the output goes to a file or to another program
-    wide = console if console.is_terminal else Console(width=120)
-    wide.print(table)
+    rows = [
+        (
+            Text("error", "red") if item.is_error else Text("note", "yellow"),
+            item.where,
+            item.problem,
+        )
+        for item in sorted(found, key=lambda item: not item.is_error)
+    ]
+    console.print(terminal_table(("", "where", "what is wrong, and what to do"), (), rows))
     errors = sum(item.is_error for item in found)
     console.print(f"errors: {errors}, notes: {len(found) - errors}")
     if errors:

@@ -168,7 +168,9 @@ def embedding_map(tasks: Sequence[TaskEmbeddings]) -> Figure:
         axes.set_ylabel(f"principal axis 2 ({shares[1]:.0%})", fontsize=8)
         axes.set_title(f"{embeddings.task.name}: {len(points)} test patches", fontsize=9)
         axes.set(xticks=[], yticks=[])
-        axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+        axes.legend(
+            fontsize=8, markerscale=2, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5)
+        )
         hide_frame(axes)
     return figure
 

@@ -50,15 +50,13 @@ def training_figure(result: CrossValidation) -> Figure:
         rows = result.history.filter(fold=fold)
         epoch = rows["epoch"]
         first = fold == 0
-        losses.plot(
-            epoch, rows["loss"], color=GREY, lw=1, label="training, each fold" if first else None
-        )
+        losses.plot(epoch, rows["loss"], color=GREY, lw=1, label="training" if first else None)
         losses.plot(
             epoch,
             rows["validation_loss"],
             color=BLUE,
             lw=1,
-            label="validation, each fold" if first else None,
+            label="validation" if first else None,
         )
         metric.plot(
             epoch,
@@ -71,7 +69,7 @@ def training_figure(result: CrossValidation) -> Figure:
         metric.plot(best, rows["validation_metric"][best], style.marker, color=style.colour, ms=6)
     metric.plot([], [], "o", color="black", ms=6, label="kept epoch")
     metric.axhline(kind.chance_level, **CHANCE_STYLE, label=f"chance ({kind.chance_level:g})")
-    losses.set(xlabel="epoch", ylabel="loss")
+    losses.set(xlabel="epoch", ylabel="loss, a line for each fold")
     losses.set_ylim(0, None)
     metric.set(xlabel="epoch", ylabel=f"{kind.primary_name} on validation units")
     hide_frame(losses)

@@ -67,7 +67,7 @@ def scatter_figure(
     axes.plot(ends, ends, **CHANCE_STYLE, label="prediction equals label")
     axes.set(xlabel=f"true {label}", ylabel=f"predicted {label}")
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    axes.set_title(title, fontsize=10)
+    figure.suptitle(title, fontsize=10)
     hide_frame(axes)
     return figure
 
@@ -157,7 +157,7 @@ def kaplan_meier_figure(
     numbers.set(ylim=(-0.6, 1.6), xlim=(0, end), xlabel=f"time ({unit})", xticks=ticks)
     numbers.set_yticks([1, 0], [name for name, *_ in groups], fontsize=8)
     numbers.set_title("number at risk", fontsize=8, loc="left", pad=1)
-    numbers.tick_params(left=False)
+    numbers.tick_params(left=False, pad=12)
     for axis in (axes, numbers):
         hide_frame(axis)
     numbers.spines["left"].set_visible(False)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import polars as pl
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from rich.box import SIMPLE_HEAD
+from matplotlib.lines import Line2D
+from rich.console import Group
 from rich.table import Table
 
 from nic_core.cohort import ProbabilityMap
@@ -23,6 +23,9 @@ from nic_core.models.files import ModelCard
 from nic_core.models.fold_metrics import fold_metrics
 from nic_core.models.kinds import kind_of, metric_name
 from nic_core.models.metrics import score
+from nic_core.numbers import format_number
+from nic_core.pictures import GREY, WIDTH, Style, encoder_styles, hide_frame, new_figure
+from nic_core.tables import interval, terminal_table
 
 RESULT_SCHEMA = pl.Schema(
     {
@@ -75,40 +78,50 @@ EXCHANGED = ", labels exchanged"  # end of the name of a network of the permutat
 PATCH_METRIC_NAMES = {"auc": "AUC", "balanced_accuracy": "balanced accuracy", "f1": "F1"}
 
 
-def results_table(results: pl.DataFrame) -> Table:
-    """Format the results (:data:`RESULT_SCHEMA`) for the terminal.
+def results_table(results: pl.DataFrame) -> Group:
+    """Format the results (:data:`RESULT_SCHEMA`) for a terminal of 80 columns or more.
 
-    Only the first metric of each model is shown, with mean and standard deviation over the folds
-    beside the value of all folds together; baselines only cross-validated, and of the probes
-    only the linear one. The tissue area and the clinical baseline are shown once if they have the
-    same value for all encoders: grids with the same cells, or of the same slides.
+    There is a table for each target, patch task and map, and each part. Only the first metric of
+    each model is shown, with mean and standard deviation over the folds beside the value of all
+    folds together; baselines only cross-validated, and of the probes only the linear one. The
+    tissue area and the clinical baseline are shown once if they have the same value for all
+    encoders: grids with the same cells, or of the same slides.
     """
     results = results.filter(pl.col("model") != KNN)
     baseline = pl.col("model").is_in([*BASELINE_NAMES.values(), *CLINICAL_NAMES.values()])
     results = results.filter(~baseline | (pl.col("part") == CROSS_VALIDATED))
-    same = pl.struct("value", "n").n_unique().over("kind", "about", "model", "part", "metric") == 1
-    shared = [BASELINE_NAMES["tissue_area"], CLINICAL_NAMES[CLINICAL]]
-    without_encoder = pl.col("model").is_in(shared) & same
-    results = results.with_columns(
-        encoder=pl.when(without_encoder).then(pl.lit("")).otherwise("encoder")
-    ).unique(["kind", "about", "encoder", "model", "part"], keep="first", maintain_order=True)
-    table = Table(title="Results", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for column in ("about", "encoder", "model", "scored on", "metric"):
-        table.add_column(column, no_wrap=True)
-    for column in ("value", "95 % interval", "folds", "n"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for about in results.partition_by("kind", "about", maintain_order=True):
-        for row in about.iter_rows(named=True):
-            interval = "" if row["low"] is None else f"{row['low']:.3f} to {row['high']:.3f}"
-            table.add_row(
-                *(row[name] for name in ("about", "encoder", "model", "part", "metric")),
+    tables = []
+    for (kind, about, part, metric), rows in _primary_results(results).group_by(
+        "kind", "about", "part", "metric", maintain_order=True
+    ):
+        cells = [
+            (
+                row["encoder"] or "(any)",
+                row["model"],
                 "undefined" if row["value"] is None else f"{row['value']:.3f}",
-                interval,
+                interval(row["low"], row["high"]),
                 _spread(row),
                 str(row["n"]),
             )
-        table.add_section()
-    return table
+            for row in rows.iter_rows(named=True)
+        ]
+        title = f"{kind} {about}: {metric}, {part}"
+        headings = ("value", "95 % interval", "folds", "n")
+        tables.append(terminal_table(("encoder", "model"), headings, cells, title=title))
+    return Group(*tables)
+
+
+def _primary_results(results: pl.DataFrame) -> pl.DataFrame:
+    """Return the first metric of each model, with a score that all encoders share only once.
+
+    Its encoder is then empty.
+    """
+    same = pl.struct("value", "n").n_unique().over("kind", "about", "model", "part", "metric") == 1
+    shared = [BASELINE_NAMES["tissue_area"], CLINICAL_NAMES[CLINICAL]]
+    without_encoder = pl.col("model").is_in(shared) & same
+    return results.with_columns(
+        encoder=pl.when(without_encoder).then(pl.lit("")).otherwise("encoder")
+    ).unique(["kind", "about", "encoder", "model", "part"], keep="first", maintain_order=True)
 
 
 def _spread(row: Mapping[str, Any]) -> str:
@@ -139,48 +152,54 @@ def markdown_table(headings: Sequence[str], rows: Iterable[Iterable[object]]) ->
     return "\n".join([first, "|" + "---|" * len(headings), *others])
 
 
-def comparisons_table(comparisons: pl.DataFrame) -> Table:
+def comparisons_table(comparisons: pl.DataFrame) -> Group:
     """Format comparisons of models (:data:`~nic_core.models.comparison.COMPARISON_SCHEMA`).
 
-    Only the first metric of each target is shown, and only the cross-validated part.
+    There is a table for each target. Only the first metric of a target is shown, and only the
+    cross-validated part.
     """
     shown = comparisons.filter(part=CROSS_VALIDATED).unique(
         ["target", "first", "second"], keep="first", maintain_order=True
     )
-    table = Table(
-        title="Differences, cross-validated; p (Holm): corrected for all comparisons of a target",
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-    )
-    for column in ("target", "model", "against", "metric"):
-        table.add_column(column, no_wrap=True)
-    for column in ("difference", "95 % interval", "p", "p (Holm)", "n"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for target in shown.partition_by("target", maintain_order=True):
-        for row in target.iter_rows(named=True):
+    tables = []
+    for (target, metric), rows in shown.group_by("target", "metric", maintain_order=True):
+        cells = []
+        for row in rows.iter_rows(named=True):
             defined = row["p"] is not None
-            table.add_row(
-                *(row[name] for name in ("target", "first", "second", "metric")),
-                "" if row["difference"] is None else f"{row['difference']:+.3f}",
-                f"{row['low']:+.3f} to {row['high']:+.3f}" if defined else "",
-                f"{row['p']:.2g}" if defined else "",
-                f"{row['p_holm']:.2g}" if defined else "",
-                str(row["n"]),
+            cells.append(
+                (
+                    row["first"],
+                    row["second"],
+                    "" if row["difference"] is None else f"{row['difference']:+.3f}",
+                    interval(row["low"], row["high"], "+.3f") if defined else "",
+                    f"{row['p']:.2g}" if defined else "",
+                    f"{row['p_holm']:.2g}" if defined else "",
+                    str(row["n"]),
+                )
             )
-        table.add_section()
-    return table
+        title = (
+            f"target {target}: differences in {metric}, {CROSS_VALIDATED}; p (Holm): corrected for "
+            "all comparisons of the target"
+        )
+        headings = ("difference", "95 % interval", "p", "p (Holm)", "n")
+        tables.append(terminal_table(("model", "against"), headings, cells, title=title))
+    return Group(*tables)
 
 
 def encoders_table(encoders: pl.DataFrame) -> Table:
     """Format patch, um/px and stride of encoders (:data:`ENCODER_SCHEMA`) for the terminal."""
-    table = Table(title="Encoders", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("encoder", no_wrap=True)
-    for column in ("patch, px", "um/px", "stride, px", "cell, um", "embedding"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for name, *numbers in encoders.iter_rows():
-        table.add_row(name, *(f"{number:g}" for number in numbers))
-    return table
+    rows = [
+        (
+            name,
+            *(
+                format_number(number) if isinstance(number, float) else str(number)
+                for number in numbers
+            ),
+        )
+        for name, *numbers in encoders.iter_rows()
+    ]
+    headings = ("patch, px", "um/px", "stride, px", "cell, um", "embedding")
+    return terminal_table(("encoder",), headings, rows, title="Encoders")
 
 
 def encoder_results(card: EncoderCard) -> pl.DataFrame:
@@ -308,10 +327,10 @@ def map_results(item: ProbabilityMap, scores: pl.DataFrame, *, resamples: int) -
             continue
         auc = slides["auc"].to_numpy()
         metrics = {"auc": lambda w, auc=auc: w @ auc / w.sum(1)}
-        interval = score(metrics, slides["patient"].to_list(), resamples=resamples, seed=0)["auc"]
-        bounds = (interval.low, interval.high) if slides["patient"].n_unique() > 1 else (None, None)
+        mean = score(metrics, slides["patient"].to_list(), resamples=resamples, seed=0)["auc"]
+        bounds = (mean.low, mean.high) if slides["patient"].n_unique() > 1 else (None, None)
         row = ("map", item.name, item.encoder, "patch head", part, "AUC of cells")
-        rows.append((*row, interval.value, *bounds, slides.height, *_NO_FOLDS))
+        rows.append((*row, mean.value, *bounds, slides.height, *_NO_FOLDS))
     return pl.DataFrame(rows, schema=RESULT_SCHEMA, orient="row")
 
 
@@ -344,27 +363,68 @@ class Report:
     notes: list[str]
 
 
-def results_figure(results: pl.DataFrame) -> Figure:
+def results_figure(results: pl.DataFrame, chance: Mapping[str, float]) -> Figure:
     """Plot the first metric of each target's models with its interval.
 
-    Cross-validated values are blue, values on split ``test`` orange.
+    A colour for each encoder; grey for a baseline that does not depend on it, which is drawn once.
+    Cross-validated values have a filled mark, values on split ``test`` an empty one. The dotted
+    line marks chance level.
+
+    Parameters
+    ----------
+    chance
+        Chance level of each target's first metric.
     """
-    targets = results.filter(kind="target").unique(
-        ["about", "encoder", "model", "part"], keep="first", maintain_order=True
-    )
+    targets = results.filter(kind="target")
+    names = targets["encoder"].unique(maintain_order=True).to_list()
+    styles = encoder_styles(names)
+    targets = _primary_results(targets)
     panels = targets.partition_by("about", maintain_order=True)
-    figure = Figure(figsize=(4.2 * max(1, len(panels)), 3), layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, panel in zip(
-        figure.subplots(1, max(1, len(panels)), squeeze=False)[0], panels, strict=False
-    ):
-        names = [f"{r['encoder']}: {r['model']}" for r in panel.iter_rows(named=True)]
-        for place, row in enumerate(panel.iter_rows(named=True)):
-            errors = [[row["value"] - row["low"]], [row["high"] - row["value"]]]
-            colour = "C0" if row["part"] == CROSS_VALIDATED else "C1"
-            axes.errorbar(row["value"], place, xerr=errors, fmt="o", color=colour, capsize=3)
-        axes.set_yticks(range(len(names)), names, fontsize=7)
-        axes.invert_yaxis()
-        axes.set_title(f"{panel['about'][0]}: {panel['metric'][0]}", fontsize=9)
-        axes.spines[["top", "right"]].set_visible(False)
+    lines = [panel.select("encoder", "model").unique(maintain_order=True) for panel in panels]
+    heights = [0.9 + 0.34 * line.height for line in lines] or [1.0]
+    figure = new_figure(WIDTH, sum(heights) + 0.4)
+    places = figure.subplots(max(1, len(panels)), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for axes, panel, of_panel in zip(places, panels, lines, strict=False):
+        rows = {line: place for place, line in enumerate(of_panel.iter_rows())}
+        for row in panel.iter_rows(named=True):
+            encoder = row["encoder"]
+            colour, marker = styles[encoder] if encoder else Style(GREY, "o")
+            held_in = row["part"] == CROSS_VALIDATED
+            place = rows[encoder, row["model"]] + (-0.13 if held_in else 0.13)
+            if row["value"] is None:
+                text = f"undefined ({row['part']})"
+                axes.text(chance[row["about"]], place, text, fontsize=7, va="center", color=colour)
+                continue
+            bounded = row["low"] is not None and row["high"] is not None
+            axes.errorbar(
+                row["value"],
+                place,
+                xerr=[[row["value"] - row["low"]], [row["high"] - row["value"]]]
+                if bounded
+                else None,
+                fmt=marker,
+                color=colour,
+                markerfacecolor=colour if held_in else "white",
+                capsize=2,
+                ms=5,
+            )
+        target, metric = panel["about"][0], panel["metric"][0]
+        axes.axvline(chance[target], color="black", lw=0.8, ls=":")
+        labels = [f"{encoder}: {model}" if encoder else model for encoder, model in rows]
+        axes.set_yticks(range(len(labels)), labels, fontsize=8)
+        axes.set_ylim(len(labels) - 0.5, -0.5)
+        axes.set_title(f"{target}", fontsize=10, loc="left")
+        axes.set_xlabel(f"{metric}, 95 % interval over patients", fontsize=9)
+        hide_frame(axes)
+    handles = [
+        *(
+            Line2D([], [], color=s.colour, marker=s.marker, label=name)
+            for name, s in styles.items()
+        ),
+        Line2D([], [], color=GREY, marker="o", label="without encoder"),
+        Line2D([], [], color="black", marker="o", ls="", label=CROSS_VALIDATED),
+        Line2D([], [], color="black", marker="o", ls="", mfc="white", label="test"),
+        Line2D([], [], color="black", lw=0.8, ls=":", label="chance"),
+    ]
+    figure.legend(handles=handles, loc="outside upper center", ncols=4, fontsize=8, frameon=False)
     return figure

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from textwrap import fill
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from nic_core.grids import Grid, draw_grid
+from nic_core.pictures import WIDTH, new_figure
 from nic_core.slides import Slide, SlideError, content_identity
 from nic_core.tiling.tissue import TissueMask, tissue_outline
 from nic_core.types import Pixels
@@ -17,7 +18,7 @@ from nic_core.types import Pixels
 def compressed_slide(
     slide: Slide, mask: TissueMask, grids: Mapping[str, Grid], maps: Mapping[str, Pixels]
 ) -> Figure:
-    """Draw a slide with its tissue outline, its grids and its probability maps side by side.
+    """Draw a slide with its tissue outline, its grids and its probability maps, two in a row.
 
     A grid shows the first three principal components of its embeddings as colours; its title says
     how many times fewer numbers it has than the slide.
@@ -32,7 +33,11 @@ def compressed_slide(
         Title to picture, uint8 or float (H, W, 3 or 4).
     """
     panels: list[tuple[str, Pixels]] = [
-        (f"{slide.width} x {slide.height} px", tissue_outline(slide, mask, side=900))
+        (
+            f"{slide.width} x {slide.height} px at {slide.mpp:.3g} um/px; the line is the tissue's "
+            "outline",
+            tissue_outline(slide, mask, side=900),
+        )
     ]
     for name, grid in grids.items():
         channels, rows, columns = grid.shape
@@ -40,19 +45,25 @@ def compressed_slide(
         fewer = 3 * grid.provenance.stride**2 / channels
         about = grid.provenance
         title = (
-            f"{name}: {rows} x {columns} x {channels}, {fewer:,.0f} times fewer numbers\n"
-            f"{about.patch} px at {about.mpp:g} um/px, stride {about.stride} px"
+            f"{name}: {rows} x {columns} x {channels}, {fewer:,.0f} times fewer numbers; "
+            f"patch {about.patch} px at {about.mpp:g} um/px, stride {about.stride} px"
         )
         panels.append((title, draw_grid(grid, cell=16)))
     panels += list(maps.items())
-    figure = Figure(figsize=(4 * len(panels), 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, (title, picture) in zip(
-        figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
-    ):
-        axes.imshow(picture)
-        axes.set_title(title, fontsize=9)
+    rows = -(-len(panels) // 2)
+    figure = new_figure(WIDTH, 5 * rows + 0.3)
+    places = figure.subplots(rows, 2, squeeze=False).ravel()
+    for axes in places:
         axes.set_axis_off()
+    for axes, (title, picture) in zip(places, panels, strict=False):
+        axes.imshow(picture)
+        axes.set_title(fill(title, 56), fontsize=9)
+    if grids:
+        figure.suptitle(
+            "colours of grids: the first three principal components of the embeddings; equal "
+            "colours are similar patches",
+            fontsize=9,
+        )
     return figure
 
 

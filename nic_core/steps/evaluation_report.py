@@ -14,6 +14,8 @@ from nic_core.grids import open_grid
 from nic_core.models.comparison import COMPARISON_SCHEMA, compare_models, comparison_notes
 from nic_core.models.files import read_model_card
 from nic_core.models.folds import folds_note
+from nic_core.models.kinds import kind_of
+from nic_core.pictures import save_figure
 from nic_core.reports import (
     ENCODER_SCHEMA,
     FOLD_SCHEMA,
@@ -70,7 +72,7 @@ def make_evaluation_report(
         report.encoders.write_parquet(folder / ENCODERS)
         report.comparisons.write_parquet(folder / COMPARISONS)
         for name, figure in report.figures.items():
-            figure.savefig(folder / f"{name}.png", dpi=110)
+            save_figure(figure, folder / f"{name}.png")
         (folder / HTML).write_text(html)
     return report
 
@@ -143,7 +145,8 @@ def collect_report(cohort: Cohort, store: Store) -> Report:
         ]
     )
     encoders = _encoders_with_grids(cohort, store)
-    figures = {"results": results_figure(results)}
+    chance = {target.name: kind_of(target).chance_level for target in cohort.targets}
+    figures = {"results": results_figure(results, chance)}
     if (example := _first_compressed(cohort, store)) is not None:
         figures["compressed_slide"] = draw_slide(cohort, store, example)
     groups = read_patient_groups(store)

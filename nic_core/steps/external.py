@@ -44,6 +44,7 @@ from nic_core.models.subgroups import (
     subgroup_metrics,
     undefined_note,
 )
+from nic_core.pictures import save_figure
 from nic_core.slides import SlideError, content_identity
 from nic_core.steps.predictions import encoder_of_champion, load_champion
 from nic_core.steps.slide_index import (
@@ -358,7 +359,7 @@ def write_external_evaluation(folder: Path, made: ExternalEvaluation) -> None:
         made.left_out.write_parquet(new / LEFT_OUT)
         (new / ABOUT).write_text(json.dumps(about, indent=2) + "\n")
         for name, drawn in made.figures.items():
-            drawn.savefig(new / f"{name}.png")
+            save_figure(drawn, new / f"{name}.png")
 
 
 def _internal_predictions(folder: Path) -> pl.DataFrame:

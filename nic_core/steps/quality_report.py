@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from textwrap import wrap
 
 import polars as pl
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from nic_core.cohort import Cohort, CohortError
+from nic_core.pictures import WIDTH, new_figure, save_figure
 from nic_core.steps.slide_index import read_slide_index
 from nic_core.steps.slides import THUMBNAIL, read_record
 from nic_core.store import PatchTableKey, Store, atomic_folder
@@ -23,7 +24,7 @@ from nic_core.tiling.slide_quality import (
 
 SLIDES, OUTLIERS = "slides.parquet", "outliers.png"
 _SHOWN = 12  # outliers in the figure
-_COLUMNS = 4
+_COLUMNS = 3
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def make_quality_report(cohort: Cohort, store: Store) -> QualityReport:
     with atomic_folder(store.quality_report) as folder:
         slides.write_parquet(folder / SLIDES)
         if report.figure is not None:
-            report.figure.savefig(folder / OUTLIERS, dpi=110)
+            save_figure(report.figure, folder / OUTLIERS)
     return report
 
 
@@ -111,8 +112,7 @@ def _outlier_figure(store: Store, outliers: pl.DataFrame) -> Figure | None:
         return None
     shown = outliers.head(_SHOWN)
     rows = -(-shown.height // _COLUMNS)
-    figure = Figure(figsize=(3 * _COLUMNS, 3.4 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(WIDTH, 3.1 * rows + 0.3)
     panels = list(figure.subplots(rows, _COLUMNS, squeeze=False).flat)
     for axes in panels:
         axes.set_axis_off()
@@ -120,5 +120,8 @@ def _outlier_figure(store: Store, outliers: pl.DataFrame) -> Figure | None:
         panels, shown.select("slide", "problems").iter_rows(), strict=False
     ):
         axes.imshow(imread(store.slide(slide) / THUMBNAIL))
-        axes.set_title("\n".join([slide, *problems.split("; ")]), fontsize=7)
+        lines = [wrapped for text in (slide, *problems.split("; ")) for wrapped in wrap(text, 36)]
+        axes.set_title("\n".join(lines), fontsize=8)
+    more = f"; {outliers.height - _SHOWN} more are in {SLIDES}" if outliers.height > _SHOWN else ""
+    figure.suptitle(f"slides that differ from the others, and how{more}", fontsize=10)
     return figure

@@ -303,8 +303,8 @@ class Survival:
         assert median_risk is not None  # the card of a survival model has one
         return (
             "a higher risk means an earlier event; risk group high: above the training cohort's "
-            f"median risk of {format_number(median_risk)}; median survival: the time at which the folds' mean "
-            "survival probability falls to one half"
+            f"median risk of {format_number(median_risk)}; median survival: the time at which the "
+            "folds' mean survival probability falls to one half"
         )
 
 
