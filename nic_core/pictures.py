@@ -7,7 +7,7 @@ colour-blindness; a second mark (line style, marker) distinguishes them in grey.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,6 +35,7 @@ SERIES = (BLUE, RED, GREEN, PURPLE, ORANGE, SKY)  # in the order of use
 MARKERS = "osD^vP"
 WIDTH = 9.6  # inches
 PRINT_DPI = 200  # px an inch of figures in files
+FIGURES = "figures"  # folder of the figures of a product
 HEAT_COLOURS, HEAT_OPACITY = "coolwarm", 0.55  # colour map and its weight over a thumbnail
 _KEY_WIDTH = 360  # px that the key below a picture has at least
 
@@ -92,8 +93,9 @@ def draw_shares(
         place = (column + 0.5, row + 0.5)
         axes.text(*place, f"{count}", ha="center", va="center", color=colour, fontsize=8)
     centres = np.arange(len(classes)) + 0.5
-    turned = {"rotation": 45, "ha": "right"} if sum(map(len, classes)) > 30 else {}
-    axes.set_xticks(centres, classes, fontsize=8, **turned)
+    axes.set_xticks(centres, classes, fontsize=8)
+    if sum(map(len, classes)) > 30:  # names side by side would overlap
+        axes.tick_params("x", rotation=45)
     axes.set_yticks(centres, classes, fontsize=8)
     axes.set(xlabel="predicted class", ylabel="true class", aspect="equal")
     axes.invert_yaxis()
@@ -107,6 +109,13 @@ def draw_shares(
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a figure as PNG at print quality (:data:`PRINT_DPI`)."""
     figure.savefig(path, dpi=PRINT_DPI)
+
+
+def save_figures(figures: Mapping[str, Figure], folder: Path) -> None:
+    """Write each figure into a folder, which is made if there are any; see :func:`save_figure`."""
+    for name, figure in figures.items():
+        folder.mkdir(exist_ok=True)
+        save_figure(figure, folder / f"{name}.png")
 
 
 def read_picture(path: Path) -> Pixels:
@@ -203,7 +212,7 @@ def _font(picture: Pixels) -> ImageFont.FreeTypeFont:
 
 
 def _width(picture: Pixels) -> int:
-    return max(_KEY_WIDTH, picture.shape[1])
+    return max(_KEY_WIDTH, int(picture.shape[1]))
 
 
 def _text(width: int, text: str, font: ImageFont.FreeTypeFont) -> Pixels:

@@ -108,7 +108,7 @@ def encoder_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         pool=GPU_POOL,
         op_tags=GPU_TAGS,
         metadata={EARLIER_PARTITIONS: steps.encoder_bases(partitions.cohort)},
-        code_version=code_version(6),
+        code_version=code_version(7),
     )
     def encoder(
         context: dg.AssetExecutionContext,

@@ -37,7 +37,7 @@ def external_evaluation_assets(partitions: Partitions) -> list[dg.AssetsDefiniti
         kinds={"pytorch", "parquet"},
         pool=GPU_POOL,
         op_tags=GPU_TAGS,
-        code_version=code_version(1),
+        code_version=code_version(2),
     )
     def external_evaluation(
         context: dg.AssetExecutionContext,

@@ -9,7 +9,13 @@ from nic_assets.assets import checks
 from nic_assets.assets.inputs import TARGET_ENTRY
 from nic_assets.orchestration.batches import Events, Product, batch_asset, materialize_each
 from nic_assets.orchestration.executors import CPU_TAGS, GPU_POOL, GPU_TAGS
-from nic_assets.orchestration.metadata import code_version, figure, log_progress, picture, table
+from nic_assets.orchestration.metadata import (
+    code_version,
+    figures,
+    log_progress,
+    picture,
+    table,
+)
 from nic_assets.partitions import Partitions
 from nic_assets.tags import REFRESH_TAG
 from nic_assets.tracking import Tracking
@@ -20,12 +26,7 @@ from nic_core import steps
 from nic_core.cohort import Cohort, CohortError
 from nic_core.devices import leased_device
 from nic_core.models.cross_validation import NETWORK, CrossValidation
-from nic_core.models.figures import (
-    evaluation_figure,
-    metrics_figure,
-    reliability_figure,
-    training_figure,
-)
+from nic_core.models.figures import model_figures
 from nic_core.models.fold_metrics import fold_metrics
 from nic_core.models.kinds import kind_of
 from nic_core.models.labels import LabelMatches
@@ -129,7 +130,7 @@ def model_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         kinds={"pytorch"},
         pool=GPU_POOL,
         op_tags=GPU_TAGS,
-        code_version=code_version(8, settings),
+        code_version=code_version(9, settings),
     )
     def slide_model(
         context: dg.AssetExecutionContext,
@@ -164,10 +165,7 @@ def model_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
                         if evaluated.target.covariates
                         else {}
                     ),
-                    "predictions": figure(evaluation_figure(evaluated), str(key)),
-                    "reliability": figure(reliability_figure(evaluated), str(key)),
-                    "intervals": figure(metrics_figure(evaluated), str(key)),
-                    "training_curves": figure(training_figure(evaluated), str(key)),
+                    **figures(model_figures(evaluated)),
                     "look": dg.MetadataValue.url(target_page(key.target)),
                     "folder": dg.MetadataValue.path(store.slide_model(key)),
                     **({} if commit is None else {"commit": commit}),

@@ -24,12 +24,13 @@ from nic_assets.tracking.champions import (
     find_predicting_version,
 )
 from nic_core import steps
-from nic_core.cohort import Cohort, CohortError
+from nic_core.cohort import Cohort, CohortError, SurvivalTarget, Target
 from nic_core.grids import GridError
 from nic_core.models.distance import FAR_PERCENTILE
 from nic_core.models.files import ModelCard, ModelFileError
 from nic_core.models.kinds import kind_of
 from nic_core.models.prediction import ModelMismatchError
+from nic_core.numbers import format_number
 from nic_core.slides import SlideError
 from nic_core.store import PredictionKey, Store
 from nic_core.types import Pixels
@@ -305,11 +306,22 @@ def prediction_table(row: pl.DataFrame, card: ModelCard) -> pl.DataFrame:
     for name in (*kind_of(card.target).prediction_columns, *conclusions, *times):
         folds = [values.get(f"fold_{k}_{name}") for k in range(len(card.networks))]
         known = [fold for fold in folds if fold is not None]
-        ends = [f"{end(known):.4g}" if known else None for end in (min, max)]
+        ends = [format_number(end(known)) if known else None for end in (min, max)]
         value = values[name]
-        rows.append((name, f"{value:.4g}" if isinstance(value, float) else value, *ends))
+        shown = format_number(value) if isinstance(value, float) else value
+        rows.append((quantity_name(name, card.target), shown, *ends))
     schema = ["quantity", "value", "lowest_of_folds", "highest_of_folds"]
     return pl.DataFrame(rows, schema=dict.fromkeys(schema, pl.String), orient="row")
+
+
+def quantity_name(column: str, target: Target) -> str:
+    """Return what a column of a prediction is in words, with the unit of a time."""
+    unit = target.unit if isinstance(target, SurvivalTarget) else ""
+    if column == "median_survival":
+        return f"median survival ({unit})"
+    if column.startswith("survival_"):
+        return f"alive after {column.removeprefix('survival_')} {unit}"
+    return column.replace("_", " ")
 
 
 def _pictures(

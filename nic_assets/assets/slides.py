@@ -240,7 +240,7 @@ def slide_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         owners=OWNERS,
         tags=PARTIAL_INPUTS,
         op_tags=CPU_TAGS,
-        code_version=code_version(1),
+        code_version=code_version(2),
         check_specs=[checks.slides_comparable.spec("quality_report")],
     )
     def quality_report(

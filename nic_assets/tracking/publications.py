@@ -19,12 +19,7 @@ from nic_core.cohort.index import DESCRIPTIVE_COLUMNS
 from nic_core.encoders import EncoderCard, load_encoder
 from nic_core.encoders.files import PROGRAMS, read_card
 from nic_core.models.cross_validation import CrossValidation, curves
-from nic_core.models.figures import (
-    evaluation_figure,
-    metrics_figure,
-    reliability_figure,
-    training_figure,
-)
+from nic_core.models.figures import model_figures
 from nic_core.models.files import ModelCard, ensemble_module
 from nic_core.reports import encoder_model_card, encoder_results, model_results, slide_model_card
 from nic_core.steps.encoders import AUGMENTED_PATCHES, CONFUSION, HISTORY
@@ -81,7 +76,8 @@ class Publication:
     results
         Final results (:data:`nic_core.reports.RESULT_SCHEMA`).
     tables, figures, pictures
-        Logged as JSON and PNG, by name; pictures are files of the product.
+        Logged as JSON and PNG (figures at print quality), by name; pictures are files of the
+        product.
     page
         Address of the viewer's page that shows it.
     data
@@ -89,7 +85,7 @@ class Publication:
     card, model_card
         The product's card, and the model card in Markdown.
     files
-        The product's folder, if its files are logged.
+        The product's folder, if its files are logged. Its figures are not logged a second time.
     network
         The network to register, if any.
     """
@@ -284,12 +280,7 @@ def model_publication(
                 else None
             ),
         ),
-        figures={
-            "predictions": evaluation_figure(result),
-            "reliability": reliability_figure(result),
-            "metrics": metrics_figure(result),
-            "training_curves": training_figure(result),
-        },
+        figures=model_figures(result),
     )
 
 

@@ -33,6 +33,7 @@ from nic_assets.tracking.registry import (
     verify_exported,
 )
 from nic_core.models.comparison import Champion, Verdict
+from nic_core.pictures import FIGURES, PRINT_DPI
 
 # kind of a result (nic_core.reports.RESULT_SCHEMA) to the asset that is its data set
 DATASETS = {"patch task": "patch_task", "target": "target_folds"}
@@ -163,7 +164,7 @@ def _log_run(connection: Connection, experiment: str, publication: Publication) 
     )
     _log_metrics(connection, run, publication.metrics)
     for name, figure in publication.figures.items():
-        client.log_figure(identity, figure, f"{name}.png")
+        client.log_figure(identity, figure, f"{name}.png", save_kwargs={"dpi": PRINT_DPI})
     for picture in publication.pictures:
         client.log_artifact(identity, str(picture))
     for name, rows in {**publication.tables, "results": publication.results}.items():
@@ -172,7 +173,8 @@ def _log_run(connection: Connection, experiment: str, publication: Publication) 
     client.log_text(identity, publication.model_card, MODEL_CARD)
     client.log_inputs(identity, _inputs(publication.data))
     for path in sorted(publication.files.iterdir()) if publication.files is not None else ():
-        client.log_artifact(identity, str(path), PRODUCT_FOLDER)
+        if path.name != FIGURES and path not in publication.pictures:
+            client.log_artifact(identity, str(path), PRODUCT_FOLDER)
     logged = ""
     if publication.network is not None:
         logged = _log_model(connection, identity, publication.network)

@@ -67,8 +67,8 @@ def training_curves(history: pl.DataFrame) -> Figure:
         values.axhline(0.5, color="black", lw=0.8, ls=":", label="AUC of chance (0.5)")
     for axes, title in ((losses, "loss on training patches"), (values, "validation patches")):
         for i, drop in enumerate(drops):
-            label = "learning rate reduced" if i == 0 else None
-            axes.axvline(patches[drop], color="0.7", lw=1, zorder=0, label=label)
+            named = "learning rate reduced" if i == 0 else None
+            axes.axvline(patches[drop], color="0.7", lw=1, zorder=0, label=named)
         axes.set_title(title, fontsize=10)
         axes.set(xlabel="patches seen", ylabel="loss" if axes is losses else "value (1: best)")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n:,.0f}"))

@@ -337,7 +337,7 @@ def heat_overlay(slide: Slide, heat: Heat, provenance: GridProvenance) -> Pixels
         A part of the slide cannot be decoded.
     """
     low, high = colour_limits(heat)
-    values = np.clip((heat - low) / max(high - low, np.finfo(np.float32).tiny), 0, 1)
+    values = np.clip((heat - low) / max(high - low, float(np.finfo(np.float32).tiny)), 0, 1)
     thumbnail = slide.thumbnail(_THUMBNAIL)
     picture = tint(
         thumbnail,
@@ -352,8 +352,7 @@ def heat_overlay(slide: Slide, heat: Heat, provenance: GridProvenance) -> Pixels
 
 def colour_limits(heat: Heat) -> tuple[float, float]:
     """Return the heat that is drawn in pure blue and that in pure red: 2nd and 98th percentile."""
-    low, high = np.nanpercentile(heat, _RANGE)
-    return float(low), float(high)
+    return float(np.nanpercentile(heat, _RANGE[0])), float(np.nanpercentile(heat, _RANGE[1]))
 
 
 def extreme_patches(heat: Heat, provenance: GridProvenance) -> pl.DataFrame:

@@ -15,6 +15,16 @@ from nic_core.numbers import format_number
 from nic_core.pictures import BLUE, GREY, SERIES, WIDTH, hide_frame, new_figure, series_styles
 
 
+def model_figures(result: CrossValidation) -> dict[str, Figure]:
+    """Draw every figure of a cross-validated target, by name."""
+    return {
+        "predictions": evaluation_figure(result),
+        "reliability": reliability_figure(result),
+        "intervals": metrics_figure(result),
+        "training_curves": training_figure(result),
+    }
+
+
 def evaluation_figure(result: CrossValidation, *, split: str = "cv") -> Figure:
     """Plot the network's predictions in one split, as suits the target's kind.
 

@@ -6,6 +6,7 @@ Functions take arrays. :mod:`nic_core.models.figures` draws them for a cross-val
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -37,7 +38,7 @@ from nic_core.pictures import (
 )
 
 Floats = NDArray[np.float64]
-CHANCE_STYLE = {"color": "black", "lw": 0.8, "ls": ":"}
+CHANCE_STYLE: dict[str, Any] = {"color": "black", "lw": 0.8, "ls": ":"}
 
 
 def scatter_figure(

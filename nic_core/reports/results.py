@@ -23,7 +23,6 @@ from nic_core.models.files import ModelCard
 from nic_core.models.fold_metrics import fold_metrics
 from nic_core.models.kinds import kind_of, metric_name
 from nic_core.models.metrics import score
-from nic_core.numbers import format_number
 from nic_core.pictures import GREY, WIDTH, Style, encoder_styles, hide_frame, new_figure
 from nic_core.tables import interval, terminal_table
 
@@ -189,14 +188,7 @@ def comparisons_table(comparisons: pl.DataFrame) -> Group:
 def encoders_table(encoders: pl.DataFrame) -> Table:
     """Format patch, um/px and stride of encoders (:data:`ENCODER_SCHEMA`) for the terminal."""
     rows = [
-        (
-            name,
-            *(
-                format_number(number) if isinstance(number, float) else str(number)
-                for number in numbers
-            ),
-        )
-        for name, *numbers in encoders.iter_rows()
+        (name, *(f"{number:g}" for number in numbers)) for name, *numbers in encoders.iter_rows()
     ]
     headings = ("patch, px", "um/px", "stride, px", "cell, um", "embedding")
     return terminal_table(("encoder",), headings, rows, title="Encoders")

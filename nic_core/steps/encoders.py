@@ -45,7 +45,7 @@ from nic_core.encoders.files import read_card, save_card
 from nic_core.encoders.patch_tasks import leaks
 from nic_core.encoders.probes import check_scale, probe_table, task_embeddings
 from nic_core.grids.features import features_hash
-from nic_core.pictures import save_figure
+from nic_core.pictures import FIGURES, save_figure, save_figures
 from nic_core.steps.slide_index import digest, patch_task_version
 from nic_core.store import PatchTaskKey, Store, atomic_file, atomic_folder
 from nic_core.tracker import Tracker
@@ -205,6 +205,7 @@ def make_encoder(
         if tasks:
             trained.confusion.write_parquet(folder / CONFUSION)
             save_figure(augmentation_sheet(tasks), folder / AUGMENTED_PATCHES)
+        save_figures(encoder_figures(folder), folder / FIGURES)
     store.encoder_checkpoint(encoder).unlink(missing_ok=True)
     return trained
 

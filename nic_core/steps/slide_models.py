@@ -28,6 +28,7 @@ from nic_core.models.checkpoints import FoldCheckpoints
 from nic_core.models.cross_validation import NETWORK, CrossValidation, cross_validate
 from nic_core.models.decision_curves import decision_curve
 from nic_core.models.distance import TrainingReference, fit_reference
+from nic_core.models.figures import model_figures
 from nic_core.models.files import (
     GridSettings,
     ModelCard,
@@ -49,6 +50,7 @@ from nic_core.models.labels import LabelMatches, read_labels, target_table
 from nic_core.models.networks import crop_cells
 from nic_core.models.reliability import reliability
 from nic_core.models.subgroups import SUBGROUP_SCHEMA, groups_of_units, subgroup_metrics
+from nic_core.pictures import FIGURES, save_figures
 from nic_core.reports import fold_results, model_results
 from nic_core.steps.grids import read_grid_manifest
 from nic_core.steps.slide_index import (
@@ -344,6 +346,7 @@ def make_slide_model(
         result.clinical.write_parquet(new / CLINICAL)
         _write_curves(new, result)
         model_results(card).write_parquet(new / METRICS)
+        save_figures(model_figures(result), new / FIGURES)
     if store.slide_model_checkpoint(key).exists():
         remove_product(store.slide_model_checkpoint(key))
     return result, card

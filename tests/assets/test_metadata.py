@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from types import SimpleNamespace
 
+import numpy as np
+import polars as pl
 import pytest
+from PIL import Image
 
 from nic_assets.orchestration import metadata
 from nic_assets.orchestration.metadata import duration, log_progress
+from nic_core.pictures import new_figure
 
 
 @pytest.fixture
@@ -41,6 +47,27 @@ def test_work_of_an_earlier_attempt_does_not_count_as_speed(clock):
     clock.time += 60.0
     progress(60, 100)
     assert lines == ["60 of 100 epochs, about 4 min left"]
+
+
+def test_a_figure_of_lines_is_a_drawing_that_stays_sharp():
+    figure = new_figure(4, 3)
+    figure.subplots().plot([1, 2, 3])
+    assert metadata.figure(figure, "curve").md_str.startswith("![curve](data:image/svg+xml;base64,")
+
+
+def test_a_figure_of_many_points_is_stored_as_pixels():
+    figure = new_figure(4, 3)
+    figure.subplots().scatter(*np.random.default_rng(0).random((2, 5000)))
+    text = metadata.figure(figure, "points").md_str
+    assert text.startswith("![points](data:image/png;base64,")
+    picture = base64.b64decode(text.partition("base64,")[2].rstrip(")"))
+    with Image.open(io.BytesIO(picture)) as image:
+        assert image.size == (384, 288)
+
+
+def test_small_numbers_of_a_table_are_not_rounded_to_zero():
+    shown = metadata.table(pl.DataFrame({"p": [0.0000123456], "x": [40234.5678]}))
+    assert shown.records[0].data == {"p": 0.00001235, "x": 40234.6}
 
 
 def test_short_work_logs_nothing(clock):

@@ -23,7 +23,7 @@ from nic_core.models.comparison import (
     permutation_control,
 )
 from nic_core.models.cross_validation import NETWORK, CrossValidation
-from nic_core.reports import RESULT_SCHEMA, comparisons_table, results_table
+from nic_core.reports import RESULT_SCHEMA, comparisons_table, results_figure, results_table
 
 pytestmark = pytest.mark.slow
 
@@ -171,11 +171,16 @@ def test_terminal_shows_each_pair_once_by_its_first_metric():
         .with_columns(pl.lit(value, pl.Float64).alias(name) for name, value in undefined.items())
     )
     console.print(comparisons_table(pl.concat([found, other])))
-    lines = [line for line in console.export_text().splitlines() if ": network" in line]
-    assert len(lines) == 5 + 1
-    texts = [" ".join(line.split()) for line in lines]
-    assert texts[0] == "death a: network b: network Harrell's C +0.000 +0.000 to +0.000 1 1 12"
-    assert texts[-1] == "other a: network b: network Harrell's C 12"
+    lines = [" ".join(line.split()) for line in console.export_text().splitlines()]
+    titles = [line for line in lines if line.startswith("target ")]
+    assert [title.partition(",")[0] for title in titles] == [
+        "target death: differences in Harrell's C",
+        "target other: differences in Harrell's C",
+    ]
+    rows = [line for line in lines if line.startswith(("a: ", "b: "))]
+    assert len(rows) == 5 + 1
+    assert rows[0] == "a: network b: network +0.000 +0.000 to +0.000 1 1 12"
+    assert rows[-1] == "a: network b: network 12"
 
 
 def test_permutation_control_separates_models_from_chance():
@@ -270,12 +275,65 @@ def test_terminal_shows_the_tissue_area_once_if_it_is_equal():
         for encoder, value in (("a", 0.5), ("b", 0.5))
     ]
     equal = pl.DataFrame(rows, schema=RESULT_SCHEMA, orient="row")
-    assert results_table(equal).row_count == 1
-    console = Console(width=150, record=True, file=io.StringIO())
-    console.print(results_table(equal))
-    assert "0.500 0.000 to 1.000 0.40 (2 undefined) 9" in " ".join(console.export_text().split())
+    text = printed(results_table(equal))
+    assert "target t: AUC, cross-validated" in text
+    assert "(any) tissue area, linear 0.500 0.000 to 1.000 0.40 (2 undefined) 9" in text
+    assert text.count("tissue area") == 1
     other = equal.with_columns(value=pl.Series([0.5, 0.6]))
-    assert results_table(other).row_count == 2
+    assert printed(results_table(other)).count("tissue area") == 2
+
+
+def printed(table):
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(table)
+    assert all(len(line) <= 80 for line in console.export_text(clear=False).splitlines())
+    return " ".join(console.export_text().split())
+
+
+def study_results():
+    """Results of two encoders on two targets, of which one has slides of split test."""
+    scores = [
+        ("growth", encoder, model, part, "AUC", value)
+        for encoder, better in (("mean-rgb", 0.0), ("mtl-4", 0.3))
+        for part in ("cross-validated", "test")
+        for model, value in (("small grid CNN", 0.5 + better), ("tissue area, linear", 0.45))
+    ]
+    scores += [("survival", "mtl-4", "small grid CNN", "cross-validated", "Harrell's C", None)]
+    rows = [
+        ("target", *names, value, value and value - 0.1, value and value + 0.1, 9, None, None, None)
+        for *names, value in scores
+    ]
+    return pl.DataFrame(rows, schema=RESULT_SCHEMA, orient="row")
+
+
+def test_results_figure_names_colours_marks_and_chance():
+    figure = results_figure(study_results(), {"growth": 0.5, "survival": 0.5})
+    figure.canvas.draw()
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == [
+        "mean-rgb",
+        "mtl-4",
+        "without encoder",
+        "cross-validated",
+        "test",
+        "chance",
+    ]
+    growth, survival = figure.axes
+    assert growth.get_xlabel() == "AUC, 95 % interval over patients"
+    assert survival.get_xlabel().startswith("Harrell's C")
+    # what does not depend on the encoder is drawn once
+    assert [label.get_text() for label in growth.get_yticklabels()] == [
+        "mean-rgb: small grid CNN",
+        "tissue area, linear",
+        "mtl-4: small grid CNN",
+    ]
+    assert [text.get_text() for text in survival.texts] == ["undefined (cross-validated)"]
+
+
+def test_results_figure_without_targets_is_empty():
+    figure = results_figure(study_results().clear(), {})
+    figure.canvas.draw()
+    assert len(figure.axes) == 1
 
 
 def test_champion_is_scored_with_the_labels_of_the_new_model():

@@ -40,6 +40,7 @@ from nic_core.models.folds import make_folds, named_folds
 from nic_core.models.kinds import kind_of, prediction_array
 from nic_core.models.networks import crop_cells
 from nic_core.models.training import TrainingError, batches, fit_fold, predict_units
+from nic_core.pictures import WIDTH
 
 from .conftest import ArrayGrid
 from .second_device import SecondDevice
@@ -467,6 +468,25 @@ def test_figures_of_every_target_kind(few, target):
     ):
         figure.canvas.draw()
         assert figure.axes
+        assert figure.get_figwidth() <= WIDTH
+        # every panel with lines says what they are, and every axis has a label
+        for axes in figure.axes:
+            if len(axes.lines) > 1:
+                texts = {label for _, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+                assert texts, axes.get_title()
+            if axes.axison:
+                assert axes.get_xlabel() or axes.get_ylabel()
+    assert "chance" in " ".join(legend_texts(metrics_figure(result)))
+    assert "chance" in " ".join(legend_texts(training_figure(result)))
+
+
+def legend_texts(figure):
+    return [
+        text.get_text()
+        for axes in figure.axes
+        if (legend := axes.get_legend()) is not None
+        for text in legend.get_texts()
+    ]
 
 
 # --- checkpoints of finished folds -----------------------------------------------------------
