@@ -186,8 +186,12 @@ def _table(card: ModelCard, predictions: pl.DataFrame, times: Sequence[float]) -
         for quantity in _quantities(card, row, times):
             rows.append((*names, *quantity))
             names = ["", ""]
+    headings = ["patient", "slides", "quantity"] if by_patient else ["slide", "patient", "quantity"]
+    if not any(other for _, other, *_ in rows):  # no --patients
+        del headings[1]
+        rows = [(name, *quantity) for name, _, *quantity in rows]
     return terminal_table(
-        ("patient", "slides", "quantity") if by_patient else ("slide", "patient", "quantity"),
+        headings,
         ("value", "folds"),
         rows,
         title=f"{card.target.name} ({card.target.kind}), encoder {card.encoder}",
@@ -213,17 +217,18 @@ def _quantities(
             yield name, "none", ""
             continue
         each = [row[f"fold_{k}_{column}"] for k in folds]
-        yield (
-            name,
-            format_number(row[column]),
-            f"{format_number(min(each))} to {format_number(max(each))}",
-        )
+        write = _probability if column.startswith(("probability_", "survival_")) else format_number
+        yield name, write(row[column]), f"{write(min(each))} to {write(max(each))}"
     for heading, cell in zip(headings, conclusions, strict=False):
         if cell:
             yield heading, cell, ""
     if row["distance"] is not None:
         percentile = f"percentile {row['distance_percentile']:.0f}"
         yield "distance", format_number(row["distance"]), percentile
+
+
+def _probability(value: float) -> str:
+    return f"{value:.3f}"
 
 
 def _legend(card: ModelCard) -> str:

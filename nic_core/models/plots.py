@@ -85,7 +85,7 @@ def classification_figure(
         the ROC curves of all models are drawn; of more, those of the first model, one class
         against the rest.
     """
-    figure = new_figure(WIDTH, 8.4)
+    figure = new_figure(WIDTH, 7.4)
     ((roc, key), (calibration, matrix)) = figure.subplots(2, 2)
     first, (y, p) = next(iter(models.items()))
     if len(classes) == 2:
@@ -158,7 +158,7 @@ def kaplan_meier_figure(
     numbers.set(ylim=(-0.6, 1.6), xlim=(0, end), xlabel=f"time ({unit})", xticks=ticks)
     numbers.set_yticks([1, 0], [name for name, *_ in groups], fontsize=8)
     numbers.set_title("number at risk", fontsize=8, loc="left", pad=1)
-    numbers.tick_params(left=False, pad=12)
+    numbers.tick_params("y", left=False, pad=12)
     for axis in (axes, numbers):
         hide_frame(axis)
     numbers.spines["left"].set_visible(False)
