@@ -427,7 +427,7 @@ def test_the_command_prints_metrics_and_writes_tables(mean_rgb_study, hospital, 
         env={"NIC_STORE": str(store.root), "COLUMNS": "200"},
     )
     assert done.exit_code == 0, done.output
-    for text in ("auc", "calibration_slope", "cross-validated", "harbour", "too small: 2 of"):
+    for text in ("auc", "calibration slope", "validated", "harbour", "too small: 2 of"):
         assert text in done.output
     made = pl.read_parquet(tmp_path / "evaluation-growth" / "metrics.parquet")
     assert "auc" in made["metric"]

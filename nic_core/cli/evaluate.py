@@ -107,7 +107,7 @@ def _print(made: ExternalEvaluation) -> None:
     predictions = made.predictions
     console.print(
         f"{predictions.height} units of {predictions['patient'].n_unique()} patients; intervals: "
-        "95 %, bootstrap over patients; difference: external minus cross-validated",
+        "95 %, bootstrap over patients; change: external minus cross-validated",
         soft_wrap=True,
     )
     for slide, reason in made.left_out.iter_rows():
@@ -121,7 +121,7 @@ def _print(made: ExternalEvaluation) -> None:
 def _table(metrics: pl.DataFrame, title: str) -> Table:
     rows = [
         (
-            row["metric"],
+            row["metric"].replace("_", " "),
             _number(row["value"]) or "undefined",
             interval(row["low"], row["high"]),
             _number(row["cross_validated"]),
@@ -130,7 +130,7 @@ def _table(metrics: pl.DataFrame, title: str) -> Table:
         )
         for row in metrics.iter_rows(named=True)
     ]
-    headings = ("external", "95 % interval", "cross-\nvalidated", "difference", "95 % interval")
+    headings = ("external", "95 % interval", "cross-\nvalidated", "change", "95 % interval")
     return terminal_table(("metric",), headings, rows, title=title)
 
 
@@ -140,7 +140,7 @@ def _subgroup_table(subgroups: pl.DataFrame, column: str) -> Table:
         (
             row["group"],
             row["note"] or "",
-            row["metric"],
+            row["metric"].replace("_", " "),
             str(row["patients"]),
             str(row["units"]),
             _number(row["value"]),
