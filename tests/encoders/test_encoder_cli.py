@@ -48,12 +48,12 @@ def lines_of(output: str) -> dict[str, str]:
 def test_list_shows_presets_released_encoders_and_the_store(encoder: Path, tmp_path: Path):
     (tmp_path / "encoders").mkdir()
     encoder.rename(tmp_path / "encoders" / "mine")
-    done = run(app, ["encoder", "list"], env={"NIC_STORE": str(tmp_path)})
+    done = run(app, ["encoder", "list"], env={"NIC_STORE": str(tmp_path), "COLUMNS": "120"})
     assert done.exit_code == 0, done.output
     rows = lines_of(done.stdout)
-    assert rows["virchow2"] == "preset timm weights 224 0.5 2560 CC-BY-NC-ND-4.0"
-    assert rows["conch"] == "preset exported graph 448 0.5 512 CC-BY-NC-ND-4.0"
-    assert rows["encoder_bigan.h5"] == "released Keras 128 0.5 128 MIT"
+    assert rows["virchow2"] == "preset timm weights CC-BY-NC-ND-4.0 224 0.5 2560"
+    assert rows["conch"] == "preset exported graph CC-BY-NC-ND-4.0 448 0.5 512"
+    assert rows["encoder_bigan.h5"] == "released Keras MIT 128 0.5 128"
     assert rows["mine"] == "store mean_rgb 62 0.5 3"
 
 
@@ -61,7 +61,7 @@ def test_list_names_an_encoder_whose_card_is_damaged(encoder: Path, tmp_path: Pa
     damaged = tmp_path / "encoders" / "damaged"
     damaged.mkdir(parents=True)
     (damaged / "card.json").write_text("{")
-    done = run(app, ["encoder", "list"], env={"NIC_STORE": str(tmp_path)})
+    done = run(app, ["encoder", "list"], env={"NIC_STORE": str(tmp_path), "COLUMNS": "120"})
     assert done.exit_code == 1
     assert f"{damaged}/card.json: not an encoder card" in done.stdout
     assert "virchow2" in done.stdout
@@ -72,8 +72,8 @@ def test_list_gives_the_licence_of_an_imported_preset(encoder: Path, tmp_path: P
     stored = tmp_path / "encoders" / "p"
     stored.mkdir(parents=True)
     (stored / "card.json").write_text(json.dumps(card))
-    done = run(app, ["encoder", "list"], env={"NIC_STORE": str(tmp_path)})
-    assert lines_of(done.stdout)["p"] == "store mean_rgb 62 0.5 3 Owkin non-commercial"
+    done = run(app, ["encoder", "list"], env={"NIC_STORE": str(tmp_path), "COLUMNS": "120"})
+    assert lines_of(done.stdout)["p"] == "store mean_rgb Owkin non-commercial 62 0.5 3"
 
 
 def test_import_names_a_released_encoder_after_its_folder(published: Path, tmp_path: Path):

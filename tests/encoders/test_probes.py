@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from matplotlib.colors import to_rgb
 
 from nic_core.cohort import EncoderSpec
 from nic_core.encoders import train_encoder
@@ -18,6 +19,7 @@ from nic_core.encoders.probes import (
     probe_table,
     task_embeddings,
 )
+from nic_core.pictures import BLUE, RED
 from nic_core.reports import probe_results
 
 from .conftest import make_dataset
@@ -125,7 +127,7 @@ def test_neighbour_frames_show_the_class():
     drawn = embedding_map([embeddings, embeddings, embeddings])
     drawn.canvas.draw()
     assert sum(axes.axison for axes in drawn.axes) == 3
-    for shown, colour in ((embeddings, (0.17, 0.63, 0.17)), (wrong, (0.84, 0.15, 0.16))):
+    for shown, colour in ((embeddings, BLUE), (wrong, RED)):
         sheet = neighbour_sheet([shown], queries=2, neighbours=4)
         sheet.canvas.draw()
         assert len(sheet.axes) == 2 * 5
@@ -133,4 +135,6 @@ def test_neighbour_frames_show_the_class():
             axes.spines["top"].get_edgecolor()[:3] for axes in sheet.axes if axes.get_frame_on()
         ]
         assert len(frames) == 2 * 4
-        assert np.allclose(frames, colour, atol=0.01)
+        assert np.allclose(frames, to_rgb(colour))
+        texts = [text.get_text() for text in sheet.legends[0].get_texts()]
+        assert texts == ["same class", "other class"]
