@@ -39,6 +39,7 @@ from nic_core.grids import open_grid, read_colours
 from nic_core.grids.preview import COLOURS_ATTRIBUTE
 from nic_core.maps.heatmaps import TIFF, read_heatmap
 from nic_core.models.files import ensemble_module, load_model
+from nic_core.pictures import FIGURES
 from nic_core.reports import RESULT_SCHEMA
 from nic_core.store import GridKey, ModelKey, Store
 
@@ -328,6 +329,11 @@ def test_a_registered_model_has_its_grids_folds_and_scores(study):
     assert kept == {
         path.name
         for path in study.store.slide_model(ModelKey(encoder="mtl-4", target="growth")).iterdir()
+    } - {FIGURES}
+    # the figures are beside the product, once
+    drawn = study.store.slide_model(ModelKey(encoder="mtl-4", target="growth")) / FIGURES
+    assert {path.name for path in drawn.iterdir()} <= {
+        item.path for item in client.list_artifacts(version.run_id)
     }
 
 
