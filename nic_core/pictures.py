@@ -95,7 +95,8 @@ def draw_shares(
     centres = np.arange(len(classes)) + 0.5
     axes.set_xticks(centres, classes, fontsize=8)
     if sum(map(len, classes)) > 30:  # names side by side would overlap
-        axes.tick_params("x", rotation=45)
+        for label in axes.get_xticklabels():
+            label.set(rotation=45, ha="right", rotation_mode="anchor")
     axes.set_yticks(centres, classes, fontsize=8)
     axes.set(xlabel="predicted class", ylabel="true class", aspect="equal")
     axes.invert_yaxis()
