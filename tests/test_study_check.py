@@ -235,7 +235,8 @@ def test_a_class_without_images_and_images_without_class_are_named(folder):
 def test_files_that_a_pattern_leaves_aside_are_a_note(folder):
     edit(folder / "cohort.yaml", "{table: slides.csv}", "{folders: [{path: ., pattern: 's*.tif'}]}")
     (folder / "other.tif").write_bytes(b"")
-    result = run(app, ["check", str(folder / "cohort.yaml")])
+    wide = {"COLUMNS": "400"}
+    result = run(app, ["check", str(folder / "cohort.yaml")], env=wide)
     assert result.exit_code == 0
     assert "does not match the pattern s*.tif" in " ".join(result.stdout.split())
     assert "errors: 0, notes: 1" in result.stdout
