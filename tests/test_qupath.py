@@ -283,7 +283,9 @@ def study(mean_rgb_study, tmp_path_factory) -> tuple[Cohort, Store]:
     key = ModelKey(encoder=ENCODER, target="growth")
     with open_indexed(store, SLIDE) as slide:
         folder = store.explanation(key) / SLIDE
-        write_heatmap(folder, heat, grid.provenance, slide, name="growth", pictures=False)
+        write_heatmap(
+            folder, heat, grid.provenance, slide, name="growth", caption="", pictures=False
+        )
     (entry,) = cohort.maps
     cohort = cohort.model_copy(update={"maps": (entry.model_copy(update={"encoder": ENCODER}),)})
     rows, columns = np.nonzero(grid.valid)
