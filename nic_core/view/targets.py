@@ -35,7 +35,7 @@ from nic_core.models.cross_validation import NETWORK
 from nic_core.models.files import ModelCard, ModelFileError, metrics_frame, read_model_card
 from nic_core.models.kinds import kind_of
 from nic_core.models.metrics import high_risk, log_rank
-from nic_core.models.plots import BLUE, GREY, RED
+from nic_core.pictures import BLUE, GREY, RED
 from nic_core.steps.slide_models import PREDICTIONS, RELIABILITY
 from nic_core.store import GridKey, ModelKey, Store
 from nic_core.view.errors import ViewError, without_paths
