@@ -73,6 +73,15 @@ def mean_rgb_study(
     return cohort, store
 
 
+@pytest.fixture(scope="session")
+def commands() -> Iterator[Path]:
+    """A folder with ``nic``, ``dagster``, ``dg`` and ``python``, which start in a moment."""
+    from tests.command_server import command_server
+
+    with command_server() as folder:
+        yield folder
+
+
 @pytest.fixture
 def mount(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
     """Mount small file systems with options such as ``ro`` or ``size=64k``."""

@@ -97,25 +97,25 @@ def project(tiny_cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return root
 
 
-def environment(project: Path) -> dict[str, str]:
+def environment(commands: Path) -> dict[str, str]:
     own = ("NIC_", "DAGSTER_", "MLFLOW_", "PYTEST_")
     return {
         **{name: value for name, value in os.environ.items() if not name.startswith(own)},
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PATH": f"{commands}:{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": str(PROJECT),
     }
 
 
 @pytest.mark.parametrize("block", parameters())
-def test_block(block: Block, project: Path):
+def test_block(block: Block, project: Path, commands: Path):
     text = block.text
     for long, short in SHORTER.items():
         text = text.replace(long, short)
-    program = ["python"] if block.language == "python" else ["bash", "-euo", "pipefail"]
+    program = [commands / "python"] if block.language == "python" else ["bash", "-euo", "pipefail"]
     done = subprocess.run(
         [*program, "-c", text],
         cwd=project,
-        env=environment(project),
+        env=environment(commands),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

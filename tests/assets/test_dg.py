@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,7 +28,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def command(home: Path, tiny_cohort: Path) -> Command:
+def command(home: Path, tiny_cohort: Path, commands: Path) -> Command:
     """Runs ``dg`` in the project's folder on the tiny cohort."""
     environment = {
         **os.environ,
@@ -44,7 +43,7 @@ def command(home: Path, tiny_cohort: Path) -> Command:
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-m", "dagster_dg_cli.cli", *arguments],
+            [commands / "dg", *arguments],
             cwd=PROJECT,
             env=environment,
             capture_output=True,

@@ -32,7 +32,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def command(study: Path) -> Command:
+def command(study: Path, commands: Path) -> Command:
     """Runs a Python module in the project's folder on a cohort file with the given text."""
 
     def run(cohort: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -51,7 +51,7 @@ def command(study: Path) -> Command:
             "COLUMNS": "80",
         }
         return subprocess.run(
-            [sys.executable, *arguments],
+            [commands / "python", *arguments],
             cwd=PROJECT,
             env=environment,
             capture_output=True,

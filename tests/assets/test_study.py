@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -725,28 +726,39 @@ def test_targets_that_cannot_be_cross_validated_stop_alone(tiny_cohort, tmp_path
 # --- the command line ------------------------------------------------------------------------
 
 
-def dagster(cohort: Path, root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run a Dagster command as a CI job does, configured by the environment."""
-    home = root / "home"
-    home.mkdir(exist_ok=True)
-    return subprocess.run(
-        [sys.executable, "-m", "dagster", *arguments, "-m", "nic_assets.definitions"],
-        env=os.environ
-        | {
-            "NIC_COHORT": str(cohort),
-            "NIC_STORE": str(root / "store"),
-            "DAGSTER_HOME": str(home),
-            "DAGSTER_TELEMETRY_ENABLED": "false",
-        },
-        cwd=root,
-        capture_output=True,
-        text=True,
-        timeout=300,
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def dagster(commands: Path, tmp_path: Path) -> Command:
+    """Runs a Dagster command as a CI job does, configured by the environment."""
+    home = tmp_path / "home"
+    home.mkdir()
+
+    def run(cohort: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [commands / "dagster", *arguments, "-m", "nic_assets.definitions"],
+            env=os.environ
+            | {
+                "NIC_COHORT": str(cohort),
+                "NIC_STORE": str(tmp_path / "store"),
+                "DAGSTER_HOME": str(home),
+                "DAGSTER_TELEMETRY_ENABLED": "false",
+            },
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    return run
+
+
+@pytest.fixture
+def materialize(dagster: Command) -> Command:
+    return lambda cohort, *arguments: dagster(
+        cohort, "asset", "materialize", "--select", *arguments
     )
-
-
-def materialize(cohort: Path, root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return dagster(cohort, root, "asset", "materialize", "--select", *arguments)
 
 
 def edited(cohort: Path, root: Path, edit: dict[str, object]) -> Path:
@@ -762,18 +774,16 @@ def edited(cohort: Path, root: Path, edit: dict[str, object]) -> Path:
     return path
 
 
-def test_the_command_line_materializes_a_partition_and_a_range(tiny_cohort, tmp_path):
-    assert materialize(tiny_cohort, tmp_path, "slide_index").returncode == 0
-    one = materialize(tiny_cohort, tmp_path, "slide", "--partition", "demo-01-1")
+def test_the_command_line_materializes_a_partition_and_a_range(materialize, tiny_cohort, tmp_path):
+    assert materialize(tiny_cohort, "slide_index").returncode == 0
+    one = materialize(tiny_cohort, "slide", "--partition", "demo-01-1")
     assert one.returncode == 0, one.stderr
-    table = materialize(
-        tiny_cohort, tmp_path, "patch_table", "--partition", "128px-0.5um|demo-01-1"
-    )
+    table = materialize(tiny_cohort, "patch_table", "--partition", "128px-0.5um|demo-01-1")
     assert table.returncode == 0, table.stderr
     slides, tables = (tmp_path / "store" / name for name in ("slides", "patch_tables/128px-0.5um"))
     assert [path.name for path in slides.iterdir()] == ["demo-01-1"]
     assert [path.stem for path in tables.iterdir()] == ["demo-01-1"]
-    some = materialize(tiny_cohort, tmp_path, "slide", "--partition-range", "demo-02-1...demo-03-1")
+    some = materialize(tiny_cohort, "slide", "--partition-range", "demo-02-1...demo-03-1")
     assert some.returncode == 0, some.stderr
     assert len(list(slides.iterdir())) > 2
 
@@ -789,15 +799,15 @@ def test_the_command_line_materializes_a_partition_and_a_range(tiny_cohort, tmp_
     ],
 )
 def test_an_invalid_cohort_fails_with_one_error_and_writes_nothing(
-    tiny_cohort, tmp_path, edit, message
+    materialize, tiny_cohort, tmp_path, edit, message
 ):
-    result = materialize(edited(tiny_cohort, tmp_path, edit), tmp_path, "slide_index")
+    result = materialize(edited(tiny_cohort, tmp_path, edit), "slide_index")
     assert result.returncode != 0
     assert message in result.stdout + result.stderr
     assert not (tmp_path / "store" / "slides").exists()
 
 
-def test_a_missing_slide_file_is_named_and_left_out(tiny_cohort, tmp_path):
+def test_a_missing_slide_file_is_named_and_left_out(materialize, tiny_cohort, tmp_path):
     table = pl.read_csv(tiny_cohort.parent / "slides.csv", infer_schema=False)
     gone = table.with_columns(
         pl.when(pl.int_range(pl.len()) == 0)
@@ -808,7 +818,7 @@ def test_a_missing_slide_file_is_named_and_left_out(tiny_cohort, tmp_path):
     )
     gone.write_csv(tmp_path / "slides.csv")
     cohort = edited(tiny_cohort, tmp_path, {"slides": {"table": "slides.csv"}})
-    result = materialize(cohort, tmp_path, "slide_index")
+    result = materialize(cohort, "slide_index")
     # the other slides are indexed, and a check warns of this one
     assert result.returncode == 0
     assert "is left out: path" in result.stdout + result.stderr
@@ -817,12 +827,12 @@ def test_a_missing_slide_file_is_named_and_left_out(tiny_cohort, tmp_path):
     assert index.height == gone.height - 1
 
 
-def test_an_unknown_partition_fails(tiny_cohort, tmp_path):
-    result = materialize(tiny_cohort, tmp_path, "encoder", "--partition", "no-such-encoder")
+def test_an_unknown_partition_fails(materialize, tiny_cohort):
+    result = materialize(tiny_cohort, "encoder", "--partition", "no-such-encoder")
     assert result.returncode != 0
     assert "no-such-encoder" in result.stdout + result.stderr
 
 
-def test_the_definitions_validate(tiny_cohort, tmp_path):
-    result = dagster(tiny_cohort, tmp_path, "definitions", "validate")
+def test_the_definitions_validate(dagster, tiny_cohort):
+    result = dagster(tiny_cohort, "definitions", "validate")
     assert result.returncode == 0, result.stderr
