@@ -8,10 +8,13 @@ export DAGSTER_HOME ?= $(CURDIR)
 LOCK := --constraint requirements/constraints.txt --build-constraint requirements/constraints.txt
 HASHED := --require-hashes --no-deps --build-constraint requirements/constraints.txt
 
-# a part of the tests of the library, for the environment without Dagster and MLflow
-CORE_TESTS ?= tests/slides/test_cli.py tests/slides/test_compression.py \
-	tests/models/test_prediction.py tests/models/test_labels.py tests/encoders/test_encoder_cli.py \
-	tests/encoders/test_training.py tests/demo $(wildcard tests/test_*.py)
+# every command and step of the library once, for the environment without Dagster and MLflow;
+# its packages have the versions of the other tests
+CORE_TESTS ?= tests/slides/test_cli.py tests/models/test_prediction.py \
+	tests/encoders/test_encoder_cli.py tests/demo/test_cohort.py tests/test_study_check.py \
+	tests/test_external.py tests/test_predictions.py tests/test_verification.py \
+	tests/test_packaging.py tests/test_parallel.py tests/test_examples.py
+
 # some that touch every direct dependency
 LOWEST_TESTS ?= tests/test_cohort.py tests/test_store.py tests/test_tables.py tests/demo/test_painting.py \
 	tests/test_orientations.py tests/slides/test_cli.py tests/slides/test_grids.py \

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import types
+import warnings
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -88,6 +89,8 @@ def next_command(listener: socket.socket) -> list[str]:
                 os.chdir(request["folder"])
                 os.environ.clear()
                 os.environ.update(settings | request["environment"])
+                if "PYTHONWARNINGS" in os.environ:  # an action, as at the start of Python
+                    warnings.simplefilter(os.environ["PYTHONWARNINGS"])
                 return request["arguments"]
             _, status = os.waitpid(command, 0)
             connection.sendall(str(os.waitstatus_to_exitcode(status)).encode())
