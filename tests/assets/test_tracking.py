@@ -41,7 +41,7 @@ from nic_assets.build import build_defs
 from nic_assets.cli import _registered_encoders
 from nic_assets.tracking import ModelFormatError, Tracking, TrackingError
 from nic_assets.tracking.connection import is_unavailable, without_secrets
-from nic_assets.tracking.database import create_database
+from nic_assets.tracking.database import create_database, database_uri
 from nic_assets.tracking.experiments import experiment_id
 from nic_assets.tracking.publications import Network, Publication
 from nic_assets.tracking.resource import git_commit
@@ -71,10 +71,11 @@ LOG_MODEL = mlflow.pytorch.log_model
 
 @pytest.fixture(scope="module")
 def one_task(tiny_cohort, tmp_path_factory) -> tuple[Cohort, Path]:
-    """A cohort whose encoder trains on one task within seconds, and a store with that task."""
+    """A cohort whose encoder trains on one task within seconds; a store with it and a database."""
     cohort, store = load_cohort(tiny_cohort), Store(tmp_path_factory.mktemp("tasks") / "store")
     task = cohort.patch_tasks[0].name
     steps.make_patch_task(cohort, store, PatchTaskKey(geometry="128px-0.5um", task=task))
+    create_database(database_uri(store))  # once: it takes seconds
     quick = EncoderSpec(
         name=ENCODER, objective="supervised", tasks=(task,), patches_seen=48, batch=16
     )
