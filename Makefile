@@ -8,7 +8,7 @@ export DAGSTER_HOME ?= $(CURDIR)
 LOCK := --constraint requirements/constraints.txt --build-constraint requirements/constraints.txt
 HASHED := --require-hashes --no-deps --build-constraint requirements/constraints.txt
 
-# every command and step of the library once, for the environment without Dagster and MLflow;
+# the commands and steps of the library, for the environment without Dagster and MLflow;
 # its packages have the versions of the other tests
 CORE_TESTS ?= tests/slides/test_cli.py tests/models/test_prediction.py \
 	tests/encoders/test_encoder_cli.py tests/demo/test_cohort.py tests/test_study_check.py \
@@ -82,8 +82,9 @@ mlflow: .venv/installed  ## MLflow on http://127.0.0.1:5000, or make mlflow PORT
 		--backend-store-uri "$$($(BIN)/python -c $(MLFLOW_ADDRESS))" \
 		--host 127.0.0.1 --port $(PORT)
 
+# in the order of tests/conftest.py: slow files first
 test: .venv/installed-tests  ## every test
-	$(BIN)/pytest --numprocesses $(WORKERS)
+	$(BIN)/pytest --numprocesses $(WORKERS) --no-loadscope-reorder
 
 test-fast: .venv/installed-tests  ## those that need no other process, no GPU and little time
 	$(BIN)/pytest --numprocesses $(WORKERS) -m "not slow and not integration and not gpu"
