@@ -284,7 +284,14 @@ def study(mean_rgb_study, tmp_path_factory) -> tuple[Cohort, Store]:
     with open_indexed(store, SLIDE) as slide:
         folder = store.explanation(key) / SLIDE
         write_heatmap(
-            folder, heat, grid.provenance, slide, name="growth", caption="", pictures=False
+            folder,
+            heat,
+            grid.provenance,
+            slide,
+            name="growth",
+            directed=True,
+            caption="",
+            pictures=False,
         )
     (entry,) = cohort.maps
     cohort = cohort.model_copy(update={"maps": (entry.model_copy(update={"encoder": ENCODER}),)})

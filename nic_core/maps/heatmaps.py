@@ -58,7 +58,7 @@ EXTREME_SCHEMA = pl.Schema(
 )
 QUANTILES = (0.5, 0.75, 0.9)  # of the heat of a slide's cells; each outlines an area
 _THUMBNAIL, _PATCHES_PER_ROW, _GAP = 1024, 8, 4  # px, patches, px
-_RANGE = (2, 98)  # percentiles drawn in pure blue and pure red
+_RANGE = 98  # percentile of absolute heat that is drawn in pure colour [choice]
 
 Heat = npt.NDArray[np.float32]
 
@@ -71,6 +71,7 @@ def write_heatmap(
     *,
     name: str,
     caption: str,
+    directed: bool,
     quantiles: Sequence[float] = QUANTILES,
     pictures: bool = True,
 ) -> None:
@@ -91,6 +92,8 @@ def write_heatmap(
     caption : str
         Text below the pictures: what is explained, and what a high value means
         (:func:`nic_core.models.explanation.heat_caption`).
+    directed : bool
+        Whether heat has a sign: :func:`colour_limits`.
     quantiles : sequence of float
         Quantiles whose areas are written.
     pictures : bool
@@ -125,9 +128,9 @@ def write_heatmap(
         if pictures:
             # the fastest level: higher ones hardly make a thumbnail of tissue smaller
             fast = {"compress_level": 1}
-            low, high = colour_limits(heat)
+            low, high = colour_limits(heat, directed=directed)
             overlay = with_colour_key(
-                heat_overlay(slide, heat, provenance),
+                heat_overlay(slide, heat, provenance, directed=directed),
                 low=format_number(low),
                 high=format_number(high),
                 caption=caption,
@@ -316,16 +319,16 @@ def outlines(
     ]
 
 
-def heat_overlay(slide: Slide, heat: Heat, provenance: GridProvenance) -> Pixels:
-    """Draw heat over a thumbnail with a scale bar.
-
-    The colours from blue to red span the 2nd to the 98th percentile of the heat.
+def heat_overlay(slide: Slide, heat: Heat, provenance: GridProvenance, *, directed: bool) -> Pixels:
+    """Draw heat over a thumbnail, from blue to red, with a scale bar.
 
     Parameters
     ----------
     heat : float32 (rows, columns)
     provenance : GridProvenance
         Provenance of the slide's grid.
+    directed : bool
+        As in :func:`colour_limits`.
 
     Returns
     -------
@@ -336,8 +339,8 @@ def heat_overlay(slide: Slide, heat: Heat, provenance: GridProvenance) -> Pixels
     SlideError
         A part of the slide cannot be decoded.
     """
-    low, high = colour_limits(heat)
-    values = np.clip((heat - low) / max(high - low, float(np.finfo(np.float32).tiny)), 0, 1)
+    low, high = colour_limits(heat, directed=directed)
+    values = np.clip((heat - low) / (high - low), 0, 1)
     thumbnail = slide.thumbnail(_THUMBNAIL)
     picture = tint(
         thumbnail,
@@ -350,9 +353,22 @@ def heat_overlay(slide: Slide, heat: Heat, provenance: GridProvenance) -> Pixels
     return with_scale_bar(picture, slide.width * slide.mpp / thumbnail.shape[1])
 
 
-def colour_limits(heat: Heat) -> tuple[float, float]:
-    """Return the heat that is drawn in pure blue and that in pure red: 2nd and 98th percentile."""
-    return float(np.nanpercentile(heat, _RANGE[0])), float(np.nanpercentile(heat, _RANGE[1]))
+def colour_limits(heat: Heat, *, directed: bool) -> tuple[float, float]:
+    """Return the heat at both ends of the colours.
+
+    The upper end is the 98th percentile of the absolute heat, 1 if there is none.
+
+    Parameters
+    ----------
+    heat : float32 (rows, columns)
+    directed : bool
+        Heat has a sign (Grad-CAM): the lower end is minus the upper, so that 0 has the colour in
+        the middle. Otherwise (attention) the lower end is 0.
+    """
+    known = np.abs(heat[np.isfinite(heat)])
+    high = float(np.percentile(known, _RANGE)) if known.size else 0.0
+    high = high or 1.0
+    return (-high if directed else 0.0), high
 
 
 def extreme_patches(heat: Heat, provenance: GridProvenance) -> pl.DataFrame:

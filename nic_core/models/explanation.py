@@ -95,17 +95,34 @@ def explain(
     return np.where(valid & (count > 0), total / np.maximum(count, 1), np.nan).astype(np.float32)
 
 
-def heat_caption(networks: Sequence[FoldModel], target: Target, *, label: str | None = None) -> str:
-    """Return what the heat of :func:`explain` is, and what high and low values mean."""
-    if all(isinstance(model.network, HasAttention) for model in networks):
+def is_directed(networks: Sequence[FoldModel]) -> bool:
+    """Return whether the heat of :func:`explain` has a sign: not the attention of networks."""
+    return not all(isinstance(model.network, HasAttention) for model in networks)
+
+
+def heat_meaning(target: Target, *, directed: bool, label: str | None = None) -> str:
+    """Return what heat means, in a sentence.
+
+    Parameters
+    ----------
+    directed
+        Whether it has a sign (:func:`is_directed`); positive heat is drawn in red.
+    label
+        As in :func:`explain`.
+    """
+    if not directed:
         return (
-            f"{target.name}: attention, the weight of each cell in the prediction, whatever its "
-            "direction; 1: the mean of the slide; red: highest"
+            "Attention: the weight of a cell in the prediction, in either direction; 1 is the mean "
+            "of the slide."
         )
-    return (
-        f"{target.name}: evidence of each cell for {kind_of(target).explained_name(label)}; "
-        "red: most; above 0 it raises the prediction, below 0 it lowers it"
-    )
+    towards = kind_of(target).explained_name(label)
+    return f"Red cells speak for {towards}, blue cells against it."
+
+
+def heat_caption(networks: Sequence[FoldModel], target: Target, *, label: str | None = None) -> str:
+    """Return the target and what its heat means, for a picture."""
+    meaning = heat_meaning(target, directed=is_directed(networks), label=label)
+    return f"{target.name}. {meaning}"
 
 
 def held_out_networks(networks: Sequence[FoldModel], fold: int | None) -> Sequence[FoldModel]:

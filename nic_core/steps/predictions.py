@@ -18,7 +18,7 @@ from nic_core.encoders.files import read_card
 from nic_core.grids import Grid, open_grid
 from nic_core.maps.heatmaps import EXTREMES, OVERLAY, PATCHES, write_heatmap
 from nic_core.models.cross_validation import NETWORK
-from nic_core.models.explanation import explain, heat_caption, held_out_networks
+from nic_core.models.explanation import explain, heat_caption, held_out_networks, is_directed
 from nic_core.models.files import ModelCard, ModelFileError, SlideModel, load_model
 from nic_core.models.kinds import kind_of
 from nic_core.models.prediction import predict_grids
@@ -365,6 +365,7 @@ def make_prediction(
                     own.provenance,
                     opened,
                     name=key.champion,
+                    directed=is_directed(networks),
                     caption=f"{key.slide}, {predicted}\n{heat_caption(networks, card.target)}",
                 )
             overlay, patches = (

@@ -40,6 +40,7 @@ from nic_core.maps.heatmaps import OVERLAY
 from nic_core.models.comparison import CROSS_VALIDATED, permutation_control
 from nic_core.models.cross_validation import NETWORK, CrossValidation
 from nic_core.models.distance import FAR_PERCENTILE
+from nic_core.models.explanation import heat_meaning
 from nic_core.models.figures import evaluation_figure, reliability_figure
 from nic_core.models.files import ModelCard
 from nic_core.models.fold_columns import read_fold_column
@@ -526,12 +527,11 @@ def _model_pictures(store: Store, key: ModelKey, result: CrossValidation) -> lis
         kind_of(result.target).prediction_columns[-1], descending=True
     )
     slides = units["slides"].explode().to_list()
+    meaning = heat_meaning(result.target, directed=result.settings.network != "mil")
     for end, slide in (("highest", slides[0]), ("lowest", slides[-1])):
         path = store.explanation(key) / slide / OVERLAY
         if path.exists():
-            caption = (
-                f"{name}: heatmap of a slide with the {end} prediction. {_heat_colours(result)}"
-            )
+            caption = f"{name}: heatmap of a slide with the {end} prediction. {meaning}"
             picture = photograph(read_picture(path), side=PICTURE_SIDE)
             blocks.append(Picture(picture, caption, caption, small=True))
     return blocks
@@ -541,20 +541,6 @@ def _figure(figure: Figure, caption: str) -> Picture:
     """Return a figure as a picture, which has half the width of the page if it is narrow."""
     small = figure.get_figwidth() <= NARROW
     return Picture(drawn_figure(figure), caption, caption, small=small)
-
-
-def _heat_colours(result: CrossValidation) -> str:
-    """Say what the colours of a model's heatmaps mean."""
-    if result.settings.network == "mil":
-        return "Red cells have a high attention, blue cells a low one."
-    match result.target:
-        case ClassificationTarget(classes=classes):
-            higher = classes[-1]
-        case SurvivalTarget():
-            higher = "a higher risk"
-        case RegressionTarget():
-            higher = "a higher value"
-    return f"Red speaks for {higher}, blue against it."
 
 
 def _comparison_blocks(cohort: Cohort, report: Report) -> tuple[Block, ...]:

@@ -22,11 +22,12 @@ import shapely
 from matplotlib.colors import to_hex
 from PIL import Image
 
-from nic_core.cohort import ClassificationTarget, CohortError, PatchTask, ProbabilityMap, Target
+from nic_core.cohort import CohortError, PatchTask, ProbabilityMap
 from nic_core.encoders.patch_sources import annotated_rows, row_regions
 from nic_core.grids import open_grid
 from nic_core.grids.preview import colour_cells, read_colours
-from nic_core.maps.heatmaps import outlines
+from nic_core.maps.heatmaps import colour_limits, outlines
+from nic_core.models.explanation import heat_meaning
 from nic_core.models.files import CARD, read_model_card
 from nic_core.slides import Slide, SlideError
 from nic_core.steps.slides import TISSUE, read_record
@@ -58,7 +59,6 @@ STATE_COLOURS = ("#2f9e44", "#868e96", "#e03131")  # of STATES
 TISSUE_COLOUR = "#008c3c"
 TRUTH_COLOURS = {"negative": "#1c7ed6", "positive": "#e03131"}
 _STOPS = 9  # colours of a ramp in its key
-_RANGE = 98  # percentile of absolute heat that is drawn in pure colour [choice]
 _FOCUS_RANGE = (2, 98)  # percentiles of focus that are drawn in pure colours [choice]
 _OUTLINE_SIDE = 2048  # px: longest side of the mask that is outlined, of a larger one reduced
 _SIMPLIFIED = 0.5  # px of this mask by which the outline may be off [choice]
@@ -345,43 +345,24 @@ def _heat(study: ViewedStudy, slide: str) -> Iterator[Layer]:
 
 
 def _describe_heat(study: ViewedStudy, source: HeatSource) -> Described:
-    cells, directed, high = _heat_scale(study, source)
+    cells, directed = _heat_cells(study, source)
+    colours, unit = ("coolwarm", "gradient") if directed else ("inferno", "times the mean weight")
     meaning = heat_meaning(source.target, directed=directed)
-    if directed:
-        return Described(_ramp("coolwarm", -high, high, "gradient", meaning), cells.box)
-    return Described(_ramp("inferno", 0, high, "times the mean weight", meaning), cells.box)
+    limits = colour_limits(cells.values, directed=directed)
+    return Described(_ramp(colours, *limits, unit, meaning), cells.box)
 
 
 def _draw_heat(study: ViewedStudy, source: HeatSource) -> bytes:
-    cells, directed, high = _heat_scale(study, source)
-    low, colours = (-high, "coolwarm") if directed else (0.0, "inferno")
-    return png(_colours(cells.values, colours, low, high))
+    cells, directed = _heat_cells(study, source)
+    limits = colour_limits(cells.values, directed=directed)
+    return png(_colours(cells.values, "coolwarm" if directed else "inferno", *limits))
 
 
-def _heat_scale(study: ViewedStudy, source: HeatSource) -> tuple[Cells, bool, float]:
-    """Return heat, whether it has a direction, and the value that is drawn in pure colour."""
+def _heat_cells(study: ViewedStudy, source: HeatSource) -> tuple[Cells, bool]:
+    """Return heat, and whether it has a direction."""
     cells = heat_cells(study, source.folder)
     card = study.files.get(source.model / CARD, partial(read_model_card, source.model))
-    known = np.abs(cells.values[np.isfinite(cells.values)])
-    high = float(np.percentile(known, _RANGE)) if known.size else 0.0
-    return cells, card.settings.network != "mil", high or 1.0
-
-
-def heat_meaning(target: Target, *, directed: bool) -> str:
-    """Return what a colour of heat means, in a sentence.
-
-    Parameters
-    ----------
-    directed : bool
-        Whether heat has a sign (Grad-CAM), or says only how much a cell counts (attention).
-    """
-    if not directed:
-        return f"Bright cells weigh most in the prediction of {target.name}, in either direction."
-    if isinstance(target, ClassificationTarget):
-        towards = f"'{target.classes[-1]}'", "against it"
-        return f"Red cells speak for {towards[0]}, blue cells {towards[1]}."
-    output = f"the predicted {target.name}" if target.kind == "regression" else "the predicted risk"
-    return f"Red cells raise {output}, blue cells lower it."
+    return cells, card.settings.network != "mil"
 
 
 def _annotations(study: ViewedStudy, opened: Slide) -> Iterator[Layer]:

@@ -360,7 +360,16 @@ def test_javascript_readers_read_a_heatmap(files, tmp_path):
     heat[:3] = np.nan
     about = provenance(slide_identity=content_identity(files["tiff"]), patch=50, stride=50)
     with open_slide(files["tiff"]) as slide:
-        write_heatmap(tmp_path / "heat", heat, about, slide, name="s1", caption="", pictures=False)
+        write_heatmap(
+            tmp_path / "heat",
+            heat,
+            about,
+            slide,
+            name="s1",
+            directed=True,
+            caption="",
+            pictures=False,
+        )
     read = read_in_javascript(tmp_path / "heat" / ZARR)
     assert read["zarrita"] == [{"dtype": "float32", "shape": [7, 9], "sha256": sha256(heat)}]
     assert read["viv"]["levels"][0]["planes"][0]["sha256"] == sha256(heat)

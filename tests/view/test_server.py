@@ -285,7 +285,7 @@ def test_heat_is_red_where_it_is_high_and_clear_without_an_embedding(client, vie
     strong = np.abs(heat) > 0.2 * np.nanmax(np.abs(heat))
     assert ((drawn[..., 0] > drawn[..., 2]) == (heat > 0))[strong].all()
     legend = layer(client, "heat.growth.mean-rgb")["legend"]
-    assert legend["meaning"].startswith("Red cells speak for 'desmoplastic'")
+    assert legend["meaning"].startswith("Red cells speak for desmoplastic,")
     assert legend["low"] == -legend["high"]
 
 
