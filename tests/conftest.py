@@ -6,6 +6,7 @@ that needs none of them starts in a second.
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 # no test has a time limit: a slow machine is not a failure
 settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")
+# the processes of xdist have it, and rich's console would keep it for the widths that tests set
+os.environ.pop("COLUMNS", None)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
