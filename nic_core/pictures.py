@@ -7,6 +7,8 @@ colour-blindness; a second mark (line style, marker) distinguishes them in grey.
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -246,3 +248,31 @@ def _below(picture: Pixels, strip: Pixels) -> Pixels:
     wide = np.full((height, strip.shape[1], 3), 255, np.uint8)
     wide[:, :width] = picture
     return np.concatenate([wide, strip])
+
+
+def figure_uri(figure: Figure, *, vector_bytes: int, dpi: float) -> str:
+    """Return a figure as ``data:`` URI.
+
+    A vector drawing stays sharp when it is enlarged; a figure of many points or pixels is smaller
+    as pixels. The same figure gives the same text.
+
+    Parameters
+    ----------
+    vector_bytes
+        Size from which on a vector drawing (SVG) is replaced by pixels (PNG).
+    dpi
+        px an inch of the pixels.
+    """
+    drawn = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "nic"}):
+        figure.savefig(drawn, format="svg", metadata={"Date": None})
+    if drawn.tell() <= vector_bytes:
+        return data_uri("image/svg+xml", drawn.getvalue())
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=dpi)
+    return data_uri("image/png", drawn.getvalue())
+
+
+def data_uri(media_type: str, content: bytes) -> str:
+    """Return content as ``data:`` URI."""
+    return f"data:{media_type};base64,{base64.b64encode(content).decode()}"

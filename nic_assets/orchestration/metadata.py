@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import time
 from collections.abc import Callable, Mapping
@@ -16,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imsave
 
 from nic_core.numbers import rounded
+from nic_core.pictures import data_uri, figure_uri
 from nic_core.steps import digest
 
 OWNERS = ["team:pathology"]
@@ -32,15 +32,9 @@ def code_version(number: int, *settings: object) -> str:
 def figure(drawing: Figure, alt: str) -> dg.MarkdownMetadataValue:
     """Return a figure inside the event, which is stored in a database.
 
-    The page shows a figure at 96 px an inch. A vector drawing stays sharp when the page is
-    enlarged; a figure of many points or pixels is a PNG of :data:`SCREEN_DPI`, which is smaller.
+    The page shows a figure at 96 px an inch (:func:`nic_core.pictures.figure_uri`).
     """
-    vector, pixels = io.BytesIO(), io.BytesIO()
-    drawing.savefig(vector, format="svg", metadata={"Date": None})
-    if vector.tell() <= VECTOR_BYTES:
-        return _image(vector.getvalue(), alt, kind="svg+xml")
-    drawing.savefig(pixels, format="png", dpi=SCREEN_DPI)
-    return _image(pixels.getvalue(), alt)
+    return _image(figure_uri(drawing, vector_bytes=VECTOR_BYTES, dpi=SCREEN_DPI), alt)
 
 
 def figures(drawings: Mapping[str, Figure]) -> dict[str, dg.MarkdownMetadataValue]:
@@ -52,13 +46,11 @@ def picture(pixels: npt.NDArray[np.uint8], alt: str) -> dg.MarkdownMetadataValue
     """Return a picture (height, width, 3) as a JPEG inside the event."""
     stream = io.BytesIO()
     imsave(stream, pixels, format="jpg", pil_kwargs={"quality": 80})
-    return _image(stream.getvalue(), alt, kind="jpeg")
+    return _image(data_uri("image/jpeg", stream.getvalue()), alt)
 
 
-def _image(data: bytes, alt: str, kind: str = "png") -> dg.MarkdownMetadataValue:
-    return dg.MetadataValue.md(
-        f"![{alt}](data:image/{kind};base64,{base64.b64encode(data).decode()})"
-    )
+def _image(uri: str, alt: str) -> dg.MarkdownMetadataValue:
+    return dg.MetadataValue.md(f"![{alt}]({uri})")
 
 
 def log_progress(context: dg.AssetExecutionContext, unit: str) -> Callable[[int, int], None]:

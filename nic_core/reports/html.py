@@ -8,7 +8,6 @@ would be loaded from elsewhere, and scripts.
 
 from __future__ import annotations
 
-import base64
 import io
 import re
 from collections.abc import Sequence
@@ -16,11 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, TypeAlias
 
-import matplotlib as mpl
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 from PIL import Image
 
+from nic_core.pictures import data_uri, figure_uri
 from nic_core.types import Pixels
 
 MAX_SVG = 400_000  # bytes; a drawing with more (thousands of points) becomes PNG [choice]
@@ -145,15 +144,7 @@ class Document:
 
 def drawn_figure(figure: Figure) -> str:
     """Return a figure as ``data:`` URI: SVG, or PNG if the SVG would be larger than 400 kB."""
-    buffer = io.BytesIO()
-    # the same figure gives the same bytes
-    with mpl.rc_context({"svg.hashsalt": "nic"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    if buffer.tell() <= MAX_SVG:
-        return _uri("image/svg+xml", buffer.getvalue())
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=PNG_DPI)
-    return _uri("image/png", buffer.getvalue())
+    return figure_uri(figure, vector_bytes=MAX_SVG, dpi=PNG_DPI)
 
 
 def photograph(pixels: Pixels, *, side: int) -> str:
@@ -168,16 +159,12 @@ def photograph(pixels: Pixels, *, side: int) -> str:
     image.thumbnail((side, side))
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=85)
-    return _uri("image/jpeg", buffer.getvalue())
+    return data_uri("image/jpeg", buffer.getvalue())
 
 
 def stored_png(path: Path) -> str:
     """Return a PNG file as ``data:`` URI."""
-    return _uri("image/png", path.read_bytes())
-
-
-def _uri(media_type: str, content: bytes) -> str:
-    return f"data:{media_type};base64,{base64.b64encode(content).decode()}"
+    return data_uri("image/png", path.read_bytes())
 
 
 def render_html(document: Document) -> str:
