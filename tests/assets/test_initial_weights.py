@@ -22,7 +22,7 @@ from nic_assets.tracking import Tracking
 from nic_core.cohort import load_cohort
 from nic_core.encoders.files import read_card
 from nic_core.steps import encoder_versions
-from tests.assets.test_study import Study, edited, materialize
+from tests.assets.test_study import Study, edited
 
 pytestmark = pytest.mark.slow
 
@@ -134,16 +134,18 @@ def test_a_failed_start_is_reported_and_stops_what_starts_from_it(
     assert not study.store.encoder("b").exists()
 
 
-def test_the_command_line_makes_a_start_then_what_starts_from_it(tiny_cohort, tmp_path):
+def test_the_command_line_makes_a_start_then_what_starts_from_it(
+    materialize, tiny_cohort, tmp_path
+):
     cohort = small(tiny_cohort, tmp_path, entries(encoder="a"))
-    assert materialize(cohort, tmp_path, "slide_index").returncode == 0
-    assert materialize(cohort, tmp_path, "patch_task", "--partition", TASK).returncode == 0
-    early = materialize(cohort, tmp_path, "encoder", "--partition", "b")
+    assert materialize(cohort, "slide_index").returncode == 0
+    assert materialize(cohort, "patch_task", "--partition", TASK).returncode == 0
+    early = materialize(cohort, "encoder", "--partition", "b")
     assert early.returncode != 0
     assert "encoder 'b' starts from encoder 'a', which is not in the store" in early.stderr
     assert "Traceback" not in early.stderr
     for asset in ("encoder --partition a", "slide_index", "encoder --partition b"):
-        done = materialize(cohort, tmp_path, *asset.split())
+        done = materialize(cohort, *asset.split())
         assert done.returncode == 0, done.stderr
 
 

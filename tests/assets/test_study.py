@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -724,41 +722,6 @@ def test_targets_that_cannot_be_cross_validated_stop_alone(tiny_cohort, tmp_path
 
 
 # --- the command line ------------------------------------------------------------------------
-
-
-Command = Callable[..., subprocess.CompletedProcess[str]]
-
-
-@pytest.fixture
-def dagster(commands: Path, tmp_path: Path) -> Command:
-    """Runs a Dagster command as a CI job does, configured by the environment."""
-    home = tmp_path / "home"
-    home.mkdir()
-
-    def run(cohort: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [commands / "dagster", *arguments, "-m", "nic_assets.definitions"],
-            env=os.environ
-            | {
-                "NIC_COHORT": str(cohort),
-                "NIC_STORE": str(tmp_path / "store"),
-                "DAGSTER_HOME": str(home),
-                "DAGSTER_TELEMETRY_ENABLED": "false",
-            },
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-
-    return run
-
-
-@pytest.fixture
-def materialize(dagster: Command) -> Command:
-    return lambda cohort, *arguments: dagster(
-        cohort, "asset", "materialize", "--select", *arguments
-    )
 
 
 def edited(cohort: Path, root: Path, edit: dict[str, object]) -> Path:
