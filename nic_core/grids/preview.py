@@ -258,12 +258,12 @@ def colour_cells(grid: Grid, colours: EmbeddingColours) -> Pixels:
     GridError
         The colours are of another encoder, or of other weights of it.
     """
-    values = embedding_components(grid, colours)
     low, high = np.asarray(colours.low), np.asarray(colours.high)
-    picture = np.full(values.shape, BACKGROUND, np.uint8)
-    shown = (values[grid.valid] - low) / np.where(high > low, high - low, 1)
-    shown = np.where(high > low, np.clip(shown, 0, 1), 0.5)
-    picture[grid.valid] = np.round(shown * _BRIGHTEST)
+    picture = np.full((*grid.valid.shape, 3), BACKGROUND, np.uint8)
+    spread = np.where(high > low, high - low, 1)
+    for cells, values in _components(grid, colours):
+        shown = np.where(high > low, np.clip((values - low) / spread, 0, 1), 0.5)
+        picture[cells] = np.round(shown * _BRIGHTEST)
     return picture
 
 
@@ -281,6 +281,16 @@ def embedding_components(grid: Grid, colours: EmbeddingColours) -> npt.NDArray[n
     GridError
         The colours are of another encoder, or of other weights of it.
     """
+    components = np.full((*grid.valid.shape, 3), np.nan)
+    for cells, values in _components(grid, colours):
+        components[cells] = values
+    return components
+
+
+def _components(
+    grid: Grid, colours: EmbeddingColours
+) -> Iterator[tuple[tuple[npt.NDArray[np.intp], ...], npt.NDArray[np.float64]]]:
+    """Yield (rows, columns) of cells and their components (n, 3), chunk by chunk."""
     about = grid.provenance
     if about.weights_hash != colours.weights_hash or grid.shape[0] != len(colours.mean):
         raise GridError(
@@ -288,10 +298,8 @@ def embedding_components(grid: Grid, colours: EmbeddingColours) -> npt.NDArray[n
             f"than the colours of encoder '{colours.encoder}'; make both with the same encoder"
         )
     mean, components = np.asarray(colours.mean), np.asarray(colours.components)
-    values = np.full((*grid.valid.shape, 3), np.nan)
     for cells, embeddings in _embeddings(grid, grid.valid):
-        values[cells] = _projected(embeddings, mean, components)
-    return values
+        yield cells, _projected(embeddings, mean, components)
 
 
 def draw_grid(grid: Grid, *, cell: int = 4) -> Pixels:
