@@ -86,7 +86,7 @@ def process_pool(count: int) -> Iterator[ProcessPoolExecutor]:
     os.environ |= _ONE_THREAD
     try:
         # spawn, since libraries that run threads do not work after a fork
-        pool = ProcessPoolExecutor(count, get_context("spawn"), initializer=_leave_interrupts)
+        pool = ProcessPoolExecutor(count, get_context("spawn"), initializer=_set_signals)
         try:
             yield pool
         except BaseException as error:
@@ -104,6 +104,10 @@ def process_pool(count: int) -> Iterator[ProcessPoolExecutor]:
                 os.environ[name] = value
 
 
-def _leave_interrupts() -> None:
-    """Ignore Ctrl-C, which a terminal sends to all processes: the caller ends the pool."""
+def _set_signals() -> None:
+    """Ignore Ctrl-C, which a terminal sends to all processes: the caller ends the pool.
+
+    It does so by SIGTERM, which a process ignores if the process that started it does.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -67,7 +67,10 @@ class Interrupt(BaseException):
     """Stands for Ctrl-C."""
 
 
-def test_an_interruption_ends_the_processes_within_their_work(tmp_path):
+@pytest.mark.parametrize("inherited", [signal.SIG_DFL, signal.SIG_IGN])
+def test_an_interruption_ends_the_processes_within_their_work(tmp_path, inherited, request):
+    before = signal.signal(signal.SIGTERM, inherited)
+    request.addfinalizer(lambda: signal.signal(signal.SIGTERM, before))
     with pytest.raises(Interrupt), process_pool(2) as pool:
         for _ in range(4):
             pool.submit(wait, str(tmp_path))
