@@ -19,7 +19,7 @@ from nic_core.grids import GridError, enlarge, recorded_hash, verify_preview
 from nic_core.grids.features import FeaturesError
 from nic_core.slides import SlideError
 from nic_core.store import GridKey, Store
-from nic_core.view.addresses import slide_page
+from nic_core.view.addresses import grid_layer, slide_page
 
 PICTURE_SIDE = 400  # px of the picture of a preview in the UI; more if the grid has more cells
 
@@ -67,7 +67,7 @@ def grid_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
             return Product(
                 version=version,
                 metadata={
-                    "look": dg.MetadataValue.url(slide_page(key.slide, f"grid.{key.encoder}")),
+                    "look": dg.MetadataValue.url(slide_page(key.slide, grid_layer(key.encoder))),
                     "embedding_size": embedding_size,
                     "rows": rows,
                     "columns": columns,

@@ -33,7 +33,7 @@ from nic_core.models.labels import LabelMatches
 from nic_core.models.training import TrainingError
 from nic_core.slides import SlideError
 from nic_core.store import ModelKey, Store
-from nic_core.view.addresses import slide_page, target_page
+from nic_core.view.addresses import heat_layer, slide_page, target_page
 
 # split of the predictions -> how metadata names it
 PARTS = {"cv": "cross_validated", "test": "test"}
@@ -214,7 +214,7 @@ def model_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
                     ),
                     **{
                         f"look at the {end}": dg.MetadataValue.url(
-                            slide_page(slide, f"heat.{key.target}.{key.encoder}")
+                            slide_page(slide, heat_layer(key.target, key.encoder))
                         )
                         for end, slide in explained.extremes.items()
                     },

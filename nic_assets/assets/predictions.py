@@ -34,7 +34,7 @@ from nic_core.numbers import format_number
 from nic_core.slides import SlideError
 from nic_core.store import PredictionKey, Store
 from nic_core.types import Pixels
-from nic_core.view.addresses import slide_page
+from nic_core.view.addresses import champion_layer, slide_page
 
 PICTURE_WIDTH = 600  # px of a picture in the UI
 
@@ -230,7 +230,9 @@ def prediction_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
                     if made.fold is None
                     else f"the network of fold {made.fold}, which was not trained on the patient",
                     **_pictures(key, made),
-                    "look": dg.MetadataValue.url(slide_page(key.slide, f"champion.{key.champion}")),
+                    "look": dg.MetadataValue.url(
+                        slide_page(key.slide, champion_layer(key.champion))
+                    ),
                     "folder": dg.MetadataValue.path(store.prediction(key)),
                 },
                 checks={

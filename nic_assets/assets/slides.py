@@ -49,7 +49,7 @@ from nic_core.store import PatchTableKey, Store
 from nic_core.tiling.patches import PATCH_SCHEMA
 from nic_core.tiling.quality import summarize
 from nic_core.types import Pixels
-from nic_core.view.addresses import slide_page
+from nic_core.view.addresses import TISSUE_LAYER, slide_page
 
 
 def slide_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
@@ -169,7 +169,7 @@ def slide_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
                 version=steps.digest(record, outline.tobytes()),
                 metadata={
                     "thumbnail": picture(outline, f"{key} with its tissue outlined"),
-                    "look": dg.MetadataValue.url(slide_page(key, "tissue")),
+                    "look": dg.MetadataValue.url(slide_page(key, TISSUE_LAYER)),
                     "engine": record.engine,
                     "width": record.width,
                     "height": record.height,

@@ -8,6 +8,7 @@ from urllib.parse import quote
 VIEW_VARIABLE = "NIC_VIEW_URL"
 DEFAULT_ADDRESS = "http://127.0.0.1:8765"
 """Where ``nic view`` serves by default."""
+TISSUE_LAYER = "tissue"
 
 
 def cohort_page() -> str:
@@ -19,6 +20,21 @@ def slide_page(slide: str, *layers: str) -> str:
     """Return the address of a slide's page with some layers switched on, by their ids."""
     shown = ",".join(f"{quote(layer, safe='')}:0.6" for layer in layers)
     return f"{cohort_page()}slide/{quote(slide, safe='')}" + (f"#layers={shown}" if shown else "")
+
+
+def grid_layer(encoder: str) -> str:
+    """Return the id of the layer with the grid of an encoder in colours."""
+    return f"grid.{encoder}"
+
+
+def heat_layer(target: str, encoder: str) -> str:
+    """Return the id of the layer with the heat of a slide model."""
+    return f"heat.{target}.{encoder}"
+
+
+def champion_layer(target: str) -> str:
+    """Return the id of the layer with the heat of a target's champion."""
+    return f"champion.{target}"
 
 
 def target_page(target: str) -> str:

@@ -27,6 +27,7 @@ from nic_core.steps.probability_maps import CELLS, slide_truth
 from nic_core.store import GridKey, MapKey, ModelKey, PatchTableKey, PredictionKey
 from nic_core.tiling.mask_files import MaskFileError, level0_px_per_px, open_stored_image
 from nic_core.tiling.patches import PatchTableError, read_patch_table
+from nic_core.view.addresses import champion_layer, heat_layer
 from nic_core.view.study import ViewedStudy
 
 DAMAGED = (
@@ -207,7 +208,7 @@ def heat_sources(study: ViewedStudy, slide: str) -> Iterator[HeatSource]:
         name = target.name
         folder = store.prediction(PredictionKey(champion=name, slide=slide)) / HEATMAP
         yield HeatSource(
-            f"champion.{name}",
+            champion_layer(name),
             f"{name}: heat of the champion",
             target,
             folder,
@@ -216,7 +217,7 @@ def heat_sources(study: ViewedStudy, slide: str) -> Iterator[HeatSource]:
         for entry in study.cohort.encoders:
             key = ModelKey(encoder=entry.name, target=name)
             yield HeatSource(
-                f"heat.{name}.{entry.name}",
+                heat_layer(name, entry.name),
                 f"{name}: heat of the model on {entry.name}",
                 target,
                 store.explanation(key) / slide,

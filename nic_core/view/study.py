@@ -181,6 +181,22 @@ def encoders_of(study: ViewedStudy, target: str) -> list[str]:
     ]
 
 
+def network_predictions(study: ViewedStudy, key: ModelKey) -> pl.DataFrame:
+    """Return the stored predictions of a slide model's networks.
+
+    Raises
+    ------
+    OSError
+        There is no such model.
+    """
+    path = study.store.slide_model(key) / PREDICTIONS
+    return study.files.get(path, partial(_read_network_predictions, path))
+
+
+def _read_network_predictions(path: Path) -> pl.DataFrame:
+    return pl.read_parquet(path, glob=False).filter(model=NETWORK)
+
+
 def slide_list(study: ViewedStudy) -> list[dict[str, Any]]:
     """Return what ``/api/slides`` answers: a row for each slide of the cohort, by slide id."""
     store, index = study.store, study.index()
@@ -316,8 +332,8 @@ def _predictions(study: ViewedStudy, target: Target) -> dict[str, dict[str, Any]
         for slide in row["slides"]:
             found[slide] = _prediction_of(target, row, row["encoder"], seen=row["in_training"])
     for encoder in encoders[:1]:
-        path = store.slide_model(ModelKey(encoder=encoder, target=target.name)) / PREDICTIONS
-        for row in study.files.get(path, partial(_network_rows, path)):
+        key = ModelKey(encoder=encoder, target=target.name)
+        for row in network_predictions(study, key).iter_rows(named=True):
             for slide in row["slides"]:
                 found[slide] = _prediction_of(target, row, encoder, seen=False)
     return found
@@ -346,7 +362,3 @@ def _report_rows(store: Store) -> dict[str, list[dict[str, Any]]]:
     for row in pl.read_parquet(store.predictions_report, glob=False).iter_rows(named=True):
         rows.setdefault(row["target"], []).append(row)
     return rows
-
-
-def _network_rows(path: Path) -> list[dict[str, Any]]:
-    return pl.read_parquet(path, glob=False).filter(model=NETWORK).rows(named=True)

@@ -29,17 +29,18 @@ from nic_core.cohort import (
     SurvivalTarget,
     Target,
 )
-from nic_core.grids import GridError, open_grid
-from nic_core.maps.heatmaps import read_heatmap
+from nic_core.grids import GridError
 from nic_core.models.cross_validation import NETWORK
 from nic_core.models.files import ModelCard, ModelFileError, metrics_frame, read_model_card
 from nic_core.models.kinds import kind_of
 from nic_core.models.metrics import high_risk, log_rank
 from nic_core.pictures import BLUE, GREY, RED
-from nic_core.steps.slide_models import PREDICTIONS, RELIABILITY
-from nic_core.store import GridKey, ModelKey, Store
+from nic_core.steps.slide_models import RELIABILITY
+from nic_core.store import ModelKey
+from nic_core.view.addresses import heat_layer
 from nic_core.view.errors import ViewError, without_paths
-from nic_core.view.study import ViewedStudy, encoders_of, label_of
+from nic_core.view.products import heat_cells, heat_file
+from nic_core.view.study import ViewedStudy, encoders_of, label_of, network_predictions
 
 Figure = Any  # Bokeh has no types for its figures' methods
 UNITS = "units"
@@ -62,7 +63,7 @@ def target_answer(study: ViewedStudy, name: str) -> dict[str, Any]:
     """
     target = _target(study, name)
     encoders = encoders_of(study, name)
-    items = [plot for encoder in encoders for plot in _plots(study.store, target, encoder)]
+    items = [plot for encoder in encoders for plot in _plots(study, target, encoder)]
     return {
         "target": name,
         "kind": target.kind,
@@ -87,7 +88,7 @@ def hottest_cell(study: ViewedStudy, name: str, encoder: str, unit: str) -> dict
     key = ModelKey(encoder=encoder, target=_target(study, name).name)
     if encoder not in encoders_of(study, name):
         raise ViewError(404, f"target '{name}' has no model of this encoder", "choose a point")
-    rows = _predictions(study.store, key).filter(pl.col("unit") == unit)
+    rows = network_predictions(study, key).filter(pl.col("unit") == unit)
     if rows.is_empty():
         raise ViewError(404, f"target '{name}' has no such unit", "choose a point of a plot")
     slides = [slide for slide in rows["slides"][0] if slide in study.index()]
@@ -96,23 +97,23 @@ def hottest_cell(study: ViewedStudy, name: str, encoder: str, unit: str) -> dict
     best: tuple[float, dict[str, Any]] | None = None
     for slide in slides:
         folder = study.store.explanation(key) / slide
-        if not folder.exists():
+        if not heat_file(folder).exists():
             continue
         try:
-            heat = read_heatmap(folder)
-            about = open_grid(study.store.grid(GridKey(encoder=encoder, slide=slide))).provenance
+            cells = heat_cells(study, folder)
         except GridError as error:
             reason, _, remedy = without_paths(str(error)).rpartition("; ")
             raise ViewError(422, reason, remedy) from error
-        row, column = np.unravel_index(np.nanargmax(heat), heat.shape)
+        row, column = np.unravel_index(np.nanargmax(cells.values), cells.values.shape)
+        heat = float(cells.values[row, column])
         place = {
             "slide": slide,
-            "x": about.origin[0] + (float(column) + 0.5) * about.cell,
-            "y": about.origin[1] + (float(row) + 0.5) * about.cell,
-            "layer": f"heat.{name}.{encoder}",
+            "x": cells.origin[0] + (float(column) + 0.5) * cells.cell[0],
+            "y": cells.origin[1] + (float(row) + 0.5) * cells.cell[1],
+            "layer": heat_layer(name, encoder),
         }
-        if best is None or heat[row, column] > best[0]:
-            best = float(heat[row, column]), place
+        if best is None or heat > best[0]:
+            best = heat, place
     return best[1] if best else {"slide": slides[0], "x": None, "y": None, "layer": None}
 
 
@@ -123,14 +124,9 @@ def _target(study: ViewedStudy, name: str) -> Target:
     raise ViewError(404, "the study has no such target", "choose one of the cohort's page")
 
 
-def _predictions(store: Store, key: ModelKey) -> pl.DataFrame:
-    table = pl.read_parquet(store.slide_model(key) / PREDICTIONS, glob=False)
-    return table.filter(pl.col("model") == NETWORK)
-
-
-def _plots(store: Store, target: Target, encoder: str) -> list[dict[str, Any]]:
+def _plots(study: ViewedStudy, target: Target, encoder: str) -> list[dict[str, Any]]:
     key = ModelKey(encoder=encoder, target=target.name)
-    folder = store.slide_model(key)
+    folder = study.store.slide_model(key)
     try:
         card = read_model_card(folder)
     except ModelFileError as error:
@@ -138,7 +134,7 @@ def _plots(store: Store, target: Target, encoder: str) -> list[dict[str, Any]]:
             422, f"the model of '{target.name}' on '{encoder}' cannot be read", "train it again"
         ) from error
     found = []
-    predictions = _predictions(store, key)
+    predictions = network_predictions(study, key)
     for split, words in _SPLITS.items():
         rows = predictions.filter(pl.col("split") == split)
         if rows.height:
@@ -297,9 +293,7 @@ def _scatter_plot(target: RegressionTarget, rows: pl.DataFrame) -> Figure:
     plot = _new(f"{target.column} (label)", f"predicted {target.column}")
     y, predicted = rows["y"].to_numpy(), rows["prediction"].to_numpy()
     ends = [float(min(y.min(), predicted.min())), float(max(y.max(), predicted.max()))]
-    plot.line(
-        ends, ends, color=GREY, line_dash="dotted", line_width=2, legend_label="prediction = label"
-    )
+    _dotted_line(plot, ends, "prediction = label")
     _points(
         plot,
         target,
