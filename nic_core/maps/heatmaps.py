@@ -280,10 +280,10 @@ def hot_areas(
     return {"type": "FeatureCollection", "features": features}
 
 
-def outlines(
+def cell_area(
     mask: npt.NDArray[np.bool_], cell: float, origin: tuple[float, float] = (0, 0)
-) -> list[list[list[list[float]]]]:
-    """Return the area of a mask of cells as GeoJSON polygons.
+) -> shapely.MultiPolygon:
+    """Return the area of a mask of cells, level-0 px.
 
     Their sides are those of the cells. Cells that share only a corner belong to different polygons,
     unless others connect them.
@@ -298,10 +298,8 @@ def outlines(
 
     Returns
     -------
-    list of polygons
-        A polygon is a list of rings: the outer one, then its holes. A ring is a list of points
-        [x, y], level-0 px, whose last point repeats the first. Outer rings run counter-clockwise
-        and holes clockwise with y upwards, as GeoJSON requires.
+    shapely.MultiPolygon
+        Outer rings run counter-clockwise and holes clockwise with y upwards, as GeoJSON requires.
     """
     # the squares of neighbouring cells in a row are one rectangle
     ends = np.diff(np.pad(mask, ((0, 0), (1, 1))).astype(np.int8), axis=1)
@@ -309,13 +307,24 @@ def outlines(
     _, beyond = np.nonzero(ends == -1)
     area = shapely.union_all(shapely.box(first, rows, beyond, rows + 1))
     area = shapely.orient_polygons(shapely.simplify(area, 0))  # without points on straight sides
+    placed = shapely.transform(area, lambda points: points * cell + origin)
+    return shapely.MultiPolygon([part for part in shapely.get_parts(placed) if not part.is_empty])
+
+
+def outlines(
+    mask: npt.NDArray[np.bool_], cell: float, origin: tuple[float, float] = (0, 0)
+) -> list[list[list[list[float]]]]:
+    """Return the area of a mask of cells (:func:`cell_area`) as GeoJSON polygons.
+
+    Returns
+    -------
+    list of polygons
+        A polygon is a list of rings: the outer one, then its holes. A ring is a list of points
+        [x, y], level-0 px, whose last point repeats the first.
+    """
     return [
-        [
-            (shapely.get_coordinates(ring) * cell + origin).tolist()
-            for ring in (polygon.exterior, *polygon.interiors)
-        ]
-        for polygon in shapely.get_parts(area)
-        if not polygon.is_empty
+        [shapely.get_coordinates(ring).tolist() for ring in (part.exterior, *part.interiors)]
+        for part in cell_area(mask, cell, origin).geoms
     ]
 
 

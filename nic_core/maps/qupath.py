@@ -30,7 +30,7 @@ from scipy.stats import rankdata
 
 from nic_core.cohort import ClassificationTarget, SurvivalTarget, Target
 from nic_core.grids import GridProvenance
-from nic_core.maps.heatmaps import Heat, outlines
+from nic_core.maps.heatmaps import Heat, cell_area
 from nic_core.store import atomic_file
 from nic_core.tiling.annotations import ORIGIN_MEMBER
 from nic_core.tiling.tissue import TissueMask
@@ -189,10 +189,9 @@ def class_area(
     if not of_class.cells.any():
         return None
     x, y = (start - moved for start, moved in zip(provenance.origin, corner, strict=True))
-    polygons = outlines(of_class.cells, provenance.cell, (x, y))
     return _annotation(
         _identifier(provenance, "area", of_class.name),
-        shapely.MultiPolygon([(rings[0], rings[1:]) for rings in polygons]),
+        cell_area(of_class.cells, provenance.cell, (x, y)),
         f"{of_class.name} ({int(of_class.cells.sum())} cells)",
         _classification(of_class.name, of_class.colour),
     )
@@ -215,8 +214,7 @@ def tissue_area(
     if not mask.array.any():
         return None
     px = mask.mpp / provenance.slide_mpp  # level-0 px per px of the mask
-    polygons = outlines(mask.array, px, (-corner[0], -corner[1]))
-    shape = shapely.MultiPolygon([(rings[0], rings[1:]) for rings in polygons])
+    shape = cell_area(mask.array, px, (-corner[0], -corner[1]))
     return _annotation(
         _identifier(provenance, "tissue"),
         shapely.simplify(shape, px),

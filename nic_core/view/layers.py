@@ -26,12 +26,13 @@ from nic_core.cohort import CohortError, PatchTask, ProbabilityMap
 from nic_core.encoders.patch_sources import annotated_rows, row_regions
 from nic_core.grids import open_grid
 from nic_core.grids.preview import colour_cells, read_colours
-from nic_core.maps.heatmaps import colour_limits, outlines
+from nic_core.maps.heatmaps import cell_area, colour_limits
 from nic_core.models.explanation import heat_meaning
 from nic_core.models.files import CARD, read_model_card
 from nic_core.slides import Slide, SlideError
 from nic_core.steps.slides import TISSUE, read_record
 from nic_core.tiling.tissue import TissueMask
+from nic_core.view.addresses import TISSUE_LAYER, grid_layer
 from nic_core.view.errors import ViewError, without_paths
 from nic_core.view.products import (
     DAMAGED,
@@ -202,14 +203,21 @@ def _tissue(study: ViewedStudy, slide: str) -> Iterator[Layer]:
         reduced = _halves(mask, step) if step > 1 else mask
         px = record.tissue_mpp / record.mpp * step
         polygons = [
-            shapely.Polygon(*_simplified([*map(shapely.LinearRing, rings)], px * _SIMPLIFIED))
-            for rings in outlines(reduced, px)
+            shapely.Polygon(*_simplified([part.exterior, *part.interiors], px * _SIMPLIFIED))
+            for part in cell_area(reduced, px).geoms
         ]
         return _geojson([("tissue", TISSUE_COLOUR, shapely.MultiPolygon(polygons))])
 
     legend = _classes(["tissue"], [TISSUE_COLOUR], "Outline of the tissue mask.")
     yield Layer(
-        "tissue", "Tissue outline", "tissue", "polygons", path, lambda: Described(legend), draw, 1.0
+        TISSUE_LAYER,
+        "Tissue outline",
+        "tissue",
+        "polygons",
+        path,
+        lambda: Described(legend),
+        draw,
+        1.0,
     )
 
 
@@ -298,7 +306,7 @@ def _grids(study: ViewedStudy, slide: str) -> Iterator[Layer]:
             return png(np.dstack([picture, np.where(grid.valid, 255, 0).astype(np.uint8)]))
 
         yield Layer(
-            f"grid.{entry.name}",
+            grid_layer(entry.name),
             f"Grid of {entry.name}",
             "grid",
             "image",
