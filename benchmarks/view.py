@@ -28,38 +28,18 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-import pyvips
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.compress import texture
+from benchmarks.compress import paint_slide
 from nic_core import steps
 from nic_core.cohort import load_cohort
 from nic_core.parallel import cores
 from nic_core.store import Store
 
-SIDE, MPP = 40_000, 0.25  # of the painted slides: level-0 px, um/px
+SIDE = 40_000  # of the painted slides, level-0 px at 0.25 um/px
 CONNECTIONS, SCREENS = 6, 10
 ACROSS, DOWN = 6, 4  # tiles of 256 px on a screen of 1280 x 800 px, which cuts some
-
-
-def paint(path: Path, *, pyramid: bool) -> None:
-    """Write a slide of texture: JPEG tiles of 256 px, with levels down to one tile or without."""
-    tile = pyvips.Image.new_from_array(texture())
-    count = -(-SIDE // tile.width)
-    tile.replicate(count, count).crop(0, 0, SIDE, SIDE).tiffsave(
-        str(path),
-        tile=True,
-        tile_width=256,
-        tile_height=256,
-        pyramid=pyramid,
-        compression="jpeg",
-        Q=80,
-        bigtiff=True,
-        xres=1000 / MPP,
-        yres=1000 / MPP,
-        resunit="cm",
-    )
 
 
 def write_study(folder: Path, slides: dict[str, Path]) -> tuple[Path, Path]:
@@ -167,7 +147,7 @@ def main() -> None:
         slides = {path.name.partition(".")[0]: path for path in options.slides}
         for kind in ("pyramid", "flat"):
             slides[f"painted-{kind}"] = folder / f"{kind}.tif"
-            paint(slides[f"painted-{kind}"], pyramid=kind == "pyramid")
+            paint_slide(slides[f"painted-{kind}"], SIDE, pyramid=kind == "pyramid")
         port = free_port()
         with serving(*write_study(folder, slides), port) as process:
             console.print(f"{cores()} cores; started: {memory(process):.0f} MB")
