@@ -39,7 +39,7 @@ class TissueTask:
     Attributes
     ----------
     unit
-        What is classified: each patch, or each region by the mean embedding of its patches.
+        What is classified: each patch, or each region by mean and deviation of its embeddings.
     groups
         What the groups of the task are; splits and intervals are by group.
     tissue
@@ -183,7 +183,8 @@ def _glas(manifest: pl.DataFrame, folder: Path, cache: Path, seed: int, name: st
 def _grade_patches(
     image: Pixels, mask: NDArray[np.bool_], grade: str, rng: np.random.Generator
 ) -> Iterator[tuple[int, int, str]]:
-    for x, y in patch_places(*mask.shape, PATCH):
+    height, width = mask.shape
+    for x, y in patch_places(height, width, PATCH):
         yield x, y, grade
 
 

@@ -1,18 +1,16 @@
-"""Study: compare multitask encoders with unsupervised ones, by number of tasks.
+"""Study on painted slides: multitask encoders against unsupervised ones, by number of tasks.
 
-    python benchmarks/study.py run COHORT.yaml --out FOLDER [--slides] [--subsets 1]
-    python benchmarks/study.py show FOLDER... --picture study.png
+    python -m studies.painted_slides run COHORT.yaml --out FOLDER [--slides] [--subsets 1]
+    python -m studies.painted_slides show FOLDER... --picture study.png
 
 ``run`` trains, for each seed, VAE, contrastive and BiGAN on the patches of all tasks, and
 supervised encoders on every set of 1, 2, ... tasks, all with equal patches seen [choice]. Mean RGB,
-colour and texture features, an untrained network and published encoders are included for
-comparison. Each encoder is evaluated by the linear probe of every patch task; with ``--slides`` the
-slides are also compressed and the targets cross-validated. The seed determines the splits of the
-patch tasks (by group) and the initial weights. Results are written to FOLDER, one file per encoder,
-and an interrupted run resumes when it is started again. ``show`` collects the results into
-``study.parquet``, prints means by number of tasks and by set of tasks, and draws the figure.
-Published encoders (``--published``) embed patches at the study's resolution, even if they were
-trained at another one.
+colour and texture features and an untrained network are included for comparison. Each encoder is
+evaluated by the linear probe of every patch task; with ``--slides`` the slides are also compressed
+and the targets cross-validated. The seed determines the splits of the patch tasks (by group) and
+the initial weights. Results are written to FOLDER, one file per encoder, and an interrupted run
+resumes when it is started again. ``show`` collects the results into ``study.parquet``, prints means
+by number of tasks and by set of tasks, and draws the figure.
 """
 
 from __future__ import annotations
@@ -23,32 +21,24 @@ import time
 from collections.abc import Iterator
 from itertools import combinations, product
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import polars as pl
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
-from skimage.color import rgb2gray
-from skimage.feature import local_binary_pattern
-from skimage.filters import gaussian
 
 from nic_core.cohort import Cohort, EncoderSpec, PatchTask, load_cohort
 from nic_core.compression import compress_slide
 from nic_core.encoders import (
     Encoder,
-    EncoderCard,
     PatchDataset,
     build_patch_task,
     load_patch_task,
     train_encoder,
 )
-from nic_core.encoders.encoder import build_encoder, encoder_tensors, weights_hash
-from nic_core.encoders.keras_import import import_keras_encoder
 from nic_core.encoders.probes import Embedder, linear_probe, task_embeddings
 from nic_core.grids import Grid
 from nic_core.models.cross_validation import cross_validate
@@ -66,10 +56,9 @@ from nic_core.steps import (
 )
 from nic_core.store import PatchTableKey, Store, atomic_file, atomic_folder
 from nic_core.tiling.patches import read_patch_table
+from studies.encoders import UNSUPERVISED, Learned, untrained_encoder
+from studies.features import ColourAndTexture
 
-Learned = Literal["mtl", "vae", "contrastive", "bigan"]
-
-UNSUPERVISED: tuple[Learned, ...] = ("vae", "contrastive", "bigan")
 # instead of the published 1e-2, which is too high for so few steps [choice]
 RATES = {"mtl": 2e-3, "contrastive": 2e-3}
 PROBE = "probe"  # balanced accuracy of the linear probe on a patch task
@@ -92,43 +81,17 @@ SCHEMA = pl.Schema(
 )
 
 
-class ColourAndTexture:
-    """Hand-crafted colour and texture features with the interface of an encoder [choice]."""
-
-    def embed(self, pixels: NDArray[np.uint8]) -> NDArray[np.float64]:
-        """Compute features (B, 44) of patches uint8 (B, P, P, 3)."""
-        return np.stack([self._features(patch) for patch in pixels])
-
-    @staticmethod
-    def _features(patch: NDArray[np.uint8]) -> NDArray[np.float64]:
-        colours = patch.reshape(-1, 3) / 255
-        grey = rgb2gray(patch)
-        found = [colours.mean(0), colours.std(0), *np.percentile(colours, (10, 50, 90), axis=0)]
-        for radius in (1, 3):
-            patterns = local_binary_pattern((grey * 255).astype(np.uint8), 8, radius, "uniform")
-            found.append(np.bincount(patterns.astype(int).ravel(), minlength=10) / patterns.size)
-        for sigma in (1, 2, 4):  # contrast at several scales
-            smooth = gaussian(grey, sigma)
-            steps = np.hypot(*np.gradient(smooth))
-            found.append(np.array([(grey - smooth).std(), steps.mean(), steps.std()]))
-        return np.concatenate(found)
-
-
 # --- running ---------------------------------------------------------------------------------
 
 
 def run(options: argparse.Namespace) -> None:
     cohort = load_cohort(options.cohort)
-    if options.mpp is not None:
-        settings = cohort.settings.model_copy(update={"mpp": options.mpp})
-        cohort = cohort.model_copy(update={"settings": settings})
     out: Path = options.out
     _check_settings(cohort, options)
     slides = Slides(cohort, Store(out / "slides")) if options.slides else None
     # the unsupervised encoders come last, because they take longest
     for last, seed in product((False, True), range(options.seeds)):
         tasks = [_dataset(cohort, task, seed, out) for task in cohort.patch_tasks]
-        unseen = [_dataset(cohort, _unseen(entry), seed, out) for entry in options.unseen]
         for name, kind, labels, spec in _encoders(cohort, options, seed):
             path = out / "rows" / f"{name}-{seed}.parquet"
             if path.exists() or (kind in UNSUPERVISED) != last:
@@ -141,7 +104,7 @@ def run(options: argparse.Namespace) -> None:
             about = (cohort.name, seed, name, kind, "+".join(labels), len(labels))
             rows: list[tuple[object, ...]] = [
                 (*about, PROBE, "linear probe", task.name, used.get(task.name, "nothing"), value)
-                for task in (*tasks, *unseen)
+                for task in tasks
                 for value in [
                     linear_probe(task_embeddings(encoder, task, seed=seed)).balanced_accuracy
                 ]
@@ -164,11 +127,8 @@ def _check_settings(cohort: Cohort, options: argparse.Namespace) -> None:
         )
     settings = {
         "cohort": digest(cohort),
-        "mpp": cohort.settings.mpp,
         "patches": options.patches,
         "slides": options.slides,
-        "pairs": sorted(options.pairs or ()),
-        "unseen": sorted(options.unseen),
     }
     path: Path = options.out / "settings.json"
     if not path.exists():
@@ -179,11 +139,6 @@ def _check_settings(cohort: Cohort, options: argparse.Namespace) -> None:
         raise SystemExit(
             f"{options.out} was made with {others}; give another --out, or the same settings"
         )
-
-
-def _unseen(entry: str) -> PatchTask:
-    name, folder = entry.split("=", 1)
-    return PatchTask(name=name, organ="unknown", mpp="unknown", folder=Path(folder))
 
 
 def _dataset(cohort: Cohort, task: PatchTask, seed: int, out: Path) -> PatchDataset:
@@ -205,22 +160,17 @@ def _dataset(cohort: Cohort, task: PatchTask, seed: int, out: Path) -> PatchData
 
 def _encoders(
     cohort: Cohort, options: argparse.Namespace, seed: int
-) -> Iterator[tuple[str, str, tuple[str, ...], EncoderSpec | Path | None]]:
-    """Yield name, kind, tasks with labels, and spec or file of each encoder of the study."""
+) -> Iterator[tuple[str, str, tuple[str, ...], EncoderSpec | None]]:
+    """Yield name, kind, tasks with labels, and spec of each encoder of the study."""
     names = tuple(task.name for task in cohort.patch_tasks)
     for kind in ("mean_rgb", "colour_and_texture", "untrained"):
         yield kind, kind, (), None
-    for path in options.published:
-        yield path.stem, f"published {path.stem.removeprefix('encoder_')}", (), path
     chosen: list[tuple[tuple[str, ...], Learned]] = [
         (subset, "mtl")
         for size in (len(names), *range(1, len(names)))  # all tasks first: the main result
         for subset in _subsets(names, size, options.subsets, seed)
     ]
-    paired = tuple(options.pairs or names)
-    unsupervised: list[tuple[tuple[str, ...], Learned]] = [
-        (paired if o == "contrastive" else names, o) for o in UNSUPERVISED
-    ]
+    unsupervised: list[tuple[tuple[str, ...], Learned]] = [(names, o) for o in UNSUPERVISED]
     for tasks, objective in (*chosen, *unsupervised):
         labels = tasks if objective == "mtl" else ()
         name = ".".join(labels) or objective
@@ -254,31 +204,15 @@ def _make(
     cohort: Cohort,
     tasks: list[PatchDataset],
     kind: str,
-    source: EncoderSpec | Path | None,
+    source: EncoderSpec | None,
     name: str,
     seed: int,
 ) -> Embedder:
     settings = cohort.settings
     if kind == "colour_and_texture":
         return ColourAndTexture()
-    if isinstance(source, Path):
-        return import_keras_encoder(source, name)
     if kind == "untrained":
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            module = build_encoder(
-                "tellez2020", patch=settings.patch, embedding_size=settings.embedding_size
-            )
-        card = EncoderCard(
-            name=name,
-            architecture="tellez2020",
-            objective=kind,
-            patch=settings.patch,
-            mpp=settings.mpp,
-            embedding_size=settings.embedding_size,
-            weights_hash=weights_hash("tellez2020", encoder_tensors(module, {})),
-        )
-        return Encoder(card, module.eval().requires_grad_(False))
+        return untrained_encoder(settings.patch, settings.embedding_size, seed)
     spec = source or EncoderSpec(name=name, objective="mean_rgb")
     by_name = {task.name: task for task in tasks}
     return train_encoder(
@@ -510,16 +444,6 @@ def main() -> None:
     runner.add_argument("--seeds", type=int, default=3)
     runner.add_argument("--subsets", type=int, help="random subsets of each size; default: all")
     runner.add_argument("--slides", action="store_true", help="also compress and cross-validate")
-    runner.add_argument("--mpp", type=float, help="um/px; overrides the cohort's")
-    runner.add_argument("--published", type=Path, nargs="*", default=[], help="Keras encoders")
-    runner.add_argument(
-        "--unseen",
-        nargs="*",
-        default=[],
-        metavar="NAME=FOLDER",
-        help="patch tasks for probes only: a folder with one subfolder per class",
-    )
-    runner.add_argument("--pairs", nargs="*", help="tasks of contrastive; default: all")
     runner.add_argument("--threads", type=int, default=2)
     shower = commands.add_parser("show")
     shower.set_defaults(work=show)

@@ -8,8 +8,8 @@ from math import comb
 import polars as pl
 import pytest
 
-from benchmarks import study
 from nic_core.cohort import load_cohort
+from studies import painted_slides as study
 
 pytestmark = pytest.mark.slow
 
@@ -82,7 +82,7 @@ def test_task_subsets_are_complete_or_seeded(size):
 
 def test_a_folder_of_other_settings_is_refused(tiny_cohort, tmp_path):
     cohort = load_cohort(tiny_cohort)
-    options = Namespace(out=tmp_path, patches=64, slides=False, pairs=None, unseen=[])
+    options = Namespace(out=tmp_path, patches=64, slides=False)
     study._check_settings(cohort, options)
     study._check_settings(cohort, options)
     options.patches = 640
@@ -94,6 +94,6 @@ def test_tasks_with_held_out_patients_are_refused(tiny_cohort, tmp_path):
     cohort = load_cohort(tiny_cohort)
     task = cohort.patch_tasks[0].model_copy(update={"test_groups": ("P1",)})
     cohort = cohort.model_copy(update={"patch_tasks": (task, *cohort.patch_tasks[1:])})
-    options = Namespace(out=tmp_path, patches=64, slides=True, pairs=None, unseen=[])
+    options = Namespace(out=tmp_path, patches=64, slides=True)
     with pytest.raises(SystemExit, match=task.name):
         study._check_settings(cohort, options)
