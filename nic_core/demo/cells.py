@@ -277,7 +277,8 @@ def add_malignant_glands(scene: Scene, rng: np.random.Generator, where: Bools, s
     scene.tissue[gland] = Tissue.GLAND
     scene.tissue[lumen] = Tissue.LUMEN
     scene.tissue[debris] = Tissue.NECROSIS
-    x, y = scatter(rng, gland & ~lumen, rng.uniform(8.5, 11.5) * size, 0.9)
+    spacing = rng.uniform(12.5, 19) * scene.shapes.spacing
+    x, y = scatter(rng, gland & ~lumen, spacing, 0.92)
     i, j = (y / RASTER).astype(int), (x / RASTER).astype(int)
     # apical cytoplasm is free of nuclei
     inside = (depth < wall * rng.uniform(0.55, 0.95))[i, j] | ~hollow[i, j]

@@ -174,9 +174,14 @@ def _lamina(rng: np.random.Generator, scene: Scene) -> None:
 
 
 def _stroma_ground(rng: np.random.Generator, scene: Scene) -> None:
-    for kind in (Tissue.RIM, Tissue.LYMPHOCYTES):
-        some = smooth_noise(rng, scene.tissue.shape, 200 / RASTER) > rng.uniform(0.3, 1.5)
-        scene.tissue[some] = kind
+    """Turn parts of the loose stroma into dense stroma, lamina propria and gaps."""
+    for kind, period, low, high in (
+        (Tissue.RIM, 200, 0.3, 1.5),
+        (Tissue.LYMPHOCYTES, 200, -0.8, 1.0),
+        (Tissue.BACKGROUND, 34, 1.2, 2.6),
+    ):
+        some = smooth_noise(rng, scene.tissue.shape, period / RASTER) > rng.uniform(low, high)
+        scene.tissue[some & (scene.tissue == Tissue.STROMA)] = kind
 
 
 def _add_benign(scene: Scene, rng: np.random.Generator, where: Bools, form: Form) -> None:
@@ -191,45 +196,46 @@ def _add_benign(scene: Scene, rng: np.random.Generator, where: Bools, form: Form
         wobble=rng.uniform(0.02, 0.07),
         nucleus=Nucleus.COLUMNAR,
     )
-    scene.tissue[where & (scene.tissue != Tissue.LYMPHOCYTES)] = Tissue.STROMA
     add_glands(scene, rng, where, style)
 
 
 def _gland_grade(rng: np.random.Generator, counts: tuple[int, ...], form: Form) -> list[_Sheet]:
     """Regular crypts, or irregular, fused and cribriform glands with rows of long nuclei."""
 
-    def make(label: int, windows: int) -> Scene:
+    sheets = []
+    for label, count in enumerate(counts):
+        windows = _windows(int(1.6 * count))
         scene = _plain(rng, windows, Tissue.STROMA, form)
-        _stroma_ground(rng, scene)
         everywhere = np.ones(scene.tissue.shape, bool)
         if label == 0:
             _add_benign(scene, rng, everywhere, form)
         else:
             add_malignant_glands(scene, rng, everywhere, form.glands)
+        _stroma_ground(rng, scene)
         add_clefts(scene, rng)
         _lamina(rng, scene)
-        return scene
-
-    return _by_class(rng, counts, form, make)
+        corners = _lattice(rng, windows, form)
+        epithelium = _share(scene.tissue == Tissue.GLAND, corners, form.window, form)
+        chosen = _fittest(rng, epithelium, count, 0.25)
+        sheets.append(_Sheet(scene, corners[chosen], np.full(count, label)))
+    return sheets
 
 
 def _gland_stroma(rng: np.random.Generator, counts: tuple[int, ...], form: Form) -> list[_Sheet]:
     """Stroma, or gland, in the central half of the patch; crypts and malignant glands."""
     windows = _windows(int(2.4 * sum(counts)))
     scene = _plain(rng, windows, Tissue.STROMA, form)
-    _stroma_ground(rng, scene)
     shape = scene.tissue.shape
     malignant = smooth_noise(rng, shape, 3 * form.window) > rng.normal()
     _add_benign(scene, rng, ~malignant, form)
     free = malignant & ~np.isin(scene.tissue, (Tissue.GLAND, Tissue.LUMEN))
     add_malignant_glands(scene, rng, free, form.glands)
-    is_stroma = np.isin(scene.tissue, (Tissue.STROMA, Tissue.RIM, Tissue.LYMPHOCYTES))
+    _stroma_ground(rng, scene)
+    is_stroma = ~np.isin(scene.tissue, (Tissue.GLAND, Tissue.LUMEN, Tissue.NECROSIS))
     add_clefts(scene, rng)
     _lamina(rng, scene)
-    share = ndimage.uniform_filter((~is_stroma).astype(np.float32), form.window // 2)
     corners = _lattice(rng, windows, form)
-    i, j = ((corners + form.side / 2) / RASTER).astype(int).T
-    gland = share[i, j]
+    gland = _share(~is_stroma, corners, form.window // 2, form)
     chosen = [
         _fittest(rng, fitness, count, 0.65)
         for fitness, count in zip((1 - gland, gland), counts, strict=True)
@@ -241,6 +247,13 @@ def _gland_stroma(rng: np.random.Generator, counts: tuple[int, ...], form: Form)
             np.repeat(np.arange(2), [len(c) for c in chosen]),
         )
     ]
+
+
+def _share(where: Bools, corners: NDArray[np.float64], points: int, form: Form) -> Floats:
+    """Return the share of ``where`` in the central ``points`` x ``points`` of patches (N,)."""
+    share = ndimage.uniform_filter(where.astype(np.float32), points)
+    i, j = ((corners + form.side / 2) / RASTER).astype(int).T
+    return np.asarray(share[i, j], np.float32)
 
 
 def _fittest(

@@ -116,6 +116,8 @@ class Shapes:
         Factor of the size of textures: the thickness of fibres, the size of cells in the ground.
     eosin, haematoxylin
         float32 (tissues,): factors of the stain of each tissue without nuclei.
+    mottle
+        Standard deviation of the fine variation of that stain, relative to it.
     """
 
     nuclei: int
@@ -123,10 +125,11 @@ class Shapes:
     texture: float
     eosin: Floats
     haematoxylin: Floats
+    mottle: float
 
 
 _AS_IS = np.ones(len(Tissue), np.float32)
-ORDINARY_SHAPES = Shapes(0, 1.0, 1.0, _AS_IS, _AS_IS)
+ORDINARY_SHAPES = Shapes(0, 1.0, 1.0, _AS_IS, _AS_IS, 0.0)
 
 
 @dataclass
@@ -255,6 +258,7 @@ def _ground(scene: Scene, rng: np.random.Generator) -> tuple[Floats, Floats]:
     along = (x * np.cos(turn) + y * np.sin(turn)) * textures.ALONG
     along += 20 * smooth_noise(rng, scene.tissue.shape, 200 / RASTER)
     down, aside = _Tiled(textures.ragged_table(), rng), _Tiled(textures.ragged_table(), rng)
+    mottled = _Tiled(textures.mottle_table(), rng.spawn(1)[0])
     mask = textures.SIDE - 1
     is_fibrous = np.zeros(len(Tissue), bool)
     is_fibrous[list(textures.FIBROUS)] = True
@@ -275,8 +279,10 @@ def _ground(scene: Scene, rng: np.random.Generator) -> tuple[Floats, Floats]:
         eosin[strip] = tables[0].ravel()[index]
         haematoxylin[strip] = tables[1].ravel()[index]
         if scene.shapes is not ORDINARY_SHAPES:
-            eosin[strip] *= scene.shapes.eosin[tissue]
-            haematoxylin[strip] *= scene.shapes.haematoxylin[tissue]
+            mottle = 1 + mottled.part(strip, width) * np.float32(scene.shapes.mottle / 32)
+            np.clip(mottle, 0.1, None, out=mottle)
+            eosin[strip] *= scene.shapes.eosin[tissue] * mottle
+            haematoxylin[strip] *= scene.shapes.haematoxylin[tissue] * mottle
     eosin /= textures.SCALE
     haematoxylin /= textures.SCALE
     return eosin, haematoxylin

@@ -99,8 +99,8 @@ def draw_stain(rng: np.random.Generator, variety: Variety) -> Stain:
     if variety.stain:
         stain = _wide_stain(of_stain, stain)
     if variety.optics:
-        noise = np.exp(of_optics.uniform(np.log(0.5), np.log(6)))
-        stain = replace(stain, blur=float(of_optics.uniform(0.3, 1.6)), noise=float(noise))
+        blur, noise = np.exp(of_optics.uniform(np.log((0.3, 0.5)), np.log((1.4, 6.0)))).tolist()
+        stain = replace(stain, blur=blur, noise=noise)
     return stain
 
 
@@ -110,14 +110,16 @@ def draw_jpeg_quality(rng: np.random.Generator, variety: Variety) -> int:
 
 
 def _wide_stain(rng: np.random.Generator, stain: Stain) -> Stain:
-    spread = np.array([(0.16, 0.08, 0.24), (0.45, 0.06, 0.28), (0.30, 0.08, 0.20)])
-    jitter = np.exp(spread * rng.normal(0, 1, (3, 3)).clip(-2, 2))
+    # log factors of R, G, B; real haematoxylin is often bluer and real eosin more magenta
+    centre = np.array([(0.08, 0.0, -0.18), (-0.25, 0.03, -0.15), (0.0, 0.0, 0.0)])
+    spread = np.array([(0.12, 0.07, 0.22), (0.36, 0.06, 0.24), (0.30, 0.08, 0.20)])
+    jitter = np.exp(centre + spread * rng.normal(0, 1, (3, 3)).clip(-2, 2))
     return replace(
         stain,
         vectors=(stain.vectors * jitter).astype(np.float32),
-        haematoxylin=float(np.exp(rng.uniform(-0.45, 0.55))),
-        eosin=float(np.exp(rng.uniform(-0.60, 0.50))),
-        white=(rng.uniform(215, 252) + rng.normal(0, 4, 3)).clip(200, 254).astype(np.float32),
+        haematoxylin=float(np.exp(rng.uniform(-0.40, 0.60))),
+        eosin=float(np.exp(rng.uniform(-0.50, 0.65))),
+        white=(rng.uniform(222, 253) + rng.normal(0, 3, 3)).clip(205, 254).astype(np.float32),
         shading=float(rng.uniform(0.004, 0.03)),
         unevenness=float(rng.uniform(0.05, 0.30)),
     )
@@ -136,6 +138,7 @@ def _wide_shapes(rng: np.random.Generator) -> Shapes:
         texture=float(np.exp(rng.uniform(-0.45, 0.45))),
         eosin=eosin,
         haematoxylin=haematoxylin,
+        mottle=float(rng.uniform(0.05, 0.40)),
     )
 
 
