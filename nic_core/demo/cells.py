@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import spatial
+from scipy import ndimage, spatial
 
 from nic_core.demo.nuclei import TUMOUR_GRADES, Nucleus
-from nic_core.demo.painter import RASTER, Discs, Floats, Nuclei, Scene
+from nic_core.demo.painter import RASTER, Discs, Floats, Nuclei, Scene, smooth_noise
 from nic_core.demo.tissues import Tissue
 
 Bools = NDArray[np.bool_]
@@ -78,6 +78,7 @@ def populate(
     Tumour nuclei keep a distance from the points ``taken``.
     """
     tissue = scene.tissue
+    scale = scene.shapes.spacing
     mitoses = _tumour_cells(scene, rng, tumour, taken)
     for kind, spacing, keep in (
         (Tissue.STROMA, 34.0, 0.6),
@@ -85,12 +86,12 @@ def populate(
         (Tissue.MUSCLE, 34.0, 0.8),
         (Tissue.MUCUS, 70.0, 0.4),
     ):
-        x, y = scatter(rng, tissue == kind, spacing, keep)
+        x, y = scatter(rng, tissue == kind, spacing * scale, keep)
         nucleus = Nucleus.MUSCLE if kind is Tissue.MUSCLE else Nucleus.SPINDLE
         angle = fibre_angle(scene, x, y) + rng.normal(0, 0.16, len(x)).astype(np.float32)
         scene.cells.append(Nuclei(nucleus, x, y, angle))
     lymphocytes = [
-        scatter(rng, tissue == Tissue.LYMPHOCYTES, 13.6, 0.94),
+        scatter(rng, tissue == Tissue.LYMPHOCYTES, 13.6 * scale, 0.94),
         scatter(rng, np.isin(tissue, (Tissue.STROMA, Tissue.RIM)), 60.0, 0.35),
         scatter(rng, tissue == Tissue.TUMOUR, 70.0, 0.25),
         scatter(rng, tissue == Tissue.MUCUS, 90.0, 0.3),
@@ -102,7 +103,7 @@ def populate(
         (Tissue.NECROSIS, Nucleus.APOPTOTIC, 52.0, 0.35),
         (Tissue.BLOOD, Nucleus.ERYTHROCYTE, 12.5, 0.85),
     ):
-        x, y = scatter(rng, tissue == where, spacing, keep)
+        x, y = scatter(rng, tissue == where, spacing * scale, keep)
         scene.cells.append(Nuclei(kind_of, x, y))
     return mitoses
 
@@ -127,9 +128,10 @@ def _tumour_cells(
     taken: tuple[Floats, Floats] | None,
 ) -> tuple[Floats, Floats]:
     where = scene.tissue == Tissue.TUMOUR
+    spacing = TUMOUR_SPACING * scene.shapes.spacing
     # 0.5 um/px: a raster point is RASTER**2 / 4e6 mm2
     area = where.sum() * RASTER**2 / 4e6
-    x, y = scatter(rng, where, 3 * TUMOUR_SPACING)
+    x, y = scatter(rng, where, 3 * spacing)
     if taken is not None:
         x, y = away_from(x, y, taken, 2 * TUMOUR_SPACING)
     order = rng.permutation(len(x))
@@ -146,7 +148,7 @@ def _tumour_cells(
         add_figures(scene, rng, kind, *figures[kind])
     keep_out = [*figures.values(), *([] if taken is None else [taken])]
     around_x, around_y = (np.concatenate(a) for a in zip(*keep_out, strict=True))
-    x, y = scatter(rng, where, TUMOUR_SPACING, 0.96)
+    x, y = scatter(rng, where, spacing, 0.96)
     x, y = away_from(x, y, (around_x, around_y), 15.0)
     # a fractional grade is a mixture of two integer grades
     lower = int(np.clip(np.floor(tumour.grade), 1, 2))
@@ -165,6 +167,7 @@ class GlandStyle:
     goblets: float
     wobble: float
     spacing: float
+    nucleus: Nucleus = Nucleus.EPITHELIAL
 
 
 COLON = GlandStyle(radius=62, lumen=0.24, goblets=0.75, wobble=0.06, spacing=142)
@@ -239,11 +242,62 @@ def add_glands(scene: Scene, rng: np.random.Generator, where: Bools, style: Glan
         return
     x, y, angle = (np.concatenate(a) for a in zip(*nuclei, strict=True))
     inside = _on(scene, x, y, Tissue.GLAND)
-    scene.cells.append(Nuclei(Nucleus.EPITHELIAL, x[inside], y[inside], angle[inside]))
+    scene.cells.append(Nuclei(style.nucleus, x[inside], y[inside], angle[inside]))
     if goblets:
         x, y, radius = (np.concatenate(a) for a in zip(*goblets, strict=True))
         inside = _on(scene, x, y, Tissue.GLAND)
         scene.discs.append(Discs(x[inside], y[inside], radius[inside], clear=0.78))
+
+
+def add_malignant_glands(scene: Scene, rng: np.random.Generator, where: Bools, size: float) -> None:
+    """Add irregular, fused and cribriform glands of a carcinoma inside ``where``.
+
+    Their nuclei are elongated, perpendicular to the border of the gland and in several rows.
+
+    Parameters
+    ----------
+    scene, rng
+    where : bool (rows, columns)
+        Raster points that may become gland.
+    size : float
+        Factor of the width of glands and of the thickness of their epithelium.
+    """
+    shape = where.shape
+    field = smooth_noise(rng, shape, rng.uniform(120, 210) * size / RASTER)
+    field += 0.3 * smooth_noise(rng, shape, 50 * size / RASTER)
+    gland = where & (field > rng.uniform(-0.5, 0.3))
+    depth = ndimage.distance_transform_edt(np.pad(gland, 1, constant_values=True))[1:-1, 1:-1]
+    depth = np.asarray(depth * RASTER, np.float32)  # px from the border of the gland
+    wall = rng.uniform(38, 75) * size * (1 + 0.2 * smooth_noise(rng, shape, 90 / RASTER))
+    # round holes make a gland cribriform; without a lumen it is solid
+    hollow = smooth_noise(rng, shape, 260 * size / RASTER) > rng.uniform(-1.2, 0.8)
+    holes = smooth_noise(rng, shape, rng.uniform(24, 40) * size / RASTER) > rng.uniform(1.0, 2.0)
+    lumen = ((depth > wall) & hollow) | (holes & (depth > 20 * size))
+    debris = lumen & (smooth_noise(rng, shape, 40 / RASTER) > rng.uniform(0.4, 2.2))
+    scene.tissue[gland] = Tissue.GLAND
+    scene.tissue[lumen] = Tissue.LUMEN
+    scene.tissue[debris] = Tissue.NECROSIS
+    spacing = rng.uniform(12.5, 19) * scene.shapes.spacing
+    x, y = scatter(rng, gland & ~lumen, spacing, 0.92)
+    i, j = (y / RASTER).astype(int), (x / RASTER).astype(int)
+    # apical cytoplasm is free of nuclei
+    inside = (depth < wall * rng.uniform(0.55, 0.95))[i, j] | ~hollow[i, j]
+    x, y, i, j = x[inside], y[inside], i[inside], j[inside]
+    down, aside = np.gradient(ndimage.gaussian_filter(depth, 2))
+    angle = np.arctan2(down[i, j], aside[i, j]) + rng.normal(0, 0.22, len(x))
+    nuclei = (Nucleus.STRATIFIED, Nucleus.TUMOUR_2, Nucleus.TUMOUR_3)
+    chosen = rng.choice(3, len(x), p=rng.dirichlet((6, 1, 0.5)))
+    for k, nucleus in enumerate(nuclei):
+        part = chosen == k
+        scene.cells.append(Nuclei(nucleus, x[part], y[part], np.asarray(angle[part], np.float32)))
+
+
+def add_clefts(scene: Scene, rng: np.random.Generator) -> None:
+    """Separate parts of glands from the stroma by clefts, which the fixation of tissue makes."""
+    gland = np.isin(scene.tissue, (Tissue.GLAND, Tissue.LUMEN))
+    near = ndimage.binary_dilation(gland, iterations=int(rng.integers(1, 4))) & ~gland
+    some = smooth_noise(rng, gland.shape, 80 / RASTER) > rng.uniform(0.2, 1.6)
+    scene.tissue[near & some] = Tissue.BACKGROUND
 
 
 def _on(scene: Scene, x: Floats, y: Floats, kind: Tissue) -> Bools:

@@ -17,9 +17,10 @@ import yaml
 
 from nic_core.demo.layout import plant_slide
 from nic_core.demo.painter import paint
-from nic_core.demo.patches import TASKS, DemoTask
+from nic_core.demo.patches import TASKS, DemoTask, class_counts
 from nic_core.demo.plan import GROWTH, PlannedSlide, plan_cohort, plan_external
 from nic_core.demo.tissues import Tissue
+from nic_core.demo.variety import JPEG_QUALITY, MPP, ORDINARY
 from nic_core.parallel import process_pool
 from nic_core.store import atomic_file, atomic_folder
 
@@ -28,7 +29,6 @@ EXTERNAL = "external"  # folder of the external cohort
 PATCHES_PER_TASK = 1500
 SIDE = 3072
 SMALLEST_SIDE = 768
-MPP = 0.5
 
 Progress = Callable[[int, int, str], None]
 
@@ -136,7 +136,7 @@ def _write(folder: Path, recipe: _Recipe, workers: int, progress: Progress | Non
             task: [
                 pool.submit(_make_patches, folder, task.name, p, counts, (recipe.seed, 3, t, p))
                 for p, counts in enumerate(
-                    _class_counts(recipe.patches_per_task, patients, len(task.classes))
+                    class_counts(recipe.patches_per_task, patients, len(task.classes))
                 )
             ]
             for t, task in enumerate(TASKS)
@@ -237,24 +237,14 @@ def _make_patches(
     """Paint and write the patches of one patient; return rows (path, label, group)."""
     task = _task(name)
     rows = []
-    patches = task.cut(np.random.default_rng(seed), counts)
+    patches = task.cut(np.random.default_rng(seed), counts, ORDINARY)
     for number, (label, pixels) in enumerate(patches):
         of_class = task.classes[label]
         path = f"{name}/{of_class}/p{patient + 1:02d}-{number:04d}.jpg"
         image = pyvips.Image.new_from_array(np.ascontiguousarray(pixels))
-        image.jpegsave(str(folder / "patch_tasks" / path), Q=88)
+        image.jpegsave(str(folder / "patch_tasks" / path), Q=JPEG_QUALITY)
         rows.append((path, of_class, f"{name}-{patient + 1:02d}"))
     return rows
-
-
-def _class_counts(patches: int, patients: int, classes: int) -> list[tuple[int, ...]]:
-    """Return for each patient the number of patches of each class, balanced over both."""
-    counts = []
-    for c in range(classes):
-        of_class = patches // classes + (c < patches % classes)
-        edges = np.linspace(0, of_class, patients + 1) + c / classes
-        counts.append(np.diff(np.floor(edges).astype(int)).tolist())
-    return list(zip(*counts, strict=True))
 
 
 def _task(name: str) -> DemoTask:

@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.image import imsave
 from numpy.typing import NDArray
 
-from nic_core.demo.patches import PATCH, TASKS
+from nic_core.demo.patches import TASKS
+from nic_core.demo.variety import PATCH
 
 
 def contact_sheet(root: Path, *, columns: int = 12, seed: int = 0) -> Figure:

@@ -2,14 +2,15 @@
 
 The sprites of one kind are a float32 array ``(angles, variants, side, side)``. A nucleus is one
 sprite, combined with the nuclear layer by maximum. The long axis of a sprite has the angle
-``index * pi / angles``.
+``index * pi / angles``. Each kind has several series of sprites: 0 is the ordinary one, the others
+differ from it in size, outline and chromatin, in the same way for every kind.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
-from functools import cache
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,7 @@ Floats = NDArray[np.float32]
 
 ANGLES = 16
 VARIANTS = 12
+SERIES = 16  # ordinary nuclei, and 15 variations of them
 
 
 class Nucleus(StrEnum):
@@ -36,6 +38,9 @@ class Nucleus(StrEnum):
     HYPERCHROMATIC = "hyperchromatic"
     APOPTOTIC = "apoptotic"
     ERYTHROCYTE = "erythrocyte"
+    COLUMNAR = "columnar"
+    STRATIFIED = "stratified"
+    VESICULAR = "vesicular"
 
 
 TUMOUR_GRADES = (Nucleus.TUMOUR_1, Nucleus.TUMOUR_2, Nucleus.TUMOUR_3)
@@ -70,13 +75,23 @@ _SHAPES = {
     Nucleus.TUMOUR_2: _Shape(9.4, 7.9, 0.16, 0.70, 0.18, 0.36, 0.40, 0.20, 0.07, 2, 40),
     Nucleus.TUMOUR_3: _Shape(11.2, 8.8, 0.27, 0.62, 0.30, 0.55, 0.70, 0.28, 0.13, 4, 52),
     Nucleus.HYPERCHROMATIC: _Shape(9.5, 7.5, 0.12, 1.35, 0.10, 0.05, 0.0, 0.12, 0.06, 0, 36),
+    # of colon: in one row at the base of a crypt; crowded in rows of a carcinoma or an adenoma
+    Nucleus.COLUMNAR: _Shape(7.8, 4.6, 0.12, 0.80, 0.15, 0.35, 0.30, 0.18, 0.05, 1, 28),
+    Nucleus.STRATIFIED: _Shape(11.0, 4.9, 0.18, 0.72, 0.22, 0.42, 0.45, 0.24, 0.09, 2, 40),
+    # macrophages, endothelium, activated cells: pale, with a thin membrane
+    Nucleus.VESICULAR: _Shape(8.6, 6.2, 0.15, 0.45, 0.15, 0.50, 0.60, 0.20, 0.08, 1, 32),
 }
 
 
-@cache
-def bank(kind: Nucleus) -> Floats:
-    """Return the sprites of a kind, float32 ``(ANGLES, VARIANTS, side, side)``."""
-    rng = np.random.default_rng([1673, list(Nucleus).index(kind)])
+@lru_cache(maxsize=128)
+def bank(kind: Nucleus, series: int = 0) -> Floats:
+    """Return the sprites of a kind, float32 ``(ANGLES, VARIANTS, side, side)``.
+
+    ``series`` is at least 0 and below ``SERIES``.
+    """
+    seed = [1673, list(Nucleus).index(kind)]
+    rng = np.random.default_rng([*seed, series] if series else seed)
+    size = _series_size(series)
     special = {
         Nucleus.MITOSIS: _mitosis,
         Nucleus.PYKNOTIC: _pyknotic,
@@ -87,19 +102,47 @@ def bank(kind: Nucleus) -> Floats:
     for angle in np.arange(ANGLES) * np.pi / ANGLES:
         for _ in range(VARIANTS):
             if special is None:
-                sprites.append(_nucleus(rng, _SHAPES[kind], angle))
+                sprites.append(_nucleus(rng, _varied(_SHAPES[kind], series), angle))
             else:
-                sprites.append(special(rng, angle))
+                sprites.append(special(rng, angle, size))
     side = sprites[0].shape[0]
     out = np.stack(sprites).reshape(ANGLES, VARIANTS, side, side)
     if kind in TUMOUR_DOSE:
-        out *= TUMOUR_DOSE[kind] / out.sum((2, 3)).mean()
+        out *= TUMOUR_DOSE[kind] * size**2 / out.sum((2, 3)).mean()
     return np.ascontiguousarray(out, np.float32)
 
 
-def _frame(side: int, angle: float) -> tuple[Floats, Floats]:
-    """Return coordinates along and across an axis at ``angle``, centred, in px."""
-    y, x = np.mgrid[0:side, 0:side].astype(np.float32) - (side - 1) / 2
+def _series_size(series: int) -> float:
+    """Return the factor of the lengths in a series; 1 in the ordinary one."""
+    if series == 0:
+        return 1.0
+    # every series has another size, from 0.78 to 1.32
+    return float(0.78 * (1.32 / 0.78) ** ((series * 4 % (SERIES - 1)) / (SERIES - 2)))
+
+
+def _varied(shape: _Shape, series: int) -> _Shape:
+    if series == 0:
+        return shape
+    rng = np.random.default_rng([1674, series])
+    size, slender = _series_size(series), float(np.exp(rng.normal(0, 0.08)))
+    return replace(
+        shape,
+        length=shape.length * size * slender,
+        width=shape.width * size / slender,
+        size_cv=shape.size_cv * rng.uniform(0.8, 1.5),
+        density=shape.density * float(np.exp(rng.normal(0, 0.18))),
+        density_cv=shape.density_cv * rng.uniform(0.8, 1.6),
+        rim=shape.rim * rng.uniform(0.6, 1.8),
+        vesicle=float(np.clip(shape.vesicle + rng.uniform(-0.15, 0.35), 0, 0.85)),
+        clump=shape.clump * rng.uniform(0.8, 2.2),
+        ragged=shape.ragged * rng.uniform(0.8, 1.7),
+        side=round(shape.side * max(size * slender, 1.0) * 1.1),
+    )
+
+
+def _frame(side: int, angle: float, size: float = 1.0) -> tuple[Floats, Floats]:
+    """Return coordinates along and across an axis at ``angle``, centred, in px / ``size``."""
+    y, x = (np.mgrid[0:side, 0:side].astype(np.float32) - (side - 1) / 2) / np.float32(size)
     along = x * np.cos(angle) + y * np.sin(angle)
     return along, y * np.cos(angle) - x * np.sin(angle)
 
@@ -137,10 +180,10 @@ def _nucleus(rng: np.random.Generator, shape: _Shape, angle: float) -> Floats:
     return np.asarray(np.clip(out, 0.05, 2.2) * body, np.float32)
 
 
-def _mitosis(rng: np.random.Generator, angle: float) -> Floats:
+def _mitosis(rng: np.random.Generator, angle: float, size: float) -> Floats:
     """Draw a metaphase plate, an anaphase or telophase pair, or a ragged prometaphase clump."""
-    side = 40
-    along, across = _frame(side, angle)
+    side = round(40 * max(size, 1.0))
+    along, across = _frame(side, angle, size)
     rough = 1.3 * _speckle(rng, side, 1.4)
     stage = rng.choice(3, p=(0.45, 0.3, 0.25))
     if stage == 0:
@@ -159,15 +202,15 @@ def _mitosis(rng: np.random.Generator, angle: float) -> Floats:
     return np.asarray(2.1 * figure * (1 + 0.08 * rough), np.float32)
 
 
-def _pyknotic(rng: np.random.Generator, angle: float) -> Floats:
-    along, across = _frame(20, angle)
+def _pyknotic(rng: np.random.Generator, angle: float, size: float) -> Floats:
+    along, across = _frame(round(20 * max(size, 1.0)), angle, size)
     radius = np.hypot(along / rng.uniform(4, 6), across / rng.uniform(3.5, 5))
     return np.asarray(rng.uniform(1.4, 1.8) * _soft((1 - radius) * 9), np.float32)
 
 
-def _apoptotic(rng: np.random.Generator, angle: float) -> Floats:
+def _apoptotic(rng: np.random.Generator, angle: float, scale: float) -> Floats:
     """Draw a few smooth round bodies."""
-    along, across = _frame(28, angle)
+    along, across = _frame(round(28 * max(scale, 1.0)), angle, scale)
     out = np.zeros_like(along)
     for _ in range(rng.integers(2, 5)):
         r, t, size = rng.uniform(1, 6.5), rng.uniform(0, 6.3), rng.uniform(1.6, 3.6)
@@ -176,8 +219,8 @@ def _apoptotic(rng: np.random.Generator, angle: float) -> Floats:
     return np.asarray(out, np.float32)
 
 
-def _erythrocyte(rng: np.random.Generator, angle: float) -> Floats:
-    along, across = _frame(18, angle)
+def _erythrocyte(rng: np.random.Generator, angle: float, size: float) -> Floats:
+    along, across = _frame(round(18 * max(size, 1.0)), angle, size)
     radius = np.hypot(along / rng.uniform(5.8, 6.8), across / rng.uniform(4.6, 6.4))
     disc = _soft((1 - radius) * 9) * (1 - 0.35 * np.exp(-((radius / 0.45) ** 2)))
     return np.asarray(rng.uniform(0.85, 1.15) * disc, np.float32)

@@ -102,6 +102,36 @@ class Discs:
     clear: float
 
 
+@dataclass(frozen=True)
+class Shapes:
+    """How the cells and fibres of a patient differ in form from the ordinary ones.
+
+    Attributes
+    ----------
+    nuclei
+        The series of nuclei (:func:`nic_core.demo.nuclei.bank`); 0 is the ordinary one.
+    spacing
+        Factor of the distances between nuclei.
+    texture
+        Factor of the size of textures: the thickness of fibres, the size of cells in the ground.
+    eosin, haematoxylin
+        float32 (tissues,): factors of the stain of each tissue without nuclei.
+    mottle
+        Standard deviation of the fine variation of that stain, relative to it.
+    """
+
+    nuclei: int
+    spacing: float
+    texture: float
+    eosin: Floats
+    haematoxylin: Floats
+    mottle: float
+
+
+_AS_IS = np.ones(len(Tissue), np.float32)
+ORDINARY_SHAPES = Shapes(0, 1.0, 1.0, _AS_IS, _AS_IS, 0.0)
+
+
 @dataclass
 class Scene:
     """The content of an image.
@@ -114,12 +144,15 @@ class Scene:
         float32, same shape: a potential in px whose level sets are the fibres.
     cells, discs
         Nuclei, and pale discs that are painted before the nuclei.
+    shapes
+        The forms of its cells and fibres.
     """
 
     tissue: NDArray[np.uint8]
     fibres: Floats
     cells: list[Nuclei] = field(default_factory=list)
     discs: list[Discs] = field(default_factory=list)
+    shapes: Shapes = ORDINARY_SHAPES
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -134,7 +167,8 @@ def paint(scene: Scene, stain: Stain, rng: np.random.Generator) -> NDArray[np.ui
     nuclear = np.zeros_like(eosin)
     blood = np.zeros_like(eosin)
     for cells in scene.cells:
-        _stamp(blood if cells.kind is Nucleus.ERYTHROCYTE else nuclear, cells, rng)
+        layer = blood if cells.kind is Nucleus.ERYTHROCYTE else nuclear
+        _stamp(layer, cells, scene.shapes.nuclei, rng)
     thickness = 1 + stain.unevenness * smooth_noise(rng, scene.tissue.shape, 300 / RASTER)
     uptake = 1 + stain.unevenness / 2 * smooth_noise(rng, scene.tissue.shape, 300 / RASTER)
     white = [
@@ -219,10 +253,12 @@ def _ground(scene: Scene, rng: np.random.Generator) -> tuple[Floats, Floats]:
     # isotropic tissues: by position, displaced to hide the repetition of the tile
     rows = y + 30 * smooth_noise(rng, scene.tissue.shape, 260 / RASTER)
     columns = x + 30 * smooth_noise(rng, scene.tissue.shape, 260 / RASTER)
-    across = scene.fibres * textures.ACROSS
+    rows, columns = (a / np.float32(scene.shapes.texture) for a in (rows, columns))
+    across = scene.fibres * np.float32(textures.ACROSS / scene.shapes.texture)
     along = (x * np.cos(turn) + y * np.sin(turn)) * textures.ALONG
     along += 20 * smooth_noise(rng, scene.tissue.shape, 200 / RASTER)
     down, aside = _Tiled(textures.ragged_table(), rng), _Tiled(textures.ragged_table(), rng)
+    mottled = _Tiled(textures.mottle_table(), rng.spawn(1)[0])
     mask = textures.SIDE - 1
     is_fibrous = np.zeros(len(Tissue), bool)
     is_fibrous[list(textures.FIBROUS)] = True
@@ -242,6 +278,11 @@ def _ground(scene: Scene, rng: np.random.Generator) -> tuple[Floats, Floats]:
         index = (tissue.astype(np.int32) * textures.SIDE + i) * textures.SIDE + j
         eosin[strip] = tables[0].ravel()[index]
         haematoxylin[strip] = tables[1].ravel()[index]
+        if scene.shapes is not ORDINARY_SHAPES:
+            mottle = 1 + mottled.part(strip, width) * np.float32(scene.shapes.mottle / 32)
+            np.clip(mottle, 0.1, None, out=mottle)
+            eosin[strip] *= scene.shapes.eosin[tissue] * mottle
+            haematoxylin[strip] *= scene.shapes.haematoxylin[tissue] * mottle
     eosin /= textures.SCALE
     haematoxylin /= textures.SCALE
     return eosin, haematoxylin
@@ -263,9 +304,9 @@ def _clear(discs: list[Discs], eosin: Floats, haematoxylin: Floats) -> None:
             haematoxylin[top:bottom, left:right] *= 1 - 0.8 * share
 
 
-def _stamp(layer: Floats, cells: Nuclei, rng: np.random.Generator) -> None:
+def _stamp(layer: Floats, cells: Nuclei, series: int, rng: np.random.Generator) -> None:
     """Combine sprites with ``layer`` by maximum; sprites are cropped at the border."""
-    sprites = bank(cells.kind)
+    sprites = bank(cells.kind, series)
     side = sprites.shape[-1]
     height, width = layer.shape
     n = len(cells.x)

@@ -65,6 +65,14 @@ def grain_table() -> NDArray[np.int8]:
 
 
 @cache
+def mottle_table() -> NDArray[np.int8]:
+    """Return the mottled look of real tissue, noise of standard deviation 32, int8."""
+    rng = np.random.default_rng(2026)
+    table = 0.75 * noise(rng, 1.1) + 0.5 * noise(rng, 2.6) + 0.43 * noise(rng, 6)
+    return np.asarray(np.clip(table * 32, -127, 127), np.int8)
+
+
+@cache
 def ragged_table() -> NDArray[np.int8]:
     """Return displacements in px (-4..4) that roughen the borders between tissues, int8."""
     table = noise(np.random.default_rng(1971), 3.0)
