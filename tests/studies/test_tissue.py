@@ -1,0 +1,89 @@
+"""Tests of the study on real tissue: arms, tables and what counts as unseen."""
+
+from __future__ import annotations
+
+import polars as pl
+import pytest
+
+from studies import tissue
+from studies.encoders import arms, painted_dataset, read_configuration
+from studies.protocol import UNIT_SCHEMA
+
+CONFIGURATION = read_configuration(tissue.CONFIGURATION)
+
+
+@pytest.mark.parametrize("file", ["tissue.yaml", "tissue-gpu.yaml"])
+def test_arms_have_unique_names_and_start_from_earlier_arms(file):
+    found = list(arms(read_configuration(tissue.CONFIGURATION.with_name(file))))
+    names = [arm.name for arm in found]
+    assert len(set(names)) == len(names)
+    for place, arm in enumerate(found):
+        assert arm.start is None or arm.start in names[:place]
+
+
+def test_no_encoder_is_trained_on_the_unseen_tasks():
+    for arm in arms(CONFIGURATION):
+        assert not set(arm.real) & set(CONFIGURATION.unseen)
+
+
+def test_encoders_compared_at_equal_budget_see_as_many_patches():
+    for group in ("real", "painted", "variety", "mixed"):
+        seen = {a.patches_seen for a in arms(CONFIGURATION) if a.group == group and a.objective}
+        assert seen == {CONFIGURATION.patches_seen}
+
+
+def units(task: str, right: int) -> pl.DataFrame:
+    """Ten units of five groups, of which the first ``right`` are classified correctly."""
+    return pl.DataFrame(
+        {
+            "task": task,
+            "division": 0,
+            "unit": range(10),
+            "group": [f"g{i % 5}" for i in range(10)],
+            "class": [i // 5 for i in range(10)],
+            "predicted": [i // 5 if i < right else 1 - i // 5 for i in range(10)],
+        },
+        UNIT_SCHEMA,
+    )
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder in which three encoders are finished."""
+    tissue._settings(tmp_path, None)
+    (tmp_path / "rows").mkdir()
+    tasks = (*CONFIGURATION.unseen, *CONFIGURATION.real_tasks)
+    for name, right in (("colour_and_texture", 8), ("real-vae-0", 7), ("real-mtl-6-0", 9)):
+        rows = pl.concat([units(task, right) for task in tasks])
+        rows.write_parquet(tmp_path / "rows" / f"{name}.parquet")
+    return tmp_path
+
+
+def test_scores_on_trained_tasks_are_left_out(folder):
+    kinds, _ = tissue.finished(folder)
+    mtl = next(kind for kind in kinds if kind.supervised)
+    assert all(mtl.units[task] for task in CONFIGURATION.unseen)
+    assert not any(mtl.units[task] for task in CONFIGURATION.real_tasks)
+
+
+def test_tables_compare_with_the_best_encoder_without_labels(folder, capsys):
+    tissue.main(["show", str(folder), "--picture", str(folder / "study.png")])
+    shown = capsys.readouterr().out
+    assert "| MTL, 6 real tasks | 0.90 [" in shown
+    assert "+0.20 [" in shown
+    assert "(vae, real patches)" in shown
+    assert (folder / "study.png").stat().st_size > 10_000
+
+
+def test_a_folder_of_another_configuration_is_refused(folder):
+    other = tissue.CONFIGURATION.with_name("tissue-gpu.yaml")
+    with pytest.raises(SystemExit, match="another configuration"):
+        tissue._settings(folder, other)
+
+
+def test_painted_patches_are_split_by_painted_patient(tmp_path):
+    size = CONFIGURATION.painted.model_copy(update={"patches": 40, "patients": 5})
+    task = painted_dataset("nucleus", "ordinary", size, tmp_path)
+    splits = task.table.group_by("group").agg(pl.col("split").n_unique())
+    assert splits["split"].to_list() == [1] * 5
+    assert len(task.patches) == 40
