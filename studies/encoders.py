@@ -233,7 +233,7 @@ def painted_dataset(name: str, variety: str, size: Painted, cache: Path) -> Patc
             variety=VARIETIES[variety],
             processes=cores(),
         )
-        group = pl.Series("group", made.groups).cast(pl.String)
+        group = pl.Series("group", [f"{name} {patient}" for patient in made.groups])
         row = pl.int_range(len(group), eager=True)
         places = pl.DataFrame(
             {
