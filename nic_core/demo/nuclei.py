@@ -19,7 +19,7 @@ from scipy import ndimage
 Floats = NDArray[np.float32]
 
 ANGLES = 16
-VARIANTS = 12
+VARIANTS = 12  # of each angle, in the ordinary series; the others have half as many
 SERIES = 16  # ordinary nuclei, and 15 variations of them
 
 
@@ -85,13 +85,14 @@ _SHAPES = {
 
 @lru_cache(maxsize=128)
 def bank(kind: Nucleus, series: int = 0) -> Floats:
-    """Return the sprites of a kind, float32 ``(ANGLES, VARIANTS, side, side)``.
+    """Return the sprites of a kind, float32 ``(ANGLES, variants, side, side)``.
 
     ``series`` is at least 0 and below ``SERIES``.
     """
     seed = [1673, list(Nucleus).index(kind)]
     rng = np.random.default_rng([*seed, series] if series else seed)
     size = _series_size(series)
+    variants = VARIANTS // 2 if series else VARIANTS
     special = {
         Nucleus.MITOSIS: _mitosis,
         Nucleus.PYKNOTIC: _pyknotic,
@@ -100,13 +101,13 @@ def bank(kind: Nucleus, series: int = 0) -> Floats:
     }.get(kind)
     sprites = []
     for angle in np.arange(ANGLES) * np.pi / ANGLES:
-        for _ in range(VARIANTS):
+        for _ in range(variants):
             if special is None:
                 sprites.append(_nucleus(rng, _varied(_SHAPES[kind], series), angle))
             else:
                 sprites.append(special(rng, angle, size))
     side = sprites[0].shape[0]
-    out = np.stack(sprites).reshape(ANGLES, VARIANTS, side, side)
+    out = np.stack(sprites).reshape(ANGLES, variants, side, side)
     if kind in TUMOUR_DOSE:
         out *= TUMOUR_DOSE[kind] * size**2 / out.sum((2, 3)).mean()
     return np.ascontiguousarray(out, np.float32)

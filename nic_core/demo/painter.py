@@ -14,7 +14,7 @@ import pyvips
 from numpy.typing import NDArray
 
 from nic_core.demo import textures
-from nic_core.demo.nuclei import ANGLES, VARIANTS, Nucleus, bank
+from nic_core.demo.nuclei import ANGLES, Nucleus, bank
 from nic_core.demo.tissues import Tissue
 
 RASTER = 4  # px per raster point of a scene
@@ -314,7 +314,7 @@ def _stamp(layer: Floats, cells: Nuclei, series: int, rng: np.random.Generator) 
         turns = rng.integers(0, ANGLES, n)
     else:
         turns = np.rint(cells.angle / np.pi * ANGLES).astype(int) % ANGLES
-    variants = rng.integers(0, VARIANTS, n)
+    variants = rng.integers(0, sprites.shape[1], n)
     lefts = np.rint(cells.x - side / 2).astype(int)
     tops = np.rint(cells.y - side / 2).astype(int)
     for left, top, turn, variant in zip(

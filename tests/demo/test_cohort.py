@@ -23,6 +23,8 @@ from nic_core.cli.demo import demo
 from nic_core.cohort import load_cohort
 from nic_core.demo import make_demo
 from nic_core.demo.figures import contact_sheet, slide_sheet
+from nic_core.demo.painted import paint_task
+from nic_core.demo.patches import TASKS
 from nic_core.demo.plan import plan_cohort
 from nic_core.demo.tissues import Tissue
 
@@ -252,3 +254,13 @@ def test_demo_command_prints_errors_in_one_line(
 def test_pictures_show_every_class(root: Path) -> None:
     assert len(contact_sheet(root, columns=4).axes) == 15
     assert slide_sheet(root, 2, side=100).shape == (100, 200, 3)
+
+
+def test_ordinary_painted_patches_are_those_of_the_demo(root: Path) -> None:
+    for task in TASKS:
+        painted = paint_task(task, patches=PATCHES, patients=4, seed=0)
+        table = pl.read_parquet(root / "patch_tasks" / f"{task.name}.parquet")
+        assert [task.classes[label] for label in painted.labels] == table["label"].to_list()
+        for pixels, path in zip(painted.pixels, table["path"], strict=True):
+            written = pyvips.Image.new_from_file(str(root / "patch_tasks" / path)).numpy()
+            np.testing.assert_array_equal(pixels, written)
