@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,10 @@ from matplotlib.figure import Figure
 from matplotlib.image import imsave
 from numpy.typing import NDArray
 
-from nic_core.demo.patches import TASKS
-from nic_core.demo.variety import PATCH
+from nic_core.demo.morphology import MORPHOLOGY_TASKS
+from nic_core.demo.painted import paint_task
+from nic_core.demo.patches import TASKS, DemoTask
+from nic_core.demo.variety import PATCH, WIDE, Variety
 
 
 def contact_sheet(root: Path, *, columns: int = 12, seed: int = 0) -> Figure:
@@ -29,6 +32,30 @@ def contact_sheet(root: Path, *, columns: int = 12, seed: int = 0) -> Figure:
             row = [pyvips.Image.new_from_file(str(folder / path)).numpy() for path in chosen]
             row += [np.full((PATCH, PATCH, 3), 255, np.uint8)] * (columns - len(row))
             rows.append((f"{task.name}\n{label}", np.hstack(row)))
+    return _rows_of_patches(rows, columns)
+
+
+def painted_sheet(
+    tasks: Sequence[DemoTask] = MORPHOLOGY_TASKS,
+    *,
+    columns: int = 14,
+    seed: int = 0,
+    variety: Variety = WIDE,
+) -> Figure:
+    """Paint and show patch tasks, one row per class and one column per painted patient."""
+    rows = []
+    for task in tasks:
+        classes = len(task.classes)
+        painted = paint_task(
+            task, patches=classes * columns, patients=columns, seed=seed, variety=variety
+        )
+        for c, label in enumerate(task.classes):
+            row = np.hstack(list(painted.pixels[painted.labels == c]))
+            rows.append((f"{task.name}\n{label}", row))
+    return _rows_of_patches(rows, columns)
+
+
+def _rows_of_patches(rows: Sequence[tuple[str, NDArray[np.uint8]]], columns: int) -> Figure:
     figure = Figure(figsize=(columns * 0.75 + 1.6, len(rows) * 0.78), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, (name, picture) in zip(
