@@ -13,16 +13,15 @@ from itertools import combinations
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import polars as pl
 import torch
 import yaml
-from nic_core.demo.painted import PAINTED_TASKS, paint_task
-from nic_core.demo.variety import ORDINARY, WIDE, Variety
 from pydantic import BaseModel, ConfigDict
 
 from nic_core.cohort import EncoderSpec
 from nic_core.cohort.encoders import InitialWeights
+from nic_core.demo.painted import PAINTED_TASKS, paint_task
+from nic_core.demo.variety import ORDINARY, WIDE, Variety
 from nic_core.encoders import Encoder, EncoderCard, PatchDataset, load_patch_task, train_encoder
 from nic_core.encoders.encoder import build_encoder, encoder_tensors, weights_hash
 from nic_core.encoders.files import load_encoder
@@ -45,33 +44,34 @@ RELEASED = {
     "released_bigan": "encoder_bigan.h5",
 }
 VARIETIES: Mapping[str, Variety] = {
-    "wide": WIDE,
     "ordinary": ORDINARY,
-    "no_stain": Variety(stain=False, optics=True, scale=True, shapes=True),
-    "no_optics": Variety(stain=True, optics=False, scale=True, shapes=True),
-    "no_scale": Variety(stain=True, optics=True, scale=False, shapes=True),
-    "no_shapes": Variety(stain=True, optics=True, scale=True, shapes=False),
+    "wide stain": Variety(stain=True),
+    "wide optics": Variety(optics=True),
+    "wide scale": Variety(scale=True),
+    "wide shapes": Variety(shapes=True),
+    "wide": WIDE,
 }
 
 Group = Literal["reference", "real", "painted", "curve", "variety", "tuned", "mixed"]
 
 
+class Budget(BaseModel):
+    """Of the encoders of one group: patches seen by each, and trainings that differ in seed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    patches_seen: int
+    seeds: int
+
+
 class Painted(BaseModel):
-    """Size of a painted task: patches and painted patients."""
+    """Size of a painted task, and the sets of tasks that encoders are trained on."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     patches: int
     patients: int
-
-
-class Tuning(BaseModel):
-    """Budget of a training that starts from another encoder."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    patches_seen: int
-    learning_rate: float
+    sets: tuple[tuple[str, ...], ...]  # the last is the set of the curve and of the varieties
 
 
 class Configuration(BaseModel):
@@ -79,16 +79,14 @@ class Configuration(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    seeds: int
-    patches_seen: int
-    learning_rates: dict[str, float]
     unseen: tuple[str, ...]
     real_tasks: tuple[str, ...]
     pairs: tuple[str, ...]
     painted: Painted
-    counts: tuple[int, ...]
+    budgets: dict[Group, Budget]
+    unsupervised_seeds: int
+    learning_rates: dict[str, float]
     curve: tuple[int, ...]
-    tuning: Tuning
 
 
 @dataclass(frozen=True)
@@ -114,7 +112,7 @@ class Arm:
     objective: Learned | None = None
     real: tuple[str, ...] = ()
     painted: tuple[str, ...] = ()
-    variety: str = "wide"
+    variety: str = "ordinary"
     patches_seen: int = 0
     learning_rate: float | None = None
     start: str | None = None
@@ -126,80 +124,67 @@ def read_configuration(path: Path) -> Configuration:
 
 
 def arms(c: Configuration) -> Iterator[Arm]:
-    """Yield the encoders of the study, those first that others start from or compare with."""
+    """Yield the encoders of the study, each after the one that it starts from."""
     for kind in (*REFERENCES, *RELEASED):
         yield Arm(kind, "reference", kind)
-    names = tuple(task.name for task in PAINTED_TASKS)
-    for seed in range(c.seeds):
-        yield _mtl(c, "painted", f"MTL, {len(names)} painted tasks", seed, painted=names)
-        yield _mtl(c, "real", f"MTL, {len(c.real_tasks)} real tasks", seed, real=c.real_tasks)
-        for start in (*RELEASED, f"painted-mtl-{len(names)}-{seed}"):
-            origin = "painted MTL" if start.startswith("painted") else start.replace("_", " ")
-            yield Arm(
-                f"tuned-{start}-{seed}" if start in RELEASED else f"tuned-painted-{seed}",
-                "tuned",
-                f"{origin}, tuned on {len(c.real_tasks)} real tasks",
-                seed,
-                "mtl",
-                real=c.real_tasks,
-                patches_seen=c.tuning.patches_seen,
-                learning_rate=c.tuning.learning_rate,
-                start=start,
-            )
-        kind = f"MTL, {len(names)} painted and {len(c.real_tasks)} real tasks"
-        yield _mtl(c, "mixed", kind, seed, painted=names, real=c.real_tasks)
-    for seed in range(c.seeds):
+    every = c.painted.sets[-1]
+    for seed in range(c.budgets["painted"].seeds):
+        for names in reversed(c.painted.sets):
+            yield _mtl(c, "painted", seed, painted=names)
+    for seed in range(c.budgets["real"].seeds):
+        yield _mtl(c, "real", seed, real=c.real_tasks)
+    for seed in range(c.budgets["tuned"].seeds):
+        for start in (f"painted-mtl-{len(every)}-{seed}", *RELEASED):
+            yield _mtl(c, "tuned", seed, real=c.real_tasks, start=start)
+    for seed in range(c.budgets["mixed"].seeds):
+        yield _mtl(c, "mixed", seed, painted=every, real=c.real_tasks)
+    for seed in range(c.unsupervised_seeds):
         for objective in UNSUPERVISED:
-            rate = c.learning_rates.get(objective)
             real = c.pairs if objective == "contrastive" else c.real_tasks
-            for group, from_real, from_painted in (
-                ("real", real, ()),
-                ("painted", (), names),
-            ):
-                yield Arm(
-                    f"{group}-{objective}-{seed}",
-                    "real" if from_real else "painted",
-                    f"{objective}, {group} patches",
-                    seed,
-                    objective,
-                    real=from_real,
-                    painted=from_painted,
-                    patches_seen=c.patches_seen,
-                    learning_rate=rate,
-                )
-    for seed in range(c.seeds):
-        for count in c.counts:
-            chosen = _subset(names, count, seed)
-            yield _mtl(c, "painted", f"MTL, {count} painted tasks", seed, painted=chosen)
+            yield _unsupervised(c, "real", objective, seed, real=real)
+            yield _unsupervised(c, "painted", objective, seed, painted=every)
+    for seed in range(c.budgets["variety"].seeds):
         for variety in VARIETIES:
-            if variety != "wide":
-                kind = f"MTL, {len(names)} painted tasks, {variety.replace('_', ' ')}"
-                yield _mtl(c, "variety", kind, seed, painted=names, variety=variety)
-    for patches in c.curve:
-        kind = f"MTL, {len(names)} painted tasks, {patches:,} patches"
-        yield _mtl(c, "curve", kind, 0, painted=names, patches_seen=patches)
-    for count in range(1, len(c.real_tasks)):
-        for number, chosen in enumerate(combinations(c.real_tasks, count)):
-            if count in (1, len(c.real_tasks) - 1):
-                yield _mtl(c, "real", f"MTL, {count} real tasks", number, real=chosen)
+            if variety != "ordinary":
+                yield _mtl(c, "variety", seed, painted=every, variety=variety)
+    for seed in range(c.budgets["curve"].seeds):
+        for patches in c.curve:
+            yield _mtl(c, "curve", seed, painted=every, patches_seen=patches)
+    # a task of the real ones is judged by the encoders of the five others
+    for seed in range(c.budgets["real"].seeds):
+        for names in combinations(c.real_tasks, len(c.real_tasks) - 1):
+            yield _mtl(c, "real", seed, real=names)
 
 
 def _mtl(
     c: Configuration,
     group: Group,
-    kind: str,
     seed: int,
     *,
     real: tuple[str, ...] = (),
     painted: tuple[str, ...] = (),
-    variety: str = "wide",
+    variety: str = "ordinary",
     patches_seen: int | None = None,
+    start: str | None = None,
 ) -> Arm:
-    about = [group, "mtl", str(len(real) + len(painted))]
-    about += [variety] if variety != "wide" else []
-    about += [str(patches_seen)] if patches_seen else []
+    tasks = [
+        f"{len(names)} {what}" for names, what in ((painted, "painted"), (real, "real")) if names
+    ]
+    kind, name = f"MTL, {' and '.join(tasks)} tasks", [group, "mtl", str(len(real) + len(painted))]
+    if start is not None:
+        origin = "MTL on painted tasks" if start.startswith("painted") else start.replace("_", " ")
+        kind = f"{origin}, tuned on {tasks[0]} tasks"
+        name = [group, start]
+    if variety != "ordinary":
+        kind += f", {variety}"
+        name.append(variety.replace(" ", "_"))
+    if patches_seen is not None:
+        kind += f", {patches_seen:,} patches"
+        name.append(str(patches_seen))
+    if 1 < len(real) < len(c.real_tasks):
+        name.append(f"without_{next(task for task in c.real_tasks if task not in real)}")
     return Arm(
-        "-".join([*about, str(seed)]),
+        "-".join([*name, str(seed)]),
         group,
         kind,
         seed,
@@ -207,14 +192,32 @@ def _mtl(
         real,
         painted,
         variety,
-        patches_seen or c.patches_seen,
-        c.learning_rates.get("mtl"),
+        patches_seen or c.budgets[group].patches_seen,
+        c.learning_rates["tuned" if start is not None else "mtl"],
+        start,
     )
 
 
-def _subset(names: tuple[str, ...], count: int, seed: int) -> tuple[str, ...]:
-    chosen = np.random.default_rng((seed, count)).choice(len(names), count, replace=False)
-    return tuple(names[number] for number in sorted(chosen))
+def _unsupervised(
+    c: Configuration,
+    group: Group,
+    objective: Learned,
+    seed: int,
+    *,
+    real: tuple[str, ...] = (),
+    painted: tuple[str, ...] = (),
+) -> Arm:
+    return Arm(
+        f"{group}-{objective}-{seed}",
+        group,
+        f"{objective}, {group} patches",
+        seed,
+        objective,
+        real,
+        painted,
+        patches_seen=c.budgets[group].patches_seen,
+        learning_rate=c.learning_rates.get(objective),
+    )
 
 
 # --- making --------------------------------------------------------------------------------------
@@ -222,7 +225,7 @@ def _subset(names: tuple[str, ...], count: int, seed: int) -> tuple[str, ...]:
 
 def painted_dataset(name: str, variety: str, size: Painted, cache: Path) -> PatchDataset:
     """Return a painted patch task; its patches are painted once and kept under ``cache``."""
-    kept = cache / f"painted-{name}-{variety}"
+    kept = cache / f"painted-{name}-{variety.replace(' ', '_')}"
     if not kept.exists():
         task = next(task for task in PAINTED_TASKS if task.name == name)
         made = paint_task(

@@ -26,10 +26,16 @@ def test_no_encoder_is_trained_on_the_unseen_tasks():
         assert not set(arm.real) & set(CONFIGURATION.unseen)
 
 
-def test_encoders_compared_at_equal_budget_see_as_many_patches():
-    for group in ("real", "painted", "variety", "mixed"):
-        seen = {a.patches_seen for a in arms(CONFIGURATION) if a.group == group and a.objective}
-        assert seen == {CONFIGURATION.patches_seen}
+@pytest.mark.parametrize("group", ["real", "painted", "variety", "mixed", "tuned"])
+def test_encoders_of_a_group_see_equally_many_patches(group):
+    seen = {a.patches_seen for a in arms(CONFIGURATION) if a.group == group}
+    assert seen == {CONFIGURATION.budgets[group].patches_seen}
+
+
+@pytest.mark.parametrize("task", CONFIGURATION.real_tasks)
+def test_each_real_task_is_left_out_of_some_training(task):
+    without = [arm for arm in arms(CONFIGURATION) if arm.group == "real" and task not in arm.real]
+    assert len(without) >= CONFIGURATION.budgets["real"].seeds
 
 
 def units(task: str, right: int) -> pl.DataFrame:
