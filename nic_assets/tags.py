@@ -26,3 +26,7 @@ HOST_TAG = "nic/host"
 RUN_OUTPUT_TAG = "nic/run-output"
 """Tag of the materializations that Dagster records for the output of a batch: one for each
 partition of the run, with one data version for all. Each partition's own record follows."""
+
+WORKER_TAG = "nic/run-worker"
+"""Tag of a run with host and process id of its worker, as a JSON object
+(:mod:`nic_assets.orchestration.run_workers`)."""

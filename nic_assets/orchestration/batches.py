@@ -23,6 +23,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import dagster as dg
 
+from nic_assets.orchestration.executors import batch_policy
 from nic_assets.orchestration.internals import (
     CODE_VERSION_TAG,
     DATA_VERSION_IS_USER_PROVIDED_TAG,
@@ -89,7 +90,7 @@ def batch_asset(
     def declare(body: Callable[..., Events]) -> dg.AssetsDefinition:
         return retried_asset(
             check_specs=[check.spec(body.__name__) for check in checks],
-            backfill_policy=dg.BackfillPolicy.single_run(),
+            backfill_policy=batch_policy(),
             owners=OWNERS,
             # the body records its own materializations
             output_required=False,

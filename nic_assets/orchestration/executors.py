@@ -6,9 +6,10 @@ ignores the others. What limits the number of GPU-bound steps depends on the eng
 ``local``
     One process per step on this machine. The pool ``gpu`` has one slot per GPU (one slot without
     a GPU), and each step in it leases a device (:func:`nic_core.devices.leased_device`).
-``celery``, ``ray``, ``kubernetes``
+``celery``, ``ray``, ``kubernetes``, ``slurm``
     Processes on several machines. The engine sends a step to a worker with the resources of its
-    tags, so the pool has no limit.
+    tags, so the pool has no limit. With ``slurm``, large batches are split into several runs, each
+    with a job of its own (:func:`batch_policy`).
 
 The variable is read when the definitions load. It is not part of the run config: workers load the
 same definitions, whichever executor started the run.
@@ -27,6 +28,7 @@ import torch
 from dagster import multiple_process_executor_requirements
 from sqlalchemy.exc import IntegrityError
 
+from nic_assets.orchestration.slurm.settings import load_slurm_settings
 from nic_core.parallel import cores
 from nic_core.version import DISTRIBUTION
 
@@ -50,7 +52,8 @@ CPU_TAGS: Mapping[str, Any] = {
 # PyTorch, BLAS and nic_core read the first, polars reads the second.
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "POLARS_MAX_THREADS")
 
-# engine (also the name of its extra) -> module, attribute and configuration of its executor
+# engine -> module, attribute and configuration of its executor; a package that is not installed is
+# in the extra of the engine's name
 _ENGINES: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
     "local": (
         "dagster",
@@ -73,6 +76,7 @@ _ENGINES: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
     ),
     "ray": ("dagster_ray", "ray_executor", {"ray": {}}),
     "kubernetes": ("dagster_k8s", "k8s_job_executor", {}),
+    "slurm": ("nic_assets.orchestration.slurm.executor", "slurm_executor", {}),
 }
 
 
@@ -82,7 +86,8 @@ def chosen_executor() -> dg.ExecutorDefinition:
     Raises
     ------
     dagster.DagsterInvalidDefinitionError
-        The name is unknown, or the engine's extra is not installed.
+        The name is unknown, the engine's extra is not installed, or the settings file of Slurm is
+        wrong.
     """
     name = chosen_engine()
     package, attribute, config = _ENGINES[name]
@@ -109,6 +114,22 @@ def chosen_executor() -> dg.ExecutorDefinition:
         multiple_process_executor_requirements(),
         create,
     ).configured(config)
+
+
+def batch_policy() -> dg.BackfillPolicy:
+    """Return how many runs Dagster makes of a request for many partitions of an asset: one.
+
+    With ``slurm``, one for each ``partitions_per_job`` partitions, so that a batch uses as many
+    nodes as are free: a run has one job for each of its steps.
+
+    Raises
+    ------
+    dagster.DagsterInvalidDefinitionError
+        The settings file of Slurm is wrong.
+    """
+    if chosen_engine() == "slurm":
+        return dg.BackfillPolicy.multi_run(load_slurm_settings().partitions_per_job)
+    return dg.BackfillPolicy.single_run()
 
 
 def set_gpu_slots(instance: dg.DagsterInstance) -> None:

@@ -10,7 +10,9 @@ of partitions cause them, and each process of a run would repeat them.
 
 from __future__ import annotations
 
+import sys
 import warnings
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import dagster as dg
@@ -31,8 +33,21 @@ from dagster._core.definitions.data_version import (
     get_input_event_pointer_tag,
 )
 
-# The data of the events that carry process ids; see `process_id`.
+# The data of the events that carry process ids (see `process_id`), and of those about a Slurm job.
 from dagster._core.events import EngineEventData
+
+# The failure of a step that the executor records because its job cannot.
+from dagster._core.execution.plan.objects import StepFailureData
+from dagster._core.execution.retries import RetryMode
+
+# Dagster's base for executors that hand steps to another system, and for launchers of runs. Its own
+# integrations (dagster-k8s, dagster-docker) import them from here.
+from dagster._core.executor.step_delegating import (
+    CheckStepHealthResult,
+    StepDelegatingExecutor,
+    StepHandler,
+)
+from dagster._core.launcher.base import CheckRunHealthResult, RunLauncher, WorkerStatus
 
 # Storage classes; see `records_id` and `records_are_local`.
 from dagster._core.storage.runs import SqliteRunStorage, SqlRunStorage
@@ -48,16 +63,34 @@ from dagster._core.storage.tags import (
     RETRY_NUMBER_TAG,
 )
 
+# The commands of run workers, which launchers start.
+from dagster._grpc.types import ExecuteRunArgs, ResumeRunArgs
+
+# What an instance makes of the class that `run_launcher` in dagster.yaml names.
+from dagster._serdes import ConfigurableClass
+
 # What `dg launch` raises if its arguments about partitions are wrong; see `mistakes`.
 from dagster_shared.check import CheckError
 
+# The error in the failure of a step.
+from dagster_shared.error import SerializableErrorInfo
+
 if TYPE_CHECKING:
-    # Types of what public functions return: `Definitions.resolve_asset_graph` and
-    # `define_asset_job`.
+    # Types of what public functions return (`Definitions.resolve_asset_graph` and
+    # `define_asset_job`), and of what Dagster gives to an executor and to a launcher.
     from dagster._core.definitions.assets.graph.base_asset_graph import BaseAssetGraph
     from dagster._core.definitions.unresolved_asset_job_definition import (
         UnresolvedAssetJobDefinition,
     )
+    from dagster._core.execution.context.system import IStepContext as IStepContext
+    from dagster._core.execution.context.system import (
+        PlanOrchestrationContext as PlanOrchestrationContext,
+    )
+    from dagster._core.execution.plan.plan import ExecutionPlan as ExecutionPlan
+    from dagster._core.executor.step_delegating import StepHandlerContext as StepHandlerContext
+    from dagster._core.launcher.base import LaunchRunContext as LaunchRunContext
+    from dagster._core.launcher.base import ResumeRunContext as ResumeRunContext
+    from dagster._serdes import ConfigurableClassData as ConfigurableClassData
 
     AssetGraph: TypeAlias = BaseAssetGraph[Any]
     AssetJob: TypeAlias = UnresolvedAssetJobDefinition
@@ -73,6 +106,20 @@ __all__ = [
     "RETRY_NUMBER_TAG",
     "AssetCheckEvaluationTargetMaterializationData",
     "CheckError",
+    "CheckRunHealthResult",
+    "CheckStepHealthResult",
+    "ConfigurableClass",
+    "EngineEventData",
+    "ExecuteRunArgs",
+    "ResumeRunArgs",
+    "RetryMode",
+    "RunLauncher",
+    "SerializableErrorInfo",
+    "StepDelegatingExecutor",
+    "StepFailureData",
+    "StepHandler",
+    "WorkerStatus",
+    "dagster_command",
     "get_input_data_version_tag",
     "get_input_event_pointer_tag",
     "process_id",
@@ -107,6 +154,15 @@ def records_are_local(instance: dg.DagsterInstance) -> bool:
     Private, since Dagster has no public name for the kind of storage.
     """
     return isinstance(instance.run_storage, SqliteRunStorage)
+
+
+def dagster_command(arguments: Sequence[str]) -> list[str]:
+    """Return a command of Dagster's API (``ExecuteStepArgs.get_command_args()``) for this Python.
+
+    As it is, the command begins with ``dagster`` where the code location has no other program, and
+    the ``PATH`` of a node may have none or another one.
+    """
+    return [sys.executable, "-m", "dagster", *arguments[arguments.index("api") :]]
 
 
 def process_id(event: dg.DagsterEvent) -> int | None:

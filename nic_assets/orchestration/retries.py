@@ -7,6 +7,9 @@ for good: Dagster's retry policy alone would start it again.
 
 from __future__ import annotations
 
+import logging
+import os
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import BrokenExecutor
 from contextlib import contextmanager
@@ -30,6 +33,13 @@ RETRIES = dg.RetryPolicy(
     backoff=dg.Backoff.EXPONENTIAL,
     jitter=dg.Jitter.PLUS_MINUS,
 )
+
+EXIT_WHEN_INTERRUPTED = "NIC_EXIT_WHEN_INTERRUPTED"
+"""Variable of a step's process: after SIGINT or SIGTERM it exits at once and records nothing.
+
+For steps whose executor finds the reason of the signal elsewhere: that of Slurm asks for the job's
+state, since a pre-empted step is retried and a cancelled one is not.
+"""
 
 INTERRUPTS = (KeyboardInterrupt, dg.DagsterExecutionInterruptedError)
 """What SIGINT and SIGTERM raise in a step: the second while Dagster executes a step's body."""
@@ -99,6 +109,8 @@ def ends_when_interrupted(
 ) -> Callable[Arguments, Iterator[Event]]:
     """Let the body of a step fail without a retry after SIGINT or SIGTERM.
 
+    With :data:`EXIT_WHEN_INTERRUPTED`, the process ends with the status 143 instead.
+
     Raises
     ------
     dagster.Failure
@@ -110,6 +122,9 @@ def ends_when_interrupted(
         try:
             yield from body(*args, **kwargs)
         except INTERRUPTS as error:
+            if EXIT_WHEN_INTERRUPTED in os.environ:
+                logging.shutdown()
+                os._exit(128 + signal.SIGTERM)
             raise dg.Failure(
                 "interrupted; what was recorded is kept", allow_retries=False
             ) from error
