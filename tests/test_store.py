@@ -1,6 +1,7 @@
 """Atomic writes, locks, and the layout of the store."""
 
 import ast
+import ctypes
 import errno
 import fcntl
 import multiprocessing
@@ -31,6 +32,8 @@ from nic_core.store import (
     atomic_file,
     atomic_folder,
     exclusive_lock,
+    file_systems,
+    lock_problem,
     remove_product,
 )
 from nic_core.store.layout import Key
@@ -156,12 +159,13 @@ def test_a_waiting_writer_logs_the_holder_of_the_lock(tmp_path, writer, monkeypa
 
 def test_leftovers_of_an_interrupted_replacement_are_removed(tmp_path):
     path = tmp_path / "table.parquet"
+    path.write_text("complete")
     (tmp_path / ".old.table.parquet").mkdir()
     (tmp_path / ".new.table.parquet").write_text("half")
     (tmp_path / ".new.other.parquet").write_text("file of another product")
     with exclusive_lock(path):
         pass
-    assert names(tmp_path) == [".new.other.parquet"]
+    assert names(tmp_path) == [".new.other.parquet", "table.parquet"]
 
 
 def test_writers_in_threads_exclude_each_other(tmp_path):
@@ -408,3 +412,127 @@ def test_a_store_path_is_never_a_pattern_of_parquet_files():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "pl.read_parquet":
                 assert "glob=False" in ast.unparse(node), f"{path}:{node.lineno}"
+
+
+# --- shared file systems ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def without_exchange(monkeypatch):
+    """``renameat2`` as on file systems that cannot exchange, with one of their error numbers."""
+
+    def refuse(number):
+        class Library:
+            def renameat2(self, *_):
+                ctypes.set_errno(number)
+                return -1
+
+        monkeypatch.setattr(atomic.ctypes, "CDLL", lambda *_, **__: Library())
+
+    return refuse
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_missing_exchange_of_folders_is_logged_and_done_without(
+    tmp_path, without_exchange, number, caplog
+):
+    without_exchange(number)
+    path = tmp_path / "grid.zarr"
+    for content in ("old", "new", "newest"):
+        with atomic_folder(path) as temporary:
+            (temporary / "content").write_text(content)
+    assert (path / "content").read_text() == "newest"
+    assert [file.name for file in tmp_path.iterdir()] == ["grid.zarr"]
+    [record] = caplog.records
+    assert str(tmp_path) in record.message
+    assert "cannot exchange two folders" in record.message
+
+
+def test_another_fault_of_an_exchange_is_an_error(tmp_path, without_exchange):
+    path = tmp_path / "grid.zarr"
+    path.mkdir()
+    without_exchange(errno.EIO)
+    with pytest.raises(StoreError, match="check the disk"), atomic_folder(path):
+        pass
+    assert path.is_dir()
+
+
+def test_a_product_is_put_back_if_its_replacement_fails_half_way(
+    tmp_path, without_exchange, monkeypatch
+):
+    path = tmp_path / "grid.zarr"
+    path.mkdir()
+    (path / "content").write_text("old")
+    without_exchange(errno.EINVAL)
+    rename = os.replace
+
+    def fail_second(source, target):
+        if Path(source).name.startswith(".new."):
+            raise OSError(errno.EIO, "broken")
+        rename(source, target)
+
+    monkeypatch.setattr(atomic.os, "replace", fail_second)
+    with pytest.raises(StoreError, match="check the disk"), atomic_folder(path) as temporary:
+        (temporary / "content").write_text("new")
+    assert (path / "content").read_text() == "old"
+
+
+def test_a_product_whose_writer_was_killed_half_way_is_put_back(tmp_path):
+    (tmp_path / ".old.grid.zarr").mkdir()
+    (tmp_path / ".old.grid.zarr" / "content").write_text("old")
+    (tmp_path / ".new.grid.zarr").mkdir()
+    with exclusive_lock(tmp_path / "grid.zarr"):
+        assert (tmp_path / "grid.zarr" / "content").read_text() == "old"
+    assert [file.name for file in tmp_path.iterdir()] == ["grid.zarr"]
+
+
+def test_a_product_whose_removal_was_interrupted_stays_removed(tmp_path, monkeypatch):
+    path = tmp_path / "grid.zarr"
+    path.mkdir()
+
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(atomic.shutil, "rmtree", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            remove_product(path)
+    with exclusive_lock(path):
+        assert not path.exists()
+
+
+MOUNTINFO = r"""22 1 8:1 / / rw,relatime - ext4 /dev/sda1 rw
+40 22 0:40 / /data rw,relatime shared:5 - nfs4 host:/data rw,vers=4.2,local_lock=none
+41 22 0:41 / /old\040nas rw,relatime - nfs nas:/v rw,vers=3,nolock,local_lock=all
+42 22 0:42 / /scratch rw - lustre mds@tcp:/scratch rw,flock,lazystatfs
+43 42 0:43 / /scratch/local rw - lustre mds@tcp:/scratch rw,localflock
+44 22 0:44 / /home/me/bucket rw,nosuid - fuse.sshfs me@host: rw,user_id=0
+45 40 0:45 / /data/tmp rw - nfs4 host:/tmp rw,local_lock=flock
+46 40 0:46 / /data/tmp rw - tmpfs tmpfs rw"""
+
+
+@pytest.mark.parametrize(
+    ("folder", "problem"),
+    [
+        ("/store", None),
+        ("/data/study/store", None),
+        ("/scratch/store", None),
+        ("/data/tmp/store", None),  # the later of two mounts at one point
+        ("/old nas/store", r"/old nas \(nfs\) is mounted with local_lock=all, nolock: .* only"),
+        ("/scratch/local/store", r"localflock: .* mount it with flock"),
+        ("/home/me/bucket/store", "does not pass locks to other machines"),
+    ],
+)
+def test_locks_that_do_not_leave_the_machine_are_found(tmp_path, monkeypatch, folder, problem):
+    mounts = tmp_path / "mountinfo"
+    mounts.write_text(MOUNTINFO)
+    monkeypatch.setattr(file_systems, "MOUNTS", mounts)
+    found = lock_problem(Path(folder))
+    assert re.search(problem, found) if problem else found is None
+
+
+def test_the_mounts_of_this_machine_are_read():
+    if not file_systems.MOUNTS.exists():
+        pytest.skip("only Linux has /proc/self/mountinfo")
+    mounts = file_systems.parse_mounts(file_systems.MOUNTS.read_text())
+    assert file_systems.mount_of(Path("/proc/self"), mounts).kind == "proc"

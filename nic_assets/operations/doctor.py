@@ -22,7 +22,7 @@ from nic_assets.orchestration.executors import GPU_POOL, chosen_engine, set_gpu_
 from nic_assets.orchestration.internals import process_id, records_are_local
 from nic_assets.orchestration.metadata import duration
 from nic_assets.tags import HOST_TAG
-from nic_core.store import Store
+from nic_core.store import Store, lock_problem
 
 SILENT = 300  # s without an event, after which a run without any known process counts as dead
 HEARTBEAT = 60  # s within which a live daemon records a heartbeat
@@ -60,6 +60,7 @@ def examine(instance: dg.DagsterInstance, store: Store) -> list[Finding]:
         *_dead_runs(instance),
         *_held_slots(instance),
         *_settings(instance),
+        *_locks(store),
         *_leftovers(store),
     ]
 
@@ -213,6 +214,17 @@ def _settings(instance: dg.DagsterInstance) -> Iterator[Finding]:
             "dagster.yaml",
             "Dagster does not notice killed runs and does not free their pool slots",
             "copy run_monitoring from this project's dagster.yaml",
+        )
+
+
+def _locks(store: Store) -> Iterator[Finding]:
+    """Yield a finding if the store's locks do not hold between the machines of the steps."""
+    if chosen_engine() != "local" and (problem := lock_problem(store.root)):
+        yield Finding(
+            "locks of one machine only",
+            str(store.root),
+            f"{problem}. Runs are refused: two machines could write one product at the same time",
+            "mount it so, or move the store",
         )
 
 

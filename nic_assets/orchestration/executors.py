@@ -30,6 +30,7 @@ from sqlalchemy.exc import IntegrityError
 
 from nic_assets.orchestration.slurm.settings import load_slurm_settings
 from nic_core.parallel import cores
+from nic_core.store import Store, lock_problem
 from nic_core.version import DISTRIBUTION
 
 EXECUTOR_VARIABLE = "NIC_EXECUTOR"
@@ -106,6 +107,10 @@ def chosen_executor() -> dg.ExecutorDefinition:
         set_gpu_slots(context.instance)
         if name == "local":
             _share_cores(context)
+        elif problem := lock_problem(Store.from_environment().root):
+            raise dg.DagsterInvariantViolationError(
+                f"steps on several machines need locks: {problem}"
+            )
         return create_engine(context)
 
     return dg.ExecutorDefinition(

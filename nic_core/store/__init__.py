@@ -8,6 +8,7 @@ from nic_core.store.atomic import (
     exclusive_lock,
     remove_product,
 )
+from nic_core.store.file_systems import lock_problem
 from nic_core.store.keys import (
     ExternalKey,
     GridKey,
@@ -37,5 +38,6 @@ __all__ = [
     "atomic_file",
     "atomic_folder",
     "exclusive_lock",
+    "lock_problem",
     "remove_product",
 ]

@@ -3,7 +3,8 @@
 A product is written beside its place as ``.new.NAME`` and then renamed, so a reader finds the old
 product, the new one or none. ``.lock.NAME`` exists while a process writes the product; a second
 writer waits for it. The system releases the lock when a process dies. Files ``.new.*`` and
-``.old.*`` without a held lock are leftovers, which the next writer removes.
+``.old.*`` without a held lock are leftovers, which the next writer removes; an ``.old.NAME``
+without a ``NAME`` is a product whose replacement was interrupted, and is put back.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 
 LONGEST_POLL = 1.0  # s between two attempts to get a lock
@@ -85,6 +87,7 @@ def exclusive_lock(path: Path, *, wait: bool = True) -> Iterator[None]:
     held.add(product)
     try:
         with _as_store_error(path):
+            _put_back(product)
             for leftover in (_beside(product, "new"), _beside(product, "old")):
                 _remove(leftover)
         yield
@@ -118,7 +121,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield a new temporary folder beside ``path``; move it to ``path`` if the block succeeds.
 
     Linux exchanges the old and the new folder in one system call. Systems that cannot do so (other
-    kernels, some network file systems) have neither for an instant.
+    kernels, NFS, Lustre) have neither for an instant, which is logged once. A process that is
+    killed then leaves the old folder aside; the next one that takes the lock puts it back.
 
     Raises
     ------
@@ -133,9 +137,11 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             if not path.exists():
                 os.replace(temporary, path)
             elif not _exchange(temporary, path):
+                _log_missing_exchange(path.parent)
                 os.replace(path, old)
                 os.replace(temporary, path)
         finally:
+            _put_back(path)
             for leftover in (temporary, old):
                 shutil.rmtree(leftover, ignore_errors=True)
 
@@ -149,9 +155,9 @@ def remove_product(path: Path) -> None:
         A process is writing it.
     """
     with exclusive_lock(path, wait=False), _as_store_error(path):
-        old = _beside(path, "old")
-        os.replace(path, old)
-        _remove(old)
+        removed = _beside(path, "new")  # what a killed process leaves of it is never put back
+        os.replace(path, removed)
+        _remove(removed)
 
 
 def is_locked(path: Path) -> bool:
@@ -201,6 +207,13 @@ def _lock_of(path: Path) -> Path:
 def _beside(path: Path, kind: str) -> Path:
     # the suffix stays last, since writers choose their format by it
     return path.with_name(f".{kind}.{path.name}")
+
+
+def _put_back(path: Path) -> None:
+    """Restore a product whose replacement was interrupted between its two renames."""
+    old = _beside(path, "old")
+    if os.path.lexists(old) and not os.path.lexists(path):
+        os.replace(old, path)
 
 
 def _remove(path: Path) -> None:
@@ -283,6 +296,15 @@ def _holder(lock: Path) -> str:
     with suppress(FileNotFoundError):
         return lock.read_text() or "its process is not recorded"
     return "it has just ended"
+
+
+@cache
+def _log_missing_exchange(folder: Path) -> None:
+    log.warning(
+        "%s: this file system cannot exchange two folders in one step; a reader may find none for "
+        "an instant while a product is replaced: run such a reader again",
+        folder,
+    )
 
 
 def _exchange(first: Path, second: Path) -> bool:

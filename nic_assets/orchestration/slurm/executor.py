@@ -255,9 +255,8 @@ def _step(context: StepHandlerContext) -> str:
 def _failure(step_context: IStepContext, message: str) -> dg.DagsterEvent:
     """Record that a step failed and is not retried."""
     error = SerializableErrorInfo(message, stack=[], cls_name=None)
-    return dg.DagsterEvent.step_failure_event(
-        step_context, StepFailureData(error, user_failure_data=None)
-    )
+    data = StepFailureData(error, user_failure_data=None)  # type: ignore[no-untyped-call]
+    return dg.DagsterEvent.step_failure_event(step_context, data)
 
 
 def _has_ended(instance: dg.DagsterInstance, run_id: str, step: str) -> bool:

@@ -30,6 +30,11 @@ SETTINGS_VARIABLE = "NIC_SLURM"
 RESOURCES_TAG = "nic/slurm"
 
 
+def _dagster_storage() -> Path:
+    named = os.environ.get("NIC_DAGSTER_STORAGE")
+    return Path(named).resolve() if named else Store.from_environment().root / "dagster"
+
+
 def _text(value: object) -> object:
     if isinstance(value, int):
         raise ValueError(
@@ -100,7 +105,8 @@ class SlurmSettings(Entry):
     partitions_per_job
         Most partitions of an asset (slides, grids) in one job: a larger batch is split.
     logs
-        Folder of the jobs' logs, on a disk that all nodes share. Default: ``slurm`` in the store.
+        Folder of the jobs' logs, on a disk that all nodes share. Default: ``slurm`` beside
+        Dagster's records (``$NIC_DAGSTER_STORAGE``).
     poll_seconds
         Time between two questions to Slurm about the state of a running job.
     """
@@ -109,7 +115,7 @@ class SlurmSettings(Entry):
     cpu: Resources = Resources()
     account: str | None = None
     partitions_per_job: int = Field(default=32, ge=1)
-    logs: UserPath = Field(default_factory=lambda: Store.from_environment().root / "slurm")
+    logs: UserPath = Field(default_factory=lambda: _dagster_storage() / "slurm")
     poll_seconds: int = Field(default=15, ge=1)
 
     def resources(self, *, gpu_bound: bool, tag: str | None = None) -> Resources:
