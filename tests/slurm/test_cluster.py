@@ -155,7 +155,7 @@ def test_steps_run_on_the_node_of_their_device(instance, tiny_cohort, tmp_path):
             asset_selection=[dg.AssetKey(name) for name in assets],
             tags={ASSET_PARTITION_RANGE_START_TAG: start, ASSET_PARTITION_RANGE_END_TAG: end},
         ) as result:
-            assert result.success
+            assert result.success, [event.message for event in result.all_events]
 
     pages = {}
     for run in instance.get_runs():

@@ -226,17 +226,19 @@ class SlurmExecutor(StepDelegatingExecutor):
         self, plan_context: PlanOrchestrationContext, execution_plan: ExecutionPlan
     ) -> Iterator[dg.DagsterEvent]:
         """Run the steps of a plan; yield the events of the run."""
-        for event in super().execute(plan_context, execution_plan):
-            if event.event_type is dg.DagsterEventType.STEP_WORKER_STARTED and event.step_key:
-                step = execution_plan.get_executable_step_by_key(event.step_key)
-                self._handler.show_start(plan_context.for_step(step), plan_context.run_id)
-            yield event
-        run = plan_context.instance.get_run_by_id(plan_context.run_id)
-        # Dagster leaves the steps of an interrupted run alone if a new worker may resume the run,
-        # even if a person has cancelled it
-        if run is None or run.status is dg.DagsterRunStatus.CANCELING:
-            keys = [step.key for step in execution_plan.steps]
-            self._handler.cancel_run(plan_context.run_id, keys)
+        try:
+            for event in super().execute(plan_context, execution_plan):
+                if event.event_type is dg.DagsterEventType.STEP_WORKER_STARTED and event.step_key:
+                    step = execution_plan.get_executable_step_by_key(event.step_key)
+                    self._handler.show_start(plan_context.for_step(step), plan_context.run_id)
+                yield event
+        finally:
+            # Dagster leaves the steps of an interrupted run alone if a new worker may resume it,
+            # even if a person has cancelled it
+            run = plan_context.instance.get_run_by_id(plan_context.run_id)
+            if run is None or run.status is dg.DagsterRunStatus.CANCELING:
+                keys = [step.key for step in execution_plan.steps]
+                self._handler.cancel_run(plan_context.run_id, keys)
 
 
 @dg.executor(name="slurm", requirements=multiple_process_executor_requirements())

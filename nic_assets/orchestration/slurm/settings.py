@@ -172,7 +172,7 @@ def load_slurm_settings(environment: Mapping[str, str] = os.environ) -> SlurmSet
         ) from error
     except (CohortError, UnicodeDecodeError) as error:
         raise dg.DagsterInvalidDefinitionError(f"{path}: {error}") from error
-    problems = [str(problem) for problem in source.repeated_keys()]
+    problems = list(source.repeated_keys())
     try:
         found = SlurmSettings.model_validate(
             {} if source.data is None else source.data,
@@ -180,12 +180,12 @@ def load_slurm_settings(environment: Mapping[str, str] = os.environ) -> SlurmSet
         )
     except ValidationError as error:
         problems += [
-            str(source.problem(location, message))
+            source.problem(location or ("settings",), message)
             for detail in error.errors()
             for location, message in field_problems(detail, SlurmSettings)
         ]
     if problems:
-        raise dg.DagsterInvalidDefinitionError("\n".join(problems))
+        raise dg.DagsterInvalidDefinitionError("\n".join(map(str, problems)))
     return found
 
 
