@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import os
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import dagster as dg
 import pytest
 
 import nic_assets
+from nic_assets.orchestration import internals
 
 PACKAGE = Path(nic_assets.__file__).parent
 INTERNALS = PACKAGE / "orchestration" / "internals.py"
@@ -45,6 +47,9 @@ SLIDES = dg.StaticPartitionsDefinition(["s1", "s2", "s3"])
 DATA_VERSION = "dagster._core.definitions.data_version"
 TAGS = "dagster._core.storage.tags"
 RUNS = "dagster._core.storage.runs"
+DELEGATING = "dagster._core.executor.step_delegating"
+EXECUTION = "dagster._core.execution"
+LAUNCHERS = "dagster._core.launcher.base"
 
 
 @dg.asset(code_version="1")
@@ -156,6 +161,109 @@ def is_raised_by_failed_checks(kind: type[Exception], _: Path) -> None:
         dg.AssetsDefinition.from_op("no op")  # type: ignore[arg-type]
 
 
+# --- executors -------------------------------------------------------------------------------
+
+
+@functools.cache
+def objects_of_a_handler() -> dict[str, Any]:
+    """Run a job with a handler that fails its step; return the objects that Dagster gave to it."""
+    seen: dict[str, Any] = {}
+
+    class Handler(internals.StepHandler):
+        name = "handler"
+
+        def launch_step(self, step_handler_context):
+            [step] = step_handler_context.execute_step_args.step_keys_to_execute
+            context = step_handler_context.get_step_context(step)
+            seen.update(StepHandlerContext=step_handler_context, IStepContext=context)
+            error = internals.SerializableErrorInfo("no node", stack=[], cls_name=None)
+            data = internals.StepFailureData(error, user_failure_data=None)
+            yield dg.DagsterEvent.step_failure_event(context, data)
+
+        def check_step_health(self, step_handler_context):
+            return internals.CheckStepHealthResult.healthy()
+
+        def terminate_step(self, step_handler_context):
+            yield from ()
+
+    class Executor(internals.StepDelegatingExecutor):
+        def execute(self, plan_context, execution_plan):
+            seen.update(PlanOrchestrationContext=plan_context, ExecutionPlan=execution_plan)
+            yield from super().execute(plan_context, execution_plan)
+
+    _EXECUTORS[:] = [
+        Executor(Handler(), internals.RetryMode.ENABLED, sleep_seconds=0.01)  # type: ignore[abstract]
+    ]
+    with (
+        dg.instance_for_test() as instance,
+        dg.execute_job(dg.reconstructable(handled_job), instance) as result,
+    ):
+        [failure] = [event for event in result.all_events if event.is_step_failure]
+        assert failure.step_failure_data.error_display_string.strip() == "no node"
+    return seen
+
+
+_EXECUTORS: list[dg.Executor] = []
+
+
+@dg.executor(name="handled")
+def handled(_: dg.InitExecutorContext) -> dg.Executor:
+    return _EXECUTORS[0]
+
+
+@dg.op
+def failing() -> None: ...
+
+
+@dg.job(executor_def=handled)
+def handled_job() -> None:
+    failing()
+
+
+def is_the_type_of_an_object_for_a_handler(kind: type, _: Path) -> None:
+    assert isinstance(objects_of_a_handler()[kind.__name__], kind)
+
+
+def serves_a_step_delegating_executor(kind: Any, _: Path) -> None:
+    assert objects_of_a_handler()
+    assert kind is getattr(internals, kind.__name__)
+
+
+# --- launchers -------------------------------------------------------------------------------
+
+
+def serves_a_run_launcher(kind: Any, folder: Path) -> None:
+    launcher = {
+        "module": "nic_assets.orchestration.run_workers",
+        "class": "ResumableRunLauncher",
+        "config": {"base_dir": str(folder)},
+    }
+    with dg.instance_for_test(overrides={"run_launcher": launcher}) as instance:
+        made: Any = instance.run_launcher
+        run = instance.create_run_for_job(handled_job)
+        health = made.check_run_worker_health(run)
+        assert health.status.name == "NOT_FOUND"
+        assert any(isinstance(each, kind) for each in (made, made.inst_data, health, health.status))
+
+
+def holds_a_run(kind: Any, _: Path) -> None:
+    with dg.DagsterInstance.ephemeral() as instance:
+        run = instance.create_run_for_job(handled_job)
+        assert kind(run, None).dagster_run is run
+
+
+def has_the_command(name: str) -> Check:
+    def check(kind: Any, _: Path) -> None:
+        origin = dg.reconstructable(handled_job).get_python_origin()
+        arguments = kind(
+            job_origin=origin, run_id="1234", instance_ref=None, set_exit_code_on_failure=None
+        ).get_command_args()
+        assert arguments[arguments.index("api") + 1] == name
+        assert "1234" in arguments[-1]
+
+    return check
+
+
 USES: dict[str, Check] = {
     "dagster._core.definitions.asset_checks.asset_check_evaluation"
     ".AssetCheckEvaluationTargetMaterializationData": names_the_materialization,
@@ -166,6 +274,25 @@ USES: dict[str, Check] = {
     f"{DATA_VERSION}.get_input_event_pointer_tag": is_tag_of_materialization(""),
     "dagster_shared.check.CheckError": is_raised_by_failed_checks,
     "dagster._core.events.EngineEventData": has_the_process_id,
+    f"{DELEGATING}.CheckStepHealthResult": serves_a_step_delegating_executor,
+    f"{DELEGATING}.StepDelegatingExecutor": serves_a_step_delegating_executor,
+    f"{DELEGATING}.StepHandler": serves_a_step_delegating_executor,
+    f"{DELEGATING}.StepHandlerContext": is_the_type_of_an_object_for_a_handler,
+    f"{EXECUTION}.retries.RetryMode": serves_a_step_delegating_executor,
+    f"{EXECUTION}.plan.objects.StepFailureData": serves_a_step_delegating_executor,
+    "dagster_shared.error.SerializableErrorInfo": serves_a_step_delegating_executor,
+    f"{EXECUTION}.context.system.IStepContext": is_the_type_of_an_object_for_a_handler,
+    f"{EXECUTION}.context.system.PlanOrchestrationContext": is_the_type_of_an_object_for_a_handler,
+    f"{EXECUTION}.plan.plan.ExecutionPlan": is_the_type_of_an_object_for_a_handler,
+    f"{LAUNCHERS}.CheckRunHealthResult": serves_a_run_launcher,
+    f"{LAUNCHERS}.RunLauncher": serves_a_run_launcher,
+    f"{LAUNCHERS}.WorkerStatus": serves_a_run_launcher,
+    f"{LAUNCHERS}.LaunchRunContext": holds_a_run,
+    f"{LAUNCHERS}.ResumeRunContext": holds_a_run,
+    "dagster._serdes.ConfigurableClass": serves_a_run_launcher,
+    "dagster._serdes.ConfigurableClassData": serves_a_run_launcher,
+    "dagster._grpc.types.ExecuteRunArgs": has_the_command("execute_run"),
+    "dagster._grpc.types.ResumeRunArgs": has_the_command("resume_run"),
     f"{RUNS}.SqliteRunStorage": is_the_storage_in_local_files,
     f"{RUNS}.SqlRunStorage": has_an_id_per_database,
     f"{TAGS}.ASSET_PARTITION_RANGE_END_TAG": starts_a_run_of_a_range,
