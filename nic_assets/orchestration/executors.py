@@ -109,7 +109,7 @@ def chosen_executor() -> dg.ExecutorDefinition:
             _share_cores(context)
         elif problem := lock_problem(Store.from_environment().root):
             raise dg.DagsterInvariantViolationError(
-                f"steps on several machines need locks: {problem}"
+                f"steps on several machines need locks between them, but the store is on {problem}"
             )
         return create_engine(context)
 

@@ -276,6 +276,15 @@ def test_a_missing_pool_limit_and_run_monitoring_are_reported(home, store):
         assert names(examine(instance, store)) == ["run monitoring is disabled"]
 
 
+def test_locks_of_one_machine_are_reported_if_steps_run_on_several(instance, store, monkeypatch):
+    monkeypatch.setattr("nic_assets.operations.doctor.lock_problem", lambda folder: "/nas is local")
+    assert examine(instance, store) == []
+    monkeypatch.setenv("NIC_EXECUTOR", "slurm")
+    [finding] = examine(instance, store)
+    assert finding.what == "locks of one machine only"
+    assert "/nas is local" in finding.meaning
+
+
 def doctor(*arguments: str, **variables: str):
     app = typer.Typer()
     register(app)

@@ -187,6 +187,20 @@ def test_the_pool_has_no_limit_on_several_machines(instance, monkeypatch):
     assert slots(instance) is None
 
 
+def test_a_run_on_several_machines_needs_locks_between_them(instance, monkeypatch, tmp_path):
+    monkeypatch.setattr(executors, "lock_problem", lambda folder: "/nas keeps locks to itself")
+    start(instance, training)
+    (tmp_path / "slurm.yaml").touch()
+    monkeypatch.setenv("NIC_EXECUTOR", "slurm")
+    monkeypatch.setenv("NIC_SLURM", str(tmp_path / "slurm.yaml"))
+    with pytest.raises(
+        dg.DagsterInvariantViolationError, match="need locks between them, but /nas"
+    ):
+        start(instance, training)
+    monkeypatch.setattr(executors, "lock_problem", lambda folder: None)
+    start(instance, training)
+
+
 # --- threads ---------------------------------------------------------------------------------
 
 

@@ -10,7 +10,12 @@ import dagster as dg
 import pytest
 
 from nic_assets.orchestration.batches import Events, Product, batch_asset, materialize_each
-from nic_assets.orchestration.retries import retried_asset, was_interrupted
+from nic_assets.orchestration.retries import (
+    EXIT_WHEN_INTERRUPTED,
+    ends_when_interrupted,
+    retried_asset,
+    was_interrupted,
+)
 
 PROJECT = Path(__file__).parents[2]
 
@@ -110,6 +115,28 @@ def test_an_interrupted_step_is_not_retried(kind):
     assert not result.success
     assert begun == [1]
     assert was_interrupted(result.all_events)
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, dg.DagsterExecutionInterruptedError])
+def test_a_step_whose_executor_judges_signals_exits_without_a_record(monkeypatch, kind):
+    class Exited(Exception):
+        pass
+
+    def leave(status: int):
+        raise Exited(status)
+
+    @ends_when_interrupted
+    def body():
+        raise kind
+        yield
+
+    monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.setenv(EXIT_WHEN_INTERRUPTED, "1")
+    with pytest.raises(Exited, match="143"):
+        list(body())
+    monkeypatch.delenv(EXIT_WHEN_INTERRUPTED)
+    with pytest.raises(dg.Failure, match="interrupted"):
+        list(body())
 
 
 def test_other_failures_are_not_interruptions():
