@@ -50,7 +50,7 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture
 def instance(
-    cluster: Cluster, tiny_cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[dg.DagsterInstance]:
     """An instance with the run launcher of the example, and the environment of its processes."""
     home = tmp_path / "home"
@@ -65,7 +65,6 @@ def instance(
         "SLURM_CONF": cluster.environment["SLURM_CONF"],
         "NIC_EXECUTOR": "slurm",
         "NIC_SLURM": str(home / "slurm.yaml"),
-        "NIC_COHORT": str(tiny_cohort),
         "NIC_STORE": str(tmp_path / "store"),
         "NIC_DAGSTER_STORAGE": str(tmp_path / "store" / "dagster"),
         "DAGSTER_HOME": str(home),
@@ -137,7 +136,8 @@ class Run:
         return self.instance.run_launcher.check_run_worker_health(self.run).status
 
 
-def test_steps_run_on_the_node_of_their_device(instance, tiny_cohort, tmp_path):
+def test_steps_run_on_the_node_of_their_device(instance, tiny_cohort, tmp_path, monkeypatch):
+    monkeypatch.setenv("NIC_COHORT", str(tiny_cohort))
     cohort, store = load_cohort(tiny_cohort), Store(tmp_path / "store")
     job = build_defs(cohort, store).resolve_implicit_global_asset_job_def()
     job.execute_in_process(instance=instance, asset_selection=[dg.AssetKey("slide_index")])
@@ -194,7 +194,7 @@ def test_a_new_run_worker_finds_the_job_and_can_cancel_it(instance, cluster, tmp
 
     assert instance.run_launcher.terminate(run.id)
     run.wait("cancelled run", lambda: run.run.status is dg.DagsterRunStatus.CANCELED)
-    assert run.jobs() == ["gpu1 CANCELLED"]
+    run.wait("end of the job", lambda: run.jobs() == ["gpu1 CANCELLED"])
 
 
 def test_a_preempted_step_and_one_of_a_lost_node_are_retried(instance, cluster, tmp_path):
@@ -215,7 +215,8 @@ def test_a_preempted_step_and_one_of_a_lost_node_are_retried(instance, cluster, 
 
     (tmp_path / "go").touch()
     run.wait("success", lambda: run.run.status is dg.DagsterRunStatus.SUCCESS)
-    assert run.jobs() == ["gpu1 PREEMPTED", "gpu1 NODE_FAIL", "gpu1 COMPLETED"]
+    ends = ["gpu1 PREEMPTED", "gpu1 NODE_FAIL", "gpu1 COMPLETED"]
+    run.wait("end of the job", lambda: run.jobs() == ends)
     [record] = instance.fetch_materializations(dg.AssetKey("waiting"), limit=9).records
     assert record.asset_materialization.metadata["gpus"].value == "0"
 
