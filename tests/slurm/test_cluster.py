@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import sys
@@ -14,7 +15,8 @@ import dagster as dg
 import pytest
 import yaml
 from dagster._core.definitions.reconstruct import ReconstructableJob, ReconstructableRepository
-from dagster._core.launcher.base import LaunchRunContext, ResumeRunContext, WorkerStatus
+from dagster._core.launcher.base import LaunchRunContext, WorkerStatus
+from dagster._daemon.monitoring.run_monitoring import monitor_started_run
 
 from nic_assets.build import build_defs
 from nic_assets.orchestration.internals import (
@@ -186,7 +188,8 @@ def test_a_new_run_worker_finds_the_job_and_can_cancel_it(instance, cluster, tmp
     run.wait("dead worker", lambda: run.worker_status() is WorkerStatus.FAILED)
     assert run.jobs() == ["gpu1 RUNNING"]
 
-    instance.run_launcher.resume_run(ResumeRunContext(run.run, None))
+    [record] = instance.get_run_records(dg.RunsFilter(run_ids=[run.id]))
+    monitor_started_run(instance, None, record, logging.getLogger())  # as the daemon does
     run.wait("resumed run", lambda: "Checking on status of in-progress step waiting" in run.log())
     assert run.worker_status() is WorkerStatus.RUNNING
     time.sleep(2)  # two checks of the step
