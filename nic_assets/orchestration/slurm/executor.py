@@ -11,7 +11,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 from dagster import multiple_process_executor_requirements
@@ -131,10 +131,7 @@ class SlurmStepHandler(StepHandler):
         yield dg.DagsterEvent.step_worker_starting(
             context.get_step_context(step),
             f"Submitted job {job} to Slurm: sbatch {shlex.join(resources.arguments())}",
-            metadata={
-                "Slurm job": job,
-                "log": dg.MetadataValue.path(str(folder / f"{step}-{job}.log")),
-            },
+            metadata={"Slurm job": job, "log": self._log(run.run_id, step, job)},
         )
 
     def check_step_health(self, step_handler_context: StepHandlerContext) -> CheckStepHealthResult:
@@ -207,8 +204,18 @@ class SlurmStepHandler(StepHandler):
         step = step_context.step.key
         if self._shown.get(step) != message:
             self._shown[step] = message
-            metadata = {} if job is None else {"Slurm job": job.id, "node": job.node or "none yet"}
+            # Dagster's UI shows metadata of these events, and not those of the submission
+            metadata: dict[str, dg.MetadataValue[Any] | str] = {}
+            if job is not None:
+                metadata = {
+                    "Slurm job": job.id,
+                    "node": job.node or "none yet",
+                    "log": self._log(step_context.run_id, step, job.id),
+                }
             dg.DagsterEvent.engine_event(step_context, message, EngineEventData(metadata))
+
+    def _log(self, run_id: str, step: str, job: str) -> dg.PathMetadataValue:
+        return dg.MetadataValue.path(self._settings.logs / run_id / f"{step}-{job}.log")
 
 
 class SlurmExecutor(StepDelegatingExecutor):
