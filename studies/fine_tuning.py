@@ -34,9 +34,6 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -51,7 +48,13 @@ from nic_core.encoders.probes import Embedder
 from nic_core.encoders.splits import split_by_group
 from nic_core.encoders.training_loop import fit
 from nic_core.store import atomic_file, atomic_folder
-from studies.protocol import UNIT_SCHEMA, paired_difference, probe_units, score
+from studies.protocol import (
+    UNIT_SCHEMA,
+    balanced_probe,
+    paired_difference,
+    probe_units,
+    score,
+)
 from studies.tissue_tasks import PATCH, TissueTask, tissue_tasks
 
 TUNED_ON = ("idc", "lc25000", "nct_crc", "osteosarcoma")
@@ -64,7 +67,6 @@ PARTS = (
 )
 BATCH = 64
 MOST_PATCHES = 250  # of a patient and class of IDC, in its probe
-STRENGTH = 0.01  # C of the probe of IDC
 BEFORE = "not_tuned"
 HEAD = "idc, head"
 
@@ -253,9 +255,8 @@ def _kept_back(encoder: Embedder, task: TissueTask, patients: tuple[str, ...]) -
         [encoder.embed(data.patches[part]) for part in np.array_split(rows, len(rows) // 512 + 1)]
     )
     kept = data.table["group"].is_in(patients).to_numpy()[rows]
-    probe = make_pipeline(
-        StandardScaler(), LogisticRegression(C=STRENGTH, class_weight="balanced", max_iter=1000)
-    ).fit(embeddings[~kept], data.labels[rows][~kept])
+    labels = data.labels[rows]
+    probe = balanced_probe(labels[~kept]).fit(embeddings[~kept], labels[~kept])
     return _units(task.name, data, rows[kept], probe.predict(embeddings[kept]))
 
 

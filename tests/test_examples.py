@@ -120,7 +120,7 @@ def run_leave_one_out(monkeypatch, folder: Path, *options: str) -> pl.DataFrame:
     arguments = ["", str(folder / "cohort.yaml"), "--out", str(folder / "out"), *options]
     monkeypatch.setattr(sys, "argv", arguments)
     leave_one_out.main()
-    return pl.read_parquet(folder / "out" / "rows" / "*.parquet")
+    return pl.read_parquet(sorted((folder / "out" / "rows").glob("[!.]*.parquet")))
 
 
 def test_each_patient_is_classified_by_what_others_taught(red_carcinoma, monkeypatch, capsys):

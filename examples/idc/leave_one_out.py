@@ -72,16 +72,18 @@ def main() -> None:
     _check_settings(out, spec, arguments.released)
     tasks = [_patch_task(cohort, name, out / "patch_tasks") for name in spec.tasks]
     (idc,) = (task for task in tasks if task.name == TASK)
-    if not (path := out / "rows" / "regressions.parquet").exists():
-        with atomic_file(path) as partial:
+    regression_file = out / "rows" / "regressions.parquet"
+    if not regression_file.exists():
+        with atomic_file(regression_file) as partial:
             regressions(idc, _embedders(idc, arguments.released)).write_parquet(partial)
-    for patient in patients(idc):
-        if not (path := out / "rows" / f"{patient}.parquet").exists():
+    head_files = {patient: out / "rows" / f"{patient}.parquet" for patient in patients(idc)}
+    for patient, path in head_files.items():
+        if not path.exists():
             found = head_without(patient, cohort, spec, tasks)
             with atomic_file(path) as partial:
                 found.write_parquet(partial)
             print(f"{patient}: {len(found)} patches", flush=True)
-    for table in report(pl.read_parquet(out / "rows" / "*.parquet")):
+    for table in report(pl.read_parquet([*head_files.values(), regression_file])):
         Console(width=140).print(table)
 
 
