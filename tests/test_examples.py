@@ -150,6 +150,14 @@ def test_a_finished_leave_one_out_is_not_repeated(red_carcinoma, monkeypatch):
         run_leave_one_out(monkeypatch, red_carcinoma, "--patches", "32")
 
 
+def test_the_only_patient_of_a_class_cannot_be_held_out(red_carcinoma, monkeypatch):
+    table = pl.read_csv(red_carcinoma / "idc.csv")
+    table = table.filter((pl.col("label") == "idc") | (pl.col("group") == "1"))
+    table.write_csv(red_carcinoma / "idc.csv")
+    with pytest.raises(SystemExit, match="'idc' without patient 1: class number 1 occurs in test"):
+        run_leave_one_out(monkeypatch, red_carcinoma, "--patches", "16")
+
+
 def test_the_interval_of_a_summary_resamples_patients():
     rows = pl.DataFrame(
         {

@@ -72,14 +72,15 @@ def main() -> None:
     _check_settings(out, spec, arguments.released)
     tasks = [_patch_task(cohort, name, out / "patch_tasks") for name in spec.tasks]
     (idc,) = (task for task in tasks if task.name == TASK)
+    without = {patient: _held_out(idc, patient, spec.seed) for patient in patients(idc)}
     regression_file = out / "rows" / "regressions.parquet"
     if not regression_file.exists():
         with atomic_file(regression_file) as partial:
             regressions(idc, _embedders(idc, arguments.released)).write_parquet(partial)
-    head_files = {patient: out / "rows" / f"{patient}.parquet" for patient in patients(idc)}
+    head_files = {patient: out / "rows" / f"{patient}.parquet" for patient in without}
     for patient, path in head_files.items():
         if not path.exists():
-            found = head_without(patient, cohort, spec, tasks)
+            found = head_without(without[patient], cohort, spec, tasks)
             with atomic_file(path) as partial:
                 found.write_parquet(partial)
             print(f"{patient}: {len(found)} patches", flush=True)
@@ -119,9 +120,16 @@ def regressions(idc: PatchDataset, embedders: dict[str, Embedder]) -> pl.DataFra
 
 
 def head_without(
-    patient: str, cohort: Cohort, spec: EncoderSpec, tasks: list[PatchDataset]
+    idc: PatchDataset, cohort: Cohort, spec: EncoderSpec, tasks: list[PatchDataset]
 ) -> pl.DataFrame:
     """Classify the patches of a patient by the head of an encoder trained without the patient.
+
+    Parameters
+    ----------
+    idc : PatchDataset
+        The task ``idc`` with the patient as its test split; it replaces the one in ``tasks``.
+    cohort, spec, tasks
+        The encoder that is trained, and its patch tasks.
 
     Returns
     -------
@@ -129,11 +137,9 @@ def head_without(
         A row for each patch of the patient (``SCHEMA``).
     """
     settings = cohort.settings
-    tasks = [_held_out(task, patient, spec.seed) if task.name == TASK else task for task in tasks]
-    (idc,) = (task for task in tasks if task.name == TASK)
     encoder = train_encoder(
         spec,
-        tasks,
+        [idc if task.name == TASK else task for task in tasks],
         patch=settings.patch,
         mpp=settings.mpp,
         embedding_size=settings.embedding_size,
@@ -283,9 +289,11 @@ def _patch_task(cohort: Cohort, name: str, folder: Path) -> PatchDataset:
 
 def _held_out(task: PatchDataset, patient: str, seed: int) -> PatchDataset:
     """Return the task with the patches of one patient as its test split."""
-    splits = split_by_group(
-        task.labels, task.table["group"].to_list(), seed=seed, test_groups=[patient]
-    )
+    groups = task.table["group"].to_list()
+    try:
+        splits = split_by_group(task.labels, groups, seed=seed, test_groups=[patient])
+    except ValueError as error:
+        raise SystemExit(f"task '{task.name}' without patient {patient}: {error}") from error
     return dataclasses.replace(task, table=task.table.with_columns(split=pl.Series(splits)))
 
 
