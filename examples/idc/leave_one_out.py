@@ -184,7 +184,7 @@ def report(probabilities: pl.DataFrame) -> list[Table]:
         pooled.add_row(name, *summary(probabilities.filter(classifier=name)))
     for (patient,), rows in probabilities.group_by("patient", maintain_order=True):
         by_name = [rows.filter(classifier=name) for name in names]
-        truth = next(found["carcinoma"] for found in by_name if len(found))
+        truth = by_name[0]["carcinoma"]
         cells = [_cell(found) for found in by_name]
         single.add_row(str(patient), str(len(truth)), f"{truth.mean():.0%}", *cells)
     return [pooled, single]
@@ -227,8 +227,6 @@ def _correct(rows: pl.DataFrame) -> pl.Series:
 
 
 def _cell(rows: pl.DataFrame) -> str:
-    if rows.is_empty():
-        return ""  # not trained yet
     right = f"{_correct(rows).mean():.2f}"
     if rows["carcinoma"].n_unique() < 2:
         return f"- / {right}"
