@@ -70,10 +70,11 @@ def blocks_of_order(labels: Sequence[str], names: Sequence[str]) -> list[str]:
 
 
 def texture(patches: Pixels) -> NDArray[np.float64]:
-    """Return features of patches that do not depend on the mean colour.
+    """Return features of patches that do not depend on their mean colour.
 
-    uint8 (N, P, P, 3) to (N, 6). At each of the scales 1, 2 and 4 px: log(1 + x) of the mean absolute difference between
-    neighbouring grey values and of their standard deviation, grey values 0..255 [choice].
+    uint8 (N, P, P, 3) to (N, 6). At each of the scales 1, 2 and 4 px: log(1 + x) of the mean
+    absolute difference between neighbouring grey values and of their standard deviation, grey
+    values 0..255 [choice].
     """
     grey = patches.mean(-1, dtype=np.float32)
     found = []
