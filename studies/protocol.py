@@ -60,7 +60,7 @@ def probe_units(encoder: Embedder, task: TissueTask) -> pl.DataFrame:
         predicted = np.full(len(labels), -1)
         for train, test in folds(labels, groups, division):
             predicted[test] = (
-                _probe(labels[train])
+                balanced_probe(labels[train])
                 .fit(embeddings[train], labels[train])
                 .predict(embeddings[test])
             )
@@ -94,7 +94,8 @@ def folds(
     return list(dealer.split(labels, labels, groups))
 
 
-def _probe(labels: NDArray[np.integer]) -> Pipeline:
+def balanced_probe(labels: NDArray[np.integer]) -> Pipeline:
+    """Return an unfitted probe for the classes of ``labels``, which count equally."""
     classes = len(np.unique(labels))
     discriminant = LinearDiscriminantAnalysis(
         solver="lsqr", shrinkage="auto", priors=np.full(classes, 1 / classes)

@@ -1,4 +1,4 @@
-"""The example on real tissue: its script, patch tasks and slides."""
+"""The examples on real tissue: scripts, patch tasks and slides."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 import pytest
+import yaml
+from PIL import Image
 
+from examples.idc import leave_one_out
 from nic_core.cohort import load_cohort
 from nic_core.cohort.index import slide_index
 from nic_core.encoders import build_patch_task
@@ -79,3 +83,90 @@ def test_two_encoders_of_different_geometry_share_slides_and_target(tmp_path):
     with open_slide(Path(index.filter(slide="P10___train_9")["path"].item())) as slide:
         assert (slide.width, slide.height) == (775, 522)
         assert slide.mpp == pytest.approx(0.62005, rel=1e-4)
+
+
+@pytest.fixture
+def red_carcinoma(tmp_path) -> Path:
+    """A cohort whose carcinoma is red, except that of one patient; another has one class only."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for patient, classes in {"1": "10", "2": "10", "inverted": "10", "single": "1"}.items():
+        for label in classes:
+            for number in range(8):
+                red = (label == "1") != (patient == "inverted")
+                colour = np.array([170, 90, 90] if red else [90, 90, 170])
+                pixels = colour + rng.integers(-30, 30, (64, 64, 3))
+                path = tmp_path / f"{patient}-{label}-{number}.png"
+                Image.fromarray(pixels.astype(np.uint8)).save(path)
+                rows.append((path.name, "idc" if label == "1" else "non_idc", patient))
+    columns = ["path", "label", "group"]
+    pl.DataFrame(rows, columns, orient="row").write_csv(tmp_path / "idc.csv")
+    cohort = {
+        "name": "red",
+        "slides": {"table": "slides.csv"},
+        "patch_tasks": [{"name": "idc", "organ": "breast", "mpp": 1.0, "table": "idc.csv"}],
+        "encoders": [
+            {"name": "tiny", "objective": "supervised", "tasks": ["idc"]}
+            | {"patches_seen": 512, "batch": 16}
+        ],
+        "settings": {"patch": 64, "mpp": 1.0, "embedding_size": 8},
+    }
+    (tmp_path / "slides.csv").write_text("slide,path,patient\n")
+    (tmp_path / "cohort.yaml").write_text(yaml.safe_dump(cohort))
+    return tmp_path
+
+
+def run_leave_one_out(monkeypatch, folder: Path, *options: str) -> pl.DataFrame:
+    arguments = ["", str(folder / "cohort.yaml"), "--out", str(folder / "out"), *options]
+    monkeypatch.setattr(sys, "argv", arguments)
+    leave_one_out.main()
+    return pl.read_parquet(sorted((folder / "out" / "rows").glob("[!.]*.parquet")))
+
+
+def test_each_patient_is_classified_by_what_others_taught(red_carcinoma, monkeypatch, capsys):
+    found = run_leave_one_out(monkeypatch, red_carcinoma, "--patches", "64")
+    assert set(found["patient"]) == {"1", "2", "inverted", "single"}
+    counts = found.group_by("classifier").len()
+    assert set(counts["classifier"]) == {"head of tiny", "mean RGB", "colour and texture"}
+    assert set(counts["len"]) == {56}
+    correct = (
+        found.filter(classifier="mean RGB")
+        .group_by("patient")
+        .agg(((pl.col("probability") > 0.5) == pl.col("carcinoma")).mean())
+    )
+    shares = dict(correct.rows())
+    assert min(shares["1"], shares["2"]) > 0.7
+    assert shares["inverted"] == 0
+    printed = capsys.readouterr().out
+    assert "- / 1.00" in printed  # one class has no AUC
+    assert "0.00 / 0.00" in printed  # the inverted patient
+
+
+def test_a_finished_leave_one_out_is_not_repeated(red_carcinoma, monkeypatch):
+    run_leave_one_out(monkeypatch, red_carcinoma, "--patches", "16")
+    monkeypatch.setattr(leave_one_out, "train_encoder", None)  # would fail if it were called
+    run_leave_one_out(monkeypatch, red_carcinoma, "--patches", "16")
+    with pytest.raises(SystemExit, match="has other settings"):
+        run_leave_one_out(monkeypatch, red_carcinoma, "--patches", "32")
+
+
+def test_the_only_patient_of_a_class_cannot_be_held_out(red_carcinoma, monkeypatch):
+    table = pl.read_csv(red_carcinoma / "idc.csv")
+    table = table.filter((pl.col("label") == "idc") | (pl.col("group") == "1"))
+    table.write_csv(red_carcinoma / "idc.csv")
+    with pytest.raises(SystemExit, match="'idc' without patient 1: class number 1 occurs in test"):
+        run_leave_one_out(monkeypatch, red_carcinoma, "--patches", "16")
+
+
+def test_the_interval_of_a_summary_resamples_patients():
+    rows = pl.DataFrame(
+        {
+            "patient": ["a"] * 4 + ["b"] * 4,
+            "carcinoma": [True, False] * 4,
+            "probability": [0.9, 0.1] * 2 + [0.1, 0.9] * 2,
+        }
+    )
+    patients, _, accuracy, correct = leave_one_out.summary(rows)
+    assert patients == "2"
+    # all right in one patient, all wrong in the other
+    assert accuracy == correct == "0.50 [0.00, 1.00]"

@@ -190,7 +190,7 @@ def neighbours_unlike(dataset: PatchDataset) -> str | None:
     if found.is_empty():
         return None
     return (
-        f"{found['detail'][0]}: the images are probably ordered by patient or batch, so "
+        f"{'; '.join(found['detail'])}: the images are probably ordered by patient or batch, so "
         "that scores may be too high in spite of splits by blocks; state the patients if they can "
         "be known"
     )

@@ -3,7 +3,8 @@
 Collections are often numbered patient by patient. If patients are not stated, neighbours in the
 order of the names may therefore show the same patient, and a split by single images tests a
 network on patients it was trained on. Such a task is split by blocks of consecutive images, and
-its order is tested: are neighbours more alike in colour than images at random? [choice]
+its order is tested: are neighbours more alike than images at random, in colour or in texture?
+Texture also finds the order of a collection whose colours were normalised. [choice]
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nic_core.natural_order import natural_key
+from nic_core.types import Pixels
 
 BLOCKS = 20  # of each class; with fewer images, each is a block
 PERMUTATIONS = 999
+TEXTURE_SCALES = (1, 2, 4)  # px
 MAX_P, MIN_CORRELATION = 0.01, 0.1  # of an order that is reported
 
 
@@ -28,8 +31,8 @@ class OrderTest:
     Attributes
     ----------
     correlation
-        Of the mean colour of an image with that of the next image of its class, 0 by chance: the
-        mean of red, green and blue, each without the mean and the scale of the class.
+        Of the features of an image with those of the next image of its class, 0 by chance: the
+        mean over features, each without the mean and the scale of the class.
     p
         Share of random orders within the classes that reach it.
     """
@@ -66,15 +69,33 @@ def blocks_of_order(labels: Sequence[str], names: Sequence[str]) -> list[str]:
     return blocks
 
 
+def texture(patches: Pixels) -> NDArray[np.float64]:
+    """Return features of patches that do not depend on their mean colour.
+
+    uint8 (N, P, P, 3) to (N, 6). At each of the scales 1, 2 and 4 px: log(1 + x) of the mean
+    absolute difference between neighbouring grey values and of their standard deviation, grey
+    values 0..255 [choice].
+    """
+    grey = patches.mean(-1, dtype=np.float32)
+    found = []
+    for scale in TEXTURE_SCALES:
+        side = grey.shape[1] // scale
+        blocks = grey[:, : side * scale, : side * scale].reshape(-1, side, scale, side, scale)
+        coarse = blocks.mean((2, 4))
+        steps = [np.abs(np.diff(coarse, axis=axis)).mean((1, 2)) for axis in (1, 2)]
+        found += [(steps[0] + steps[1]) / 2, coarse.std((1, 2))]
+    return np.log1p(np.stack(found, 1, dtype=np.float64))
+
+
 def order_test(
-    colours: NDArray[np.floating], labels: Sequence[str], names: Sequence[str], *, seed: int = 0
+    features: NDArray[np.floating], labels: Sequence[str], names: Sequence[str], *, seed: int = 0
 ) -> OrderTest | None:
     """Test whether neighbours in the order of the names are alike.
 
     Parameters
     ----------
-    colours : ndarray
-        Mean colour of each image (N, 3), any scale.
+    features : ndarray
+        Of each image (N, F), any scale, such as its mean colour or :func:`texture`.
     labels, names : sequence of str
         Class and name of each image (N,).
     seed : int
@@ -83,13 +104,13 @@ def order_test(
     Returns
     -------
     OrderTest or None
-        None if no class has three images of different colour.
+        None if no class has three images in which every feature varies.
     """
     order = _order(names)
     classes = np.unique(np.asarray(labels), return_inverse=True)[1]
     series = []
     for number in range(int(classes.max()) + 1):
-        values = colours[order[classes[order] == number]].astype(np.float64)
+        values = features[order[classes[order] == number]].astype(np.float64)
         spread = values.std(0)
         if len(values) > 2 and (spread > 0).all():
             series.append((values - values.mean(0)) / spread)
@@ -103,7 +124,7 @@ def order_test(
 
 
 def _correlation(series: list[NDArray[np.float64]]) -> float:
-    """Return the mean product of neighbours over all classes and channels."""
+    """Return the mean product of neighbours over all classes and features."""
     total = sum(float((values[:-1] * values[1:]).sum()) for values in series)
     return total / sum(values[1:].size for values in series)
 

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from nic_core.cohort import PatchTask
 from nic_core.encoders.errors import EncoderError
 from nic_core.encoders.near_duplicates import near_duplicates
-from nic_core.encoders.order import blocks_of_order, order_test
+from nic_core.encoders.order import blocks_of_order, order_test, texture
 from nic_core.encoders.patch_sources import (
     ImageError,
     PatchSource,
@@ -545,31 +545,26 @@ def _blocks(kept: pl.DataFrame) -> list[str]:
 
 def _order_findings(table: pl.DataFrame, patches: Pixels) -> pl.DataFrame:
     """Report that the patients are unknown, and an order in which neighbours are alike."""
-    colours = np.concatenate(
-        [
-            patches[start : start + _BLOCK].mean((1, 2), dtype=np.float64)
-            for start in range(0, len(patches), _BLOCK)
-        ]
+    chunks = np.array_split(patches, len(patches) // 512 + 1)
+    measured = {
+        "mean colour": np.concatenate([c.mean((1, 2), dtype=np.float64) for c in chunks]),
+        "texture": np.concatenate([texture(chunk) for chunk in chunks]),
+    }
+    names, first, image = np.unique(
+        table["source"].to_numpy(), return_index=True, return_inverse=True
     )
-    images = (
-        table.select("source", "label", *(pl.Series(f"c{i}", colours[:, i]) for i in range(3)))
-        .group_by("source", maintain_order=True)
-        .agg(pl.col("label").first(), pl.col("c0", "c1", "c2").mean())
-    )
-    found = order_test(
-        images.select("c0", "c1", "c2").to_numpy(),
-        images["label"].to_list(),
-        images["source"].to_list(),
-    )
-    blocks = f"{table['group'].n_unique()} blocks of {len(images)} images"
-    ordered = (
-        [
-            f"mean colour correlates by {found.correlation:.2f} with that of the next image "
-            f"(p {found.p:.3f})"
-        ]
-        if found is not None and found.ordered
-        else []
-    )
+    labels = table["label"].gather(first).to_list()
+    ordered = []
+    for what, values in measured.items():
+        sums = np.zeros((len(names), values.shape[1]))
+        np.add.at(sums, image, values)
+        found = order_test(sums / np.bincount(image)[:, None], labels, names.tolist())
+        if found is not None and found.ordered:
+            ordered.append(
+                f"{what} correlates by {found.correlation:.2f} with that of the next image "
+                f"(p {found.p:.3f})"
+            )
+    blocks = f"{table['group'].n_unique()} blocks of {len(names)} images"
     return pl.concat(
         [
             _findings("unknown_groups", pl.DataFrame({"detail": [blocks]})),

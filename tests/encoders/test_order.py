@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from nic_core.cohort import PatchTask
-from nic_core.encoders.order import BLOCKS, blocks_of_order, order_test
+from nic_core.encoders.order import BLOCKS, blocks_of_order, order_test, texture
 from nic_core.encoders.patch_tasks import PatchDataset, build_patch_task
 
 
@@ -86,12 +86,32 @@ def test_too_little_to_compare_gives_no_result(colours):
     assert order_test(colours, ["a"] * len(colours), names(len(colours))) is None
 
 
-def task_of(folder: Path, run: int, **options: str) -> PatchDataset:
-    """A task of 2 x 60 images; ``run`` after each other share their colour."""
+def test_texture_is_that_of_the_definition():
+    (found,) = texture(np.tile(np.uint8([[0, 100], [0, 100]]), (1, 4, 4))[..., None].repeat(3, -1))
+    # columns of 0 and 100: half of the steps are 100 px apart in value; means of 2 px are all 50
+    assert found[:2] == pytest.approx(np.log1p([50, 50]))
+    assert found[2:] == pytest.approx([0, 0, 0, 0])
+
+
+@given(st.integers(-60, 60))
+def test_texture_ignores_the_mean_colour(shift):
+    patches = np.random.default_rng(0).integers(60, 190, (3, 32, 32, 3))
+    assert texture((patches + shift).astype(np.uint8)) == pytest.approx(
+        texture(patches.astype(np.uint8)), abs=1e-4
+    )
+
+
+def task_of(folder: Path, run: int, *, same_colour: bool = False, **options: str) -> PatchDataset:
+    """A task of 2 x 60 images; ``run`` after each other share their colour and their contrast."""
     for number, label in enumerate("ab"):
         (folder / label).mkdir(parents=True)
-        colours = np.clip(150 + 30 * colours_by_patient(60, run, number), 0, 255)
+        look = colours_by_patient(60, run, number)
+        colours = np.clip(150 + 30 * look, 0, 255)
         grain = np.random.default_rng(number).integers(-40, 40, (60, 32, 32, 3))
+        if same_colour:
+            contrast = np.exp(0.5 * look[:, :1])[:, None, None]
+            grain = grain - grain.mean((1, 2), keepdims=True)
+            colours, grain = np.full((60, 3), 128.0), grain * contrast
         images = np.clip(colours[:, None, None] + grain, 0, 255).astype(np.uint8)
         for i, image in enumerate(images):
             Image.fromarray(image).save(folder / label / f"{label}{i:03d}-p{i // run}.png")
@@ -104,11 +124,15 @@ def task_of(folder: Path, run: int, **options: str) -> PatchDataset:
 def test_a_task_of_unknown_patients_is_split_by_blocks(tmp_path):
     dataset = task_of(tmp_path, run=10)
     assert dataset.found("unknown_groups")["detail"].to_list() == ["40 blocks of 120 images"]
-    (detail,) = dataset.found("ordered")["detail"]
-    assert "correlates by 0." in detail
+    assert "mean colour correlates by 0." in dataset.found("ordered")["detail"][0]
     # the three images of a block are in one split
     splits = dataset.table.group_by("group").agg(pl.col("split").unique())
     assert splits["split"].list.len().to_list() == [1] * 40
+
+
+def test_order_is_found_by_texture_where_colour_is_normalised(tmp_path):
+    (detail,) = task_of(tmp_path, run=10, same_colour=True).found("ordered")["detail"]
+    assert "texture correlates by 0." in detail
 
 
 def test_an_order_without_meaning_is_not_reported(tmp_path):
