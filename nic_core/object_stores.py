@@ -68,8 +68,13 @@ def split_address(address: str) -> tuple[str, str]:
 
 
 @functools.lru_cache(maxsize=64)
-def connect(root: str) -> S3Store | HTTPStore:
+def connect(root: str, prefix: str = "") -> S3Store | HTTPStore:
     """Connect to a bucket ``s3://bucket`` or to a server ``https://host``.
+
+    Parameters
+    ----------
+    prefix : str
+        Folder in it that all keys are relative to.
 
     Raises
     ------
@@ -86,16 +91,17 @@ def connect(root: str) -> S3Store | HTTPStore:
     try:
         if scheme != "s3":
             return HTTPStore.from_url(
-                root,
+                f"{root}/{prefix}",
                 client_options={"timeout": _TIMEOUT, "allow_http": scheme == "http"},
                 retry_config=_RETRIES,
             )
         endpoint = next((os.environ[name] for name in _ENDPOINTS if os.environ.get(name)), "")
         return S3Store(
             name,
+            prefix=prefix or None,
             client_options={"timeout": _TIMEOUT, "allow_http": endpoint.startswith("http://")},
             retry_config=_RETRIES,
-            **({"endpoint": endpoint} if endpoint else {}),
+            config={"endpoint": endpoint} if endpoint else None,
         )
     except (BaseError, ValueError) as error:
         raise RemoteError(root, first_line(error), "check the variables AWS_*") from error

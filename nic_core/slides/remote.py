@@ -1,8 +1,8 @@
 """Slides in an object store: their addresses, and reading them by ranges.
 
 A slide at ``s3://bucket/key`` or at ``http(s)://host/path`` is a :class:`RemotePath`. Of a TIFF
-only the ranges that are needed are read, in few requests; other formats are copied to a local folder
-of bounded size (:mod:`nic_core.slides.local_copies`).
+only the ranges that are needed are read, in few requests; other formats are copied to a local
+folder of bounded size (:mod:`nic_core.slides.local_copies`).
 
 Every request names the version of the object that was opened (its ETag), and every answer is
 compared with it. An object that is replaced while it is read is therefore an error, never a mixture
@@ -12,6 +12,7 @@ of two versions.
 from __future__ import annotations
 
 import errno
+import hashlib
 import io
 import os
 import stat
@@ -22,7 +23,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple, TypeAlias, cast
 
 from nic_core.object_stores import (
     SCHEMES,
@@ -31,7 +32,6 @@ from nic_core.object_stores import (
     RemoteUnavailableError,
     as_remote_error,
     connect,
-    first_line,
     split_address,
 )
 
@@ -60,9 +60,8 @@ class RemotePath(PurePosixPath):
 
     def relative_to(self, *other: Any) -> PurePosixPath:  # type: ignore[override]
         """Return the path below a folder; it has no scheme, so it is no address."""
-        return PurePosixPath(*self.parts).relative_to(
-            *(PurePosixPath(*part.parts) if isinstance(part, RemotePath) else part for part in other)
-        )
+        plain = (PurePosixPath(*p.parts) if isinstance(p, RemotePath) else p for p in other)
+        return PurePosixPath(*self.parts).relative_to(*plain)
 
     def absolute(self) -> RemotePath:
         return self
@@ -80,7 +79,7 @@ class RemotePath(PurePosixPath):
         RemoteError
             The server does not answer, or denies the access.
         """
-        status = _statuses.get(self)
+        status: RemoteStatus | None = _statuses.get(self)
         if status is None:
             try:
                 status = _status_of(_head(self))
@@ -137,7 +136,10 @@ class RemotePath(PurePosixPath):
         root, key = self._place()
         with as_remote_error(self):
             objects = obstore.list(connect(root), key or None).collect()
-        return sorted(_listed(root, meta) for meta in objects)
+        # some programs store an empty object for each folder
+        paths = (PurePosixPath(meta["path"]) for meta in objects)
+        folders = {str(parent) for path in paths for parent in path.parents}
+        return sorted(_listed(root, meta) for meta in objects if meta["path"] not in folders)
 
     def _place(self) -> tuple[str, str]:
         if not self.in_bucket:
@@ -145,10 +147,9 @@ class RemotePath(PurePosixPath):
             raise RemoteError(self, "an HTTP server does not list the files of a folder", remedy)
         return split_address(str(self))
 
-    def open(self, mode: str = "rb") -> RemoteFile:
+    def open(self, mode: Literal["rb"]) -> BinaryIO:
         """Open the object for reading; see :meth:`stat` for what is raised."""
-        assert mode == "rb"
-        return RemoteFile(RemoteObject(self))
+        return cast(BinaryIO, RemoteFile(RemoteObject(self)))
 
     def read_bytes(self) -> bytes:
         found = RemoteObject(self)
@@ -156,6 +157,28 @@ class RemotePath(PurePosixPath):
 
     def read_text(self, encoding: str) -> str:
         return self.read_bytes().decode(encoding)
+
+
+def look_up(paths: Iterable[RemotePath]) -> None:
+    """Ask for the status of many objects at the same time; :meth:`RemotePath.stat` then has it.
+
+    Objects of one folder are listed, 1000 in a request.
+    """
+    folders: dict[RemotePath, list[RemotePath]] = {}
+    for path in paths:
+        folders.setdefault(path.parent, []).append(path)
+
+    def ask(folder: RemotePath) -> None:
+        wanted = folders[folder]
+        if folder.in_bucket and len(wanted) > 1:
+            for _ in folder.iterdir():
+                pass
+            return
+        for path in wanted:
+            path.exists()
+
+    for _ in _pool().map(ask, folders):
+        pass
 
 
 SlidePath: TypeAlias = Path | RemotePath
@@ -196,7 +219,8 @@ class RemoteStatus(NamedTuple):
     st_size : int
         Bytes.
     st_mtime_ns : int
-        Time at which the object was stored, ns since 1970, in whole seconds.
+        Time at which the object was stored, ns since 1970. Servers state whole seconds; the
+        fraction is a digest of the ETag, so that two versions of one second differ.
     etag : str
         The server's name of the version; empty if it states none.
     """
@@ -248,6 +272,8 @@ class RemoteObject:
         Bytes.
     etag : str
         The server's name of the version; empty if it states none.
+    stored : int
+        ``st_mtime_ns`` of its :class:`RemoteStatus`.
 
     Raises
     ------
@@ -260,7 +286,7 @@ class RemoteObject:
         if not stat.S_ISREG(status.st_mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
         self.path, self.size, self.etag = path, status.st_size, status.etag
-        self._status = status
+        self.stored, self._status = status.st_mtime_ns, status
         root, self._key = split_address(str(path))
         self._store = connect(root)
 
@@ -317,7 +343,6 @@ class RemoteObject:
 
     def _get(self, request: Range) -> bytes:
         import obstore
-        from obstore.exceptions import GenericError
 
         options: Any = {"range": (request.start, request.end)}
         if self.etag and not self.etag.startswith("W/"):  # a weak one never matches
@@ -335,8 +360,6 @@ class RemoteObject:
                 raise self._changed() from error
             except RemoteUnavailableError as error:
                 failure = error.reason
-                if not isinstance(error.__cause__, GenericError):
-                    raise
                 continue
             if status != self._status:
                 raise self._changed()
@@ -468,8 +491,11 @@ def _has_objects(folder: RemotePath) -> bool:
 
 
 def _status_of(meta: ObjectMeta) -> RemoteStatus:
-    stored = int(meta["last_modified"].timestamp()) * 10**9
-    return RemoteStatus(stat.S_IFREG, meta["size"], stored, meta["e_tag"] or "")
+    etag = meta["e_tag"] or ""
+    digest = hashlib.blake2b(etag.encode(), digest_size=8).digest()
+    fraction = int.from_bytes(digest, "little") % 10**9 if etag else 0
+    stored = int(meta["last_modified"].timestamp()) * 10**9 + fraction
+    return RemoteStatus(stat.S_IFREG, meta["size"], stored, etag)
 
 
 def _listed(root: str, meta: ObjectMeta) -> RemotePath:

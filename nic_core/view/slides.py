@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
@@ -24,6 +23,7 @@ from nic_core.cohort.index import row_source
 from nic_core.parallel import cores
 from nic_core.pictures import read_picture
 from nic_core.slides import Slide, SlideError, content_identity, open_source
+from nic_core.slides.remote import slide_path
 from nic_core.slides.resample import resample
 from nic_core.steps.slides import THUMBNAIL, read_record
 from nic_core.store import Store
@@ -160,7 +160,7 @@ class OpenSlides:
             404: the study has no such slide; 410: its file vanished; 422: it cannot be opened.
         """
         row = self._study.row(slide)
-        path = Path(row["path"])
+        path = slide_path(row["path"])
         try:
             version = (slide, str(path), row["mpp"], row["image"], *file_version(path))
         except OSError as error:

@@ -17,6 +17,7 @@ from nic_core.models.cross_validation import NETWORK
 from nic_core.models.kinds import kind_of
 from nic_core.models.labels import read_labels, target_table
 from nic_core.slides import SlideError, open_source
+from nic_core.slides.remote import slide_path
 from nic_core.steps.quality_report import SLIDES as QUALITY
 from nic_core.steps.slide_index import read_slide_index
 from nic_core.steps.slide_models import PREDICTIONS
@@ -97,7 +98,7 @@ class ViewedStudy:
         """
         row = self.row(slide)
         try:
-            version = file_version(Path(row["path"]))
+            version = file_version(slide_path(row["path"]))
         except OSError:
             return Failed(
                 "its file was moved or removed after the slide index was made",
