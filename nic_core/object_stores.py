@@ -133,7 +133,10 @@ def as_remote_error(address: object) -> Iterator[None]:
         raise RemoteError(address, "the server denies the access", remedy) from error
     except (exceptions.PreconditionError, exceptions.AlreadyExistsError) as error:
         raise ChangedError(address, "the object changed meanwhile", "run it again") from error
-    except (exceptions.InvalidPathError, exceptions.NotSupportedError) as error:
+    except exceptions.NotSupportedError as error:
+        remedy = "use a server that does, or copy the slides"
+        raise RemoteError(address, "the server does not send ranges of a file", remedy) from error
+    except exceptions.InvalidPathError as error:
         raise RemoteError(address, first_line(error), "check the address") from error
     except exceptions.BaseError as error:
         remedy = "check that the server can be reached, and run it again"

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nic_core.object_stores import RemoteError
+from nic_core.object_stores import RemoteError, RemoteUnavailableError
 from nic_core.slides.remote import Range, RemoteObject, RemotePath
 
 FOLDER_VARIABLE, SIZE_VARIABLE = "NIC_SLIDE_CACHE", "NIC_SLIDE_CACHE_GB"
@@ -77,7 +77,10 @@ def local_copy(files: Sequence[RemotePath]) -> LocalCopy:
         try:
             if not (folder / _DONE).exists():
                 shutil.rmtree(folder, ignore_errors=True)  # of a process that died
-                _make_room(folder.parent, size, limit)
+                if not _make_room(folder.parent, size, limit):
+                    reason = f"the {limit / 1e9:g} GB of local copies are in use"
+                    remedy = f"raise {SIZE_VARIABLE}, or run fewer steps at the same time"
+                    raise RemoteUnavailableError(files[0], reason, remedy)
                 for found in objects:
                     _copy(found, folder / found.path.relative_to(top))
                 (folder / _DONE).touch()
@@ -92,8 +95,11 @@ def _copy(found: RemoteObject, target: Path) -> None:
             file.write(found.read([Range(start, min(_PIECE, found.size - start))])[0])
 
 
-def _make_room(root: Path, size: int, limit: float) -> None:
-    """Remove the copies that were used longest ago, until a new one of ``size`` bytes fits."""
+def _make_room(root: Path, size: int, limit: float) -> bool:
+    """Remove the copies that were used longest ago, until a new one of ``size`` bytes fits.
+
+    Returns whether it does; copies that are in use stay.
+    """
     used = {lock: lock.stat().st_mtime_ns for lock in root.glob("*.lock")}
     folders = {lock: root / lock.stem for lock in sorted(used, key=lambda lock: used[lock])}
     sizes = {
@@ -103,7 +109,7 @@ def _make_room(root: Path, size: int, limit: float) -> None:
     total = sum(sizes.values())
     for lock, folder in folders.items():
         if total + size <= limit:
-            return
+            break
         descriptor = os.open(lock, os.O_RDWR)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -115,6 +121,7 @@ def _make_room(root: Path, size: int, limit: float) -> None:
             total -= sizes[lock]
         finally:
             os.close(descriptor)
+    return total + size <= limit
 
 
 def _lock_file(folder: Path) -> Path:

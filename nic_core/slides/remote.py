@@ -44,6 +44,7 @@ _GAP = 128 * 1024  # bytes between two ranges that are read rather than a second
 _LARGEST = 8 * 1024 * 1024  # bytes of a request; larger ones are divided and read at the same time
 _CONNECTIONS = 16
 _ATTEMPTS = 4  # at an answer that is cut, or that is another range than the requested one
+_PAUSE = 0.1  # s; four times as long after each failed attempt
 _FRESH = 5.0  # s for which the size and version of an object are not asked for again
 
 
@@ -350,7 +351,7 @@ class RemoteObject:
         failure = ""
         for attempt in range(_ATTEMPTS):
             if attempt:
-                time.sleep(0.1 * 4**attempt)
+                time.sleep(_PAUSE * 4**attempt)
             try:
                 with as_remote_error(self.path):
                     result = obstore.get(self._store, self._key, options=options)
@@ -449,9 +450,19 @@ class _Recent:
         with self._lock:
             self._values.pop(key, None)
 
+    def clear(self) -> None:
+        with self._lock:
+            self._values.clear()
+
 
 _kept = _Recent(_BLOCKS)
 _statuses = _Recent(1 << 16, _FRESH)
+
+
+def forget() -> None:
+    """Forget what was read: the next status is asked for again, and the next block is read."""
+    _kept.clear()
+    _statuses.clear()
 
 
 @dataclass
