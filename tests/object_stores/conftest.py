@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from itertools import count
 from pathlib import Path
 
@@ -76,6 +77,9 @@ def web(tmp_path: Path) -> Iterator[WebServer]:
 
 @pytest.fixture(autouse=True)
 def nothing_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No status, block or local copy of an earlier test is used."""
+    """No status, block or local copy of an earlier test is used, and no test waits for a server."""
     remote.forget()
+    backoff = {name: timedelta(milliseconds=1) for name in ("init_backoff", "max_backoff")}
+    monkeypatch.setitem(object_stores._RETRIES, "backoff", {**backoff, "base": 2})
+    monkeypatch.setattr(remote, "_PAUSE", 0.001)
     monkeypatch.setenv("NIC_SLIDE_CACHE", str(tmp_path / "copies"))
