@@ -42,6 +42,12 @@ class Bucket:
         obstore.put(object_stores.connect(root), key, data)
         return path
 
+    def remove(self, path: RemotePath) -> None:
+        import obstore
+
+        root, key = object_stores.split_address(str(path))
+        obstore.delete(object_stores.connect(root), key)
+
     def keys(self) -> set[str]:
         """Names of all objects, relative to the folder."""
         return {str(path.relative_to(self.folder)) for path in self.folder.files()}
