@@ -120,11 +120,12 @@ class RemotePath(PurePosixPath):
         RemoteError
             An HTTP server cannot list its files, or see :meth:`stat`.
         """
+        root, key = self._place()
+        store = connect(root)
         import obstore
 
-        root, key = self._place()
         with as_remote_error(self):
-            found = obstore.list_with_delimiter(connect(root), key or None)
+            found = obstore.list_with_delimiter(store, key or None)
         for prefix in found["common_prefixes"]:
             yield self / PurePosixPath(prefix).name
         for meta in found["objects"]:
@@ -132,11 +133,12 @@ class RemotePath(PurePosixPath):
 
     def files(self) -> list[RemotePath]:
         """Return all objects below this folder, sorted; see :meth:`iterdir`."""
+        root, key = self._place()
+        store = connect(root)
         import obstore
 
-        root, key = self._place()
         with as_remote_error(self):
-            objects = obstore.list(connect(root), key or None).collect()
+            objects = obstore.list(store, key or None).collect()
         # some programs store an empty object for each folder
         paths = (PurePosixPath(meta["path"]) for meta in objects)
         folders = {str(parent) for path in paths for parent in path.parents}
@@ -483,10 +485,10 @@ def _pool() -> ThreadPoolExecutor:
 
 
 def _head(path: RemotePath) -> ObjectMeta:
-    import obstore
-
     root, key = split_address(str(path))
     store = connect(root)
+    import obstore  # an optional package, whose absence `connect` reports
+
     if not key:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
     with as_remote_error(path):
@@ -494,11 +496,12 @@ def _head(path: RemotePath) -> ObjectMeta:
 
 
 def _has_objects(folder: RemotePath) -> bool:
+    root, key = split_address(str(folder))
+    store = connect(root)
     import obstore
 
-    root, key = split_address(str(folder))
     with as_remote_error(folder):
-        return any(len(page) for page in obstore.list(connect(root), key or None, chunk_size=1))
+        return any(len(page) for page in obstore.list(store, key or None, chunk_size=1))
 
 
 def _status_of(meta: ObjectMeta) -> RemoteStatus:

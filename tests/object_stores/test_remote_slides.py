@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from nic_core import object_stores
 from nic_core.object_stores import ChangedError, RemoteError, RemoteUnavailableError
 from nic_core.slides import SlideError, content_identity, open_slide, remote
 from nic_core.slides.files import SlideFiles, files_of_slide
@@ -299,3 +301,12 @@ def test_a_slide_is_not_left_out_because_its_server_fails(
         files_of_slide(path)
     web.faults.clear()
     assert files_of_slide(path) == SlideFiles(path)
+
+
+def test_without_obstore_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    object_stores.connect.cache_clear()
+    for name in ("obstore", "obstore.exceptions", "obstore.store"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for address in ("s3://bucket/a.tif", "https://host/a.tif"):
+        with pytest.raises(SlideError, match=r"not installed; install it: pip install .*\[s3\]"):
+            open_slide(address)
