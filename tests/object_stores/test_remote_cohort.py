@@ -21,6 +21,9 @@ from nic_core.slides import SlideSource, remote
 from nic_core.slides.remote import slide_path
 from nic_core.steps.slide_index import read_file_snapshot
 from nic_core.store import GridKey, PatchTableKey, Store
+from nic_core.view.errors import ViewError
+from nic_core.view.slides import OpenSlides
+from nic_core.view.study import open_study
 from tests.object_stores.conftest import Bucket
 from tests.object_stores.servers import WebServer
 from tests.slides.conftest import paint, write_tiff
@@ -166,3 +169,26 @@ def test_a_slide_of_a_failing_server_fails_alone(
         "b-1": "compressed",
     }
     assert report.filter(pl.col("slide") == "a-1")["remedy"][0].endswith("run it again")
+
+
+def test_the_viewer_says_that_a_server_does_not_answer(
+    web: WebServer, slides: list[Path], tmp_path: Path
+) -> None:
+    shutil.copy(slides[0], web.folder)
+    table = tmp_path / "slides.csv"
+    table.write_text(f"slide,path,patient\none,{web.url}/a-1.tif,p\n")
+    cohort, store = study(tmp_path, f"table: {table}"), Store(tmp_path / "store")
+    steps.make_slide_index(cohort, store)
+    viewed = open_study(cohort, store)
+    remote.forget()
+    web.faults.extend(["cut"] * 1000)
+    with (
+        pytest.raises(ViewError, match="its server does not answer") as raised,
+        OpenSlides(viewed).get("one"),
+    ):
+        pass
+    assert raised.value.status == 503
+    assert web.url not in f"{raised.value.reason} {raised.value.remedy}"
+    assert "does not answer" in viewed.failed("one").reason
+    web.faults.clear()
+    assert viewed.failed("one").reason == "it has no products yet"
