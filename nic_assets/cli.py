@@ -24,9 +24,15 @@ from nic_core.version import DISTRIBUTION
 if TYPE_CHECKING:
     import dagster as dg
 
+    from nic_core.store.bucket import Transfer
+
 # Dagster, MLflow and torch are imported inside the commands: together they take seconds
 
-store_app = typer.Typer(no_args_is_help=True, help="Verify and clean the store ($NIC_STORE).")
+store_app = typer.Typer(
+    no_args_is_help=True,
+    help="Verify and clean the store ($NIC_STORE), and copy it to and from a bucket.",
+)
+BucketAddress = Annotated[str, typer.Argument(help="folder of a bucket: s3://bucket/folder")]
 
 
 def register(app: typer.Typer) -> None:
@@ -81,11 +87,67 @@ def doctor(
 
 
 @store_app.command()
-def verify() -> None:
+def push(
+    address: BucketAddress,
+    remove: Annotated[
+        bool, typer.Option("--remove", help="Also remove products that the store does not have.")
+    ] = False,
+) -> None:
+    """Publish the complete products of the store in a bucket.
+
+    Only files that the bucket does not have are sent. A reader finds the old or the new product.
+    The databases of Dagster and MLflow are not part of it.
+    """
+    from nic_core.store.bucket import push as push_store
+
+    with progress_bars() as bars:
+        bar = bars.add_task("products", total=None)
+
+        def show(done: int, total: int) -> None:
+            bars.update(bar, completed=done, total=total)
+
+        done = push_store(_store(), address, remove=remove, progress=show)
+    console.print(_transfer(done, "sent"), soft_wrap=True)
+    for name in done.removed:
+        console.print(f"removed: {name}", soft_wrap=True, markup=False)
+
+
+@store_app.command()
+def pull(address: BucketAddress) -> None:
+    """Fetch the products of a bucket into the store; those with other content are replaced.
+
+    Products that the bucket does not have stay.
+    """
+    from nic_core.store.bucket import pull as pull_store
+
+    with progress_bars() as bars, one_line(StoreError):
+        bar = bars.add_task("products", total=None)
+        done = pull_store(
+            Store.from_environment(), address, lambda n, m: bars.update(bar, completed=n, total=m)
+        )
+    console.print(_transfer(done, "received"), soft_wrap=True)
+
+
+def _transfer(done: Transfer, verb: str) -> str:
+    return (
+        f"{done.products} products, {done.unchanged} unchanged; {verb}: {done.files} files, "
+        f"{done.bytes / 1e6:.2f} MB"
+    )
+
+
+@store_app.command()
+def verify(
+    address: Annotated[
+        str | None, typer.Argument(help="A copy in a bucket, instead of $NIC_STORE.")
+    ] = None,
+) -> None:
     """Read every product in the store and compare it with its recorded hash.
 
     The exit status is 1 if a product differs from its hash or cannot be read.
     """
+    if address is not None:
+        _verify_bucket(address)
+        return
     from nic_core.steps.verification import verify_store
 
     store = _store()
@@ -111,14 +173,42 @@ def verify() -> None:
         raise typer.Exit(1)
 
 
+def _verify_bucket(address: str) -> None:
+    from nic_core.store.bucket import verify_bucket
+
+    with progress_bars() as bars:
+        bar = bars.add_task("products", total=None)
+        count, problems = verify_bucket(
+            address, lambda n, m: bars.update(bar, completed=n, total=m)
+        )
+    console.print(f"{count} products, {len(problems)} damaged")
+    for problem in problems:
+        console.print(problem, style="red", soft_wrap=True, markup=False)
+    if problems:
+        raise typer.Exit(1)
+
+
 @store_app.command()
 def gc(
-    delete: Annotated[bool, typer.Option("--delete", help="Remove the listed products.")] = False,
+    address: Annotated[
+        str | None, typer.Argument(help="A copy in a bucket, instead of $NIC_STORE.")
+    ] = None,
+    delete: Annotated[bool, typer.Option("--delete", help="Remove what is listed.")] = False,
 ) -> None:
     """List products that no partition and no registered MLflow version needs.
 
     With --delete they are removed. Partitions are those of the present cohort file and slide index.
+    Of a copy in a bucket: the objects that no product has, left by replaced products and by killed
+    processes.
     """
+    if address is not None:
+        from nic_core.store.bucket import remove_unreferenced, unreferenced
+
+        found = remove_unreferenced(address) if delete else unreferenced(address)
+        hint = "" if delete or not found else f"; to remove them: nic store gc {address} --delete"
+        summary = f"{len(found)} objects, {sum(found.values()) / 1e6:.2f} MB"
+        console.print(f"{'removed' if delete else 'not needed'}: {summary}{hint}", soft_wrap=True)
+        return
     _require_platform()
     store = _store()
     with _study() as (defs, instance):

@@ -30,12 +30,14 @@ from nic_core.cohort.fields import did_you_mean
 from nic_core.encoders import EncoderError
 from nic_core.grids import GridError
 from nic_core.models.files import ModelFileError
+from nic_core.object_stores import RemoteError
 from nic_core.slides import SlideError
 from nic_core.store import StoreError
 
 MISTAKES: tuple[type[Exception], ...] = (
     CohortError,
     SlideError,
+    RemoteError,
     StoreError,
     EncoderError,
     GridError,

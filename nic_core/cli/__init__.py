@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 from importlib.metadata import entry_points
 from typing import Annotated
 
@@ -17,9 +18,11 @@ from nic_core.cli.export import export_app
 from nic_core.cli.grid import grid_app
 from nic_core.cli.predict import predict
 from nic_core.cli.report import report
+from nic_core.cli.shared import console
 from nic_core.cli.slides import inspect, tissue
 from nic_core.cli.study import check, init
 from nic_core.cli.view import view
+from nic_core.object_stores import RemoteError
 from nic_core.version import __version__
 
 PLUGINS = "nic.commands"
@@ -72,4 +75,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     for plugin in entry_points(group=PLUGINS):
         plugin.load()(app)
-    app()
+    try:
+        app()
+    except RemoteError as error:
+        console.print(str(error), style="red", soft_wrap=True, markup=False)
+        sys.exit(1)

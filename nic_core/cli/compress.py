@@ -16,7 +16,9 @@ from nic_core.cli.shared import (
     MPP_OPTION,
     ImageNumber,
     Mpp,
+    SlideArguments,
     console,
+    given_slide,
     one_line,
     progress_bars,
 )
@@ -37,7 +39,7 @@ Orientations = Literal["1", "8"]
 
 
 def compress(
-    slides: Annotated[list[Path], typer.Argument(help="slide files")],
+    slides: SlideArguments,
     encoder: Annotated[
         str, typer.Option(help="folder of an encoder, or name of an encoder in $NIC_STORE")
     ],
@@ -99,7 +101,7 @@ def compress(
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--stride") from error
     try:
-        named = slides_by_id(SlideSource(path, mpp, image) for path in slides)
+        named = slides_by_id(SlideSource(given_slide(path), mpp, image) for path in slides)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     with batch_progress(len(named)) as (show, tell), one_line(EncoderError):

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from nic_core.cli.shared import Out, console, facts, one_line, save_picture
+from nic_core.cli.shared import Out, console, facts, given_slide, one_line, save_picture
 from nic_core.grids import GridError, draw_grid, open_grid
 from nic_core.grids.chunks import ChunkError
 from nic_core.grids.export import ExportFormat, export_grid
@@ -44,7 +44,10 @@ def info(store: StorePath) -> None:
 def preview(
     store: StorePath,
     out: Out,
-    slide: Annotated[Path | None, typer.Option(help="slide file to draw beside its grid")] = None,
+    slide: Annotated[
+        str | None,
+        typer.Option(help="slide file, or its address, to draw beside its grid"),
+    ] = None,
 ) -> None:
     """Draw a grid: the first three principal components of its embeddings as RGB."""
     from nic_core.reports.slide_figure import (
@@ -58,7 +61,9 @@ def preview(
             save_picture(out, draw_grid(grid, cell=cell))
         else:
             about = grid.provenance
-            with open_slide(slide, mpp=about.slide_mpp, image=about.slide_image) as opened:
+            with open_slide(
+                given_slide(slide), mpp=about.slide_mpp, image=about.slide_image
+            ) as opened:
                 save_picture(out, slide_and_grid(opened, grid, cell=cell))
         console.print(f"{out}")
 

@@ -15,7 +15,14 @@ from nic_core.cli.compress import (
     find_encoder,
     print_failed,
 )
-from nic_core.cli.shared import ImageNumber, Mpp, console, one_line
+from nic_core.cli.shared import (
+    ImageNumber,
+    Mpp,
+    SlideArguments,
+    console,
+    given_slide,
+    one_line,
+)
 from nic_core.store import ModelKey, Store, StoreError
 from nic_core.tables import terminal_table
 
@@ -26,7 +33,7 @@ if TYPE_CHECKING:
 
 
 def predict(
-    slides: Annotated[list[Path], typer.Argument(help="slide files")],
+    slides: SlideArguments,
     model: Annotated[
         str, typer.Option(help="folder of a slide model, or ENCODER/TARGET in $NIC_STORE")
     ],
@@ -84,7 +91,7 @@ def predict(
         resolve_device(device)
         check_encoder(card, network.card)
         check_times(card, times or ())
-        named = slides_by_id(SlideSource(path, mpp, image) for path in slides)
+        named = slides_by_id(SlideSource(given_slide(path), mpp, image) for path in slides)
         of_slide = read_patients(patients) if patients is not None else None
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error

@@ -26,9 +26,14 @@ from rich.text import Text
 
 from nic_core.slides.errors import SlideError
 from nic_core.slides.metadata import MPP_REMEDY
+from nic_core.slides.remote import SlidePath, slide_path
 
 console = Console()
 
+SlideArgument = Annotated[str, typer.Argument(help="slide file, or its address (s3://, https://)")]
+SlideArguments = Annotated[
+    list[str], typer.Argument(help="slide files, or their addresses (s3://, https://)")
+]
 Mpp = Annotated[
     float | None, typer.Option(help="um/px at level 0; overrides the value in the file")
 ]
@@ -41,6 +46,14 @@ ImageNumber = Annotated[
 ]
 MPP_OPTION = "give the um/px at level 0 with --mpp"
 Out = Annotated[Path, typer.Option(help="PNG file to write")]
+
+
+def given_slide(text: str) -> SlidePath:
+    """The path or address of an argument; an invalid one is an error of the command line."""
+    try:
+        return slide_path(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 @contextmanager

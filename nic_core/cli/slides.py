@@ -11,18 +11,20 @@ from nic_core.cli.shared import (
     ImageNumber,
     Mpp,
     Out,
+    SlideArgument,
     advice_names_mpp_option,
     console,
     facts,
+    given_slide,
     one_line,
     save_picture,
 )
+from nic_core.object_stores import RemoteError
 from nic_core.slides import SlideError, content_identity, open_slide
 from nic_core.tiling.mask_files import read_mask
 from nic_core.tiling.tissue import tissue_mask, tissue_outline
 from nic_core.types import Origin
 
-SlidePath = Annotated[Path, typer.Argument(help="slide file")]
 MaskPath = Annotated[
     Path | None, typer.Option(help="existing tissue mask: image, GeoJSON or ASAP XML")
 ]
@@ -31,15 +33,15 @@ MaskOrigin = Annotated[
 ]
 
 
-def inspect(slide: SlidePath, mpp: Mpp = None, image: ImageNumber = None) -> None:
+def inspect(slide: SlideArgument, mpp: Mpp = None, image: ImageNumber = None) -> None:
     """Print a slide's metadata: reading library, image, size, um/px, levels, identity."""
     with (
-        one_line(SlideError),
+        one_line(SlideError, RemoteError),
         advice_names_mpp_option(),
-        open_slide(slide, mpp=mpp, image=image) as opened,
+        open_slide(given_slide(slide), mpp=mpp, image=image) as opened,
     ):
         table = facts()
-        table.add_row("slide", str(slide))
+        table.add_row("slide", slide)
         table.add_row("read by", f"{opened.engine} ({opened.engine_reason})")
         table.add_row("size", f"{opened.width} x {opened.height} px")
         table.add_row("scale", f"{opened.mpp:.4g} um/px ({opened.mpp_source})")
@@ -66,12 +68,12 @@ def inspect(slide: SlidePath, mpp: Mpp = None, image: ImageNumber = None) -> Non
             "ICC profile", f"{profile.description} ({profile.sha256[:12]})" if profile else "none"
         )
         table.add_row("scanner", opened.scanner or "not stated")
-        table.add_row("identity", content_identity(slide))
+        table.add_row("identity", content_identity(opened.path))
         console.print(table)
 
 
 def tissue(
-    slide: SlidePath,
+    slide: SlideArgument,
     out: Out,
     mpp: Mpp = None,
     image: ImageNumber = None,
@@ -80,9 +82,9 @@ def tissue(
 ) -> None:
     """Draw the outline of the tissue mask on a thumbnail."""
     with (
-        one_line(SlideError),
+        one_line(SlideError, RemoteError),
         advice_names_mpp_option(),
-        open_slide(slide, mpp=mpp, image=image) as opened,
+        open_slide(given_slide(slide), mpp=mpp, image=image) as opened,
     ):
         found = read_mask(mask, opened, origin=origin) if mask else tissue_mask(opened)
         save_picture(out, tissue_outline(opened, found, side=1600))

@@ -5,11 +5,22 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Annotated, Literal, Protocol, TypeAlias, TypeVar
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    ValidationInfo,
+    WithJsonSchema,
+)
+
+from nic_core.slides.remote import RemotePath, SlidePath, slide_path
 
 Location: TypeAlias = tuple[str | int, ...]
 """Place of a field in the cohort file: names of fields and positions in lists, from the top."""
@@ -55,6 +66,13 @@ def _resolve(path: Path, info: ValidationInfo) -> Path:
     return path if path.is_absolute() else (base / path).resolve()
 
 
+def _resolve_slides(value: object, info: ValidationInfo) -> SlidePath:
+    if not isinstance(value, str | PurePath):
+        raise ValueError("a path or an address (s3://bucket/folder) is expected")
+    place = slide_path(str(value))
+    return place if isinstance(place, RemotePath) else _resolve(place, info)
+
+
 def _check_name(name: str) -> str:
     if not name or not all(c.isalnum() or c in "-_." for c in name) or name[0] in ".-":
         raise ValueError(
@@ -89,6 +107,13 @@ def _check_time_zone(name: str) -> str:
 
 UserPath = Annotated[Path, AfterValidator(_resolve)]
 """A path; a relative one is relative to the folder of the cohort file."""
+UserSlidePath = Annotated[
+    SlidePath,
+    PlainValidator(_resolve_slides),
+    PlainSerializer(str, when_used="json"),
+    WithJsonSchema({"type": "string", "format": "path"}),
+]
+"""As :data:`UserPath`, or an address in an object store."""
 Cron = Annotated[str, AfterValidator(_check_cron)]
 TimeZone = Annotated[str, AfterValidator(_check_time_zone)]
 Name = Annotated[str, AfterValidator(_check_name)]

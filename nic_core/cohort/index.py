@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, get_args
 
 import polars as pl
@@ -27,10 +27,12 @@ from nic_core.cohort.tables import (
     to_text,
     visible,
 )
+from nic_core.object_stores import RemoteError, RemoteUnavailableError
 from nic_core.slides.dicom import folder_series
 from nic_core.slides.errors import SlideError
 from nic_core.slides.files import LeftAside, SlideFiles, files_of_slide
 from nic_core.slides.folders import find_slide_files, list_candidates, summarize_left_aside
+from nic_core.slides.remote import RemotePath, SlidePath, look_up, slide_path
 from nic_core.slides.source import SlideSource
 from nic_core.types import Origin
 
@@ -154,7 +156,7 @@ def slide_index(cohort: Cohort) -> pl.DataFrame:
 def row_source(row: Mapping[str, Any]) -> SlideSource:
     """Return the file of a slide and how it is read, from its row of a slide index."""
     mask = None if row["mask"] is None else Path(row["mask"])
-    return SlideSource(Path(row["path"]), row["mpp"], row["image"], mask, row["origin"])
+    return SlideSource(slide_path(row["path"]), row["mpp"], row["image"], mask, row["origin"])
 
 
 def missing_files(index: pl.DataFrame) -> dict[str, str]:
@@ -165,15 +167,17 @@ def missing_files(index: pl.DataFrame) -> dict[str, str]:
     dict of str to str
         Slide id to reason, for example "path /data/a.svs does not exist".
     """
+    places = [slide_path(place) for column in FILE_COLUMNS for place in index[column].drop_nulls()]
+    look_up(place for place in places if isinstance(place, RemotePath))
     return {
         row["slide"]: f"{column} {row[column]} does not exist"
         for row in index.iter_rows(named=True)
         for column in reversed(FILE_COLUMNS)
-        if row[column] and not Path(row[column]).exists()
+        if row[column] and not slide_path(row[column]).exists()
     }
 
 
-def folder_files(folder: SlideFolder) -> tuple[Path, ...]:
+def folder_files(folder: SlideFolder) -> tuple[SlidePath, ...]:
     """Return the paths in a folder that may be slides, by their names, sorted.
 
     Raises
@@ -184,9 +188,14 @@ def folder_files(folder: SlideFolder) -> tuple[Path, ...]:
     return list_candidates(_existing(folder), folder.pattern).candidates
 
 
-def _existing(folder: SlideFolder) -> Path:
-    if not folder.path.is_dir():
-        raise CohortError(f"slides.folders: {folder.path} is not a folder")
+def _existing(folder: SlideFolder) -> SlidePath:
+    try:
+        if not folder.path.is_dir():
+            raise CohortError(f"slides.folders: {folder.path} is not a folder")
+    except RemoteUnavailableError:
+        raise
+    except RemoteError as error:
+        raise CohortError(f"slides.folders: {error}") from error
     return folder.path
 
 
@@ -265,15 +274,15 @@ def table_slides(table: Path) -> tuple[list[dict[str, object]], dict[str, SlideF
     series_of = functools.cache(folder_series)
     for row in rows:
         given = str(row["path"])
-        found = files_of_slide(Path(given), series_of=series_of)
+        found = files_of_slide(slide_path(given), series_of=series_of)
         if isinstance(found, LeftAside):
             problem = SlideError(given, found.reason, "name the file of a slide in column 'path'")
             found = SlideFiles(found.path, problem=problem)
         path = str(found.path)
         if named.setdefault(path, given) != given:
             raise CohortError(
-                f"slide table {table}: {Path(named[path]).name} and {Path(given).name} are files "
-                f"of one slide ({path}); keep one row for it"
+                f"slide table {table}: {PurePath(named[path]).name} and {PurePath(given).name} are "
+                f"files of one slide ({path}); keep one row for it"
             )
         row["path"] = path
         files[path] = found
@@ -332,11 +341,26 @@ def table_rows(path: Path) -> list[dict[str, object]]:
         }
         for column in FILE_COLUMNS:
             if row[column]:
-                # not resolved: the other files of a slide are beside a link, not beside its target
-                absolute = Path(os.path.abspath(path.parent / str(row[column])))
-                row[column] = str(existing_path(absolute))
+                row[column] = str(_absolute(path, column, str(row[column])))
         rows.append(row | {"split": row["split"] or "cv"})
     return rows
+
+
+def _absolute(table: Path, column: str, text: str) -> SlidePath:
+    """The path or address of a slide table; a relative path is relative to the table's folder."""
+    try:
+        place = slide_path(text)
+    except ValueError as error:
+        raise CohortError(f"slide table {table}: column '{column}': {error}") from error
+    if isinstance(place, RemotePath):
+        if column != "path":
+            raise CohortError(
+                f"slide table {table}: column '{column}': {text} is an address; only slides are "
+                "read from an object store: copy the file, and write its path"
+            )
+        return place
+    # not resolved: the other files of a slide are beside a link, not beside its target
+    return existing_path(Path(os.path.abspath(table.parent / place)))
 
 
 def _values(column: pl.Series) -> list[object]:

@@ -8,7 +8,6 @@ the file in the same state, so that a file that is still being copied is not use
 from __future__ import annotations
 
 import hashlib
-import os
 import stat
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from nic_core.cohort.index import folder_files, table_rows
 from nic_core.cohort.slides import Slides
 from nic_core.slides.errors import SlideError
 from nic_core.slides.identity import content_identity
+from nic_core.slides.remote import RemotePath, SlidePath, look_up, slide_path
 
 SNAPSHOT_SCHEMA = pl.Schema(
     {
@@ -36,7 +36,10 @@ SNAPSHOT_SCHEMA = pl.Schema(
 
 
 class Stamp(NamedTuple):
-    """Size (bytes) and time of modification (ns since 1970) of a file."""
+    """Size (bytes) and time of modification (ns since 1970) of a file.
+
+    Of a remote file see :class:`nic_core.slides.remote.RemoteStatus`.
+    """
 
     size: int
     modified: int
@@ -91,7 +94,7 @@ def scan_files(
         A slide folder does not exist, or the slide table cannot be read.
     """
     parts = snapshot.drop_nulls("part_of")["path"]
-    current = stamps({*watched_files(cohort), *further, *map(Path, parts)})
+    current = stamps({*watched_files(cohort), *further, *map(slide_path, parts)})
     recorded = {
         path: Stamp(size, modified)
         for path, size, modified in snapshot.select("path", "size", "modified").iter_rows()
@@ -110,7 +113,7 @@ def scan_files(
     )
 
 
-def watched_files(cohort: Cohort) -> list[Path]:
+def watched_files(cohort: Cohort) -> list[SlidePath]:
     """Return the paths of all scanned files: slides, tissue masks, slide tables and label tables.
 
     Those of the external cohorts are among them. No file but the slide tables is opened. In a
@@ -121,7 +124,7 @@ def watched_files(cohort: Cohort) -> list[Path]:
     CohortError
         A slide folder of the study does not exist, or its slide table cannot be read.
     """
-    paths = _slide_files(cohort.slides)
+    paths: list[SlidePath] = _slide_files(cohort.slides)
     if cohort.labels is not None:
         paths.append(cohort.labels)
     for external in cohort.external:
@@ -135,25 +138,28 @@ def watched_files(cohort: Cohort) -> list[Path]:
     return paths + [path.with_suffix("") for path in paths if path.suffix.lower() == ".mrxs"]
 
 
-def _slide_files(slides: Slides) -> list[Path]:
+def _slide_files(slides: Slides) -> list[SlidePath]:
     """Return the slides and tissue masks of an entry ``slides``, and its slide table."""
-    paths = [path for folder in slides.folders for path in folder_files(folder)]
+    paths: list[SlidePath] = [p for folder in slides.folders for p in folder_files(folder)]
     if slides.table is not None:
         paths.append(slides.table)
         for row in table_rows(slides.table):
-            paths += [Path(str(row[column])) for column in ("path", "mask") if row.get(column)]
+            paths += [
+                slide_path(str(row[column])) for column in ("path", "mask") if row.get(column)
+            ]
     return paths
 
 
-def stamps(paths: Iterable[Path]) -> dict[str, Stamp]:
+def stamps(paths: Iterable[SlidePath]) -> dict[str, Stamp]:
     """Return size and time of each file, by path; missing files are left out.
 
     A folder (OME-Zarr) has size 0.
     """
-    result: dict[str, Stamp] = {}
+    paths, result = list(paths), dict[str, Stamp]()
+    look_up(path for path in paths if isinstance(path, RemotePath))
     for path in paths:
         try:
-            status = os.stat(path)
+            status = path.stat()
         except FileNotFoundError:
             continue
         if stat.S_ISREG(status.st_mode):
@@ -192,7 +198,7 @@ def take_snapshot(
     }
     owners = {part: path for path, parts in slides.items() for part in parts}
     # stamps are taken before contents are read, so that the next scan finds a change in between
-    found = stamps(map(Path, dict.fromkeys([*slides, *owners, *others])))
+    found = stamps(map(slide_path, dict.fromkeys([*slides, *owners, *others])))
     unreadable: dict[str, str] = {}
     rows: list[tuple[str, int, int, str | None, str | None]] = []
     for path, stamp in found.items():
@@ -202,7 +208,7 @@ def take_snapshot(
             if all(recorded.get(file, (None, None))[0] == found.get(file) for file in files):
                 identity = recorded[path][1]
             try:
-                identity = identity or content_identity(Path(path))
+                identity = identity or content_identity(slide_path(path))
             except SlideError as error:
                 unreadable[path] = str(error)
                 continue

@@ -6,13 +6,16 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from nic_core.cohort.fields import Entry, UserPath
+from nic_core.cohort.fields import Entry, UserPath, UserSlidePath
 
 
 class SlideFolder(Entry):
-    """A folder of slides. A slide's id is its file name without suffix."""
+    """A folder of slides, also in a bucket (``s3://bucket/folder``).
 
-    path: UserPath
+    A slide's id is its file name without suffix.
+    """
+
+    path: UserSlidePath
     pattern: str | None = Field(
         default=None,
         description="glob pattern of the slides' files, relative to `path`; case does not matter. "

@@ -22,6 +22,7 @@ from nic_core.cohort.index import slide_id
 from nic_core.compression import compress_to_store, is_up_to_date
 from nic_core.encoders.inference import PreparedEncoder
 from nic_core.grids import Grid, open_grid
+from nic_core.object_stores import RemoteError
 from nic_core.slides import SlideError, SlideSource, content_identity, open_source
 from nic_core.slides.dicom import folder_series
 from nic_core.slides.files import SlideFiles, files_of_slide
@@ -190,7 +191,7 @@ def compress_slides(
                 path = str(source.path)
                 record(Outcome(slide, path, "not tried", error.reason, error.remedy))
             break
-        except SlideError as error:
+        except (SlideError, RemoteError) as error:
             record(Outcome(slide, path, "failed", error.reason, error.remedy))
         else:
             cells, seconds = int(grid.valid.sum()), time.perf_counter() - start

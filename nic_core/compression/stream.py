@@ -37,6 +37,7 @@ from nic_core.grids.shards import layout_of
 from nic_core.orientations import ORIENTATIONS, orient
 from nic_core.parallel import cores
 from nic_core.slides.errors import SlideError
+from nic_core.slides.remote import RemotePath
 from nic_core.slides.slide import Slide
 from nic_core.tiling.blocks import (
     BLOCK,
@@ -51,6 +52,7 @@ from nic_core.tiling.patches import PatchTableError, check_patch_table
 from nic_core.types import Pixels
 from nic_core.version import __version__
 
+REMOTE_WORKERS = 2  # for each core, of a remote slide: some wait for the server [choice]
 GPU_BLOCK = 16  # patches per side of a block with a GPU; with a CPU it is BLOCK
 
 Progress = Callable[[int, int], None]
@@ -83,7 +85,7 @@ def compress_slide(
     orientations : bool
         Encode each patch in all 8 orientations. Pixels are read only once.
     workers : int, optional
-        Number of threads; default: one per core.
+        Number of threads; default: one per core, or two of a remote slide.
     max_unreadable : float
         Fraction of the kept cells that may be undecodable. They are not valid in the grid.
     progress : callable, optional
@@ -209,7 +211,7 @@ def _encode_slide(
         cells, pixels = part
         return cells, _encode(encoder, pixels, orientations)
 
-    workers = workers or cores()
+    workers = workers or cores() * (REMOTE_WORKERS if isinstance(slide.path, RemotePath) else 1)
     blocks = chain.from_iterable(map(blocks_of, layout.windows()))
     with _single_threaded_torch(), ExitStack() as stack:
         encoded: Iterator[tuple[Cells, Embeddings]]

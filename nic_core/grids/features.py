@@ -30,7 +30,7 @@ import pickle
 import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import h5py
@@ -101,7 +101,7 @@ class Features:
 
 
 def find_features(
-    folder: Path, slide: str, slide_path: Path, format: FeaturesFormat | None = None
+    folder: Path, slide: str, slide_path: PurePath, format: FeaturesFormat | None = None
 ) -> tuple[Path, FeaturesFormat]:
     """Find the file with the features of a slide in a folder and its subfolders.
 
@@ -109,7 +109,7 @@ def find_features(
     ----------
     slide : str
         Slide id. A file is named by it, or by the name of the slide's file without its suffix.
-    slide_path : Path
+    slide_path : Path or RemotePath
         File of the slide.
     format : str, optional
         Only files of this format; default: of any, recognised by their content.

@@ -33,6 +33,7 @@ from nic_core.models.kinds import kind_of
 from nic_core.models.kinds.base import named_series
 from nic_core.models.training import fitting_threads, predict_units
 from nic_core.slides import SlideError, SlideSource, open_slide
+from nic_core.slides.remote import SlidePath
 from nic_core.store import atomic_file
 
 GRIDS, HEATMAPS = "grids", "heatmaps"
@@ -452,7 +453,7 @@ def _units(
     )
 
 
-def _write_explanation(model: SlideModel, grid: Grid, path: Path, folder: Path) -> None:
+def _write_explanation(model: SlideModel, grid: Grid, path: SlidePath, folder: Path) -> None:
     """Write the heatmap of a slide, the file at ``path``."""
     card = model.card
     heat = explain(model.networks, grid, card.target, crop=card.crop)

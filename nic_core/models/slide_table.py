@@ -15,10 +15,11 @@ from nic_core.encoders.encoder import Encoder
 from nic_core.models.files import SlideModel
 from nic_core.models.prediction import predict_slides
 from nic_core.slides import SlideSource
+from nic_core.slides.remote import RemotePath, SlidePath, slide_path
 from nic_core.types import Origin
 
 TABLE_SCHEMA: dict[str, pl.DataType] = {
-    "slide": pl.String(),  # path of the slide's file; the only column that is required
+    "slide": pl.String(),  # path or address of the slide; the only column that is required
     "mpp": pl.Float64(),  # um/px at level 0; null: as the file states
     "mask": pl.String(),  # path of a tissue mask; null: tissue is detected
     "origin": pl.String(),  # level0 or bounds: of a mask of regions; null: as the file states
@@ -108,7 +109,7 @@ def read_slide_table(
             allowed = " or ".join(map(repr, get_args(Origin)))
             raise SlideTableError(f"row {number + 1}: origin '{origin}' must be {allowed}")
         source = SlideSource(
-            _path(path, "slide", number + 1),
+            _slide(path, number + 1),
             cast(float | None, mpp),
             mask=None if mask is None else _path(mask, "mask", number + 1),
             origin=cast(Origin | None, origin),
@@ -141,6 +142,15 @@ def _values(column: pl.Series) -> list[object]:
         raise SlideTableError(problem) from error
     except TypeError as error:
         raise SlideTableError(f"column '{column.name}' {error}") from error
+
+
+def _slide(value: object, row: int) -> SlidePath:
+    """Return the address of a slide, or its path (:func:`_path`)."""
+    try:
+        place = slide_path(str(value or ""))
+    except ValueError as error:
+        raise SlideTableError(f"row {row}: slide {error}") from error
+    return place if isinstance(place, RemotePath) else _path(value, "slide", row)
 
 
 def _path(value: object, column: str, row: int) -> Path:

@@ -1,6 +1,7 @@
 """Whole-slide images: open a slide file and read any region at any resolution.
 
-This package depends on no other part of the project but :mod:`nic_core.types`.
+This package depends on no other part of the project but :mod:`nic_core.types` and
+:mod:`nic_core.object_stores`.
 """
 
 from __future__ import annotations

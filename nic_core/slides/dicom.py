@@ -7,14 +7,14 @@ files before.
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nic_core.object_stores import RemoteError
 from nic_core.slides.errors import SlideError
 from nic_core.slides.metadata import DAMAGED_REMEDY
+from nic_core.slides.remote import SlidePath
 
 if TYPE_CHECKING:
     from pydicom.tag import BaseTag
@@ -40,7 +40,7 @@ class DicomFile:
 
     Attributes
     ----------
-    path : Path
+    path : Path or RemotePath
     sop_class : str
         Name of the kind of object, for example "VL Whole Slide Microscopy Image Storage".
     is_slide_image : bool
@@ -57,7 +57,7 @@ class DicomFile:
         Transfer syntax, in words, if OpenSlide does not read it; else empty.
     """
 
-    path: Path
+    path: SlidePath
     sop_class: str
     is_slide_image: bool
     series: str
@@ -68,7 +68,7 @@ class DicomFile:
     syntax: str
 
 
-def read_dicom(path: Path) -> DicomFile | None:
+def read_dicom(path: SlidePath) -> DicomFile | None:
     """Read the tags of a DICOM file in any transfer syntax; None if it is not DICOM.
 
     Raises
@@ -77,15 +77,17 @@ def read_dicom(path: Path) -> DicomFile | None:
         The file cannot be read, or its header is damaged.
     """
     try:
-        status = os.stat(path)
+        status = path.stat()
         return _read(path, status.st_size, status.st_mtime_ns)
+    except RemoteError:
+        raise
     except OSError as error:
         raise SlideError(path, f"cannot be read ({error.strerror})", "check the path") from error
 
 
 # a folder may hold many slides, and the files of the folder are read for each of them
 @functools.lru_cache(maxsize=1 << 16)
-def _read(path: Path, size: int, modified: int) -> DicomFile | None:
+def _read(path: SlidePath, size: int, modified: int) -> DicomFile | None:
     with path.open("rb") as file:
         if file.read(132)[128:] != b"DICM":
             return None
@@ -119,13 +121,15 @@ def _read(path: Path, size: int, modified: int) -> DicomFile | None:
                     concatenated="ConcatenationUID" in found,
                     syntax=_UNREAD_SYNTAXES.get(syntax, ""),
                 )
+        except RemoteError:
+            raise
         # pydicom raises any of a dozen exception types for a damaged header
         except Exception as error:
             reason = f"damaged DICOM header ({error or type(error).__name__})"
             raise SlideError(path, reason, DAMAGED_REMEDY) from error
 
 
-def dicom_series(files: Iterable[Path]) -> dict[str, list[DicomFile]]:
+def dicom_series(files: Iterable[SlidePath]) -> dict[str, list[DicomFile]]:
     """Return the whole-slide images among files by SeriesInstanceUID, level 0 first.
 
     Files that cannot be read are left out: one of another slide must not make this slide fail.
@@ -144,7 +148,7 @@ def dicom_series(files: Iterable[Path]) -> dict[str, list[DicomFile]]:
     return series
 
 
-def folder_series(folder: Path) -> dict[str, list[DicomFile]]:
+def folder_series(folder: SlidePath) -> dict[str, list[DicomFile]]:
     """Return the series of whole-slide images in a folder (:func:`dicom_series`)."""
     return dicom_series(sorted(file for file in folder.iterdir() if file.is_file()))
 
@@ -179,7 +183,7 @@ def series_problem(files: Iterable[DicomFile]) -> SlideError | None:
     return None
 
 
-def check_dicom(path: Path) -> None:
+def check_dicom(path: SlidePath) -> None:
     """Refuse a DICOM slide that OpenSlide cannot read, or with a truncated file.
 
     Without this check, missing frames are found only when they are read. A file that is not DICOM
@@ -212,7 +216,7 @@ def check_dicom(path: Path) -> None:
         raise SlideError(path, f"truncated: {', '.join(truncated)}", DAMAGED_REMEDY)
 
 
-def _is_complete(path: Path) -> bool:
+def _is_complete(path: SlidePath) -> bool:
     """Whether compressed pixel data have their end mark, and plain ones their whole length."""
     from pydicom.filereader import read_partial
 

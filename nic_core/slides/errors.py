@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from pathlib import PurePath
 
 
 class SlideError(Exception):
@@ -18,7 +18,7 @@ class SlideError(Exception):
         What the user can do.
     """
 
-    def __init__(self, slide: str | Path, reason: str, remedy: str) -> None:
+    def __init__(self, slide: str | PurePath, reason: str, remedy: str) -> None:
         self.slide = str(slide)
         self.reason = " ".join(reason.split())  # messages of libraries may have several lines
         self.remedy = remedy

@@ -13,13 +13,13 @@ import re
 import stat
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
-import tifffile
-
+from nic_core.object_stores import RemoteError, RemoteUnavailableError
 from nic_core.slides.dicom import DicomFile, folder_series, read_dicom, series_problem
 from nic_core.slides.errors import SlideError
 from nic_core.slides.ome_set import OTHER_SCAN, companion_file, ome_images, parse_ome
+from nic_core.slides.remote import RemotePath, SlidePath
+from nic_core.slides.tiff import open_tiff
 
 # suffixes of the formats that the engines read and that state um/px
 SLIDE_SUFFIXES = frozenset(
@@ -57,7 +57,7 @@ _COPY_AGAIN = "copy the file again from its source"
 _COPY_FOLDER = "copy the folder together with the file"
 _COPY_SET = "copy all files of the OME-TIFF set into one folder"
 
-SeriesOf = Callable[[Path], dict[str, list[DicomFile]]]  # folder to its DICOM series
+SeriesOf = Callable[[SlidePath], dict[str, list[DicomFile]]]  # folder to its DICOM series
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,9 @@ class SlideFiles:
 
     Attributes
     ----------
-    path : Path
+    path : Path or RemotePath
         The file (OME-Zarr: folder) by which the slide is opened.
-    parts : tuple of Path
+    parts : tuple of Path or RemotePath
         Its other files.
     problem : SlideError or None
         Why the slide cannot be used, as far as its files show it without a look at the pixels.
@@ -77,8 +77,8 @@ class SlideFiles:
         names for every slide; else empty.
     """
 
-    path: Path
-    parts: tuple[Path, ...] = ()
+    path: SlidePath
+    parts: tuple[SlidePath, ...] = ()
     problem: SlideError | None = None
     folder: str = ""
 
@@ -87,29 +87,40 @@ class SlideFiles:
 class LeftAside:
     """A file that is not taken as a slide, and why not."""
 
-    path: Path
+    path: SlidePath
     reason: str
 
 
-def files_of_slide(path: Path, *, series_of: SeriesOf = folder_series) -> SlideFiles | LeftAside:
+def files_of_slide(
+    path: SlidePath, *, series_of: SeriesOf = folder_series
+) -> SlideFiles | LeftAside:
     """Find all files of the slide that a path belongs to.
 
     Parameters
     ----------
-    path : Path
+    path : Path or RemotePath
         Any file of the slide; or its folder, for OME-Zarr and for a folder with one DICOM series.
     series_of : callable, optional
         Replaces :func:`nic_core.slides.dicom.folder_series`, to read the files of a folder once
         for all of its slides.
+
+    Raises
+    ------
+    RemoteUnavailableError
+        The server of a remote file does not answer. Whether it is a slide is then not known.
     """
     try:
         return _files_of_slide(path, series_of)
+    except RemoteUnavailableError:
+        raise
+    except RemoteError as error:
+        return SlideFiles(path, problem=SlideError(path, error.reason, error.remedy))
     except OSError as error:
         reason = f"cannot be read ({error.strerror})"
         return SlideFiles(path, problem=SlideError(path, reason, "check the path"))
 
 
-def _files_of_slide(path: Path, series_of: SeriesOf) -> SlideFiles | LeftAside:
+def _files_of_slide(path: SlidePath, series_of: SeriesOf) -> SlideFiles | LeftAside:
     mode = path.stat().st_mode
     if stat.S_ISDIR(mode):
         return _folder(path, series_of)
@@ -138,12 +149,12 @@ def _files_of_slide(path: Path, series_of: SeriesOf) -> SlideFiles | LeftAside:
     return LeftAside(path, "not a slide format")
 
 
-def is_zarr(path: Path) -> bool:
+def is_zarr(path: SlidePath) -> bool:
     """Whether a path is a folder with Zarr metadata."""
-    return any((path / name).is_file() for name in ZARR_FILES)
+    return path.is_dir() and any((path / name).is_file() for name in ZARR_FILES)
 
 
-def _folder(path: Path, series_of: SeriesOf) -> SlideFiles | LeftAside:
+def _folder(path: SlidePath, series_of: SeriesOf) -> SlideFiles | LeftAside:
     if is_zarr(path):
         # imported here, since zarr takes half a second
         from nic_core.slides.ome_zarr import NotASlideError, ome_zarr_files
@@ -168,7 +179,7 @@ def _folder(path: Path, series_of: SeriesOf) -> SlideFiles | LeftAside:
     return LeftAside(path, "a folder that is not a slide: neither OME-Zarr nor a DICOM series")
 
 
-def _dicom(path: Path, series_of: SeriesOf) -> SlideFiles | LeftAside:
+def _dicom(path: SlidePath, series_of: SeriesOf) -> SlideFiles | LeftAside:
     try:
         tags = read_dicom(path)
     except SlideError as error:
@@ -194,7 +205,7 @@ def _scans(series: dict[str, list[DicomFile]]) -> list[list[DicomFile]]:
     return [files for files in series.values() if files[0].is_level]
 
 
-def _mirax_of_data(path: Path) -> Path | None:
+def _mirax_of_data(path: SlidePath) -> SlidePath | None:
     """Return the MIRAX file of a file in a data folder; None for any other file."""
     if path.suffix.lower() not in (".dat", ".ini"):
         return None
@@ -202,7 +213,7 @@ def _mirax_of_data(path: Path) -> Path | None:
     return owner if owner.is_file() else None
 
 
-def _mirax(path: Path) -> SlideFiles:
+def _mirax(path: SlidePath) -> SlideFiles:
     if path.is_symlink() and not path.with_suffix("").is_dir():
         path = path.resolve()  # the folder is beside the file, not beside the link
     folder = path.with_suffix("")
@@ -222,17 +233,21 @@ def _mirax(path: Path) -> SlideFiles:
     return SlideFiles(path, parts, problem)
 
 
-def _hamamatsu_of_image(path: Path) -> Path | None:
+def _hamamatsu_of_image(path: SlidePath) -> SlidePath | None:
     """Return the VMS or VMU file that names an image as its own; None if there is none."""
     if path.suffix.lower() not in (".jpg", ".jpeg", ".ngr", ".opt"):
         return None
     # names, not paths: a table may name thousands of JPEGs of one folder
-    names = sorted(n for n in os.listdir(path.parent) if n.lower().endswith((".vms", ".vmu")))
+    if isinstance(path, RemotePath):
+        listed = [other.name for other in path.parent.iterdir()] if path.in_bucket else []
+    else:
+        listed = os.listdir(path.parent)
+    names = sorted(name for name in listed if name.lower().endswith((".vms", ".vmu")))
     keys = (path.parent / name for name in names)
     return next((key for key in keys if path.name in _hamamatsu_names(key)), None)
 
 
-def _hamamatsu(path: Path) -> SlideFiles:
+def _hamamatsu(path: SlidePath) -> SlideFiles:
     names = _hamamatsu_names(path)
     parts = tuple(path.parent / name for name in sorted(names))
     missing = [part.name for part in parts if not part.is_file()]
@@ -243,7 +258,7 @@ def _hamamatsu(path: Path) -> SlideFiles:
     return SlideFiles(path, tuple(part for part in parts if part.is_file()), problem)
 
 
-def _hamamatsu_names(path: Path) -> set[str]:
+def _hamamatsu_names(path: SlidePath) -> set[str]:
     """Names of the files that a VMS or VMU file lists; empty if it cannot be parsed."""
     parser = configparser.ConfigParser(strict=False, interpolation=None)
     try:
@@ -258,21 +273,23 @@ def _hamamatsu_names(path: Path) -> set[str]:
     }
 
 
-def _tiff(path: Path) -> SlideFiles | LeftAside:
+def _tiff(path: SlidePath) -> SlideFiles | LeftAside:
     try:
-        with tifffile.TiffFile(path) as tiff:
+        with open_tiff(path, ndpi=None) as tiff:
             if tiff.is_ome and tiff.ome_metadata:
                 return _ome_set(path, tiff.ome_metadata.encode())
             samples = [page.keyframe.samplesperpixel for page in tiff.pages if page.keyframe]
             if tiff.is_ome or not samples or max(samples) >= 3:
                 return SlideFiles(path)
+    except RemoteError:
+        raise
     # tifffile raises any of a dozen types for a damaged structure; opening the slide reports it
     except Exception:  # noqa: BLE001
         return SlideFiles(path)
     return LeftAside(path, "a TIFF without RGB pixels: a mask or label image, not a slide")
 
 
-def _ome_set(path: Path, xml: bytes) -> SlideFiles | LeftAside:
+def _ome_set(path: SlidePath, xml: bytes) -> SlideFiles | LeftAside:
     """The slide of an OME-TIFF set, from a TIFF or companion file of it and its OME-XML."""
     root = parse_ome(xml)
     others = {path}

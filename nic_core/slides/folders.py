@@ -25,6 +25,7 @@ from nic_core.slides.files import (
     SlideFiles,
     files_of_slide,
 )
+from nic_core.slides.remote import RemotePath, SlidePath
 
 _UNREAD = frozenset(
     (
@@ -51,21 +52,22 @@ class Listing:
 
     Attributes
     ----------
-    candidates : tuple of Path
+    candidates : tuple of Path or RemotePath
         Sorted. Folders among them are OME-Zarr.
     left_aside : tuple of LeftAside
         Files with the suffix of a slide or an image that are not candidates.
     """
 
-    candidates: tuple[Path, ...]
+    candidates: tuple[SlidePath, ...]
     left_aside: tuple[LeftAside, ...]
 
 
-def list_candidates(folder: Path, pattern: str | None = None) -> Listing:
+def list_candidates(folder: SlidePath, pattern: str | None = None) -> Listing:
     """List the files below a folder that may be slides, by their names alone.
 
     Links are followed. A folder that links reach more than once is searched once. Hidden files and
-    folders, and the data folders of MIRAX slides, are left out.
+    folders, and the data folders of MIRAX slides, are left out. Of a folder in a bucket
+    (:class:`nic_core.slides.remote.RemotePath`) the objects below it are listed.
 
     Parameters
     ----------
@@ -74,9 +76,9 @@ def list_candidates(folder: Path, pattern: str | None = None) -> Listing:
         Default: every file with the suffix of a readable format, and files without a suffix, which
         may be DICOM.
     """
-    tree = _walk(folder)
+    tree = _list_objects(folder) if isinstance(folder, RemotePath) else _walk(folder)
     left = list(tree.left_aside)
-    candidates: list[Path] = []
+    candidates: list[SlidePath] = []
     listed = {
         os.path.realpath(path)
         for path in (tree.files if tree.links else ())
@@ -103,7 +105,7 @@ def list_candidates(folder: Path, pattern: str | None = None) -> Listing:
 
 
 def find_slide_files(
-    folder: Path, pattern: str | None = None
+    folder: SlidePath, pattern: str | None = None
 ) -> tuple[list[SlideFiles], list[LeftAside]]:
     """Find the slides below a folder, each once, and what is not a slide.
 
@@ -120,7 +122,7 @@ def find_slide_files(
     """
     listing = list_candidates(folder, pattern)
     left = list(listing.left_aside)
-    found: dict[Path, SlideFiles] = {}
+    found: dict[SlidePath, SlideFiles] = {}
     series_of = functools.cache(folder_series)
     for path in listing.candidates:
         if pattern is None and _may_be_dicom(path) and not _is_dicom_or_folder(path):
@@ -154,9 +156,9 @@ class _Tree:
     OME-Zarr folders are in ``zarrs``, links to files in ``files`` and in ``links``.
     """
 
-    files: list[Path] = field(default_factory=list)
-    links: set[Path] = field(default_factory=set)
-    zarrs: set[Path] = field(default_factory=set)
+    files: list[SlidePath] = field(default_factory=list)
+    links: set[SlidePath] = field(default_factory=set)
+    zarrs: set[SlidePath] = field(default_factory=set)
     left_aside: list[LeftAside] = field(default_factory=list)
 
 
@@ -205,6 +207,32 @@ def _walk(folder: Path) -> _Tree:
     return tree
 
 
+def _list_objects(folder: RemotePath) -> _Tree:
+    """The objects below a folder of a bucket, as :func:`_walk` finds files."""
+    tree = _Tree()
+    files = folder.files()
+    with_metadata = {file.parent for file in files if file.name in ZARR_FILES}
+    data_of_mirax = {file.with_suffix("") for file in files if file.suffix.lower() == ".mrxs"}
+    left: dict[RemotePath, str] = {}
+    for file in files:
+        inside = file.relative_to(folder).parts[:-1]
+        for depth, name in enumerate(("", *inside)):
+            above = folder.joinpath(*inside[:depth])
+            if above in with_metadata:
+                tree.zarrs.add(above)
+            elif name.startswith("."):
+                left[above] = "a hidden folder"
+            elif above.suffix.lower() == ".zarr" and depth:
+                left[above] = "a .zarr folder without Zarr metadata: copy it again from its source"
+            elif above not in data_of_mirax:
+                continue
+            break
+        else:
+            tree.files.append(file)
+    tree.left_aside += [LeftAside(path, reason) for path, reason in left.items()]
+    return tree
+
+
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
@@ -212,7 +240,9 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _name_reason(path: Path, relative: str, pattern: str | None, *, is_zarr: bool) -> str | None:
+def _name_reason(
+    path: SlidePath, relative: str, pattern: str | None, *, is_zarr: bool
+) -> str | None:
     """Why a file is not a candidate, by its name; None: it is one; empty: not to be listed."""
     suffix = ".zarr" if is_zarr else path.suffix.lower()
     if path.name.startswith("."):
@@ -245,12 +275,12 @@ def _matches(relative: str, pattern: str) -> bool:
     return _matcher(pattern).match(unicodedata.normalize("NFC", relative))
 
 
-def _may_be_dicom(path: Path) -> bool:
+def _may_be_dicom(path: SlidePath) -> bool:
     """Whether a name has no suffix; the last number of a UID is none."""
     return re.fullmatch(r"(\.\d*)?", path.suffix) is not None
 
 
-def _is_dicom_or_folder(path: Path) -> bool:
+def _is_dicom_or_folder(path: SlidePath) -> bool:
     try:
         return path.is_dir() or read_dicom(path) is not None
     except SlideError:  # DICOM with a damaged header
@@ -286,7 +316,7 @@ def _join_spread_series(slides: Iterable[SlideFiles], series_of: SeriesOf) -> li
     return sorted(result, key=lambda slide: slide.path)
 
 
-def _members(path: Path, series_of: SeriesOf) -> list[DicomFile]:
+def _members(path: SlidePath, series_of: SeriesOf) -> list[DicomFile]:
     """The files of the DICOM series of a file, in its folder; empty for any other file."""
     try:
         tags = read_dicom(path) if path.is_file() else None

@@ -9,13 +9,13 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageCms
 from pydantic import BaseModel, ConfigDict
 
 from nic_core.slides.errors import SlideError
+from nic_core.slides.remote import SlidePath
 from nic_core.types import Pixels
 
 
@@ -45,14 +45,14 @@ def describe_profile(data: bytes) -> IccProfile:
     return IccProfile(sha256=hashlib.sha256(data).hexdigest(), description=description)
 
 
-def srgb_conversion(path: Path, data: bytes) -> Callable[[Pixels], Pixels]:
+def srgb_conversion(path: SlidePath, data: bytes) -> Callable[[Pixels], Pixels]:
     """Return a function that converts pixels from a profile to sRGB.
 
     The rendering intent is the profile's own [choice], as OpenSlide's documentation recommends.
 
     Parameters
     ----------
-    path : Path
+    path : Path or RemotePath
         Slide, for the error.
     data : bytes
         Profile as stored.

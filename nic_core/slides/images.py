@@ -20,7 +20,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 from xml.etree import ElementTree
 
@@ -41,6 +40,7 @@ from nic_core.slides.metadata import (
     page_metadata,
 )
 from nic_core.slides.ome_set import ome_xml
+from nic_core.slides.remote import SlidePath
 
 AlphaKind = Literal["straight", "premultiplied"]
 """Whether colours are stored as they are, or multiplied by their opacity."""
@@ -149,14 +149,14 @@ class TiffImage:
         return self.colour and not self.info.name
 
 
-def find_images(tiff: tifffile.TiffFile) -> list[TiffImage]:
+def find_images(path: SlidePath, tiff: tifffile.TiffFile) -> list[TiffImage]:
     """List the images of a TIFF file by number.
 
     The OME-XML says which pages form an image. In other files, and for pages that the OME-XML does
     not mention, see :func:`_page_images`.
     """
     pages = [page for page in tiff.pages if isinstance(page, tifffile.TiffPage)]
-    root = _ome_root(tiff)
+    root = _ome_root(path, tiff)
     elements = [] if root is None else [e for e in children(root, "Image") if _pixels(e)]
     listed: list[TiffImage] = []
     used: set[int] = set()
@@ -171,7 +171,9 @@ def find_images(tiff: tifffile.TiffFile) -> list[TiffImage]:
     return listed + _page_images(tiff, rest, len(listed))
 
 
-def choose_image(path: Path, images: Sequence[TiffImage], number: int | None) -> list[TiffImage]:
+def choose_image(
+    path: SlidePath, images: Sequence[TiffImage], number: int | None
+) -> list[TiffImage]:
     """Return the image to read, by the rule of this module, and the next best ones after it.
 
     Parameters
@@ -230,7 +232,7 @@ def choose_image(path: Path, images: Sequence[TiffImage], number: int | None) ->
     ]
 
 
-def _named(path: Path, images: Sequence[TiffImage], number: int) -> TiffImage:
+def _named(path: SlidePath, images: Sequence[TiffImage], number: int) -> TiffImage:
     image = next((image for image in images if image.info.number == number), None)
     if image is None:
         raise SlideError(path, f"has no image {number}; it has {_listing(images)}", IMAGE_REMEDY)
@@ -252,7 +254,7 @@ def _listing(images: Sequence[TiffImage]) -> str:
     return "; ".join(shown + more)
 
 
-def _check_usable(path: Path, image: TiffImage, *, several: bool) -> None:
+def _check_usable(path: SlidePath, image: TiffImage, *, several: bool) -> None:
     if image.info.problem:
         which = f"image {image.info.number}: " if several else ""
         remedy = f"{image.remedy}, or {IMAGE_REMEDY}" if several else image.remedy
@@ -332,7 +334,7 @@ def alpha_kind(page: tifffile.TiffPage) -> AlphaKind | None:
 # --- OME-TIFF --------------------------------------------------------------------------------
 
 
-def _ome_root(tiff: tifffile.TiffFile) -> ElementTree.Element | None:
+def _ome_root(path: SlidePath, tiff: tifffile.TiffFile) -> ElementTree.Element | None:
     """The OME-XML; None if there is none.
 
     Raises
@@ -342,7 +344,6 @@ def _ome_root(tiff: tifffile.TiffFile) -> ElementTree.Element | None:
     """
     if not tiff.is_ome or not tiff.ome_metadata:
         return None
-    path = Path(tiff.filehandle.path)
     try:
         return ElementTree.fromstring(ome_xml(path, tiff.ome_metadata))
     except ElementTree.ParseError as error:

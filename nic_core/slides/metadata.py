@@ -6,12 +6,12 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from xml.etree import ElementTree
 
 import tifffile
 
 from nic_core.slides.errors import SlideError
+from nic_core.slides.remote import SlidePath
 
 # No histology scanner works outside this range of um/px [choice]. Print resolutions, which some
 # programs write, are outside it (72 to 600 dpi are 353 to 42 um/px).
@@ -80,7 +80,7 @@ class FileMetadata:
     scanner: str | None = None
 
 
-def resolve_mpp(path: Path, given: float | None, metadata: FileMetadata) -> tuple[float, str]:
+def resolve_mpp(path: SlidePath, given: float | None, metadata: FileMetadata) -> tuple[float, str]:
     """Return the um/px to use and its source: the user's value, else that of the file.
 
     Parameters
@@ -109,7 +109,7 @@ def resolve_mpp(path: Path, given: float | None, metadata: FileMetadata) -> tupl
     return (x + y) / 2, metadata.mpp_source
 
 
-def check_physical_size(path: Path, width: int, height: int, mpp: float) -> None:
+def check_physical_size(path: SlidePath, width: int, height: int, mpp: float) -> None:
     """Refuse a slide larger than any glass slide: its size or its um/px is wrong.
 
     Parameters
@@ -133,7 +133,7 @@ def check_physical_size(path: Path, width: int, height: int, mpp: float) -> None
         )
 
 
-def _check_mpp(path: Path, value: float, source: str) -> None:
+def _check_mpp(path: SlidePath, value: float, source: str) -> None:
     low, high = MPP_RANGE
     if not (math.isfinite(value) and low <= value <= high):
         raise SlideError(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from xml.etree import ElementTree
+
+from nic_core.slides.remote import SlidePath
 
 OTHER_SCAN = 16  # an image with more than 1/16 of the scan's pixels is not a macro image [choice]
 
@@ -17,7 +18,7 @@ class OmeImage:
     files: tuple[str, ...]
 
 
-def ome_xml(path: Path, xml: str) -> str:
+def ome_xml(path: SlidePath, xml: str) -> str:
     """Return the OME-XML of one TIFF of a set whose metadata are in a companion file.
 
     Parameters
@@ -41,7 +42,7 @@ def ome_xml(path: Path, xml: str) -> str:
     return ElementTree.tostring(whole, encoding="unicode")
 
 
-def companion_file(path: Path, root: ElementTree.Element) -> Path | None:
+def companion_file(path: SlidePath, root: ElementTree.Element) -> SlidePath | None:
     """Return the file with the metadata of an OME-TIFF; None if they are in itself."""
     binary_only = root.find("{*}BinaryOnly")
     return None if binary_only is None else path.parent / binary_only.get("MetadataFile", "")

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zarr
+from zarr.storage import ObjectStore
 
+from nic_core.object_stores import RemoteError, as_remote_error, connect, split_address
 from nic_core.slides.errors import SlideError
 from nic_core.slides.metadata import BRIGHTFIELD_REMEDY, DAMAGED_REMEDY, FileMetadata
 from nic_core.slides.ome_set import OTHER_SCAN
+from nic_core.slides.remote import RemotePath, SlidePath
 
 _METADATA_NAMES = (".zattrs", ".zgroup", ".zarray", "zarr.json")
 _MICROMETRES = {
@@ -29,7 +33,7 @@ _MAX_CHUNK = 1 << 28  # px
 class NotASlideError(SlideError):
     """A Zarr folder with other data than an 8-bit RGB image."""
 
-    def __init__(self, path: Path, reason: str) -> None:
+    def __init__(self, path: SlidePath, reason: str) -> None:
         super().__init__(path, reason, BRIGHTFIELD_REMEDY)
 
 
@@ -51,7 +55,7 @@ class OmeZarrImage:
     metadata: FileMetadata
 
 
-def read_ome_zarr(path: Path) -> OmeZarrImage:
+def read_ome_zarr(path: SlidePath) -> OmeZarrImage:
     """Find the slide in an OME-Zarr folder: the scan, if there are a label and a macro image too.
 
     Raises
@@ -63,9 +67,10 @@ def read_ome_zarr(path: Path) -> OmeZarrImage:
         scans.
     """
     try:
-        root = zarr.open_group(path, mode="r")
-        found = _rgb_images(path, _images(path, root))
-    except SlideError:
+        with zarr_errors(path):
+            root = zarr.open_group(_zarr_store(path), mode="r")
+            found = _rgb_images(path, _images(path, root))
+    except (SlideError, RemoteError):
         raise
     # zarr raises any of a dozen exception types for damaged metadata
     except Exception as error:
@@ -79,7 +84,19 @@ def read_ome_zarr(path: Path) -> OmeZarrImage:
     return first
 
 
-def ome_zarr_files(path: Path) -> list[Path]:
+def zarr_errors(path: SlidePath) -> AbstractContextManager[None]:
+    """Raise what zarr reports about a remote image as :func:`as_remote_error` does."""
+    return as_remote_error(path) if isinstance(path, RemotePath) else nullcontext()
+
+
+def _zarr_store(path: SlidePath) -> Path | ObjectStore[Any]:
+    if not isinstance(path, RemotePath):
+        return path
+    root, key = split_address(str(path))
+    return ObjectStore(connect(root, key), read_only=True)
+
+
+def ome_zarr_files(path: SlidePath) -> list[SlidePath]:
     """Return the files with the metadata of the slide in an OME-Zarr folder.
 
     Raises
@@ -93,7 +110,7 @@ def ome_zarr_files(path: Path) -> list[Path]:
     return sorted(file for file in named if file.is_file())
 
 
-def _images(path: Path, root: zarr.Group) -> list[tuple[zarr.Group, Mapping[str, Any]]]:
+def _images(path: SlidePath, root: zarr.Group) -> list[tuple[zarr.Group, Mapping[str, Any]]]:
     """The groups with an image, each with its entry of ``multiscales``."""
     attributes = _ome(root)
     if "plate" in attributes or "well" in attributes:
@@ -113,7 +130,7 @@ def _has_image(group: zarr.Group) -> bool:
 
 
 def _rgb_images(
-    path: Path, images: list[tuple[zarr.Group, Mapping[str, Any]]]
+    path: SlidePath, images: list[tuple[zarr.Group, Mapping[str, Any]]]
 ) -> list[OmeZarrImage]:
     """The images of 8-bit RGB; raises NotASlideError if there is none."""
     found: list[OmeZarrImage] = []
@@ -134,7 +151,7 @@ def _ome(group: zarr.Group) -> Mapping[str, Any]:
     return dict(attributes["ome"]) if "ome" in attributes else attributes
 
 
-def _image(path: Path, group: zarr.Group, entry: Mapping[str, Any]) -> OmeZarrImage:
+def _image(path: SlidePath, group: zarr.Group, entry: Mapping[str, Any]) -> OmeZarrImage:
     axes = entry.get("axes")
     if not axes or not all(isinstance(axis, dict) for axis in axes):
         version = entry.get("version", "of an unknown version")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -20,6 +19,7 @@ from nic_core.slides.errors import SlideError
 from nic_core.slides.files import SlideFiles, files_of_slide
 from nic_core.slides.icc import describe_profile, srgb_conversion
 from nic_core.slides.metadata import BRIGHTFIELD_REMEDY, check_physical_size, resolve_mpp
+from nic_core.slides.remote import SlidePath, slide_path
 from nic_core.slides.resample import resample, snap_to_whole
 from nic_core.types import Colours, Pixels
 
@@ -38,7 +38,7 @@ class Slide:
 
     Attributes
     ----------
-    path : Path
+    path : Path or RemotePath
     engine, engine_reason : str
         Library that decodes the file (``tifffile``, ``openslide``, ``libvips``, ``zarr``,
         ``czi``), and why.
@@ -68,7 +68,7 @@ class Slide:
     """
 
     def __init__(
-        self, path: Path, opened: OpenedEngine, mpp: float, mpp_source: str, colours: Colours
+        self, path: SlidePath, opened: OpenedEngine, mpp: float, mpp_source: str, colours: Colours
     ) -> None:
         engine = opened.engine
         self.path = path
@@ -85,7 +85,7 @@ class Slide:
         self.scanner = engine.metadata.scanner
         self.colours = colours
         self._convert = srgb_conversion(path, stored) if stored and colours == "srgb" else None
-        self._engine = engine
+        self._opened, self._engine = opened, engine
 
     def __enter__(self) -> Self:
         return self
@@ -100,7 +100,7 @@ class Slide:
 
     def close(self) -> None:
         """Close the file."""
-        self._engine.close()
+        self._opened.close()
 
     def level_for(self, mpp: float) -> int:
         """Return the index of the coarsest level that is at least as fine as ``mpp``; else 0.
@@ -235,7 +235,7 @@ class Slide:
 
 
 def open_slide(
-    path: Path,
+    path: str | SlidePath,
     *,
     mpp: float | None = None,
     image: int | None = None,
@@ -246,7 +246,9 @@ def open_slide(
 
     Parameters
     ----------
-    path : Path
+    path : str, Path or RemotePath
+        File, or address in an object store (``s3://bucket/slide.svs``, ``https://host/slide.svs``;
+        :mod:`nic_core.slides.remote`).
         SVS, TIFF, OME-TIFF, NDPI, MIRAX, SCN, Philips TIFF, BIF, DICOM, OME-Zarr, CZI, PNG or
         JPEG. Any file of a slide that has several (:mod:`nic_core.slides.files`).
     mpp : float, optional
@@ -266,8 +268,10 @@ def open_slide(
         The file is missing, damaged, truncated, of an unknown format or not brightfield, it has no
         such image, the engine does not read it, its um/px is unknown or impossible, or its ICC
         profile is asked for and cannot be applied.
+    RemoteError
+        The server of a remote slide does not answer, or denies the access.
     """
-    found = files_of_slide(Path(path))
+    found = files_of_slide(slide_path(path))
     if isinstance(found, SlideFiles) and found.problem is not None:
         raise found.problem
     path = found.path
@@ -278,29 +282,29 @@ def open_slide(
         slide = Slide(path, opened, *resolve_mpp(path, mpp, opened.engine.metadata), colours)
         check_physical_size(path, slide.width, slide.height, slide.mpp)
     except SlideError:
-        opened.engine.close()
+        opened.close()
         raise
     return slide
 
 
-def _next_bright(path: Path, dark: OpenedEngine, engine: EngineName | None) -> OpenedEngine:
+def _next_bright(path: SlidePath, dark: OpenedEngine, engine: EngineName | None) -> OpenedEngine:
     """Open the largest image after a dark one that is not dark itself."""
     for number in dark.alternatives:
         other = open_engine(path, engine, number)
         try:
             if not _is_dark(path, other.engine):
-                dark.engine.close()
+                dark.close()
                 return other
         except SlideError:
-            other.engine.close()
+            other.close()
             raise
-        other.engine.close()
+        other.close()
     raise SlideError(
         path, "black in all sampled regions: not a brightfield scan", BRIGHTFIELD_REMEDY
     )
 
 
-def _is_dark(path: Path, engine: Engine) -> bool:
+def _is_dark(path: SlidePath, engine: Engine) -> bool:
     """Decode a few regions of the coarsest level; true if all are as dark as fluorescence.
 
     An error is raised when the slide is opened, not after hours of work on others.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from nic_core.slides.remote import SlidePath
 from nic_core.slides.slide import Slide, open_slide
 from nic_core.types import Colours, Origin
 
@@ -15,7 +16,7 @@ class SlideSource:
 
     Attributes
     ----------
-    path : Path
+    path : Path or RemotePath
         As in :func:`nic_core.slides.open_slide`.
     mpp : float, optional
         um/px at level 0; overrides that of the file.
@@ -27,7 +28,7 @@ class SlideSource:
         What the coordinates of a mask of regions count from; default: as the file states.
     """
 
-    path: Path
+    path: SlidePath
     mpp: float | None = None
     image: int | None = None
     mask: Path | None = None

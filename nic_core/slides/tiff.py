@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from operator import add
 from pathlib import Path
+from typing import IO, Any, cast
 
 import openslide
 import tifffile
 
+from nic_core.object_stores import RemoteError
 from nic_core.slides.errors import SlideError
 from nic_core.slides.images import ImageInfo, choose_image, find_images
 from nic_core.slides.metadata import (
@@ -21,12 +24,13 @@ from nic_core.slides.metadata import (
     FileMetadata,
     fluorescence_evidence,
 )
+from nic_core.slides.remote import Range, RemoteFile, RemoteObject, RemotePath, SlidePath
 
 # Formats that the TIFF tags describe completely. Others need OpenSlide to place the tiles.
 _PLAIN_FORMATS = (None, "aperio", "generic-tiff")
 _JPEG2000_YCBCR = 33003  # Aperio's compression tag
 _DECODED_TO_RGB = (7, 34892, 33007)  # JPEG compressions, whose decoders return RGB
-_SUBIFDS = 330
+_SUBIFDS, _SOFTWARE, _XMP, _NDPI_FORMAT = 330, 305, 700, 65420
 _MAX_TILE = 1 << 28  # px; 0.8 GB of RGB
 SEPARATE = tifffile.PLANARCONFIG.SEPARATE
 # struct format of a value, by the number of the TIFF data type
@@ -52,6 +56,8 @@ class TiffInfo:
         Number of the page of each level, finest first, and of the sub-directory of that page; the
         latter is -1 for the page itself.
     metadata : FileMetadata
+    remote : RemoteObject or None
+        The file in the version that was inspected, if it is in an object store.
     """
 
     openslide_reason: str = ""
@@ -60,6 +66,7 @@ class TiffInfo:
     alternatives: tuple[int, ...] = ()
     levels: tuple[tuple[int, int], ...] = ()
     metadata: FileMetadata = field(default_factory=FileMetadata)
+    remote: RemoteObject | None = None
 
     @property
     def scans(self) -> tuple[ImageInfo, ...]:
@@ -67,12 +74,34 @@ class TiffInfo:
         return tuple(image for image in self.images if not image.name)
 
 
-def open_tiff(path: Path, *, ndpi: bool = False) -> tifffile.TiffFile:
-    """Open a file with tifffile; ``ndpi`` says whether it is an NDPI file.
+@contextmanager
+def open_tiff(
+    path: SlidePath | RemoteObject, *, ndpi: bool | None = False
+) -> Iterator[tifffile.TiffFile]:
+    """Open a file with tifffile, and close it at the end of the block.
 
-    tifffile alone decides by the suffix, which may be wrong.
+    Parameters
+    ----------
+    ndpi : bool, optional
+        Whether it is an NDPI file. None: tifffile decides by the suffix, which may be wrong.
+
+    Raises
+    ------
+    RemoteError
+        A part of a remote file cannot be read. tifffile alone leaves out the tags of that part.
     """
-    return tifffile.TiffFile(path, is_ndpi=ndpi)
+    kind: dict[str, Any] = {} if ndpi is None else {"is_ndpi": ndpi}
+    if isinstance(path, Path):
+        with tifffile.TiffFile(path, **kind) as tiff:
+            yield tiff
+        return
+    file = RemoteFile(path if isinstance(path, RemoteObject) else RemoteObject(path))
+    try:
+        with tifffile.TiffFile(cast(IO[bytes], file), name=file.name, **kind) as tiff:
+            yield tiff
+    finally:
+        if file.failure is not None:
+            raise file.failure
 
 
 def level_pages(tiff: tifffile.TiffFile, info: TiffInfo) -> list[tifffile.TiffPage]:
@@ -89,7 +118,7 @@ def level_pages(tiff: tifffile.TiffFile, info: TiffInfo) -> list[tifffile.TiffPa
     return pages
 
 
-def inspect_tiff(path: Path, image: int | None = None) -> TiffInfo:
+def inspect_tiff(path: SlidePath, image: int | None = None) -> TiffInfo:
     """Find the slide in a TIFF file (:mod:`nic_core.slides.images`).
 
     Parameters
@@ -102,18 +131,21 @@ def inspect_tiff(path: Path, image: int | None = None) -> TiffInfo:
     SlideError
         The file is damaged, truncated, or not an 8-bit RGB brightfield image, or there is no such
         image.
+    RemoteError
+        A remote file cannot be read.
     """
-    vendor = openslide.OpenSlide.detect_format(path)
+    remote = RemoteObject(path) if isinstance(path, RemotePath) else None
     try:
-        with open_tiff(path, ndpi=vendor == "hamamatsu") as tiff:
+        vendor = _remote_vendor(remote) if remote else openslide.OpenSlide.detect_format(path)
+        with open_tiff(remote or path, ndpi=vendor == "hamamatsu") as tiff:
             if evidence := fluorescence_evidence(tiff.pages.first):
                 raise SlideError(path, f"a fluorescence scan ({evidence})", BRIGHTFIELD_REMEDY)
             if vendor not in _PLAIN_FORMATS:
                 _check_complete(path, tiff, list(tiff.pages))
                 check_only_image(path, image)
                 return TiffInfo(openslide_reason=f"{vendor} format")
-            return _inspect(path, tiff, image)
-    except SlideError:
+            return replace(_inspect(path, tiff, image), remote=remote)
+    except (SlideError, RemoteError):
         raise
     except MemoryError as error:
         raise SlideError(
@@ -128,7 +160,41 @@ def inspect_tiff(path: Path, image: int | None = None) -> TiffInfo:
         ) from error
 
 
-def check_only_image(path: Path, image: int | None) -> None:
+def _remote_vendor(remote: RemoteObject) -> str | None:
+    """The vendor whose format only OpenSlide reads, as OpenSlide finds it in the tags.
+
+    What is taken for a vendor's format here is copied and opened by OpenSlide, which decides.
+    """
+    if _is_ndpi(remote):
+        return "hamamatsu"
+    with open_tiff(remote) as tiff:
+        page = tiff.pages.first
+        tags = {tag: str(page.tags.valueof(tag) or "") for tag in (_SOFTWARE, _XMP)}
+    if "<scn" in page.description:
+        return "leica"
+    if "iScan" in tags[_XMP]:
+        return "ventana"
+    makers = {"Philips": "philips", "MedScan": "trestle"}
+    found = (vendor for start, vendor in makers.items() if tags[_SOFTWARE].startswith(start))
+    return next(found, None)
+
+
+def _is_ndpi(remote: RemoteObject) -> bool:
+    """Whether the first directory has the tag of NDPI; its offset has 64 bits in this format."""
+    head = remote.read_blocks(Range(0, min(remote.size, 12)))
+    order = "<" if head[:2] == b"II" else ">"
+    if len(head) < 12 or struct.unpack(f"{order}H", head[2:4]) != (42,):
+        return False
+    (start,) = struct.unpack(f"{order}Q", head[4:])
+    if start + 2 > remote.size:
+        return False
+    (count,) = struct.unpack(f"{order}H", remote.read_blocks(Range(start, 2)))
+    entries = remote.read_blocks(Range(start + 2, min(12 * count, remote.size - start - 2)))
+    starts = range(0, len(entries) - 1, 12)
+    return any(struct.unpack_from(f"{order}H", entries, at) == (_NDPI_FORMAT,) for at in starts)
+
+
+def check_only_image(path: SlidePath, image: int | None) -> None:
     """Refuse an image other than 0, for files whose format has one scan.
 
     Raises
@@ -139,8 +205,8 @@ def check_only_image(path: Path, image: int | None) -> None:
         raise SlideError(path, f"has no image {image}; its format has one scan: 0", IMAGE_REMEDY)
 
 
-def _inspect(path: Path, tiff: tifffile.TiffFile, number: int | None) -> TiffInfo:
-    images = find_images(tiff)
+def _inspect(path: SlidePath, tiff: tifffile.TiffFile, number: int | None) -> TiffInfo:
+    images = find_images(path, tiff)
     if not images:
         raise SlideError(path, "the file contains no image", DAMAGED_REMEDY)
     image, *others = choose_image(path, images, number)
@@ -167,7 +233,7 @@ def _inspect(path: Path, tiff: tifffile.TiffFile, number: int | None) -> TiffInf
     )
 
 
-def _check_tiles(path: Path, page: tifffile.TiffPage) -> None:
+def _check_tiles(path: SlidePath, page: tifffile.TiffPage) -> None:
     """Refuse a page whose size, offsets and byte counts disagree about its tiles."""
     side = tile_size(page)
     if min(side) < 1:
@@ -188,7 +254,9 @@ def _check_tiles(path: Path, page: tifffile.TiffPage) -> None:
 
 
 def _check_complete(
-    path: Path, tiff: tifffile.TiffFile, pages: Sequence[tifffile.TiffPage | tifffile.TiffFrame]
+    path: SlidePath,
+    tiff: tifffile.TiffFile,
+    pages: Sequence[tifffile.TiffPage | tifffile.TiffFrame],
 ) -> None:
     """Refuse a truncated file; libraries open it, and some return white for missing pixels."""
     end = max(max(map(add, page.dataoffsets, page.databytecounts), default=0) for page in pages)

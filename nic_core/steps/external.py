@@ -46,6 +46,7 @@ from nic_core.models.subgroups import (
 )
 from nic_core.pictures import save_figure
 from nic_core.slides import SlideError, content_identity
+from nic_core.slides.remote import slide_path
 from nic_core.steps.predictions import encoder_of_champion, load_champion
 from nic_core.steps.slide_index import (
     digest,
@@ -470,7 +471,7 @@ def _identities(index: pl.DataFrame) -> tuple[dict[str, str], dict[str, str]]:
     unreadable: dict[str, str] = {}
     for slide, path in index.select("slide", "path").iter_rows():
         try:
-            identities[slide] = content_identity(Path(path))
+            identities[slide] = content_identity(slide_path(path))
         except SlideError as error:
             unreadable[slide] = f"{error.reason}; {error.remedy}"
     return identities, unreadable

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -306,7 +306,7 @@ def _stage(label: str, slides: pl.DataFrame, left_out: Iterable[tuple[str, int]]
 
 def _ids(index: pl.DataFrame) -> set[str]:
     """Return the ids of slides and patients, and the names of the slides' files."""
-    paths = map(Path, index["path"])
+    paths = map(PurePath, index["path"])
     names = {name for path in paths for name in (path.name, path.stem)}
     return {*index["slide"], *index["patient"], *names}
 

@@ -32,6 +32,7 @@ from nic_core.models.fold_columns import FoldColumn, read_fold_column
 from nic_core.models.labels import read_labels, target_table
 from nic_core.slides import Slide, content_identity, open_source
 from nic_core.slides.files import LeftAside
+from nic_core.slides.remote import slide_path
 from nic_core.store import Store, atomic_file
 from nic_core.types import Colours
 
@@ -125,7 +126,8 @@ def scan_slides(
     problems = {
         slide: problem
         for slide, path in index.select("slide", "path").iter_rows()
-        if (problem := found.problems.get(slide)) and not (path in waiting and Path(path).exists())
+        if (problem := found.problems.get(slide))
+        and not (path in waiting and slide_path(path).exists())
     }
     unusable = set(index.filter(pl.col("slide").is_in(list(problems)))["path"])
     readable = {path: parts for path, parts in files.items() if path not in waiting | unusable}

@@ -46,6 +46,7 @@ from nic_core.parallel import cores
 from nic_core.slides import SlideError, content_identity, open_slide
 from nic_core.slides.files import SlideFiles
 from nic_core.slides.folders import summarize_left_aside
+from nic_core.slides.remote import slide_path
 from nic_core.steps.external import (
     StudySlides,
     external_study,
@@ -170,7 +171,7 @@ def _slides(
         )
     for column in FILE_COLUMNS:
         absent = index.filter(
-            pl.col(column).map_elements(lambda path: not Path(path).exists(), pl.Boolean)
+            pl.col(column).map_elements(lambda path: not slide_path(path).exists(), pl.Boolean)
         )
         if absent.height:
             found.append(
@@ -203,15 +204,16 @@ def _opened(
 
     Slides with the same problem are one finding.
     """
-    rows = [row for row in index.iter_rows(named=True) if Path(row["path"]).exists()]
+    rows = [row for row in index.iter_rows(named=True) if slide_path(row["path"]).exists()]
 
     def read(row: dict[str, Any]) -> tuple[str | None, tuple[str, str] | None]:
         # a problem of the whole slide may not show when one of its files is opened
         if (problem := files[row["path"]].problem) is not None:
             return None, (problem.reason, problem.remedy)
         try:
-            identity = content_identity(Path(row["path"]))
-            with open_slide(Path(row["path"]), mpp=row["mpp"], image=row["image"]) as slide:
+            path = slide_path(row["path"])
+            identity = content_identity(path)
+            with open_slide(path, mpp=row["mpp"], image=row["image"]) as slide:
                 if row["mask"] and Path(row["mask"]).exists():
                     check_mask(Path(row["mask"]), slide, origin=row["origin"])
         except SlideError as error:
@@ -296,7 +298,7 @@ def _features(encoder: FeaturesEncoder, slides: pl.DataFrame) -> Iterator[Findin
         return
     for slide, path in slides.select("slide", "path").iter_rows():
         try:
-            find_features(encoder.folder, slide, Path(path), encoder.format)
+            find_features(encoder.folder, slide, slide_path(path), encoder.format)
         except FeaturesError as error:
             problems[slide] = str(error)
     if problems:

@@ -189,6 +189,19 @@ class Store:
                 if parts is not None and path.resolve() == root / name:
                     yield Product(asset, parse("|".join(parts.groups())), path, complete)
 
+    def published(self) -> Iterator[Path]:
+        """Paths of all complete products, with those of assets without partitions.
+
+        The databases are left out, and the cell indexes, which are made when they are searched.
+        """
+        yield from (product.path for product in self.products() if product.complete)
+        single = (self.slide_index, self.file_snapshot, self.predictions_report)
+        reports = (self.predictions_report.with_suffix(".csv"), self.quality_report)
+        for path in (*single, *reports, self.evaluation_report):
+            if path.exists():
+                yield path
+        yield from sorted(self.root.glob("external_grids/*/*/[!.]*.zarr"))
+
     def leftovers(self) -> Iterator[Leftover]:
         """Temporary files beside products: of writers that died, and of writers at work."""
         found: dict[Path, list[Path]] = {}

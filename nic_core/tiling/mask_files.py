@@ -238,7 +238,7 @@ def _open_tiff(path: Path) -> StoredImage:
             if page.compression not in _LOSSLESS:
                 name = getattr(page.compression, "name", page.compression)
                 raise MaskFileError(f"compressed by {name}, which may change values")
-            of_page = (i.metadata.mpp for i in find_images(tiff) if page in i.pages)
+            of_page = (i.metadata.mpp for i in find_images(path, tiff) if page in i.pages)
             stated = _possible_mpp(*(next(of_page, None) or (0, 0)))
             alpha = alpha_kind(page) is not None
             inverted = page.photometric == tifffile.PHOTOMETRIC.MINISWHITE

@@ -8,6 +8,8 @@ from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from nic_core.slides.remote import RemotePath, SlidePath
+
 Value = TypeVar("Value")
 
 
@@ -49,7 +51,7 @@ class FileCache:
         return value
 
 
-def file_version(file: Path) -> tuple[int, ...]:
+def file_version(file: SlidePath) -> tuple[int, ...]:
     """Return numbers that differ when a file was replaced or changed: time, size, inode.
 
     Raises
@@ -57,6 +59,9 @@ def file_version(file: Path) -> tuple[int, ...]:
     OSError
         The file does not exist.
     """
+    if isinstance(file, RemotePath):
+        status = file.stat()
+        return status.st_mtime_ns, status.st_size
     stat = file.stat()
     return stat.st_mtime_ns, stat.st_size, stat.st_ino
 

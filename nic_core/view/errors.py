@@ -10,6 +10,10 @@ _NAME = r"[^\s/\\:;,'\"()]"
 _PATH = re.compile(rf"{_NAME}*(?:/{_NAME}+){{2,}}/?|[A-Za-z]:(?:\\{_NAME}+)+")
 
 
+UNREACHABLE = "its server does not answer, or denies the access"
+TRY_LATER = "check the server and its login, and try again later"
+
+
 class ViewError(Exception):
     """A request cannot be answered.
 
@@ -17,7 +21,7 @@ class ViewError(Exception):
     ----------
     status : int
         HTTP status: 400 wrong parameters, 401 without the token, 404 unknown, 410 the slide's file
-        vanished, 422 the slide cannot be read, 503 busy.
+        vanished, 422 the slide cannot be read, 503 busy, or a remote slide's server is.
     reason, remedy : str
         What is wrong, and what to do; without paths.
     """

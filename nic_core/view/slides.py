@@ -15,21 +15,22 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
 from nic_core.cohort import CohortError
 from nic_core.cohort.index import row_source
+from nic_core.object_stores import RemoteError
 from nic_core.parallel import cores
 from nic_core.pictures import read_picture
 from nic_core.slides import Slide, SlideError, content_identity, open_source
+from nic_core.slides.remote import slide_path
 from nic_core.slides.resample import resample
 from nic_core.steps.slides import THUMBNAIL, read_record
 from nic_core.store import Store
 from nic_core.types import Pixels
 from nic_core.view.cache import file_version
-from nic_core.view.errors import ViewError, without_paths
+from nic_core.view.errors import TRY_LATER, UNREACHABLE, ViewError, without_paths
 from nic_core.view.study import ViewedStudy
 
 DIRECT = 8
@@ -157,12 +158,15 @@ class OpenSlides:
         Raises
         ------
         ViewError
-            404: the study has no such slide; 410: its file vanished; 422: it cannot be opened.
+            404: the study has no such slide; 410: its file vanished; 422: it cannot be opened;
+            503: its server does not answer.
         """
         row = self._study.row(slide)
-        path = Path(row["path"])
+        path = slide_path(row["path"])
         try:
             version = (slide, str(path), row["mpp"], row["image"], *file_version(path))
+        except RemoteError as error:
+            raise ViewError(503, f"slide '{slide}': {UNREACHABLE}", TRY_LATER) from error
         except OSError as error:
             raise ViewError(
                 410,
@@ -187,6 +191,8 @@ class OpenSlides:
             reason = without_paths(error.reason, [error.slide])
             remedy = without_paths(error.remedy, [error.slide])
             raise ViewError(422, f"slide '{slide}': {reason}", remedy) from error
+        except RemoteError as error:  # its message names the server
+            raise ViewError(503, f"slide '{slide}': {UNREACHABLE}", TRY_LATER) from error
         finally:
             with self._lock:
                 entry._users -= 1

@@ -16,7 +16,9 @@ from nic_core.cohort.index import INDEX_SCHEMA, find_slides, row_source
 from nic_core.models.cross_validation import NETWORK
 from nic_core.models.kinds import kind_of
 from nic_core.models.labels import read_labels, target_table
+from nic_core.object_stores import RemoteError
 from nic_core.slides import SlideError, open_source
+from nic_core.slides.remote import slide_path
 from nic_core.steps.quality_report import SLIDES as QUALITY
 from nic_core.steps.slide_index import read_slide_index
 from nic_core.steps.slide_models import PREDICTIONS
@@ -24,7 +26,7 @@ from nic_core.steps.slides import RECORD, THUMBNAIL
 from nic_core.store import ModelKey, Store
 from nic_core.version import __version__
 from nic_core.view.cache import FileCache, file_version
-from nic_core.view.errors import ViewError, without_paths
+from nic_core.view.errors import TRY_LATER, UNREACHABLE, ViewError, without_paths
 
 _FILES = 256  # tables and arrays in memory
 _MAKE_INDEX = "materialize 'slide_index' again"
@@ -97,7 +99,9 @@ class ViewedStudy:
         """
         row = self.row(slide)
         try:
-            version = file_version(Path(row["path"]))
+            version = file_version(slide_path(row["path"]))
+        except RemoteError:
+            return Failed(UNREACHABLE, TRY_LATER)
         except OSError:
             return Failed(
                 "its file was moved or removed after the slide index was made",
@@ -107,7 +111,10 @@ class ViewedStudy:
             return None
         with self._lock:
             if (slide, version) not in self._opened:
-                self._opened[slide, version] = _opening_problem(row)
+                try:
+                    self._opened[slide, version] = _opening_problem(row)
+                except RemoteError:  # not kept: the next request asks again
+                    return Failed(UNREACHABLE, TRY_LATER)
             return self._opened[slide, version]
 
 

@@ -20,6 +20,9 @@ libvips can read TIFF as well, at about the same speed, if the caller requests i
 default because it reports an undecodable tile only once, then returns that tile and good
 neighbours as black, and because it accepts JPEG data that are damaged inside a tile. It reads
 vendor formats where it was built with OpenSlide, which the wheels are not.
+
+Of a slide in an object store, the engines ``tifffile`` and ``zarr`` read what they need; for the
+others the slide is copied to a local folder (:mod:`nic_core.slides.local_copies`).
 """
 
 from __future__ import annotations
@@ -28,15 +31,18 @@ import contextlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from nic_core.object_stores import RemoteError
 from nic_core.slides.engines.base import Engine, EngineName, Level, as_slide_error
 from nic_core.slides.engines.czi import CziEngine
 from nic_core.slides.engines.openslide import UNKNOWN_FORMAT_REMEDY, OpenSlideEngine
 from nic_core.slides.engines.tifffile import TiffEngine
 from nic_core.slides.engines.vips import VipsEngine
 from nic_core.slides.errors import SlideError
-from nic_core.slides.files import is_zarr
+from nic_core.slides.files import files_of_slide, is_zarr
 from nic_core.slides.images import ImageInfo
+from nic_core.slides.local_copies import LocalCopy, local_copy
 from nic_core.slides.metadata import DAMAGED_REMEDY
+from nic_core.slides.remote import RemotePath, SlidePath
 from nic_core.slides.tiff import TiffInfo, check_only_image, inspect_tiff
 
 __all__ = ["Engine", "EngineName", "Level", "OpenedEngine", "as_slide_error", "open_engine"]
@@ -61,6 +67,8 @@ class OpenedEngine:
         All images of a TIFF whose tags describe them; empty for other formats.
     alternatives : tuple of int
         Images to try next, if this one is not a brightfield scan.
+    copy : LocalCopy or None
+        Copy of a remote slide that is read instead of it.
     """
 
     engine: Engine
@@ -68,10 +76,17 @@ class OpenedEngine:
     image: int = 0
     images: tuple[ImageInfo, ...] = ()
     alternatives: tuple[int, ...] = ()
+    copy: LocalCopy | None = None
+
+    def close(self) -> None:
+        """Close the file, and let its local copy be removed when room is needed."""
+        self.engine.close()
+        if self.copy is not None:
+            self.copy.release()
 
 
 def open_engine(
-    path: Path, name: EngineName | None = None, image: int | None = None
+    path: SlidePath, name: EngineName | None = None, image: int | None = None
 ) -> OpenedEngine:
     """Open a slide file with the engine for its format, or with the requested one.
 
@@ -89,7 +104,7 @@ def open_engine(
         The file is missing, damaged, not an image or not RGB brightfield, it has no such image, or
         the requested engine does not read it.
     """
-    if is_zarr(path):
+    if is_zarr(path):  # remote ones too: each chunk is an object
         # imported here, since zarr takes half a second
         from nic_core.slides.engines.zarr import ZarrEngine
 
@@ -97,6 +112,8 @@ def open_engine(
             raise _wrong_engine(path, name)
         check_only_image(path, image)
         return OpenedEngine(ZarrEngine(path), "OME-Zarr, chunks read as tiles")
+    if isinstance(path, RemotePath):
+        return _open_remote(path, name, image)
     magic = _magic(path)
     if magic == _CZI_MAGIC and name in (None, "czi"):
         check_only_image(path, image)
@@ -121,6 +138,32 @@ def open_engine(
     if tiff is None:
         return opened
     return replace(opened, image=tiff.image, images=tiff.images, alternatives=tiff.alternatives)
+
+
+def _open_remote(path: RemotePath, name: EngineName | None, image: int | None) -> OpenedEngine:
+    """Read the tiles of a TIFF by ranges; read any other slide from a local copy."""
+    if _magic(path).startswith(_TIFF_MAGIC) and name in (None, TiffEngine.name):
+        tiff = inspect_tiff(path, image)
+        if not tiff.openslide_reason:
+            return OpenedEngine(
+                TiffEngine(path, tiff),
+                "TIFF tiles read by ranges",
+                tiff.image,
+                tiff.images,
+                tiff.alternatives,
+            )
+    found = files_of_slide(path)
+    files = (found.path, *getattr(found, "parts", ()))
+    copy = local_copy([file for file in files if isinstance(file, RemotePath)])
+    try:
+        opened = open_engine(copy.path, name, image)
+    except SlideError as error:
+        copy.release()
+        raise SlideError(path, error.reason, error.remedy) from error
+    except BaseException:
+        copy.release()
+        raise
+    return replace(opened, reason=f"{opened.reason}; from a local copy", copy=copy)
 
 
 def _open_czi(path: Path, name: EngineName | None) -> OpenedEngine:
@@ -149,12 +192,12 @@ def _open(path: Path, name: EngineName, tiff: TiffInfo | None, plain: bool) -> E
     raise _wrong_engine(path, name)
 
 
-def _wrong_engine(path: Path, name: EngineName | None, more: str = "") -> SlideError:
+def _wrong_engine(path: SlidePath, name: EngineName | None, more: str = "") -> SlideError:
     reason = f"engine '{name}' does not read this file"
     return SlideError(path, reason, f"do not choose an engine{more}")
 
 
-def _magic(path: Path) -> bytes:
+def _magic(path: SlidePath) -> bytes:
     try:
         if path.is_dir():
             raise SlideError(path, "is a folder", UNKNOWN_FORMAT_REMEDY)
@@ -162,6 +205,8 @@ def _magic(path: Path) -> bytes:
             raise SlideError(path, "is not a regular file", UNKNOWN_FORMAT_REMEDY)
         with path.open("rb") as file:
             magic = file.read(8)
+    except RemoteError:
+        raise
     except OSError as error:
         raise SlideError(path, f"cannot be read ({error.strerror})", "check the path") from error
     if not magic:

@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import zip_longest
-from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from nic_core.slides.errors import SlideError
 from nic_core.slides.images import AlphaKind
 from nic_core.slides.metadata import DAMAGED_REMEDY, FileMetadata
+from nic_core.slides.remote import SlidePath
 from nic_core.types import Pixels
 
 EngineName = Literal["tifffile", "openslide", "libvips", "zarr", "czi"]
@@ -153,7 +153,7 @@ def flatten_on_white(pixels: NDArray[np.uint8], alpha: AlphaKind = "straight") -
 
 
 @contextlib.contextmanager
-def as_slide_error(path: Path) -> Iterator[None]:
+def as_slide_error(path: SlidePath) -> Iterator[None]:
     """Turn a ReadError into a SlideError that names the slide."""
     try:
         yield

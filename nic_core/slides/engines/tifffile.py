@@ -6,8 +6,9 @@ import math
 import os
 import threading
 from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,9 @@ from nic_core.slides.engines.base import (
     flatten_on_white,
     pyramid_levels,
 )
-from nic_core.slides.engines.tiles import region_of_tiles
+from nic_core.slides.engines.tiles import region_of_tiles, tiles_of_region
 from nic_core.slides.images import alpha_kind
+from nic_core.slides.remote import Range, RemoteObject, SlidePath
 from nic_core.slides.resample import block_means
 from nic_core.slides.tiff import SEPARATE, TiffInfo, level_pages, open_tiff, tile_size
 from nic_core.types import Pixels
@@ -38,15 +40,20 @@ class TiffEngine:
     """Engine for TIFF files whose tags describe the tiles (or strips) completely.
 
     Decoded tiles are cached, so that neighbouring reads decode a tile once. JPEG is decoded by
-    libjpeg-turbo with warnings as errors, so that damaged data are reported.
+    libjpeg-turbo with warnings as errors, so that damaged data are reported. The tiles that a
+    region of a remote file needs are read together, in few requests.
     """
 
     name: EngineName = "tifffile"
 
-    def __init__(self, path: Path, tiff: TiffInfo) -> None:
-        self._tiff = open_tiff(path)
-        self._pages = level_pages(self._tiff, tiff)
-        self._jpeg = [_jpeg_header(page) for page in self._pages]
+    def __init__(self, path: SlidePath, tiff: TiffInfo) -> None:
+        with ExitStack() as stack:
+            opened = stack.enter_context(open_tiff(tiff.remote or path))
+            self._pages = level_pages(opened, tiff)
+            self._jpeg = [_jpeg_header(page) for page in self._pages]
+            # the end of the block raises what a remote file could not read; a local one stays open
+            self._file = ExitStack() if tiff.remote else stack.pop_all()
+        self._remote = tiff.remote
         self._lock = threading.Lock()
         self._cache: OrderedDict[tuple[int, int, int], Pixels] = OrderedDict()
         self._cached = 0
@@ -69,22 +76,39 @@ class TiffEngine:
         page = self._pages[level]
         tile_w, tile_h = tile_size(page)
         across = -(-page.imagewidth // tile_w)
+        side = (tile_w // shrink, tile_h // shrink)
+        stored = {}
+        if self._remote is not None:
+            places = tiles_of_region(side, (x, y), (width, height))
+            indices = (row * across + column for row, column in places)
+            stored = self._fetch(self._remote, level, indices, shrink)
         return region_of_tiles(
-            lambda row, column: self._tile(level, row * across + column, shrink),
-            (tile_w // shrink, tile_h // shrink),
+            lambda row, column: self._tile(level, row * across + column, shrink, stored),
+            side,
             (x, y),
             (width, height),
         )
 
-    def _tile(self, level: int, index: int, shrink: int) -> Pixels:
+    def _fetch(
+        self, remote: RemoteObject, level: int, indices: Iterable[int], shrink: int
+    ) -> dict[int, bytes]:
+        """Read the bytes of all tiles that are not decoded yet, in few requests."""
+        page = self._pages[level]
+        with self._lock:
+            missing = [index for index in indices if (level, index, shrink) not in self._cache]
+        numbers = [number for index in missing for number in _stored_tiles(page, index)]
+        ranges = [Range(page.dataoffsets[n], page.databytecounts[n]) for n in numbers]
+        return dict(zip(numbers, remote.read(ranges), strict=True))
+
+    def _tile(self, level: int, index: int, shrink: int, stored: Mapping[int, bytes]) -> Pixels:
         key = (level, index, shrink)
         with self._lock:
             if (cached := self._cached_tile(key)) is not None:
                 return cached
             # threads that need the same huge tile must not decode it at the same time
             if math.prod(tile_size(self._pages[level])) > _HUGE_TILE:
-                return self._keep(key, self._decode(level, index, shrink))
-        tile = self._decode(level, index, shrink)
+                return self._keep(key, self._decode(level, index, shrink, stored))
+        tile = self._decode(level, index, shrink, stored)
         with self._lock:
             return self._keep(key, tile)
 
@@ -105,6 +129,8 @@ class TiffEngine:
     def _read_tile(self, page: tifffile.TiffPage, number: int) -> bytes:
         """Read the bytes of a tile; threads read at the same time, without a shared position."""
         length = page.databytecounts[number]
+        if self._remote is not None:  # another thread dropped the decoded tile meanwhile
+            return self._remote.read([Range(page.dataoffsets[number], length)])[0]
         try:
             data = os.pread(page.parent.filehandle.fileno(), length, page.dataoffsets[number])
         except OSError as error:
@@ -113,13 +139,14 @@ class TiffEngine:
             raise ReadError(f"tile {number}: {len(data)} of {length} bytes")
         return data
 
-    def _decode(self, level: int, index: int, shrink: int) -> Pixels:
-        """Read and decode a tile; separate colour planes are stored as one tile each."""
+    def _decode(self, level: int, index: int, shrink: int, stored: Mapping[int, bytes]) -> Pixels:
+        """Decode a tile, and read it before if it is not among those ``stored``."""
         page, header = self._pages[level], self._jpeg[level]
-        separate = page.samplesperpixel if page.planarconfig == SEPARATE else 1
-        count = len(page.dataoffsets) // separate
-        numbers = [index + plane * count for plane in range(separate)]
-        data = [self._read_tile(page, number) for number in numbers]
+        numbers = _stored_tiles(page, index)
+        data = [
+            stored[number] if number in stored else self._read_tile(page, number)
+            for number in numbers
+        ]
         width, height = (side // shrink for side in tile_size(page))
         if not all(data):  # not scanned
             return np.full((height, width, 3), 255, np.uint8)
@@ -135,8 +162,15 @@ class TiffEngine:
         return np.ascontiguousarray(pixels)
 
     def close(self) -> None:
-        self._tiff.close()
+        self._file.close()
         self._cache.clear()
+
+
+def _stored_tiles(page: tifffile.TiffPage, index: int) -> list[int]:
+    """The numbers of a tile's parts: separate colour planes are stored as one tile each."""
+    separate = page.samplesperpixel if page.planarconfig == SEPARATE else 1
+    count = len(page.dataoffsets) // separate
+    return [index + plane * count for plane in range(separate)]
 
 
 def _decode_any(page: tifffile.TiffPage, data: bytes, number: int) -> NDArray[np.uint8]:

@@ -38,6 +38,18 @@ class TileCache:
         return tile
 
 
+def tiles_of_region(
+    side: tuple[int, int], corner: tuple[int, int], size: tuple[int, int]
+) -> list[tuple[int, int]]:
+    """Return row and column of the tiles of a region; parameters as in :func:`region_of_tiles`."""
+    (tile_w, tile_h), (x, y), (width, height) = side, corner, size
+    return [
+        (row, column)
+        for row in range(y // tile_h, -(-(y + height) // tile_h))
+        for column in range(x // tile_w, -(-(x + width) // tile_w))
+    ]
+
+
 def region_of_tiles(
     tile: Callable[[int, int], Pixels],
     side: tuple[int, int],
@@ -66,14 +78,12 @@ def region_of_tiles(
     """
     (tile_w, tile_h), (x, y), (width, height) = side, corner, size
     result = np.empty((height, width, 3), np.uint8)
-    for row in range(y // tile_h, -(-(y + height) // tile_h)):
-        top = row * tile_h
+    for row, column in tiles_of_region(side, corner, size):
+        top, left = row * tile_h, column * tile_w
         y0, y1 = max(y, top), min(y + height, top + tile_h)
-        for column in range(x // tile_w, -(-(x + width) // tile_w)):
-            left = column * tile_w
-            x0, x1 = max(x, left), min(x + width, left + tile_w)
-            part = tile(row, column)[y0 - top : y1 - top, x0 - left : x1 - left]
-            if part.shape[:2] != (y1 - y0, x1 - x0):
-                raise ReadError(f"the tile in row {row}, column {column} is too small")
-            result[y0 - y : y1 - y, x0 - x : x1 - x] = part
+        x0, x1 = max(x, left), min(x + width, left + tile_w)
+        part = tile(row, column)[y0 - top : y1 - top, x0 - left : x1 - left]
+        if part.shape[:2] != (y1 - y0, x1 - x0):
+            raise ReadError(f"the tile in row {row}, column {column} is too small")
+        result[y0 - y : y1 - y, x0 - x : x1 - x] = part
     return result

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zarr
 
+from nic_core.object_stores import RemoteError
 from nic_core.slides.engines.base import EngineName, ReadError, pyramid_levels
 from nic_core.slides.engines.tiles import TileCache, region_of_tiles
-from nic_core.slides.ome_zarr import read_ome_zarr
+from nic_core.slides.ome_zarr import read_ome_zarr, zarr_errors
+from nic_core.slides.remote import SlidePath
 from nic_core.types import Pixels
 
 
@@ -26,7 +27,8 @@ class ZarrEngine:
 
     name: EngineName = "zarr"
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: SlidePath) -> None:
+        self._path = path
         image = read_ome_zarr(path)
         self._axes = image.axes
         self._arrays = [_white_where_missing(level) for level in image.levels]
@@ -57,7 +59,11 @@ class ZarrEngine:
             "c": slice(None),
         }
         try:
-            block: Any = self._arrays[level][tuple(windows.get(axis, 0) for axis in self._axes)]
+            with zarr_errors(self._path):
+                window = tuple(windows.get(axis, 0) for axis in self._axes)
+                block: Any = self._arrays[level][window]
+        except RemoteError:
+            raise
         # each codec of zarr has its own error class
         except Exception as error:
             raise ReadError(f"chunk {row}, {column} of level {level}: {error}") from error

@@ -1,0 +1,1 @@
+"""Tests of slides and stores in object stores, against servers on this machine."""
