@@ -19,7 +19,7 @@ demo cohort (docs/explanation/heatmaps.md).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -71,6 +71,41 @@ def explain(
         The target has no class ``label``, or the grid has no tissue.
     """
     output = kind_of(target).explained_output(label)
+    return mean_over_views(
+        networks, grid, lambda model, features: _cell_values(model, features, output), crop=crop
+    )
+
+
+def mean_over_views(
+    networks: Sequence[FoldModel],
+    grid: GridData,
+    values: Callable[[FoldModel, Tensor], Tensor],
+    *,
+    crop: int,
+    orientations: Sequence[int] = range(ORIENTATIONS),
+) -> NDArray[np.float32]:
+    """Average values of cells over networks, crops that cover the grid, and orientations.
+
+    Parameters
+    ----------
+    values
+        Function from a network and a crop of features float (1, k, crop, crop), 0 in background,
+        to the values of its cells, float (crop, crop).
+    networks, grid, crop
+        See :func:`explain`.
+    orientations
+        Orientations of the crops.
+
+    Returns
+    -------
+    float32 (rows, columns)
+        NaN where the grid has no embedding.
+
+    Raises
+    ------
+    ValueError
+        The grid has no tissue.
+    """
     valid = np.asarray(grid.valid)
     if not valid.any():
         raise ValueError("the grid has no tissue cell, so there is nothing to explain")
@@ -80,10 +115,10 @@ def explain(
         crops = Crops(lambda _: grid, model.normalise, crop)
         for centre in _centres(valid, crop):
             in_grid, in_crop = crop_windows(valid.shape, centre, crop)
-            for k in range(ORIENTATIONS):
+            for k in orientations:
                 features = torch.from_numpy(crops.crop_at("", centre, k))[None]
                 with fitting_threads(crop):
-                    heat = _cell_values(model, features, output).numpy()
+                    heat = values(model, features).numpy()
                 total[in_grid] += undo(heat, k)[in_crop]
                 count[in_grid] += 1
     return np.where(valid, total / np.maximum(count, 1), np.nan).astype(np.float32)
