@@ -11,9 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from nic_core.demo.layout import CAPSULE, TRUTH, UNITS
+from nic_core.demo.layout import CAPSULE, GAP, TRUTH, UNITS
 from nic_core.demo.tissues import Tissue
 
+REACH = 1.15 * (CAPSULE + GAP)  # units from a nest; bands keep farther away, capsules do not
 CLEAR = 0.43  # standard deviations: outer thirds of the score's causes, whose sign is clear
 
 Cells = NDArray[np.bool_]
@@ -66,6 +67,7 @@ def planted_causes(
     distance = ndimage.distance_transform_edt(~nest) / cell
     zone = ~nest & (distance <= CAPSULE) & (truth != Tissue.BACKGROUND)
     dense = truth == Tissue.RIM
+    near = distance <= REACH
 
     def of_cells(points: Cells) -> Cells:
         """Return the cells of which points cover at least half."""
@@ -78,8 +80,9 @@ def planted_causes(
 
     tumour, inside = of_cells(truth == Tissue.TUMOUR), of_cells(nest)
     border = inside & ~ndimage.binary_erosion(inside)
-    capsule, bare = of_cells(zone & dense), of_cells(zone & ~dense) & ~of_cells(zone & dense)
-    band = of_cells(dense & ~zone) & ~capsule & ~bare
+    capsule = of_cells(dense & near)
+    bare = of_cells(zone & ~dense) & ~capsule
+    band = of_cells(dense & ~near) & ~capsule & ~bare
     arrangement = (("capsule", 1, capsule), ("bare border", -1, bare), ("band", -1, band))
     causes = []
     if target in ("proliferation", "survival") and abs(signal) > CLEAR:

@@ -23,7 +23,6 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
-from captum.attr import IntegratedGradients
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -172,6 +171,9 @@ def _cell_values(model: FoldModel, features: Tensor, output: ExplainedOutput) ->
         with torch.no_grad():
             each = model.network.cell_outputs(features)[0]
         return explained(each.flatten(1).T).reshape(each.shape[1:])
+    # imports pyplot, which only this network needs
+    from captum.attr import IntegratedGradients
+
     attributions = IntegratedGradients(lambda grid: explained(model.network(grid))).attribute(
         features, n_steps=STEPS, method="gausslegendre", internal_batch_size=1
     )

@@ -11,6 +11,7 @@ from sklearn.metrics import roc_auc_score
 from torch import nn
 
 from nic_core.cohort import ClassificationTarget, RegressionTarget, SurvivalTarget, Target
+from nic_core.models import explanation
 from nic_core.models.crops import Crops
 from nic_core.models.explanation import explain, held_out_networks
 from nic_core.models.kinds import kind_of
@@ -179,7 +180,8 @@ def test_heatmap_of_a_rotated_grid_is_rotated(shape, k):
     )
 
 
-def test_published_network_explains_every_cell():
+def test_published_network_explains_every_cell(monkeypatch):
+    monkeypatch.setattr(explanation, "STEPS", 1)  # each of the 8 orientations takes a second
     models = [fold(random_network(PublishedGridCNN))]
     grid = make_grid(384, 3)  # even side: other orientations cover the last cell
     heat = explain(models, grid, REGRESSION, crop=384)
