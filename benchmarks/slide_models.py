@@ -79,7 +79,9 @@ def peak() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--network", choices=["published", "small", "mil"], default="published")
+    parser.add_argument(
+        "--network", choices=["published", "small", "local", "mil"], default="published"
+    )
     parser.add_argument("--slides", type=int, default=1000)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--batches", type=int, default=4, help="batches of the timed epoch")

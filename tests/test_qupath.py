@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import get_args
 
 import numpy as np
@@ -203,7 +202,7 @@ def test_a_cell_has_the_first_class_that_contains_it(tmp_path):
 def test_the_top_tenth_of_the_cells_speaks_for_the_last_class():
     heat = np.linspace(-1, 1, 40, dtype=np.float32).reshape(5, 8)
     heat = np.concatenate([heat, np.full((5, 8), np.nan, np.float32)])
-    top, following, low = heat_classes(heat, GROWTH, attention=False)
+    top, following, low = heat_classes(heat, GROWTH)
     assert top.name == "growth: speaks for desmoplastic, top 10 %"
     assert following.name == "growth: speaks for desmoplastic, top 10 to 25 %"
     assert low.name == "growth: speaks for replacement, top 10 %"
@@ -214,7 +213,7 @@ def test_the_top_tenth_of_the_cells_speaks_for_the_last_class():
 
 @given(heat=arrays(np.float32, (5, 6), elements=st.floats(-2, 2, width=16) | st.just(np.nan)))
 def test_classes_of_heat_do_not_overlap_and_have_its_sign(heat):
-    top, following, low = heat_classes(heat, GROWTH, attention=False)
+    top, following, low = heat_classes(heat, GROWTH)
     assert (top.cells.astype(int) + following.cells + low.cells).max() <= 1
     assert (heat[top.cells | following.cells] > 0).all()
     assert (heat[low.cells] < 0).all()
@@ -222,7 +221,7 @@ def test_classes_of_heat_do_not_overlap_and_have_its_sign(heat):
 
 
 def test_equal_heat_has_no_class():
-    for found in heat_classes(np.ones((9, 9), np.float32), GROWTH, attention=False):
+    for found in heat_classes(np.ones((9, 9), np.float32), GROWTH):
         assert not found.cells.any()
 
 
@@ -250,16 +249,8 @@ def test_equal_heat_has_no_class():
 )
 def test_classes_name_what_heat_speaks_for(target, names):
     heat = np.linspace(-1, 1, 40, dtype=np.float32).reshape(5, 8)
-    found = heat_classes(heat, target, attention=False)
+    found = heat_classes(heat, target)
     assert (found[0].name, found[2].name) == tuple(f"growth: {n}, top 10 %" for n in names)
-
-
-def test_attention_speaks_for_nothing():
-    found = heat_classes(np.arange(40, dtype=np.float32).reshape(5, 8), GROWTH, attention=True)
-    assert [f.name for f in found] == [
-        "growth: attention, top 10 %",
-        "growth: attention, top 10 to 25 %",
-    ]
 
 
 def test_a_map_class_is_a_probability_of_half_or_more():
@@ -289,7 +280,6 @@ def study(mean_rgb_study, tmp_path_factory) -> tuple[Cohort, Store]:
             grid.provenance,
             slide,
             name="growth",
-            directed=True,
             caption="",
             pictures=False,
         )
@@ -352,7 +342,7 @@ def test_a_map_classifies_cells_and_the_others_are_left_out(study, tmp_path):
 
 
 @pytest.mark.slow
-def test_heat_without_an_explanation_is_that_of_the_prediction(study, tmp_path, monkeypatch):
+def test_heat_without_an_explanation_is_that_of_the_prediction(study, tmp_path):
     cohort, original = study
     shutil.copytree(original.root, tmp_path / "store")
     store = Store(tmp_path / "store")
@@ -361,14 +351,12 @@ def test_heat_without_an_explanation_is_that_of_the_prediction(study, tmp_path, 
     shutil.copytree(explained, folder / HEATMAP)
     expected = read_heatmap(explained)
     shutil.rmtree(explained)
-    card = SimpleNamespace(settings=SimpleNamespace(network="mil"))
-    monkeypatch.setattr(qupath, "read_model_card", lambda model: card)
     for encoder in (ENCODER, "another"):
         pl.DataFrame({"encoder": [encoder]}).write_parquet(folder / PREDICTION)
         made = export_qupath(cohort, store, SLIDE, ENCODER, tmp_path)
         if encoder == ENCODER:
             tiles = [item for item in read_qupath(made.path) if item.kind == "tile"]
-            found = [item.measurements["growth: attention"] for item in tiles]
+            found = [item.measurements["growth: heat"] for item in tiles]
             np.testing.assert_allclose(found, expected[np.isfinite(expected)], rtol=1e-5)
         else:
             assert "heat of target 'growth'" in made.missing

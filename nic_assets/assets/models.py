@@ -187,7 +187,7 @@ def model_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         group_name="models",
         kinds={"pytorch", "zarr", "image"},
         op_tags=CPU_TAGS,
-        code_version=code_version(4, partitions.cohort.maps),
+        code_version=code_version(5, partitions.cohort.maps),
     )
     def explanation(
         context: dg.AssetExecutionContext,

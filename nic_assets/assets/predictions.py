@@ -183,7 +183,7 @@ def prediction_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         group_name="predictions",
         kinds={"polars", "zarr", "image"},
         op_tags=CPU_TAGS,
-        code_version=code_version(2),
+        code_version=code_version(3),
     )
     def prediction(
         context: dg.AssetExecutionContext,

@@ -120,7 +120,7 @@ Name = Annotated[str, AfterValidator(_check_name)]
 TaskName = Annotated[str, AfterValidator(_check_task_name)]
 Label = Annotated[str, AfterValidator(normalise)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-NetworkName = Literal["published", "small", "mil"]
+NetworkName = Literal["published", "small", "local", "mil"]
 
 
 class Entry(BaseModel):

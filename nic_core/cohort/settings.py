@@ -55,8 +55,8 @@ class ModelSettings(Entry):
 
     network: NetworkName = Field(
         default="published",
-        description="published: the grid CNN of the paper; small: a smaller CNN; mil: gated "
-        "attention pooling of cells",
+        description="published: the grid CNN of the paper; small: a smaller CNN; local: the same "
+        "with a field of 3 x 3 cells, for sharper heatmaps; mil: gated attention pooling of cells",
     )
     positions: bool = Field(
         default=False, description="add the position of each cell to the input of network mil"

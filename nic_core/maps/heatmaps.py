@@ -71,7 +71,6 @@ def write_heatmap(
     *,
     name: str,
     caption: str,
-    directed: bool,
     quantiles: Sequence[float] = QUANTILES,
     pictures: bool = True,
 ) -> None:
@@ -92,8 +91,6 @@ def write_heatmap(
     caption : str
         Text below the pictures: what is explained, and what a high value means
         (:func:`nic_core.models.explanation.heat_caption`).
-    directed : bool
-        Whether heat has a sign: :func:`colour_limits`.
     quantiles : sequence of float
         Quantiles whose areas are written.
     pictures : bool
@@ -128,9 +125,9 @@ def write_heatmap(
         if pictures:
             # the fastest level: higher ones hardly make a thumbnail of tissue smaller
             fast = {"compress_level": 1}
-            low, high = colour_limits(heat, directed=directed)
+            low, high = colour_limits(heat)
             overlay = with_colour_key(
-                heat_overlay(slide, heat, provenance, directed=directed),
+                heat_overlay(slide, heat, provenance),
                 low=format_number(low),
                 high=format_number(high),
                 caption=caption,
@@ -328,7 +325,7 @@ def outlines(
     ]
 
 
-def heat_overlay(slide: Slide, heat: Heat, provenance: GridProvenance, *, directed: bool) -> Pixels:
+def heat_overlay(slide: Slide, heat: Heat, provenance: GridProvenance) -> Pixels:
     """Draw heat over a thumbnail, from blue to red, with a scale bar.
 
     Parameters
@@ -336,8 +333,6 @@ def heat_overlay(slide: Slide, heat: Heat, provenance: GridProvenance, *, direct
     heat : float32 (rows, columns)
     provenance : GridProvenance
         Provenance of the slide's grid.
-    directed : bool
-        As in :func:`colour_limits`.
 
     Returns
     -------
@@ -348,7 +343,7 @@ def heat_overlay(slide: Slide, heat: Heat, provenance: GridProvenance, *, direct
     SlideError
         A part of the slide cannot be decoded.
     """
-    low, high = colour_limits(heat, directed=directed)
+    low, high = colour_limits(heat)
     values = np.clip((heat - low) / (high - low), 0, 1)
     thumbnail = slide.thumbnail(_THUMBNAIL)
     picture = tint(
@@ -362,22 +357,20 @@ def heat_overlay(slide: Slide, heat: Heat, provenance: GridProvenance, *, direct
     return with_scale_bar(picture, slide.width * slide.mpp / thumbnail.shape[1])
 
 
-def colour_limits(heat: Heat, *, directed: bool) -> tuple[float, float]:
-    """Return the heat at both ends of the colours.
+def colour_limits(heat: Heat) -> tuple[float, float]:
+    """Return the heat at both ends of the colours; 0 has the colour in the middle.
 
-    The upper end is the 98th percentile of the absolute heat, 1 if there is none.
+    The upper end is the 98th percentile of the absolute heat, 1 if there is none. The lower end is
+    minus that.
 
     Parameters
     ----------
     heat : float32 (rows, columns)
-    directed : bool
-        Heat has a sign (Grad-CAM): the lower end is minus the upper, so that 0 has the colour in
-        the middle. Otherwise (attention) the lower end is 0.
     """
     known = np.abs(heat[np.isfinite(heat)])
     high = float(np.percentile(known, _RANGE)) if known.size else 0.0
     high = high or 1.0
-    return (-high if directed else 0.0), high
+    return -high, high
 
 
 def extreme_patches(heat: Heat, provenance: GridProvenance) -> pl.DataFrame:

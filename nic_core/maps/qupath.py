@@ -70,7 +70,7 @@ class CellClass:
     cells: Cells
 
 
-def heat_classes(heat: Heat, target: Target, *, attention: bool) -> list[CellClass]:
+def heat_classes(heat: Heat, target: Target) -> list[CellClass]:
     """Return the classes of cells by their heat; a cell has at most one.
 
     The cells of highest heat are those that at most 10 % (25 %) of the cells reach: of equal
@@ -83,18 +83,11 @@ def heat_classes(heat: Heat, target: Target, *, attention: bool) -> list[CellCla
         NaN where it is unknown.
     target : Target
         What the heat explains: of a classification, its last class.
-    attention : bool
-        Whether heat is the attention of the network, which has no direction.
     """
     known = np.isfinite(heat)
     highest, lowest = _share(heat, known), _share(-heat, known)
     top, following = highest <= TOP, (highest > TOP) & (highest <= NEXT)
     shares = f"top {100 * TOP:g} %", f"top {100 * TOP:g} to {100 * NEXT:g} %"
-    if attention:
-        return [
-            CellClass(f"{target.name}: attention, {shares[0]}", _RED, top),
-            CellClass(f"{target.name}: attention, {shares[1]}", _ORANGE, following),
-        ]
     high, low = _directions(target)
     return [
         CellClass(f"{target.name}: {high}, {shares[0]}", _RED, top & (heat > 0)),

@@ -12,7 +12,7 @@ Modules by step of the method:
 - :mod:`~nic_core.models.metrics`, :mod:`~nic_core.models.fold_metrics`,
   :mod:`~nic_core.models.baselines`, :mod:`~nic_core.models.comparison`: metrics with intervals and
   by fold, linear baselines, comparisons
-- :mod:`~nic_core.models.explanation`: Grad-CAM (paper B)
+- :mod:`~nic_core.models.explanation`: the value of each cell for the output [choice]
 - :mod:`~nic_core.models.files`, :mod:`~nic_core.models.prediction`: the model file, new slides
 - :mod:`~nic_core.models.figures`, :mod:`~nic_core.models.plots`: figures
 - :mod:`~nic_core.models.kinds`: what depends on regression, classification or survival

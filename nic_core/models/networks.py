@@ -1,7 +1,8 @@
-"""Networks on grids of embeddings: the grid CNN of paper B, a small CNN, attention pooling.
+"""Networks on grids of embeddings: the grid CNN of paper B, small CNNs, attention pooling.
 
 :class:`PublishedGridCNN` is the network of paper B. :class:`SmallGridCNN` and
-:class:`GatedAttentionMIL` are for small grids and cohorts [choice]. :class:`FoldModel` is what one
+:class:`GatedAttentionMIL` are for small grids and cohorts [choice]; their output is a mean over
+cells (:class:`HasCellOutputs`). :class:`FoldModel` is what one
 fold of the cross-validation trains: it contains the normalisation of embeddings, so training and
 prediction always use the same one.
 """
@@ -9,6 +10,7 @@ prediction always use the same one.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +21,21 @@ from nic_core.models.kinds import TargetKind
 PUBLISHED_STRIDES = (2, 2, 2, 2, 2, 2, 1, 1)
 PUBLISHED_CROPS = (383, 446)  # sides, in cells, that the eight layers reduce to exactly 1 x 1
 SMALL_COMPONENTS = 48
+SMALL_KERNELS = (3, 3, 3)  # a receptive field of 7 x 7 cells
+LOCAL_KERNELS = (3, 1, 1)  # 3 x 3 cells
 WAVELENGTHS = (8, 32, 128, 512)  # cells [choice]
+
+
+@runtime_checkable
+class HasCellOutputs(Protocol):
+    """A network whose output is the mean of outputs of its cells."""
+
+    def cell_outputs(self, grid: Tensor) -> Tensor:
+        """Return the outputs of each cell, float (B, outputs, rows, columns).
+
+        ``grid`` is float (B, k, rows, columns), 0 in background, where the outputs are 0. The mean
+        over the tissue cells of a crop is the network's output for it.
+        """
 
 
 class PublishedGridCNN(nn.Module):
@@ -65,22 +81,32 @@ class SmallGridCNN(nn.Module):
     """A CNN for small grids and cohorts of a few dozen slides [choice].
 
     Features are first centred by their mean over the crop's tissue. This removes what is constant
-    over a slide: stain and scanner, but also the slide's average composition. Three 3 x 3
-    convolutions with batch normalisation and LeakyReLU follow, with a receptive field of 7 x 7
-    cells; then the mean of each filter's map over tissue cells, and a linear output. There is no
-    dropout: with so few filters it lowers the accuracy more than it prevents overfitting. The
-    network is meant for few input channels; see :class:`Normalise` with a projection.
+    over a slide: stain and scanner, but also the slide's average composition. Three convolutions
+    with batch normalisation and LeakyReLU follow; then the mean of each filter's map over tissue
+    cells, and a linear output. There is no dropout: with so few filters it lowers the accuracy more
+    than it prevents overfitting. The network is meant for few input channels; see
+    :class:`Normalise` with a projection.
 
     Input: float (B, channels, rows, columns), 0 in background. Output: float (B, outputs).
+
+    Parameters
+    ----------
+    channels, outputs
+        Numbers of input features and of outputs.
+    kernels
+        Sides of the three convolutions, odd numbers of cells. They decide how many cells around a
+        cell its outputs depend on, besides the mean of the slide.
     """
 
-    def __init__(self, channels: int, outputs: int) -> None:
+    def __init__(
+        self, channels: int, outputs: int, *, kernels: tuple[int, int, int] = SMALL_KERNELS
+    ) -> None:
         super().__init__()
         width = 16
         layers: list[nn.Module] = []
-        for inputs in (channels, width, width):
+        for inputs, side in zip((channels, width, width), kernels, strict=True):
             layers += [
-                nn.Conv2d(inputs, width, 3, padding=1, bias=False),
+                nn.Conv2d(inputs, width, side, padding=side // 2, bias=False),
                 nn.BatchNorm2d(width),
                 nn.LeakyReLU(0.2),
             ]
@@ -88,12 +114,23 @@ class SmallGridCNN(nn.Module):
         self.output = nn.Linear(width, outputs)
 
     def forward(self, grid: Tensor) -> Tensor:
+        maps = self._maps(grid)
+        # the mean comes first: one linear layer a crop instead of one a cell
+        mean = maps.sum((2, 3)) / occupied(grid).sum((2, 3)).clamp(min=1)
+        out: Tensor = self.output(mean)
+        return out
+
+    def cell_outputs(self, grid: Tensor) -> Tensor:
+        """See :class:`HasCellOutputs`: the linear layer, applied to the maps of each cell."""
+        each: Tensor = self.output(self._maps(grid).movedim(1, -1)).movedim(-1, 1)
+        return each * occupied(grid)
+
+    def _maps(self, grid: Tensor) -> Tensor:
         tissue = occupied(grid)
         cells = tissue.sum((2, 3), keepdim=True).clamp(min=1)
         centred = (grid - grid.sum((2, 3), keepdim=True) / cells) * tissue
-        maps = self.convolutions(centred) * tissue
-        out: Tensor = self.output((maps.sum((2, 3), keepdim=True) / cells).flatten(1))
-        return out
+        maps: Tensor = self.convolutions(centred) * tissue
+        return maps
 
 
 class GatedAttentionMIL(nn.Module):
@@ -131,6 +168,12 @@ class GatedAttentionMIL(nn.Module):
         Background has weight 0; the weights of a crop with tissue sum to 1.
         """
         return self._attend(features)[1][:, 0]
+
+    def cell_outputs(self, grid: Tensor) -> Tensor:
+        """See :class:`HasCellOutputs`: attention, relative to its mean, times the output of h."""
+        hidden, weights = self._attend(grid)
+        each: Tensor = self.output(hidden.movedim(1, -1)).movedim(-1, 1)
+        return each * weights * occupied(grid).sum((2, 3), keepdim=True)
 
     def _attend(self, grid: Tensor) -> tuple[Tensor, Tensor]:
         tissue = occupied(grid)
@@ -280,7 +323,8 @@ def build_network(
         return PublishedGridCNN(channels, outputs)
     if name == "mil":
         return GatedAttentionMIL(channels, outputs, positions=positions)
-    return SmallGridCNN(channels, outputs)
+    kernels = LOCAL_KERNELS if name == "local" else SMALL_KERNELS
+    return SmallGridCNN(channels, outputs, kernels=kernels)
 
 
 def component_count(name: NetworkName) -> int | None:
@@ -309,7 +353,7 @@ def check_crop(name: NetworkName, crop: int) -> None:
     if name == "published" and not low <= crop <= high:
         raise CohortError(
             f"network 'published' takes crops of {low} to {high} cells a side, not {crop}; use "
-            "network 'small' or 'mil', which take crops of any size"
+            "network 'small', 'local' or 'mil', which take crops of any size"
         )
 
 

@@ -27,7 +27,7 @@ from nic_core.grids import Grid, open_grid
 from nic_core.grids.moments import grid_moments
 from nic_core.maps.heatmaps import write_heatmap
 from nic_core.models.crops import Crops
-from nic_core.models.explanation import explain, heat_caption, is_directed
+from nic_core.models.explanation import explain, heat_caption
 from nic_core.models.files import ModelCard, SlideModel
 from nic_core.models.kinds import kind_of
 from nic_core.models.kinds.base import named_series
@@ -465,8 +465,7 @@ def _write_explanation(model: SlideModel, grid: Grid, path: SlidePath, folder: P
             grid.provenance,
             slide,
             name=card.target.name,
-            directed=is_directed(model.networks),
-            caption=heat_caption(model.networks, card.target),
+            caption=heat_caption(card.target),
         )
 
 

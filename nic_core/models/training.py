@@ -28,13 +28,21 @@ from nic_core.models.crops import (
     augment_features,
 )
 from nic_core.models.kinds import kind_of, primary_value
-from nic_core.models.networks import FoldModel, Normalise, build_network, check_crop
+from nic_core.models.networks import (
+    FoldModel,
+    HasCellOutputs,
+    Normalise,
+    build_network,
+    check_crop,
+    occupied,
+)
 from nic_core.orientations import ORIENTATIONS
 
 if TYPE_CHECKING:
     from nic_core.tracker import Tracker
 
 L2 = 1e-5  # paper B: penalty L2 * sum of squares of kernels
+CELL_PENALTY = 0.1  # of network local: on the mean absolute output of cells [choice]
 LOWEST_RATE = 1e-5  # paper B
 WARM_UP = 0.3  # fraction of epochs in which the one-cycle learning rate rises [choice]
 PATIENCE = 10  # epochs without a better validation metric before the rate falls [choice]
@@ -180,6 +188,8 @@ def fit_fold(
 def fitting_threads(crop: int) -> Iterator[None]:
     """Use one torch thread for small crops, whose layers are too short for several.
 
+    For training, prediction and explanation alike.
+
     Parameters
     ----------
     crop
@@ -294,19 +304,35 @@ def _train_epoch(
     model.train()
     losses = []
     for rows, features in training_batches(train, crops, settings.batch, random):
-        outputs = model.network(
-            augment_features(
-                _to_device(features, model.device),
-                noise=settings.feature_noise,
-                dropout=settings.feature_dropout,
-            )
+        augmented = augment_features(
+            _to_device(features, model.device),
+            noise=settings.feature_noise,
+            dropout=settings.feature_dropout,
         )
-        loss = model.kind.loss(outputs, train[rows], model.shift, model.scale)
+        if settings.network == "local":
+            outputs, penalty = _outputs_of_cells(model.network, augmented)
+            loss = model.kind.loss(outputs, train[rows], model.shift, model.scale) + penalty
+        else:
+            outputs = model.network(augmented)
+            loss = model.kind.loss(outputs, train[rows], model.shift, model.scale)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
         losses.append(loss.item())  # waits for the device, so the crops may be overwritten
     return float(np.mean(losses))
+
+
+def _outputs_of_cells(network: nn.Module, features: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a network's outputs (B, outputs), and the penalty on those of single cells.
+
+    The penalty makes the output of most cells nearly 0, so that few cells make up the output of a
+    slide. Outputs of classes count by their difference from the mean of all classes, which alone
+    changes probabilities.
+    """
+    assert isinstance(network, HasCellOutputs)
+    each, cells = network.cell_outputs(features), occupied(features).sum((2, 3)).clamp(min=1)
+    relative = each - each.mean(1, keepdim=True) if each.shape[1] > 1 else each
+    return each.sum((2, 3)) / cells, CELL_PENALTY * relative.abs().sum() / cells.sum()
 
 
 @torch.no_grad()

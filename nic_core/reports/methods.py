@@ -39,6 +39,10 @@ _NETWORKS = {
         "a small CNN of three convolutions on up to 48 principal components of the embeddings, "
         "centred by slide [choice]"
     ),
+    "local": (
+        "a small CNN with a receptive field of 3 x 3 cells on up to 48 principal components of the "
+        "embeddings, centred by slide, with a penalty on the outputs of single cells [choice]"
+    ),
     "mil": "gated-attention pooling of up to 48 principal components of the embeddings [choice]",
 }
 _LOSSES = {

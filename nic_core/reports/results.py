@@ -71,6 +71,7 @@ _NO_FOLDS = (None, None, None)
 NETWORK_NAMES = {
     "published": "published grid CNN",
     "small": "small grid CNN",
+    "local": "local grid CNN",
     "mil": "gated-attention MIL",
 }
 EXCHANGED = ", labels exchanged"  # end of the name of a network of the permutation control

@@ -11,7 +11,7 @@ from nic_core.cohort import Cohort, CohortError
 from nic_core.grids import open_grid
 from nic_core.maps.heatmaps import OVERLAY, score_heat, write_heatmap
 from nic_core.models.cross_validation import NETWORK
-from nic_core.models.explanation import explain, heat_caption, held_out_networks, is_directed
+from nic_core.models.explanation import explain, heat_caption, held_out_networks
 from nic_core.models.files import load_model
 from nic_core.models.kinds import kind_of
 from nic_core.pictures import read_picture
@@ -108,9 +108,8 @@ def make_explanation(
                     grid.provenance,
                     opened,
                     name=key.target,
-                    directed=is_directed(networks),
                     caption=f"{slide}, {kind_of(model.card.target).prediction_text(row)}\n"
-                    f"{heat_caption(networks, model.card.target)}",
+                    f"{heat_caption(model.card.target)}",
                     pictures=min(place, units.height - 1 - place) < PICTURED,
                 )
             for item in cohort.maps:

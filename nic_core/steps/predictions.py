@@ -18,11 +18,10 @@ from nic_core.encoders.files import read_card
 from nic_core.grids import Grid, open_grid
 from nic_core.maps.heatmaps import EXTREMES, OVERLAY, PATCHES, write_heatmap
 from nic_core.models.cross_validation import NETWORK
-from nic_core.models.explanation import explain, heat_caption, held_out_networks, is_directed
+from nic_core.models.explanation import explain, heat_caption, held_out_networks
 from nic_core.models.files import ModelCard, ModelFileError, SlideModel, load_model
 from nic_core.models.kinds import kind_of
 from nic_core.models.prediction import predict_grids
-from nic_core.models.training import fitting_threads
 from nic_core.pictures import read_picture
 from nic_core.steps.grids import read_grid_manifest
 from nic_core.steps.quality_report import SLIDES as QUALITY
@@ -355,8 +354,7 @@ def make_prediction(
         if key.slide in row["slides"]:  # type: ignore[operator]
             own = grid(key.slide)
             networks = held_out_networks(champion.model.networks, fold)
-            with fitting_threads(card.crop):
-                heat = explain(networks, own, card.target, crop=card.crop)
+            heat = explain(networks, own, card.target, crop=card.crop)
             with open_indexed(store, key.slide) as opened:
                 predicted = kind_of(card.target).prediction_text(found.row(0, named=True))
                 write_heatmap(
@@ -365,8 +363,7 @@ def make_prediction(
                     own.provenance,
                     opened,
                     name=key.champion,
-                    directed=is_directed(networks),
-                    caption=f"{key.slide}, {predicted}\n{heat_caption(networks, card.target)}",
+                    caption=f"{key.slide}, {predicted}\n{heat_caption(card.target)}",
                 )
             overlay, patches = (
                 read_picture(folder / HEATMAP / name) for name in (OVERLAY, PATCHES)

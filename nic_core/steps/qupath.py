@@ -34,7 +34,6 @@ from nic_core.maps.qupath import (
     tissue_area,
     write_objects,
 )
-from nic_core.models.files import read_model_card
 from nic_core.steps.predictions import HEATMAP, PREDICTION
 from nic_core.steps.probability_maps import CELLS, probabilities
 from nic_core.steps.slide_index import index_row, open_indexed
@@ -138,13 +137,12 @@ def export_qupath(
     measurements, missing = _quality(store, grid)
     of_targets: dict[str, list[CellClass]] = {}
     for target in cohort.targets:
-        found = _heat(store, grid, target)
-        if found is None:
+        heat = _heat(store, grid, target)
+        if heat is None:
             missing.append(f"heat of target '{target.name}'")
             continue
-        heat, attention = found
-        measurements[f"{target.name}: {'attention' if attention else 'heat'}"] = heat
-        of_targets[target.name] = heat_classes(heat, target, attention=attention)
+        measurements[f"{target.name}: heat"] = heat
+        of_targets[target.name] = heat_classes(heat, target)
     of_maps: dict[str, list[CellClass]] = {}
     for entry in (entry for entry in cohort.maps if entry.encoder == encoder):
         probability = _probability(store, grid, entry)
@@ -207,21 +205,20 @@ def _quality(store: Store, grid: Grid) -> tuple[dict[str, Values], list[str]]:
     }, []
 
 
-def _heat(store: Store, grid: Grid, target: Target) -> tuple[npt.NDArray[np.float32], bool] | None:
-    """The heat of a target in the cells of a grid, and whether it is attention."""
+def _heat(store: Store, grid: Grid, target: Target) -> npt.NDArray[np.float32] | None:
+    """The heat of a target in the cells of a grid; None: there is none."""
     about = grid.provenance
     key = ModelKey(encoder=about.encoder, target=target.name)
-    folder, model = store.explanation(key) / about.slide, store.slide_model(key)
-    asset = "explanation"
+    folder, asset = store.explanation(key) / about.slide, "explanation"
     if not folder.exists():
         prediction = store.prediction(PredictionKey(champion=target.name, slide=about.slide))
         if not (prediction / HEATMAP).exists() or _predicting_encoder(prediction) != about.encoder:
             return None
-        folder, model, asset = prediction / HEATMAP, store.champion(target.name), "prediction"
+        folder, asset = prediction / HEATMAP, "prediction"
     heat, seen = read_heatmap(folder), heatmap_provenance(folder)
     if heat.shape != grid.valid.shape or _place(seen) != _place(about):
         raise _of_another_grid(folder, grid, asset)
-    return heat, read_model_card(model).settings.network == "mil"
+    return heat
 
 
 def _predicting_encoder(prediction: Path) -> str:

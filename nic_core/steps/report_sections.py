@@ -527,7 +527,7 @@ def _model_pictures(store: Store, key: ModelKey, result: CrossValidation) -> lis
         kind_of(result.target).prediction_columns[-1], descending=True
     )
     slides = units["slides"].explode().to_list()
-    meaning = heat_meaning(result.target, directed=result.settings.network != "mil")
+    meaning = heat_meaning(result.target)
     for end, slide in (("highest", slides[0]), ("lowest", slides[-1])):
         path = store.explanation(key) / slide / OVERLAY
         if path.exists():

@@ -28,7 +28,6 @@ from nic_core.grids import open_grid
 from nic_core.grids.preview import colour_cells, read_colours
 from nic_core.maps.heatmaps import cell_area, colour_limits
 from nic_core.models.explanation import heat_meaning
-from nic_core.models.files import CARD, read_model_card
 from nic_core.slides import Slide, SlideError
 from nic_core.steps.slides import TISSUE, read_record
 from nic_core.tiling.tissue import TissueMask
@@ -353,24 +352,14 @@ def _heat(study: ViewedStudy, slide: str) -> Iterator[Layer]:
 
 
 def _describe_heat(study: ViewedStudy, source: HeatSource) -> Described:
-    cells, directed = _heat_cells(study, source)
-    colours, unit = ("coolwarm", "gradient") if directed else ("inferno", "times the mean weight")
-    meaning = heat_meaning(source.target, directed=directed)
-    limits = colour_limits(cells.values, directed=directed)
-    return Described(_ramp(colours, *limits, unit, meaning), cells.box)
+    cells = heat_cells(study, source.folder)
+    meaning = heat_meaning(source.target)
+    return Described(_ramp("coolwarm", *colour_limits(cells.values), "heat", meaning), cells.box)
 
 
 def _draw_heat(study: ViewedStudy, source: HeatSource) -> bytes:
-    cells, directed = _heat_cells(study, source)
-    limits = colour_limits(cells.values, directed=directed)
-    return png(_colours(cells.values, "coolwarm" if directed else "inferno", *limits))
-
-
-def _heat_cells(study: ViewedStudy, source: HeatSource) -> tuple[Cells, bool]:
-    """Return heat, and whether it has a direction."""
     cells = heat_cells(study, source.folder)
-    card = study.files.get(source.model / CARD, partial(read_model_card, source.model))
-    return cells, card.settings.network != "mil"
+    return png(_colours(cells.values, "coolwarm", *colour_limits(cells.values)))
 
 
 def _annotations(study: ViewedStudy, opened: Slide) -> Iterator[Layer]:

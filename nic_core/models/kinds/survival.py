@@ -29,6 +29,7 @@ from nic_core.models.cox import (
 )
 from nic_core.models.kinds.base import (
     Calibration,
+    ExplainedOutput,
     Floats,
     RecalibrationMethod,
     label_error,
@@ -126,13 +127,13 @@ class Survival:
         )
         return cox_loss(outputs[:, 0], time, event)
 
-    def explained_output(self, label: str | None) -> Callable[[Tensor, Tensor], Tensor]:
+    def explained_output(self, label: str | None) -> ExplainedOutput:
         if label is not None:
             raise ValueError(
                 f"target '{self.target.name}' (survival) has no class '{label}'; "
                 "leave the class out"
             )
-        return lambda outputs, predictions: predictions[:, 0]
+        return lambda outputs, shift, scale: outputs[:, 0] * scale + shift
 
     def metrics(self, rows: pl.DataFrame, prediction: Floats) -> dict[str, Metric]:
         time, event = (rows[column].to_numpy() for column in self.label_columns)
