@@ -8,9 +8,10 @@ large a band away from the nests for each of them. What is planted:
 - score: the share of the windows in the nests that are malignant glands; the others are benign.
 - survival: from both, as on painted slides.
 
-Windows are joined by image quilting; the lattice of windows and the mixing at the borders of parts
-do not depend on the labels. Material and labels are kept apart as
-:mod:`nic_core.demo.material` says.
+Windows are joined by image quilting. The lattice of windows, the borders of parts and what is mixed
+there do not depend on the labels: with one kind of tissue everywhere, the same seed gives the same
+pixels whatever the labels. Material and labels are kept apart as :mod:`nic_core.demo.material`
+says.
 """
 
 from __future__ import annotations
@@ -62,8 +63,9 @@ from nic_core.types import Pixels
 SMALLEST_SIDE = 1280
 FOLDS = 4
 MALIGNANT = (0.15, 1.0)  # smallest and largest share of malignant windows in the nests
-CANDIDATES = 6  # windows of which the best fitting one is used
-BORDER = 3.0  # px, standard deviation of the mixing at the border of two parts
+CANDIDATES = 4  # windows of which the best fitting one is used
+BORDER = 3  # px, standard deviation of the mixing at the border of two parts
+LEAST_COVER = 0.5 / 255  # a smaller share of a part in a px is not visible
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,6 @@ class _Recipe:
     seed: int
     slides: int
     side: int
-    one_tissue: bool
     material: str  # digest of the list of regions
     version: int = 1  # of the generator; increase it if pixels, labels or files change
 
@@ -94,7 +95,6 @@ def make_composed(
     seed: int = 0,
     slides: int = SLIDES,
     side: int = SIDE,
-    one_tissue: bool = False,
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> Path:
@@ -143,7 +143,7 @@ def make_composed(
             f"slides {slides}, side {side}"
         )
     regions = read_material(material)
-    recipe = _Recipe(seed, slides, side, one_tissue, _digest(material, regions))
+    recipe = _Recipe(seed, slides, side, _digest(material, regions))
     if not is_made(root, vars(recipe)):
         with atomic_folder(root) as folder:
             _write(folder, material, regions, recipe, workers or os.cpu_count() or 1, progress)
@@ -215,12 +215,9 @@ def _with_folds(labels: pl.DataFrame, seed: int) -> pl.DataFrame:
 
 def _make_slide(folder: Path, material: Path, job: _Job, recipe: _Recipe, mpp: float) -> None:
     """Compose and write a slide."""
-    kinds = _pool(material, job.regions)
-    if recipe.one_tissue:
-        kinds = dict.fromkeys(kinds, kinds[Tissue.GLAND])
     pixels, truth = compose_slide(
         np.random.default_rng(job.planned.seed),
-        kinds,
+        _pool(material, job.regions),
         recipe.side,
         capsules=job.planned.capsules,
         malignant=job.malignant,
@@ -266,49 +263,57 @@ def compose_slide(
     """
     arrangement = arrange_slide(rng, side, capsules)
     parts, tissue = arrangement.parts, arrangement.tissue
-    is_nest, is_rim = tissue == Tissue.TUMOUR, tissue == Tissue.RIM
-    light = np.ones((side, side, 3), np.float32)
-    truth = np.zeros((side, side), np.uint8)
-    layers = (
-        ((tissue == Tissue.GLAND) & (parts == 0), 0.0, Tissue.GLAND),
-        (is_nest, malignant, Tissue.GLAND),
-        # rings and bands are layers of their own, whatever fills them
-        (is_rim, 0.0, Tissue.RIM),
-        ((parts > 0) & ~is_rim, 0.0, Tissue.GLAND),
-    )
-    for part, share, kind in layers:
-        cover = enlarge(part.astype(np.float32), slice(0, len(part) * RASTER))[:side, :side]
-        cover = ndimage.gaussian_filter(cover, BORDER)
-        pixels, kinds = _fill(rng, pool, cover > 0.5 / 255, cover > 0.5, share, kind)
-        light -= cover[..., None] * (1 - pixels / np.float32(255))
-        truth = np.where(cover > 0.5, kinds, truth)
+    shape = len(tissue) * RASTER, len(tissue) * RASTER
+    light, truth = np.ones((*shape, 3), np.float32), np.zeros(shape, np.uint8)
+    # each ring and band is filled by itself, whatever it is filled with
+    layers = [((tissue == Tissue.GLAND) & (parts == 0), 0.0), (tissue == Tissue.TUMOUR, malignant)]
+    layers += [(parts == part, 0.0) for part in range(1, parts.max() + 1)]
+    for layer, share in layers:
+        kind = Tissue.RIM if (tissue[layer] == Tissue.RIM).any() else Tissue.GLAND
+        _fill(rng, pool, layer, share, kind, light, truth)
     stained = recoloured(np.rint(255 * light).astype(np.uint8), density_table(_strength(stain)))
-    glass = stain.white + rng.normal(0, stain.noise, (side, side, 1)) * (light > 254 / 255)
-    slide = np.rint(np.clip(stained / 255 * glass, 0, 255)).astype(np.uint8)
+    # noise of the glass alone: real pixels have their own
+    noise = rng.normal(0, stain.noise, (*shape, 1)) * (light > 254 / 255)
+    slide = np.rint(np.clip(stained / 255 * (stain.white + noise), 0, 255)).astype(np.uint8)
     middle = RASTER // 2
-    return slide, truth_points(truth[middle::RASTER, middle::RASTER])
+    return slide[:side, :side], truth_points(truth[middle::RASTER, middle::RASTER])
 
 
 def _fill(
     rng: np.random.Generator,
     pool: Pool,
-    where: NDArray[np.bool_],
-    core: NDArray[np.bool_],
+    layer: NDArray[np.bool_],
     malignant: float,
     kind: Kind,
-) -> tuple[Pixels, NDArray[np.uint8]]:
-    """Fill a part with windows; return pixels and the kind of tissue of each px.
+    light: NDArray[np.float32],
+    truth: NDArray[np.uint8],
+) -> None:
+    """Fill a part of the slide with windows, in place.
 
-    Windows over the share ``malignant`` of ``core`` are malignant glands, the others ``kind``.
+    Windows over the share ``malignant`` of its area are malignant glands, the others ``kind``.
+
+    Parameters
+    ----------
+    layer
+        The part, one point per RASTER x RASTER px.
+    light
+        float32 (H, W, 3): light through the tissue, 0..1.
+    truth
+        uint8 (H, W): the kind of tissue of each px.
     """
+    (box,) = ndimage.find_objects(ndimage.binary_dilation(layer, iterations=BORDER).view(np.uint8))
+    box_px = tuple(slice(s.start * RASTER, s.stop * RASTER) for s in box)
+    cut = layer[box].astype(np.float32)
+    cover = ndimage.gaussian_filter(enlarge(cut, slice(0, len(cut) * RASTER)), BORDER)
+    core = cover > 0.5
     step = WINDOW - OVERLAP
     start = int(rng.integers(step)), int(rng.integers(step))
-    cells = [-(-(n + s) // step) for n, s in zip(where.shape, start, strict=True)]
-    area = np.zeros((cells[0] * step, cells[1] * step))
-    area[start[0] : start[0] + where.shape[0], start[1] : start[1] + where.shape[1]] = core
-    area = area.reshape(cells[0], step, cells[1], step).sum((1, 3))
+    rows, columns = (-(-(n + s) // step) for n, s in zip(core.shape, start, strict=True))
+    area = np.zeros((rows * step, columns * step))
+    area[start[0] : start[0] + core.shape[0], start[1] : start[1] + core.shape[1]] = core
+    area = area.reshape(rows, step, columns, step).sum((1, 3))
     order = rng.permutation(area.size)
-    reached = area.ravel()[order].cumsum() <= malignant * area.sum()
+    reached = (area.ravel()[order].cumsum() <= malignant * area.sum()) & (malignant > 0)
     kinds = np.full(area.size, kind, np.uint8)
     kinds[order[reached]] = Tissue.TUMOUR
     kinds = kinds.reshape(area.shape)
@@ -316,8 +321,9 @@ def _fill(
     def draw(row: int, column: int) -> Pixels:
         return _windows(rng, pool, Tissue(kinds[row, column]))
 
-    pixels, places = quilt(where, WINDOW, start, draw)
-    return pixels, kinds[places[..., 0], places[..., 1]]
+    pixels, places = quilt(cover > LEAST_COVER, WINDOW, start, draw)
+    light[box_px] -= cover[..., None] * (1 - pixels / np.float32(255))
+    truth[box_px][core] = kinds[places[..., 0], places[..., 1]][core]
 
 
 def _windows(rng: np.random.Generator, pool: Pool, kind: Kind) -> Pixels:

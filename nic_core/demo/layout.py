@@ -105,8 +105,8 @@ class Arrangement:
     tissue
         uint8: BACKGROUND, GLAND (the tissue between the parts), TUMOUR (the nests) or RIM.
     parts
-        uint8: 0 outside, 1 a ring around a nest, 2 a band away from the nests. Every nest has
-        both, of equal area. One of them is RIM and the other one GLAND, so that the borders of
+        uint8: 2 *i* + 1 the ring around nest *i*, 2 *i* + 2 a band of equal area away from the
+        nests, 0 elsewhere. One of the two is RIM and the other one GLAND, so that the borders of
         all parts are the same in both growth patterns.
     """
 
@@ -120,11 +120,11 @@ def arrange_slide(rng: np.random.Generator, side: int, capsules: tuple[bool, ...
     tissue = np.where(frame.blob, Tissue.GLAND, Tissue.BACKGROUND).astype(np.uint8)
     tissue[frame.nests.min(0) <= 0] = Tissue.TUMOUR
     parts = np.zeros_like(tissue)
-    free = frame.free
-    for ring, capsule in zip(frame.rings, capsules, strict=True):
+    free = frame.free & ~frame.rings.any(0)
+    for nest, (ring, capsule) in enumerate(zip(frame.rings, capsules, strict=True)):
         band, _ = _bands(rng, frame.x, frame.y, frame.unit, free, int(ring.sum()))
         free = free & ~band
-        parts[ring], parts[band] = 1, 2
+        parts[ring], parts[band] = 2 * nest + 1, 2 * nest + 2
         tissue[ring if capsule else band] = Tissue.RIM
     return Arrangement(tissue, parts)
 

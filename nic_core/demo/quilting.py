@@ -21,7 +21,7 @@ Draw = Callable[[int, int], Pixels]
 
 def quilt(
     where: NDArray[np.bool_], window: int, start: tuple[int, int], draw: Draw
-) -> tuple[Pixels, NDArray[np.int64]]:
+) -> tuple[Pixels, NDArray[np.int32]]:
     """Fill a part of an image with windows.
 
     Parameters
@@ -41,7 +41,7 @@ def quilt(
     -------
     pixels : uint8 (H, W, 3)
         0 where no window is.
-    places : int64 (H, W, 2)
+    places : int32 (H, W, 2)
         Row and column of the lattice from which a px is; -1 where no window is.
     """
     height, width = where.shape
@@ -49,7 +49,7 @@ def quilt(
     rows, columns = (-(-(n + s) // step) for n, s in zip(where.shape, start, strict=True))
     size = rows * step + OVERLAP, columns * step + OVERLAP
     canvas = np.zeros((*size, 3), np.float32)
-    places = np.full((*size, 2), -1, np.int64)
+    places = np.full((*size, 2), -1, np.int32)
     padded = np.zeros(size, np.bool_)
     padded[start[0] : start[0] + height, start[1] : start[1] + width] = where
     for row in range(rows):
