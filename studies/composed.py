@@ -350,7 +350,7 @@ def main() -> None:
     runner.add_argument("material", type=Path, help="folder of the real data, with MANIFEST.csv")
     runner.add_argument("--out", type=Path, required=True)
     runner.add_argument("--slides", type=int, default=48)
-    runner.add_argument("--side", type=int, default=2560, help="px, at the um/px of the material")
+    runner.add_argument("--side", type=int, default=2048, help="px, at the um/px of the material")
     runner.add_argument("--seeds", type=int, default=2)
     runner.add_argument("--released", type=Path, help="folder of the released Keras encoders")
     runner.add_argument(

@@ -137,8 +137,8 @@ def read_material(folder: Path) -> pl.DataFrame:
 def material_folds(material: pl.DataFrame, folds: int) -> dict[str, int]:
     """Assign the patients of the material to folds, 0 to ``folds`` - 1.
 
-    Patients with most regions first, each to the fold in which the numbers of regions of both
-    labels stay most equal.
+    Patients with most regions come first. Each goes to a fold that lacks most of its labels, and
+    among these to the one in which the numbers of regions of both labels stay most equal.
 
     Raises
     ------
@@ -153,8 +153,9 @@ def material_folds(material: pl.DataFrame, folds: int) -> dict[str, int]:
     totals = np.zeros((folds, len(LABELS)))
     found = {}
     for patient, *numbers in counts.iter_rows():
-        after = ((totals + numbers) ** 2 - totals**2).sum(1)
-        fold = int(after.argmin())
+        known = ((totals > 0) | (np.array(numbers) == 0)).sum(1)
+        unequal = ((totals + numbers) ** 2 - totals**2).sum(1)
+        fold = int(np.lexsort((unequal, known))[0])
         totals[fold] += numbers
         found[patient] = fold
     if (totals == 0).any():

@@ -62,17 +62,14 @@ def quilt(
                 continue
             there, known = canvas[at], places[at][..., 0] >= 0
             candidates = draw(row, column).astype(np.float32)
-            left, upper = (
-                _differences(c[:, :, :OVERLAP], o[:, :OVERLAP], k[:, :OVERLAP])
-                # a window and its transposition: the upper overlap becomes the left one
-                for c, o, k in (
-                    (candidates, there, known),
-                    (candidates.swapaxes(1, 2), there.swapaxes(0, 1), known.T),
-                )
-            )
+            # the upper overlap of a window is the left one of the transposed window
+            left = _differences(candidates, there, known)
+            upper = _differences(candidates.swapaxes(1, 2), there.swapaxes(0, 1), known.T)
             best = int((left.sum((1, 2)) + upper.sum((1, 2))).argmin())
-            new = _after_cut(left[best], known) & _after_cut(upper[best], known.T).T
-            new |= ~known
+            paths = least_paths(np.stack([left[best], upper[best]]))
+            new = ~known
+            middle, far = window // 2, np.arange(window) >= paths[..., None]
+            new |= (far[0] | ~known[middle, 0]) & (far[1].T | ~known[0, middle])
             soft = new.astype(np.float32)
             soft = np.where(known, ndimage.uniform_filter(soft, SOFT), 1)[..., None]
             canvas[at] = there + soft * (candidates[best] - there)
@@ -84,31 +81,35 @@ def quilt(
 def _differences(
     candidates: NDArray[np.float32], there: NDArray[np.float32], known: NDArray[np.bool_]
 ) -> NDArray[np.float32]:
-    """Return the squared differences (n, rows, OVERLAP) to what is known."""
-    difference = candidates - there
-    return np.asarray(np.einsum("nijc,nijc->nij", difference, difference) * known)
+    """Return the squared differences to what is known in the left overlap, (n, rows, OVERLAP)."""
+    difference = candidates[:, :, :OVERLAP] - there[:, :OVERLAP]
+    squares = np.einsum("nijc,nijc->nij", difference, difference)
+    return np.asarray(squares * known[:, :OVERLAP])
 
 
-def _after_cut(error: NDArray[np.float32], known: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Return the part of a window right of the cut in its left overlap; all without neighbour."""
-    if not known[len(known) // 2, 0]:
-        return np.ones(known.shape, np.bool_)
-    return np.asarray(np.arange(len(known)) >= least_path(error)[:, None])
+def least_paths(errors: NDArray[np.float32]) -> NDArray[np.int64]:
+    """Return the paths from top to bottom with the least total error.
 
+    Parameters
+    ----------
+    errors : float32 (n, rows, columns)
+        A path through each is found.
 
-def least_path(error: NDArray[np.float32]) -> NDArray[np.int64]:
-    """Return the column in each row of the path from top to bottom with the least total error.
-
-    From one row to the next, the column changes by at most 1.
+    Returns
+    -------
+    int64 (n, rows)
+        The column in each row; from one row to the next it changes by at most 1.
     """
-    total = np.pad(error.astype(np.float64), ((0, 0), (1, 1)), constant_values=np.inf)
-    for row in range(1, len(total)):
+    count, rows, columns = errors.shape
+    total = np.full((rows, count, columns + 2), np.inf)
+    total[..., 1:-1] = errors.swapaxes(0, 1)
+    for row in range(1, rows):
         above = total[row - 1]
-        total[row, 1:-1] += np.minimum(np.minimum(above[:-2], above[1:-1]), above[2:])
-    total = total[:, 1:-1]
-    path = np.empty(len(total), np.int64)
-    path[-1] = total[-1].argmin()
-    for row in range(len(total) - 2, -1, -1):
-        low = max(path[row + 1] - 1, 0)
-        path[row] = low + total[row, low : path[row + 1] + 2].argmin()
-    return path
+        total[row, :, 1:-1] += np.minimum(np.minimum(above[:, :-2], above[:, 1:-1]), above[:, 2:])
+    paths = np.empty((count, rows), np.int64)
+    steps, which = np.arange(-1, 2), np.arange(count)[:, None]
+    paths[:, -1] = total[-1].argmin(1)
+    for row in range(rows - 2, -1, -1):
+        near = paths[:, row + 1, None] + steps
+        paths[:, row] = near[which[:, 0], total[row][which, near].argmin(1)]
+    return paths - 1
