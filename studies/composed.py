@@ -2,6 +2,7 @@
 
     python -m studies.composed run REALDATA --out FOLDER --released FOLDER --encoders FOLDER...
     python -m studies.composed show FOLDER --picture composed.png
+    python -m studies.composed layout FOLDER --picture layout.png
 
 ``run`` composes a cohort of real tissue (:mod:`nic_core.demo.composed`), compresses its slides with
 every encoder and cross-validates the three targets with the grid CNN and with attention pooling
@@ -10,7 +11,8 @@ area, and exchanged labels.
 Predictions are written to FOLDER, one file for each encoder, model, seed and target, and an
 interrupted run resumes when it is started again. ``show`` prints the metrics with 95 % intervals
 and the differences between encoders by the paired bootstrap over the patients of the slides. A
-metric is the mean over seeds, in each resample too.
+metric is the mean over seeds, in each resample too. ``layout`` draws what was planted in a slide of
+each growth pattern.
 """
 
 from __future__ import annotations
@@ -24,14 +26,18 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
+import pyvips
 import torch
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
 from nic_core.cohort import EncoderSpec, NetworkName, Target, load_cohort
 from nic_core.demo import make_composed
+from nic_core.demo.tissues import Tissue
 from nic_core.encoders import EncoderCard, load_encoder, train_encoder
 from nic_core.encoders.inference import PreparedEncoder
 from nic_core.encoders.keras_import import import_keras_encoder
@@ -56,6 +62,13 @@ REFERENCE = "released_mtl"
 FEATURES = "colour_and_texture"
 PERMUTED = "exchanged labels"
 RESAMPLES = 2000
+# in a truth image: name and colour
+TISSUES: dict[int, tuple[str, str]] = {
+    Tissue.BACKGROUND: ("glass", "white"),
+    Tissue.TUMOUR: ("malignant glands", "#882255"),
+    Tissue.RIM: ("stroma", "#ddcc77"),
+    Tissue.GLAND: ("benign glands", "#88ccee"),
+}
 
 
 @dataclass(frozen=True)
@@ -323,6 +336,26 @@ def picture(targets: Sequence[Target], found: Mapping[str, Sequence[Results]]) -
     return figure
 
 
+def layout(options: argparse.Namespace) -> None:
+    """Draw the truth image of the first slide of each growth pattern."""
+    root: Path = options.folder / "composed"
+    slides = pl.read_csv(root / "slides.csv").join(pl.read_csv(root / "labels.csv"), on="slide")
+    slides = slides.unique("growth", keep="first", maintain_order=True)
+    figure = Figure(figsize=(6.4, 3.4), layout="constrained")
+    colours = ListedColormap([colour for _, colour in TISSUES.values()])
+    for axes, row in zip(
+        figure.subplots(1, slides.height), slides.iter_rows(named=True), strict=True
+    ):
+        truth = pyvips.Image.new_from_file(str(root / row["truth"])).numpy()
+        axes.imshow(np.searchsorted(list(TISSUES), truth), cmap=colours, vmax=len(TISSUES) - 1)
+        axes.set_title(row["growth"], fontsize=9)
+        axes.axis("off")
+    handles = [Patch(color=colour, label=name) for name, colour in list(TISSUES.values())[1:]]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    figure.savefig(options.picture, dpi=100)
+    print(options.picture)
+
+
 def _key(results: Results) -> tuple[str, str]:
     labels = f", {PERMUTED}" if results.labels == "permuted" else ""
     return f"{results.encoder}{labels}", MODELS[results.model]
@@ -361,6 +394,10 @@ def main() -> None:
     shower.set_defaults(work=show)
     shower.add_argument("folder", type=Path)
     shower.add_argument("--picture", type=Path, required=True)
+    planter = commands.add_parser("layout")
+    planter.set_defaults(work=layout)
+    planter.add_argument("folder", type=Path)
+    planter.add_argument("--picture", type=Path, required=True)
     options = parser.parse_args()
     if "threads" in options:
         torch.set_num_threads(options.threads)

@@ -198,13 +198,14 @@ def _write(
 def _with_folds(labels: pl.DataFrame, seed: int) -> pl.DataFrame:
     """Add ``fold``, stratified by growth and signal, and ``malignant``, the share in the nests."""
     rng = np.random.default_rng([seed, 4])
-    patients = (
-        labels.group_by("patient", maintain_order=True)
-        .agg(pl.col("growth").first(), pl.col("signal").mean())
-        .sort("growth", "signal")["patient"]
+    patients = labels.group_by("patient", maintain_order=True).agg(
+        pl.col("growth").first(), pl.col("signal").mean()
     )
-    rounds = [rng.permutation(FOLDS) for _ in range(-(-len(patients) // FOLDS))]
-    folds = dict(zip(patients, np.concatenate(rounds)[: len(patients)].tolist(), strict=True))
+    folds = {}
+    for _, own in patients.sort("growth", "signal").group_by("growth", maintain_order=True):
+        for start in range(0, own.height, FOLDS):
+            some = own["patient"][start : start + FOLDS]
+            folds |= zip(some, rng.permutation(FOLDS)[: len(some)].tolist(), strict=True)
     low, high = MALIGNANT
     share = low + (high - low) * stats.norm.cdf(labels["signal"].to_numpy())
     return labels.with_columns(

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from nic_core.cli.demo import demo
 from nic_core.cohort import load_cohort
-from nic_core.demo import make_composed, make_demo, material
+from nic_core.demo import make_composed, material
 from nic_core.demo.composed import FOLDS, compose_slide
 from nic_core.demo.layout import arrange_slide
 from nic_core.demo.material import MEAN_LIGHT, WINDOW, find_windows, material_folds, read_material
@@ -31,7 +31,7 @@ from nic_core.store import Store
 
 pytestmark = pytest.mark.slow
 
-SIDE = 1280
+SLIDES, SIDE = 12, 1280
 REAL = Path(__file__).parents[3] / "shared" / "real-data"
 needs_real = pytest.mark.skipif(
     not (REAL / "MANIFEST.csv").exists(), reason="needs ../shared/real-data"
@@ -78,7 +78,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def root(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("composed") / "cohort"
-    make_composed(root, folder, slides=16, side=SIDE, workers=2)
+    make_composed(root, folder, slides=SLIDES, side=SIDE, workers=2)
     return root
 
 
@@ -285,25 +285,21 @@ def test_same_parameters_are_composed_once_and_identically(
     root: Path, folder: Path, tmp_path: Path
 ) -> None:
     stamp = (root / "labels.csv").stat().st_mtime_ns
-    make_composed(root, folder, slides=16, side=SIDE)
+    make_composed(root, folder, slides=SLIDES, side=SIDE)
     assert (root / "labels.csv").stat().st_mtime_ns == stamp
-    make_composed(tmp_path / "two", folder, slides=16, side=SIDE, workers=1)
+    # another cohort in the folder is replaced
+    shutil.copytree(root, tmp_path / "two")
+    (tmp_path / "two" / "recipe.json").write_text("{}")
+    make_composed(tmp_path / "two", folder, slides=SLIDES, side=SIDE, workers=1)
     for path in root.rglob("*"):
         if path.is_file():
             assert path.read_bytes() == (tmp_path / "two" / path.relative_to(root)).read_bytes()
 
 
-def test_other_files_are_kept_and_a_painted_cohort_is_replaced(
-    folder: Path, tmp_path: Path
-) -> None:
-    (tmp_path / "thesis").mkdir()
-    (tmp_path / "thesis" / "text").write_text("precious")
+def test_a_folder_with_other_files_is_not_composed_into(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis").write_text("precious")
     with pytest.raises(FileExistsError, match="no demo cohort"):
-        make_composed(tmp_path / "thesis", folder, slides=8, side=SIDE)
-    painted = make_demo(tmp_path / "demo", slides=2, patches_per_task=9, side=768, workers=1)
-    made = make_composed(tmp_path / "demo", folder, slides=8, side=SIDE, workers=1)
-    assert made == painted
-    assert load_cohort(made).name == "composed"
+        make_composed(tmp_path, folder, slides=8, side=SIDE)
 
 
 @pytest.mark.parametrize("wrong", [{"slides": 7}, {"side": 1000}])
@@ -321,7 +317,7 @@ app.command()(demo)
 
 def test_demo_command_composes_slides(root: Path, folder: Path) -> None:
     stamp = (root / "cohort.yaml").stat().st_mtime_ns
-    sizes = f"--slides 16 --side {SIDE}".split()
+    sizes = f"--slides {SLIDES} --side {SIDE}".split()
     done = CliRunner().invoke(app, [str(root), "--composed", str(folder), *sizes])
     assert done.exit_code == 0, done.output
     assert done.stdout.split()[-1] == str(root / "cohort.yaml")
