@@ -136,7 +136,7 @@ def _work(encoder: str, seed: int) -> Iterator[Work]:
 
 def _prepared(name: str, options: argparse.Namespace) -> PreparedEncoder:
     if name == FEATURES:
-        return _features()
+        return hand_made_features()
     if name in RELEASED:
         return import_keras_encoder(options.released / RELEASED[name], name).prepare()
     if name == "untrained":
@@ -158,7 +158,8 @@ class _Features(nn.Module):
         return torch.from_numpy(found.astype(np.float32))
 
 
-def _features() -> PreparedEncoder:
+def hand_made_features() -> PreparedEncoder:
+    """Return the 44 features of colour and texture in the form of an encoder."""
     card = EncoderCard(
         name=FEATURES,
         architecture="features",
