@@ -11,7 +11,7 @@ import polars as pl
 import pytest
 import pyvips
 import typer
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 from sklearn.metrics import roc_auc_score
@@ -76,6 +76,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def pool(folder: Path) -> material.Pool:
+    """The windows of two patients."""
+    regions = read_material(folder)
+    return material.read_pool(folder, regions.filter(pl.col("patient").is_in(["P0", "P1"])))
+
+
+@pytest.fixture(scope="module")
 def root(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("composed") / "cohort"
     make_composed(root, folder, slides=SLIDES, side=SIDE, workers=2)
@@ -95,11 +102,13 @@ def test_windows_have_the_share_of_gland_of_their_kind(kind: Tissue) -> None:
         assert share <= 0.05 if kind is Tissue.RIM else share >= 0.35
 
 
-@given(seed=st.integers(0, 100), kind=st.sampled_from([Tissue.TUMOUR, Tissue.RIM]))
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("kind", [Tissue.TUMOUR, Tissue.RIM])
 def test_windows_of_every_region_and_kind_have_one_mean_colour(seed: int, kind: Tissue) -> None:
     source = find_windows(*region(seed, malignant=True), kind)
     assert source is not None
     means = [source.pixels[r : r + WINDOW, c : c + WINDOW].mean((0, 1)) for r, c in source.corners]
+    # grey levels are rounded
     assert np.mean(means, axis=0) == pytest.approx(MEAN_LIGHT, abs=0.6)
 
 
@@ -179,7 +188,8 @@ def test_the_least_path_is_the_best_of_all_paths(rows: list[list[int]]) -> None:
     assert error[range(len(rows)), path].sum() == min(every)
 
 
-@given(st.integers(0, 20), st.integers(0, 20))
+@settings(max_examples=10)
+@given(st.integers(0, 31), st.integers(0, 31))
 def test_a_quilt_covers_the_part_and_keeps_a_plain_colour(down: int, right: int) -> None:
     where = np.zeros((150, 170), bool)
     where[20:120, 30:90] = True
@@ -198,13 +208,12 @@ def test_a_window_that_repeats_its_neighbour_is_preferred() -> None:
         return np.stack([rng.integers(0, 255, right.shape, np.uint8), right])
 
     first = draw(0, 0)[1:]
-    pixels, _ = quilt(
-        np.ones((64, 96), bool), 64, (0, 0), lambda r, c: first if c == 0 else draw(r, c)
-    )
-    assert (pixels == texture).all()
+    where = np.ones((32, 64), bool)
+    pixels, _ = quilt(where, 64, (0, 0), lambda row, column: draw(row, column) if column else first)
+    assert (pixels == texture[:32, :64]).all()
 
 
-@given(seed=st.integers(0, 10))
+@pytest.mark.parametrize("seed", range(3))
 def test_areas_and_parts_are_the_same_in_both_growth_patterns(seed: int) -> None:
     first, second = (
         arrange_slide(np.random.default_rng(seed), SIDE, capsules)
@@ -216,9 +225,8 @@ def test_areas_and_parts_are_the_same_in_both_growth_patterns(seed: int) -> None
     assert (first.tissue[first.parts % 2 == 1] == Tissue.RIM).all()
 
 
-def test_slides_of_one_tissue_are_equal_whatever_their_labels(folder: Path) -> None:
+def test_slides_of_one_tissue_are_equal_whatever_their_labels(pool: material.Pool) -> None:
     """Nothing but tissue differs: not the windows' lattice, nor borders, nor how they are mixed."""
-    pool = material.read_pool(folder, read_material(folder)[:4])
     one = dict.fromkeys(pool, pool[Tissue.GLAND])
     first, second = (
         compose_slide(
@@ -236,8 +244,9 @@ def test_slides_of_one_tissue_are_equal_whatever_their_labels(folder: Path) -> N
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
-def test_nests_have_the_planned_share_of_malignant_glands(folder: Path, share: float) -> None:
-    pool = material.read_pool(folder, read_material(folder)[:4])
+def test_nests_have_the_planned_share_of_malignant_glands(
+    pool: material.Pool, share: float
+) -> None:
     arrangement = arrange_slide(np.random.default_rng(3), SIDE, (True,) * 3)
     nests = (arrangement.tissue == Tissue.TUMOUR).mean()
     _, truth = compose_slide(
