@@ -201,7 +201,7 @@ def _with_folds(labels: pl.DataFrame, seed: int) -> pl.DataFrame:
     patients = labels.group_by("patient", maintain_order=True).agg(
         pl.col("growth").first(), pl.col("signal").mean()
     )
-    folds = {}
+    folds: dict[str, int] = {}
     for _, own in patients.sort("growth", "signal").group_by("growth", maintain_order=True):
         for start in range(0, own.height, FOLDS):
             some = own["patient"][start : start + FOLDS]
