@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ import numpy as np
 import polars as pl
 import pyvips
 import yaml
+from numpy.typing import NDArray
 
 from nic_core.demo.layout import plant_slide
 from nic_core.demo.painter import paint
@@ -23,6 +24,7 @@ from nic_core.demo.tissues import Tissue
 from nic_core.demo.variety import JPEG_QUALITY, MPP, ORDINARY
 from nic_core.parallel import process_pool
 from nic_core.store import atomic_file, atomic_folder
+from nic_core.types import Pixels
 
 SLIDES = 64
 EXTERNAL = "external"  # folder of the external cohort
@@ -102,17 +104,28 @@ def make_demo(
             f">= {len(TASKS[-1].classes)}; got slides {slides}, side {side}, patches per task "
             f"{patches_per_task}"
         )
-    cohort = root / "cohort.yaml"
+    if not is_made(root, vars(recipe)):
+        with atomic_folder(root) as folder:
+            _write(folder, recipe, workers or os.cpu_count() or 1, progress)
+    return root / "cohort.yaml"
+
+
+def is_made(root: Path, recipe: Mapping[str, object]) -> bool:
+    """Whether the folder has the complete cohort of a recipe.
+
+    Raises
+    ------
+    FileExistsError
+        ``root`` contains files but no demo cohort.
+    """
     stamp = root / "recipe.json"
-    if cohort.exists() and stamp.exists() and json.loads(stamp.read_text()) == vars(recipe):
-        return cohort
     if root.exists() and any(root.iterdir()) and not stamp.exists():
         raise FileExistsError(
             f"{root} contains files but no demo cohort; give an empty or a new folder"
         )
-    with atomic_folder(root) as folder:
-        _write(folder, recipe, workers or os.cpu_count() or 1, progress)
-    return cohort
+    if not (root / "cohort.yaml").exists():
+        return False
+    return bool(json.loads(stamp.read_text()) == recipe)
 
 
 def _write(folder: Path, recipe: _Recipe, workers: int, progress: Progress | None) -> None:
@@ -147,10 +160,7 @@ def _write(folder: Path, recipe: _Recipe, workers: int, progress: Progress | Non
         }
         for task, jobs in task_jobs.items():
             names |= dict.fromkeys(jobs, f"patches of {task.name}")
-        for done, job in enumerate(as_completed(names), start=1):
-            job.result()
-            if progress is not None:
-                progress(done, len(names), names[job])
+        await_jobs(names, progress)
     pl.DataFrame(
         [
             (s.slide, x, y)
@@ -178,9 +188,7 @@ def _write(folder: Path, recipe: _Recipe, workers: int, progress: Progress | Non
     causes = ("mitoses", "grade", "signal", "risk")
     labels.drop("split", *causes).write_csv(folder / "labels.csv")
     labels.select("slide", *causes).write_csv(folder / "truth" / "causes.csv")
-    (folder / "truth" / "codes.csv").write_text(
-        "code,tissue\n" + "".join(f"{t.value},{t.name.lower()}\n" for t in Tissue)
-    )
+    write_codes(folder)
     (folder / "cohort.yaml").write_text(_cohort_yaml(external=bool(foreign)))
     (folder / "recipe.json").write_text(json.dumps(vars(recipe)))
 
@@ -212,7 +220,24 @@ def _make_slide(folder: Path, planned: PlannedSlide, side: int) -> list[tuple[fl
     rng = np.random.default_rng(planned.seed)
     slide = plant_slide(rng, side, planned.tumour, planned.capsules)
     pixels = paint(slide.scene, planned.stain, rng)[:side, :side]
-    with atomic_file(folder / "slides" / f"{planned.slide}.tif") as path:
+    write_slide(folder, planned.slide, pixels, slide.truth, MPP)
+    x, y = slide.mitoses
+    return [(round(float(a), 1), round(float(b), 1)) for a, b in zip(x, y, strict=True)]
+
+
+def await_jobs(names: Mapping[Future[Any], str], progress: Progress | None) -> None:
+    """Wait for all jobs, raise the first error, and report every finished job by its name."""
+    for done, job in enumerate(as_completed(names), start=1):
+        job.result()
+        if progress is not None:
+            progress(done, len(names), names[job])
+
+
+def write_slide(
+    folder: Path, slide: str, pixels: Pixels, truth: NDArray[np.uint8], mpp: float
+) -> None:
+    """Write a slide as a pyramidal TIFF with its um/px, and its truth image."""
+    with atomic_file(folder / "slides" / f"{slide}.tif") as path:
         pyvips.Image.new_from_array(np.ascontiguousarray(pixels)).tiffsave(
             str(path),
             pyramid=True,
@@ -222,13 +247,18 @@ def _make_slide(folder: Path, planned: PlannedSlide, side: int) -> list[tuple[fl
             compression="jpeg",
             Q=85,
             resunit="cm",
-            xres=1000 / MPP,  # px per mm
-            yres=1000 / MPP,
+            xres=1000 / mpp,  # px per mm
+            yres=1000 / mpp,
         )
-    with atomic_file(folder / "truth" / f"{planned.slide}.png") as path:
-        pyvips.Image.new_from_array(slide.truth).pngsave(str(path))
-    x, y = slide.mitoses
-    return [(round(float(a), 1), round(float(b), 1)) for a, b in zip(x, y, strict=True)]
+    with atomic_file(folder / "truth" / f"{slide}.png") as path:
+        pyvips.Image.new_from_array(truth).pngsave(str(path))
+
+
+def write_codes(folder: Path) -> None:
+    """Write the table of the values in truth images."""
+    (folder / "truth" / "codes.csv").write_text(
+        "code,tissue\n" + "".join(f"{t.value},{t.name.lower()}\n" for t in Tissue)
+    )
 
 
 def _make_patches(
@@ -249,6 +279,27 @@ def _make_patches(
 
 def _task(name: str) -> DemoTask:
     return next(task for task in TASKS if task.name == name)
+
+
+def target_entries() -> list[dict[str, Any]]:
+    """The targets of a demo cohort, as the cohort file has them."""
+    return [
+        {"name": "proliferation", "kind": "regression", "column": "score"},
+        {
+            "name": "growth",
+            "kind": "classification",
+            "column": "growth",
+            "classes": list(GROWTH),
+        },
+        {
+            "name": "survival",
+            "kind": "survival",
+            "level": "patient",
+            "time": "time",
+            "event": "event",
+            "unit": "days",
+        },
+    ]
 
 
 def _cohort_yaml(*, external: bool) -> str:
@@ -276,23 +327,7 @@ def _cohort_yaml(*, external: bool) -> str:
                 "learning_rate": 2e-3,
             },
         ],
-        "targets": [
-            {"name": "proliferation", "kind": "regression", "column": "score"},
-            {
-                "name": "growth",
-                "kind": "classification",
-                "column": "growth",
-                "classes": list(GROWTH),
-            },
-            {
-                "name": "survival",
-                "kind": "survival",
-                "level": "patient",
-                "time": "time",
-                "event": "event",
-                "unit": "days",
-            },
-        ],
+        "targets": target_entries(),
         "maps": [
             {
                 "name": "tumour",

@@ -1,5 +1,7 @@
 """Layout of a slide: tumour nests, capsules or bands of dense stroma, islands of other tissue.
 
+:func:`plant_slide` lays out a painted slide, :func:`arrange_slide` a composed one.
+
 Lengths are in units of the slide's side / 24, which is one cell of the compressed grid of a 3072 px
 slide. The two growth patterns differ only in the arrangement of tissue. Every slide has the same
 area of dense stroma: that of a capsule around each of its nests. The area that is not used for
@@ -60,40 +62,114 @@ def plant_slide(
     rng: np.random.Generator, side: int, tumour: Tumour, capsules: tuple[bool, ...]
 ) -> PlantedSlide:
     """Lay out a slide of ``side`` px; nest *i* has a capsule if ``capsules[i]``."""
-    n = -(-side // RASTER)
-    unit = n / UNITS  # raster points
-    y, x = np.indices((n, n), dtype=np.float32)
-    blob = _outline(rng, x, y, unit)
-    nests = _nests(rng, x, y, unit, blob, len(capsules))
-    nearest = nests.min(0)
-    thickness = CAPSULE * unit * (1 + 0.15 * smooth_noise(rng, (n, n), 2 * unit))
-    rings = (nests > 0) & (nests < thickness) & (nests == nearest)
+    frame = _Frame.draw(rng, side, len(capsules))
+    x, y, unit, blob = frame.x, frame.y, frame.unit, frame.blob
+    rings, nearest, free = frame.rings, frame.nests.min(0), frame.free
     region = np.where(blob, Tissue.STROMA, Tissue.BACKGROUND).astype(np.uint8)
     region[nearest <= 0] = Tissue.TUMOUR
-    free = blob & (nearest > (CAPSULE + GAP) * unit * 1.15)
     for kind, share in ISLANDS:
         area = int(share * blob.sum() * np.exp(rng.normal(0, 0.15)))
         island = _grow(rng, free, area, unit)
         region[island] = kind
-        free &= ~island
-    waves = 3.0 * smooth_noise(rng, (n, n), 1.5 * unit) + 0.6 * smooth_noise(rng, (n, n), 12)
+        free = free & ~island
+    waves = 3.0 * smooth_noise(rng, x.shape, 1.5 * unit) + 0.6 * smooth_noise(rng, x.shape, 12)
     direction = rng.uniform(0, np.pi)
     fibres = y * np.cos(direction) - x * np.sin(direction) + 1.5 * waves
-    around = np.isin(np.arange(len(capsules)), np.flatnonzero(capsules))
-    capsule = rings[around].any(0) & blob
+    capsule = rings[list(capsules)].any(0)
     region[capsule] = Tissue.RIM
     fibres = np.where(capsule, nearest + 0.4 * waves, fibres)
-    budget = int((rings.any(0) & blob).sum() - capsule.sum())
+    budget = int(rings.any(0).sum() - capsule.sum())
     if budget > 0:
         band, across = _bands(rng, x, y, unit, free, budget)
         region[band] = Tissue.RIM
         fibres = np.where(band, across + 0.4 * waves, fibres)
-    _necrosis(rng, region, nests, unit)
+    _necrosis(rng, region, frame.nests, unit)
     scene = Scene(_materials(rng, region, unit), (fibres * RASTER).astype(np.float32))
     add_glands(scene, rng, region == Tissue.GLAND, COLON)
     mitoses = populate(scene, rng, tumour)
+    return PlantedSlide(scene, truth_points(region), mitoses)
+
+
+def truth_points(region: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return the truth image of ``region``, of which one point is RASTER x RASTER px."""
     step = TRUTH // RASTER
-    return PlantedSlide(scene, region[step // 2 :: step, step // 2 :: step].copy(), mitoses)
+    return region[step // 2 :: step, step // 2 :: step].copy()
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """The parts of a composed slide, one point per RASTER x RASTER px.
+
+    Attributes
+    ----------
+    tissue
+        uint8: BACKGROUND, GLAND (the tissue between the parts), TUMOUR (the nests) or RIM.
+    parts
+        uint8: 2 *i* + 1 the ring around nest *i*, 2 *i* + 2 a band of equal area away from the
+        nests, 0 elsewhere. One of the two is RIM and the other one GLAND, so that the borders of
+        all parts are the same in both growth patterns.
+    """
+
+    tissue: NDArray[np.uint8]
+    parts: NDArray[np.uint8]
+
+
+def arrange_slide(rng: np.random.Generator, side: int, capsules: tuple[bool, ...]) -> Arrangement:
+    """Lay out a composed slide of ``side`` px; nest *i* has a capsule if ``capsules[i]``."""
+    frame = _Frame.draw(rng, side, len(capsules))
+    tissue = np.where(frame.blob, Tissue.GLAND, Tissue.BACKGROUND).astype(np.uint8)
+    tissue[frame.nests.min(0) <= 0] = Tissue.TUMOUR
+    parts = np.zeros_like(tissue)
+    free = frame.free & ~frame.rings.any(0)
+    for nest, (ring, capsule) in enumerate(zip(frame.rings, capsules, strict=True)):
+        band, _ = _bands(rng, frame.x, frame.y, frame.unit, free, int(ring.sum()))
+        free = free & ~band
+        parts[ring], parts[band] = 2 * nest + 1, 2 * nest + 2
+        tissue[ring if capsule else band] = Tissue.RIM
+    return Arrangement(tissue, parts)
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """What painted and composed slides have in common: the outline, nests and their rings.
+
+    Attributes
+    ----------
+    x, y
+        float32: coordinates of the raster points.
+    unit
+        Raster points of a unit of length.
+    blob
+        The tissue.
+    nests
+        float32 (nests, rows, columns): distance to the border of each nest in raster points,
+        negative inside.
+    rings
+        bool (nests, rows, columns): the place of each nest's capsule.
+    free
+        The tissue away from nests and rings.
+    """
+
+    x: Floats
+    y: Floats
+    unit: float
+    blob: Bools
+    nests: Floats
+    rings: Bools
+    free: Bools
+
+    @classmethod
+    def draw(cls, rng: np.random.Generator, side: int, nests: int) -> _Frame:
+        n = -(-side // RASTER)
+        unit = n / UNITS
+        y, x = np.indices((n, n), dtype=np.float32)
+        blob = _outline(rng, x, y, unit)
+        distances = _nests(rng, x, y, unit, blob, nests)
+        nearest = distances.min(0)
+        thickness = CAPSULE * unit * (1 + 0.15 * smooth_noise(rng, (n, n), 2 * unit))
+        rings = (distances > 0) & (distances < thickness) & (distances == nearest) & blob
+        free = blob & (nearest > (CAPSULE + GAP) * unit * 1.15)
+        return cls(x, y, unit, blob, distances, rings, free)
 
 
 def _outline(rng: np.random.Generator, x: Floats, y: Floats, unit: float) -> Bools:
