@@ -31,7 +31,6 @@ from rich.console import Console
 from rich.table import Table
 
 from nic_core.cohort import Cohort, EncoderSpec, PatchTask, load_cohort
-from nic_core.compression import compress_slide
 from nic_core.encoders import (
     Encoder,
     PatchDataset,
@@ -40,24 +39,12 @@ from nic_core.encoders import (
     train_encoder,
 )
 from nic_core.encoders.probes import Embedder, linear_probe, task_embeddings
-from nic_core.grids import Grid
-from nic_core.models.cross_validation import cross_validate
-from nic_core.models.folds import FOLD_COLUMNS
 from nic_core.models.kinds import kind_of
-from nic_core.models.networks import crop_cells
-from nic_core.slides import open_slide
-from nic_core.steps import (
-    digest,
-    make_patch_table,
-    make_slide,
-    make_slide_index,
-    make_target_folds,
-    read_slide_index,
-)
-from nic_core.store import PatchTableKey, Store, atomic_file, atomic_folder
-from nic_core.tiling.patches import read_patch_table
+from nic_core.steps import digest
+from nic_core.store import Store, atomic_file, atomic_folder
 from studies.encoders import UNSUPERVISED, Learned, untrained_encoder
 from studies.features import ColourAndTexture
+from studies.slides import Slides
 
 # instead of the published 1e-2, which is too high for so few steps [choice]
 RATES = {"mtl": 2e-3, "contrastive": 2e-3}
@@ -110,7 +97,7 @@ def run(options: argparse.Namespace) -> None:
                 ]
             ]
             if slides is not None and isinstance(encoder, Encoder):
-                rows += [(*about, *row) for row in slides.evaluate(encoder, seed)]
+                rows += [(*about, *row) for row in _evaluate_slides(slides, encoder, seed)]
             with atomic_file(path) as partial:
                 pl.DataFrame(rows, SCHEMA, orient="row").write_parquet(partial)
             print(f"seed {seed} {name}: {time.monotonic() - start:.0f} s", flush=True)
@@ -224,62 +211,19 @@ def _make(
     ).encoder
 
 
-class Slides:
-    """The slides of the cohort with patch tables and folds, for the evaluation of encoders."""
-
-    def __init__(self, cohort: Cohort, store: Store) -> None:
-        self.cohort, self.store = cohort, store
-        make_slide_index(cohort, store)
-        self.index = read_slide_index(store)
-        for slide in self.index["slide"]:
-            if not store.patch_table(self.key(slide)).exists():
-                make_slide(store, slide)
-                make_patch_table(cohort, store, self.key(slide))
-        self.targets = [target for target in cohort.targets if target.kind != "survival"]
-        self.folds = {
-            target.name: make_target_folds(cohort, store, target.name).table
-            for target in self.targets
-        }
-
-    def key(self, slide: str) -> PatchTableKey:
-        """Key of the patch table of a slide, whose geometry all encoders share."""
-        (geometry,) = self.cohort.geometries
-        return PatchTableKey(geometry=geometry, slide=slide)
-
-    def evaluate(self, encoder: Encoder, seed: int) -> Iterator[tuple[str, str, str, None, float]]:
-        """Cross-validate every target; yield metric, model, target, None and value."""
-        grids = self._compress(encoder)
-        settings = self.cohort.settings.models.model_copy(update={"seed": seed, "bootstrap": 1})
-        cell_um = next(iter(grids.values())).provenance.cell_um
-        for target in self.targets:
-            table = self.folds[target.name]
-            folds = (
-                table.filter(pl.col("split") == "cv")
-                .select("patient", "fold", "fold_name")
-                .unique()
-            )
-            found = cross_validate(
-                target,
-                table.drop(FOLD_COLUMNS),
-                folds.sort("patient"),
-                grids.__getitem__,
-                settings,
-                crop=crop_cells(settings, cell_um),
-            ).metrics.filter(split="cv", metric=kind_of(target).primary_metric)
-            for row in found.iter_rows(named=True):
-                yield row["metric"], row["model"], target.name, None, row["value"]
-
-    def _compress(self, encoder: Encoder) -> dict[str, Grid]:
-        prepared = encoder.prepare()
-        grids = {}
-        for row in self.index.iter_rows(named=True):
-            name = row["slide"]
-            with open_slide(Path(row["path"]), mpp=row["mpp"], image=row["image"]) as slide:
-                cells = read_patch_table(self.store.patch_table(self.key(name)))
-                grids[name] = compress_slide(
-                    slide, cells, prepared, slide_id=name, slide_identity=""
-                )
-        return grids
+def _evaluate_slides(
+    slides: Slides, encoder: Encoder, seed: int
+) -> Iterator[tuple[str, str, str, None, float]]:
+    """Cross-validate the targets; yield metric, model, target, None and value."""
+    grids = slides.compress(encoder.prepare())
+    settings = slides.cohort.settings.models.model_copy(update={"seed": seed, "bootstrap": 1})
+    for target in slides.cohort.targets:
+        if target.kind == "survival":
+            continue
+        found = slides.cross_validate(target, grids, settings).metrics
+        own = found.filter(split="cv", metric=kind_of(target).primary_metric)
+        for row in own.iter_rows(named=True):
+            yield row["metric"], row["model"], target.name, None, row["value"]
 
 
 # --- showing ---------------------------------------------------------------------------------
