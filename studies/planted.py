@@ -15,7 +15,7 @@ from nic_core.demo.layout import CAPSULE, GAP, TRUTH, UNITS
 from nic_core.demo.tissues import Tissue
 
 REACH = 1.15 * (CAPSULE + GAP)  # units from a nest; bands keep farther away, capsules do not
-CLEAR = 0.43  # standard deviations: outer thirds of the score's causes, whose sign is clear
+CLEAR = 0.43  # standard deviations; the outer thirds of a normal distribution [choice]
 
 Cells = NDArray[np.bool_]
 
@@ -45,8 +45,8 @@ def planted_causes(
 ) -> list[Cause]:
     """Return the causes of a target of the demo cohort in the cells of a slide's grid.
 
-    ``proliferation``: the tumour, whose grade and mitoses make the score, if they are in the
-    highest or the lowest third of the cohort. ``growth`` (desmoplastic): a capsule of dense stroma
+    ``proliferation``: the tumour, whose grade and mitoses make the score, if the absolute
+    ``signal`` exceeds ``CLEAR``. ``growth`` (desmoplastic): a capsule of dense stroma
     around a nest speaks for it; a border of a nest without one and a band of dense stroma away from
     nests speak against it. ``survival``: both; growth without capsules has the higher risk.
 

@@ -2,8 +2,8 @@
 
 The demo cohort does not use them; :func:`nic_core.demo.painted.paint_task` paints them. Classes
 differ in form only: within a patient, the mean colours of patches are exchanged at random
-(:func:`nic_core.demo.variety.exchange_colours`), so that they carry no label. Patches of a sheet
-may overlap by half.
+(:func:`nic_core.demo.variety.exchange_colours`), so that they carry hardly any label. Patches of
+a sheet may overlap by half.
 """
 
 from __future__ import annotations

@@ -159,7 +159,7 @@ def compressed(pixels: NDArray[np.uint8], quality: int) -> NDArray[np.uint8]:
 def exchange_colours(
     patches: NDArray[np.uint8], white: Floats, rng: np.random.Generator
 ) -> NDArray[np.uint8]:
-    """Give each patch the mean colour of another one, so that mean colour carries no label.
+    """Give each patch the mean colour of another one, so that mean colours carry hardly any label.
 
     The optical density of each channel of a patch is multiplied by the factor (0.4 to 2.5) that
     makes the channel's mean that of the patch in its place in a random permutation, as other

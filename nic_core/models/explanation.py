@@ -2,8 +2,8 @@
 
 The mean of the values over a slide's tissue is the network's output for the slide, as far as one
 crop covers it. High values increase the output, low values decrease it. Not published, all of this
-is [choice]; the Grad-CAM of paper B was replaced, because it did not find the planted causes of the
-demo cohort (docs/explanation/heatmaps.md).
+is [choice]; the Grad-CAM of paper B was replaced, because it found most planted causes of the demo
+cohort no better than chance (docs/explanation/heatmaps.md).
 
 - Networks whose output is a mean over cells (:class:`~nic_core.models.networks.HasCellOutputs`):
   the outputs of the cells, which is exact. For a CNN with mean pooling this is the class activation

@@ -2,9 +2,8 @@
 
 :class:`PublishedGridCNN` is the network of paper B. :class:`SmallGridCNN` and
 :class:`GatedAttentionMIL` are for small grids and cohorts [choice]; their output is a mean over
-cells (:class:`HasCellOutputs`). :class:`FoldModel` is what one
-fold of the cross-validation trains: it contains the normalisation of embeddings, so training and
-prediction always use the same one.
+cells (:class:`HasCellOutputs`). :class:`FoldModel` is what one fold of the cross-validation trains:
+it contains the normalisation of embeddings, so training and prediction always use the same one.
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ def test_a_cell_output_depends_on_the_cells_of_its_field(side, name):
     network = build_network(name, 4, 1).eval()
     grid = torch.randn(1, 4, 15, 15)
     changed = grid.clone()
-    # the mean of the slide stays the same, and the attention is compared before its mean
+    # two cells change places, so the slide's mean and the sum of its attention stay the same
     changed[0, :, 7, 7], changed[0, :, 7, 8] = grid[0, :, 7, 8], grid[0, :, 7, 7]
     with torch.no_grad():
         before, after = network.cell_outputs(grid), network.cell_outputs(changed)
@@ -227,7 +227,7 @@ def test_class_is_explained_against_all_others():
     )
 
 
-def test_cells_without_attention_have_no_heat():
+def test_heat_of_mil_is_attention_times_the_output_of_the_cell():
     torch.manual_seed(0)
     network, grid = GatedAttentionMIL(4, 1).eval(), make_grid(9, 12)
     x = torch.from_numpy(grid.embeddings.astype(np.float32))[None]
