@@ -18,7 +18,6 @@ each growth pattern.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -48,6 +47,7 @@ from nic_core.models.metrics import Difference, Interval, Metric, compare, score
 from nic_core.store import Store, atomic_file
 from studies.encoders import EMBEDDING_SIZE, MPP, RELEASED, untrained_encoder
 from studies.features import ColourAndTexture
+from studies.settings import check_settings
 from studies.slides import Slides
 from studies.tissue_tasks import PATCH
 
@@ -91,7 +91,7 @@ class Work:
 
 def run(options: argparse.Namespace) -> None:
     out: Path = options.out
-    _check_settings(out, {"slides": options.slides, "side": options.side})
+    check_settings(out, {"slides": options.slides, "side": options.side})
     cohort = make_composed(
         out / "composed", options.material, slides=options.slides, side=options.side
     )
@@ -192,16 +192,6 @@ def _evaluate(slides: Slides, work: Work, grids: dict[str, Grid], out: Path) -> 
         with atomic_file(path) as partial:
             predictions.write_parquet(partial)
         print(f"{work.encoder} {path.stem}: {time.monotonic() - start:.0f} s", flush=True)
-
-
-def _check_settings(out: Path, settings: Mapping[str, object]) -> None:
-    """Write the settings of the folder, or exit if it was made with other settings."""
-    path = out / "settings.json"
-    if not path.exists():
-        with atomic_file(path) as partial:
-            partial.write_text(json.dumps(settings, indent=2) + "\n")
-    elif (before := json.loads(path.read_text())) != settings:
-        raise SystemExit(f"{out} was made with {before}; give another --out, or these settings")
 
 
 # --- showing ---------------------------------------------------------------------------------

@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
-import json
 import time
 from dataclasses import dataclass
 from itertools import product
@@ -55,6 +54,7 @@ from studies.protocol import (
     probe_units,
     score,
 )
+from studies.settings import check_settings
 from studies.tissue_tasks import PATCH, TissueTask, tissue_tasks
 
 TUNED_ON = ("idc", "lc25000", "nct_crc", "osteosarcoma")
@@ -152,7 +152,13 @@ class FineTuning(Multitask):
 
 def run(options: argparse.Namespace) -> None:
     out: Path = options.out
-    _check_settings(out, options)
+    check_settings(
+        out,
+        {
+            "released": options.released.name,
+            "ways": {name: dataclasses.asdict(way) for name, way in WAYS.items()},
+        },
+    )
     released = import_keras_encoder(options.released, options.released.stem)
     tasks = {task.name: task for task in tissue_tasks(options.folder, out / "patch_tasks")}
     for seed, name in product(range(options.seeds), (BEFORE, *options.ways)):
@@ -275,20 +281,6 @@ def _units(
         },
         UNIT_SCHEMA,
     )
-
-
-def _check_settings(out: Path, options: argparse.Namespace) -> None:
-    """Write the settings of the folder; exit if it was made with others."""
-    settings = {
-        "released": options.released.name,
-        "ways": {name: dataclasses.asdict(WAYS[name]) for name in WAYS},
-    }
-    path = out / "settings.json"
-    if not path.exists():
-        with atomic_file(path) as partial:
-            partial.write_text(json.dumps(settings, indent=2) + "\n")
-    elif json.loads(path.read_text()) != settings:
-        raise SystemExit(f"{out} was made with other settings; give another --out")
 
 
 # --- showing ---------------------------------------------------------------------------------

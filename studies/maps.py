@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -44,6 +43,7 @@ from nic_core.steps.slide_models import read_slide_model
 from nic_core.store import GridKey, ModelKey, Store, atomic_file
 from studies.planted import planted_causes
 from studies.protocol import DRAWS, LEVEL
+from studies.settings import check_settings
 
 NETWORKS: tuple[NetworkName, ...] = ("small", "local", "mil")
 STEPS = 8  # of integrated gradients
@@ -144,13 +144,9 @@ def methods(network: NetworkName) -> dict[str, tuple[Method, int]]:
 def run(options: argparse.Namespace) -> None:
     """Train, explain and score every row of work that has no file yet."""
     cohort, store, out = load_cohort(options.cohort), Store(options.store), options.out
-    settings = {"cohort": str(options.cohort.resolve()), "store": str(options.store.resolve())}
-    kept = out / "settings.json"
-    if not kept.exists():
-        with atomic_file(kept) as partial:
-            partial.write_text(json.dumps(settings) + "\n")
-    if json.loads(kept.read_text()) != settings:
-        raise SystemExit(f"{out} was made from another cohort or store; give another --out")
+    check_settings(
+        out, {"cohort": str(options.cohort.resolve()), "store": str(options.store.resolve())}
+    )
     names = [target.name for target in cohort.targets]
     labels = (False, True)  # exchanged
     for exchanged, network, encoder, target in itertools.product(

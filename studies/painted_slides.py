@@ -16,7 +16,6 @@ by number of tasks and by set of tasks, and draws the figure.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Iterator
 from itertools import combinations, product
@@ -44,6 +43,7 @@ from nic_core.steps import digest
 from nic_core.store import Store, atomic_file, atomic_folder
 from studies.encoders import UNSUPERVISED, Learned, untrained_encoder
 from studies.features import ColourAndTexture
+from studies.settings import check_settings
 from studies.slides import Slides
 
 # instead of the published 1e-2, which is too high for so few steps [choice]
@@ -112,20 +112,10 @@ def _check_settings(cohort: Cohort, options: argparse.Namespace) -> None:
             "study assigns its own splits and would train on them; remove their rows from the "
             "tables of the tasks"
         )
-    settings = {
-        "cohort": digest(cohort),
-        "patches": options.patches,
-        "slides": options.slides,
-    }
-    path: Path = options.out / "settings.json"
-    if not path.exists():
-        with atomic_file(path) as partial:
-            partial.write_text(json.dumps(settings, indent=2) + "\n")
-    elif (before := json.loads(path.read_text())) != settings:
-        others = {name: before[name] for name in settings if before[name] != settings[name]}
-        raise SystemExit(
-            f"{options.out} was made with {others}; give another --out, or the same settings"
-        )
+    check_settings(
+        options.out,
+        {"cohort": digest(cohort), "patches": options.patches, "slides": options.slides},
+    )
 
 
 def _dataset(cohort: Cohort, task: PatchTask, seed: int, out: Path) -> PatchDataset:

@@ -1,4 +1,4 @@
-"""Recognition of carcinoma in patients that nothing was trained on, patient by patient.
+"""Recognition of carcinoma (IDC) in patients that are left out of every training, one by one.
 
     python -m examples.idc.leave_one_out data/idc/cohort.yaml --out data/idc-by-patient
         [--patches 8000] [--released encoder_multitask-4.h5]
@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +43,7 @@ from nic_core.encoders.splits import split_by_group
 from nic_core.models.metrics import Interval, Metric, classification_metrics, score
 from nic_core.store import atomic_file, atomic_folder
 from studies.features import ColourAndTexture
+from studies.settings import check_settings
 
 TASK, POSITIVE = "idc", "idc"  # patch task, and its class of carcinoma
 STRENGTH = 0.01  # C of the logistic regressions
@@ -69,7 +69,8 @@ def main() -> None:
     cohort = load_cohort(arguments.cohort)
     spec = _encoder(cohort, arguments.patches)
     out: Path = arguments.out
-    _check_settings(out, spec, arguments.released)
+    released = arguments.released and arguments.released.name
+    check_settings(out, {"encoder": spec.model_dump(mode="json"), "released": released})
     tasks = [_patch_task(cohort, name, out / "patch_tasks") for name in spec.tasks]
     (idc,) = (task for task in tasks if task.name == TASK)
     without = {patient: _held_out(idc, patient, spec.seed) for patient in patients(idc)}
@@ -256,17 +257,6 @@ def _embedders(idc: PatchDataset, released: Path | None) -> dict[str, Embedder]:
     if released is not None:
         found[f"released, {released.stem}"] = import_keras_encoder(released, released.stem)
     return found
-
-
-def _check_settings(out: Path, spec: EncoderSpec, released: Path | None) -> None:
-    """Write the settings of the folder; exit if it was made with others."""
-    settings = {"encoder": spec.model_dump(mode="json"), "released": released and released.name}
-    path = out / "settings.json"
-    if not path.exists():
-        with atomic_file(path) as partial:
-            partial.write_text(json.dumps(settings, indent=2) + "\n")
-    elif json.loads(path.read_text()) != settings:
-        raise SystemExit(f"{path} has other settings; give another --out, or the same settings")
 
 
 def _patch_task(cohort: Cohort, name: str, folder: Path) -> PatchDataset:

@@ -94,11 +94,7 @@ def test_hand_made_features_are_those_of_the_probes() -> None:
     assert prepared.module(pixels).numpy() == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_folder_of_other_sizes_and_equal_names_are_refused(tmp_path: Path) -> None:
-    composed._check_settings(tmp_path, {"slides": 8})
-    composed._check_settings(tmp_path, {"slides": 8})
-    with pytest.raises(SystemExit, match="made with {'slides': 8}"):
-        composed._check_settings(tmp_path, {"slides": 9})
+def test_encoders_of_one_name_are_refused() -> None:
     options = Namespace(released=None, encoders=[Path("a/mtl"), Path("b/mtl")])
     with pytest.raises(SystemExit, match="two have one name"):
         composed._encoders(options)

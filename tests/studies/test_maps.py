@@ -136,5 +136,5 @@ def test_a_finished_row_is_kept_and_other_stores_are_refused(
     maps.show(Namespace(folder=tmp_path))
     assert "labels exchanged" in capsys.readouterr().out
     (tmp_path / "settings.json").write_text(json.dumps({"cohort": "another"}))
-    with pytest.raises(SystemExit, match="another cohort or store"):
+    with pytest.raises(SystemExit, match="made with {'cohort': 'another'"):
         maps.run(options)
