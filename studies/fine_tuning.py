@@ -55,7 +55,7 @@ from studies.protocol import (
     score,
 )
 from studies.settings import check_settings
-from studies.tissue_tasks import PATCH, TissueTask, tissue_tasks
+from studies.tissue_tasks import MANIFEST_TASKS, PATCH, TissueTask, tissue_tasks
 
 TUNED_ON = ("idc", "lc25000", "nct_crc", "osteosarcoma")
 UNSEEN = ("glas_grade", "glas_gland")
@@ -243,7 +243,7 @@ def _rescaled(data: PatchDataset, mpp: float, cache: Path) -> PatchDataset:
     """Return the patches of a task's images at another um/px."""
     folder = cache / f"{data.name}-{mpp}"
     if not folder.exists():
-        own = {"idc": 4.0, "osteosarcoma": 1.0}.get(data.name, mpp)
+        own = MANIFEST_TASKS[data.name].mpp
         task = PatchTask(
             name=data.name, organ=data.organ, mpp=own, table=cache / f"{data.name}.csv"
         )

@@ -6,8 +6,9 @@
 ``run`` trains or imports each encoder of the configuration (``studies/tissue.yaml``) and probes it
 on every real task (:mod:`studies.protocol`). One file per encoder is written under ``rows``; an
 interrupted run continues where it stopped. ``show`` prints the tables of what is finished. The
-tasks ``unseen`` of the configuration are in no training. On the others an encoder is judged only if
-no task of the same images was in its training.
+tasks ``unseen`` of the configuration are in no training. On another task an encoder is judged only
+if the task was not in its training; a configuration with two trained tasks of the same images, or
+with an unseen and a trained one, is refused.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -51,6 +52,7 @@ def run(options: argparse.Namespace) -> None:
     configuration = _settings(out, options.config)
     tasks = tissue_tasks(options.folder, out / "patch_tasks")
     by_name = {task.name: task for task in tasks}
+    check_images(configuration, by_name)
     for arm in arms(configuration):
         path = _row(out, arm)
         if path.exists() or arm.group not in options.groups:
@@ -62,6 +64,18 @@ def run(options: argparse.Namespace) -> None:
             pl.concat(units).write_parquet(partial)
         scores = " ".join(f"{u['task'][0]} {score([u])[0]:.3f}" for u in units)
         print(f"{arm.name}: {time.monotonic() - start:.0f} s: {scores}", flush=True)
+
+
+def check_images(configuration: Configuration, tasks: Mapping[str, TissueTask]) -> None:
+    """Exit if an encoder would be judged on images that another task had in its training."""
+    trained = [tasks[name].tissue for name in configuration.real_tasks]
+    unseen = {tasks[name].tissue for name in configuration.unseen}
+    shared = {tissue for tissue in trained if tissue in unseen or trained.count(tissue) > 1}
+    if shared:
+        raise SystemExit(
+            f"the images of {', '.join(sorted(shared))} belong to several tasks; real_tasks may "
+            "have one of these tasks, and none if unseen has one"
+        )
 
 
 def _encoder(

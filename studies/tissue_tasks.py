@@ -40,15 +40,12 @@ class TissueTask:
     ----------
     unit
         What is classified: each patch, or each region by mean and deviation of its embeddings.
-    groups
-        What the groups of the task are; splits and intervals are by group.
     tissue
-        Name of the images; an encoder that was trained on a task of the same images has seen them.
+        Name of the images, which several tasks may share.
     """
 
     dataset: PatchDataset
     unit: Literal["patch", "region"]
-    groups: str
     tissue: str
 
     @property
@@ -57,34 +54,30 @@ class TissueTask:
 
 
 @dataclass(frozen=True)
-class _Entry:
+class ManifestTask:
     """How a task of the manifest is read: um/px of its images and of its patches."""
 
     organ: str
     mpp: float | Literal["unknown"]
     patch_mpp: float
-    groups: str
     without: tuple[str, ...] = ()  # classes with one image, too few for five folds
     block: str | None = None  # group: this pattern in the path, not the column
 
 
-_MANIFEST_TASKS = {
-    # 50 px at 4 um/px = 200 um = a patch
-    "idc": _Entry("breast", 4.0, 50 * 4.0 / PATCH, "10 patients"),
-    "monuseg_nuc64": _Entry("seven organs", 0.5, 0.5, "30 patients"),
-    "brecahad_cell64": _Entry("breast", "unknown", 0.5, "4 patients"),
-    "nct_crc": _Entry(
-        "colon", 0.5, 0.5, "single images, patients unknown", without=("BACK", "DEB")
-    ),
-    "lc25000": _Entry("lung and colon", "unknown", 0.5, "original images, patients unknown"),
-    "osteosarcoma": _Entry(
-        "bone",
-        1.0,
-        1.0,
-        "tissue blocks of 2 patients",
-        block=r"((?:Case-4-[A-Z]|P9-[A-Z])\d+)",
-    ),
-    "oral_oscc": _Entry("oral cavity", "unknown", 0.5, "blocks of 40 images, patients unknown"),
+MANIFEST_TASKS = {
+    # 10 patients; 50 px at 4 um/px = 200 um = a patch
+    "idc": ManifestTask("breast", 4.0, 50 * 4.0 / PATCH),
+    "monuseg_nuc64": ManifestTask("seven organs", 0.5, 0.5),  # 30 patients
+    "brecahad_cell64": ManifestTask("breast", "unknown", 0.5),  # 4 patients
+    # patients are unknown: nearly every image is a group
+    "nct_crc": ManifestTask("colon", 0.5, 0.5, without=("BACK", "DEB")),
+    "lc25000": ManifestTask(
+        "lung and colon", "unknown", 0.5
+    ),  # patients are unknown: original images
+    # blocks of tissue of 2 patients
+    "osteosarcoma": ManifestTask("bone", 1.0, 1.0, block=r"((?:Case-4-[A-Z]|P9-[A-Z])\d+)"),
+    # patients are unknown: 20 blocks of consecutive images of each class
+    "oral_oscc": ManifestTask("oral cavity", "unknown", 0.5),
 }
 
 
@@ -103,7 +96,7 @@ def tissue_tasks(folder: Path, cache: Path, *, seed: int = 0) -> list[TissueTask
     manifest = pl.read_csv(folder / "MANIFEST.csv", infer_schema=False)
     made = [_glas(manifest, folder, cache, seed, "glas_grade")]
     made.append(_glas(manifest, folder, cache, seed, "glas_gland"))
-    for name, entry in _MANIFEST_TASKS.items():
+    for name, entry in MANIFEST_TASKS.items():
         kept = cache / f"{name}-{seed}"
         if not kept.exists():
             rows = manifest.filter(task=name).filter(~pl.col("label").is_in(entry.without))
@@ -119,7 +112,7 @@ def tissue_tasks(folder: Path, cache: Path, *, seed: int = 0) -> list[TissueTask
             )
             with atomic_folder(kept) as partial:
                 build_patch_task(task, patch=PATCH, mpp=entry.patch_mpp, seed=seed, folder=partial)
-        made.append(TissueTask(load_patch_task(kept), "patch", entry.groups, name))
+        made.append(TissueTask(load_patch_task(kept), "patch", name))
     return made
 
 
@@ -177,7 +170,7 @@ def _glas(manifest: pl.DataFrame, folder: Path, cache: Path, seed: int, name: st
         with atomic_folder(kept) as partial:
             save_patch_task(partial, made)
     unit: Literal["patch", "region"] = "region" if name == "glas_grade" else "patch"
-    return TissueTask(load_patch_task(kept), unit, "16 patients", "glas")
+    return TissueTask(load_patch_task(kept), unit, "glas")
 
 
 def _grade_patches(

@@ -35,7 +35,7 @@ def brightness_task(unit: str = "patch", patches: int = 120) -> TissueTask:
         }
     )
     made = dataset("brightness", "none", ("dark", "bright"), 0.5, pixels, places, seed=0)
-    return TissueTask(made, unit, "patients", "noise")
+    return TissueTask(made, unit, "noise")
 
 
 class Brightness:

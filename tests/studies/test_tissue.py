@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import polars as pl
 import pytest
 
 from studies import tissue
 from studies.encoders import arms, painted_dataset, read_configuration
 from studies.protocol import UNIT_SCHEMA
+from studies.tissue_tasks import TissueTask, dataset
 
 CONFIGURATION = read_configuration(tissue.CONFIGURATION)
 
@@ -24,6 +26,26 @@ def test_arms_have_unique_names_and_start_from_earlier_arms(file):
 def test_no_encoder_is_trained_on_the_unseen_tasks():
     for arm in arms(CONFIGURATION):
         assert not set(arm.real) & set(CONFIGURATION.unseen)
+
+
+@pytest.mark.parametrize(
+    ("unseen", "trained"),
+    [(("glas_gland",), ("idc", "glas_grade")), (("idc",), ("glas_gland", "glas_grade"))],
+)
+def test_trainings_on_images_of_another_judged_task_are_refused(unseen, trained):
+    places = pl.DataFrame(
+        {"source": "image", "x": 0, "y": 0, "row": 0, "column": range(6), "label": "a"}
+    ).with_columns(group=pl.format("patient {}", "column"))
+    data = dataset("t", "colon", ("a",), 0.5, np.zeros((6, 128, 128, 3), np.uint8), places, 0)
+    images = {"glas_grade": "glas", "glas_gland": "glas"}
+    tasks = {
+        name: TissueTask(data, "patch", images.get(name, name))
+        for name in (*CONFIGURATION.unseen, *CONFIGURATION.real_tasks)
+    }
+    tissue.check_images(CONFIGURATION, tasks)
+    other = CONFIGURATION.model_copy(update={"unseen": unseen, "real_tasks": trained})
+    with pytest.raises(SystemExit, match="the images of glas belong"):
+        tissue.check_images(other, tasks)
 
 
 @pytest.mark.parametrize("group", ["real", "painted", "variety", "mixed", "tuned"])
