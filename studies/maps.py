@@ -33,7 +33,7 @@ from nic_core.grids import Grid, open_grid
 from nic_core.maps.heatmaps import score_heat
 from nic_core.models.crops import Crops, crop_windows
 from nic_core.models.cross_validation import NETWORK, CrossValidation, cross_validate
-from nic_core.models.explanation import mean_over_views
+from nic_core.models.explanation import held_out_networks, mean_over_views
 from nic_core.models.kinds import kind_of, prediction_array, primary_value
 from nic_core.models.kinds.base import ExplainedOutput
 from nic_core.models.networks import FoldModel, HasCellOutputs, build_network, occupied
@@ -229,14 +229,15 @@ def _score(truth: Path, store: Store, key: ModelKey, result: CrossValidation) ->
         grid = open_grid(store.grid(GridKey(encoder=key.encoder, slide=slide)))
         points = np.asarray(Image.open(truth / f"{slide}.png"))
         causes = planted_causes(key.target, points, grid.valid.shape, signals[slide])
-        for name, method, orientations, networks in works:
+        for name, method, orientations, every in works:
+            networks = held_out_networks(every, fold)
 
             def values(model: FoldModel, x: Tensor, method: Method = method) -> Tensor:
                 return method(model, x, lambda raw: output(raw, model.shift, model.scale))
 
             maps = [
                 mean_over_views([model], grid, values, crop=crop, orientations=range(orientations))
-                for model in (networks if fold is None else networks[fold : fold + 1])
+                for model in networks
             ]
             heat = np.mean(maps, axis=0)
             for cause in causes:
@@ -244,10 +245,7 @@ def _score(truth: Path, store: Store, key: ModelKey, result: CrossValidation) ->
                 if (score := score_heat(cause.sign * heat, scored)) is not None:
                     rows.append((name, *about, cause.name, *score, None, None))
             removed = np.mean(
-                [
-                    removal_effect(model, grid, heat, output, crop)
-                    for model in (networks if fold is None else networks[fold : fold + 1])
-                ]
+                [removal_effect(model, grid, heat, output, crop) for model in networks]
             )
             agreement = fold_agreement(maps) if fold is None else None
             rows.append((name, *about, None, None, None, float(removed), agreement))
@@ -260,7 +258,10 @@ def _random_weights(model: FoldModel, result: CrossValidation, seed: int) -> Fol
     with torch.random.fork_rng():
         torch.manual_seed(1000 + seed)
         network = build_network(
-            result.settings.network, model.normalise.channels, kind.outputs
+            result.settings.network,
+            model.normalise.channels,
+            kind.outputs,
+            positions=result.settings.positions,
         ).requires_grad_(False)
     return FoldModel(model.normalise, network, kind).eval()
 

@@ -5,7 +5,8 @@ fitted to the embeddings of four fifths of the groups (patients, where known) an
 others, so that each unit is classified once by a probe that has not seen its patient. It has no
 setting that would favour short or long embeddings. All is repeated with other divisions. The score
 is the balanced accuracy over all units, mean over divisions; intervals and differences resample
-whole groups, the same for both encoders. All of this is [choice].
+whole groups, the same for both encoders. They hold the spread between patients, not that between
+trainings or divisions, whose scores are averaged. All of this is [choice].
 """
 
 from __future__ import annotations
