@@ -201,7 +201,6 @@ def _add_benign(scene: Scene, rng: np.random.Generator, where: Bools, form: Form
 
 def _gland_grade(rng: np.random.Generator, counts: tuple[int, ...], form: Form) -> list[_Sheet]:
     """Regular crypts, or irregular, fused and cribriform glands with rows of long nuclei."""
-
     sheets = []
     for label, count in enumerate(counts):
         windows = _windows(int(1.6 * count))
