@@ -170,3 +170,19 @@ def test_the_interval_of_a_summary_resamples_patients():
     assert patients == "2"
     # all right in one patient, all wrong in the other
     assert accuracy == correct == "0.50 [0.00, 1.00]"
+
+
+def test_the_difference_of_aucs_is_paired_by_patch_and_patient():
+    random = np.random.default_rng(0)
+    rows = pl.DataFrame(
+        {
+            "patient": [f"p{i % 5}" for i in range(100)],
+            "source": [f"image {i:03d}" for i in range(100)],
+            "carcinoma": random.random(100) < 0.5,
+            "probability": random.random(100),
+        }
+    )
+    assert leave_one_out.auc_difference(rows, rows.reverse()) == "0.00 [0.00, 0.00]"
+    perfect = rows.with_columns(probability=pl.col("carcinoma").cast(pl.Float64))
+    inverted = rows.with_columns(probability=1 - pl.col("carcinoma").cast(pl.Float64))
+    assert leave_one_out.auc_difference(perfect, inverted) == "1.00 [1.00, 1.00]"

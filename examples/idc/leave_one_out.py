@@ -40,12 +40,20 @@ from nic_core.encoders import (
 from nic_core.encoders.keras_import import import_keras_encoder
 from nic_core.encoders.probes import Embedder
 from nic_core.encoders.splits import split_by_group
-from nic_core.models.metrics import Interval, Metric, classification_metrics, score
+from nic_core.models.metrics import (
+    Difference,
+    Interval,
+    Metric,
+    classification_metrics,
+    compare,
+    score,
+)
 from nic_core.store import atomic_file, atomic_folder
 from studies.features import ColourAndTexture
 from studies.settings import check_settings
 
 TASK, POSITIVE = "idc", "idc"  # patch task, and its class of carcinoma
+REFERENCE = "mean RGB"  # classifier that the others are compared with
 STRENGTH = 0.01  # C of the logistic regressions
 RESAMPLES = 2000
 SCHEMA = pl.Schema(
@@ -178,11 +186,19 @@ def report(probabilities: pl.DataFrame) -> list[Table]:
     """
     names = probabilities["classifier"].unique(maintain_order=True).to_list()
     pooled = Table(
-        "classifier", "patients", "AUC", "balanced accuracy", "correct, mean of patients"
+        "classifier",
+        "patients",
+        "AUC",
+        "balanced accuracy",
+        "correct, mean of patients",
+        f"AUC minus {REFERENCE}",
     )
     single = Table("patient", "patches", "carcinoma", *names, title="AUC / correct")
     for name in names:
-        pooled.add_row(name, *summary(probabilities.filter(classifier=name)))
+        rows = probabilities.filter(classifier=name)
+        reference = probabilities.filter(classifier=REFERENCE)
+        other = "" if name == REFERENCE else auc_difference(rows, reference)
+        pooled.add_row(name, *summary(rows), other)
     for (patient,), rows in probabilities.group_by("patient", maintain_order=True):
         by_name = [rows.filter(classifier=name) for name in names]
         truth = by_name[0]["carcinoma"]
@@ -215,6 +231,21 @@ def summary(rows: pl.DataFrame) -> list[str]:
     ]
 
 
+def auc_difference(rows: pl.DataFrame, reference: pl.DataFrame) -> str:
+    """Return the AUC of a classifier minus that of another, with its 95 % interval.
+
+    The bootstrap is paired: both AUCs are of the same resamples of patients.
+    """
+    # patches of one image keep their order, which is the same for every classifier
+    one, other = (
+        found.sort("patient", "source", maintain_order=True) for found in (rows, reference)
+    )
+    found = compare(
+        _metrics(one), _metrics(other), one["patient"].to_list(), resamples=RESAMPLES, seed=0
+    )
+    return _interval(found["auc"])
+
+
 def _metrics(rows: pl.DataFrame) -> dict[str, Metric]:
     probability = rows["probability"].to_numpy()
     every = classification_metrics(
@@ -235,7 +266,7 @@ def _cell(rows: pl.DataFrame) -> str:
     return f"{auc:.2f} / {right}"
 
 
-def _interval(found: Interval) -> str:
+def _interval(found: Interval | Difference) -> str:
     return f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"
 
 
@@ -249,7 +280,7 @@ def _encoder(cohort: Cohort, patches: int | None) -> EncoderSpec:
 def _embedders(idc: PatchDataset, released: Path | None) -> dict[str, Embedder]:
     mean_rgb = EncoderSpec(name="mean-rgb", objective="mean_rgb")
     found: dict[str, Embedder] = {
-        "mean RGB": train_encoder(
+        REFERENCE: train_encoder(
             mean_rgb, [], patch=idc.patch, mpp=idc.mpp, embedding_size=3
         ).encoder,
         "colour and texture": ColourAndTexture(),
