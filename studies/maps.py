@@ -33,10 +33,10 @@ from nic_core.grids import Grid, open_grid
 from nic_core.maps.heatmaps import score_heat
 from nic_core.models.crops import Crops, crop_windows
 from nic_core.models.cross_validation import NETWORK, CrossValidation, cross_validate
-from nic_core.models.explanation import held_out_networks, mean_over_views
+from nic_core.models.explanation import cell_values, held_out_networks, mean_over_views
 from nic_core.models.kinds import kind_of, prediction_array, primary_value
 from nic_core.models.kinds.base import ExplainedOutput
-from nic_core.models.networks import FoldModel, HasCellOutputs, build_network, occupied
+from nic_core.models.networks import FoldModel, build_network, occupied
 from nic_core.models.training import fitting_threads
 from nic_core.orientations import ORIENTATIONS
 from nic_core.steps.slide_models import read_slide_model
@@ -59,7 +59,7 @@ CELLS, GRADIENTS, OCCLUSION, GRAD_CAM, ATTENTION = (
 RANDOM_WEIGHTS = "cell outputs, random weights"
 
 Heat = NDArray[np.floating]
-Method = Callable[[FoldModel, Tensor, Callable[[Tensor], Tensor]], Tensor]
+Method = Callable[[FoldModel, Tensor, ExplainedOutput], Tensor]
 
 SCORE_SCHEMA = pl.Schema(
     {
@@ -79,36 +79,31 @@ SCORE_SCHEMA = pl.Schema(
 # --- methods -------------------------------------------------------------------------------------
 
 
-def cell_outputs(model: FoldModel, x: Tensor, explained: Callable[[Tensor], Tensor]) -> Tensor:
-    """The outputs of cells: exact, their mean is the output."""
-    assert isinstance(model.network, HasCellOutputs)
-    with torch.no_grad():
-        each = model.network.cell_outputs(x)[0]
-    return explained(each.flatten(1).T).reshape(each.shape[1:])
+def output_of(model: FoldModel, output: ExplainedOutput) -> Callable[[Tensor], Tensor]:
+    """Return the function from crops of features (B, k, side, side) to what is explained (B,)."""
+    return lambda x: output(model.network(x), model.shift, model.scale)
 
 
-def integrated_gradients(
-    model: FoldModel, x: Tensor, explained: Callable[[Tensor], Tensor]
-) -> Tensor:
+def integrated_gradients(model: FoldModel, x: Tensor, output: ExplainedOutput) -> Tensor:
     """Integrated gradients from the mean embedding of the training cohort."""
-    method = IntegratedGradients(lambda grid: explained(model.network(grid)))
+    method = IntegratedGradients(output_of(model, output))
     found: Tensor = method.attribute(x, n_steps=STEPS).sum(1)[0]
     return found.detach()
 
 
-def grad_cam(model: FoldModel, x: Tensor, explained: Callable[[Tensor], Tensor]) -> Tensor:
+def grad_cam(model: FoldModel, x: Tensor, output: ExplainedOutput) -> Tensor:
     """Grad-CAM of the first convolution [B], with its sign."""
     first = next(m for m in model.network.modules() if isinstance(m, nn.Conv2d))
-    method = LayerGradCam(lambda grid: explained(model.network(grid)), first)
+    method = LayerGradCam(output_of(model, output), first)
     found: Tensor = method.attribute(x)[0, 0]
     return found.detach()
 
 
-def occlusion(model: FoldModel, x: Tensor, explained: Callable[[Tensor], Tensor]) -> Tensor:
+def occlusion(model: FoldModel, x: Tensor, output: ExplainedOutput) -> Tensor:
     """What is lost where a block of cells gets the slide's mean features."""
     tissue = occupied(x)
     mean = x.sum((2, 3), keepdim=True) / tissue.sum()
-    method = Occlusion(lambda grid: explained(model.network(grid)))
+    method = Occlusion(output_of(model, output))
     with torch.no_grad():
         found: Tensor = method.attribute(
             x,
@@ -120,7 +115,7 @@ def occlusion(model: FoldModel, x: Tensor, explained: Callable[[Tensor], Tensor]
     return found[0, 0]
 
 
-def attention(model: FoldModel, x: Tensor, explained: Callable[[Tensor], Tensor]) -> Tensor:
+def attention(model: FoldModel, x: Tensor, output: ExplainedOutput) -> Tensor:
     """The weights of cells, without direction."""
     with torch.no_grad():
         found: Tensor = model.network.attention(x)[0]  # type: ignore[operator]
@@ -130,7 +125,7 @@ def attention(model: FoldModel, x: Tensor, explained: Callable[[Tensor], Tensor]
 def methods(network: NetworkName) -> dict[str, tuple[Method, int]]:
     """Return the methods of a network, each with the number of orientations to average."""
     common: dict[str, tuple[Method, int]] = {
-        CELLS: (cell_outputs, ORIENTATIONS),
+        CELLS: (cell_values, ORIENTATIONS),
         GRADIENTS: (integrated_gradients, ORIENTATIONS),
     }
     if network == "mil":
@@ -233,7 +228,7 @@ def _score(truth: Path, store: Store, key: ModelKey, result: CrossValidation) ->
             networks = held_out_networks(every, fold)
 
             def values(model: FoldModel, x: Tensor, method: Method = method) -> Tensor:
-                return method(model, x, lambda raw: output(raw, model.shift, model.scale))
+                return method(model, x, output)
 
             maps = [
                 mean_over_views([model], grid, values, crop=crop, orientations=range(orientations))

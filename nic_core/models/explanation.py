@@ -71,7 +71,7 @@ def explain(
     """
     output = kind_of(target).explained_output(label)
     return mean_over_views(
-        networks, grid, lambda model, features: _cell_values(model, features, output), crop=crop
+        networks, grid, lambda model, features: cell_values(model, features, output), crop=crop
     )
 
 
@@ -161,8 +161,20 @@ def held_out_networks(networks: Sequence[FoldModel], fold: int | None) -> Sequen
     return networks if fold is None else networks[fold : fold + 1]
 
 
-def _cell_values(model: FoldModel, features: Tensor, output: ExplainedOutput) -> Tensor:
-    """Return the value of each cell of a crop (1, k, side, side), float (side, side)."""
+def cell_values(model: FoldModel, features: Tensor, output: ExplainedOutput) -> Tensor:
+    """Return the value of each cell of one crop, in one orientation.
+
+    Parameters
+    ----------
+    features : float (1, k, side, side)
+        Normalised embeddings, 0 in background.
+    output
+        What is explained: :meth:`TargetKind.explained_output`.
+
+    Returns
+    -------
+    float (side, side)
+    """
 
     def explained(outputs: Tensor) -> Tensor:
         return output(outputs, model.shift, model.scale)
