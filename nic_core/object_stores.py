@@ -1,7 +1,8 @@
 """Object stores: connect to an address ``s3://``, ``http://`` or ``https://``, by obstore.
 
 obstore reads endpoint, region and credentials from the environment (``AWS_*``), and repeats
-requests that a server refuses for a moment (status 5xx, a lost connection).
+requests that a server refuses for a moment (status 5xx, a lost connection). Its threads do not
+survive a fork: a process that reads from a server must not be forked from one that did.
 """
 
 from __future__ import annotations
