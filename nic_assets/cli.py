@@ -100,7 +100,7 @@ def push(
     """
     from nic_core.store.bucket import push as push_store
 
-    with progress_bars() as bars:
+    with progress_bars() as bars, one_line(StoreError):
         bar = bars.add_task("products", total=None)
 
         def show(done: int, total: int) -> None:

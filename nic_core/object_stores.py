@@ -1,7 +1,8 @@
 """Object stores: connect to an address ``s3://``, ``http://`` or ``https://``, by obstore.
 
 obstore reads endpoint, region and credentials from the environment (``AWS_*``), and repeats
-requests that a server refuses for a moment (status 5xx, a lost connection).
+requests that a server refuses for a moment (status 5xx, a lost connection). Its threads do not
+survive a fork: a process that reads from a server must not be forked from one that did.
 """
 
 from __future__ import annotations
@@ -15,11 +16,14 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from obstore.store import HTTPStore, RetryConfig, S3Store
+    from obstore.store import ClientConfig, HTTPStore, RetryConfig, S3Store
 
 SCHEMES = ("s3", "http", "https")
+NO_BUCKET_REMEDY = "correct the address, or create the bucket"
 _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
-_TIMEOUT = timedelta(seconds=30)  # of one request
+# A server may be silent for this long. A large object takes longer, so the time of a whole request
+# has no limit (obstore's is 30 s); a part of a file is sent within it.
+_SILENCE, _WHOLE = timedelta(seconds=60), timedelta(days=7)
 _RETRIES: RetryConfig = {
     "max_retries": 4,
     "retry_timeout": timedelta(seconds=60),
@@ -92,19 +96,23 @@ def connect(root: str, prefix: str = "") -> S3Store | HTTPStore:
         if scheme != "s3":
             return HTTPStore.from_url(
                 f"{root}/{prefix}",
-                client_options={"timeout": _TIMEOUT, "allow_http": scheme == "http"},
+                client_options=_client_options(allow_http=scheme == "http"),
                 retry_config=_RETRIES,
             )
         endpoint = next((os.environ[name] for name in _ENDPOINTS if os.environ.get(name)), "")
         return S3Store(
             name,
             prefix=prefix or None,
-            client_options={"timeout": _TIMEOUT, "allow_http": endpoint.startswith("http://")},
+            client_options=_client_options(allow_http=endpoint.startswith("http://")),
             retry_config=_RETRIES,
             config={"endpoint": endpoint} if endpoint else None,
         )
     except (BaseError, ValueError) as error:
         raise RemoteError(root, first_line(error), "check the variables AWS_*") from error
+
+
+def _client_options(*, allow_http: bool) -> ClientConfig:
+    return {"timeout": _WHOLE, "read_timeout": _SILENCE, "allow_http": allow_http}
 
 
 @contextmanager
@@ -120,27 +128,35 @@ def as_remote_error(address: object) -> Iterator[None]:
     RemoteUnavailableError
         The server does not answer, also after several attempts.
     RemoteError
-        The access is denied, or the address is invalid.
+        There is no such bucket, the access is denied, or the address is invalid.
     """
-    from obstore import exceptions
+    from obstore.exceptions import BaseError
 
     try:
         yield
-    except FileNotFoundError as error:
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(address)) from error
-    except (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError) as error:
+    except (FileNotFoundError, BaseError) as error:
+        raise _translated(address, error) from error
+
+
+def _translated(address: object, error: Exception) -> OSError:
+    from obstore import exceptions
+
+    if isinstance(error, FileNotFoundError):
+        return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(address))
+    if "<Code>NoSuchBucket</Code>" in str(error):
+        return RemoteError(address, "there is no such bucket", NO_BUCKET_REMEDY)
+    if isinstance(error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError):
         remedy = "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION and AWS_ENDPOINT_URL"
-        raise RemoteError(address, "the server denies the access", remedy) from error
-    except (exceptions.PreconditionError, exceptions.AlreadyExistsError) as error:
-        raise ChangedError(address, "the object changed meanwhile", "run it again") from error
-    except exceptions.NotSupportedError as error:
+        return RemoteError(address, "the server denies the access", remedy)
+    if isinstance(error, exceptions.PreconditionError | exceptions.AlreadyExistsError):
+        return ChangedError(address, "the object changed meanwhile", "run it again")
+    if isinstance(error, exceptions.NotSupportedError):
         remedy = "use a server that does, or copy the slides"
-        raise RemoteError(address, "the server does not send ranges of a file", remedy) from error
-    except exceptions.InvalidPathError as error:
-        raise RemoteError(address, first_line(error), "check the address") from error
-    except exceptions.BaseError as error:
-        remedy = "check that the server can be reached, and run it again"
-        raise RemoteUnavailableError(address, first_line(error), remedy) from error
+        return RemoteError(address, "the server does not send ranges of a file", remedy)
+    if isinstance(error, exceptions.InvalidPathError):
+        return RemoteError(address, first_line(error), "check the address")
+    remedy = "check that the server can be reached, and run it again"
+    return RemoteUnavailableError(address, first_line(error), remedy)
 
 
 def first_line(error: Exception) -> str:

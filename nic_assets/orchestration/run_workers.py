@@ -91,8 +91,7 @@ class ResumableRunLauncher(RunLauncher[dg.DagsterInstance], ConfigurableClass):
 
     def check_run_worker_health(self, run: dg.DagsterRun) -> CheckRunHealthResult:
         """Return whether the worker of a run exists; one on another machine counts as running."""
-        for child in self._children:
-            child.poll()
+        self._children = [child for child in self._children if child.poll() is None]
         host, pid = _worker(run)
         if pid is None:
             return CheckRunHealthResult(WorkerStatus.NOT_FOUND, "the run has no worker")

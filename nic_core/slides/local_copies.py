@@ -11,7 +11,8 @@ import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,8 +56,8 @@ def local_copy(files: Sequence[RemotePath]) -> LocalCopy:
     Raises
     ------
     RemoteError
-        A file cannot be read, changed while it was copied, or the slide is larger than the folder
-        may be.
+        A file cannot be read or changed while it was copied, the slide is larger than the folder
+        may be, or the folder cannot be written.
     """
     objects = [RemoteObject(file) for file in files]
     limit = _limit(files[0])
@@ -65,32 +66,54 @@ def local_copy(files: Sequence[RemotePath]) -> LocalCopy:
         raise RemoteError(files[0], reason, f"raise {SIZE_VARIABLE}")
     version = [(str(found.path), found.size, found.etag, found.stored) for found in objects]
     folder = _folder() / hashlib.blake2b(repr(version).encode(), digest_size=16).hexdigest()
-    folder.parent.mkdir(parents=True, exist_ok=True)
     top = files[0].parent
-    while True:
-        lock = _locked(folder, fcntl.LOCK_SH)
-        if (folder / _DONE).exists():
-            os.utime(_lock_file(folder))  # used now
-            return LocalCopy(folder / files[0].relative_to(top), lock)
-        os.close(lock)
-        lock = _locked(folder, fcntl.LOCK_EX)
-        try:
-            if not (folder / _DONE).exists():
-                shutil.rmtree(folder, ignore_errors=True)  # of a process that died
-                if not _make_room(folder.parent, size, limit):
-                    reason = f"the {limit / 1e9:g} GB of local copies are in use"
-                    remedy = f"raise {SIZE_VARIABLE}, or run fewer steps at the same time"
-                    raise RemoteUnavailableError(files[0], reason, remedy)
-                for found in objects:
-                    _copy(found, folder / found.path.relative_to(top))
-                (folder / _DONE).touch()
-        finally:
+    targets = {folder / found.path.relative_to(top): found for found in objects}
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            lock = _locked(_lock_file(folder), fcntl.LOCK_SH)
+            if (folder / _DONE).exists():
+                os.utime(_lock_file(folder))  # used now
+                return LocalCopy(folder / files[0].relative_to(top), lock)
             os.close(lock)
+            lock = _locked(_lock_file(folder), fcntl.LOCK_EX)
+            try:
+                if not (folder / _DONE).exists():
+                    _fill(folder, targets, limit)
+            finally:
+                os.close(lock)
+    except RemoteError:
+        raise
+    except OSError as error:
+        reason = f"cannot be copied to {folder.parent} ({error.strerror})"
+        remedy = f"free some space, or set {FOLDER_VARIABLE} to a folder on another disk"
+        raise RemoteError(files[0], reason, remedy) from error
+
+
+def _fill(folder: Path, targets: Mapping[Path, RemoteObject], limit: float) -> None:
+    """Copy the files of a slide into its folder, whose lock this process holds."""
+    with _room(folder.parent):
+        shutil.rmtree(folder, ignore_errors=True)  # of a process that died
+        if not _make_room(folder.parent, sum(found.size for found in targets.values()), limit):
+            reason = f"the {limit / 1e9:g} GB of local copies are in use"
+            remedy = f"raise {SIZE_VARIABLE}, or run fewer steps at the same time"
+            raise RemoteUnavailableError(next(iter(targets.values())).path, reason, remedy)
+        for target, found in targets.items():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with target.open("wb") as file:
+                file.truncate(found.size)  # so that other processes count the whole copy
+    try:
+        for target, found in targets.items():
+            _copy(found, target)
+        (folder / _DONE).touch()
+    except BaseException:
+        with _room(folder.parent):
+            shutil.rmtree(folder, ignore_errors=True)  # it would take room until the next attempt
+        raise
 
 
 def _copy(found: RemoteObject, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with target.open("wb") as file:
+    with target.open("r+b") as file:
         for start in range(0, found.size, _PIECE):
             file.write(found.read([Range(start, min(_PIECE, found.size - start))])[0])
 
@@ -98,7 +121,7 @@ def _copy(found: RemoteObject, target: Path) -> None:
 def _make_room(root: Path, size: int, limit: float) -> bool:
     """Remove the copies that were used longest ago, until a new one of ``size`` bytes fits.
 
-    Returns whether it does; copies that are in use stay.
+    Returns whether it does; copies that are in use stay. The caller is in :func:`_room`.
     """
     used = {lock: lock.stat().st_mtime_ns for lock in root.glob("*.lock")}
     folders = {lock: root / lock.stem for lock in sorted(used, key=lambda lock: used[lock])}
@@ -128,10 +151,20 @@ def _lock_file(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.lock")
 
 
-def _locked(folder: Path, kind: int) -> int:
-    lock = os.open(_lock_file(folder), os.O_RDWR | os.O_CREAT, 0o666)
+def _locked(path: Path, kind: int) -> int:
+    lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     fcntl.flock(lock, kind)
     return lock
+
+
+@contextmanager
+def _room(root: Path) -> Iterator[None]:
+    """Be the only one, among all processes, that adds or removes copies."""
+    lock = _locked(root / ".room", fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        os.close(lock)
 
 
 def _folder() -> Path:

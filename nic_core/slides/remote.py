@@ -1,27 +1,29 @@
 """Slides in an object store: their addresses, and reading them by ranges.
 
 A slide at ``s3://bucket/key`` or at ``http(s)://host/path`` is a :class:`RemotePath`. Of a TIFF
-only the ranges that are needed are read, in few requests; other formats are copied to a local
-folder of bounded size (:mod:`nic_core.slides.local_copies`).
+only the ranges that are needed are read, in few requests; of OME-Zarr, whose chunks are objects,
+zarr reads those that are needed; other formats are copied to a local folder of bounded size
+(:mod:`nic_core.slides.local_copies`).
 
-Every request names the version of the object that was opened (its ETag), and every answer is
-compared with it. An object that is replaced while it is read is therefore an error, never a mixture
-of two versions.
+Every request of a :class:`RemoteObject` names the version of the object that was opened (its ETag),
+and every answer is compared with it. An object that is replaced while it is read is therefore an
+error, never a mixture of two versions.
 """
 
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import io
 import os
 import stat
 import threading
 import time
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple, TypeAlias, cast
 
@@ -165,22 +167,18 @@ class RemotePath(PurePosixPath):
 def look_up(paths: Iterable[RemotePath]) -> None:
     """Ask for the status of many objects at the same time; :meth:`RemotePath.stat` then has it.
 
-    Objects of one folder are listed, 1000 in a request.
+    Several objects of one folder of a bucket are listed, 1000 in a request.
     """
     folders: dict[RemotePath, list[RemotePath]] = {}
     for path in paths:
         folders.setdefault(path.parent, []).append(path)
-
-    def ask(folder: RemotePath) -> None:
-        wanted = folders[folder]
+    questions: list[Callable[[], object]] = []
+    for folder, wanted in folders.items():
         if folder.in_bucket and len(wanted) > 1:
-            for _ in folder.iterdir():
-                pass
-            return
-        for path in wanted:
-            path.exists()
-
-    for _ in _pool().map(ask, folders):
+            questions.append(partial(deque, folder.iterdir(), 0))
+        else:
+            questions += [path.exists for path in wanted]
+    for _ in _pool().map(lambda ask: ask(), questions):
         pass
 
 
@@ -467,21 +465,10 @@ def forget() -> None:
     _statuses.clear()
 
 
-@dataclass
-class _Threads:
-    pool: ThreadPoolExecutor | None = None
-    process: int = 0
-
-
-_threads = _Threads()
-
-
+@functools.cache
 def _pool() -> ThreadPoolExecutor:
     """The threads of this process that send requests."""
-    if _threads.pool is None or _threads.process != os.getpid():
-        _threads.pool = ThreadPoolExecutor(_CONNECTIONS, thread_name_prefix="ranges")
-        _threads.process = os.getpid()
-    return _threads.pool
+    return ThreadPoolExecutor(_CONNECTIONS, thread_name_prefix="ranges")
 
 
 def _head(path: RemotePath) -> ObjectMeta:

@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from nic_core.object_stores import (
+    NO_BUCKET_REMEDY,
     ChangedError,
     RemoteError,
     RemoteUnavailableError,
@@ -51,6 +52,9 @@ _OBJECTS, _PRODUCTS, _WRITER = "objects/", "products/", "writer.json"
 _TURN = timedelta(minutes=10)  # a writer that did not renew its turn for so long has died [choice]
 _CONNECTIONS = 16
 _PIECE = 8 * 1024 * 1024  # bytes
+
+# push sends an object that is missing or has another size; it does not read the others
+_SEND_AGAIN = "delete the object if there is one, and push the store again"
 
 Progress = Callable[[int, int], None]
 
@@ -121,19 +125,22 @@ def push(
     with _writing(bucket) as renew, ThreadPoolExecutor(_CONNECTIONS) as pool:
         present = bucket.objects()
         for done, (name, path) in enumerate(paths.items(), 1):
+            renew()
             # no process replaces the product while its files are read
             with exclusive_lock(path):
                 if not path.exists():  # removed since it was listed
                     continue
                 manifest = _manifest_of(path)
-                old, etag = bucket.manifest(name)
-                if old == manifest and all(file.sha256 in present for file in manifest.files):
+                # as bytes, so that a damaged manifest is replaced
+                old, etag = bucket.get(_manifest_key(name))
+                # an object of another size is damaged, and sent again
+                new = {f.sha256: f for f in manifest.files if present.get(f.sha256) != f.size}
+                if old == _encoded(manifest) and not new:
                     unchanged += 1
                 else:
-                    new = {f.sha256: f for f in manifest.files if f.sha256 not in present}
                     places = [(path / f.name if f.name else path, f) for f in new.values()]
                     for _ in pool.map(lambda item: bucket.put_file(*item), places):
-                        pass
+                        renew()
                     present |= {file.sha256: file.size for file in new.values()}
                     files, sent = files + len(new), sent + sum(f.size for f in new.values())
                     renew()
@@ -143,7 +150,7 @@ def push(
         absent = sorted(bucket.products() - paths.keys()) if remove else []
         renew()
         for name in absent:
-            bucket.delete(f"{_PRODUCTS}{name}.json")
+            bucket.delete(_manifest_key(name))
     return Transfer(len(paths), unchanged, files, sent, tuple(absent))
 
 
@@ -189,7 +196,8 @@ def verify_bucket(address: str, progress: Progress | None = None) -> tuple[int, 
     products : int
         Number of products.
     problems : list of str
-        A line for each product with a missing or damaged object, and what to do.
+        A line for each product with a damaged manifest, or with a missing or damaged object, and
+        what to do.
 
     Raises
     ------
@@ -200,14 +208,20 @@ def verify_bucket(address: str, progress: Progress | None = None) -> tuple[int, 
     names, problems, good = sorted(bucket.products()), list[str](), set[str]()
     with ThreadPoolExecutor(_CONNECTIONS) as pool:
         for done, name in enumerate(names, 1):
-            manifest = _needed(bucket, name)
+            try:
+                manifest = _needed(bucket, name)
+            except RemoteUnavailableError:
+                raise
+            except RemoteError as error:
+                problems.append(str(error))
+                manifest = Manifest(folder=False, files=())
             # equal files are read once
             files = [file for file in manifest.files if file.sha256 not in good]
             found = list(pool.map(bucket.problem, files))
             good |= {f.sha256 for f, wrong in zip(files, found, strict=True) if wrong is None}
             wrong = [f"{f.name or name} {w}" for f, w in zip(files, found, strict=True) if w]
             if wrong:
-                problems.append(f"{address}: {name}: {'; '.join(wrong)}; push the store again")
+                problems.append(f"{address}: {name}: {'; '.join(wrong)}; {_SEND_AGAIN}")
             if progress is not None:
                 progress(done, len(names))
     return len(names), problems
@@ -247,6 +261,14 @@ def _unreferenced(bucket: _Bucket) -> dict[str, int]:
         for file in _needed(bucket, name).files:
             objects.pop(file.sha256, None)
     return objects
+
+
+def _manifest_key(name: str) -> str:
+    return f"{_PRODUCTS}{name}.json"
+
+
+def _encoded(manifest: Manifest) -> bytes:
+    return manifest.model_dump_json().encode()
 
 
 def _manifest_of(path: Path) -> Manifest:
@@ -322,7 +344,7 @@ class _Bucket:
 
     def manifest(self, name: str) -> tuple[Manifest | None, str | None]:
         """The manifest of a product and its ETag; None if there is none."""
-        data, etag = self.get(f"{_PRODUCTS}{name}.json")
+        data, etag = self.get(_manifest_key(name))
         if data is None:
             return None, None
         try:
@@ -336,7 +358,7 @@ class _Bucket:
         return manifest, etag
 
     def put_manifest(self, name: str, manifest: Manifest, etag: str | None) -> None:
-        self.put(f"{_PRODUCTS}{name}.json", manifest.model_dump_json().encode(), etag)
+        self.put(_manifest_key(name), _encoded(manifest), etag)
 
     def get(self, key: str) -> tuple[bytes | None, str | None]:
         """Content and ETag of an object; None if there is none."""
@@ -356,18 +378,31 @@ class _Bucket:
         ------
         ChangedError
             Another process wrote it meanwhile.
+        RemoteError
+            There is no such bucket.
         """
         import obstore
 
         mode: Any = "create" if etag is None else {"e_tag": etag}
-        with as_remote_error(f"{self.address}/{key}"):
-            return obstore.put(self._store, key, data, mode=mode)["e_tag"]
+        try:
+            with as_remote_error(f"{self.address}/{key}"):
+                return obstore.put(self._store, key, data, mode=mode)["e_tag"]
+        except FileNotFoundError as error:
+            reason = "there is no such bucket"
+            raise RemoteError(self.address, reason, NO_BUCKET_REMEDY) from error
 
     def put_file(self, path: Path, file: StoredFile) -> None:
         import obstore
 
         with as_remote_error(f"{self.address}/{_OBJECTS}{file.sha256}"):
-            obstore.put(self._store, f"{_OBJECTS}{file.sha256}", path)
+            # one part of a file at a time, since other files are sent beside it
+            obstore.put(
+                self._store,
+                f"{_OBJECTS}{file.sha256}",
+                path,
+                chunk_size=_PIECE,
+                max_concurrency=1,
+            )
 
     def get_file(self, path: Path, file: StoredFile) -> None:
         """Write the content of a file, and compare it with its hash."""
@@ -376,7 +411,7 @@ class _Bucket:
             wrong = self._read(file, target.write)
         if wrong is not None:
             reason = f"the object of '{file.name or path.name}' {wrong}"
-            raise RemoteError(f"{self.address}/{_OBJECTS}{file.sha256}", reason, "push it again")
+            raise RemoteError(f"{self.address}/{_OBJECTS}{file.sha256}", reason, _SEND_AGAIN)
 
     def problem(self, file: StoredFile) -> str | None:
         """What is wrong with the object of a file; None if nothing is."""
@@ -396,7 +431,8 @@ class _Bucket:
         except FileNotFoundError:
             return "is missing"
         if (size, digest.hexdigest()) != (file.size, file.sha256):
-            return f"is damaged ({size:,} bytes instead of {file.size:,}, or other ones)"
+            other = "other bytes" if size == file.size else f"{size:,} bytes, not {file.size:,}"
+            return f"is damaged ({key}: {other})"
         return None
 
     def delete(self, key: str) -> None:
@@ -422,6 +458,8 @@ def _writing(bucket: _Bucket) -> Iterator[Callable[[], None]]:
 
     Raises
     ------
+    RemoteError
+        The server ignores the conditions of requests, so that two processes could write.
     RemoteUnavailableError
         Another process is writing.
     ChangedError
@@ -453,6 +491,10 @@ def _writing(bucket: _Bucket) -> Iterator[Callable[[], None]]:
             renewed = datetime.now(UTC)
 
     try:
+        with suppress(ChangedError):
+            bucket.put(_WRITER, content(datetime.now(UTC)), None)  # it exists
+            reason = "the server ignores the condition of a request (If-None-Match)"
+            raise RemoteError(bucket.address, reason, "use a server with conditional writes")
         yield renew
     finally:
         with suppress(RemoteError):  # a turn that cannot be given back ends by itself

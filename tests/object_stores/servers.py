@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -20,6 +19,8 @@ from urllib.error import HTTPError, URLError
 from urllib.request import urlopen
 from zlib import crc32
 
+from tests.ports import free_ports
+
 BUCKET = "slides"
 WEED = shutil.which("weed", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
 
@@ -29,7 +30,7 @@ def s3_server(folder: Path) -> Iterator[dict[str, str]]:
     """Run SeaweedFS with a bucket; yield the variables AWS_* with which it is reached."""
     login = {"AWS_ACCESS_KEY_ID": "tester", "AWS_SECRET_ACCESS_KEY": "a-secret-of-the-tests"}
     places = ("master.port", "volume.port", "filer.port", "s3.port")
-    ports = dict(zip([*places, *(f"{p}.grpc" for p in places)], _free_ports(8), strict=True))
+    ports = dict(zip([*places, *(f"{p}.grpc" for p in places)], free_ports(8), strict=True))
     command = [
         str(WEED), "mini", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
         f"-bucket={BUCKET}", "-admin.ui=false", "-webdav=false",
@@ -46,16 +47,6 @@ def s3_server(folder: Path) -> Iterator[dict[str, str]]:
     finally:
         process.kill()  # its data are thrown away
         process.wait()
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for found in sockets:
-        found.bind(("127.0.0.1", 0))
-    ports = [found.getsockname()[1] for found in sockets]
-    for found in sockets:
-        found.close()
-    return ports
 
 
 def _wait(process: subprocess.Popen[bytes], url: str, log: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import shutil
@@ -13,7 +14,7 @@ import pytest
 
 from nic_core import object_stores
 from nic_core.object_stores import ChangedError, RemoteError, RemoteUnavailableError
-from nic_core.slides import SlideError, content_identity, open_slide, remote
+from nic_core.slides import SlideError, content_identity, local_copies, open_slide, remote
 from nic_core.slides.files import SlideFiles, files_of_slide
 from nic_core.slides.folders import find_slide_files
 from nic_core.slides.remote import RemotePath, slide_path
@@ -242,6 +243,42 @@ def test_a_local_copy_is_made_once_and_removed_when_room_is_needed(
     monkeypatch.setenv("NIC_SLIDE_CACHE_GB", "1e-6")
     with pytest.raises(RemoteError, match="two.ndpi: .*; raise NIC_SLIDE_CACHE_GB"):
         open_slide(two)
+
+
+def test_copies_that_are_being_made_count_in_full(
+    bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = FORMATS["ndpi"].write(tmp_path)
+    one, two = bucket.put(source, "one.ndpi"), bucket.put(source, "two.ndpi")
+    monkeypatch.setenv("NIC_SLIDE_CACHE_GB", str(1.5 * source.stat().st_size / 1e9))
+    copy = local_copies._copy
+
+    def open_another(found: remote.RemoteObject, target: Path) -> None:
+        monkeypatch.setattr(local_copies, "_copy", copy)
+        with pytest.raises(RemoteUnavailableError, match="of local copies are in use"):
+            open_slide(two)
+        copy(found, target)
+
+    monkeypatch.setattr(local_copies, "_copy", open_another)
+    with open_slide(one) as opened:
+        assert "from a local copy" in opened.engine_reason
+
+
+def test_a_copy_that_fails_leaves_nothing_and_says_why(
+    bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = bucket.put(FORMATS["ndpi"].write(tmp_path), "slide.ndpi")
+
+    def fails(found: remote.RemoteObject, target: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(local_copies, "_copy", fails)
+        with pytest.raises(RemoteError, match="slide.ndpi: .*No space left.*; free some space, or"):
+            open_slide(path)
+    assert not list((tmp_path / "copies").rglob("*.ndpi"))
+    with open_slide(path) as opened:
+        assert "from a local copy" in opened.engine_reason
 
 
 def test_a_replaced_slide_is_copied_anew(bucket: Bucket, tmp_path: Path) -> None:

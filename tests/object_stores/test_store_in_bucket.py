@@ -169,7 +169,34 @@ def test_a_manifest_of_another_writer_is_not_replaced(bucket: Bucket, store: Sto
             opened.put_manifest("slides/one", manifest, old)
 
 
-@pytest.mark.parametrize("content", [b"", b"other bytes", None], ids=["cut", "other", "missing"])
+def test_a_server_that_ignores_conditions_is_refused(
+    bucket: Bucket, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import obstore
+
+    put = obstore.put
+    monkeypatch.setattr(obstore, "put", lambda s, key, data, mode=None: put(s, key, data))
+    with pytest.raises(RemoteError, match="ignores the condition .*; use a server with cond"):
+        push(store, address(bucket))
+    assert bucket.keys() == {"store/writer.json"}
+
+
+def test_a_damaged_manifest_is_found_and_replaced(bucket: Bucket, store: Store) -> None:
+    push(store, address(bucket))
+    bucket.put_bytes("store/products/slides/one.json", b"{")
+    count, (problem,) = verify_bucket(address(bucket))
+    assert count == 3
+    assert problem.endswith("the manifest of 'slides/one' is damaged; push the store again")
+    with pytest.raises(RemoteError, match="damaged"):  # what it named is not known
+        remove_unreferenced(address(bucket))
+    assert (push(store, address(bucket)).unchanged, *verify_bucket(address(bucket))) == (2, 3, [])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"other bytes", b'{"name": "two"}', None],
+    ids=["cut", "other size", "same size", "missing"],
+)
 def test_a_damaged_object_is_found_and_replaces_nothing(
     bucket: Bucket, store: Store, tmp_path: Path, content: bytes | None
 ) -> None:
@@ -190,9 +217,11 @@ def test_a_damaged_object_is_found_and_replaces_nothing(
     with pytest.raises(RemoteError, match=r"the object of 'slide.json' is (missing|damaged)"):
         pull(other, address(bucket))
     assert (other.slide("one") / "slide.json").read_text() == "mine"
-    if content is None:  # what is missing is sent again
-        assert push(store, address(bucket)).files == 1
-        assert verify_bucket(address(bucket)) == (3, [])
+    assert problem.endswith("delete the object if there is one, and push the store again")
+    if content is not None and len(content) == file.size:  # push does not read objects
+        bucket.remove(path)
+    assert push(store, address(bucket)).files == 1
+    assert verify_bucket(address(bucket)) == (3, [])
 
 
 @pytest.mark.parametrize("name", ["../out.json", "a/../../out.json"])
@@ -206,6 +235,11 @@ def test_a_product_outside_of_the_store_is_refused(
         pull(store, address(bucket))
     with pytest.raises(RemoteError, match="is no place in a store"):
         copies._inside(store, "s3://bucket", name)
+
+
+def test_a_missing_bucket_is_named(bucket: Bucket) -> None:
+    with pytest.raises(RemoteError, match="s3://nowhere/x: there is no such bucket; correct the"):
+        verify_bucket("s3://nowhere/x")
 
 
 @pytest.mark.parametrize("wrong", ["https://host/folder", "data/store", "s3://"])

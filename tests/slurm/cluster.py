@@ -21,8 +21,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.ports import free_ports
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "squeue", "scancel")
 NODES = ("gpu1", "cpu1")
+LONGEST_START = 120  # s
 
 # a node that does not answer is down after 6 s, a job that ignores SIGTERM is killed after 4 s
 CONFIGURATION = """\
@@ -104,7 +107,11 @@ class Cluster:
 
     def wait_until_idle(self) -> None:
         """Wait until both nodes have registered."""
-        while set(self.run("sinfo", "--noheader", "-o%t").split()) != {"idle"}:
+        begun = time.monotonic()
+        while set(states := self.run("sinfo", "--noheader", "-o%t").split()) != {"idle"}:
+            if time.monotonic() > begun + LONGEST_START:
+                log = (self.folder / "slurmctld.log").read_text()[-2000:]
+                pytest.fail(f"the nodes did not start: {states}; {log}")
             time.sleep(0.1)
 
 
@@ -147,7 +154,7 @@ def _start(cluster: Cluster) -> None:
     (folder / "gres.conf").write_text("NodeName=gpu1 Name=gpu File=/dev/null\n")
     (folder / "slurm.conf").write_text(
         CONFIGURATION.format(
-            folder=folder, host=socket.gethostname().partition(".")[0], ports=_free_ports(3)
+            folder=folder, host=socket.gethostname().partition(".")[0], ports=free_ports(3)
         )
     )
     files = {
@@ -161,16 +168,6 @@ def _start(cluster: Cluster) -> None:
     cluster.run("slurmctld", "-c")
     for node in NODES:
         cluster.start_node(node)
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
 
 
 def _stop(folder: Path) -> None:

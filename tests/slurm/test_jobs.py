@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -79,8 +80,7 @@ def test_the_ways_a_job_ends_are_told_apart(job, message, retry):
     end = ending(job)
     assert end is not None
     assert end.retry is retry
-    with pytest.raises(RuntimeError, match=message):
-        raise RuntimeError(end.message)
+    assert re.search(message, end.message)
 
 
 @pytest.mark.parametrize(
