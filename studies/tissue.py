@@ -137,15 +137,18 @@ class Kind:
     name: str
     group: Group
     supervised: bool
-    patches_seen: int
-    tasks: int
     units: dict[str, list[pl.DataFrame]]
 
 
 def show(options: argparse.Namespace) -> None:
     """Print the tables of what is finished, as Markdown, and draw the picture."""
     kinds, configuration = finished(options.folder)
-    print(f"{_scores(kinds, configuration)}\n\n{_differences(kinds, configuration)}")
+    for table in (
+        _scores(kinds, configuration.unseen),
+        _differences(kinds, configuration.unseen),
+        _scores(kinds, configuration.real_tasks),
+    ):
+        print(f"{table}\n")
     if options.picture is not None:
         picture(kinds, configuration).savefig(options.picture, dpi=110)
 
@@ -158,15 +161,7 @@ def finished(out: Path) -> tuple[list[Kind], Configuration]:
         if not _row(out, arm).exists():
             continue
         supervised = arm.objective == "mtl" or arm.kind == "released_mtl"
-        new = Kind(
-            arm.kind,
-            arm.group,
-            supervised,
-            arm.patches_seen,
-            len(arm.real) + len(arm.painted),
-            {},
-        )
-        kind = kinds.setdefault(arm.kind, new)
+        kind = kinds.setdefault(arm.kind, Kind(arm.kind, arm.group, supervised, {}))
         for (task,), units in pl.read_parquet(_row(out, arm)).group_by("task", maintain_order=True):
             own = kind.units.setdefault(str(task), [])
             if task not in arm.real:
@@ -174,35 +169,42 @@ def finished(out: Path) -> tuple[list[Kind], Configuration]:
     return list(kinds.values()), configuration
 
 
-def _scores(kinds: list[Kind], configuration: Configuration) -> str:
-    """Return the table of scores with intervals, tasks in no training first."""
-    tasks = (*configuration.unseen, *configuration.real_tasks)
+def _scores(kinds: list[Kind], tasks: Sequence[str]) -> str:
+    """Return the table of scores with intervals; encoders that saw all the tasks are left out."""
     rows = [
-        [kind.name, *(_cell(score(kind.units[task])) if kind.units[task] else "" for task in tasks)]
+        [
+            kind.name,
+            str(max(len(kind.units[task]) for task in tasks)),
+            *(_cell(score(kind.units[task])) if kind.units[task] else "" for task in tasks),
+        ]
         for kind in kinds
+        if any(kind.units[task] for task in tasks)
     ]
-    return markdown_table(["encoder", *tasks], rows)
+    return markdown_table(["encoder", "trainings", *tasks], rows)
 
 
-def _differences(kinds: list[Kind], configuration: Configuration) -> str:
+def _differences(kinds: list[Kind], tasks: Sequence[str]) -> str:
     """Return the table of differences from the best encoder without labels, and from features."""
     without = [k for k in kinds if not k.supervised and k.name.startswith(UNSUPERVISED_KINDS)]
     features = [kind for kind in kinds if kind.name == "colour_and_texture"]
-    rows = []
-    for kind in (kind for kind in kinds if kind.supervised):
-        cells = []
-        for task in configuration.unseen:
-            best = max(without, key=lambda other: score(other.units[task])[0], default=None)
-            for other in [*([best] if best else []), *features]:
-                difference = paired_difference(kind.units[task], other.units[task])
-                cells.append(f"{_cell(difference, signed=True)} ({other.name})")
-        rows.append([kind.name, *cells])
-    header = [
-        f"{task}: minus {what}"
-        for task in configuration.unseen
-        for what in (*(["best without labels"] if without else []), *(["features"] * len(features)))
+    pairs = []
+    for task in tasks:
+        best = max(without, key=lambda kind: score(kind.units[task])[0], default=None)
+        pairs += [(task, other) for other in [*([best] if best else []), *features]]
+    rows = [
+        [
+            kind.name,
+            *(
+                _cell(paired_difference(kind.units[task], other.units[task]), signed=True)
+                for task, other in pairs
+            ),
+        ]
+        for kind in kinds
+        if kind.supervised
     ]
-    return markdown_table(["encoder", *header], rows)
+    return markdown_table(
+        ["encoder", *(f"{task} minus {other.name}" for task, other in pairs)], rows
+    )
 
 
 def _cell(found: tuple[float, float, float], *, signed: bool = False) -> str:

@@ -97,9 +97,9 @@ def test_scores_on_trained_tasks_are_left_out(folder):
 def test_tables_compare_with_the_best_encoder_without_labels(folder, capsys):
     tissue.main(["show", str(folder), "--picture", str(folder / "study.png")])
     shown = capsys.readouterr().out
-    assert "| MTL, 6 real tasks | 0.90 [" in shown
-    assert "+0.20 [" in shown
-    assert "(vae, real patches)" in shown
+    assert "| MTL, 6 real tasks | 1 | 0.90 [" in shown
+    assert "| MTL, 6 real tasks | +0.20 [" in shown
+    assert "glas_grade minus vae, real patches | glas_grade minus colour_and_texture" in shown
     assert (folder / "study.png").stat().st_size > 10_000
 
 
