@@ -44,6 +44,7 @@ from nic_core.store import GridKey, ModelKey, Store, atomic_file
 from studies.planted import planted_causes
 from studies.protocol import DRAWS, LEVEL
 from studies.settings import check_settings
+from studies.tables import markdown_table
 
 NETWORKS: tuple[NetworkName, ...] = ("small", "local", "mil")
 STEPS = 8  # of integrated gradients
@@ -310,38 +311,44 @@ def _row(out: Path, encoder: str, target: str, network: str, *, exchanged: bool)
 
 
 def show(options: argparse.Namespace) -> None:
-    """Print the tables of what is finished, as Markdown."""
+    """Print the tables of what is finished, as Markdown: split ``cv``, then ``test``."""
     rows = [pl.read_parquet(path) for path in sorted((options.folder / "rows").glob("*.parquet"))]
     if not rows:
         raise SystemExit(f"{options.folder} has no rows; run 'python -m studies.maps run' first")
     table = pl.concat(rows, how="diagonal")
-    print(
-        "| target | encoder | network | metric, cv / test | method | cause: AUC [95 %], hits; cv "
-        "| test | deletion | agreement |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|")
+    for split in ("cv", "test"):
+        print(f"Split {split}\n\n{_table(table.filter(split=split), split)}\n")
+
+
+def _table(scores: pl.DataFrame, split: str) -> str:
+    """Return the table of a split: AUC of each cause with its interval and the share of hits."""
+    causes = scores["cause"].drop_nulls().unique().sort().to_list()
     keys = ("target", "encoder", "network", "exchanged", "method")
-    for key, part in table.group_by(*keys, maintain_order=True):
+    rows = []
+    for key, part in scores.group_by(*keys, maintain_order=True):
         target, encoder, network, exchanged, method = key
-        metric = f"{part['cv'][0]:.2f} / {part['test'][0]:.2f}"
-        label = f"{method}, labels exchanged" if exchanged else method
-        causes = [_causes(part.filter(split=split)) for split in ("cv", "test")]
-        means = part.select(pl.col("deletion", "agreement").mean())
-        deletion, agreement = means.row(0)
-        print(
-            f"| {target} | {encoder} | {network} | {metric} | {label} | {causes[0]} | {causes[1]} "
-            f"| {deletion:.2f} | {agreement:.2f} |"
+        removal, agreement = part.select(pl.col("deletion", "agreement").mean()).row(0)
+        rows.append(
+            [
+                f"{target}, {network}, {encoder}",
+                f"{part[split][0]:.2f}",
+                f"{method}, labels exchanged" if exchanged else str(method),
+                *(_cause(part.filter(cause=cause)) for cause in causes),
+                f"{removal:.2f}",
+                *([f"{agreement:.2f}"] if split == "test" else []),
+            ]
         )
+    header = ["target, network, encoder", "metric", "map", *causes, "removal"]
+    # the networks of all folds explain the slides of split test
+    return markdown_table([*header, *(["agreement"] if split == "test" else [])], rows)
 
 
-def _causes(part: pl.DataFrame) -> str:
-    """Return the mean AUC of each cause with its interval by bootstrap over patients."""
-    found = []
-    for (cause,), scores in part.drop_nulls("cause").group_by("cause", maintain_order=True):
-        value, low, high = mean_interval(scores)
-        hits = scores.select(pl.col("hit").mean()).item()
-        found.append(f"{cause} {value:.2f} [{low:.2f}, {high:.2f}], {hits:.0%}")
-    return "; ".join(found)
+def _cause(scores: pl.DataFrame) -> str:
+    """Return the mean AUC of a cause with its interval by bootstrap over patients, and hits."""
+    if scores.is_empty():
+        return ""
+    value, low, high = mean_interval(scores)
+    return f"{value:.2f} [{low:.2f}, {high:.2f}], {scores.select(pl.col('hit').mean()).item():.0%}"
 
 
 def mean_interval(scores: pl.DataFrame) -> tuple[float, float, float]:

@@ -40,6 +40,7 @@ from studies.encoders import (
 )
 from studies.features import ColourAndTexture
 from studies.protocol import paired_difference, probe_units, score
+from studies.tables import markdown_table
 from studies.tissue_tasks import TissueTask, tissue_tasks
 
 UNSUPERVISED_KINDS = (*UNSUPERVISED, "released_bigan")
@@ -210,12 +211,6 @@ def _differences(kinds: list[Kind], tasks: Sequence[str]) -> str:
 def _cell(found: tuple[float, float, float], *, signed: bool = False) -> str:
     value, low, high = found
     return f"{value:{'+' if signed else ''}.2f} [{low:.2f}, {high:.2f}]"
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def picture(kinds: list[Kind], configuration: Configuration) -> Figure:
