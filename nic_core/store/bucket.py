@@ -5,13 +5,13 @@
     s3://<bucket>/<folder>/
       objects/<sha256>              the content of a file
       products/<path in the store>.json    the files of a product, written last
-      writer.json                   who writes, and until when
+      writer.json                   the lease of the process that writes
 
 A product is its manifest: a reader finds the files of the old one or of the new one. An object is
 named by its content and never changes, so equal files are stored once, and a writer that was killed
 leaves objects that no manifest names; :func:`remove_unreferenced` removes them. One process writes
 at a time (:func:`_writing`). Manifests are replaced by conditional requests, so that a writer which
-lost its turn cannot undo the work of another.
+lost its lease cannot undo the work of another.
 
 The databases of Dagster and MLflow are not part of the copy, and neither are unfinished trainings.
 """
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 MANIFEST_FORMAT = 1
 _OBJECTS, _PRODUCTS, _WRITER = "objects/", "products/", "writer.json"
-_TURN = timedelta(minutes=10)  # a writer that did not renew its turn for so long has died [choice]
+_LEASE = timedelta(minutes=10)  # a writer that did not renew it for so long has died [choice]
 _CONNECTIONS = 16
 _PIECE = 8 * 1024 * 1024  # bytes
 
@@ -442,7 +442,7 @@ class _Bucket:
             obstore.delete(self._store, key)
 
 
-class _Turn(BaseModel):
+class _Lease(BaseModel):
     """The content of ``writer.json``."""
 
     holder: str
@@ -451,10 +451,10 @@ class _Turn(BaseModel):
 
 @contextmanager
 def _writing(bucket: _Bucket) -> Iterator[Callable[[], None]]:
-    """Be the only writer of a bucket; yield a function that renews the turn.
+    """Be the only writer of a bucket; yield a function that renews the lease.
 
-    The turn is an object that is created, renewed and given back by conditional requests. That of a
-    process which died ends after 10 minutes, by the clocks of the machines.
+    The lease is an object that is created, renewed and ended by conditional requests. It ends 10
+    minutes after its last renewal if the process died, by the clocks of the machines.
 
     Raises
     ------
@@ -463,7 +463,7 @@ def _writing(bucket: _Bucket) -> Iterator[Callable[[], None]]:
     RemoteUnavailableError
         Another process is writing.
     ChangedError
-        From ``renew``: the turn was lost, since it was not renewed in time.
+        From ``renew``: the lease was lost, since it was not renewed in time.
     """
     holder = f"process {os.getpid()} on {socket.gethostname()}"
 
@@ -473,21 +473,21 @@ def _writing(bucket: _Bucket) -> Iterator[Callable[[], None]]:
     data, etag = bucket.get(_WRITER)
     if data is not None:
         try:
-            turn = _Turn.model_validate_json(data)
+            lease = _Lease.model_validate_json(data)
         except ValidationError as error:
             raise RemoteError(
                 f"{bucket.address}/{_WRITER}", "it is damaged", "delete it"
             ) from error
-        if turn.until > datetime.now(UTC):
-            reason = f"{turn.holder} is writing to it, until {turn.until:%Y-%m-%d %H:%M:%S} UTC"
+        if lease.until > datetime.now(UTC):
+            reason = f"{lease.holder} is writing to it, until {lease.until:%Y-%m-%d %H:%M:%S} UTC"
             raise RemoteUnavailableError(bucket.address, reason, "run it again later")
-    etag = bucket.put(_WRITER, content(datetime.now(UTC) + _TURN), etag)
+    etag = bucket.put(_WRITER, content(datetime.now(UTC) + _LEASE), etag)
     renewed = datetime.now(UTC)
 
     def renew() -> None:
         nonlocal etag, renewed
-        if datetime.now(UTC) - renewed > _TURN / 10:
-            etag = bucket.put(_WRITER, content(datetime.now(UTC) + _TURN), etag)
+        if datetime.now(UTC) - renewed > _LEASE / 10:
+            etag = bucket.put(_WRITER, content(datetime.now(UTC) + _LEASE), etag)
             renewed = datetime.now(UTC)
 
     try:
@@ -497,5 +497,5 @@ def _writing(bucket: _Bucket) -> Iterator[Callable[[], None]]:
             raise RemoteError(bucket.address, reason, "use a server with conditional writes")
         yield renew
     finally:
-        with suppress(RemoteError):  # a turn that cannot be given back ends by itself
+        with suppress(RemoteError):  # a lease that cannot be ended here ends by itself
             bucket.put(_WRITER, content(datetime.now(UTC)), etag)

@@ -123,7 +123,7 @@ def test_a_push_that_dies_publishes_no_part_of_a_product(
     assert verify_bucket(address(bucket)) == (3, [])
 
 
-def test_a_killed_process_keeps_its_turn_for_a_while_only(
+def test_a_killed_process_keeps_its_lease_for_a_while_only(
     bucket: Bucket, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     code = (
@@ -139,17 +139,17 @@ def test_a_killed_process_keeps_its_turn_for_a_while_only(
         push(store, address(bucket))
     with pytest.raises(RemoteError, match="it holds no store"):
         pull(store, address(bucket))
-    turn = json.loads(copies._Bucket(address(bucket)).get("writer.json")[0] or b"")
-    assert datetime.fromisoformat(turn["until"]) - datetime.now(UTC) <= timedelta(minutes=10)
-    turn["until"] = datetime.now(UTC).isoformat()
-    bucket.put_bytes("store/writer.json", json.dumps(turn).encode())
+    lease = json.loads(copies._Bucket(address(bucket)).get("writer.json")[0] or b"")
+    assert datetime.fromisoformat(lease["until"]) - datetime.now(UTC) <= timedelta(minutes=10)
+    lease["until"] = datetime.now(UTC).isoformat()
+    bucket.put_bytes("store/writer.json", json.dumps(lease).encode())
     assert push(store, address(bucket)).products == 3
 
 
-def test_a_writer_that_lost_its_turn_writes_nothing(
+def test_a_writer_that_lost_its_lease_writes_nothing(
     bucket: Bucket, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(copies, "_TURN", timedelta(0))  # it ends at once
+    monkeypatch.setattr(copies, "_LEASE", timedelta(0))  # it ends at once
     first = copies._writing(copies._Bucket(address(bucket)))
     renew = first.__enter__()
     push(store, address(bucket))
