@@ -139,8 +139,8 @@ def test_a_crop_that_the_network_cannot_take_is_named_with_its_line(folder):
     assert problems(folder) == [
         f"{cohort}:10: settings.models.crop_um: encoder 'wide': crop_um 25600 is 229 cells of "
         "112 um: network 'published' takes crops of 383 to 446 cells a side, not 229; use network "
-        "'small' or 'mil', which take crops of any size, or set crop_um to a value from 42896 to "
-        "49952"
+        "'small', 'local' or 'mil', which take crops of any size, or set crop_um to a value from "
+        "42896 to 49952"
     ]
     edit(cohort, "crop_um: 25600", "crop: 400")
     (only,) = problems(folder)  # not those of the default, which the invalid entry may replace
