@@ -194,7 +194,7 @@ def test_a_run_on_several_machines_needs_locks_between_them(instance, monkeypatc
     monkeypatch.setenv("NIC_EXECUTOR", "slurm")
     monkeypatch.setenv("NIC_SLURM", str(tmp_path / "slurm.yaml"))
     with pytest.raises(
-        dg.DagsterInvariantViolationError, match="need locks between them, but /nas"
+        dg.DagsterInvariantViolationError, match="need locks between them, but the store is on /nas"
     ):
         start(instance, training)
     monkeypatch.setattr(executors, "lock_problem", lambda folder: None)
