@@ -24,7 +24,7 @@ from nic_core.demo.painted import PAINTED_TASKS, paint_task
 from nic_core.demo.variety import ORDINARY, WIDE, Variety
 from nic_core.encoders import Encoder, EncoderCard, PatchDataset, load_patch_task, train_encoder
 from nic_core.encoders.encoder import build_encoder, encoder_tensors, weights_hash
-from nic_core.encoders.files import load_encoder
+from nic_core.encoders.files import load_initial_weights
 from nic_core.encoders.keras_import import import_keras_encoder
 from nic_core.encoders.patch_tasks import save_patch_task
 from nic_core.encoders.training import InitialEncoder
@@ -277,10 +277,7 @@ def train_arm(
     start = None
     if arm.start is not None:
         file = released / RELEASED[arm.start] if arm.start in RELEASED else encoders / arm.start
-        weights = (
-            import_keras_encoder(file, arm.start) if arm.start in RELEASED else load_encoder(file)
-        )
-        start = InitialEncoder(weights, arm.start)
+        start = InitialEncoder(load_initial_weights(file, arm.name), arm.start)
     spec = EncoderSpec(
         name=arm.name,
         objective=arm.objective or "mean_rgb",
