@@ -51,7 +51,7 @@ LOWEST_TESTS ?= tests/test_cohort.py tests/test_store.py tests/test_tables.py te
 	$(PYTHON) -m venv --clear .venv-lowest
 	.venv-lowest/bin/pip install --quiet --upgrade "pip>=25.3"
 	.venv-lowest/bin/pip install --quiet --no-deps --requirement requirements/lowest.txt
-	.venv-lowest/bin/pip install --quiet --no-deps --editable .
+	.venv-lowest/bin/pip install --quiet --constraint requirements/lowest.txt --editable .
 	.venv-lowest/bin/pip check
 	touch $@
 

@@ -16,7 +16,9 @@ its CUDA builds need are in ``constraints.txt`` alone, and an installation has t
     pip install -c requirements/constraints.txt -e '.[platform,view]'
 
 The first installs everything but torch and checks the hashes. The second adds torch in the locked
-version, from whatever build the machine offers, and this project.
+version, from whatever build the machine offers, and this project. ``lowest.txt`` has torch, but not
+what only its CUDA builds need, which are gigabytes; it is installed in two steps too, see
+``Makefile``.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ from pathlib import Path
 FOLDER = Path(__file__).parent
 PYTHON = "3.11"
 # torch, and what only its builds for an accelerator bring
-PER_BUILD = re.compile(r"(torch|torchvision|triton|cuda-.*|nvidia-.*)$")
+CUDA_ONLY = re.compile(r"(triton|cuda-.*|nvidia-.*)$")
+PER_BUILD = re.compile(rf"((torch|torchvision)$|{CUDA_ONLY.pattern})")
 # packages without a wheel of the lowest version, which are built from source
 SOURCE_ONLY = ("antlr4-python3-runtime", "pyvips")
 # no lower build is small: torch below this is locked to CUDA packages on Linux
@@ -111,17 +114,15 @@ def main(upgrade: Sequence[str]) -> None:
 
     lowest = FOLDER / "lowest.txt"
     lowest.write_text(f"{LOWEST_TORCH}\n")
-    write(
-        lowest.name,
-        compiled(
-            "--resolution=lowest-direct",
-            "--only-binary=:all:",
-            *(f"--no-binary={package}" for package in SOURCE_ONLY),
-            f"--constraints={lowest}",
-            "--extra=platform",
-            "--group=test-core",
-        ),
+    found = compiled(
+        "--resolution=lowest-direct",
+        "--only-binary=:all:",
+        *(f"--no-binary={package}" for package in SOURCE_ONLY),
+        f"--constraints={lowest}",
+        "--extra=platform",
+        "--group=test-core",
     )
+    write(lowest.name, [r for r in found if not CUDA_ONLY.match(name(r))])
 
 
 if __name__ == "__main__":
