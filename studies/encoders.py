@@ -6,6 +6,7 @@ the group varies.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -52,7 +53,9 @@ VARIETIES: Mapping[str, Variety] = {
     "wide": WIDE,
 }
 
-Group = Literal["reference", "real", "painted", "curve", "variety", "tuned", "mixed"]
+Group = Literal[
+    "reference", "real", "painted", "single", "curve", "patients", "variety", "tuned", "mixed"
+]
 
 
 class Budget(BaseModel):
@@ -71,7 +74,8 @@ class Painted(BaseModel):
 
     patches: int
     patients: int
-    sets: tuple[tuple[str, ...], ...]  # the last is the set of the curve and of the varieties
+    # the last is also the set of the curves, of the varieties and of the single tasks
+    sets: tuple[tuple[str, ...], ...]
 
 
 class Configuration(BaseModel):
@@ -87,6 +91,7 @@ class Configuration(BaseModel):
     unsupervised_seeds: int
     learning_rates: dict[str, float]
     curve: tuple[int, ...]
+    patients: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,8 @@ class Arm:
         What its row of the table is called; the arms of a kind differ in seed and tasks.
     real, painted
         Patch tasks of the training, by name.
+    patients
+        Patients of each painted task whose patches are trained on; None: all.
     start
         Name of the arm, or of the released encoder, whose weights the training starts from.
     """
@@ -113,6 +120,7 @@ class Arm:
     real: tuple[str, ...] = ()
     painted: tuple[str, ...] = ()
     variety: str = "ordinary"
+    patients: int | None = None
     patches_seen: int = 0
     learning_rate: float | None = None
     start: str | None = None
@@ -150,6 +158,12 @@ def arms(c: Configuration) -> Iterator[Arm]:
     for seed in range(c.budgets["curve"].seeds):
         for patches in c.curve:
             yield _mtl(c, "curve", seed, painted=every, patches_seen=patches)
+    for seed in range(c.budgets["patients"].seeds):
+        for patients in c.patients:
+            yield _mtl(c, "patients", seed, painted=every, patients=patients)
+    for seed in range(c.budgets["single"].seeds):
+        for name in every:
+            yield _mtl(c, "single", seed, painted=(name,))
     # a task of the real ones is judged by the encoders of the five others
     for seed in range(c.budgets["real"].seeds):
         for names in combinations(c.real_tasks, len(c.real_tasks) - 1):
@@ -164,6 +178,7 @@ def _mtl(
     real: tuple[str, ...] = (),
     painted: tuple[str, ...] = (),
     variety: str = "ordinary",
+    patients: int | None = None,
     patches_seen: int | None = None,
     start: str | None = None,
 ) -> Arm:
@@ -171,6 +186,8 @@ def _mtl(
         f"{len(names)} {what}" for names, what in ((painted, "painted"), (real, "real")) if names
     ]
     kind, name = f"MTL, {' and '.join(tasks)} tasks", [group, "mtl", str(len(real) + len(painted))]
+    if group == "single":
+        kind, name = f"single painted task, {painted[0]}", [group, painted[0]]
     if start is not None:
         origin = "MTL on painted tasks" if start.startswith("painted") else start.replace("_", " ")
         kind = f"{origin}, tuned on {tasks[0]} tasks"
@@ -178,6 +195,9 @@ def _mtl(
     if variety != "ordinary":
         kind += f", {variety}"
         name.append(variety.replace(" ", "_"))
+    if patients is not None:
+        kind += f", {patients} patients"
+        name.append(str(patients))
     if patches_seen is not None:
         kind += f", {patches_seen:,} patches"
         name.append(str(patches_seen))
@@ -192,6 +212,7 @@ def _mtl(
         real,
         painted,
         variety,
+        patients,
         patches_seen or c.budgets[group].patches_seen,
         c.learning_rates["tuned" if start is not None else "mtl"],
         start,
@@ -254,6 +275,16 @@ def painted_dataset(name: str, variety: str, size: Painted, cache: Path) -> Patc
             patches = dataset(name, task.organ, task.classes, MPP, made.pixels, places, seed=0)
             save_patch_task(partial, patches)
     return load_patch_task(kept)
+
+
+def with_patients(task: PatchDataset, patients: int) -> PatchDataset:
+    """Return a patch task with the patches of this many training patients; the others stay."""
+    train = task.table.filter(split="train")["group"].unique(maintain_order=True)
+    if len(train) < patients:
+        raise ValueError(f"{task.name} has {len(train)} training patients, not {patients}")
+    kept = task.table.filter(~pl.col("group").is_in(train[patients:].implode()))
+    table = kept.with_columns(index=pl.int_range(pl.len()).cast(kept.schema["index"]))
+    return dataclasses.replace(task, patches=task.patches[kept["index"].to_numpy()], table=table)
 
 
 def train_arm(

@@ -37,6 +37,7 @@ from studies.encoders import (
     painted_dataset,
     read_configuration,
     train_arm,
+    with_patients,
 )
 from studies.features import ColourAndTexture
 from studies.protocol import paired_difference, probe_units, score
@@ -92,9 +93,8 @@ def _encoder(
     if not kept.exists():
         data = [tasks[name].dataset for name in arm.real]
         for name in arm.painted:
-            data.append(
-                painted_dataset(name, arm.variety, configuration.painted, out / "patch_tasks")
-            )
+            task = painted_dataset(name, arm.variety, configuration.painted, out / "patch_tasks")
+            data.append(task if arm.patients is None else with_patients(task, arm.patients))
         checkpoint = out / "checkpoints" / f"{arm.name}.pt"
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
         encoder = train_arm(arm, data, kept.parent, released, checkpoint)

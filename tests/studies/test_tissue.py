@@ -7,7 +7,7 @@ import polars as pl
 import pytest
 
 from studies import tissue
-from studies.encoders import arms, painted_dataset, read_configuration
+from studies.encoders import arms, painted_dataset, read_configuration, with_patients
 from studies.protocol import UNIT_SCHEMA
 from studies.tissue_tasks import TissueTask, dataset
 
@@ -48,7 +48,7 @@ def test_trainings_on_images_of_another_judged_task_are_refused(unseen, trained)
         tissue.check_images(other, tasks)
 
 
-@pytest.mark.parametrize("group", ["real", "painted", "variety", "mixed", "tuned"])
+@pytest.mark.parametrize("group", ["real", "painted", "single", "variety", "mixed", "tuned"])
 def test_encoders_of_a_group_see_equally_many_patches(group):
     seen = {a.patches_seen for a in arms(CONFIGURATION) if a.group == group}
     assert seen == {CONFIGURATION.budgets[group].patches_seen}
@@ -115,3 +115,19 @@ def test_painted_patches_are_split_by_painted_patient(tmp_path):
     splits = task.table.group_by("group").agg(pl.col("split").n_unique())
     assert splits["split"].to_list() == [1] * 5
     assert len(task.patches) == 40
+
+
+def test_patients_are_left_out_of_the_training_only(tmp_path):
+    size = CONFIGURATION.painted.model_copy(update={"patches": 60, "patients": 5})
+    task = painted_dataset("nucleus", "ordinary", size, tmp_path)
+    fewer = with_patients(task, 2)
+    assert fewer.table.filter(split="train")["group"].n_unique() == 2
+    for split in ("train", "validation", "test"):
+        rows = fewer.table.filter(split=split)
+        original = task.table.filter(split=split).join(
+            rows, on=["source", "row", "column"], how="semi"
+        )
+        assert (fewer.patches[fewer.rows(split)] == task.patches[original["index"]]).all()
+        assert split == "train" or len(original) == len(task.rows(split))
+    with pytest.raises(ValueError, match="training patients, not 4"):
+        with_patients(task, 4)
