@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
+from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from nic_core.cohort import Cohort, EncoderSpec, load_cohort
@@ -49,6 +49,7 @@ from nic_core.models.metrics import (
     score,
 )
 from nic_core.store import atomic_file, atomic_folder
+from nic_core.types import Pixels
 from studies.features import ColourAndTexture
 from studies.settings import check_settings
 
@@ -75,17 +76,17 @@ def main() -> None:
     parser.add_argument("--released", type=Path, help="Keras file of a released encoder")
     arguments = parser.parse_args()
     cohort = load_cohort(arguments.cohort)
-    spec = _encoder(cohort, arguments.patches)
+    spec = encoder_of_task(cohort, arguments.patches)
     out: Path = arguments.out
     released = arguments.released and arguments.released.name
     check_settings(out, {"encoder": spec.model_dump(mode="json"), "released": released})
-    tasks = [_patch_task(cohort, name, out / "patch_tasks") for name in spec.tasks]
+    tasks = [patch_task(cohort, name, out / "patch_tasks") for name in spec.tasks]
     (idc,) = (task for task in tasks if task.name == TASK)
     without = {patient: _held_out(idc, patient, spec.seed) for patient in patients(idc)}
     regression_file = out / "rows" / "regressions.parquet"
     if not regression_file.exists():
         with atomic_file(regression_file) as partial:
-            regressions(idc, _embedders(idc, arguments.released)).write_parquet(partial)
+            regressions(idc, embedders(idc, arguments.released)).write_parquet(partial)
     head_files = {patient: out / "rows" / f"{patient}.parquet" for patient in without}
     for patient, path in head_files.items():
         if not path.exists():
@@ -103,7 +104,7 @@ def patients(task: PatchDataset) -> list[str]:
     return counts.sort(pl.col("class") < 2, "group")["group"].to_list()
 
 
-def regressions(idc: PatchDataset, embedders: dict[str, Embedder]) -> pl.DataFrame:
+def regressions(idc: PatchDataset, classified: dict[str, Embedder]) -> pl.DataFrame:
     """Classify the patches of each patient by regressions fitted to the other patients.
 
     Returns
@@ -111,21 +112,35 @@ def regressions(idc: PatchDataset, embedders: dict[str, Embedder]) -> pl.DataFra
     polars.DataFrame
         A row for each patch and embedder (``SCHEMA``).
     """
-    carcinoma = idc.labels == idc.classes.index(POSITIVE)
     groups = idc.table["group"].to_numpy()
     parts = []
-    for name, embedder in embedders.items():
-        chunks = np.array_split(idc.patches, len(idc.patches) // 512 + 1)
-        embeddings = np.concatenate([embedder.embed(chunk) for chunk in chunks])
+    for name, embedder in classified.items():
+        embeddings = embed_all(embedder, idc.patches)
         for patient in patients(idc):
             own = groups == patient
-            regression = make_pipeline(
-                StandardScaler(),
-                LogisticRegression(C=STRENGTH, class_weight="balanced", max_iter=2000),
-            ).fit(embeddings[~own], carcinoma[~own])
+            regression = carcinoma_regression(embeddings, idc, ~own)
             probability = regression.predict_proba(embeddings[own])[:, 1]
             parts.append(_rows(idc, np.flatnonzero(own), name, probability))
     return pl.concat(parts)
+
+
+def embed_all(embedder: Embedder, patches: Pixels) -> NDArray[np.floating]:
+    """Embed patches in parts of some hundreds, which bounds the memory."""
+    chunks = np.array_split(patches, len(patches) // 512 + 1)
+    return np.concatenate([embedder.embed(chunk) for chunk in chunks])
+
+
+def carcinoma_regression(
+    embeddings: NDArray[np.floating],
+    idc: PatchDataset,
+    rows: NDArray[np.bool_] | slice = slice(None),
+) -> Pipeline:
+    """Fit a class-balanced logistic regression of carcinoma to the embeddings of some patches."""
+    carcinoma = idc.labels == idc.classes.index(POSITIVE)
+    regression = make_pipeline(
+        StandardScaler(), LogisticRegression(C=STRENGTH, class_weight="balanced", max_iter=2000)
+    )
+    return regression.fit(embeddings[rows], carcinoma[rows])
 
 
 def head_without(
@@ -270,14 +285,14 @@ def _interval(found: Interval | Difference) -> str:
     return f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"
 
 
-def _encoder(cohort: Cohort, patches: int | None) -> EncoderSpec:
+def encoder_of_task(cohort: Cohort, patches: int | None) -> EncoderSpec:
     for spec in cohort.encoders:
         if isinstance(spec, EncoderSpec) and TASK in spec.tasks:
             return spec.model_copy(update={"patches_seen": patches or spec.patches_seen})
     raise SystemExit(f"cohort '{cohort.name}' has no encoder that is trained on the task '{TASK}'")
 
 
-def _embedders(idc: PatchDataset, released: Path | None) -> dict[str, Embedder]:
+def embedders(idc: PatchDataset, released: Path | None) -> dict[str, Embedder]:
     mean_rgb = EncoderSpec(name="mean-rgb", objective="mean_rgb")
     found: dict[str, Embedder] = {
         REFERENCE: train_encoder(
@@ -290,7 +305,7 @@ def _embedders(idc: PatchDataset, released: Path | None) -> dict[str, Embedder]:
     return found
 
 
-def _patch_task(cohort: Cohort, name: str, folder: Path) -> PatchDataset:
+def patch_task(cohort: Cohort, name: str, folder: Path) -> PatchDataset:
     """Return a patch task of the cohort, whose patches are cut once."""
     settings = cohort.settings
     if not (folder / name).exists():

@@ -56,7 +56,7 @@ def encoder_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         group_name="encoders",
         kinds={"numpy", "parquet"},
         op_tags=CPU_TAGS,
-        code_version=code_version(8, settings.tissue),
+        code_version=code_version(9, settings.tissue),
     )
     def patch_task(
         context: dg.AssetExecutionContext,

@@ -94,8 +94,8 @@ class PatchTask(Entry):
     label_column: str = Field(default="label", description="column of the table with labels")
     group_column: str | None = Field(
         default="group",
-        description="column with the patient; a row without a value is a separate group; null: the "
-        "patients are unknown, and blocks of consecutive images are the groups",
+        description="column with the patient; where it is null, or a row has no value, the patient "
+        "is unknown, and blocks of consecutive images are the groups",
     )
     group_pattern: str | None = Field(
         default=None,

@@ -270,7 +270,7 @@ def _refuse_empty(task: PatchTask, path: Path, table: pl.DataFrame, columns: Seq
 
 
 def _groups(task: PatchTask, table: pl.DataFrame | None, source: pl.Series) -> pl.Series:
-    """Return the group column; a row without a group is a separate group."""
+    """Return the group column; a row without a group gets its source, which stands for unknown."""
     if table is None or task.group_column is None:
         return source.alias("group")
     group = table[task.group_column]

@@ -176,10 +176,9 @@ def build_patch_task(
     An image is cut into all complete non-overlapping patches, centred. An image that is smaller
     than a patch after resampling is mirrored at its edges to the size of one patch [choice].
     Splits consist of complete groups, 60/20/20 and stratified by class [choice], unless the source
-    has splits; if it lacks a validation split, a quarter of the train groups is used. An image
-    without a group is a separate group. If no image has a group, blocks of consecutive images are
-    the groups (:mod:`nic_core.encoders.order`). Images are read twice: once to compare pixels, once
-    to cut patches.
+    has splits; if it lacks a validation split, a quarter of the train groups is used. Of images
+    without a group, blocks of consecutive images are the groups (:mod:`nic_core.encoders.order`).
+    Images are read twice: once to compare pixels, once to cut patches.
 
     Parameters
     ----------
@@ -215,8 +214,11 @@ def build_patch_task(
         listing = _hash_images(source, listing, progress)
         kept, findings = _distinct_images(listing)
         _check_classes(task, kept["label"], classes)
-        if unknown := task.slides is None and bool((kept["group"] == kept["source"]).all()):
-            kept = kept.with_columns(group=pl.Series(_blocks(kept)))
+        unknown = kept.clear() if task.slides else kept.filter(pl.col("group") == pl.col("source"))
+        blocks = unknown.select("row", block=pl.Series(_blocks(unknown), dtype=pl.String))
+        kept = kept.join(blocks, on="row", how="left", maintain_order="left").with_columns(
+            group=pl.coalesce("block", "group")
+        )
         kept = kept.with_columns(split=pl.Series(_splits(task, kept, classes, seed)))
         images, table = _patch_table(task, kept, source.scale, classes, patch)
         shape = (len(table), patch, patch, 3)
@@ -234,7 +236,7 @@ def build_patch_task(
             _near_duplicates(table, patches),
             _class_findings(task, table, classes),
             source_findings,
-            *([_order_findings(table, patches)] if unknown else []),
+            *([_order_findings(table, patches, unknown["source"])] if len(unknown) else []),
         ]
     )
     dataset = PatchDataset(task.name, task.organ, classes, mpp, patches, table, findings)
@@ -543,12 +545,16 @@ def _blocks(kept: pl.DataFrame) -> list[str]:
     return blocks_of_order(labels, kept["source"].to_list())
 
 
-def _order_findings(table: pl.DataFrame, patches: Pixels) -> pl.DataFrame:
-    """Report that the patients are unknown, and an order in which neighbours are alike."""
-    chunks = np.array_split(patches, len(patches) // 512 + 1)
+def _order_findings(table: pl.DataFrame, patches: Pixels, unknown: pl.Series) -> pl.DataFrame:
+    """Report images whose patients are ``unknown``, and an order in which neighbours are alike."""
+    images = table["source"].n_unique()
+    table = table.filter(pl.col("source").is_in(unknown.implode()))
+    chunks = np.array_split(table["index"].to_numpy(), len(table) // 512 + 1)
     measured = {
-        "mean colour": np.concatenate([c.mean((1, 2), dtype=np.float64) for c in chunks]),
-        "texture": np.concatenate([texture(chunk) for chunk in chunks]),
+        "mean colour": np.concatenate(
+            [patches[rows].mean((1, 2), dtype=np.float64) for rows in chunks]
+        ),
+        "texture": np.concatenate([texture(patches[rows]) for rows in chunks]),
     }
     names, first, image = np.unique(
         table["source"].to_numpy(), return_index=True, return_inverse=True
@@ -565,6 +571,8 @@ def _order_findings(table: pl.DataFrame, patches: Pixels) -> pl.DataFrame:
                 f"(p {found.p:.3f})"
             )
     blocks = f"{table['group'].n_unique()} blocks of {len(names)} images"
+    if len(names) < images:
+        blocks += f"; the other {images - len(names)} images have groups"
     return pl.concat(
         [
             _findings("unknown_groups", pl.DataFrame({"detail": [blocks]})),

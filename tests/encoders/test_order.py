@@ -146,3 +146,24 @@ def test_known_patients_are_neither_tested_nor_cut_in_blocks(tmp_path):
     assert dataset.found("unknown_groups").is_empty()
     assert dataset.found("ordered").is_empty()
     assert sorted(dataset.table["group"].unique()) == [f"p{i}" for i in range(6)]
+
+
+def test_images_without_a_group_are_tested_beside_others_with_one(tmp_path):
+    task_of(tmp_path / "images", run=10)
+    files = sorted((tmp_path / "images").rglob("*.png"))
+    table = pl.DataFrame(
+        {
+            "path": [str(file) for file in files],
+            "label": [file.parent.name for file in files],
+            "group": ["p1"] * 30 + [None] * 30 + ["p2"] * 30 + [None] * 30,
+        }
+    )
+    table.write_csv(tmp_path / "t.csv")
+    task = PatchTask.model_validate(
+        {"name": "t", "organ": "colon", "table": str(tmp_path / "t.csv"), "mpp": 0.5}
+    )
+    dataset = build_patch_task(task, patch=32, mpp=0.5, seed=0)
+    (detail,) = dataset.found("unknown_groups")["detail"]
+    assert detail == "40 blocks of 60 images; the other 60 images have groups"
+    assert "of the next image" in dataset.found("ordered")["detail"][0]
+    assert {"p1", "p2"} < set(dataset.table["group"])
