@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import polars as pl
 import pytest
+import yaml
 
 from studies import tissue
 from studies.encoders import arms, painted_dataset, read_configuration, with_patients
@@ -131,3 +132,55 @@ def test_patients_are_left_out_of_the_training_only(tmp_path):
         assert split == "train" or len(original) == len(task.rows(split))
     with pytest.raises(ValueError, match="training patients, not 4"):
         with_patients(task, 4)
+
+
+@pytest.mark.slow
+def test_an_interrupted_study_continues_with_the_missing_encoder(tmp_path, monkeypatch, capsys):
+    rng = np.random.default_rng(0)
+    places = pl.DataFrame(
+        {
+            "source": [f"image {i}" for i in range(40)],
+            "x": 0,
+            "y": 0,
+            "row": 0,
+            "column": 0,
+            "label": ["dark", "bright"] * 20,
+            "group": [f"patient {i // 2 % 10}" for i in range(40)],
+        }
+    )
+    pixels = rng.integers(0, 60, (40, 128, 128, 3), np.uint8)
+    pixels[1::2] += 150
+    real = [
+        TissueTask(
+            dataset(name, "none", ("dark", "bright"), 0.5, pixels, places, seed=0), "patch", name
+        )
+        for name in ("seen", "unseen")
+    ]
+    monkeypatch.setattr(tissue, "tissue_tasks", lambda *_: real)
+    budget = {"patches_seen": 64, "seeds": 1}
+    configuration = CONFIGURATION.model_dump(mode="json") | {
+        "unseen": ["unseen"],
+        "real_tasks": ["seen"],
+        "pairs": ["seen"],
+        "painted": {"patches": 60, "patients": 5, "sets": [["nucleus", "gland_stroma"]]},
+        "budgets": dict.fromkeys(CONFIGURATION.budgets, budget),
+        "unsupervised_seeds": 0,
+        "curve": [],
+        "patients": [2],
+    }
+    file = tmp_path / "study.yaml"
+    file.write_text(yaml.safe_dump(configuration))
+    out = tmp_path / "out"
+    arguments = ["run", "-", "--released", "-", "--out", str(out), "--threads", "1"]
+
+    tissue.main([*arguments, "--config", str(file), "--groups", "painted", "patients"])
+    rows = sorted(path.stem for path in (out / "rows").iterdir())
+    assert rows == ["painted-mtl-2-0", "patients-mtl-2-2-0"]
+    units = pl.read_parquet(out / "rows" / "painted-mtl-2-0.parquet")
+    assert set(units["task"]) == {"seen", "unseen"}
+    assert not list((out / "checkpoints").iterdir())
+
+    capsys.readouterr()
+    tissue.main([*arguments, "--groups", "painted", "single"])
+    printed = [line.split(":")[0] for line in capsys.readouterr().out.splitlines()]
+    assert printed == ["single-nucleus-0", "single-gland_stroma-0"]
