@@ -44,6 +44,16 @@ RELEASED = {
     "released_mtl": "encoder_multitask-4.h5",
     "released_bigan": "encoder_bigan.h5",
 }
+# kinds of encoders -> their names in tables
+NAMES: Mapping[str, str] = {
+    "mean_rgb": "mean RGB",
+    "colour_and_texture": "44 colour and texture features",
+    "untrained": "untrained network",
+    "released_mtl": "released MTL-4",
+    "released_bigan": "released BiGAN",
+    "vae": "VAE",
+    "bigan": "BiGAN",
+}
 VARIETIES: Mapping[str, Variety] = {
     "ordinary": ORDINARY,
     "wide stain": Variety(stain=True),
@@ -189,7 +199,7 @@ def _mtl(
     if group == "single":
         kind, name = f"single painted task, {painted[0]}", [group, painted[0]]
     if start is not None:
-        origin = "MTL on painted tasks" if start.startswith("painted") else start.replace("_", " ")
+        origin = NAMES.get(start, "MTL on painted tasks")
         kind = f"{origin}, tuned on {tasks[0]} tasks"
         name = [group, start]
     if variety != "ordinary":
@@ -231,7 +241,7 @@ def _unsupervised(
     return Arm(
         f"{group}-{objective}-{seed}",
         group,
-        f"{objective}, {group} patches",
+        f"{NAMES.get(objective, objective)}, {group} patches",
         seed,
         objective,
         real,

@@ -29,7 +29,7 @@ from nic_core.encoders import Encoder
 from nic_core.encoders.files import load_encoder, save_encoder
 from nic_core.store import atomic_file, atomic_folder
 from studies.encoders import (
-    UNSUPERVISED,
+    NAMES,
     Arm,
     Configuration,
     Group,
@@ -44,7 +44,6 @@ from studies.protocol import paired_difference, probe_units, score
 from studies.tables import markdown_table
 from studies.tissue_tasks import TissueTask, tissue_tasks
 
-UNSUPERVISED_KINDS = (*UNSUPERVISED, "released_bigan")
 CONFIGURATION = Path(__file__).with_name("tissue.yaml")
 
 
@@ -174,7 +173,7 @@ def _scores(kinds: list[Kind], tasks: Sequence[str]) -> str:
     """Return the table of scores with intervals; encoders that saw all the tasks are left out."""
     rows = [
         [
-            kind.name,
+            NAMES.get(kind.name, kind.name),
             str(max(len(kind.units[task]) for task in tasks)),
             *(_cell(score(kind.units[task])) if kind.units[task] else "" for task in tasks),
         ]
@@ -186,7 +185,8 @@ def _scores(kinds: list[Kind], tasks: Sequence[str]) -> str:
 
 def _differences(kinds: list[Kind], tasks: Sequence[str]) -> str:
     """Return the table of differences from the best encoder without labels, and from features."""
-    without = [k for k in kinds if not k.supervised and k.name.startswith(UNSUPERVISED_KINDS)]
+    trained = [kind for kind in kinds if kind.group != "reference" or kind.name == "released_bigan"]
+    without = [kind for kind in trained if not kind.supervised]
     features = [kind for kind in kinds if kind.name == "colour_and_texture"]
     pairs = []
     for task in tasks:
@@ -194,7 +194,7 @@ def _differences(kinds: list[Kind], tasks: Sequence[str]) -> str:
         pairs += [(task, other) for other in [*([best] if best else []), *features]]
     rows = [
         [
-            kind.name,
+            NAMES.get(kind.name, kind.name),
             *(
                 _cell(paired_difference(kind.units[task], other.units[task]), signed=True)
                 for task, other in pairs
@@ -204,7 +204,11 @@ def _differences(kinds: list[Kind], tasks: Sequence[str]) -> str:
         if kind.supervised
     ]
     return markdown_table(
-        ["encoder", *(f"{task} minus {other.name}" for task, other in pairs)], rows
+        [
+            "encoder",
+            *(f"{task} minus {NAMES.get(other.name, other.name)}" for task, other in pairs),
+        ],
+        rows,
     )
 
 
@@ -234,7 +238,7 @@ def picture(kinds: list[Kind], configuration: Configuration) -> Figure:
         axes.set_title(task.replace("_", " "), fontsize=10)
         axes.set_xlabel("balanced accuracy by patient, 95 % interval", fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_yticks(range(len(kinds)), [kind.name.replace("_", " ") for kind in kinds])
+    panels[0].set_yticks(range(len(kinds)), [NAMES.get(kind.name, kind.name) for kind in kinds])
     panels[0].tick_params(axis="y", labelsize=7)
     panels[0].invert_yaxis()
     return figure

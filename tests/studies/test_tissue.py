@@ -100,7 +100,10 @@ def test_tables_compare_with_the_best_encoder_without_labels(folder, capsys):
     shown = capsys.readouterr().out
     assert "| MTL, 6 real tasks | 1 | 0.90 [" in shown
     assert "| MTL, 6 real tasks | +0.20 [" in shown
-    assert "glas_grade minus vae, real patches | glas_grade minus colour_and_texture" in shown
+    assert (
+        "glas_grade minus VAE, real patches | glas_grade minus 44 colour and texture features"
+        in shown
+    )
     assert (folder / "study.png").stat().st_size > 10_000
 
 
