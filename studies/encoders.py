@@ -168,6 +168,9 @@ def arms(c: Configuration) -> Iterator[Arm]:
     for seed in range(c.budgets["curve"].seeds):
         for patches in c.curve:
             yield _mtl(c, "curve", seed, painted=every, patches_seen=patches)
+            yield _unsupervised(
+                c, "curve", "contrastive", seed, painted=every, patches_seen=patches
+            )
     for seed in range(c.budgets["patients"].seeds):
         for patients in c.patients:
             yield _mtl(c, "patients", seed, painted=every, patients=patients)
@@ -237,16 +240,23 @@ def _unsupervised(
     *,
     real: tuple[str, ...] = (),
     painted: tuple[str, ...] = (),
+    patches_seen: int | None = None,
 ) -> Arm:
+    what = "real patches" if real else "painted patches"
+    kind = f"{NAMES.get(objective, objective)}, {what}"
+    name: list[str] = [group, objective]
+    if patches_seen is not None:
+        kind += f", {patches_seen:,}"
+        name.append(str(patches_seen))
     return Arm(
-        f"{group}-{objective}-{seed}",
+        "-".join([*name, str(seed)]),
         group,
-        f"{NAMES.get(objective, objective)}, {group} patches",
+        kind,
         seed,
         objective,
         real,
         painted,
-        patches_seen=c.budgets[group].patches_seen,
+        patches_seen=patches_seen or c.budgets[group].patches_seen,
         learning_rate=c.learning_rates.get(objective),
     )
 
