@@ -11,7 +11,8 @@ are exact up to rounding, because each folds one linear map into another:
 3. On CPUs with oneDNN, weights are stored in the layout of its kernels and LeakyReLU is fused into
    the convolution, which saves a pass over the feature maps and a reordering for each batch.
 
-The fourth, bfloat16, is not exact: it is a setting, and each grid records it.
+Two more are not exact: bfloat16, and int8 (:mod:`nic_core.encoders.int8`). They are settings, and
+each grid records them.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from nic_core.encoders.networks import (
     pooled_statistics,
 )
 from nic_core.torch_internals import convolve_leaky_relu, has_fused_convolution, reorder_weight
-from nic_core.types import Embedding, Precision, Reading
+from nic_core.types import Embedding, GridPrecision, Precision, Reading
 
 BATCH = 32  # patches; the feature maps of a larger batch exceed a core's cache
 
@@ -67,7 +68,7 @@ class PreparedEncoder:
         Resolution of these pixels, um/px.
     device : torch.device
     precision : str
-        ``float32`` or ``bfloat16``.
+        ``float32``, ``bfloat16`` or ``int8``.
     reading : str
         ``patch``: ``module`` takes the pixels of the patch. ``input``: it takes the pooled patch,
         which is read from the slide at the coarser resolution of the network's input.
@@ -78,7 +79,7 @@ class PreparedEncoder:
     side: int
     mpp: float
     device: torch.device
-    precision: Precision
+    precision: GridPrecision
     reading: Reading
 
     @property
