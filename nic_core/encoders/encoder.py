@@ -20,10 +20,10 @@ from nic_core.devices import resolve_device, resolve_precision
 from nic_core.encoders.errors import EncoderError
 from nic_core.encoders.external import ExternalEncoder
 from nic_core.encoders.inference import (
-    BATCH,
     MemoryBoundModule,
     PreparedEncoder,
     autocast,
+    embed_patches,
     fast_module,
 )
 from nic_core.encoders.int8 import Int8Encoder, int8_network
@@ -266,14 +266,7 @@ class Encoder:
                 f"encoder '{self.card.name}' takes uint8 patches (B, {side}, {side}, 3), "
                 f"not {pixels.dtype} {pixels.shape}"
             )
-        prepared = self._prepared
-        embeddings = np.empty((len(pixels), self.card.embedding_size), np.float32)
-        with torch.inference_mode():
-            for start in range(0, len(pixels), BATCH):
-                part = torch.tensor(pixels[start : start + BATCH], device=prepared.device)
-                found = prepared.module(part.permute(0, 3, 1, 2))
-                embeddings[start : start + BATCH] = found.cpu().numpy()
-        return embeddings
+        return embed_patches(self._prepared, pixels)
 
     @cached_property
     def _prepared(self) -> PreparedEncoder:

@@ -20,7 +20,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from nic_core.encoders.networks import (
@@ -32,7 +34,7 @@ from nic_core.encoders.networks import (
     pooled_statistics,
 )
 from nic_core.torch_internals import convolve_leaky_relu, has_fused_convolution, reorder_weight
-from nic_core.types import Embedding, GridPrecision, Precision, Reading
+from nic_core.types import Embedding, GridPrecision, Pixels, Precision, Reading
 
 BATCH = 32  # patches; the feature maps of a larger batch exceed a core's cache
 
@@ -86,6 +88,17 @@ class PreparedEncoder:
     def on_cpu(self) -> bool:
         """Whether encoding shares the CPU with the decoding of slides."""
         return self.device.type == "cpu"
+
+
+def embed_patches(encoder: PreparedEncoder, pixels: Pixels) -> NDArray[np.float32]:
+    """Embed patches: uint8 (B, side, side, 3) to float32 (B, C)."""
+    embeddings = np.empty((len(pixels), encoder.card.embedding_size), np.float32)
+    with torch.inference_mode():
+        for start in range(0, len(pixels), BATCH):
+            part = torch.tensor(pixels[start : start + BATCH], device=encoder.device)
+            found = encoder.module(part.permute(0, 3, 1, 2))
+            embeddings[start : start + BATCH] = found.float().cpu().numpy()
+    return embeddings
 
 
 def fast_module(
