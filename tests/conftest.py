@@ -93,6 +93,16 @@ def commands() -> Iterator[Path]:
 
 
 @pytest.fixture
+def can_run_int8() -> None:
+    """Skip a test where precision int8 cannot be used."""
+    from nic_core.torch_internals import cpu_has_vnni
+
+    pytest.importorskip("openvino", reason="needs the extra openvino")
+    if not cpu_has_vnni():
+        pytest.skip("this processor has no int8 dot products (AVX512-VNNI)")
+
+
+@pytest.fixture
 def mount(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
     """Mount small file systems with options such as ``ro`` or ``size=64k``."""
     mounted: list[Path] = []

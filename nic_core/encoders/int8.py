@@ -19,8 +19,8 @@ which reports usage over the network.
 
 from __future__ import annotations
 
-import importlib.util
 import threading
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -75,7 +75,7 @@ def int8_network(name: str, network: nn.Module | None, device: torch.device) -> 
             f"encoder '{name}': precision int8 needs a processor with int8 dot products "
             f"(AVX512-VNNI), which this one does not have; {remedy}"
         )
-    if importlib.util.find_spec("openvino") is None:
+    if find_spec("openvino") is None:
         raise EncoderError(
             f"encoder '{name}': precision int8 needs OpenVINO: pip install "
             f"'nic-pathology[openvino]'; or {remedy}"

@@ -247,13 +247,36 @@ def test_changed_settings_compress_a_slide_again(section, network, tmp_path):
     assert open_grid(store).provenance.weights_hash in info.replace(" ", "")  # it may be wrapped
 
 
+@pytest.mark.usefixtures("can_run_int8")
+def test_int8_grids_are_a_product_of_their_own(section, network, tmp_path):
+    command = ["compress", "--encoder", str(network), "--out", str(tmp_path), str(section)]
+    for precision in ("int8", "float32", "int8"):
+        options = ["--precision", precision, "--device", "cpu"]
+        assert "1 compressed" in run(app, [*command, *options]).stdout
+        assert "1 up to date" in run(app, [*command, *options]).stdout
+        assert open_grid(tmp_path / "section.zarr").provenance.precision == precision
+    automatic = run(app, [*command, "--device", "cpu"])
+    assert "1 compressed" in automatic.stdout
+    assert open_grid(tmp_path / "section.zarr").provenance.precision != "int8"
+
+
+def test_int8_without_openvino_is_refused_before_any_work(section, network, tmp_path, monkeypatch):
+    monkeypatch.setattr("nic_core.encoders.int8.cpu_has_vnni", lambda: True)
+    monkeypatch.setattr("nic_core.encoders.int8.find_spec", lambda name: None)
+    command = ["compress", "--encoder", str(network), "--out", str(tmp_path / "grids")]
+    refused = run(app, [*command, str(section), "--precision", "int8", "--device", "cpu"])
+    assert refused.exit_code == 2
+    assert "nic-pathology[openvino]" in refused.stderr
+    assert not (tmp_path / "grids").exists()
+
+
 @pytest.mark.parametrize(
     ("option", "value"),
     [
         ("--device", "toaster"),
         ("--device", "cuda:99"),
         ("--orientations", "4"),
-        ("--precision", "int8"),
+        ("--precision", "int4"),
         ("--reading", "fast"),
     ],
 )
