@@ -98,7 +98,7 @@ def test_every_dependency_is_used(package, needs):
 def test_everything_imported_is_a_dependency():
     # the error without it names the extra; anndata brings pandas, spatialdata geopandas
     optional = {"timm", "pylibCZIrw", "anndata", "pandas", "spatialdata", "geopandas"}
-    optional |= {"weasyprint", "obstore", "openvino"}
+    optional |= {"weasyprint", "obstore"}
     optional |= {module(name) for name in VIEW}
     engines = {"dagster_celery", "dagster_k8s", "dagster_postgres", "dagster_ray", "psycopg2"}
     known = set(sys.stdlib_module_names) | {"nic_core", *map(module, CORE)}

@@ -13,15 +13,19 @@ are needed for calibration, so the same weights always give the same int8 networ
   up: each error is carried to the next weight of the kernel (:func:`_carried`). Its kernel repeats
   every weight over the 2 x 2 px that are averaged, which gives each weight two more bits.
 
-OpenVINO's own quantization tool, NNCF, calibrates on patches and needs five more packages, one of
-which reports usage over the network.
+OpenVINO's own tool for quantization, NNCF, calibrates on patches, needs four more packages and
+reports its use over the network. OpenVINO itself reports when it is imported; here it does not
+(:func:`_openvino`).
 """
 
 from __future__ import annotations
 
+import sys
 import threading
+from importlib import import_module
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,9 +38,6 @@ from nic_core.encoders.networks import SLOPE, TellezEncoder
 from nic_core.parallel import cores
 from nic_core.torch_internals import cpu_has_vnni
 from nic_core.types import Embedding
-
-if TYPE_CHECKING:
-    import openvino
 
 LOWEST, HIGHEST = 4.0, 16.0
 """Range of the feature maps below and above the channels' means, standard deviations [choice].
@@ -100,8 +101,7 @@ class Int8Encoder(nn.Module):
     """
 
     def __init__(self, network: TellezEncoder, pooling: int, embedding: Embedding) -> None:
-        import openvino  # an extra
-
+        openvino = _openvino()
         super().__init__()
         folded = FoldedEncoder(network, pooling, embedding)
         self.readout = folded.readout
@@ -128,15 +128,25 @@ class Int8Encoder(nn.Module):
         return embeddings
 
 
-def _model(network: TellezEncoder, folded: FoldedEncoder, pooling: int) -> openvino.Model:
+def _openvino() -> ModuleType:
+    """Import OpenVINO, an extra, without its reports of use.
+
+    Where the package openvino_telemetry is imported, OpenVINO sends an event to a server each time
+    that it is imported itself; where it is absent, OpenVINO sends nothing.
+    """
+    if "openvino" not in sys.modules:
+        sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
+    return import_module("openvino")
+
+
+def _model(network: TellezEncoder, folded: FoldedEncoder, pooling: int) -> Any:
     """Return the convolutions as OpenVINO's model: uint8 (B, side, side, 3) to float32 maps.
 
     FakeQuantize marks where values become 8-bit integers; OpenVINO's compiler replaces the
     operations between by integer ones.
     """
-    import openvino
-    from openvino import opset13 as operators
-
+    openvino = _openvino()
+    operators = openvino.opset13
     side = network.side * pooling
     convolutions = [layer for layer in folded.convolutions if isinstance(layer, nn.Conv2d)]
     norms = [layer for layer in network.convolutions if isinstance(layer, nn.BatchNorm2d)]

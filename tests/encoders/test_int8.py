@@ -113,6 +113,13 @@ def encoder_of(module: torch.nn.Module, architecture: str, embedding_size: int) 
     return Encoder(card, module)
 
 
+@pytest.mark.usefixtures("can_run_int8")
+def test_int8_does_not_load_what_reports_its_use(trained):
+    trained.prepare("cpu", "int8")
+    assert "openvino" in sys.modules
+    assert not [name for name in sys.modules if name.startswith("openvino_telemetry.")]
+
+
 def test_int8_of_another_architecture_is_refused():
     encoder = encoder_of(PatchEncoder(StridedEncoder(16)), "tellez2019", 16)
     with pytest.raises(
