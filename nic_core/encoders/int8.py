@@ -10,8 +10,8 @@ are needed for calibration, so the same weights always give the same int8 networ
   ``LOWEST`` to ``HIGHEST`` deviations from the channels' means.
 - **Weights.** Each output channel has its own scale. The first convolution takes the pixels
   themselves, in 8 bits exactly. Neighbouring pixels are alike, so its rounding errors must not add
-  up: each error is carried to the next weight of the kernel (:func:`_carried`). Its kernel repeats
-  every weight over the 2 x 2 px that are averaged, which gives each weight two more bits.
+  up: each error is carried to the next weight of the kernel (:func:`_carried`). Where the kernel
+  repeats every weight over the 2 x 2 px that are averaged, this gives a weight two more bits.
 
 OpenVINO's own tool for quantization, NNCF, calibrates on patches, needs four more packages and
 reports its use over the network. OpenVINO itself reports when it is imported; here it does not
@@ -177,8 +177,8 @@ def _range(norm: nn.BatchNorm2d) -> tuple[Floats, tuple[float, float]]:
     assert norm.running_var is not None
     deviation = (norm.running_var.double() + norm.eps).sqrt().numpy()
     mean = norm.running_mean.double().numpy() / deviation
-    low, high = float(mean.min()) - LOWEST, float(mean.max()) + HIGHEST
     # zero is one of the levels, which integer kernels require
+    low, high = min(float(mean.min()) - LOWEST, 0.0), max(float(mean.max()) + HIGHEST, 0.0)
     step = (high - low) / (LEVELS - 1)
     zero = round(-low / step)
     return deviation, (-zero * step, (LEVELS - 1 - zero) * step)

@@ -260,6 +260,17 @@ def test_int8_grids_are_a_product_of_their_own(section, network, tmp_path):
     assert open_grid(tmp_path / "section.zarr").provenance.precision != "int8"
 
 
+def test_similarity_compares_a_setting_with_float32_on_slides(section, network):
+    command = ["encoder", "similarity", str(network), "--device", "cpu", str(section)]
+    exact = run(app, [*command, "--precision", "float32"])
+    assert "float32 171 1.0000 1.0000 0.0%" in " ".join(exact.stdout.split())
+    reduced = run(app, [*command, "--precision", "bfloat16"])
+    assert "section.tif bfloat16 171 1.0000" in " ".join(reduced.stdout.split())
+    missing = run(app, [*command, str(section.with_name("gone.tif"))])
+    assert missing.exit_code == 1
+    assert "gone.tif" in missing.stdout
+
+
 def test_int8_without_openvino_is_refused_before_any_work(section, network, tmp_path, monkeypatch):
     monkeypatch.setattr("nic_core.encoders.int8.cpu_has_vnni", lambda: True)
     monkeypatch.setattr("nic_core.encoders.int8.find_spec", lambda name: None)
