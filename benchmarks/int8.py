@@ -1,7 +1,7 @@
 """Measure encoding and compressing in precision int8 against float32, on a CPU.
 
-    OMP_NUM_THREADS=1 python benchmarks/int8.py    # one core
-    python benchmarks/int8.py                      # all cores
+    OMP_NUM_THREADS=1 python -m benchmarks.int8    # one core
+    python -m benchmarks.int8                      # all cores
 
 The slides and the encoder are those of ``benchmarks/compress.py``. Rates are patches of 128 px at
 0.5 um/px per second. The works run in turn, and the table has the median of the rounds, the lowest
