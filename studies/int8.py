@@ -78,7 +78,7 @@ def read_encoder(path: Path) -> Encoder:
 def similarities(exact: Grids, reduced: Grids) -> list[Similarity]:
     """Compare the embeddings of every slide."""
     return [
-        similarity(grid.embeddings[:, grid.valid].T, exact[name].embeddings[:, grid.valid].T)
+        similarity(grid.embeddings[:][:, grid.valid].T, exact[name].embeddings[:][:, grid.valid].T)
         for name, grid in reduced.items()
     ]
 
