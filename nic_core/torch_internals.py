@@ -50,6 +50,15 @@ def convolve_leaky_relu(
     return result
 
 
+def cpu_has_vnni() -> bool:
+    """Return whether the CPU has AVX512-VNNI, dot products of int8 that do not overflow.
+
+    Without this query the answer is ``False``, and precision ``int8`` is refused.
+    """
+    query = getattr(torch.cpu, "_is_vnni_supported", None)
+    return query is not None and bool(query())
+
+
 def cpu_has_amx() -> bool:
     """Return whether the CPU has AMX, the matrix units that make bfloat16 faster than float32.
 

@@ -16,6 +16,12 @@ Precision = Literal["float32", "bfloat16"]
 RequestedPrecision = Literal["auto", "float32", "bfloat16"]
 """``auto`` is bfloat16 on a device with matrix units for it, else float32 [choice]."""
 
+GridPrecision = Literal["float32", "bfloat16", "int8"]
+"""Numbers that an encoder computes a grid with; ``int8`` is :mod:`nic_core.encoders.int8`."""
+
+RequestedGridPrecision = Literal["auto", "float32", "bfloat16", "int8"]
+"""As :data:`RequestedPrecision`; ``auto`` is never ``int8``."""
+
 Embedding = Literal["dense", "pooled", "both"]
 """The dense code of the published network, statistics of its last feature maps, or both."""
 

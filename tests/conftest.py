@@ -10,6 +10,7 @@ import os
 import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -90,6 +91,17 @@ def commands() -> Iterator[Path]:
 
     with command_server() as folder:
         yield folder
+
+
+@pytest.fixture
+def can_run_int8() -> None:
+    """Skip a test where precision int8 cannot be used."""
+    from nic_core.torch_internals import cpu_has_vnni
+
+    if find_spec("openvino") is None:
+        pytest.skip("needs the extra openvino")
+    if not cpu_has_vnni():
+        pytest.skip("this processor has no int8 dot products (AVX512-VNNI)")
 
 
 @pytest.fixture

@@ -29,6 +29,7 @@ OPERATORS = torch_internals._FUSED_OPERATORS
 def test_this_release_of_pytorch_has_every_private_interface():
     assert has_fused_convolution(), f"torch.ops.mkldnn lacks one of {OPERATORS}"
     assert hasattr(torch.cpu, "_is_amx_tile_supported")
+    assert hasattr(torch.cpu, "_is_vnni_supported")
 
 
 def test_only_one_module_uses_private_interfaces_of_pytorch():

@@ -166,7 +166,7 @@ def encoder_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         kinds={"scikitlearn"},
         tags=PARTIAL_INPUTS,
         op_tags=CPU_TAGS,
-        code_version=code_version(2),
+        code_version=code_version(3, partitions.cohort.settings.compression.precision),
     )
     def encoder_probe(
         context: dg.AssetExecutionContext,
@@ -178,10 +178,12 @@ def encoder_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         def make(name: str) -> Product:
             scores, drawings = steps.make_encoder_probe(cohort, store, name)
             leaks = steps.leaked_groups(cohort, store, name)
+            similarity = steps.encoder_similarity(cohort, store, name)
             return Product(
                 version=steps.digest(scores.rows()),
                 metadata={
                     "scores": table(scores),
+                    **({} if similarity is None else {"grids_and_float32": table(similarity)}),
                     **figures(drawings),
                     "file": dg.MetadataValue.path(store.encoder_probe(name)),
                 },

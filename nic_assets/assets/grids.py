@@ -15,6 +15,7 @@ from nic_assets.tags import PARTIAL_INPUTS, REFRESH_TAG
 from nic_core import steps
 from nic_core.cohort import Cohort, CohortError, FeaturesEncoder
 from nic_core.devices import leased_device
+from nic_core.encoders import EncoderError
 from nic_core.grids import GridError, enlarge, recorded_hash, verify_preview
 from nic_core.grids.features import FeaturesError
 from nic_core.slides import SlideError
@@ -92,7 +93,7 @@ def grid_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
                 make,
                 parse=GridKey.parse,
                 path=store.grid,
-                expected=(SlideError, FeaturesError),
+                expected=(EncoderError, SlideError, FeaturesError),
             )
 
     @batch_asset(

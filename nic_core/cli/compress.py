@@ -27,7 +27,7 @@ from nic_core.cohort.geometry import check_stride
 from nic_core.slides.metadata import MPP_REMEDY
 from nic_core.store import Store, StoreError
 from nic_core.tables import terminal_table
-from nic_core.types import Colours, Reading, RequestedPrecision
+from nic_core.types import Colours, Reading, RequestedGridPrecision
 
 if TYPE_CHECKING:
     from nic_core.compression.batch import Outcome
@@ -64,8 +64,10 @@ def compress(
         Orientations, typer.Option(help="number of orientations: 1 (upright) or 8")
     ] = "1",
     precision: Annotated[
-        RequestedPrecision,
-        typer.Option(help="auto: bfloat16 if the device has matrix units for it"),
+        RequestedGridPrecision,
+        typer.Option(
+            help="auto: bfloat16 if the device has matrix units for it; int8: for CPUs, not exact"
+        ),
     ] = COMPRESSION.precision,
     reading: Annotated[
         Reading,
@@ -94,7 +96,11 @@ def compress(
         resolve_device(device)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--device") from error
-    prepared = find_encoder(encoder).prepare(device, precision, reading)
+    found = find_encoder(encoder)
+    try:
+        prepared = found.prepare(device, precision, reading)
+    except EncoderError as error:
+        raise typer.BadParameter(str(error), param_hint="--precision") from error
     card = prepared.card
     try:
         check_stride(card.name, Geometry(card.patch, card.mpp, stride or card.patch))

@@ -10,10 +10,19 @@ from typing import Annotated, Any
 
 import typer
 
-from nic_core.cli.shared import console, facts, one_line, progress_bars
+from nic_core.cli.shared import (
+    Mpp,
+    SlideArguments,
+    console,
+    facts,
+    given_slide,
+    one_line,
+    progress_bars,
+)
 from nic_core.cohort import CohortError, load_cohort
 from nic_core.store import Store, StoreError
 from nic_core.tables import terminal_table
+from nic_core.types import Reading, RequestedGridPrecision
 
 # torch is imported inside the commands: it takes a second
 
@@ -198,6 +207,41 @@ def probe(
             rows.append((row["task"], row["probe"], f"{row['mpp']:g}", *values))
         headings = ("um/px", "balanced\naccuracy", "AUC", "F1", "test\npatches")
         console.print(terminal_table(("task", "probe"), headings, rows))
+
+
+@encoder_app.command()
+def similarity(
+    folder: Folder,
+    slides: SlideArguments,
+    precision: Annotated[
+        RequestedGridPrecision, typer.Option(help="precision to compare with float32")
+    ] = "auto",
+    reading: Annotated[Reading, typer.Option(help="reading to compare with 'patch'")] = "patch",
+    mpp: Mpp = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+) -> None:
+    """Compare a slide's embeddings in a precision and reading with those in float32 and 'patch'.
+
+    Prints the cosine similarity over the slide's patches, its 1st percentile, and the root mean
+    square distance as a share of the spread between the patches.
+    """
+    from nic_core.compression.similarity import slide_similarity
+    from nic_core.encoders.files import load_encoder
+    from nic_core.slides import SlideError, open_slide
+
+    rows = []
+    with _one_line(), one_line(SlideError, ValueError):
+        encoder = load_encoder(folder)
+        exact = encoder.prepare(device, "float32")
+        prepared = encoder.prepare(device, precision, reading)
+        for path in slides:
+            given = given_slide(path)
+            with open_slide(given, mpp=mpp) as slide:
+                found = slide_similarity(slide, exact, prepared)
+            shown = (f"{found.cosine:.4f}", f"{found.cosine_p1:.4f}", f"{found.distance:.1%}")
+            rows.append((given.name, prepared.precision, str(found.patches), *shown))
+        headings = ("patches", "cosine", "1st percentile", "distance")
+        console.print(terminal_table(("slide", "precision"), headings, rows))
 
 
 def _published() -> list[ListedEncoder]:

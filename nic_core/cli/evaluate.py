@@ -55,11 +55,12 @@ def evaluate(
     # imports torch, which is slow
     from nic_core.cohort import CohortError
     from nic_core.devices import resolve_device
+    from nic_core.encoders.errors import EncoderError
     from nic_core.models.files import ModelFileError, read_model_card
     from nic_core.models.prediction import ModelMismatchError
     from nic_core.steps import evaluate_external, study_slides, write_external_evaluation
 
-    expected = (CohortError, ModelFileError, ModelMismatchError, StoreError)
+    expected = (CohortError, EncoderError, ModelFileError, ModelMismatchError, StoreError)
     folder = model_folder(model)
     with one_line(*expected):
         card = read_model_card(folder)

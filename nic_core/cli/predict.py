@@ -71,6 +71,7 @@ def predict(
     # imports torch, which is slow
     from nic_core.compression.batch import REPORT, slides_by_id, write_report
     from nic_core.devices import resolve_device
+    from nic_core.encoders.errors import EncoderError
     from nic_core.models.distance import FAR_PERCENTILE
     from nic_core.models.prediction import (
         PatientsError,
@@ -97,7 +98,7 @@ def predict(
         raise typer.BadParameter(str(error)) from error
     if card.target.level == "patient" and of_slide is None:
         console.print("no --patients given: each slide counts as one patient")
-    with one_line(StoreError, PatientsError), batch_progress(len(named)) as bars:
+    with one_line(EncoderError, StoreError, PatientsError), batch_progress(len(named)) as bars:
         show, tell = bars
         predicted = predict_slides(
             loaded,

@@ -14,7 +14,7 @@ from pydantic import (
 )
 
 from nic_core.cohort.fields import Cron, Entry, FieldErrors, Fraction, NetworkName, TimeZone
-from nic_core.types import Colours, RequestedPrecision
+from nic_core.types import Colours, RequestedGridPrecision
 
 LEAST_FOLDS = 3  # one to test, one to validate, the others to train (paper B)
 
@@ -139,9 +139,10 @@ class ModelSettings(Entry):
 class CompressionSettings(Entry):
     """Compression of slides; docs/explanation/grids.md gives cost and effect of each choice."""
 
-    precision: RequestedPrecision = Field(
+    precision: RequestedGridPrecision = Field(
         default="auto",
-        description="auto: bfloat16 on a GPU or CPU with matrix units for it, else float32",
+        description="auto: bfloat16 on a GPU or CPU with matrix units for it, else float32; "
+        "int8: faster on CPUs with int8 dot products, not exact; needs the extra openvino",
     )
     reading: Literal["patch", "input"] = Field(
         default="patch",

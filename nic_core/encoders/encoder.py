@@ -20,12 +20,13 @@ from nic_core.devices import resolve_device, resolve_precision
 from nic_core.encoders.errors import EncoderError
 from nic_core.encoders.external import ExternalEncoder
 from nic_core.encoders.inference import (
-    BATCH,
     MemoryBoundModule,
     PreparedEncoder,
     autocast,
+    embed_patches,
     fast_module,
 )
+from nic_core.encoders.int8 import Int8Encoder, int8_network
 from nic_core.encoders.networks import (
     ClassHead,
     MeanRGB,
@@ -38,7 +39,7 @@ from nic_core.encoders.networks import (
     pooled_side,
 )
 from nic_core.encoders.scores import TaskScores
-from nic_core.types import Embedding, Reading, RequestedPrecision
+from nic_core.types import Embedding, GridPrecision, Reading, RequestedGridPrecision
 
 Architecture = Literal[
     "mean_rgb", "tellez2020", "tellez2019", "timm", "torchscript", "torch.export", "features"
@@ -191,17 +192,18 @@ class Encoder:
     def prepare(
         self,
         device: str = "auto",
-        precision: RequestedPrecision = "auto",
+        precision: RequestedGridPrecision = "auto",
         reading: Reading = "patch",
     ) -> PreparedEncoder:
-        """Optimise the encoder for inference; the embeddings stay the same up to rounding.
+        """Optimise the encoder for inference; in float32 its embeddings stay the same.
 
         Parameters
         ----------
         device : str
             ``auto`` (CUDA if available), ``cpu``, ``cuda`` or ``cuda:1``.
         precision : str
-            ``float32``, ``bfloat16``, or ``auto``: bfloat16 if the device has matrix units for it.
+            ``float32``, ``bfloat16``, ``int8``, or ``auto``: bfloat16 if the device has matrix
+            units for it, else float32. Mean-RGB is computed in float32 in any case.
         reading : str
             ``patch``, or ``input``: pixels at the resolution of the network's input. For a network
             without pooling ``input`` is the same as ``patch``.
@@ -210,13 +212,23 @@ class Encoder:
         ------
         ValueError
             The device does not exist.
+        EncoderError
+            The precision is int8, which the network, the device or the installation does not
+            permit; see :func:`~nic_core.encoders.int8.int8_network`.
         """
         at = resolve_device(device)
         network = self.module.network if isinstance(self.module, PatchEncoder) else None
-        # a mean is not faster in bfloat16
-        chosen = "float32" if isinstance(self.module, MeanRGB) else resolve_precision(precision, at)
+        chosen: GridPrecision
+        if isinstance(self.module, MeanRGB):
+            chosen = "float32"  # a mean is not faster in another precision
+        else:
+            chosen = precision if precision == "int8" else resolve_precision(precision, at)
         pooling = network.pooling if network is not None and reading == "input" else 1
-        if isinstance(network, TellezEncoder):
+        if chosen == "int8":
+            published = int8_network(self.card.name, network, at)
+            factor = published.pooling // pooling
+            module: nn.Module = Int8Encoder(published, factor, self.card.embedding)
+        elif isinstance(network, TellezEncoder):
             module = fast_module(
                 network,
                 pooling=network.pooling // pooling,
@@ -254,14 +266,7 @@ class Encoder:
                 f"encoder '{self.card.name}' takes uint8 patches (B, {side}, {side}, 3), "
                 f"not {pixels.dtype} {pixels.shape}"
             )
-        prepared = self._prepared
-        embeddings = np.empty((len(pixels), self.card.embedding_size), np.float32)
-        with torch.inference_mode():
-            for start in range(0, len(pixels), BATCH):
-                part = torch.tensor(pixels[start : start + BATCH], device=prepared.device)
-                found = prepared.module(part.permute(0, 3, 1, 2))
-                embeddings[start : start + BATCH] = found.cpu().numpy()
-        return embeddings
+        return embed_patches(self._prepared, pixels)
 
     @cached_property
     def _prepared(self) -> PreparedEncoder:

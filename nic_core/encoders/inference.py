@@ -11,7 +11,8 @@ are exact up to rounding, because each folds one linear map into another:
 3. On CPUs with oneDNN, weights are stored in the layout of its kernels and LeakyReLU is fused into
    the convolution, which saves a pass over the feature maps and a reordering for each batch.
 
-The fourth, bfloat16, is not exact: it is a setting, and each grid records it.
+Two more are not exact: bfloat16, and int8 (:mod:`nic_core.encoders.int8`). They are settings, and
+each grid records them.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from nic_core.encoders.networks import (
@@ -31,7 +34,7 @@ from nic_core.encoders.networks import (
     pooled_statistics,
 )
 from nic_core.torch_internals import convolve_leaky_relu, has_fused_convolution, reorder_weight
-from nic_core.types import Embedding, Precision, Reading
+from nic_core.types import Embedding, GridPrecision, Pixels, Precision, Reading
 
 BATCH = 32  # patches; the feature maps of a larger batch exceed a core's cache
 
@@ -67,7 +70,7 @@ class PreparedEncoder:
         Resolution of these pixels, um/px.
     device : torch.device
     precision : str
-        ``float32`` or ``bfloat16``.
+        ``float32``, ``bfloat16`` or ``int8``.
     reading : str
         ``patch``: ``module`` takes the pixels of the patch. ``input``: it takes the pooled patch,
         which is read from the slide at the coarser resolution of the network's input.
@@ -78,13 +81,24 @@ class PreparedEncoder:
     side: int
     mpp: float
     device: torch.device
-    precision: Precision
+    precision: GridPrecision
     reading: Reading
 
     @property
     def on_cpu(self) -> bool:
         """Whether encoding shares the CPU with the decoding of slides."""
         return self.device.type == "cpu"
+
+
+def embed_patches(encoder: PreparedEncoder, pixels: Pixels) -> NDArray[np.float32]:
+    """Embed patches: uint8 (B, side, side, 3) to float32 (B, C)."""
+    embeddings = np.empty((len(pixels), encoder.card.embedding_size), np.float32)
+    with torch.inference_mode():
+        for start in range(0, len(pixels), BATCH):
+            part = torch.tensor(pixels[start : start + BATCH], device=encoder.device)
+            found = encoder.module(part.permute(0, 3, 1, 2))
+            embeddings[start : start + BATCH] = found.float().cpu().numpy()
+    return embeddings
 
 
 def fast_module(

@@ -61,7 +61,7 @@ from nic_core.grids.shards import (
 from nic_core.orientations import ORIENTATIONS, orient
 from nic_core.slides.icc import IccProfile
 from nic_core.store import atomic_folder
-from nic_core.types import Colours, Precision, Reading
+from nic_core.types import Colours, GridPrecision, Reading
 
 GRID_FORMAT: Literal[4] = 4
 """Version of the store's layout and provenance. Stores of other versions are refused."""
@@ -99,7 +99,7 @@ class GridProvenance(BaseModel):
         that other software computed.
     unreadable : int
         Number of kept cells that could not be decoded; they are not valid in the grid.
-    precision : {"float32", "bfloat16"}, optional
+    precision : {"float32", "bfloat16", "int8"}, optional
         Numbers that the encoder computed with. This field and the next two are None for
         embeddings that other software computed, which does not state them.
     reading : {"patch", "input"}, optional
@@ -126,7 +126,7 @@ class GridProvenance(BaseModel):
     stride: PositiveInt
     origin: tuple[float, float]
     unreadable: NonNegativeInt
-    precision: Precision | None
+    precision: GridPrecision | None
     reading: Reading | None
     colours: Colours | None
     icc_profile: IccProfile | None

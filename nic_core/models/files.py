@@ -36,7 +36,7 @@ from nic_core.models.distance import REFERENCE, TrainingReference, load_referenc
 from nic_core.models.kinds import kind_of
 from nic_core.models.networks import Ensemble, FoldModel, empty_fold_model
 from nic_core.models.recalibration import Recalibration
-from nic_core.types import Colours, Precision, Reading
+from nic_core.types import Colours, GridPrecision, Reading
 from nic_core.version import __version__
 
 CARD = "card.json"
@@ -79,7 +79,7 @@ class GridSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    precision: Precision | None
+    precision: GridPrecision | None
     reading: Reading | None
     colours: Colours | None
     tissue: float = Field(ge=0, le=1)

@@ -10,6 +10,7 @@ predictions report, external evaluations, probability maps, map scores, evaluati
 
 from nic_core.steps.encoders import (
     encoder_figures,
+    encoder_similarity,
     leaked_groups,
     make_encoder,
     make_encoder_probe,
@@ -116,6 +117,7 @@ __all__ = [
     "draw_slide",
     "encoder_bases",
     "encoder_figures",
+    "encoder_similarity",
     "encoder_versions",
     "evaluate_external",
     "excluded_slides",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import polars as pl
@@ -42,8 +42,10 @@ from nic_core.encoders.figures import (
     training_curves,
 )
 from nic_core.encoders.files import read_card, save_card
+from nic_core.encoders.inference import embed_patches
 from nic_core.encoders.patch_tasks import leaks
-from nic_core.encoders.probes import check_scale, probe_table, task_embeddings
+from nic_core.encoders.probes import PATCHES, check_scale, probe_table, task_embeddings
+from nic_core.encoders.similarity import similarity
 from nic_core.grids.features import features_hash
 from nic_core.pictures import FIGURES, save_figure, save_figures
 from nic_core.steps.slide_index import digest, patch_task_version
@@ -330,6 +332,35 @@ def _made_patch_tasks(cohort: Cohort, store: Store, encoder: str) -> list[PatchD
     """Load the patch tasks that are in the store as the encoder sees them."""
     paths = map(store.patch_task, patch_task_keys(cohort, encoder).values())
     return [load_patch_task(path) for path in paths if path.exists()]
+
+
+def encoder_similarity(cohort: Cohort, store: Store, encoder: str) -> pl.DataFrame | None:
+    """Compare embeddings in the precision of the cohort's grids with those in float32.
+
+    The patches are test patches of every patch task in the store.
+
+    Returns
+    -------
+    polars.DataFrame or None
+        A row for each task: ``task`` and the fields of
+        :class:`~nic_core.encoders.similarity.Similarity`. None if the precision is float32.
+
+    Raises
+    ------
+    EncoderError
+        The encoder cannot compute in the precision
+        (:func:`~nic_core.encoders.int8.int8_network`).
+    """
+    loaded = load_encoder(store.encoder(encoder))
+    prepared = loaded.prepare(precision=cohort.settings.compression.precision)
+    if prepared.precision == "float32":
+        return None
+    rows = []
+    for task in _made_patch_tasks(cohort, store, encoder):
+        pixels = task.patches[task.rows("test")[:PATCHES]]
+        found = similarity(embed_patches(prepared, pixels), loaded.embed(pixels))
+        rows.append({"task": task.name, **asdict(found)})
+    return pl.DataFrame(rows)
 
 
 def make_encoder_probe(

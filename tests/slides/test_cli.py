@@ -247,13 +247,48 @@ def test_changed_settings_compress_a_slide_again(section, network, tmp_path):
     assert open_grid(store).provenance.weights_hash in info.replace(" ", "")  # it may be wrapped
 
 
+@pytest.mark.usefixtures("can_run_int8")
+def test_int8_grids_are_a_product_of_their_own(section, network, tmp_path):
+    command = ["compress", "--encoder", str(network), "--out", str(tmp_path), str(section)]
+    for precision in ("int8", "float32", "int8"):
+        options = ["--precision", precision, "--device", "cpu"]
+        assert "1 compressed" in run(app, [*command, *options]).stdout
+        assert "1 up to date" in run(app, [*command, *options]).stdout
+        assert open_grid(tmp_path / "section.zarr").provenance.precision == precision
+    automatic = run(app, [*command, "--device", "cpu"])
+    assert "1 compressed" in automatic.stdout
+    assert open_grid(tmp_path / "section.zarr").provenance.precision != "int8"
+
+
+def test_similarity_compares_a_setting_with_float32_on_slides(section, network):
+    command = ["encoder", "similarity", str(network), "--device", "cpu", str(section)]
+    exact = run(app, [*command, "--precision", "float32"])
+    assert "float32 171 1.0000 1.0000 0.0%" in " ".join(exact.stdout.split())
+    reduced = run(app, [*command, "--precision", "bfloat16"])
+    assert "section.tif bfloat16 171 " in " ".join(reduced.stdout.split())
+    assert "0.0%" not in reduced.stdout
+    missing = run(app, [*command, str(section.with_name("gone.tif"))])
+    assert missing.exit_code == 1
+    assert "gone.tif" in missing.stdout
+
+
+def test_int8_without_openvino_is_refused_before_any_work(section, network, tmp_path, monkeypatch):
+    monkeypatch.setattr("nic_core.encoders.int8.cpu_has_vnni", lambda: True)
+    monkeypatch.setattr("nic_core.encoders.int8.find_spec", lambda name: None)
+    command = ["compress", "--encoder", str(network), "--out", str(tmp_path / "grids")]
+    refused = run(app, [*command, str(section), "--precision", "int8", "--device", "cpu"])
+    assert refused.exit_code == 2
+    assert "nic-pathology[openvino]" in refused.stderr
+    assert not (tmp_path / "grids").exists()
+
+
 @pytest.mark.parametrize(
     ("option", "value"),
     [
         ("--device", "toaster"),
         ("--device", "cuda:99"),
         ("--orientations", "4"),
-        ("--precision", "int8"),
+        ("--precision", "int4"),
         ("--reading", "fast"),
     ],
 )
