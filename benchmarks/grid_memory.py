@@ -104,8 +104,8 @@ def peak_kib() -> int:
 
 def measure(work: str, slide_file: Path, store: Path, size: int, orientations: int) -> float:
     """Do one kind of work in a fresh process; return its peak memory, MB."""
-    command = [sys.executable, "-m", "benchmarks.grid_memory", "--work", work, str(slide_file), str(store)]
-    command += [str(size), str(orientations)]
+    command = [sys.executable, "-m", "benchmarks.grid_memory", "--work", work]
+    command += [str(slide_file), str(store), str(size), str(orientations)]
     out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return int(out.stdout) / 1024
 
