@@ -47,7 +47,7 @@ from nic_core.store import GridKey, ModelKey, PatchTableKey, PredictionKey, Stor
 NOT_COPIED = ("dagster", "mlflow", "explanations", "predictions", "evaluation_report")
 AT_LEAST = 1.5  # s of a measurement; a shorter step is repeated
 EPOCHS = 2  # of each fold
-PATCHES = 640  # seen by the training of the encoder
+PATCHES = 320  # seen by the training of the encoder
 MOST = 2.2  # aim for the time beside others, relative to that alone
 
 

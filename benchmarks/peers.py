@@ -17,10 +17,25 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 PATCH, MPP, BATCH = 128, 0.5, 32
 KEEP_ALIVE: list[object] = []
+
+
+@cache
+def declare_torchvision() -> None:
+    """Declare the operators of torchvision, which the benchmark does not use.
+
+    One built for another torch cannot register them, and fails to import.
+    """
+    import torch
+
+    declared = torch.library.Library("torchvision", "DEF")
+    for name in ("nms", "qnms"):
+        declared.define(f"{name}(Tensor a, Tensor b, float c) -> Tensor")
+    KEEP_ALIVE.append(declared)
 
 
 def lazyslide(slide: Path, encoder: Path) -> tuple[Callable[[], int], Callable[[], int]]:
@@ -29,12 +44,7 @@ def lazyslide(slide: Path, encoder: Path) -> tuple[Callable[[], int], Callable[[
     import numpy as np
     import torch
 
-    # torchvision built for another torch cannot register its operators and fails to import;
-    # declare them, since the benchmark does not use them
-    declared = torch.library.Library("torchvision", "DEF")
-    for name in ("nms", "qnms"):
-        declared.define(f"{name}(Tensor a, Tensor b, float c) -> Tensor")
-    KEEP_ALIVE.append(declared)
+    declare_torchvision()
     from shapely import box
     from wsidata import open_wsi
     from wsidata.io import add_tissues
@@ -65,6 +75,8 @@ def lazyslide(slide: Path, encoder: Path) -> tuple[Callable[[], int], Callable[[
 def tiatoolbox(slide: Path, encoder: Path) -> tuple[Callable[[], int], Callable[[], int]]:
     """Return the functions that read and that encode the slide with TIAToolbox."""
     import torch
+
+    declare_torchvision()
     from tiatoolbox.models.dataset import WSIPatchDataset
     from torch.utils.data import DataLoader
 
