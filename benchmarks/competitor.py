@@ -43,6 +43,7 @@ from nic_core.steps.predictions import load_champion, make_prediction, planned
 from nic_core.steps.slide_models import make_slide_model
 from nic_core.steps.slides import make_patch_table, make_slide
 from nic_core.store import GridKey, ModelKey, PatchTableKey, PredictionKey, Store
+from nic_core.tiling.patches import read_patch_table
 
 NOT_COPIED = ("dagster", "mlflow", "explanations", "predictions", "evaluation_report")
 AT_LEAST = 1.5  # s of a measurement; a shorter step is repeated
@@ -52,14 +53,22 @@ MOST = 2.2  # aim for the time beside others, relative to that alone
 
 
 def steps(cohort: Cohort, store: Store) -> dict[str, Callable[[], object]]:
-    """Return the steps, on the first slide, encoder with a training, and target of the study."""
+    """Return the steps, with the first trained encoder and the first target of the study."""
     encoder = next(
         e for e in cohort.networks if isinstance(e, EncoderSpec) and e.objective == "mtl"
     )
     key = ModelKey(encoder=encoder.name, target=cohort.targets[0].name)
     model = load_model(store.slide_model(key))
-    slide = sorted(path.name for path in (store.root / "slides").iterdir())[0]
     geometry = cohort.geometry(encoder.name)
+    # the slide with the most cells
+    slide = max(
+        (path.name for path in (store.root / "slides").iterdir()),
+        key=lambda name: int(
+            read_patch_table(store.patch_table(PatchTableKey(geometry=geometry.name, slide=name)))[
+                "kept"
+            ].sum()
+        ),
+    )
     prepared = prepare_encoder(cohort, store, encoder.name)
     grid = open_grid(store.grid(GridKey(encoder=encoder.name, slide=slide)))
     target = next(target.name for target in cohort.targets if store.champion(target.name).exists())
