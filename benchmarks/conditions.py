@@ -8,11 +8,10 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 
-import torch
-
-from nic_core.devices import resolve_precision
+from nic_core.devices import resolve_device, resolve_precision
 from nic_core.parallel import cores
 
 # instructions of the CPU that networks compute with, as the kernel names them
@@ -48,10 +47,10 @@ def _cpuinfo(field: str) -> str:
 def conditions() -> str:
     """Return one line for the head of a table; the load is that before the measurement."""
     load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
-    auto = resolve_precision("auto", torch.device("cpu"))
+    auto = resolve_precision("auto", resolve_device("cpu"))
     return (
         f"{processor()} ({instructions()}), {cores()} cores, load {load}, torch "
-        f"{torch.__version__}, {date.today().isoformat()}; precision auto is {auto} on this CPU"
+        f"{version('torch')}, {date.today().isoformat()}; precision auto is {auto} on this CPU"
     )
 
 
