@@ -9,7 +9,6 @@ from typing import Self
 import numpy as np
 
 from nic_core.slides.engines import (
-    AveragingEngine,
     Engine,
     EngineName,
     OpenedEngine,
@@ -21,7 +20,7 @@ from nic_core.slides.files import SlideFiles, files_of_slide
 from nic_core.slides.icc import describe_profile, srgb_conversion
 from nic_core.slides.metadata import BRIGHTFIELD_REMEDY, check_physical_size, resolve_mpp
 from nic_core.slides.remote import SlidePath, slide_path
-from nic_core.slides.resample import is_whole, resample, snap_to_whole
+from nic_core.slides.resample import resample, snap_to_whole
 from nic_core.types import Colours, Pixels
 
 # Limit of source pixels in memory; larger reads are done in bands of rows. Thumbnails of slides
@@ -186,8 +185,6 @@ class Slide:
         size: tuple[int, int],
     ) -> Pixels:
         """Resample from a level shrunk by the decoder; ``start`` (x, y) and ``scale`` in its px."""
-        if shrink == 1 and (means := self._means(level, start, scale, size)) is not None:
-            return means
         margin = 1 if scale < 1 else 0  # interpolation needs half a pixel more
         (left, top), (width, height) = start, size
         x0, y0 = math.floor(left) - margin, math.floor(top) - margin
@@ -195,28 +192,6 @@ class Slide:
         y1 = math.ceil(top + height * scale) + margin
         source = self._padded(level, x0, y0, x1 - x0, y1 - y0, shrink)
         return resample(source, (left - x0, top - y0), scale, (width, height))
-
-    def _means(
-        self, level: int, start: tuple[float, float], scale: float, size: tuple[int, int]
-    ) -> Pixels | None:
-        """Area means that the engine computes tile by tile, equal to those of :func:`resample`.
-
-        None where it cannot: pixels are converted before they are averaged, an output pixel is not
-        a block of one tile, or the region extends beyond the level.
-        """
-        engine = self._engine
-        if not isinstance(engine, AveragingEngine) or self._convert is not None or scale == 1:
-            return None
-        if not all(is_whole(along, scale) and along % scale == 0 for along in start):
-            return None
-        step, (width, height) = int(scale), size
-        x, y = (int(along) // step for along in start)
-        columns, rows = (n // step for n in (self.levels[level].width, self.levels[level].height))
-        inside = 0 <= x <= columns - width and 0 <= y <= rows - height
-        if not inside or not engine.can_average(level, step):
-            return None
-        with as_slide_error(self.path):
-            return engine.read_means(level, x, y, width, height, step)
 
     def _padded(
         self, level: int, x: int, y: int, width: int, height: int, shrink: int = 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -119,40 +118,6 @@ def test_whole_downsamples_give_exact_block_means(factor, engine, files, pixels)
     with open_slide(files["single"], engine=engine) as slide:
         read = slide.read(0, 0, 900 // factor, 700 // factor, 0.25 * factor)
     np.testing.assert_array_equal(read, reduced(pixels, factor))
-
-
-@settings(
-    max_examples=60,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
-@given(
-    x=st.integers(-100, 950),
-    y=st.integers(-100, 750),
-    width=st.integers(1, 60),
-    height=st.integers(1, 60),
-    factor=st.integers(2, 8),
-    kind=st.sampled_from(["single", "svs", "strips"]),
-)
-def test_block_means_at_any_corner_and_edge_are_exact(
-    x, y, width, height, factor, kind, files, pixels
-):
-    margin = 600
-    around = np.pad(pixels, ((margin, margin), (margin, margin), (0, 0)), constant_values=255)
-    part = around[y + margin :, x + margin :][: height * factor, : width * factor]
-    with open_slide(files[kind]) as slide:
-        read = slide.read(x, y, width, height, 0.25 * factor)
-    np.testing.assert_array_equal(read, reduced(part, factor))
-
-
-def test_blocks_within_tiles_are_averaged_tile_by_tile(files, monkeypatch):
-    with open_slide(files["single"]) as slide:
-        tiles = partial(slide.read, 4, 8, 30, 20, 0.5)
-        aligned = tiles()
-        whole_region = slide.read(0, 0, 34, 28, 0.5)
-        monkeypatch.setattr(slide._engine, "read_region", None)  # not used
-        np.testing.assert_array_equal(tiles(), aligned)
-        np.testing.assert_array_equal(whole_region[4:24, 2:32], aligned)
 
 
 def test_a_patch_is_the_same_read_alone_or_within_a_block(files):

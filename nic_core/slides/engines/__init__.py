@@ -32,13 +32,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nic_core.object_stores import RemoteError
-from nic_core.slides.engines.base import (
-    AveragingEngine,
-    Engine,
-    EngineName,
-    Level,
-    as_slide_error,
-)
+from nic_core.slides.engines.base import Engine, EngineName, Level, as_slide_error
 from nic_core.slides.engines.czi import CziEngine
 from nic_core.slides.engines.openslide import UNKNOWN_FORMAT_REMEDY, OpenSlideEngine
 from nic_core.slides.engines.tifffile import TiffEngine
@@ -51,15 +45,7 @@ from nic_core.slides.metadata import DAMAGED_REMEDY
 from nic_core.slides.remote import RemotePath, SlidePath
 from nic_core.slides.tiff import TiffInfo, check_only_image, inspect_tiff
 
-__all__ = [
-    "AveragingEngine",
-    "Engine",
-    "EngineName",
-    "Level",
-    "OpenedEngine",
-    "as_slide_error",
-    "open_engine",
-]
+__all__ = ["Engine", "EngineName", "Level", "OpenedEngine", "as_slide_error", "open_engine"]
 
 _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _CZI_MAGIC = b"ZISRAWFI"

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -89,41 +89,6 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Close the file."""
-        ...
-
-
-@runtime_checkable
-class AveragingEngine(Protocol):
-    """An engine that can average each tile as soon as it is decoded, while a core's cache has it.
-
-    The whole region is then never in memory at the resolution of the level.
-    """
-
-    def can_average(self, level: int, factor: int) -> bool:
-        """Whether each block of ``factor`` x ``factor`` px of a level lies within one tile."""
-        ...
-
-    def read_means(
-        self, level: int, x: int, y: int, width: int, height: int, factor: int
-    ) -> Pixels:
-        """Read the means of blocks of ``factor`` x ``factor`` px, rounded half up.
-
-        Parameters
-        ----------
-        x, y, width, height : int
-            Region in blocks; each of its blocks lies inside the level.
-        factor : int
-            One that :meth:`can_average` accepts.
-
-        Returns
-        -------
-        uint8 (height, width, 3)
-
-        Raises
-        ------
-        ReadError
-            A part of the region cannot be decoded.
-        """
         ...
 
 

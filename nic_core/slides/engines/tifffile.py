@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import simplejpeg
@@ -36,15 +36,6 @@ _HUGE_TILE = 1 << 24  # px
 _TILE_CACHE = 64 * 1024 * 1024  # bytes of decoded tiles; neighbouring reads share tiles
 
 
-class _TileKey(NamedTuple):
-    """A decoded tile, its size divided by ``factor``: by block means, else by the decoder."""
-
-    level: int
-    number: int
-    factor: int
-    means: bool
-
-
 class TiffEngine:
     """Engine for TIFF files whose tags describe the tiles (or strips) completely.
 
@@ -64,7 +55,7 @@ class TiffEngine:
             self._file = ExitStack() if tiff.remote else stack.pop_all()
         self._remote = tiff.remote
         self._lock = threading.Lock()
-        self._cache: OrderedDict[_TileKey, Pixels] = OrderedDict()
+        self._cache: OrderedDict[tuple[int, int, int], Pixels] = OrderedDict()
         self._cached = 0
         self.levels = pyramid_levels(
             [(page.imagewidth, page.imagelength) for page in self._pages],
@@ -79,77 +70,55 @@ class TiffEngine:
         # libjpeg decodes a block of 8 px to 4, 2 or 1 px from its low frequencies
         return tuple(s for s in (1, 2, 4, 8) if not (page.tilewidth % s or page.tilelength % s))
 
-    def can_average(self, level: int, factor: int) -> bool:
-        page = self._pages[level]
-        width, height = tile_size(page)
-        # a huge tile is decoded once, whatever is read of it
-        small = page.is_tiled and width * height <= _HUGE_TILE
-        return small and not (width % factor or height % factor)
-
-    def read_means(
-        self, level: int, x: int, y: int, width: int, height: int, factor: int
-    ) -> Pixels:
-        return self._read(level, (x, y), (width, height), factor, means=True)
-
     def read_region(
         self, level: int, x: int, y: int, width: int, height: int, shrink: int = 1
-    ) -> Pixels:
-        return self._read(level, (x, y), (width, height), shrink, means=False)
-
-    def _read(
-        self,
-        level: int,
-        corner: tuple[int, int],
-        size: tuple[int, int],
-        factor: int,
-        *,
-        means: bool,
     ) -> Pixels:
         page = self._pages[level]
         tile_w, tile_h = tile_size(page)
         across = -(-page.imagewidth // tile_w)
-        side = (tile_w // factor, tile_h // factor)
-
-        def key(row: int, column: int) -> _TileKey:
-            return _TileKey(level, row * across + column, factor, means)
-
+        side = (tile_w // shrink, tile_h // shrink)
         stored = {}
         if self._remote is not None:
-            places = tiles_of_region(side, corner, size)
-            stored = self._fetch(self._remote, level, [key(*place) for place in places])
+            places = tiles_of_region(side, (x, y), (width, height))
+            indices = (row * across + column for row, column in places)
+            stored = self._fetch(self._remote, level, indices, shrink)
         return region_of_tiles(
-            lambda row, column: self._tile(key(row, column), stored), side, corner, size
+            lambda row, column: self._tile(level, row * across + column, shrink, stored),
+            side,
+            (x, y),
+            (width, height),
         )
 
     def _fetch(
-        self, remote: RemoteObject, level: int, keys: Iterable[_TileKey]
+        self, remote: RemoteObject, level: int, indices: Iterable[int], shrink: int
     ) -> dict[int, bytes]:
-        """Read the bytes of all tiles of a level that are not decoded yet, in few requests."""
+        """Read the bytes of all tiles that are not decoded yet, in few requests."""
         page = self._pages[level]
         with self._lock:
-            missing = [key.number for key in keys if key not in self._cache]
+            missing = [index for index in indices if (level, index, shrink) not in self._cache]
         numbers = [number for index in missing for number in _stored_tiles(page, index)]
         ranges = [Range(page.dataoffsets[n], page.databytecounts[n]) for n in numbers]
         return dict(zip(numbers, remote.read(ranges), strict=True))
 
-    def _tile(self, key: _TileKey, stored: Mapping[int, bytes]) -> Pixels:
+    def _tile(self, level: int, index: int, shrink: int, stored: Mapping[int, bytes]) -> Pixels:
+        key = (level, index, shrink)
         with self._lock:
             if (cached := self._cached_tile(key)) is not None:
                 return cached
             # threads that need the same huge tile must not decode it at the same time
-            if math.prod(tile_size(self._pages[key.level])) > _HUGE_TILE:
-                return self._keep(key, self._decode(key, stored))
-        tile = self._decode(key, stored)
+            if math.prod(tile_size(self._pages[level])) > _HUGE_TILE:
+                return self._keep(key, self._decode(level, index, shrink, stored))
+        tile = self._decode(level, index, shrink, stored)
         with self._lock:
             return self._keep(key, tile)
 
-    def _cached_tile(self, key: _TileKey) -> Pixels | None:
+    def _cached_tile(self, key: tuple[int, int, int]) -> Pixels | None:
         if key not in self._cache:
             return None
         self._cache.move_to_end(key)
         return self._cache[key]
 
-    def _keep(self, key: _TileKey, tile: Pixels) -> Pixels:
+    def _keep(self, key: tuple[int, int, int], tile: Pixels) -> Pixels:
         if key not in self._cache:
             self._cache[key] = tile
             self._cached += tile.nbytes
@@ -170,32 +139,27 @@ class TiffEngine:
             raise ReadError(f"tile {number}: {len(data)} of {length} bytes")
         return data
 
-    def _decode(self, key: _TileKey, stored: Mapping[int, bytes]) -> Pixels:
+    def _decode(self, level: int, index: int, shrink: int, stored: Mapping[int, bytes]) -> Pixels:
         """Decode a tile, and read it before if it is not among those ``stored``."""
-        page, header = self._pages[key.level], self._jpeg[key.level]
-        numbers = _stored_tiles(page, key.number)
+        page, header = self._pages[level], self._jpeg[level]
+        numbers = _stored_tiles(page, index)
         data = [
             stored[number] if number in stored else self._read_tile(page, number)
             for number in numbers
         ]
-        width, height = (side // key.factor for side in tile_size(page))
+        width, height = (side // shrink for side in tile_size(page))
         if not all(data):  # not scanned
             return np.full((height, width, 3), 255, np.uint8)
         if header is not None:
-            jpeg = header.complete(data[0])
             try:
-                if key.factor == 1 or key.means:
-                    pixels = np.asarray(simplejpeg.decode_jpeg(jpeg))
-                else:
-                    pixels = _decode_shrunk(jpeg, width, height, key.factor)
+                return _decode_jpeg(header.complete(data[0]), width, height, shrink)
             except ValueError as error:
                 raise ReadError(f"tile {numbers[0]}: {error}") from error
-        else:
-            planes = [_decode_any(page, *part) for part in zip(data, numbers, strict=True)]
-            pixels = planes[0] if len(planes) == 1 else np.concatenate(planes, axis=-1)
-            if alpha := alpha_kind(page):
-                pixels = flatten_on_white(pixels, alpha)
-        return block_means(pixels, key.factor if key.means else 1)
+        planes = [_decode_any(page, *part) for part in zip(data, numbers, strict=True)]
+        pixels = planes[0] if len(planes) == 1 else np.concatenate(planes, axis=-1)
+        if alpha := alpha_kind(page):
+            return flatten_on_white(pixels, alpha)
+        return np.ascontiguousarray(pixels)
 
     def close(self) -> None:
         self._file.close()
@@ -220,13 +184,14 @@ def _decode_any(page: tifffile.TiffPage, data: bytes, number: int) -> NDArray[np
     return tile
 
 
-def _decode_shrunk(data: bytes, width: int, height: int, factor: int) -> Pixels:
-    """Let the decoder shrink a tile to ``width`` x ``height`` px, its size divided by a factor."""
-    tile = np.asarray(simplejpeg.decode_jpeg(data, min_width=width, min_height=height))
-    if tile.shape[:2] == (height, width):
-        return tile
-    # some writers store smaller tiles at the edges of a page
-    return block_means(np.asarray(simplejpeg.decode_jpeg(data)), factor)
+def _decode_jpeg(data: bytes, width: int, height: int, shrink: int) -> Pixels:
+    """Decode a tile to ``width`` x ``height`` px, its size divided by ``shrink``."""
+    if shrink > 1:
+        tile = np.asarray(simplejpeg.decode_jpeg(data, min_width=width, min_height=height))
+        if tile.shape[:2] == (height, width):
+            return tile
+        # some writers store smaller tiles at the edges of a page
+    return block_means(np.asarray(simplejpeg.decode_jpeg(data)), shrink)
 
 
 @dataclass(frozen=True)
