@@ -53,6 +53,7 @@ from benchmarks.compress import (
     published_encoder,
     texture,
 )
+from benchmarks.conditions import processor
 from benchmarks.slide_models import EMBEDDING_SIZE, write_cohort
 from benchmarks.train_encoder import build_objective, learner, noise_task
 from nic_core.cohort import EncoderSpec
@@ -632,7 +633,7 @@ def machine() -> dict[str, Any]:
         gpu = pool.apply(_gpu)
     return {
         **gpu,
-        "processor": _processor(),
+        "processor": processor(),
         "cores": cores(),
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -650,13 +651,6 @@ def _gpu() -> dict[str, Any]:
         "gpu_memory_gib": round(properties.total_memory / 2**30, 1),
         "cuda": torch.version.cuda,
     }
-
-
-def _processor() -> str:
-    """Name of the processor."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def as_markdown(about: dict[str, Any], reports: Sequence[Report]) -> str:

@@ -1,6 +1,6 @@
 """Measure the memory that grids take: to write them, and to read them for a model.
 
-    python benchmarks/grid_memory.py
+    python -m benchmarks.grid_memory
 
 Grids of 1, 4 and 16 times the area, of 128 and 2,560 numbers a cell, upright and in 8 orientations.
 The slide is painted texture of which every cell is kept. Its patches have 8 px, and the encoder
@@ -23,9 +23,9 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import torch
-from compress import paint_slide
 from torch import nn
 
+from benchmarks.compress import paint_slide
 from nic_core.cohort import Geometry
 from nic_core.compression import compress_to_store
 from nic_core.encoders.inference import PreparedEncoder
@@ -104,8 +104,8 @@ def peak_kib() -> int:
 
 def measure(work: str, slide_file: Path, store: Path, size: int, orientations: int) -> float:
     """Do one kind of work in a fresh process; return its peak memory, MB."""
-    command = [sys.executable, __file__, "--work", work, str(slide_file), str(store)]
-    command += [str(size), str(orientations)]
+    command = [sys.executable, "-m", "benchmarks.grid_memory", "--work", work]
+    command += [str(slide_file), str(store), str(size), str(orientations)]
     out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return int(out.stdout) / 1024
 

@@ -1,24 +1,41 @@
 """Measure another package on the same slide, cells and encoder; run it with that package's Python.
 
-    python benchmarks/peers.py lazyslide SLIDE ENCODER.pt
+    echo '["read", "slide.tif"]' | python benchmarks/peers.py lazyslide ENCODER.pt
 
-``benchmarks/compress.py --peer`` writes the slide and the encoder and calls this script. ENCODER.pt
-is a TorchScript network from uint8 (B, 3, 128, 128) to embeddings. The script prints a JSON object
-with patches per second, for reading alone and for reading and encoding, at the package's defaults
-(batches of 32).
+``python -m benchmarks.compress --peer`` writes the slides and the encoder, and starts this program.
+ENCODER.pt is a TorchScript network from uint8 (B, 3, 128, 128) to embeddings. Each line of the
+input is a JSON array: ``read`` (read alone) or ``compress`` (read and encode), and a slide, which
+is opened anew and not timed. The answer is a line ``RATE`` with patches per second, at the
+package's defaults (batches of 32).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 PATCH, MPP, BATCH = 128, 0.5, 32
 KEEP_ALIVE: list[object] = []
+
+
+@cache
+def declare_torchvision() -> None:
+    """Declare the operators of torchvision, which the benchmark does not use.
+
+    One built for another torch cannot register them, and fails to import.
+    """
+    import torch
+
+    declared = torch.library.Library("torchvision", "DEF")
+    for name in ("nms", "qnms"):
+        declared.define(f"{name}(Tensor a, Tensor b, float c) -> Tensor")
+    KEEP_ALIVE.append(declared)
 
 
 def lazyslide(slide: Path, encoder: Path) -> tuple[Callable[[], int], Callable[[], int]]:
@@ -27,12 +44,7 @@ def lazyslide(slide: Path, encoder: Path) -> tuple[Callable[[], int], Callable[[
     import numpy as np
     import torch
 
-    # torchvision built for another torch cannot register its operators and fails to import;
-    # declare them, since the benchmark does not use them
-    declared = torch.library.Library("torchvision", "DEF")
-    for name in ("nms", "qnms"):
-        declared.define(f"{name}(Tensor a, Tensor b, float c) -> Tensor")
-    KEEP_ALIVE.append(declared)
+    declare_torchvision()
     from shapely import box
     from wsidata import open_wsi
     from wsidata.io import add_tissues
@@ -63,6 +75,8 @@ def lazyslide(slide: Path, encoder: Path) -> tuple[Callable[[], int], Callable[[
 def tiatoolbox(slide: Path, encoder: Path) -> tuple[Callable[[], int], Callable[[], int]]:
     """Return the functions that read and that encode the slide with TIAToolbox."""
     import torch
+
+    declare_torchvision()
     from tiatoolbox.models.dataset import WSIPatchDataset
     from torch.utils.data import DataLoader
 
@@ -136,15 +150,14 @@ PEERS = {"lazyslide": lazyslide, "tiatoolbox": tiatoolbox, "hs2p": hs2p}
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     arguments.add_argument("peer", choices=PEERS)
-    arguments.add_argument("slide", type=Path)
     arguments.add_argument("encoder", type=Path)
     options = arguments.parse_args()
-    rates = []
-    for work in PEERS[options.peer](options.slide, options.encoder):
+    for line in sys.stdin:
+        what, slide = json.loads(line)
+        read, encode = PEERS[options.peer](Path(slide), options.encoder)
         start = time.perf_counter()
-        count = work()
-        rates.append(count / (time.perf_counter() - start))
-    print(json.dumps({"read": rates[0], "compress": rates[1], "patches": count}))
+        count = read() if what == "read" else encode()
+        print(f"RATE {count / (time.perf_counter() - start)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,14 @@ Every step of the method can be called from here alone; nothing in this package 
 the orchestrator (``nic_assets``) or the experiment tracker; some errors name the asset to make.
 """
 
+import os
+
 import pyvips
 
 # libvips remembers what it loaded by file name: a file that changed would be read as it was
 pyvips.cache_set_max(0)
+
+# PyTorch's threads (OpenMP) wait for each other at every layer. By default a thread that waits
+# computes in a loop: on cores that other work shares, it keeps the one it waits for from working.
+# The variable is read when PyTorch is loaded, and processes that are started inherit it.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -71,6 +71,21 @@ def resolve_precision(precision: RequestedPrecision, device: torch.device) -> Pr
     return "bfloat16" if fast else "float32"
 
 
+@contextmanager
+def single_threaded_torch() -> Iterator[None]:
+    """Make PyTorch use one core in every thread that starts in this block.
+
+    PyTorch's own threads wait for each other at every layer: on cores that other work shares, two
+    of them encode slower than one. A thread for each batch has nothing to wait for.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def gpu_uuids() -> list[str]:
     """Return the UUIDs of the CUDA devices that this process sees, by index."""
     return [

@@ -1,4 +1,4 @@
-"""Leases of GPUs among threads and processes; the number of cores."""
+"""Leases of GPUs among threads and processes; the number of cores, and how threads wait."""
 
 from __future__ import annotations
 
@@ -140,3 +140,8 @@ def test_omp_num_threads_limits_the_number_of_cores(monkeypatch):
     for value in (str(bound + 1), "", "0", "many"):
         monkeypatch.setenv("OMP_NUM_THREADS", value)
         assert cores() == bound
+
+
+def test_threads_that_wait_give_up_their_core():
+    # PyTorch reads it when it is loaded
+    assert os.environ["OMP_WAIT_POLICY"].lower() == "passive"

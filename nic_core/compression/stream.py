@@ -12,7 +12,7 @@ With a GPU, the workers only read, and the calling thread passes the blocks to t
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from itertools import chain, islice
 from pathlib import Path
 
@@ -21,6 +21,7 @@ import polars as pl
 import torch
 from numpy.typing import NDArray
 
+from nic_core.devices import single_threaded_torch
 from nic_core.encoders.errors import EncoderError
 from nic_core.encoders.inference import BATCH, Card, PreparedEncoder
 from nic_core.grids import (
@@ -213,7 +214,7 @@ def _encode_slide(
 
     workers = workers or cores() * (REMOTE_WORKERS if isinstance(slide.path, RemotePath) else 1)
     blocks = chain.from_iterable(map(blocks_of, layout.windows()))
-    with _single_threaded_torch(), ExitStack() as stack:
+    with single_threaded_torch(), ExitStack() as stack:
         encoded: Iterator[tuple[Cells, Embeddings]]
         if encoder.on_cpu:
             encoded = stack.enter_context(
@@ -325,21 +326,6 @@ def _encode(encoder: PreparedEncoder, pixels: Pixels, orientations: int) -> Embe
                 encoded = encoder.module(part).half().cpu().numpy()
                 embeddings[k, :, start : start + batch] = encoded.T
     return embeddings
-
-
-@contextmanager
-def _single_threaded_torch() -> Iterator[None]:
-    """Make PyTorch use one core in every thread that starts in this block.
-
-    PyTorch's own threads spin while they wait for each other: on cores that other work shares, two
-    of them encode slower than one.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _check_fits(slide: Slide, table: pl.DataFrame, encoder: PreparedEncoder, slide_id: str) -> None:

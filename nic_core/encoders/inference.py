@@ -17,6 +17,8 @@ each grid records them.
 
 from __future__ import annotations
 
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -25,6 +27,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from nic_core.devices import single_threaded_torch
 from nic_core.encoders.networks import (
     FILTERS,
     SLOPE,
@@ -33,6 +36,7 @@ from nic_core.encoders.networks import (
     flatten_hwc,
     pooled_statistics,
 )
+from nic_core.parallel import cores
 from nic_core.torch_internals import convolve_leaky_relu, has_fused_convolution, reorder_weight
 from nic_core.types import Embedding, GridPrecision, Pixels, Precision, Reading
 
@@ -93,11 +97,19 @@ class PreparedEncoder:
 def embed_patches(encoder: PreparedEncoder, pixels: Pixels) -> NDArray[np.float32]:
     """Embed patches: uint8 (B, side, side, 3) to float32 (B, C)."""
     embeddings = np.empty((len(pixels), encoder.card.embedding_size), np.float32)
-    with torch.inference_mode():
-        for start in range(0, len(pixels), BATCH):
-            part = torch.tensor(pixels[start : start + BATCH], device=encoder.device)
-            found = encoder.module(part.permute(0, 3, 1, 2))
-            embeddings[start : start + BATCH] = found.float().cpu().numpy()
+
+    @torch.inference_mode()
+    def encode(start: int) -> None:
+        part = torch.tensor(pixels[start : start + BATCH], device=encoder.device)
+        found = encoder.module(part.permute(0, 3, 1, 2))
+        embeddings[start : start + BATCH] = found.float().cpu().numpy()
+
+    starts = range(0, len(pixels), BATCH)
+    if encoder.on_cpu:
+        with single_threaded_torch(), ThreadPoolExecutor(cores()) as pool:
+            deque(pool.map(encode, starts), maxlen=0)  # raises what a call raised
+    else:
+        deque(map(encode, starts), maxlen=0)
     return embeddings
 
 

@@ -109,17 +109,17 @@ def mean_over_views(
     if not valid.any():
         raise ValueError("the grid has no tissue cell, so there is nothing to explain")
     total, count = np.zeros(valid.shape), np.zeros(valid.shape)
-    for model in networks:
-        model.eval()
-        crops = Crops(lambda _: grid, model.normalise, crop)
-        for centre in _centres(valid, crop):
-            in_grid, in_crop = crop_windows(valid.shape, centre, crop)
-            for k in orientations:
-                features = torch.from_numpy(crops.crop_at("", centre, k))[None]
-                with fitting_threads(crop):
+    with fitting_threads(crop):
+        for model in networks:
+            model.eval()
+            crops = Crops(lambda _: grid, model.normalise, crop)
+            for centre in _centres(valid, crop):
+                in_grid, in_crop = crop_windows(valid.shape, centre, crop)
+                for k in orientations:
+                    features = torch.from_numpy(crops.crop_at("", centre, k))[None]
                     heat = values(model, features).numpy()
-                total[in_grid] += undo(heat, k)[in_crop]
-                count[in_grid] += 1
+                    total[in_grid] += undo(heat, k)[in_crop]
+                    count[in_grid] += 1
     return np.where(valid, total / np.maximum(count, 1), np.nan).astype(np.float32)
 
 

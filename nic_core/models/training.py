@@ -16,6 +16,7 @@ import numpy as np
 import polars as pl
 import torch
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
 from nic_core.cohort import ModelSettings, Target
@@ -186,19 +187,21 @@ def fit_fold(
 
 @contextmanager
 def fitting_threads(crop: int) -> Iterator[None]:
-    """Use one torch thread for small crops, whose layers are too short for several.
+    """Use one thread of torch and of BLAS for small crops, whose layers are too short for several.
 
-    For training, prediction and explanation alike.
+    For training, prediction and explanation alike. Threads that wait for each other compute in a
+    loop meanwhile: several are slower than one, and much slower beside other work.
 
     Parameters
     ----------
     crop
         Side of a crop in cells.
     """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1 if crop <= SMALL_CROP else before)
+    before, single = torch.get_num_threads(), crop <= SMALL_CROP
+    torch.set_num_threads(1 if single else before)
     try:
-        yield
+        with threadpool_limits(1 if single else None, user_api="blas"):
+            yield
     finally:
         torch.set_num_threads(before)
 

@@ -6,6 +6,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from nic_core.cohort import (
     ClassificationTarget,
@@ -39,7 +40,13 @@ from nic_core.models.fold_metrics import fold_metrics
 from nic_core.models.folds import make_folds, named_folds
 from nic_core.models.kinds import kind_of, prediction_array
 from nic_core.models.networks import crop_cells
-from nic_core.models.training import TrainingError, batches, fit_fold, predict_units
+from nic_core.models.training import (
+    TrainingError,
+    batches,
+    fit_fold,
+    fitting_threads,
+    predict_units,
+)
 from nic_core.pictures import WIDTH
 
 from .conftest import ArrayGrid
@@ -687,3 +694,20 @@ def test_a_damaged_finished_fold_names_the_folder_to_delete(few, tmp_path):
     (kept.folder / "fold-1" / "network.safetensors").write_bytes(b"cut")
     with pytest.raises(TrainingError, match="fold-1: not a finished fold .*delete this folder"):
         evaluate(few, GRADE, QUICK, checkpoints=kept)
+
+
+@pytest.mark.parametrize(("crop", "threads"), [(24, 1), (400, 2)])
+def test_small_crops_use_one_thread_of_torch_and_blas(crop, threads):
+    def in_use() -> set[int]:
+        blas = (p["num_threads"] for p in threadpool_info() if p["user_api"] == "blas")
+        return {torch.get_num_threads(), *blas}
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with threadpool_limits(2, user_api="blas"):
+            with fitting_threads(crop):
+                assert in_use() == {threads}
+            assert in_use() == {2}
+    finally:
+        torch.set_num_threads(before)
