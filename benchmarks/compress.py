@@ -49,7 +49,7 @@ from nic_core.slides.engines import EngineName
 from nic_core.tiling.blocks import Block, map_in_order, plan_blocks, read_block
 from nic_core.tiling.patches import patch_table
 from nic_core.tiling.tissue import TissueMask
-from nic_core.types import Pixels, Precision, Reading
+from nic_core.types import GridPrecision, Pixels, Reading
 
 PATCH, MPP, STORED = 128, 0.5, 0.25
 READINGS: tuple[Reading, ...] = get_args(Reading)
@@ -205,7 +205,7 @@ def measure_compression(
     slides: dict[str, Path],
     threads: int,
     rounds: int,
-    precisions: Sequence[Precision],
+    precisions: Sequence[GridPrecision],
     peers: dict[str, str],
     console: Console,
 ) -> None:
@@ -290,7 +290,7 @@ def main() -> None:
     arguments.add_argument(
         "--precision",
         action="append",
-        choices=get_args(Precision),
+        choices=get_args(GridPrecision),
         help="precision to measure; may be repeated; default: float32, and what auto chooses here",
     )
     arguments.add_argument(
