@@ -24,7 +24,6 @@ from contextlib import suppress
 from typing import Any
 
 import dagster as dg
-import torch
 from dagster import multiple_process_executor_requirements
 from sqlalchemy.exc import IntegrityError
 
@@ -179,6 +178,8 @@ def chosen_engine() -> str:
 
 
 def _local_slots() -> int:
+    import torch
+
     return max(1, torch.cuda.device_count())
 
 

@@ -7,7 +7,6 @@ from .encoders import (
     make_features_encoder,
     make_patch_task,
     patch_task_is_current,
-    patch_task_keys,
 )
 from .evaluation_report import (
     collect_report,
@@ -35,6 +34,7 @@ from .grids import (
     read_cells,
     read_grid_manifest,
 )
+from .keys import patch_task_keys
 from .predictions import (
     ChampionVersion,
     Prediction,
