@@ -20,8 +20,8 @@ from nic_assets.transient import (
 )
 
 if TYPE_CHECKING:
-    from mlflow.exceptions import MlflowException
     import mlflow
+    from mlflow.exceptions import MlflowException
 
 DEFAULT_UI = "http://127.0.0.1:5000"
 

@@ -16,7 +16,7 @@ from typing import Any, get_args
 import h5py
 import numpy as np
 import polars as pl
-import pyvips
+from nic_core.libvips import pyvips
 
 from nic_core.cohort import AnnotatedSlides, CohortError, Geometry, Hdf5Images, PatchTask
 from nic_core.cohort.tables import existing_path, read_table, require_columns, to_numbers
