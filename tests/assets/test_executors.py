@@ -128,9 +128,7 @@ def _eighth_gpu() -> Iterator[str]:
 
 @pytest.mark.slow
 def test_gpu_bound_assets_use_the_leased_device(tiny_cohort, tmp_path, monkeypatch):
-    monkeypatch.setattr("nic_assets.assets.encoders.leased_device", _eighth_gpu)
-    monkeypatch.setattr("nic_assets.assets.grids.leased_device", _eighth_gpu)
-    monkeypatch.setattr("nic_assets.assets.models.leased_device", _eighth_gpu)
+    monkeypatch.setattr("nic_core.devices.leased_device", _eighth_gpu)
     cohort, store = load_cohort(tiny_cohort), Store(tmp_path / "store")
     job = build_defs(cohort, store).resolve_implicit_global_asset_job_def()
     steps.make_encoder(cohort, store, "mean-rgb")
