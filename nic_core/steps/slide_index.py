@@ -25,6 +25,7 @@ from nic_core.cohort import (
 )
 from nic_core.cohort.index import INDEX_SCHEMA, FoundSlides, find_slides, row_source
 from nic_core.cohort.scan import SNAPSHOT_SCHEMA, take_snapshot, watched_files
+from nic_core.encoders.folder_names import CARD
 from nic_core.store import Store, atomic_file
 from nic_core.types import Colours
 
@@ -405,8 +406,6 @@ def initial_weight_files(cohort: Cohort, store: Store) -> list[Path]:
 
     They are the cards of encoder folders, and Keras files.
     """
-    from nic_core.encoders.files import CARD
-
     places = [place for entry in cohort.encoders if (place := _base_place(entry, store))]
     return [place if place.is_file() else place / CARD for place in places]
 
