@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import dagster as dg
 from dagster._core.storage.event_log.schema import SqlEventLogStorageTable
@@ -223,7 +223,10 @@ def record(
         tags[get_input_data_version_tag(key)] = "INITIAL"
         tags[get_input_event_pointer_tag(key)] = str(last[0].storage_id) if last else "-1"
     # a slide's event has its thumbnail
-    metadata = {"cells": 1000, "preview": dg.MetadataValue.md("x" * (8000 * (asset == "slide")))}
+    metadata: dict[str, Any] = {
+        "cells": 1000,
+        "preview": dg.MetadataValue.md("x" * (8000 * (asset == "slide"))),
+    }
     for partition in partitions:
         instance.report_runless_asset_event(
             dg.AssetMaterialization(
