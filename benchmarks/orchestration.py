@@ -4,13 +4,17 @@
     python benchmarks/orchestration.py ticks      # sensors, partitions, definitions
     python benchmarks/orchestration.py pages      # requests of the UI's pages to the webserver
 
-All files are in a temporary folder (``--folder``); Dagster's storage is SQLite. The definitions are
-those of the package for a cohort of empty files. Only ``overhead`` runs an asset; it does nothing.
+All files are in a temporary folder (``--folder``); Dagster's storage is SQLite, or for ``ticks``
+and ``pages`` an empty PostgreSQL database (``--postgres postgresql://USER:PASSWORD@HOST:PORT/NAME``).
+The definitions are those of the package for a cohort of files that are no slides. Only ``overhead``
+runs an asset; it does nothing. The events of ``ticks`` and ``pages`` are recorded through Dagster
+for the first and the last slide, and copied for the slides between them.
 """
 
 import argparse
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -22,9 +26,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import dagster as dg
+from dagster._core.storage.event_log.schema import SqlEventLogStorageTable
+from dagster._core.storage.event_log.sql_event_log import SqlEventLogStorage
 
 from nic_assets.assets.inputs import add_slides
 from nic_assets.build import build_defs
@@ -51,11 +57,14 @@ Result = TypeVar("Result")
 
 
 def timed(label: str, work: Callable[[], Result], per: int = 1) -> Result:
-    """Call ``work`` and print its duration, divided by ``per`` items."""
-    start = time.perf_counter()
+    """Call ``work``; print its time on the clock and that of this process, divided by ``per``."""
+    start, used = time.perf_counter(), time.process_time()
     result = work()
     seconds = (time.perf_counter() - start) / per
-    print(f"{label:<68} {1000 * seconds:10,.1f} ms{' each' if per > 1 else ''}", flush=True)
+    processor = (time.process_time() - used) / per
+    each = " each" if per > 1 else ""
+    print(f"{label:<68} {1000 * seconds:10,.1f} ms, processor {1000 * processor:10,.1f} ms{each}")
+    sys.stdout.flush()
     return result
 
 
@@ -77,7 +86,9 @@ def nothing_job() -> dg.JobDefinition:
     ).resolve_job_def("do_nothing")
 
 
-def overhead(folder: Path, slides: int) -> None:
+def overhead(folder: Path, slides: int, postgres: str | None) -> None:
+    if postgres is not None:
+        raise SystemExit("overhead is measured with SQLite; leave out --postgres")
     keys = [f"s{number:06d}" for number in range(slides)]
     # the fork server of the executor loads the package's definitions
     os.environ |= {"NIC_COHORT": str(cohort_of(folder / "c", 1)), "NIC_STORE": str(folder / "s")}
@@ -113,17 +124,17 @@ def overhead(folder: Path, slides: int) -> None:
 
 
 def cohort_of(folder: Path, slides: int) -> Path:
-    """Write a cohort of empty slide files and nine encoders; return the cohort file."""
+    """Write a cohort of slide files without an image, and nine encoders; return the cohort file."""
     (folder / "wsi").mkdir(parents=True)
     for number in range(slides):
-        (folder / "wsi" / f"s{number:06d}.tif").touch()
+        (folder / "wsi" / f"s{number:06d}.tif").write_text(str(number))
     encoders = "\n".join(f"- {{name: e{n}, objective: mean_rgb}}" for n in range(ENCODERS))
     path = folder / "cohort.yaml"
     path.write_text(f"name: big\nslides: {{folders: [{{path: wsi}}]}}\nencoders:\n{encoders}\n")
     return path
 
 
-def ticks(folder: Path, slides: int) -> None:
+def ticks(folder: Path, slides: int, postgres: str | None) -> None:
     path = folder / "cohort.yaml"
     timed(f"{slides:,} files created", lambda: cohort_of(folder, slides))
     cohort, store = load_cohort(path), Store(folder / "store")
@@ -144,22 +155,24 @@ def ticks(folder: Path, slides: int) -> None:
     size = len(json.dumps(first.fingerprints)) / 1000
     print(f"{'cursor of a tick with all files new':<68} {size:10,.1f} kB")
     keys = steps.read_slide_index(store)["slide"].to_list()
-    home = folder / "dagster"
-    home.mkdir()
-    with dg.DagsterInstance.local_temp(str(home)) as instance:
+    with dg.DagsterInstance.from_config(str(home_of(folder, postgres))) as instance:
         timed(f"{slides:,} partitions added", lambda: add_slides(instance, keys))
         timed(f"{slides:,} partitions added again", lambda: add_slides(instance, keys))
+        fill(instance, graph, keys)
         timed(
-            f"staleness of {slides * ENCODERS:,} missing grids",
-            lambda: stale_assets(instance, graph),
-        )
-        made = min(len(keys), 1_000)  # recording more events would take most of the time
-        fill(instance, graph, keys[:made])
-        timed(
-            f"staleness, first read of {made * (ENCODERS + 2):,} events",
+            f"staleness, first read of {slides * (ENCODERS + 2):,} events",
             lambda: stale_assets(instance, graph),
         )
         timed("staleness, no new event", lambda: stale_assets(instance, graph))
+        made = graph.toposorted_asset_keys
+        timed(
+            "staleness of each asset by itself, as nic refresh with nothing to do",
+            lambda: [
+                stale_assets(instance, graph, only={key})
+                for key in made
+                if key in graph.materializable_asset_keys
+            ],
+        )
         tick = timed(
             "tick of sensor rebuild, first",
             lambda: dg.evaluate_automation_conditions(defs, instance),
@@ -168,46 +181,90 @@ def ticks(folder: Path, slides: int) -> None:
             "tick of sensor rebuild, no new event",
             lambda: dg.evaluate_automation_conditions(defs, instance, cursor=tick.cursor),
         )
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    print(f"{'memory of this process, peak':<68} {peak:10,.1f} GB")
 
 
-def fill(
-    instance: dg.DagsterInstance, graph: object, keys: list[str], encoders: int = ENCODERS
-) -> None:
-    """Record every slide and its grids under the first encoders as materialized."""
+def home_of(folder: Path, postgres: str | None) -> Path:
+    """Write the settings of a Dagster instance whose records are SQLite files or on a server."""
+    home = folder / "home"
+    home.mkdir()
+    storage = "" if postgres is None else f"storage: {{postgres: {{postgres_url: '{postgres}'}}}}\n"
+    (home / "dagster.yaml").write_text(f"telemetry: {{enabled: false}}\n{storage}")
+    return home
+
+
+def fill(instance: dg.DagsterInstance, graph: object, keys: list[str]) -> None:
+    """Record every slide with its patch table and grids, and the encoders, as materialized."""
+    encoders = [f"e{n}" for n in range(ENCODERS)]
+    record(instance, graph, "encoder", ["encoder_entry"], encoders)
     start = time.perf_counter()
-    count = 0
-    for asset, parents, partitions in (
-        ("slide", ["slide_file"], keys),
-        ("patch_table", ["slide"], keys),
-        ("encoder", ["encoder_entry"], [f"e{n}" for n in range(ENCODERS)]),
-        (
-            "grid",
-            ["slide_file", "patch_table", "encoder"],
-            [f"e{n}|{key}" for n in range(encoders) for key in keys],
-        ),
+    for prefixes, asset, parents in (
+        (("",), "slide", ["slide_file"]),
+        (("128px-0.5um|",), "patch_table", ["slide"]),
+        ([f"{name}|" for name in encoders], "grid", ["slide_file", "patch_table", "encoder"]),
     ):
-        version = graph.get(dg.AssetKey(asset)).code_version  # type: ignore[attr-defined]
-        last = {
-            parent: instance.fetch_materializations(dg.AssetKey(parent), limit=1).records
-            for parent in parents
-        }
-        tags = {CODE_VERSION_TAG: version, DATA_VERSION_IS_USER_PROVIDED_TAG: "true"}
-        for parent, records in last.items():
-            key = dg.AssetKey(parent)
-            tags[get_input_data_version_tag(key)] = "INITIAL"
-            tags[get_input_event_pointer_tag(key)] = str(records[0].storage_id) if records else "-1"
-        for partition in partitions:
-            instance.report_runless_asset_event(
-                dg.AssetMaterialization(
-                    asset,
-                    partition=partition,
-                    metadata={"cells": 1000, "preview": dg.MetadataValue.md("x" * 8000)},
-                    tags={**tags, DATA_VERSION_TAG: partition},
-                )
+        record(instance, graph, asset, parents, [prefix + keys[0] for prefix in prefixes])
+        copy_events(instance, asset, keys[0], keys[1:-1])
+        record(instance, graph, asset, parents, [prefix + keys[-1] for prefix in prefixes])
+    print(f"{'events recorded':<68} {time.perf_counter() - start:10,.1f} s")
+
+
+def record(
+    instance: dg.DagsterInstance,
+    graph: object,
+    asset: str,
+    parents: list[str],
+    partitions: list[str],
+) -> None:
+    """Record partitions of an asset as materialized from the last events of its inputs."""
+    version = graph.get(dg.AssetKey(asset)).code_version  # type: ignore[attr-defined]
+    tags = {CODE_VERSION_TAG: version, DATA_VERSION_IS_USER_PROVIDED_TAG: "true"}
+    for parent in parents:
+        key = dg.AssetKey(parent)
+        last = instance.fetch_materializations(key, limit=1).records
+        tags[get_input_data_version_tag(key)] = "INITIAL"
+        tags[get_input_event_pointer_tag(key)] = str(last[0].storage_id) if last else "-1"
+    # a slide's event has its thumbnail
+    metadata: dict[str, Any] = {
+        "cells": 1000,
+        "preview": dg.MetadataValue.md("x" * (8000 * (asset == "slide"))),
+    }
+    for partition in partitions:
+        instance.report_runless_asset_event(
+            dg.AssetMaterialization(
+                asset,
+                partition=partition,
+                metadata=metadata,
+                tags={**tags, DATA_VERSION_TAG: partition},
             )
-            count += 1
-    seconds = time.perf_counter() - start
-    print(f"{'recording one event without a run':<68} {1000 * seconds / count:10,.1f} ms each")
+        )
+
+
+def copy_events(instance: dg.DagsterInstance, asset: str, slide: str, others: list[str]) -> None:
+    """Record the events of an asset of one slide for other slides too, without Dagster."""
+    storage = instance.event_log_storage
+    assert isinstance(storage, SqlEventLogStorage)
+    table = SqlEventLogStorageTable
+    with storage.index_connection() as connection:
+        chosen = table.select().where(
+            table.c.asset_key == dg.AssetKey(asset).to_string(),
+            table.c.dagster_event_type == "ASSET_MATERIALIZATION",
+        )
+        rows = [dict(row) for row in connection.execute(chosen).mappings()]
+    for row in rows:
+        del row["id"]
+        for first in range(0, len(others), 1000):
+            copies = [
+                {
+                    **row,
+                    "event": row["event"].replace(slide, other),
+                    "partition": row["partition"].replace(slide, other),
+                }
+                for other in others[first : first + 1000]
+            ]
+            with storage.index_connection() as connection:
+                connection.execute(table.insert(), copies)
 
 
 # --- pages -----------------------------------------------------------------------------------
@@ -223,17 +280,15 @@ PAGE_QUERY = """query($key: [String!]!) { assetNodeOrError(assetKey: {path: $key
   partitionStats { numMaterialized numPartitions numFailed } } } }"""
 
 
-def pages(folder: Path, slides: int) -> None:
+def pages(folder: Path, slides: int, postgres: str | None) -> None:
     path = cohort_of(folder, slides)
     cohort, store = load_cohort(path), Store(folder / "store")
     graph = build_defs(cohort, store).resolve_asset_graph()
-    home = folder / "home"
-    home.mkdir()
-    (home / "dagster.yaml").write_text("telemetry: {enabled: false}\n")
+    home = home_of(folder, postgres)
     keys = [f"s{number:06d}" for number in range(slides)]
     with dg.DagsterInstance.from_config(str(home)) as instance:
         add_slides(instance, keys)
-        fill(instance, graph, keys, encoders=1)
+        fill(instance, graph, keys)
     environment = {
         **os.environ,
         "DAGSTER_HOME": str(home),
@@ -293,10 +348,11 @@ def main() -> None:
     parser.add_argument("what", choices=("overhead", "ticks", "pages"))
     parser.add_argument("--slides", type=int, default=10_000)
     parser.add_argument("--folder", type=Path, help="parent of the temporary folder")
+    parser.add_argument("--postgres", help="URL of an empty PostgreSQL database")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         {"overhead": overhead, "ticks": ticks, "pages": pages}[options.what](
-            Path(folder), options.slides
+            Path(folder), options.slides, options.postgres
         )
 
 

@@ -21,7 +21,6 @@ from nic_assets.orchestration.staleness import StaleAsset, stale_assets
 from nic_assets.tags import REFRESH_TAG
 from nic_core.cohort import Automation, Cohort, CohortError
 from nic_core.cohort.scan import scan_files
-from nic_core.steps import digest, initial_weight_files, read_file_snapshot
 from nic_core.store import Store
 
 if TYPE_CHECKING:
@@ -196,6 +195,8 @@ def watch_inputs(
     def watch_inputs(
         context: dg.SensorEvaluationContext, store: dg.ResourceParam[Store]
     ) -> dg.RunRequest | dg.SkipReason:
+        from nic_core.steps import digest, initial_weight_files, read_file_snapshot
+
         snapshot = read_file_snapshot(store)
         try:
             scan = scan_files(

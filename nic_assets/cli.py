@@ -16,7 +16,6 @@ import typer
 
 from nic_core.cli.encoder import MORE_ENCODERS, ListedEncoder, Listing
 from nic_core.cli.shared import console, one_line, progress_bars
-from nic_core.cohort import CohortError
 from nic_core.store import Store, StoreError, remove_product
 from nic_core.tables import terminal_table
 from nic_core.version import DISTRIBUTION
@@ -25,8 +24,6 @@ if TYPE_CHECKING:
     import dagster as dg
 
     from nic_core.store.bucket import Transfer
-
-# Dagster, MLflow and torch are imported inside the commands: together they take seconds
 
 store_app = typer.Typer(
     no_args_is_help=True,
@@ -320,6 +317,8 @@ def _study() -> Iterator[tuple[dg.Definitions, dg.DagsterInstance]]:
     _require_platform()
     _set_home()
     import dagster as dg
+
+    from nic_core.cohort import CohortError
 
     with one_line(CohortError, dg.DagsterInvalidDefinitionError):
         from nic_assets.definitions import defs

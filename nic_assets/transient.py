@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import errno
+from typing import TYPE_CHECKING
 
-from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
+
+if TYPE_CHECKING:
+    from mlflow.exceptions import MlflowException
 
 TRANSIENT_CODES = frozenset(
     {

@@ -6,11 +6,6 @@ the orchestrator (``nic_assets``) or the experiment tracker; some errors name th
 
 import os
 
-import pyvips
-
-# libvips remembers what it loaded by file name: a file that changed would be read as it was
-pyvips.cache_set_max(0)
-
 # PyTorch's threads (OpenMP) wait for each other at every layer. By default a thread that waits
 # computes in a loop: on cores that other work shares, it keeps the one it waits for from working.
 # The variable is read when PyTorch is loaded, and processes that are started inherit it.

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
-import numpy as np
-from numpy.typing import NDArray
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
-Pixels = NDArray[np.uint8]
+Pixels: TypeAlias = "NDArray[np.uint8]"
 """RGB pixels, uint8 (..., height, width, 3)."""
 
 Precision = Literal["float32", "bfloat16"]
@@ -39,3 +40,6 @@ Colours = Literal["stored", "srgb"]
 
 FeaturesFormat = Literal["trident", "clam", "stamp", "slide2vec", "anndata", "spatialdata"]
 """Layout of a file with embeddings that other software computed."""
+
+ExportFormat = Literal["trident-h5", "anndata", "spatialdata", "parquet", "npy-tellez"]
+"""Layout of files with the embeddings of a grid, for other software."""

@@ -9,24 +9,21 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import polars as pl
 
 from nic_assets.orchestration.partition_checks import Check
 from nic_core.cohort import Target
-from nic_core.encoders import EncoderCard, PatchDataset
-from nic_core.grids import Grid
-from nic_core.grids.chunks import tissue_blocks
-from nic_core.models.comparison import PermutationControl, Verdict
-from nic_core.models.distance import FAR_PERCENTILE, TrainingReference
-from nic_core.models.files import TrainingCohort
-from nic_core.steps import QualityReport, SlideRecord, SlideScan, TargetFolds
 from nic_core.store import PatchTableKey, Store
-from nic_core.tiling.patches import PatchTableError, read_patch_table
-from nic_core.tiling.quality import summarize
-from nic_core.tiling.slide_quality import MAX_INK, MAX_UNREADABLE
+
+if TYPE_CHECKING:
+    from nic_core.encoders import EncoderCard, PatchDataset
+    from nic_core.grids import Grid
+    from nic_core.models.comparison import PermutationControl, Verdict
+    from nic_core.models.distance import TrainingReference
+    from nic_core.models.files import TrainingCohort
+    from nic_core.steps import QualityReport, SlideRecord, SlideScan, TargetFolds
 
 # a slide may be slightly coarser than the study: 0.5021 um/px serves 0.5 [choice]
 RESOLUTION_TOLERANCE = 1.02
@@ -78,6 +75,8 @@ def tissue_found(record: SlideRecord) -> str | None:
 @Check
 def free_of_ink(record: SlideRecord) -> str | None:
     """Little of the slide is pen ink or black."""
+    from nic_core.tiling.slide_quality import MAX_INK
+
     if record.ink_share <= MAX_INK:
         return None
     return f"{record.ink_share:.1%} of the slide is ink or black (allowed: {MAX_INK:.0%})"
@@ -86,6 +85,9 @@ def free_of_ink(record: SlideRecord) -> str | None:
 @Check
 def cells_decodable(cells: pl.DataFrame) -> str | None:
     """Almost all tissue cells of the slide can be decoded."""
+    from nic_core.tiling.quality import summarize
+    from nic_core.tiling.slide_quality import MAX_UNREADABLE
+
     share = summarize(cells)["unreadable_share"]
     if share is None or share <= MAX_UNREADABLE:
         return None
@@ -106,6 +108,8 @@ def slides_comparable(report: QualityReport) -> str | None:
 @Check
 def schema_valid(store: Store, key: PatchTableKey) -> str | None:
     """The stored patch table has the expected columns, and one row for each grid cell."""
+    from nic_core.tiling.patches import PatchTableError, read_patch_table
+
     try:
         read_patch_table(store.patch_table(key))
     except PatchTableError as error:
@@ -230,6 +234,8 @@ def covers_patch_table(grid: Grid, cells: pl.DataFrame) -> str | None:
 
     Not applied to embeddings that other software computed.
     """
+    import numpy as np
+
     kept = np.zeros(grid.valid.shape, bool)
     rows = cells.filter("kept")
     kept[rows["row"].to_numpy(), rows["column"].to_numpy()] = True
@@ -245,6 +251,10 @@ def covers_patch_table(grid: Grid, cells: pl.DataFrame) -> str | None:
 @Check
 def embeddings_finite(grid: Grid) -> str | None:
     """Every component of every embedding is finite in float16."""
+    import numpy as np
+
+    from nic_core.grids.chunks import tissue_blocks
+
     bad = sum(
         int((~np.isfinite(embeddings)).any(0).sum())
         for _, _, embeddings in tissue_blocks(grid.embeddings, grid.valid)
@@ -255,6 +265,10 @@ def embeddings_finite(grid: Grid) -> str | None:
 @Check
 def embeddings_not_collapsed(grid: Grid) -> str | None:
     """At most half of the slide's cells have the same embedding."""
+    import numpy as np
+
+    from nic_core.grids.chunks import tissue_blocks
+
     # digests instead of embeddings: few bytes for each cell of a slide of any size
     counts = Counter(
         hashlib.blake2b(embedding, digest_size=8).digest()
@@ -272,6 +286,8 @@ def near_training_cohort(
     distance: float, percentile: float, reference: TrainingReference
 ) -> str | None:
     """The slide's distance to the champion's training cohort is below the 99th percentile."""
+    from nic_core.models.distance import FAR_PERCENTILE
+
     if percentile <= FAR_PERCENTILE:
         return None
     return (

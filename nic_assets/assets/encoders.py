@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
@@ -23,7 +23,6 @@ from nic_assets.partitions import Partitions
 from nic_assets.tags import EARLIER_PARTITIONS, PARTIAL_INPUTS
 from nic_assets.tracking import Tracking, TrackingError
 from nic_assets.tracking.experiments import ENCODERS
-from nic_assets.tracking.publications import encoder_run_name
 from nic_assets.tracking.resource import git_commit, training_tags
 from nic_core import steps
 from nic_core.cohort import (
@@ -33,14 +32,10 @@ from nic_core.cohort import (
     FeaturesEncoder,
     RegisteredEncoder,
 )
-from nic_core.devices import leased_device
-from nic_core.encoders import EncoderCard, EncoderError
-from nic_core.encoders.figures import patch_examples
-from nic_core.grids.features import FeaturesError
-from nic_core.pictures import read_picture
-from nic_core.reports import encoder_results
-from nic_core.steps.encoders import AUGMENTED_PATCHES
 from nic_core.store import PatchTaskKey, Store
+
+if TYPE_CHECKING:
+    from nic_core.encoders import EncoderCard
 
 FINDINGS_SHOWN = 50
 
@@ -66,6 +61,8 @@ def encoder_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         """The patches of a patch task in the size and um/px of an encoder, split by patient."""
 
         def make(key: PatchTaskKey) -> Product:
+            from nic_core.encoders.figures import patch_examples
+
             dataset = steps.make_patch_task(
                 cohort, store, key, log_progress(context, "images, each counted twice")
             )
@@ -121,8 +118,13 @@ def encoder_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         For embeddings that other software computed, its card alone. An encoder that reuses or
         starts from another one of the study is made after it.
         """
+        from nic_core.devices import leased_device
+        from nic_core.encoders import EncoderError
+        from nic_core.grids.features import FeaturesError
 
         def make(name: str) -> Product:
+            from nic_core.reports import encoder_results
+
             entry = cohort.encoder(name)
             if isinstance(entry, RegisteredEncoder):
                 card, metadata = fetch_encoder(entry, cohort, store, tracking)
@@ -174,6 +176,7 @@ def encoder_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         store: dg.ResourceParam[Store],
     ) -> Events:
         """Scores of simple classifiers on an encoder's embeddings, for every patch task."""
+        from nic_core.encoders import EncoderError
 
         def make(name: str) -> Product:
             scores, drawings = steps.make_encoder_probe(cohort, store, name)
@@ -215,7 +218,7 @@ def report_entries(instance: dg.DagsterInstance, base: str, cohort: Cohort, stor
 
 def fetch_encoder(
     entry: RegisteredEncoder, cohort: Cohort, store: Store, tracking: Tracking
-) -> tuple[EncoderCard, dict[str, Any]]:
+) -> "tuple[EncoderCard, dict[str, Any]]":
     """Import a registered encoder from MLflow; return its card and its metadata for the UI."""
     with tracking.download_encoder(entry) as (imported, page):
         made = steps.make_encoder(cohort.with_encoder(imported), store, entry.name)
@@ -229,8 +232,11 @@ def train_encoder(
     store: Store,
     tracking: Tracking,
     device: str,
-) -> tuple[EncoderCard, dict[str, Any]]:
+) -> "tuple[EncoderCard, dict[str, Any]]":
     """Train an encoder, or import it from its file; return its card and its metadata for the UI."""
+    from nic_assets.tracking.publications import encoder_run_name
+    from nic_core.steps.encoders import AUGMENTED_PATCHES
+
     commit = git_commit()
     tags = training_tags(cohort, "encoder", name, run=context.run.run_id, commit=commit)
     with (
@@ -258,6 +264,8 @@ def train_encoder(
 
 def augmented_patches(path: Path) -> dict[str, dg.MarkdownMetadataValue]:
     """Return the picture of augmented patches, if the encoder was trained on patches."""
+    from nic_core.pictures import read_picture
+
     if not path.exists():
         return {}
     return {"augmented_patches": picture(read_picture(path), path.stem)}

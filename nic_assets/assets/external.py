@@ -9,11 +9,6 @@ from nic_assets.orchestration.metadata import code_version, figures, table
 from nic_assets.partitions import Partitions
 from nic_core import steps
 from nic_core.cohort import Cohort, CohortError
-from nic_core.devices import leased_device
-from nic_core.encoders import EncoderError
-from nic_core.models.files import ModelFileError
-from nic_core.models.kinds import kind_of
-from nic_core.models.prediction import ModelMismatchError
 from nic_core.store import ExternalKey, Store
 
 
@@ -46,8 +41,14 @@ def external_evaluation_assets(partitions: Partitions) -> list[dg.AssetsDefiniti
     ) -> Events:
         """The frozen model of a target on another hospital's slides: metrics, calibration,
         subgroups."""
+        from nic_core.devices import leased_device
+        from nic_core.encoders import EncoderError
+        from nic_core.models.files import ModelFileError
+        from nic_core.models.prediction import ModelMismatchError
 
         def make(key: ExternalKey) -> Product:
+            from nic_core.models.kinds import kind_of
+
             try:
                 made = steps.make_external_evaluation(cohort, store, key, device=device)
             except steps.NoChampionError as error:

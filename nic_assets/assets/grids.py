@@ -14,11 +14,6 @@ from nic_assets.partitions import Partitions
 from nic_assets.tags import PARTIAL_INPUTS, REFRESH_TAG
 from nic_core import steps
 from nic_core.cohort import Cohort, CohortError, FeaturesEncoder
-from nic_core.devices import leased_device
-from nic_core.encoders import EncoderError
-from nic_core.grids import GridError, enlarge, recorded_hash, verify_preview
-from nic_core.grids.features import FeaturesError
-from nic_core.slides import SlideError
 from nic_core.store import GridKey, Store
 from nic_core.view.addresses import grid_layer, slide_page
 
@@ -51,9 +46,16 @@ def grid_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
 
         Embeddings that other software computed are read from their files.
         """
+        from nic_core.devices import leased_device
+        from nic_core.encoders import EncoderError
+        from nic_core.grids.features import FeaturesError
+        from nic_core.slides import SlideError
+
         load = cache(lambda name: steps.prepare_encoder(cohort, store, name, device))
 
         def make(key: GridKey) -> Product:
+            from nic_core.grids import recorded_hash
+
             if isinstance(cohort.encoder(key.encoder), FeaturesEncoder):
                 made = steps.make_features_grid(cohort, store, key)
                 covered = None  # other software decided which patches have an embedding
@@ -137,6 +139,7 @@ def grid_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         store: dg.ResourceParam[Store],
     ) -> Events:
         """Three principal components of an encoder's embeddings, the colours of its previews."""
+        from nic_core.grids import GridError
 
         def make(encoder: str) -> Product:
             colours = steps.make_embedding_colours(store, encoder)
@@ -170,8 +173,11 @@ def grid_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         store: dg.ResourceParam[Store],
     ) -> Events:
         """A grid as an RGB image for viewers, in colours that all slides of the encoder share."""
+        from nic_core.grids import GridError
 
         def make(key: GridKey) -> Product:
+            from nic_core.grids import enlarge, verify_preview
+
             drawn = steps.make_grid_preview(store, key)
             cell = max(1, PICTURE_SIDE // max(drawn.shape))
             return Product(

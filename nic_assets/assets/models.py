@@ -1,6 +1,7 @@
 """Target folds, slide models on grids, and explanations of their predictions."""
 
 import math
+from typing import TYPE_CHECKING
 
 import dagster as dg
 import polars as pl
@@ -20,20 +21,15 @@ from nic_assets.partitions import Partitions
 from nic_assets.tags import REFRESH_TAG
 from nic_assets.tracking import Tracking
 from nic_assets.tracking.experiments import target_experiment
-from nic_assets.tracking.publications import model_run_name
 from nic_assets.tracking.resource import git_commit, training_tags
 from nic_core import steps
 from nic_core.cohort import Cohort, CohortError
-from nic_core.devices import leased_device
-from nic_core.models.cross_validation import NETWORK, CrossValidation
-from nic_core.models.figures import model_figures
-from nic_core.models.fold_metrics import fold_metrics
-from nic_core.models.kinds import kind_of
-from nic_core.models.labels import LabelMatches
-from nic_core.models.training import TrainingError
-from nic_core.slides import SlideError
 from nic_core.store import ModelKey, Store
 from nic_core.view.addresses import heat_layer, slide_page, target_page
+
+if TYPE_CHECKING:
+    from nic_core.models.cross_validation import CrossValidation
+    from nic_core.models.labels import LabelMatches
 
 # split of the predictions -> how metadata names it
 PARTS = {"cv": "cross_validated", "test": "test"}
@@ -139,8 +135,13 @@ def model_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         tracking: dg.ResourceParam[Tracking],
     ) -> Events:
         """Cross-validated networks from grid to target, their predictions and figures."""
+        from nic_core.devices import leased_device
+        from nic_core.models.training import TrainingError
 
         def make(key: ModelKey) -> Product:
+            from nic_assets.tracking.publications import model_run_name
+            from nic_core.models.figures import model_figures
+
             commit = git_commit()
             tags = training_tags(
                 cohort, "slide_model", str(key), run=context.run.run_id, commit=commit
@@ -195,6 +196,7 @@ def model_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         store: dg.ResourceParam[Store],
     ) -> Events:
         """Heatmaps of each slide's evidence for its prediction, by networks not trained on it."""
+        from nic_core.slides import SlideError
 
         def make(key: ModelKey) -> Product:
             explained = steps.make_explanation(cohort, store, key, log_progress(context, "slides"))
@@ -233,14 +235,18 @@ def model_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
     return [target_folds, target_grids, slide_model, explanation]
 
 
-def primary_folds(evaluated: CrossValidation) -> pl.DataFrame:
+def primary_folds(evaluated: "CrossValidation") -> pl.DataFrame:
     """Return the network's primary metric in each fold."""
+    from nic_core.models.cross_validation import NETWORK
+    from nic_core.models.fold_metrics import fold_metrics
+    from nic_core.models.kinds import kind_of
+
     primary = kind_of(evaluated.target).primary_metric
     folds = fold_metrics(evaluated.target, evaluated.predictions)
     return folds.filter(model=NETWORK, metric=primary).drop("model")
 
 
-def label_metadata(matches: LabelMatches) -> dict[str, int | list[str] | list[int]]:
+def label_metadata(matches: "LabelMatches") -> dict[str, int | list[str] | list[int]]:
     """Return what became of the rows of the label table, by count and by name."""
     return {
         "label_rows": matches.rows,
@@ -256,13 +262,16 @@ def label_metadata(matches: LabelMatches) -> dict[str, int | list[str] | list[in
     }
 
 
-def primary_scores(evaluated: CrossValidation) -> dict[str, float]:
+def primary_scores(evaluated: "CrossValidation") -> dict[str, float]:
     """Return the network's primary metric with its 95 % interval, by part of the data.
 
     For example ``cross_validated_spearman``, ``cross_validated_spearman_low`` and ``..._high``,
     and the same of ``test``; of the cross-validation also ``..._folds_mean``,
     ``..._folds_deviation`` and ``..._folds_undefined``. Undefined values are left out.
     """
+    from nic_core.models.cross_validation import NETWORK
+    from nic_core.models.kinds import kind_of
+
     rows = evaluated.metrics.filter(model=NETWORK, metric=kind_of(evaluated.target).primary_metric)
     scores = {
         f"{PARTS[split]}_{metric}{end}": number

@@ -2,11 +2,10 @@
 
 from collections.abc import Mapping
 from functools import cache
+from typing import TYPE_CHECKING
 
 import dagster as dg
-import numpy as np
 import polars as pl
-from PIL import Image
 
 from nic_assets.assets import checks
 from nic_assets.assets.inputs import PREDICTION_INPUTS, REGISTERED_CHAMPION, report_versions
@@ -25,16 +24,13 @@ from nic_assets.tracking.champions import (
 )
 from nic_core import steps
 from nic_core.cohort import Cohort, CohortError, SurvivalTarget, Target
-from nic_core.grids import GridError
-from nic_core.models.distance import FAR_PERCENTILE
-from nic_core.models.files import ModelCard, ModelFileError
-from nic_core.models.kinds import kind_of
-from nic_core.models.prediction import ModelMismatchError
 from nic_core.numbers import format_number
-from nic_core.slides import SlideError
 from nic_core.store import PredictionKey, Store
 from nic_core.types import Pixels
 from nic_core.view.addresses import champion_layer, slide_page
+
+if TYPE_CHECKING:
+    from nic_core.models.files import ModelCard
 
 PICTURE_WIDTH = 600  # px of a picture in the UI
 
@@ -61,6 +57,8 @@ def prediction_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         tracking: dg.ResourceParam[Tracking],
     ) -> Events:
         """The registered model that predicts a target, copied into the store."""
+        from nic_core.models.files import ModelFileError
+
         with retry_transient_errors():
             found = {
                 target: find_predicting_version(tracking, cohort.target(target))
@@ -141,6 +139,7 @@ def prediction_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
 
         Reports the slides whose inputs are new or changed.
         """
+        from nic_core.models.files import ModelFileError
 
         def make(target: str) -> Product:
             plan = steps.make_prediction_plan(cohort, store, target)
@@ -192,6 +191,10 @@ def prediction_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
     ) -> Events:
         """The champion's prediction of a slide or its patient, with the heatmap of the slide and
         its distance to the training cohort."""
+        from nic_core.grids import GridError
+        from nic_core.models.files import ModelFileError
+        from nic_core.models.prediction import ModelMismatchError
+        from nic_core.slides import SlideError
 
         # the version is a part of the key: the champion may be replaced during a long run
         load = cache(lambda target, version: steps.load_champion(cohort, store, target))
@@ -268,6 +271,8 @@ def prediction_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         cohort: dg.ResourceParam[Cohort], store: dg.ResourceParam[Store]
     ) -> Events:
         """All predictions in one table, a row for each unit and target."""
+        from nic_core.models.distance import FAR_PERCENTILE
+
         with retry_transient_errors():
             report = steps.make_predictions_report(cohort, store)
         shown = [column for column in report.columns if not column.startswith("fold_")]
@@ -291,7 +296,7 @@ def prediction_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
     return [champion, prediction_plan, prediction, predictions_report]
 
 
-def prediction_table(row: pl.DataFrame, card: ModelCard) -> pl.DataFrame:
+def prediction_table(row: pl.DataFrame, card: "ModelCard") -> pl.DataFrame:
     """Return the prediction of a unit as rows: name, value, lowest and highest of the folds.
 
     Parameters
@@ -301,6 +306,8 @@ def prediction_table(row: pl.DataFrame, card: ModelCard) -> pl.DataFrame:
     card
         Card of the model.
     """
+    from nic_core.models.kinds import kind_of
+
     values = row.row(0, named=True)
     times = [c for c in row.columns if c.startswith("survival_")]
     conclusions = [c for c in ("class", "risk_group", "median_survival") if c in row.columns]
@@ -327,7 +334,7 @@ def quantity_name(column: str, target: Target) -> str:
 
 
 def _pictures(
-    key: PredictionKey, made: steps.Prediction
+    key: PredictionKey, made: "steps.Prediction"
 ) -> Mapping[str, dg.MarkdownMetadataValue | dg.TableMetadataValue]:
     """Return heat, patches and their places for the UI; nothing for a slide without heatmap."""
     if made.overlay is None or made.patches is None or made.extremes is None:
@@ -342,6 +349,9 @@ def _pictures(
 
 def _shrunk(pixels: Pixels) -> Pixels:
     """Reduce a picture to :data:`PICTURE_WIDTH`: the event log keeps it for every prediction."""
+    import numpy as np
+    from PIL import Image
+
     height, width = pixels.shape[:2]
     if width <= PICTURE_WIDTH:
         return pixels

@@ -1,6 +1,7 @@
 """Registration: encoders and slide models in MLflow, published from their finished folders."""
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import dagster as dg
 
@@ -19,15 +20,13 @@ from nic_assets.orchestration.partition_checks import Results
 from nic_assets.partitions import Partitions
 from nic_assets.tags import REFRESH_TAG
 from nic_assets.tracking import ModelFormatError, Tracking, TrackingError
-from nic_assets.tracking.publications import encoder_publication, model_publication
 from nic_assets.tracking.resource import training_tags
-from nic_assets.tracking.runs import Published, publish, settle_champion
 from nic_core import steps
 from nic_core.cohort import Cohort
-from nic_core.encoders import EncoderError
-from nic_core.models.comparison import compare_with_champion, permutation_control
-from nic_core.models.files import ModelFileError
 from nic_core.store import ModelKey, Store
+
+if TYPE_CHECKING:
+    from nic_assets.tracking.runs import Published
 
 HOURLY = {REFRESH_TAG: "hourly"}
 
@@ -55,8 +54,12 @@ def registry_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         tracking: dg.ResourceParam[Tracking],
     ) -> Events:
         """An encoder in MLflow: run with curves and scores, and a version of `encoder-<name>`."""
+        from nic_core.encoders import EncoderError
 
         def make(name: str) -> Product:
+            from nic_assets.tracking.publications import encoder_publication
+            from nic_assets.tracking.runs import publish
+
             tags = recorded_training(context.instance, cohort, "encoder", name)
             publication = encoder_publication(cohort, store, name, tags)
             published = publish(tracking, publication, warn=context.log.warning)
@@ -88,8 +91,13 @@ def registry_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
     ) -> Events:
         """A slide model in MLflow: run, and a version of `model-<target>`, compared with the
         champion."""
+        from nic_core.models.files import ModelFileError
 
         def make(key: ModelKey) -> Product:
+            from nic_assets.tracking.publications import model_publication
+            from nic_assets.tracking.runs import publish, settle_champion
+            from nic_core.models.comparison import compare_with_champion, permutation_control
+
             tags = recorded_training(context.instance, cohort, "slide_model", str(key))
             result, card = steps.read_slide_model(store.slide_model(key))
             publication = model_publication(cohort, store, key, tags, (result, card))
@@ -153,7 +161,7 @@ def recorded_training(
 
 def registered(
     content_hash: str,
-    published: Published,
+    published: "Published",
     tracking: Tracking,
     metadata: Mapping[str, str] | None = None,
     results: Results | None = None,

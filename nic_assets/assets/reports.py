@@ -13,9 +13,6 @@ from nic_assets.partitions import Partitions
 from nic_assets.tags import PARTIAL_INPUTS, REFRESH_TAG
 from nic_core import steps
 from nic_core.cohort import Cohort, CohortError
-from nic_core.reports import primary_folds
-from nic_core.slides import SlideError
-from nic_core.steps.evaluation_report import HTML
 from nic_core.store import MapKey, Store
 
 
@@ -52,6 +49,9 @@ def report_assets(
         store: dg.ResourceParam[Store],
     ) -> Events:
         """All scores of the study with intervals, and the report as one HTML file."""
+        from nic_core.reports import primary_folds
+        from nic_core.steps.evaluation_report import HTML
+
         checks = failed_checks(context.instance, check_specs)
         with retry_transient_errors():
             report = steps.make_evaluation_report(cohort, store, checks)
@@ -96,6 +96,7 @@ def _map_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         store: dg.ResourceParam[Store],
     ) -> Events:
         """The probability of one class in every cell of a slide, by the encoder's own head."""
+        from nic_core.slides import SlideError
 
         def make(key: MapKey) -> Product:
             cells, overlay = steps.make_probability_map(cohort, store, key)

@@ -1,6 +1,7 @@
 """Slide index, slides with their tissue masks, and patch tables."""
 
 from functools import partial
+from typing import TYPE_CHECKING
 
 import dagster as dg
 import polars as pl
@@ -42,18 +43,18 @@ from nic_assets.tracking import Tracking
 from nic_assets.tracking.champions import champion_versions
 from nic_core import steps
 from nic_core.cohort import Cohort
-from nic_core.slides import SlideError
-from nic_core.slides.folders import summarize_left_aside
-from nic_core.steps.slides import SlideRecord
 from nic_core.store import PatchTableKey, Store
-from nic_core.tiling.patches import PATCH_SCHEMA
-from nic_core.tiling.quality import summarize
 from nic_core.types import Pixels
 from nic_core.view.addresses import TISSUE_LAYER, slide_page
+
+if TYPE_CHECKING:
+    from nic_core.steps.slides import SlideRecord
 
 
 def slide_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
     """Return the assets of group ``slides``."""
+    from nic_core.tiling.patches import PATCH_SCHEMA
+
     settings = partitions.cohort.settings
     finest = min(geometry.mpp for geometry in partitions.cohort.geometries.values())
 
@@ -80,6 +81,8 @@ def slide_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
 
         Scans the inputs of the study and reports those that are new or changed.
         """
+        from nic_core.slides.folders import summarize_left_aside
+
         with retry_transient_errors():
             scan = steps.scan_slides(cohort, store, **config.model_dump())
             encoders = [encoder.name for encoder in cohort.encoders]
@@ -162,8 +165,9 @@ def slide_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
         store: dg.ResourceParam[Store],
     ) -> Events:
         """Metadata, thumbnail and tissue mask of a slide."""
+        from nic_core.slides import SlideError
 
-        def describe(key: str, made: tuple[SlideRecord, Pixels]) -> Product:
+        def describe(key: str, made: "tuple[SlideRecord, Pixels]") -> Product:
             record, outline = made
             return Product(
                 version=steps.digest(record, outline.tobytes()),
@@ -211,8 +215,11 @@ def slide_assets(partitions: Partitions) -> list[dg.AssetsDefinition]:
     ) -> Events:
         """A slide divided into the cells of a geometry: position, tissue fraction, focus and
         colour of each, and whether its patch is kept or why not."""
+        from nic_core.slides import SlideError
 
         def describe(key: PatchTableKey, cells: pl.DataFrame) -> Product:
+            from nic_core.tiling.quality import summarize
+
             return Product(
                 version=steps.digest(cells.rows()),
                 metadata={

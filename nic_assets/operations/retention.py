@@ -18,7 +18,7 @@ import mlflow
 
 from nic_assets.partitions import SLIDES
 from nic_assets.tracking import Tracking
-from nic_assets.tracking.connection import CONNECTION_ERRORS, reason
+from nic_assets.tracking.connection import connection_errors, reason
 from nic_assets.tracking.database import SQLITE
 from nic_core.encoders import EncoderError
 from nic_core.encoders.files import read_card
@@ -47,7 +47,7 @@ def registered_tags(tracking: Tracking) -> list[dict[str, str]]:
     while True:
         try:
             page = client.search_model_versions(page_token=token)
-        except CONNECTION_ERRORS as error:
+        except connection_errors() as error:
             # `from None`: the cause may contain a URL with a password
             raise RetentionError(
                 f"MLflow's registry cannot be read ({reason(error)}), so the products that it "

@@ -35,7 +35,7 @@ from nic_assets.orchestration.internals import (
     get_input_event_pointer_tag,
 )
 from nic_assets.orchestration.metadata import OWNERS
-from nic_assets.orchestration.mistakes import MISTAKES, step_failure
+from nic_assets.orchestration.mistakes import is_mistake, step_failure
 from nic_assets.orchestration.partition_checks import (
     Check,
     Results,
@@ -164,7 +164,7 @@ def materialize_each(
         except Exception as error:
             if is_transient(error):
                 raise
-            if isinstance(error, MISTAKES):
+            if is_mistake(error):
                 raise step_failure(f"{key}: {error}") from None
             raise dg.Failure(
                 f"{key}: {type(error).__name__}: {error}", allow_retries=False

@@ -24,7 +24,6 @@ from contextlib import suppress
 from typing import Any
 
 import dagster as dg
-import torch
 from dagster import multiple_process_executor_requirements
 from sqlalchemy.exc import IntegrityError
 
@@ -53,6 +52,11 @@ CPU_TAGS: Mapping[str, Any] = {
 # PyTorch, BLAS and nic_core read the first, polars reads the second.
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "POLARS_MAX_THREADS")
 
+# the only step of a run imports what it needs itself, which is less
+_ONE_STEP: Mapping[str, Any] = {
+    "start_method": {"forkserver": {"preload_modules": ["nic_assets.definitions"]}}
+}
+
 # engine -> module, attribute and configuration of its executor; a package that is not installed is
 # in the extra of the engine's name
 _ENGINES: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
@@ -62,7 +66,16 @@ _ENGINES: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
         {
             # steps are forked from a server process that has done the slow imports
             "start_method": {
-                "forkserver": {"preload_modules": ["torch", "mlflow", "nic_assets.definitions"]}
+                "forkserver": {
+                    "preload_modules": [
+                        "torch",
+                        "mlflow",
+                        "nic_assets.definitions",
+                        "nic_assets.tracking.runs",
+                        "nic_core.steps.evaluation_report",
+                        "nic_core.steps.predictions",
+                    ]
+                }
             }
         },
     ),
@@ -104,9 +117,14 @@ def chosen_executor() -> dg.ExecutorDefinition:
 
     def create(context: dg.InitExecutorContext) -> dg.Executor:
         # called in the run's process, before its first step
-        set_gpu_slots(context.instance)
+        nodes = context.job.get_definition().nodes
+        gpu_bound = any(node.definition.tags.get(DEVICE_TAG) == "gpu" for node in nodes)
+        if gpu_bound:
+            set_gpu_slots(context.instance)
         if name == "local":
-            _share_cores(context)
+            _share_cores(context.instance, gpu_bound=gpu_bound)
+            if len(nodes) == 1:
+                context = context._replace(executor_config={**context.executor_config, **_ONE_STEP})
         elif problem := lock_problem(Store.from_environment().root):
             raise dg.DagsterInvariantViolationError(
                 f"steps on several machines need locks between them, but the store is on {problem}"
@@ -179,18 +197,19 @@ def chosen_engine() -> str:
 
 
 def _local_slots() -> int:
+    import torch
+
     return max(1, torch.cuda.device_count())
 
 
-def _share_cores(context: dg.InitExecutorContext) -> None:
+def _share_cores(instance: dg.DagsterInstance, *, gpu_bound: bool) -> None:
     """Set the number of threads of a run's steps, unless the environment sets it already."""
     if THREAD_VARIABLES[0] in os.environ:
         return
-    nodes = context.job.get_definition().nodes
     threads = threads_per_step(
-        gpu_bound=any(node.definition.tags.get(DEVICE_TAG) == "gpu" for node in nodes),
-        gpus=_local_slots(),
-        runs=context.instance.get_runs_count(
+        gpu_bound=gpu_bound,
+        gpus=_local_slots() if gpu_bound else 1,
+        runs=instance.get_runs_count(
             dg.RunsFilter(statuses=[dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.STARTED])
         ),
     )

@@ -5,18 +5,17 @@ from __future__ import annotations
 import io
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
-import numpy as np
-import numpy.typing as npt
 import polars as pl
-from matplotlib.figure import Figure
-from matplotlib.image import imsave
 
 from nic_core.numbers import rounded
-from nic_core.pictures import data_uri, figure_uri
-from nic_core.steps import digest
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    from matplotlib.figure import Figure
 
 OWNERS = ["team:pathology"]
 SCREEN_DPI = 96  # px an inch
@@ -26,6 +25,8 @@ PROGRESS_SECONDS = 30.0  # time between two lines of progress in a run's log
 
 def code_version(number: int, *settings: object) -> str:
     """Return a code version that changes with ``number`` and with the settings."""
+    from nic_core.steps import digest
+
     return f"{number}-{digest(*settings)}" if settings else str(number)
 
 
@@ -34,6 +35,8 @@ def figure(drawing: Figure, alt: str) -> dg.MarkdownMetadataValue:
 
     The page shows a figure at 96 px an inch (:func:`nic_core.pictures.figure_uri`).
     """
+    from nic_core.pictures import figure_uri
+
     return _image(figure_uri(drawing, vector_bytes=VECTOR_BYTES, dpi=SCREEN_DPI), alt)
 
 
@@ -44,6 +47,10 @@ def figures(drawings: Mapping[str, Figure]) -> dict[str, dg.MarkdownMetadataValu
 
 def picture(pixels: npt.NDArray[np.uint8], alt: str) -> dg.MarkdownMetadataValue:
     """Return a picture (height, width, 3) as a JPEG inside the event."""
+    from matplotlib.image import imsave
+
+    from nic_core.pictures import data_uri
+
     stream = io.BytesIO()
     imsave(stream, pixels, format="jpg", pil_kwargs={"quality": 80})
     return _image(data_uri("image/jpeg", stream.getvalue()), alt)

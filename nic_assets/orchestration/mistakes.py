@@ -28,24 +28,20 @@ from nic_assets.orchestration.internals import CheckError
 from nic_core.cohort import CohortError
 from nic_core.cohort.fields import did_you_mean
 from nic_core.encoders import EncoderError
-from nic_core.grids import GridError
-from nic_core.models.files import ModelFileError
 from nic_core.object_stores import RemoteError
 from nic_core.slides import SlideError
 from nic_core.store import StoreError
 
-MISTAKES: tuple[type[Exception], ...] = (
-    CohortError,
-    SlideError,
-    RemoteError,
-    StoreError,
-    EncoderError,
-    GridError,
-    ModelFileError,
-)
-"""Errors whose message says what is wrong and what to do."""
-
 SHOWN = 5  # partitions that a message lists
+
+
+def is_mistake(error: BaseException) -> bool:
+    """Return whether the message of an error says what is wrong and what to do."""
+    from nic_core.grids import GridError
+    from nic_core.models.files import ModelFileError
+
+    mistakes = (CohortError, SlideError, RemoteError, StoreError, EncoderError)
+    return isinstance(error, (*mistakes, GridError, ModelFileError))
 
 
 @contextmanager

@@ -17,13 +17,15 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, ParamSpec
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec
 
 import dagster as dg
 
 from nic_assets.orchestration.internals import AssetCheckEvaluationTargetMaterializationData
 from nic_assets.tags import RUN_OUTPUT_TAG
-from nic_core.steps import FailedCheck
+
+if TYPE_CHECKING:
+    from nic_core.steps import FailedCheck
 
 Arguments = ParamSpec("Arguments")
 
@@ -163,6 +165,8 @@ def failed_checks(
     instance: dg.DagsterInstance, specs: Iterable[dg.AssetCheckSpec]
 ) -> list[FailedCheck]:
     """Return the checks whose latest result is a failure, with the number of products concerned."""
+    from nic_core.steps import FailedCheck
+
     declared = {spec.key: spec for spec in specs}
     shown = instance.event_log_storage.get_latest_asset_check_execution_by_key([*declared])
     found = []

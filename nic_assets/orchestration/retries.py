@@ -19,7 +19,7 @@ from typing import Any, ParamSpec, TypeVar
 import dagster as dg
 from sqlalchemy.exc import SQLAlchemyError
 
-from nic_assets.orchestration.mistakes import MISTAKES, step_failure
+from nic_assets.orchestration.mistakes import is_mistake, step_failure
 from nic_assets.tracking import TrackingUnavailableError
 from nic_assets.transient import database_error_is_transient, os_error_is_transient
 from nic_core.store import StoreBusyError
@@ -82,7 +82,7 @@ def retry_transient_errors() -> Iterator[None]:
     except Exception as error:
         if is_transient(error):
             raise
-        if isinstance(error, MISTAKES):
+        if is_mistake(error):
             raise step_failure(str(error)) from None
         raise dg.Failure(f"{type(error).__name__}: {error}", allow_retries=False) from error
 

@@ -1,16 +1,6 @@
 """Experiment tracking with MLflow: live curves, published runs, registered models, champions."""
 
-from nic_assets.tracking.connection import TrackingError, TrackingUnavailableError
-from nic_assets.tracking.live import LiveCurves
-from nic_assets.tracking.registry import CANDIDATE, CHAMPION, ModelFormatError
-from nic_assets.tracking.resource import Tracking
+import lazy_loader
 
-__all__ = [
-    "CANDIDATE",
-    "CHAMPION",
-    "LiveCurves",
-    "ModelFormatError",
-    "Tracking",
-    "TrackingError",
-    "TrackingUnavailableError",
-]
+# the names of __init__.pyi; the module of each is imported at its first use
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -7,9 +7,7 @@ import tempfile
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-from mlflow.entities.model_registry import ModelVersion
-from mlflow.exceptions import MlflowException
+from typing import TYPE_CHECKING
 
 from nic_assets.tracking.connection import (
     Connection,
@@ -17,13 +15,10 @@ from nic_assets.tracking.connection import (
     as_tracking_error,
     does_not_exist,
 )
-from nic_assets.tracking.registry import (
-    CHAMPION,
-    PRODUCT_FOLDER,
-    download_artifact,
-    find_version,
-)
 from nic_core.cohort import Cohort, CohortError, Target
+
+if TYPE_CHECKING:
+    from mlflow.entities.model_registry import ModelVersion
 
 NO_CHAMPION = "none"
 """Data version of a target without a champion."""
@@ -37,6 +32,10 @@ def find_predicting_version(connection: Connection, target: Target) -> ModelVers
     TrackingError
         MLflow does not answer, or refuses the request.
     """
+    from mlflow.exceptions import MlflowException
+
+    from nic_assets.tracking.registry import CHAMPION, find_version
+
     name = f"model-{target.name}"
     with as_tracking_error(name):
         if target.predict_with == "champion":
@@ -85,6 +84,8 @@ def download_model(connection: Connection, version: ModelVersion) -> Iterator[Pa
     TrackingError
         MLflow does not answer, or refuses the request.
     """
+    from nic_assets.tracking.registry import PRODUCT_FOLDER, download_artifact
+
     title = f"version {version.version} of {version.name}"
     with tempfile.TemporaryDirectory() as folder:
         with as_tracking_error(title):

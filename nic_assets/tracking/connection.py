@@ -8,9 +8,8 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-import mlflow
-from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
 from nic_assets.tracking.database import create_database
@@ -20,17 +19,14 @@ from nic_assets.transient import (
     os_error_is_transient,
 )
 
+if TYPE_CHECKING:
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
 DEFAULT_UI = "http://127.0.0.1:5000"
 
 MODEL_TRAINING = "workflowType=machine_learning"
 """Part of a URL with which MLflow shows its pages of model training; without it those of GenAI."""
-
-CONNECTION_ERRORS = (MlflowException, SQLAlchemyError, OSError)
-"""Exceptions of the MLflow client: no answer (:func:`is_unavailable`), or a refusal.
-
-The causes are no connection, a server error, a locked database, an artifact folder that cannot be
-written, or a request for what was deleted.
-"""
 
 # a table that is logged in parts is read again for each part; no progress bar for that
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
@@ -43,6 +39,17 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
 logging.getLogger("alembic").setLevel(logging.WARNING)
 # MLflow logs database errors and raises them as well
 logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+
+
+def connection_errors() -> tuple[type[Exception], ...]:
+    """Return the exceptions of the MLflow client: no answer (:func:`is_unavailable`), or a refusal.
+
+    The causes are no connection, a server error, a locked database, an artifact folder that cannot
+    be written, or a request for what was deleted.
+    """
+    from mlflow.exceptions import MlflowException
+
+    return (MlflowException, SQLAlchemyError, OSError)
 
 
 class TrackingError(Exception):
@@ -77,6 +84,8 @@ class Connection:
     @property
     def client(self) -> mlflow.MlflowClient:
         """A client; creates the database if the URI is a SQLite file that does not exist."""
+        import mlflow
+
         create_database(self.uri)
         return mlflow.MlflowClient(self.uri)
 
@@ -91,6 +100,8 @@ class Connection:
     @contextmanager
     def active(self) -> Iterator[None]:
         """Set the address for MLflow's own functions, which read it from the process."""
+        import mlflow
+
         before = os.environ.get("MLFLOW_TRACKING_URI")
         mlflow.set_tracking_uri(self.uri)
         try:
@@ -104,7 +115,7 @@ def as_tracking_error(version: str) -> Iterator[None]:
     """Turn an error of a registry request into a :class:`TrackingError`."""
     try:
         yield
-    except CONNECTION_ERRORS as error:
+    except connection_errors() as error:
         # `from None`: the cause may contain a URL with a password
         if is_unavailable(error):
             raise TrackingUnavailableError(
@@ -118,7 +129,9 @@ def as_tracking_error(version: str) -> Iterator[None]:
 
 
 def is_unavailable(error: Exception) -> bool:
-    """Return whether one of :data:`CONNECTION_ERRORS` means that MLflow does not answer."""
+    """Return whether one of :func:`connection_errors` means that MLflow does not answer."""
+    from mlflow.exceptions import MlflowException
+
     if isinstance(error, MlflowException):
         return mlflow_error_is_transient(error)
     if isinstance(error, SQLAlchemyError):

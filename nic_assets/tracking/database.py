@@ -10,7 +10,6 @@ import os
 from pathlib import Path
 
 import dagster as dg
-import mlflow
 from sqlalchemy.engine import make_url
 
 from nic_core.store import Store, StoreError, atomic_file, exclusive_lock
@@ -65,6 +64,8 @@ def database_uri(store: Store) -> str:
 
 def create_database(uri: str) -> None:
     """Create the database of a tracking URI if the URI is a SQLite file that does not exist."""
+    import mlflow
+
     if not uri.startswith(SQLITE):
         return
     path = Path(make_url(uri).database or "")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from mlflow.exceptions import MlflowException
-
 from nic_assets.tracking.connection import Connection
 
 ENCODERS = "encoders"
@@ -26,6 +24,8 @@ def experiment_id(connection: Connection, name: str, warn: Callable[[str], None]
 
     MLflow reserves the name of a deleted experiment until ``mlflow gc`` removes it.
     """
+    from mlflow.exceptions import MlflowException
+
     client, artifacts = connection.client, connection.artifacts
     known = client.get_experiment_by_name(name)
     if known is None:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 
-from mlflow.entities import Metric
-
-from nic_assets.tracking.connection import CONNECTION_ERRORS, Connection, reason
+from nic_assets.tracking.connection import Connection, connection_errors, reason
 from nic_assets.tracking.experiments import experiment_id
 
 PARTITION_TAGS = ("cohort", "dagster/asset_key", "dagster/partition")
@@ -47,6 +45,8 @@ class LiveCurves:
         self._failed = False
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
+        from mlflow.entities import Metric
+
         now = int(time.time() * 1000)
         metrics = [Metric(name, value, now, step) for name, value in values.items()]
         self._try(lambda: self._connection.client.log_batch(self._run(), metrics))
@@ -61,7 +61,7 @@ class LiveCurves:
             return
         try:
             call()
-        except CONNECTION_ERRORS as error:
+        except connection_errors() as error:
             self._failed = True
             self._warn(
                 f"MLflow shows no live curves of this training ({reason(error)}); its registration "

@@ -17,7 +17,8 @@ from nic_core import steps
 from nic_core.cohort import Cohort, Geometry
 from nic_core.cohort.index import DESCRIPTIVE_COLUMNS
 from nic_core.encoders import EncoderCard, load_encoder
-from nic_core.encoders.files import PROGRAMS, read_card
+from nic_core.encoders.files import read_card
+from nic_core.encoders.folder_names import PROGRAMS
 from nic_core.models.cross_validation import CrossValidation, curves
 from nic_core.models.figures import model_figures
 from nic_core.models.files import ModelCard, ensemble_module

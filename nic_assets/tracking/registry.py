@@ -5,17 +5,17 @@ from __future__ import annotations
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import mlflow
 import polars as pl
-from mlflow.entities.model_registry import ModelVersion
-from mlflow.exceptions import MlflowException
 
 from nic_assets.tracking.connection import Connection, as_tracking_error, does_not_exist
 from nic_core.cohort import RegisteredEncoder
-from nic_core.encoders import EncoderError
-from nic_core.models.comparison import Champion
-from nic_core.steps.slide_models import PREDICTIONS
+
+if TYPE_CHECKING:
+    from mlflow.entities.model_registry import ModelVersion
+
+    from nic_core.models.comparison import Champion
 
 CANDIDATE, CHAMPION = "candidate", "champion"
 """Aliases of a registered model: the version registered last, and the best of those compared."""
@@ -33,6 +33,8 @@ class ModelFormatError(Exception):
 
 def find_version(connection: Connection, name: str, alias: str) -> ModelVersion | None:
     """Return the version of a registered model that has an alias; None if there is none."""
+    from mlflow.exceptions import MlflowException
+
     client = connection.client
     try:
         number = client.get_registered_model(name).aliases.get(alias)
@@ -53,6 +55,8 @@ def find_encoder(connection: Connection, entry: RegisteredEncoder) -> ModelVersi
     TrackingError
         MLflow does not answer, or refuses the request.
     """
+    from nic_core.encoders import EncoderError
+
     name, alias = entry.version.split("@")
     with as_tracking_error(entry.version):
         found = find_version(connection, name, alias)
@@ -93,6 +97,9 @@ def aliased_encoders(connection: Connection) -> dict[str, dict[str, str]]:
 
 def find_champion(connection: Connection, name: str) -> Champion | None:
     """Return the champion of a registered model; None if no version is the champion."""
+    from nic_core.models.comparison import Champion
+    from nic_core.steps.slide_models import PREDICTIONS
+
     found = find_version(connection, name, CHAMPION)
     if found is None:
         return None
@@ -114,6 +121,8 @@ def download_artifact(
 
     None if the run does not have it, or does not exist any more (``mlflow gc``).
     """
+    from mlflow.exceptions import MlflowException
+
     if version.run_id is None:
         return None
     try:
@@ -138,6 +147,8 @@ def verify_exported(connection: Connection, model_id: str) -> None:
     ModelFormatError
         The model has other files, such as a pickle, or its file is not a torch.export archive.
     """
+    import mlflow
+
     with tempfile.TemporaryDirectory() as folder:
         with connection.active():
             model = Path(

@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import dagster as dg
 
@@ -24,12 +25,11 @@ from nic_assets.tracking.connection import (
     without_secrets,
 )
 from nic_assets.tracking.database import database_uri
-from nic_assets.tracking.live import LiveCurves
-from nic_assets.tracking.registry import PRODUCT_FOLDER, download_artifact, find_encoder
 from nic_core.cohort import Cohort, EncoderSpec, ImportedEncoder, RegisteredEncoder
-from nic_core.encoders import EncoderError
-from nic_core.steps import digest
 from nic_core.store import Store
+
+if TYPE_CHECKING:
+    from nic_assets.tracking.live import LiveCurves
 
 
 class Tracking(Connection):
@@ -62,6 +62,7 @@ class Tracking(Connection):
         experiment, name
             Experiment and name of the MLflow run.
         """
+        from nic_assets.tracking.live import LiveCurves
 
         def is_finished(dagster_run: str) -> bool:
             found = context.instance.get_run_by_id(dagster_run)
@@ -88,6 +89,10 @@ class Tracking(Connection):
         counts as unchanged); otherwise its version is a digest of the entry, and its
         materialization raises the error.
         """
+        from nic_assets.tracking.registry import find_encoder
+        from nic_core.encoders import EncoderError
+        from nic_core.steps import digest
+
         versions = {}
         for entry in cohort.encoders:
             registered = entry if isinstance(entry, RegisteredEncoder) else None
@@ -120,6 +125,9 @@ class Tracking(Connection):
         TrackingError
             MLflow does not answer, or refuses the request.
         """
+        from nic_assets.tracking.registry import PRODUCT_FOLDER, download_artifact, find_encoder
+        from nic_core.encoders import EncoderError
+
         found = find_encoder(self, entry)
         with tempfile.TemporaryDirectory() as folder:
             with as_tracking_error(entry.version):

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-import polars as pl
 import typer
 from rich.progress import TaskID
 from rich.text import Text
@@ -22,18 +21,16 @@ from nic_core.cli.shared import (
     one_line,
     progress_bars,
 )
-from nic_core.cohort import CompressionSettings, Geometry
-from nic_core.cohort.geometry import check_stride
-from nic_core.slides.metadata import MPP_REMEDY
 from nic_core.store import Store, StoreError
 from nic_core.tables import terminal_table
 from nic_core.types import Colours, Reading, RequestedGridPrecision
 
 if TYPE_CHECKING:
+    import polars as pl
+
     from nic_core.compression.batch import Outcome
     from nic_core.encoders.encoder import Encoder
 
-COMPRESSION = CompressionSettings()
 PREVIEWS = "previews"  # folder of the previews, beside the grid stores
 Orientations = Literal["1", "8"]
 
@@ -68,15 +65,15 @@ def compress(
         typer.Option(
             help="auto: bfloat16 if the device has matrix units for it; int8: for CPUs, not exact"
         ),
-    ] = COMPRESSION.precision,
+    ] = "auto",
     reading: Annotated[
         Reading,
         typer.Option(help="read pixels at the um/px of the patch or of the network's input"),
-    ] = COMPRESSION.reading,
+    ] = "patch",
     colours: Annotated[
         Colours,
         typer.Option(help="pixels as stored, or converted to sRGB by the file's ICC profile"),
-    ] = COMPRESSION.colours,
+    ] = "stored",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     resume: Annotated[bool, typer.Option(help="skip grids that are up to date")] = True,
 ) -> None:
@@ -86,7 +83,8 @@ def compress(
     slide; the exit status is 1 if a slide failed. The folder previews receives an RGB image of
     every grid of the encoder in --out, in colours that hold for all of them.
     """
-    # imports torch, which is slow
+    from nic_core.cohort import Geometry
+    from nic_core.cohort.geometry import check_stride
     from nic_core.compression.batch import REPORT, compress_slides, slides_by_id, write_report
     from nic_core.devices import resolve_device
     from nic_core.encoders.errors import EncoderError
@@ -188,6 +186,10 @@ def batch_progress(
 
 def advise_mpp_option(report: pl.DataFrame) -> pl.DataFrame:
     """Return a report whose remedies name the option ``--mpp`` instead of the slide table."""
+    import polars as pl
+
+    from nic_core.slides.metadata import MPP_REMEDY
+
     return report.with_columns(pl.col("remedy").str.replace(MPP_REMEDY, MPP_OPTION, literal=True))
 
 

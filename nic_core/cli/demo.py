@@ -43,7 +43,6 @@ def demo(
     With --composed, slides are put together from real tissue instead, without patch tasks. A
     complete cohort with the same options is not made again.
     """
-    # imported here, because matplotlib and scipy are slow to import
     from nic_core.demo import make_composed, make_demo
     from nic_core.demo.figures import save_pictures
 

@@ -19,12 +19,9 @@ from nic_core.cli.shared import (
     one_line,
     progress_bars,
 )
-from nic_core.cohort import CohortError, load_cohort
 from nic_core.store import Store, StoreError
 from nic_core.tables import terminal_table
 from nic_core.types import Reading, RequestedGridPrecision
-
-# torch is imported inside the commands: it takes a second
 
 encoder_app = typer.Typer(
     no_args_is_help=True, help="Train, import, list, describe and probe encoders."
@@ -77,7 +74,8 @@ def train(
     Patch tasks that are missing from the store, or whose entry or files changed, are built first.
     An interrupted training continues from its last epoch.
     """
-    from nic_core import steps  # imports torch, which is slow
+    from nic_core import steps
+    from nic_core.cohort import load_cohort
     from nic_core.reports import encoder_results, results_table
 
     with _one_line(), progress_bars() as progress:
@@ -311,6 +309,7 @@ def _show(card: dict[str, Any]) -> None:
 
 
 def _one_line() -> AbstractContextManager[None]:
+    from nic_core.cohort import CohortError
     from nic_core.encoders.errors import EncoderError
 
     return one_line(EncoderError, CohortError, StoreError, OSError)

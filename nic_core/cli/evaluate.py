@@ -52,7 +52,6 @@ def evaluate(
     training, is refused. Grids in the folder --out are reused. A slide that cannot be used is left
     out with its reason.
     """
-    # imports torch, which is slow
     from nic_core.cohort import CohortError
     from nic_core.devices import resolve_device
     from nic_core.encoders.errors import EncoderError

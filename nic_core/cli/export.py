@@ -52,7 +52,6 @@ def qupath(
     The cohort file is $NIC_COHORT and the store $NIC_STORE. A slide that cannot be exported does
     not stop the others; the exit status is 1.
     """
-    # imports torch, which is slow
     from nic_core.cohort import CohortError, load_cohort
     from nic_core.grids import GridError
     from nic_core.models.files import ModelFileError

@@ -9,11 +9,8 @@ from typing import Annotated
 import typer
 
 from nic_core.cli.shared import Out, console, facts, given_slide, one_line, save_picture
-from nic_core.grids import GridError, draw_grid, open_grid
-from nic_core.grids.chunks import ChunkError
-from nic_core.grids.export import ExportFormat, export_grid
-from nic_core.slides import SlideError, open_slide
 from nic_core.store import StoreError
+from nic_core.types import ExportFormat
 
 grid_app = typer.Typer(
     no_args_is_help=True, help="Show the metadata or a preview of a grid store, or export grids."
@@ -25,7 +22,9 @@ StorePath = Annotated[Path, typer.Argument(help="grid store (.zarr)")]
 @grid_app.command()
 def info(store: StorePath) -> None:
     """Print a grid's shape, size and provenance."""
-    with one_line(SlideError, GridError):
+    from nic_core.grids import GridError, open_grid
+
+    with one_line(GridError):
         grid = open_grid(store)
         size, rows, columns = grid.shape
         kept = int(grid.valid.sum())
@@ -50,9 +49,9 @@ def preview(
     ] = None,
 ) -> None:
     """Draw a grid: the first three principal components of its embeddings as RGB."""
-    from nic_core.reports.slide_figure import (
-        slide_and_grid,  # imports matplotlib, which is slow
-    )
+    from nic_core.grids import GridError, draw_grid, open_grid
+    from nic_core.reports.slide_figure import slide_and_grid
+    from nic_core.slides import SlideError, open_slide
 
     with one_line(SlideError, GridError):
         grid = open_grid(store)
@@ -78,6 +77,10 @@ def export(
 
     A grid that cannot be exported does not stop the others; the exit status is 1.
     """
+    from nic_core.grids import GridError, open_grid
+    from nic_core.grids.chunks import ChunkError
+    from nic_core.grids.export import export_grid
+
     failed = False
     named: dict[str, Path] = {}
     for store in grids:

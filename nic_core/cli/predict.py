@@ -68,7 +68,6 @@ def predict(
     Slides are compressed with the settings of the model's grids. Grids that exist in the folder
     --out are reused. A slide that cannot be used does not stop the others; the exit status is 1.
     """
-    # imports torch, which is slow
     from nic_core.compression.batch import REPORT, slides_by_id, write_report
     from nic_core.devices import resolve_device
     from nic_core.encoders.errors import EncoderError

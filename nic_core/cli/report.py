@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from nic_core.cli.shared import console, one_line
-from nic_core.cohort import CohortError, load_cohort
 from nic_core.store import Store, StoreError, atomic_file
 
 
@@ -32,8 +31,8 @@ def report(
         raise typer.BadParameter(
             "name the HTML file; --pdf writes a PDF beside it", param_hint="--out"
         )
-    # imports torch, which is slow
     from nic_core import steps
+    from nic_core.cohort import CohortError, load_cohort
     from nic_core.encoders import EncoderError
     from nic_core.models.files import ModelFileError
     from nic_core.reports.html import PdfError, pdf_of_html, render_html

@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import numpy as np
 import typer
-from numpy.typing import NDArray
-from PIL import Image
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -24,9 +21,10 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from nic_core.slides.errors import SlideError
-from nic_core.slides.metadata import MPP_REMEDY
-from nic_core.slides.remote import SlidePath, slide_path
+from nic_core.types import Pixels
+
+if TYPE_CHECKING:
+    from nic_core.slides.remote import SlidePath
 
 console = Console()
 
@@ -50,6 +48,8 @@ Out = Annotated[Path, typer.Option(help="PNG file to write")]
 
 def given_slide(text: str) -> SlidePath:
     """The path or address of an argument; an invalid one is an error of the command line."""
+    from nic_core.slides.remote import slide_path
+
     try:
         return slide_path(text)
     except ValueError as error:
@@ -59,6 +59,9 @@ def given_slide(text: str) -> SlidePath:
 @contextmanager
 def advice_names_mpp_option() -> Iterator[None]:
     """Let the advice of a :class:`SlideError` name ``--mpp``, in a command with this option."""
+    from nic_core.slides.errors import SlideError
+    from nic_core.slides.metadata import MPP_REMEDY
+
     try:
         yield
     except SlideError as error:
@@ -96,8 +99,10 @@ def facts() -> Table:
     return table
 
 
-def save_picture(path: Path, picture: NDArray[np.uint8]) -> None:
+def save_picture(path: Path, picture: Pixels) -> None:
     """Write pixels, uint8 (H, W, 3), as PNG; creates the folder if it does not exist."""
+    from PIL import Image
+
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(picture).save(path)
 

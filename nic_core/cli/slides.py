@@ -20,9 +20,6 @@ from nic_core.cli.shared import (
     save_picture,
 )
 from nic_core.object_stores import RemoteError
-from nic_core.slides import SlideError, content_identity, open_slide
-from nic_core.tiling.mask_files import read_mask
-from nic_core.tiling.tissue import tissue_mask, tissue_outline
 from nic_core.types import Origin
 
 MaskPath = Annotated[
@@ -35,6 +32,8 @@ MaskOrigin = Annotated[
 
 def inspect(slide: SlideArgument, mpp: Mpp = None, image: ImageNumber = None) -> None:
     """Print a slide's metadata: reading library, image, size, um/px, levels, identity."""
+    from nic_core.slides import SlideError, content_identity, open_slide
+
     with (
         one_line(SlideError, RemoteError),
         advice_names_mpp_option(),
@@ -81,6 +80,10 @@ def tissue(
     origin: MaskOrigin = None,
 ) -> None:
     """Draw the outline of the tissue mask on a thumbnail."""
+    from nic_core.slides import SlideError, open_slide
+    from nic_core.tiling.mask_files import read_mask
+    from nic_core.tiling.tissue import tissue_mask, tissue_outline
+
     with (
         one_line(SlideError, RemoteError),
         advice_names_mpp_option(),

@@ -5,13 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import polars as pl
 import typer
 from rich.text import Text
 
 from nic_core.cli.shared import console, one_line, progress_bars
-from nic_core.cohort import COHORT_VARIABLE, CohortError
-from nic_core.cohort.draft import write_study
 from nic_core.store import StoreError
 from nic_core.tables import terminal_table
 
@@ -30,6 +27,11 @@ def init(
     Existing files are not replaced. The column `decide` of the slide table says which rows need a
     decision.
     """
+    import polars as pl
+
+    from nic_core.cohort import CohortError
+    from nic_core.cohort.draft import write_study
+
     with one_line(CohortError, StoreError), progress_bars() as bars:
         bar = bars.add_task("slides", total=None)
         study = write_study(
@@ -62,14 +64,14 @@ def init(
 def check(
     cohort: Annotated[
         Path | None,
-        typer.Argument(help=f"cohort file; default: ${COHORT_VARIABLE}, or that of the demo"),
+        typer.Argument(help="cohort file; default: $NIC_COHORT, or that of the demo"),
     ] = None,
 ) -> None:
     """Report every mistake in a cohort file, its tables and its slides; compute nothing.
 
     The exit status is 1 if there is an error. A note is not an error.
     """
-    # imports torch, which is slow
+    from nic_core.cohort import CohortError
     from nic_core.steps.study_check import check_study
 
     with one_line(CohortError), progress_bars() as bars:

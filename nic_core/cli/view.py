@@ -11,8 +11,7 @@ from typing import Annotated
 import typer
 
 from nic_core.cli.shared import console, one_line
-from nic_core.cohort import COHORT_VARIABLE, CohortError, load_cohort
-from nic_core.store import STORE_VARIABLE, Store
+from nic_core.store import Store
 from nic_core.view.addresses import DEFAULT_ADDRESS
 
 DEFAULT_PORT = int(DEFAULT_ADDRESS.rpartition(":")[2])
@@ -22,10 +21,10 @@ _NEEDED = ("starlette", "uvicorn", "xstatic", "bokeh")
 def view(
     cohort: Annotated[
         Path | None,
-        typer.Option(help=f"cohort file; default: ${COHORT_VARIABLE}, or that of the demo"),
+        typer.Option(help="cohort file; default: $NIC_COHORT, or that of the demo"),
     ] = None,
     store: Annotated[
-        Path | None, typer.Option(help=f"store; default: ${STORE_VARIABLE}, or data/store")
+        Path | None, typer.Option(help="store; default: $NIC_STORE, or data/store")
     ] = None,
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="port to listen on")] = DEFAULT_PORT,
@@ -59,9 +58,9 @@ def view(
             "authenticates in front of 127.0.0.1",
             param_hint="--host",
         )
-    # imports torch, which is slow
     import uvicorn
 
+    from nic_core.cohort import CohortError, load_cohort
     from nic_core.view.server import application
     from nic_core.view.study import open_study
 

@@ -1,5 +1,6 @@
 """Compression: encode the patches of a slide to a grid, for one slide or many."""
 
-from nic_core.compression.stream import compress_slide, compress_to_store, is_up_to_date
+import lazy_loader
 
-__all__ = ["compress_slide", "compress_to_store", "is_up_to_date"]
+# the names of __init__.pyi; the module of each is imported at its first use
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-import pyvips
 import yaml
 from numpy.typing import NDArray
 
@@ -22,6 +21,7 @@ from nic_core.demo.patches import TASKS, DemoTask, class_counts
 from nic_core.demo.plan import GROWTH, PlannedSlide, plan_cohort, plan_external
 from nic_core.demo.tissues import Tissue
 from nic_core.demo.variety import JPEG_QUALITY, MPP, ORDINARY
+from nic_core.libvips import pyvips
 from nic_core.parallel import process_pool
 from nic_core.store import atomic_file, atomic_folder
 from nic_core.types import Pixels

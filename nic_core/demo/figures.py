@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
-import pyvips
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.image import imsave
@@ -17,6 +16,7 @@ from nic_core.demo.morphology import MORPHOLOGY_TASKS
 from nic_core.demo.painted import paint_task
 from nic_core.demo.patches import TASKS, DemoTask
 from nic_core.demo.variety import PATCH, WIDE, Variety
+from nic_core.libvips import pyvips
 
 
 def contact_sheet(root: Path, *, columns: int = 12, seed: int = 0) -> Figure:

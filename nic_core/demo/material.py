@@ -18,11 +18,11 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
-import pyvips
 from numpy.typing import NDArray
 from scipy import ndimage, optimize
 
 from nic_core.demo.tissues import Tissue
+from nic_core.libvips import pyvips
 from nic_core.types import Pixels
 
 TASK = "glas_grade"

@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
-import pyvips
 from numpy.typing import NDArray
 
 from nic_core.demo import textures
 from nic_core.demo.nuclei import ANGLES, Nucleus, bank
 from nic_core.demo.tissues import Tissue
+from nic_core.libvips import pyvips
 
 RASTER = 4  # px per raster point of a scene
 STRIP = 256  # rows of px that are computed together, so that they stay in the cache

@@ -10,12 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
-import pyvips
 from numpy.typing import NDArray
 
 from nic_core.demo.nuclei import SERIES
 from nic_core.demo.painter import ORDINARY_SHAPES, RASTER, Floats, Shapes, Stain, random_stain
 from nic_core.demo.tissues import Tissue
+from nic_core.libvips import pyvips
 
 PATCH = 128  # px per side
 MPP = 0.5  # um/px of the painter, and of ordinary patches

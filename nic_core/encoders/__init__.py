@@ -10,38 +10,7 @@ encoders (:mod:`~nic_core.encoders.objectives`, :mod:`~nic_core.encoders.trainin
 scripts; [choice] not published, chosen by this project.
 """
 
-from nic_core.encoders.encoder import Encoder, EncoderCard, task_probabilities
-from nic_core.encoders.errors import EncoderError
-from nic_core.encoders.files import (
-    import_encoder,
-    initial_weights_version,
-    load_encoder,
-    load_initial_weights,
-    save_encoder,
-)
-from nic_core.encoders.patch_tasks import (
-    PatchDataset,
-    build_patch_task,
-    load_patch_task,
-    save_patch_task,
-)
-from nic_core.encoders.training import InitialEncoder, Trained, train_encoder
+import lazy_loader
 
-__all__ = [
-    "Encoder",
-    "EncoderCard",
-    "EncoderError",
-    "InitialEncoder",
-    "PatchDataset",
-    "Trained",
-    "build_patch_task",
-    "import_encoder",
-    "initial_weights_version",
-    "load_encoder",
-    "load_initial_weights",
-    "load_patch_task",
-    "save_encoder",
-    "save_patch_task",
-    "task_probabilities",
-    "train_encoder",
-]
+# the names of __init__.pyi; the module of each is imported at its first use
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -39,14 +39,12 @@ from nic_core.encoders.external import (
     read_weights,
     timm_network,
 )
+from nic_core.encoders.folder_names import CARD, PROGRAMS, WEIGHTS
 from nic_core.encoders.keras_import import import_keras_encoder
 from nic_core.encoders.weight_names import timm_names
 
-WEIGHTS = "weights.safetensors"
-CARD = "card.json"
 CARD_FORMAT: int = EncoderCard.model_fields["format"].default
 CLASSIFIERS = ("fc.", "head.", "classifier.")  # names of the classifier in timm's models
-PROGRAMS = {"torchscript": "network.pt", "torch.export": "network.pt2"}
 
 
 def save_encoder(folder: Path, encoder: Encoder) -> None:

@@ -1,55 +1,6 @@
 """Grids of patch embeddings: their store on disk, eight orientations, and previews."""
 
-from nic_core.grids.preview import (
-    EmbeddingColours,
-    draw_grid,
-    embedding_colours,
-    embedding_components,
-    enlarge,
-    read_colours,
-    verify_preview,
-    write_colours,
-    write_preview,
-    write_previews,
-)
-from nic_core.grids.store import (
-    GRID_FORMAT,
-    Embeddings,
-    Grid,
-    GridError,
-    GridPart,
-    GridProvenance,
-    Orientations,
-    grid_hash,
-    open_grid,
-    recorded_hash,
-    verify_grid,
-    write_grid,
-    write_parts,
-)
+import lazy_loader
 
-__all__ = [
-    "GRID_FORMAT",
-    "EmbeddingColours",
-    "Embeddings",
-    "Grid",
-    "GridError",
-    "GridPart",
-    "GridProvenance",
-    "Orientations",
-    "draw_grid",
-    "embedding_colours",
-    "embedding_components",
-    "enlarge",
-    "grid_hash",
-    "open_grid",
-    "read_colours",
-    "recorded_hash",
-    "verify_grid",
-    "verify_preview",
-    "write_colours",
-    "write_grid",
-    "write_parts",
-    "write_preview",
-    "write_previews",
-]
+# the names of __init__.pyi; the module of each is imported at its first use
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

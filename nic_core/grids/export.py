@@ -24,7 +24,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import h5py
 import numpy as np
@@ -37,8 +37,7 @@ from nic_core.grids.features import PROVENANCE
 from nic_core.grids.store import Grid, GridError
 from nic_core.orientations import orient
 from nic_core.store import atomic_file, atomic_folder
-
-ExportFormat = Literal["trident-h5", "anndata", "spatialdata", "parquet", "npy-tellez"]
+from nic_core.types import ExportFormat
 
 _TABLE, _CELLS = "embeddings", "cells"  # names in a SpatialData store
 

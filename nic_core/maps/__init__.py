@@ -1,12 +1,6 @@
 """Maps on the slide: probability maps of an encoder's heads, and heatmaps of slide models."""
 
-from nic_core.maps.probability import (
-    MAP_SCHEMA,
-    overlay,
-    probability_map,
-    score_maps,
-    tint,
-    truth_of_cells,
-)
+import lazy_loader
 
-__all__ = ["MAP_SCHEMA", "overlay", "probability_map", "score_maps", "tint", "truth_of_cells"]
+# the names of __init__.pyi; the module of each is imported at its first use
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -25,7 +25,6 @@ import matplotlib
 import numpy as np
 import numpy.typing as npt
 import polars as pl
-import pyvips
 import shapely
 import zarr
 import zarr.codecs
@@ -35,6 +34,7 @@ from sklearn.metrics import roc_auc_score
 
 from nic_core.grids import GridError, GridProvenance
 from nic_core.grids.store import EMBEDDINGS_ARRAY, PROVENANCE_ATTRIBUTE, ome_image
+from nic_core.libvips import pyvips
 from nic_core.maps import tint
 from nic_core.numbers import format_number
 from nic_core.pictures import with_caption, with_colour_key, with_scale_bar

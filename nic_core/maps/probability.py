@@ -13,13 +13,13 @@ import matplotlib
 import numpy as np
 import numpy.typing as npt
 import polars as pl
-import pyvips
 from sklearn.metrics import roc_auc_score
 
 from nic_core.cohort import CohortError, ProbabilityMap
 from nic_core.encoders import Encoder, task_probabilities
 from nic_core.grids import Grid
 from nic_core.grids.chunks import tissue_blocks
+from nic_core.libvips import pyvips
 from nic_core.pictures import HEAT_COLOURS, HEAT_OPACITY
 from nic_core.tiling.mask_files import MaskFileError, level0_px_per_px, open_stored_image
 from nic_core.types import Pixels

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from nic_core.slides.remote import SlidePath
-from nic_core.slides.slide import Slide, open_slide
 from nic_core.types import Colours, Origin
+
+if TYPE_CHECKING:
+    from nic_core.slides.remote import SlidePath
+    from nic_core.slides.slide import Slide
 
 
 @dataclass(frozen=True)
@@ -43,4 +46,6 @@ def open_source(source: SlideSource, *, colours: Colours = "stored") -> Slide:
     SlideError
         See :func:`nic_core.slides.open_slide`.
     """
+    from nic_core.slides.slide import open_slide
+
     return open_slide(source.path, mpp=source.mpp, image=source.image, colours=colours)

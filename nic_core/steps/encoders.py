@@ -48,6 +48,7 @@ from nic_core.encoders.probes import PATCHES, check_scale, probe_table, task_emb
 from nic_core.encoders.similarity import similarity
 from nic_core.grids.features import features_hash
 from nic_core.pictures import FIGURES, save_figure, save_figures
+from nic_core.steps.keys import patch_task_keys
 from nic_core.steps.slide_index import digest, patch_task_version
 from nic_core.store import PatchTaskKey, Store, atomic_file, atomic_folder
 from nic_core.tracker import Tracker
@@ -97,16 +98,6 @@ def make_patch_task(
         )
         (folder / RECIPE).write_text(recipe)
     return load_patch_task(store.patch_task(key))
-
-
-def patch_task_keys(cohort: Cohort, encoder: str) -> dict[str, PatchTaskKey]:
-    """Return the key of every patch task as an encoder sees it, by the name of the task."""
-    return {
-        task.name: PatchTaskKey(
-            geometry=cohort.task_geometry(encoder, task.name).name, task=task.name
-        )
-        for task in cohort.patch_tasks
-    }
 
 
 def patch_task_is_current(cohort: Cohort, store: Store, key: PatchTaskKey) -> bool:

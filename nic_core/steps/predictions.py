@@ -13,8 +13,8 @@ import polars as pl
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from nic_core.cohort import Cohort, CohortError, Geometry, SurvivalTarget, Target
-from nic_core.encoders.files import CARD as ENCODER_CARD
 from nic_core.encoders.files import read_card
+from nic_core.encoders.folder_names import CARD as ENCODER_CARD
 from nic_core.grids import Grid, open_grid
 from nic_core.maps.heatmaps import EXTREMES, OVERLAY, PATCHES, write_heatmap
 from nic_core.models.cross_validation import NETWORK

@@ -15,7 +15,7 @@ from nic_core.grids import Grid, open_grid
 from nic_core.maps import overlay, probability_map, score_maps, truth_of_cells
 from nic_core.maps.heatmaps import write_cell_image
 from nic_core.pictures import with_colour_key, with_scale_bar
-from nic_core.steps.encoders import patch_task_keys
+from nic_core.steps.keys import patch_task_keys
 from nic_core.steps.slide_index import index_row, read_slide_index
 from nic_core.steps.slides import THUMBNAIL, read_record
 from nic_core.store import GridKey, MapKey, Store, atomic_file, atomic_folder

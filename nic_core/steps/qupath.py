@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import polars as pl
-import pyvips
 
 from nic_core.cohort import Cohort, CohortError, Geometry, ProbabilityMap, Target
 from nic_core.grids import (
@@ -23,6 +22,7 @@ from nic_core.grids import (
     open_grid,
     read_colours,
 )
+from nic_core.libvips import pyvips
 from nic_core.maps.heatmaps import check_slide_of_grid, heatmap_provenance, read_heatmap
 from nic_core.maps.qupath import (
     CellClass,

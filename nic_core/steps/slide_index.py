@@ -7,7 +7,7 @@ import logging
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
@@ -25,16 +25,14 @@ from nic_core.cohort import (
 )
 from nic_core.cohort.index import INDEX_SCHEMA, FoundSlides, find_slides, row_source
 from nic_core.cohort.scan import SNAPSHOT_SCHEMA, take_snapshot, watched_files
-from nic_core.encoders import EncoderError, initial_weights_version
-from nic_core.encoders.files import CARD
-from nic_core.encoders.patch_sources import source_files
-from nic_core.models.fold_columns import FoldColumn, read_fold_column
-from nic_core.models.labels import read_labels, target_table
-from nic_core.slides import Slide, content_identity, open_source
-from nic_core.slides.files import LeftAside
-from nic_core.slides.remote import slide_path
+from nic_core.encoders.folder_names import CARD
 from nic_core.store import Store, atomic_file
 from nic_core.types import Colours
+
+if TYPE_CHECKING:
+    from nic_core.models.fold_columns import FoldColumn
+    from nic_core.slides import Slide
+    from nic_core.slides.files import LeftAside
 
 log = logging.getLogger(__name__)
 
@@ -113,6 +111,8 @@ def scan_slides(
         More than half of the slides are missing, none can be read, or the slides are not valid
         (see :func:`nic_core.cohort.index.find_slides`).
     """
+    from nic_core.slides.remote import slide_path
+
     previous_index = (
         pl.read_parquet(store.slide_index, glob=False) if store.slide_index.exists() else None
     )
@@ -356,6 +356,9 @@ def patch_task_version(task: PatchTask) -> str:
     CohortError, SlideError
         A file of the task cannot be read.
     """
+    from nic_core.encoders.patch_sources import source_files
+    from nic_core.slides import content_identity
+
     return digest(
         task,
         [content_identity(path) for path in source_files(task)],
@@ -424,6 +427,8 @@ def _base(encoder: EncoderEntry) -> str | None:
 
 
 def _weights_or_problem(place: Path) -> str:
+    from nic_core.encoders import EncoderError, initial_weights_version
+
     try:
         return initial_weights_version(place)
     except EncoderError as error:  # reported when the weights are used
@@ -447,6 +452,9 @@ def target_versions(cohort: Cohort, scan: SlideScan) -> dict[str, str]:
 
 
 def _labels_or_problem(cohort: Cohort, target: Target, index: pl.DataFrame) -> object:
+    from nic_core.models.fold_columns import read_fold_column
+    from nic_core.models.labels import read_labels, target_table
+
     try:
         used = used_slides(index)
         table = target_table(target, read_labels(cohort, target, index), used)
@@ -490,6 +498,8 @@ def open_indexed(store: Store, slide: str, *, colours: Colours = "stored") -> Sl
     SlideError
         The slide cannot be used.
     """
+    from nic_core.slides import open_source
+
     return open_source(row_source(index_row(store, slide)), colours=colours)
 
 

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
-import pyvips
 
 from nic_core.encoders import EncoderError, load_patch_task
 from nic_core.encoders.files import verify_encoder
 from nic_core.grids import GridError, read_colours, verify_grid, verify_preview
+from nic_core.libvips import pyvips
 from nic_core.maps.heatmaps import read_cell_image, read_heatmap
 from nic_core.models.files import ModelFileError, load_model
 from nic_core.steps.predictions import HEATMAP

@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyvips
 import tifffile
 from numpy.typing import NDArray
 from PIL.PngImagePlugin import PngImageFile
 
+from nic_core.libvips import pyvips
 from nic_core.slides.errors import SlideError
 from nic_core.slides.images import alpha_kind, find_images
 from nic_core.slides.metadata import MPP_RANGE

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import polars as pl
@@ -11,10 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nic_core.cohort import Geometry
-from nic_core.slides.resample import coverage
-from nic_core.slides.slide import Slide
 from nic_core.store import atomic_file
-from nic_core.tiling.tissue import TissueMask
+
+if TYPE_CHECKING:
+    from nic_core.slides.slide import Slide
+    from nic_core.tiling.tissue import TissueMask
 
 PATCH_SCHEMA: dict[str, pl.DataType] = {
     "slide": pl.String(),
@@ -92,6 +94,8 @@ def patch_table(
     px = geometry.mpp / mask.mpp  # mask px per px of a patch
     size, step, margin = (n * px for n in (geometry.patch, geometry.stride, geometry.margin))
     height, width = mask.array.shape
+    from nic_core.slides.resample import coverage
+
     down = coverage(-margin, size, rows, height, step=step)
     across = coverage(-margin, size, columns, width, step=step)
     fraction = np.clip(across @ (down @ mask.array.astype(np.float32)).T, 0, 1).T

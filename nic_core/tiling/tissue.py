@@ -23,11 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyvips
 from numpy.typing import NDArray
 from scipy import ndimage
 from skimage import filters, morphology, segmentation
 
+from nic_core.libvips import pyvips
 from nic_core.slides.slide import Slide
 from nic_core.tiling.background import stain_density
 from nic_core.tiling.ink import components_with, find_ink

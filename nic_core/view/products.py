@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-import pyvips
 import zarr
 import zarr.errors
 from numpy.typing import NDArray
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 from nic_core.cohort import CohortError, ProbabilityMap, Target
 from nic_core.grids import GridError, GridProvenance, open_grid
 from nic_core.grids.store import PROVENANCE_ATTRIBUTE
+from nic_core.libvips import pyvips
 from nic_core.maps.heatmaps import ZARR, read_heatmap
 from nic_core.models.files import ModelFileError
 from nic_core.slides import SlideError

@@ -128,9 +128,7 @@ def _eighth_gpu() -> Iterator[str]:
 
 @pytest.mark.slow
 def test_gpu_bound_assets_use_the_leased_device(tiny_cohort, tmp_path, monkeypatch):
-    monkeypatch.setattr("nic_assets.assets.encoders.leased_device", _eighth_gpu)
-    monkeypatch.setattr("nic_assets.assets.grids.leased_device", _eighth_gpu)
-    monkeypatch.setattr("nic_assets.assets.models.leased_device", _eighth_gpu)
+    monkeypatch.setattr("nic_core.devices.leased_device", _eighth_gpu)
     cohort, store = load_cohort(tiny_cohort), Store(tmp_path / "store")
     job = build_defs(cohort, store).resolve_implicit_global_asset_job_def()
     steps.make_encoder(cohort, store, "mean-rgb")
@@ -165,8 +163,16 @@ def test_gpu_bound_assets_use_the_leased_device(tiny_cohort, tmp_path, monkeypat
 @pytest.mark.parametrize(("gpus", "expected"), [(0, 1), (1, 1), (4, 4)])
 def test_the_pool_has_one_slot_per_gpu_and_at_least_one(instance, monkeypatch, gpus, expected):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    start(instance, tissue)
+    start(instance, training)
     assert slots(instance) == expected
+
+
+def test_a_run_without_gpu_bound_steps_leaves_the_pool(instance, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    start(instance, training)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    start(instance, tissue)
+    assert slots(instance) == 4
 
 
 def test_the_pool_limit_follows_the_number_of_gpus(instance, monkeypatch):

@@ -510,7 +510,7 @@ def test_another_host_needs_a_token():
 
 
 def test_a_port_in_use_is_refused_in_one_line(viewed_study, monkeypatch):
-    monkeypatch.setattr(view_command, "load_cohort", lambda path: viewed_study.cohort)
+    monkeypatch.setattr("nic_core.cohort.load_cohort", lambda path: viewed_study.cohort)
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = str(other.getsockname()[1])
         store = str(viewed_study.store.root)

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import pyvips
 import tifffile
 
+from nic_core.libvips import pyvips
 from nic_core.slides.engines.base import (
     EngineName,
     ReadError,
