@@ -37,8 +37,9 @@ from nic_core.grids import open_grid
 from nic_core.models.explanation import explain
 from nic_core.models.files import load_model
 from nic_core.parallel import cores
-from nic_core.steps.encoders import make_encoder_probe, patch_task_keys
+from nic_core.steps.encoders import make_encoder_probe
 from nic_core.steps.grids import make_grid, prepare_encoder
+from nic_core.steps.keys import patch_task_keys
 from nic_core.steps.predictions import load_champion, make_prediction, planned
 from nic_core.steps.slide_models import make_slide_model
 from nic_core.steps.slides import make_patch_table, make_slide
