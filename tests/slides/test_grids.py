@@ -414,7 +414,7 @@ def test_a_store_without_a_recorded_hash_is_not_verified(tmp_path):
 
 @pytest.mark.parametrize(
     "change",
-    [{"format": 5}, {"stride": 129}, {"precision": "int8"}, {"reading": "fast"}, {"unknown": 1}],
+    [{"format": 5}, {"stride": 129}, {"precision": "int4"}, {"reading": "fast"}, {"unknown": 1}],
 )
 def test_invalid_provenance_is_refused(tmp_path, change):
     path = tmp_path / "s.zarr"
