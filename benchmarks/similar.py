@@ -1,7 +1,7 @@
 """Measure the exact search of similar cells: time for sizes and number types, and its parts.
 
-    python benchmarks/similar.py
-    python benchmarks/similar.py --cells 1000000
+    python -m benchmarks.similar
+    python -m benchmarks.similar --cells 1000000
 
 Random unit vectors stand for the embeddings of slides of 10,000 cells: the time does not depend on
 their values. First the whole search in an index of 128 numbers a cell, as ``nic view`` does it,
@@ -13,7 +13,6 @@ largest index takes 5 GB of disk, and as much memory while it is searched.
 from __future__ import annotations
 
 import argparse
-import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -24,18 +23,13 @@ import numpy as np
 import polars as pl
 import torch
 
+from benchmarks.conditions import conditions
 from nic_core.grids.similar import CellIndex, similar_cells
 
 NUMBERS, PER_SLIDE, SIDE = 128, 10_000, 100
 SIZES = (100_000, 1_000_000, 10_000_000)
 REPEATS = 7
 _BLOCK = 1 << 16
-
-
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    return f"{name}, {len(os.sched_getaffinity(0))} cores"
 
 
 def random_index(folder: Path, cells: int) -> CellIndex:
@@ -88,7 +82,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--cells", type=int, nargs="*", default=SIZES)
     sizes = parser.parse_args().cells
-    print(f"{processor()}; numpy {np.__version__}, torch {torch.__version__}")
+    print(f"{conditions()}; numpy {np.__version__}")
     print(f"{'':<34} {'cells':>11} {'median s':>9} {'longest s':>9}")
     for cells in sizes:
         with tempfile.TemporaryDirectory() as folder:

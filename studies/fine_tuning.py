@@ -43,7 +43,7 @@ from nic_core.encoders.keras_import import import_keras_encoder
 from nic_core.encoders.networks import PatchEncoder
 from nic_core.encoders.objectives.base import Sizes
 from nic_core.encoders.objectives.mtl import Multitask, MultitaskBatch, class_probabilities
-from nic_core.encoders.probes import Embedder
+from nic_core.encoders.probes import Embedder, embed_in_parts
 from nic_core.encoders.splits import split_by_group
 from nic_core.encoders.training_loop import fit
 from nic_core.store import atomic_file, atomic_folder
@@ -257,9 +257,7 @@ def _kept_back(encoder: Embedder, task: TissueTask, patients: tuple[str, ...]) -
     data = task.dataset
     place = pl.int_range(pl.len()).shuffle(seed=0).over("group", "class")
     rows = data.table.filter(place < MOST_PATCHES)["index"].to_numpy()
-    embeddings = np.concatenate(
-        [encoder.embed(data.patches[part]) for part in np.array_split(rows, len(rows) // 512 + 1)]
-    )
+    embeddings = embed_in_parts(encoder, data.patches, rows)
     kept = data.table["group"].is_in(patients).to_numpy()[rows]
     labels = data.labels[rows]
     probe = balanced_probe(labels[~kept]).fit(embeddings[~kept], labels[~kept])

@@ -21,7 +21,7 @@ from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from nic_core.encoders.probes import Embedder
+from nic_core.encoders.probes import Embedder, embed_in_parts
 from studies.tissue_tasks import TissueTask
 
 FOLDS = 5
@@ -46,12 +46,7 @@ def probe_units(encoder: Embedder, task: TissueTask) -> pl.DataFrame:
     """Classify every unit of a task by probes that have not seen its group (``UNIT_SCHEMA``)."""
     rows = _sample(task)
     table = task.dataset.table[rows]
-    embeddings = np.concatenate(
-        [
-            np.asarray(encoder.embed(task.dataset.patches[part]), np.float64)
-            for part in np.array_split(rows, len(rows) // 512 + 1)
-        ]
-    )
+    embeddings = embed_in_parts(encoder, task.dataset.patches, rows).astype(np.float64)
     if task.unit == "region":
         embeddings, first = _pooled(embeddings, table["source"].to_numpy())
         table = table[first.tolist()]

@@ -38,7 +38,7 @@ from nic_core.encoders import (
     train_encoder,
 )
 from nic_core.encoders.keras_import import import_keras_encoder
-from nic_core.encoders.probes import Embedder
+from nic_core.encoders.probes import Embedder, embed_in_parts
 from nic_core.encoders.splits import split_by_group
 from nic_core.models.metrics import (
     Difference,
@@ -49,7 +49,6 @@ from nic_core.models.metrics import (
     score,
 )
 from nic_core.store import atomic_file, atomic_folder
-from nic_core.types import Pixels
 from studies.features import ColourAndTexture
 from studies.settings import check_settings
 
@@ -115,19 +114,13 @@ def regressions(idc: PatchDataset, classified: dict[str, Embedder]) -> pl.DataFr
     groups = idc.table["group"].to_numpy()
     parts = []
     for name, embedder in classified.items():
-        embeddings = embed_all(embedder, idc.patches)
+        embeddings = embed_in_parts(embedder, idc.patches, np.arange(len(idc.patches)))
         for patient in patients(idc):
             own = groups == patient
             regression = carcinoma_regression(embeddings, idc, ~own)
             probability = regression.predict_proba(embeddings[own])[:, 1]
             parts.append(_rows(idc, np.flatnonzero(own), name, probability))
     return pl.concat(parts)
-
-
-def embed_all(embedder: Embedder, patches: Pixels) -> NDArray[np.floating]:
-    """Embed patches in parts of some hundreds, which bounds the memory."""
-    chunks = np.array_split(patches, len(patches) // 512 + 1)
-    return np.concatenate([embedder.embed(chunk) for chunk in chunks])
 
 
 def carcinoma_regression(

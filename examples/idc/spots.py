@@ -1,7 +1,7 @@
 """Carcinoma maps of frozen breast sections, scored against clusters of gene expression.
 
-    python -m examples.idc.spots data/idc/cohort.yaml SECTION.tif ... --patches 8000
-        [--released encoder_multitask-4.h5]
+    python -m examples.idc.spots data/idc/cohort.yaml SECTION.tif ... --cache data/idc-patch-tasks
+        [--patches 8000] [--released encoder_multitask-4.h5]
 
 The cohort is that of ``make_cohort.py``. Beside each section lies ``NAME_spots.csv``: centre of a
 spot in level-0 px (x, y), and ``coarse``, the kind of its cluster. A spot has a diameter of 100 um.
@@ -27,13 +27,13 @@ from examples.idc.leave_one_out import (
     POSITIVE,
     TASK,
     carcinoma_regression,
-    embed_all,
     embedders,
     encoder_of_task,
     patch_task,
 )
 from nic_core.cohort import load_cohort
 from nic_core.encoders import task_probabilities, train_encoder
+from nic_core.encoders.probes import embed_in_parts
 from nic_core.slides import open_slide
 from nic_core.types import Pixels
 
@@ -60,10 +60,17 @@ def main() -> None:
     table = Table("classifier", *(f"{name}, AUC" for name in sections))
     for name, embedder in embedders(idc, arguments.released).items():
         regression = carcinoma_regression(
-            embed_all(embedder, idc.patches), idc, np.full(len(idc.labels), True)
+            embed_in_parts(embedder, idc.patches, np.arange(len(idc.patches))),
+            idc,
+            np.full(len(idc.labels), True),
         )
         found = [
-            auc(kinds, regression.predict_proba(embed_all(embedder, patches))[:, 1])
+            auc(
+                kinds,
+                regression.predict_proba(
+                    embed_in_parts(embedder, patches, np.arange(len(patches)))
+                )[:, 1],
+            )
             for kinds, patches in sections.values()
         ]
         table.add_row(name, *found)

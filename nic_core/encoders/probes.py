@@ -23,6 +23,7 @@ from nic_core.encoders.encoder import Encoder
 from nic_core.encoders.errors import EncoderError
 from nic_core.encoders.patch_tasks import PatchDataset
 from nic_core.encoders.scores import TaskScores, score_task
+from nic_core.types import Pixels
 
 NEIGHBOURS = 20
 LINEAR, KNN = "linear probe", f"{NEIGHBOURS} nearest neighbours"
@@ -89,8 +90,8 @@ def task_embeddings(
     """
     rng = np.random.default_rng(seed)
     train, test = (_sample(task, split, patches, rng) for split in ("train", "test"))
-    scaler = StandardScaler().fit(embeddings := _embed(encoder, task, train))
-    scaled_test = scaler.transform(_embed(encoder, task, test))
+    scaler = StandardScaler().fit(embeddings := embed_in_parts(encoder, task.patches, train))
+    scaled_test = scaler.transform(embed_in_parts(encoder, task.patches, test))
     return TaskEmbeddings(task, scaler.transform(embeddings), scaled_test, train, test)
 
 
@@ -179,7 +180,20 @@ def _sample(
     return np.sort(ordered[: max(patches, len(first))])
 
 
-def _embed(encoder: Embedder, task: PatchDataset, rows: NDArray[np.int64]) -> NDArray[np.floating]:
+def embed_in_parts(
+    encoder: Embedder, patches: Pixels, rows: NDArray[np.int64]
+) -> NDArray[np.floating]:
+    """Embed the patches of some rows in parts of about 512, which bounds the memory.
+
+    Parameters
+    ----------
+    patches : uint8 (N, P, P, 3)
+    rows : int (M,)
+
+    Returns
+    -------
+    float (M, C)
+    """
     return np.concatenate(
-        [encoder.embed(task.patches[part]) for part in np.array_split(rows, len(rows) // 512 + 1)]
+        [encoder.embed(patches[part]) for part in np.array_split(rows, len(rows) // 512 + 1)]
     )

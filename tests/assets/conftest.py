@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).parents[2]
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -42,3 +45,32 @@ def materialize(dagster: Command) -> Command:
     return lambda cohort, *arguments: dagster(
         cohort, "asset", "materialize", "--select", *arguments
     )
+
+
+@pytest.fixture
+def executor_environment(
+    tiny_cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., dict[str, str]]:
+    """Sets the variables of runs and workers with an executor and some others; returns them all."""
+
+    def set_variables(executor: str, **others: str) -> dict[str, str]:
+        home = tmp_path / "home"
+        home.mkdir()
+        shutil.copy(ROOT / "dagster.yaml", home)
+        variables = {
+            "NIC_COHORT": str(tiny_cohort),
+            "NIC_STORE": str(tmp_path / "store"),
+            "NIC_DAGSTER_STORAGE": str(tmp_path / "store" / "dagster"),
+            "NIC_EXECUTOR": executor,
+            "DAGSTER_HOME": str(home),
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "PYTHONPATH": str(ROOT),
+            **others,
+        }
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        # the loaded definitions may belong to another environment
+        monkeypatch.delitem(sys.modules, "nic_assets.definitions", raising=False)
+        return {**os.environ, **variables}
+
+    return set_variables

@@ -8,9 +8,8 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import dagster as dg
@@ -63,29 +62,11 @@ def broker() -> Iterator[str]:
 
 
 @pytest.fixture
-def environment(
-    broker: str, tiny_cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> dict[str, str]:
+def environment(broker: str, executor_environment: Callable[..., dict[str, str]]) -> dict[str, str]:
     """The environment variables of runs and workers."""
-    home = tmp_path / "home"
-    home.mkdir()
-    shutil.copy(ROOT / "dagster.yaml", home)
-    variables = {
-        "NIC_COHORT": str(tiny_cohort),
-        "NIC_STORE": str(tmp_path / "store"),
-        "NIC_DAGSTER_STORAGE": str(tmp_path / "store" / "dagster"),
-        "NIC_CELERY_BROKER": f"{broker}/0",
-        "NIC_CELERY_BACKEND": f"{broker}/1",
-        "DAGSTER_HOME": str(home),
-        "NIC_EXECUTOR": "celery",
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT),
-    }
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    # the loaded definitions may belong to another environment
-    monkeypatch.delitem(sys.modules, "nic_assets.definitions", raising=False)
-    return {**os.environ, **variables}
+    return executor_environment(
+        "celery", NIC_CELERY_BROKER=f"{broker}/0", NIC_CELERY_BACKEND=f"{broker}/1"
+    )
 
 
 @pytest.fixture

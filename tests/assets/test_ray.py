@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,30 +37,11 @@ AGENT_PORTS = (
 
 
 @pytest.fixture
-def environment(
-    tiny_cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> dict[str, str]:
+def environment(executor_environment: Callable[..., dict[str, str]]) -> dict[str, str]:
     """The environment variables of the cluster and of the runs; Ray is not asked for yet."""
     pytest.importorskip("dagster_ray", reason="the extra 'ray' is not installed")
     pytest.importorskip("ray.job_submission", reason="the extra 'ray' is not installed")
-    home = tmp_path / "home"
-    home.mkdir()
-    shutil.copy(ROOT / "dagster.yaml", home)
-    variables = {
-        "NIC_COHORT": str(tiny_cohort),
-        "NIC_STORE": str(tmp_path / "store"),
-        "NIC_DAGSTER_STORAGE": str(tmp_path / "store" / "dagster"),
-        "NIC_EXECUTOR": "ray",
-        "DAGSTER_HOME": str(home),
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT),
-        "RAY_USAGE_STATS_ENABLED": "0",
-    }
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    # the loaded definitions may belong to another environment
-    monkeypatch.delitem(sys.modules, "nic_assets.definitions", raising=False)
-    return {**os.environ, **variables}
+    return executor_environment("ray", RAY_USAGE_STATS_ENABLED="0")
 
 
 @pytest.fixture

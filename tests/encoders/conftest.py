@@ -9,6 +9,7 @@ import pytest
 import pyvips
 import torch
 
+from nic_core.encoders import Encoder, EncoderCard
 from nic_core.encoders.patch_tasks import TABLE_SCHEMA, PatchDataset
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -73,3 +74,17 @@ def write_image(path: Path, pixels: np.ndarray) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     pyvips.Image.new_from_array(pixels).write_to_file(str(path))
     return path
+
+
+def encoder_of(module: torch.nn.Module, architecture: str, embedding_size: int) -> Encoder:
+    """An encoder of patches of 128 px whose weights were not hashed."""
+    card = EncoderCard(
+        name="e",
+        architecture=architecture,
+        objective="vae",
+        patch=128,
+        mpp=0.5,
+        embedding_size=embedding_size,
+        weights_hash="0",
+    )
+    return Encoder(card, module)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nic_core.encoders.encoder import Encoder, EncoderCard, with_embedding
+from nic_core.encoders.encoder import with_embedding
 from nic_core.encoders.inference import (
     FoldedEncoder,
     FusedEncoder,
@@ -24,6 +24,7 @@ from nic_core.encoders.networks import (
     pooled_side,
 )
 from nic_core.torch_internals import has_fused_convolution
+from tests.encoders.conftest import encoder_of
 from tests.encoders.test_networks import random_patches, with_random_statistics
 
 pytestmark = pytest.mark.slow
@@ -101,19 +102,6 @@ def test_bfloat16_embeddings_have_the_same_direction(
     assert found.dtype == torch.float32
     expected = exact(network, pixels, pooling, embedding).float()
     assert torch.nn.functional.cosine_similarity(found, expected).min() > 0.9995
-
-
-def encoder_of(module: torch.nn.Module, architecture: str, embedding_size: int) -> Encoder:
-    card = EncoderCard(
-        name="e",
-        architecture=architecture,
-        objective="vae",
-        patch=128,
-        mpp=0.5,
-        embedding_size=embedding_size,
-        weights_hash="0",
-    )
-    return Encoder(card, module)
 
 
 def test_prepared_encoder_records_side_resolution_and_precision():

@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 from nic_core import steps
 from nic_core.cohort import EncoderSpec, load_cohort
 from nic_core.encoders import Encoder, EncoderError, save_encoder, train_encoder
-from nic_core.encoders.encoder import EncoderCard, with_embedding
+from nic_core.encoders.encoder import with_embedding
 from nic_core.encoders.inference import BATCH, embed_patches
 from nic_core.encoders.int8 import _carried, _quantized
 from nic_core.encoders.networks import MeanRGB, PatchEncoder, StridedEncoder, pool_patches
 from nic_core.encoders.similarity import Similarity, similarity
 from nic_core.store import PatchTaskKey, Store
+from tests.encoders.conftest import encoder_of
 
 from .conftest import make_dataset
 
@@ -98,19 +99,6 @@ def test_int8_embeddings_do_not_depend_on_the_batch_or_the_thread(trained, patch
 def test_mean_rgb_stays_in_float32_if_int8_is_set():
     prepared = encoder_of(MeanRGB(), "mean_rgb", 3).prepare("cpu", "int8")
     assert prepared.precision == "float32"
-
-
-def encoder_of(module: torch.nn.Module, architecture: str, embedding_size: int) -> Encoder:
-    card = EncoderCard(
-        name="e",
-        architecture=architecture,
-        objective="vae",
-        patch=128,
-        mpp=0.5,
-        embedding_size=embedding_size,
-        weights_hash="0",
-    )
-    return Encoder(card, module)
 
 
 @pytest.mark.usefixtures("can_run_int8")
